@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a bare clone: they make .venv/ and install into it.
+# Needed on the system: Python >= 3.11 with venv, make, g++ (DeepSpeed compiles a small operator).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/demo
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:                ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP)    ## make .venv/ and install the package with what its tests need
+
+# --no-compile saves pip the byte-compiling of files that nobody imports.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@command -v g++ >/dev/null || { echo "g++ is missing; on Debian or Ubuntu: apt-get install g++" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
+	@touch $@
+
+demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report (under 10 minutes)
+	$(BIN)/rlhf-ray run demo --run-dir $(RUN_DIR)
+
+test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)       ## ruff
+	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	$(BIN)/ruff check .
+
+format: $(STAMP)     ## sort imports and mend what ruff can
+	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	$(BIN)/ruff check --fix .
+
+clean:               ## remove .venv/ and caches; run folders stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

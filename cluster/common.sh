@@ -1,0 +1,94 @@
+# Shared by head.sh, worker.sh and stop.sh; sourced, not run.
+# shellcheck shell=bash
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+state=${RLHF_RAY_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/rlhf_ray} # pid files and logs of what we started
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# The environment that ray runs in is the one whose `python` the jobs get: the active one, else the clone's .venv/.
+use_ray() {
+    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $here/../.venv/bin/ray ]]; then
+        PATH=$(cd "$here/../.venv/bin" && pwd):$PATH
+        export PATH
+    fi
+    command -v ray >/dev/null || die "there is no ray here; run 'make install' in the clone, or activate an environment that has rlhf-ray"
+}
+
+token_file() {
+    echo "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+}
+
+has_token() {
+    [[ -n ${RAY_AUTH_TOKEN:-} || -s $(token_file) ]]
+}
+
+make_token() {
+    has_token || [[ -n ${RAY_AUTH_TOKEN_PATH:-} ]] || (umask 077 && ray get-auth-token --generate >/dev/null) || true
+    has_token || die "there is no token in RAY_AUTH_TOKEN or $(token_file), and none could be made; 'ray get-auth-token --generate' says why"
+}
+
+# Without a token anyone who reaches a Ray port runs code on the cluster, and `ray start` only warns. We refuse.
+require_token_mode() {
+    [[ ${RAY_AUTH_MODE:-token} == token ]] || die "RAY_AUTH_MODE=$RAY_AUTH_MODE would leave the cluster open to anyone who reaches its ports; unset it"
+    export RAY_AUTH_MODE=token
+}
+
+own_ip() { # the address by which Ray lets other machines reach this one
+    python -c 'import ray; print(ray.util.get_node_ip_address())'
+}
+
+# gloo (the CPU's collective library) picks its interface by the host's name, which is often the wrong one on several
+# machines. Every node takes the interface that leads to the head; set GLOO_SOCKET_IFNAME yourself to override.
+choose_interface() { # address of the head, or of this machine
+    [[ -z ${GLOO_SOCKET_IFNAME:-} ]] || return 0
+    command -v ip >/dev/null || return 0
+    local device
+    device=$(ip -o route get "$1" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1) || true
+    if [[ $device == lo && $1 != 127.* ]]; then # our own address: the interface that carries it
+        device=$(ip -o addr show | awk -v address="$1" '$4 ~ "^" address "/" {print $2; exit}')
+    fi
+    [[ -z $device ]] || export GLOO_SOCKET_IFNAME=$device
+}
+
+started_at() { # when process $1 started, or nothing: tells our process from a later one with its number
+    ps -o lstart= -p "$1" 2>/dev/null || true
+}
+
+running() { # is what the pid file $1 names still the process that we started?
+    [[ -s $1 ]] || return 1
+    local pid start
+    { read -r pid && read -r start; } <"$1" || return 1
+    [[ -n $start && $(started_at "$pid") == "$start" ]]
+}
+
+# start NAME OPTIONS...: `ray start --block OPTIONS` in the background; returns when the node is up.
+start() {
+    local name=$1 pid
+    shift
+    mkdir -p "$state"
+    ! running "$state/$name.pid" || die "a $name started from here is already running; stop it with $here/stop.sh $name"
+    # Job control: without it bash starts background processes deaf to SIGINT, and with them every job of the cluster,
+    # which could then not be asked to write a checkpoint and stop.
+    set -m
+    PYTHONUNBUFFERED=1 ray start --block --disable-usage-stats "$@" >"$state/$name.log" 2>&1 </dev/null &
+    pid=$!
+    set +m
+    disown "$pid"
+    printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$state/$name.pid"
+
+    local waited=0
+    until grep -q "Ray runtime started" "$state/$name.log"; do
+        if ! kill -0 "$pid" 2>/dev/null || ((waited >= 180)); then
+            tail -n 15 "$state/$name.log" >&2
+            kill "$pid" 2>/dev/null || true
+            rm -f "$state/$name.pid"
+            die "the $name did not start within $((waited / 2)) s; its log is $state/$name.log"
+        fi
+        sleep 0.5
+        waited=$((waited + 1))
+    done
+}

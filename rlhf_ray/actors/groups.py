@@ -1,0 +1,153 @@
+"""The roles as groups of actors, with the verbs of `loop.Roles`. Handles are ObjectRefs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.types import WorkUnit
+
+WEIGHT_PART_BYTES = 256 * 1024**2
+
+
+class GenerationGroup:
+    """Unit i goes to actor i modulo their number; what comes back does not depend on which that is."""
+
+    def __init__(self, actors: Sequence, waiter: Waiter):
+        self.actors, self.waiter = actors, waiter
+
+    def generate(self, units: Sequence[WorkUnit]) -> list[ray.ObjectRef]:
+        handles = []
+        for i, unit in enumerate(units):
+            number = i % len(self.actors)
+            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(unit)
+            name = f"generation actor {number} (step {unit.step}, chunk {unit.chunk})"
+            handles.append(self.waiter.track(rollout, name, receipt))
+        return handles
+
+    def load_weights(self, weights: Sequence[ray.ObjectRef], policy_version: int) -> list[ray.ObjectRef]:
+        return [
+            self.waiter.track(actor.load_weights.remote(policy_version, *weights),
+                              f"generation actor {number} (weights of version {policy_version})")
+            for number, actor in enumerate(self.actors)
+        ]
+
+
+class UnitGroup:
+    """Actors that turn each rollout into one small result: scores, reference log-probs, old log-probs, values."""
+
+    def __init__(self, role: str, actors: Sequence, waiter: Waiter):
+        self.role, self.actors, self.waiter = role, actors, waiter
+
+    def _each(self, method: str, rollouts: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        handles = []
+        for i, rollout in enumerate(rollouts):
+            number = i % len(self.actors)
+            call = getattr(self.actors[number], method).options(num_returns=2)
+            result, receipt = call.remote(rollout)
+            handles.append(self.waiter.track(result, f"{self.role} actor {number} (chunk {i})", receipt))
+        return handles
+
+
+class RewardGroup(UnitGroup):
+    def score(self, rollouts):
+        return self._each("score", rollouts)
+
+    def texts(self, rollout, count: int):
+        return self.waiter.track(self.actors[0].texts.remote(rollout, count), "reward actor 0 (texts)")
+
+
+class ReferenceGroup(UnitGroup):
+    def logprobs(self, rollouts):
+        return self._each("logprobs", rollouts)
+
+
+class TrainerGroup(UnitGroup):
+    """The ranks of a DeepSpeed group. A collective call goes to all of them."""
+
+    def _forward(self, method: str, rollouts: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """Like `_each`, with as many forwards on every rank: a ZeRO-3 forward gathers from all, or all wait for ever."""
+        short = -len(rollouts) % len(self.actors)
+        results = self._each(method, [*rollouts, *[rollouts[0]] * short])
+        for surplus in results[len(rollouts) :]:
+            self.waiter.forget(surplus)
+        return results[: len(rollouts)]
+
+    def update(self, shards: Sequence[ray.ObjectRef], learning_rate: float) -> list[ray.ObjectRef]:
+        return [
+            self.waiter.track(actor.update.remote(shard, learning_rate), f"{self.role} rank {rank} (update)")
+            for rank, (actor, shard) in enumerate(zip(self.actors, shards, strict=True))
+        ]
+
+    def call(self, method: str, *args) -> list[ray.ObjectRef]:
+        return [
+            self.waiter.track(getattr(actor, method).remote(*args), f"{self.role} rank {rank} ({method})")
+            for rank, actor in enumerate(self.actors)
+        ]
+
+
+class PolicyGroup(TrainerGroup):
+    weight_bytes = 0
+
+    def logprobs(self, rollouts):
+        return self._forward("logprobs", rollouts)
+
+    def weights(self) -> list[ray.ObjectRef]:
+        """Rank 0's parts; the other ranks gather with it under ZeRO-3 and return nothing."""
+        parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
+        answers = [actor.weights.options(num_returns=parts + 1).remote(parts) for actor in self.actors]
+        *own, receipt = answers[0]
+        self.waiter.track(own[0], "policy rank 0 (weights)", receipt)
+        return own
+
+
+class CriticGroup(TrainerGroup):
+    def values(self, rollouts):
+        return self._forward("values", rollouts)
+
+
+class AssemblerHandle:
+    def __init__(self, actor, waiter: Waiter, policy_ranks: int, critic_ranks: int):
+        self.actor, self.waiter = actor, waiter
+        self.policy_ranks, self.critic_ranks = policy_ranks, critic_ranks
+
+    def assemble(self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float):
+        returns = 1 + self.policy_ranks + self.critic_ranks
+        stats, *shards, receipt = self.actor.assemble.options(num_returns=returns + 1).remote(
+            len(rollouts), kl_coef, *rollouts, *scores, *ref_logprobs, *old_logprobs, *old_values
+        )
+        self.waiter.track(stats, "assembler", receipt)
+        return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
+
+    def evaluate(self, rollouts, scores, ref_logprobs):
+        ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs)
+        return self.waiter.track(ref, "assembler (evaluation)")
+
+
+class RayRoles:
+    """`loop.Roles` over actors."""
+
+    def __init__(self, generation: GenerationGroup, reward: RewardGroup, reference: ReferenceGroup, policy: PolicyGroup,
+                 critic: CriticGroup, assembler: AssemblerHandle, waiter: Waiter):
+        self.generation, self.reward, self.reference = generation, reward, reference
+        self.policy, self.critic, self.assembler, self.waiter = policy, critic, assembler, waiter
+
+    def wait(self, handles, what: str) -> None:
+        self.waiter.wait(handles, what)
+
+    def get(self, handles, what: str) -> list:
+        return self.waiter.get(handles, what)
+
+    def join(self, policy_start: Path, critic_start: Path) -> None:
+        """Both DeepSpeed groups meet, each at its rank 0."""
+        groups = (self.policy, policy_start), (self.critic, critic_start)
+        places = [
+            self.waiter.track(group.actors[0].address.remote(), f"{group.role} rank 0 (address)") for group, _ in groups
+        ]
+        places = self.waiter.get(places, "start of the trainers")
+        joining = [group.call("join", start, *place) for (group, start), place in zip(groups, places, strict=True)]
+        self.policy.weight_bytes = self.waiter.get(joining[0], "start of the policy group")[0]
+        self.waiter.wait(joining[1], "start of the critic group")

@@ -1,0 +1,155 @@
+"""The PPO stage: starts the actors, runs the loop over them, writes what it leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from rlhf_ray import checkpoint
+from rlhf_ray.actors.groups import AssemblerHandle, CriticGroup, GenerationGroup, PolicyGroup, RayRoles, ReferenceGroup, RewardGroup
+from rlhf_ray.actors.placement import Placement
+from rlhf_ray.actors.role_actors import (
+    AssemblerActor,
+    CriticActor,
+    GenerationActor,
+    PolicyActor,
+    ReferenceActor,
+    RewardActor,
+)
+from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.data.store import read_role
+from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.events import EventLog
+from rlhf_ray.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.models.card import model_card
+from rlhf_ray.run_folder import RunFolder
+
+Progress = Callable[[dict], None]
+
+
+def start_model(recipe: Recipe, folder: RunFolder) -> str:
+    """What PPO starts from and stays close to: the SFT model, or the recipe's model where there is no SFT stage."""
+    return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path
+
+
+@contextmanager
+def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[RayRoles]:
+    """All actors of the recipe, ready to work; they end with the `with`."""
+    resources, start = recipe.resources, start_model(recipe, folder)
+    critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
+    with Placement(resources, waiter) as placement:
+
+        def actors(kind, role: str, config: RoleConfig, *args):
+            return [
+                kind.options(**placement.options(role, number)).remote(
+                    f"{role}-{number}", recipe, folder, config, *(part(number) if callable(part) else part for part in args)
+                )
+                for number in range(config.actors)
+            ]
+
+        generation = actors(GenerationActor, "generation", resources.generation, start)
+        reward = actors(RewardActor, "reward", resources.reward, start)
+        reference = actors(ReferenceActor, "reference", resources.reference, start)
+        policy = actors(PolicyActor, "policy", resources.policy, lambda rank: rank, resources.policy.actors)
+        critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
+        assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
+        everyone = [*generation, *reward, *reference, *policy, *critic, assembler]
+        names = [f"{role} actor {number}" for role, group in (("generation", generation), ("reward", reward),
+                 ("reference", reference), ("policy", policy), ("critic", critic)) for number in range(len(group))]
+        try:
+            roles = RayRoles(
+                GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
+                ReferenceGroup("reference", reference, waiter), PolicyGroup("policy", policy, waiter),
+                CriticGroup("critic", critic, waiter),
+                AssemblerHandle(assembler, waiter, len(policy), len(critic)), waiter,
+            )  # fmt: skip
+            ready = [waiter.track(actor.ready.remote(), f"{name} (start)")
+                     for actor, name in zip(everyone, [*names, "assembler"], strict=True)]
+            roles.join(Path(start), Path(critic_start))
+            waiter.wait(ready, "start of the actors", resources.start_timeout_s)
+            yield roles
+        finally:
+            for actor in everyone:
+                ray.kill(actor)
+
+
+def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    """Run the PPO stage to its end, or from its last good checkpoint. Raises StageStopped when asked to stop."""
+    stage, ppo = folder.stage("ppo"), recipe.ppo
+    stage.checkpoints.mkdir(parents=True, exist_ok=True)
+    stage.stop_file.unlink(missing_ok=True)
+    for left_over in stage.checkpoints.glob(".step_*.tmp"):
+        shutil.rmtree(left_over)
+
+    def on_wait(what: str, seconds: float) -> None:
+        progress({"stage": "ppo", "waiting_for": what, "waiting_s": seconds})
+
+    waiter = Waiter(recipe.resources.call_timeout_s,
+                    "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up", on_wait)
+    prompts, eval_prompts = len(read_role(folder, "prompts")), len(read_role(folder, "eval_prompts"))
+    if prompts < ppo.rollout_batch_size:
+        raise UserError(f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {ppo.rollout_batch_size}; "
+                        "lower it or add prompts")
+    state, last = LoopState(kl_coef=ppo.kl_coef), checkpoint.last_good(
+        stage.checkpoints, lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"))
+    if last is not None:
+        state = LoopState.from_json(checkpoint.read_state(last))
+        if ppo.adaptive_kl is None:
+            state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})
+    with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
+        stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
+        recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step if last else None, run_name=recipe.name,
+    ) as metrics:  # fmt: skip
+        if last is not None:
+            waiter.get([*roles.policy.call("load", last), *roles.critic.call("load", last)], "loading the checkpoint")
+        hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
+        loop = PPOLoop(
+            roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
+            chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
+        )  # fmt: skip
+        finished = loop.run()
+        if not finished:
+            raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
+        _save_model(recipe, roles, waiter, stage.model, loop.state)
+    stage.finish({"steps": loop.state.step, "kl_coef": loop.state.kl_coef,
+                  "best_step": loop.state.best_step, "best_score": loop.state.best_score})
+
+
+def _hooks(recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, metrics: MetricsWriter, progress: Progress) -> LoopHooks:
+    stage = folder.stage("ppo")
+
+    def record(step: int, values: dict[str, float]) -> None:
+        values = values | waiter.take_totals()
+        metrics.write(step, values)
+        progress({"stage": "ppo", "step": step, "total": recipe.ppo.steps, "metrics": values})
+
+    def samples(step: int, texts: list[tuple[str, str]], scores: list[float]) -> None:
+        progress({"stage": "ppo", "samples": [
+            {"step": step, "prompt": prompt, "response": response, "score": score}
+            for (prompt, response), score in zip(texts, scores, strict=True)]})  # fmt: skip
+
+    def save(state: LoopState) -> None:
+        checkpoints = stage.checkpoints
+        temporary = checkpoint.temporary_folder(checkpoints, state.step)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        waiter.get([*roles.policy.call("save", temporary), *roles.critic.call("save", temporary)], "writing a checkpoint")
+        checkpoint.publish(checkpoints, state.step, state.to_json(), recipe.ppo.keep_checkpoints)
+
+    def save_best(state: LoopState) -> None:
+        _save_model(recipe, roles, waiter, folder.best_model, state)
+
+    return LoopHooks(record=record, samples=samples, save=save, save_best=save_best,
+                     stop_requested=stage.stop_file.exists)
+
+
+def _save_model(recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState) -> None:
+    card = model_card(recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score,
+                                      "best step": state.best_step})
+    waiter.get(roles.policy.call("save_model", target, card), "writing the model")

@@ -1,0 +1,278 @@
+"""Thin Ray shells around the roles. Each builds its plain role and passes calls on; large results come with a receipt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rlhf_ray.actors.process import set_up_process
+from rlhf_ray.actors.wait import Receipt
+from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.run_folder import RunFolder
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the arrays in a result."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if is_dataclass(value):
+        return sum(nbytes(getattr(value, part.name)) for part in fields(value))
+    if isinstance(value, dict):
+        return sum(map(nbytes, value.values()))
+    return sum(map(nbytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def with_receipt(method: Callable) -> Callable:
+    """Return (result, Receipt), or (*results, Receipt) of a method that returns a list."""
+
+    @wraps(method)
+    def wrapped(self, *args):
+        started = time.perf_counter()
+        result = method(self, *args)
+        receipt = Receipt(time.perf_counter() - started, nbytes(result))
+        return (*result, receipt) if isinstance(result, list) else (result, receipt)
+
+    return wrapped
+
+
+class RoleActor:
+    """Set-up that all actors share. Not an actor itself."""
+
+    def __init__(self, name: str, recipe: Recipe, folder: RunFolder, role: RoleConfig):
+        self.recipe, self.folder = recipe, folder
+        self.device = set_up_process(name, folder.logs, threads=role.threads, gpus=role.gpus)
+
+    def compute_dtype(self, setting: str) -> torch.dtype:
+        from rlhf_ray.engines.precision import resolve_precision
+
+        return resolve_precision(setting, self.device)
+
+    def ready(self) -> str:
+        return self.device.type
+
+
+@ray.remote
+class GenerationActor(RoleActor):
+    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
+        super().__init__(name, recipe, folder, role)
+        from rlhf_ray.data.store import read_role
+        from rlhf_ray.generation_types import SamplingParams
+        from rlhf_ray.roles.generator import Generator
+
+        generation = recipe.generation
+        precision = recipe.ppo.precision if generation.precision == "auto" else generation.precision
+        self.role = Generator(
+            start,
+            read_role(folder, "prompts")["prompt"],
+            read_role(folder, "eval_prompts")["prompt"],
+            sampling=SamplingParams(
+                max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, top_k=generation.top_k,
+                top_p=generation.top_p, min_p=generation.min_p, stop=generation.stop,
+            ),
+            seed=recipe.seed,
+            dtype=self.compute_dtype(precision),
+            device=self.device,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )  # fmt: skip
+
+    @with_receipt
+    def generate(self, unit):
+        return self.role.generate(unit)
+
+    def load_weights(self, policy_version, *parts):
+        weights = {name: array for part in parts for name, array in part.items()}
+        return self.role.load_weights(weights, policy_version)
+
+
+@ray.remote
+class RewardActor(RoleActor):
+    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
+        super().__init__(name, recipe, folder, role)
+        from rlhf_ray.roles.reward import Reward
+        from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer
+
+        if recipe.ppo.reward_function is not None:
+            scorer = FunctionScorer(recipe.ppo.reward_function)
+        else:
+            scorer = RewardScorer(
+                folder.stage("reward").model, compute_dtype=self.compute_dtype(recipe.ppo.precision),
+                device=self.device, trust_remote_code=recipe.model.trust_remote_code,
+            )  # fmt: skip
+        self.role = Reward(scorer, start, trust_remote_code=recipe.model.trust_remote_code)
+
+    @with_receipt
+    def score(self, rollout):
+        return self.role.score(rollout)
+
+    def texts(self, rollout, count):
+        return self.role.texts(rollout, count)
+
+
+@ray.remote
+class ReferenceActor(RoleActor):
+    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
+        super().__init__(name, recipe, folder, role)
+        from rlhf_ray.roles.reference import Reference
+
+        self.role = Reference(
+            start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
+            device=self.device, microbatch_size=recipe.ppo.microbatch_size,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )  # fmt: skip
+
+    @with_receipt
+    def logprobs(self, rollout):
+        return self.role.logprobs(rollout)
+
+
+@ray.remote
+class AssemblerActor(RoleActor):
+    def __init__(self, name, recipe: Recipe, folder, role):
+        super().__init__(name, recipe, folder, role)
+        from rlhf_ray.roles.assembler import Assembler, AssembleSettings
+
+        ppo = recipe.ppo
+        self.role = Assembler(AssembleSettings(
+            gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, missing_eos_penalty=ppo.missing_eos_penalty,
+            whiten_rewards=ppo.whiten_rewards, whiten_advantages=ppo.whiten_advantages,
+            minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
+            policy_ranks=recipe.resources.policy.actors, critic_ranks=recipe.resources.critic.actors, seed=recipe.seed,
+        ))  # fmt: skip
+
+    @with_receipt
+    def assemble(self, units: int, kl_coef: float, *parts):
+        """parts: rollouts, scores, ref_logprobs, old_logprobs, old_values, `units` of each, as refs that Ray resolves."""
+        groups = [list(parts[i : i + units]) for i in range(0, len(parts), units)]
+        stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
+        return [stats, *policy, *critic]
+
+    def evaluate(self, units: int, *parts):
+        return self.role.evaluate(*(list(parts[i : i + units]) for i in range(0, len(parts), units)))
+
+
+class TrainerActor(RoleActor):
+    """One rank of a DeepSpeed group. Not an actor itself."""
+
+    role_name: str
+
+    def __init__(self, name, recipe: Recipe, folder, role, rank: int, ranks: int):
+        super().__init__(name, recipe, folder, role)
+        self.settings, self.rank, self.ranks = role, rank, ranks
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be met."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def _engine(self, module, address: str, port: int):
+        from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+        from rlhf_ray.engines.distributed import join_group
+
+        resources = self.recipe.resources
+        join_group(rank=self.rank, world_size=self.ranks, address=address, port=port, device_type=self.device.type,
+                   timeout_s=resources.call_timeout_s)
+        ppo = self.recipe.ppo
+        settings = OptimiserSettings(
+            adam_eps=ppo.adam_eps, max_grad_norm=ppo.max_grad_norm, zero_stage=self.settings.zero_stage
+        )
+        return DeepSpeedEngine(module, settings, device=self.device)
+
+    def update(self, shard, learning_rate):
+        return self.role.update(shard, learning_rate)
+
+    def save(self, folder: Path) -> int:
+        """Write this rank's share of a checkpoint."""
+        from rlhf_ray.checkpoint import write_rank
+
+        engine = self.role.engine
+        write_rank(folder, self.role_name, self.rank, self.ranks, engine.state(), engine.steps_taken)
+        return self.rank
+
+    def load(self, folder: Path) -> int:
+        from rlhf_ray.checkpoint import read_role
+
+        state, steps = read_role(folder, self.role_name)
+        self.role.engine.load_state(state, steps)
+        return steps
+
+
+@ray.remote
+class PolicyActor(TrainerActor):
+    role_name = "policy"
+
+    def join(self, start: Path, address: str, port: int) -> int:
+        """Build the policy and meet the other ranks. Returns the bytes of its weights."""
+        from rlhf_ray.engines.forward import LogprobModel
+        from rlhf_ray.models.load import disable_dropout, load_causal_lm
+        from rlhf_ray.roles.trainer import PolicyTrainer
+
+        ppo, self.start = self.recipe.ppo, start
+        model = load_causal_lm(start, None, self.recipe.model.trust_remote_code)
+        disable_dropout(model)
+        weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+        self.dtype = self.compute_dtype(ppo.precision)
+        module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
+        engine = self._engine(module, address, port)
+        self.role = PolicyTrainer(engine, microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range)
+        return weight_bytes
+
+    @with_receipt
+    def logprobs(self, rollout):
+        return self.role.logprobs(rollout)
+
+    @with_receipt
+    def weights(self, parts: int):
+        """The weights in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
+        from rlhf_ray.models.wire import pack_weights
+
+        return pack_weights(self.role.weights(), parts, self.dtype, keep=self.rank == 0)
+
+    def save_model(self, folder: Path, card: str) -> int:
+        """Write a Hugging Face folder; rank 0 writes, all gather."""
+        from rlhf_ray.models.load import load_causal_lm, save_model
+        from rlhf_ray.models.tokenizer import load_tokenizer
+        from rlhf_ray.models.wire import load_named
+
+        keep = self.rank == 0
+        state = {name: tensor.float().cpu().clone() for name, tensor in self.role.weights() if keep}
+        if keep:
+            trust = self.recipe.model.trust_remote_code
+            model = load_causal_lm(self.start, None, trust)
+            load_named(model, state)
+            save_model(model, load_tokenizer(self.start, trust), folder, card)
+        return self.rank
+
+
+@ray.remote
+class CriticActor(TrainerActor):
+    role_name = "critic"
+
+    def join(self, start: Path, address: str, port: int) -> int:
+        """Build the critic and meet the other ranks."""
+        from rlhf_ray.engines.forward import ValueModel
+        from rlhf_ray.models.critic import build_critic
+        from rlhf_ray.roles.trainer import CriticTrainer
+
+        ppo = self.recipe.ppo
+        critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)
+        module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
+        engine = self._engine(module, address, port)
+        self.role = CriticTrainer(
+            engine, microbatch_size=ppo.microbatch_size, value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef
+        )
+        return 0
+
+    @with_receipt
+    def values(self, rollout):
+        return self.role.values(rollout)

@@ -1,0 +1,58 @@
+"""The Ray session of a run: its own local one, or the cluster that the user names. Never a stray one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from rlhf_ray.errors import UserError
+
+# Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
+# spinning threads each run five times slower on two cores than with sleeping ones.
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    # A worker's working directory is Ray's; nothing may depend on it.
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DS_ACCELERATOR")
+OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+def worker_environment() -> dict[str, str]:
+    return WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+
+
+@contextmanager
+def ray_session(address: str | None, *, python_path: Path | None = None) -> Iterator[None]:
+    """Ray for the body of the `with`. address None: a local Ray that ends with it."""
+    runtime_env: dict = {"env_vars": worker_environment()}
+    if python_path is not None:
+        runtime_env["env_vars"]["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(python_path), os.environ.get("PYTHONPATH")])
+        )
+    options: dict = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # RAY_ADDRESS would turn address="local" into a connection to somebody's cluster on some versions.
+        os.environ.pop("RAY_ADDRESS", None)
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "num_cpus": int(os.environ.get("RLHF_RAY_NUM_CPUS", len(os.sched_getaffinity(0)))),
+        }
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,25 @@
+"""KL of the policy relative to the reference: estimators per token, and the coefficient's controllers."""
+
+from __future__ import annotations
+
+import torch
+
+
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log p - log p_ref per token [B, T]: unbiased under the policy's own samples, can be negative."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """exp(-k1) - 1 + k1 per token [B, T]: unbiased too, never negative (joschu.net/blog/kl-approx.html)."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
+    """The next KL coefficient of the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
+
+    kl and target are nats a *sequence* (summed over tokens, mean over the batch); horizon and episodes count sequences.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * episodes / horizon)

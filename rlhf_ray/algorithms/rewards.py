@@ -1,0 +1,26 @@
+"""Turn a scored rollout into per-token rewards.   B rollouts, T response tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+def last_action_index(action_mask: torch.Tensor) -> torch.Tensor:
+    """Index [B] of each row's last True in action_mask [B, T], for masks that are True from the left."""
+    return action_mask.sum(1) - 1
+
+
+def token_rewards(
+    scores: torch.Tensor,  # [B]
+    kl: torch.Tensor,  # [B, T]
+    action_mask: torch.Tensor,  # [B, T] bool
+    *,
+    kl_coef: float,
+) -> torch.Tensor:
+    """Rewards [B, T]: -kl_coef * kl on every action token, and the score on the last one (EOS where there is one).
+
+    N+ and TRL place the score one position later, on the padding after EOS; here, as in OpenRLHF, it is on the token
+    whose choice ended the response.
+    """
+    rewards = torch.where(action_mask, -kl_coef * kl, 0.0)
+    return rewards.scatter_add(1, last_action_index(action_mask)[:, None], scores[:, None].to(rewards.dtype))

@@ -1,0 +1,125 @@
+"""From logits and uniform draws to tokens and their log-probabilities.   n rows, V vocabulary entries.
+
+The distribution that a token is drawn from: float32 log-softmax of logits / temperature, cut to the top_k likeliest
+tokens, then to the smallest set with probability top_p of what is left, then to the tokens with at least min_p times the
+likeliest one's probability, then renormalised. Tokens are kept by value: those that tie with the last one kept are kept
+too, so the set does not depend on the order of the vocabulary.
+
+Every knob is one number for all rows, or a tensor [n].
+"""
+
+from __future__ import annotations
+
+import torch
+
+Knob = float | int | torch.Tensor
+
+
+def tempered_logprobs(logits: torch.Tensor, *, temperature: Knob) -> torch.Tensor:
+    """log softmax(logits / temperature) in float32.   logits [..., V]; temperature above 0."""
+    logits = logits.float()
+    if isinstance(temperature, torch.Tensor):
+        logits = logits / temperature[..., None]
+    elif temperature != 1.0:
+        logits = logits / temperature
+    return logits.log_softmax(-1)
+
+
+def truncate(logprobs: torch.Tensor, *, top_k: Knob = 0, top_p: Knob = 1.0, min_p: Knob = 0.0) -> torch.Tensor:
+    """Drop the unlikely tokens (-inf) and renormalise the others.   logprobs [..., V], normalised -> the same shape.
+
+    top_k 0, top_p 1 and min_p 0 keep every token; when all three do so for every row, the input comes back as it is.
+    """
+    if not _is_on(top_k, 0) and not _is_on(top_p, 1.0) and not _is_on(min_p, 0.0):
+        return logprobs
+    if _is_on(top_k, 0):
+        logprobs = logprobs.masked_fill(logprobs < _kth_largest(logprobs, top_k), -torch.inf)
+    if _is_on(top_p, 1.0):
+        logprobs = logprobs.masked_fill(logprobs < _nucleus_edge(logprobs, top_p), -torch.inf)
+    if _is_on(min_p, 0.0):
+        # log(0) is -inf, which drops nothing.
+        share = _column(min_p, logprobs).log()
+        logprobs = logprobs.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + share, -torch.inf)
+    return logprobs - logprobs.logsumexp(-1, keepdim=True)
+
+
+def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative probability exceeds uniforms.   logprobs [n, V], uniforms [n] in [0, 1) -> [n].
+
+    A token of probability zero is never drawn: it does not raise the sum. The draw is scaled by the sum's own last
+    element, so rounding in the sum never leaves a draw beyond the last token.
+    """
+    # A parallel scan on a GPU adds in another order for each entry; float64 keeps it monotone where it matters. The
+    # CPU's scan is sequential and adds in double anyway.
+    dtype = torch.float64 if logprobs.is_cuda else torch.float32
+    cumulative = logprobs.exp().cumsum(-1, dtype=dtype)
+    targets = uniforms.to(dtype)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    return tokens.clamp_(max=logprobs.shape[-1] - 1)   # only a row of NaN goes beyond; its log-prob tells
+
+
+def draw(
+    logits: torch.Tensor,         # [n, V]
+    uniforms: torch.Tensor,       # [n] in [0, 1)
+    *,
+    temperature: Knob,            # 0: the likeliest token, with its log-prob under the untempered distribution
+    top_k: Knob = 0,
+    top_p: Knob = 1.0,
+    min_p: Knob = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row and its log-prob under the distribution it was drawn from.   -> [n] int64, [n] float32."""
+    if isinstance(temperature, torch.Tensor):
+        greedy = temperature == 0
+        untruncated = tempered_logprobs(logits, temperature=torch.where(greedy, 1.0, temperature))
+        logprobs = truncate(untruncated, top_k=top_k, top_p=top_p, min_p=min_p)
+        tokens = torch.where(greedy, untruncated.argmax(-1), inverse_cdf(logprobs, uniforms))
+        return tokens, torch.where(greedy, _at(untruncated, tokens), _at(logprobs, tokens))
+    if temperature == 0:
+        logprobs = tempered_logprobs(logits, temperature=1.0)
+        tokens = logprobs.argmax(-1)
+    else:
+        logprobs = truncate(tempered_logprobs(logits, temperature=temperature), top_k=top_k, top_p=top_p, min_p=min_p)
+        tokens = inverse_cdf(logprobs, uniforms)
+    return tokens, _at(logprobs, tokens)
+
+
+def _at(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _is_on(knob: Knob, off: float) -> bool:
+    return isinstance(knob, torch.Tensor) or knob != off
+
+
+def _column(knob: Knob, like: torch.Tensor) -> torch.Tensor:
+    """A knob as a float32 tensor that broadcasts over the vocabulary."""
+    knob = torch.as_tensor(knob, dtype=torch.float32, device=like.device)
+    return knob[..., None] if knob.ndim else knob
+
+
+def _kth_largest(logprobs: torch.Tensor, top_k: Knob) -> torch.Tensor:
+    """The top_k-th largest entry of each row; -inf where top_k is 0 or not below V."""
+    vocab_size = logprobs.shape[-1]
+    if not isinstance(top_k, torch.Tensor):
+        return logprobs.topk(min(top_k, vocab_size), dim=-1).values[..., -1:]
+    top_k = top_k.long()[..., None]
+    on = (top_k > 0) & (top_k < vocab_size)
+    largest = int(torch.where(on, top_k, 1).amax())
+    values = logprobs.topk(largest, dim=-1).values
+    return torch.where(on, values.gather(-1, (top_k - 1).clamp(0, largest - 1)), -torch.inf)
+
+
+def _nucleus_edge(logprobs: torch.Tensor, top_p: Knob) -> torch.Tensor:
+    """The least likely entry of the smallest set with probability top_p, a row; -inf where top_p is 1."""
+    top_p = _column(top_p, logprobs)
+    total = logprobs.logsumexp(-1, keepdim=True)   # not 0 after a top_k
+    # A few likely tokens hold top_p as a rule, and sorting the whole vocabulary costs as much as the rest of a step.
+    for candidates in (min(512, logprobs.shape[-1]), logprobs.shape[-1]):
+        ordered = logprobs.topk(candidates, dim=-1).values
+        probs = (ordered - total).exp()
+        cumulative = probs.cumsum(-1)
+        if bool(((cumulative[..., -1:] >= top_p) | (top_p >= 1)).all()):
+            break
+    before = cumulative - probs                    # probability of the likelier tokens; 0 for the first
+    edge = ordered.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+    return torch.where(top_p < 1, edge, -torch.inf)

@@ -1,0 +1,301 @@
+"""The recipe: every knob of a run, typed, validated before anything starts, and frozen.
+
+A default lives on its field and nowhere else; what follows from other fields is a property. The README's recipe
+reference is generated from these classes, so each field carries its one-line description.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def exact_div(total: int, part: int, what: str) -> int:
+    """total / part, or a sentence naming the two and the nearest value that works."""
+    if part <= 0 or total % part:
+        nearest = max(total // part, 1) * part if part > 0 else total
+        raise ValueError(f"{what}: {total} is not a multiple of {part}; try {nearest}")
+    return total // part
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+def knob(default, description: str, **kwargs):
+    return Field(default, description=description, **kwargs)
+
+
+class FromScratch(Section):
+    """The architecture of a model that starts from random weights."""
+
+    architecture: Literal["gpt2", "llama", "qwen2"] = knob("gpt2", "model family")
+    layers: int = knob(4, "transformer blocks", gt=0)
+    width: int = knob(256, "hidden size", gt=0)
+    heads: int = knob(4, "attention heads", gt=0)
+    positions: int = knob(256, "longest sequence in tokens, prompt and response together", gt=1)
+    vocab_size: int = knob(4096, "entries of the byte-level BPE tokenizer trained on the recipe's text", ge=260)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self):
+        exact_div(self.width, self.heads, "model.from_scratch.width must divide by heads")
+        return self
+
+
+class ModelConfig(Section):
+    """The language model that is tuned."""
+
+    name_or_path: str = knob("from_scratch", "Hugging Face folder, hub name, or 'from_scratch'")
+    from_scratch: FromScratch = knob(FromScratch(), "architecture when name_or_path is 'from_scratch'")
+    trust_remote_code: bool = knob(False, "run Python code that a hub model ships; only for authors you trust")
+    chat_template: str | None = knob(None, "Jinja chat template to use in place of the tokenizer's own")
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.name_or_path == "from_scratch"
+
+
+class SourceConfig(Section):
+    """One data set; several are mixed by weight."""
+
+    path: str = knob(..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given")
+    name: str | None = knob(None, "hub configuration (subset) name")
+    split: str = knob("train", "split to read")
+    columns: dict[str, str] = knob({}, "our column name -> the data set's, where they differ")
+    weight: float | None = knob(None, "share of this source in the mix, relative to the others; none given: every row once", gt=0)
+    max_rows: int | None = knob(None, "read at most this many rows", gt=0)
+
+
+class DataConfig(Section):
+    """Where the text, the preferences and the prompts come from."""
+
+    root: str | None = knob(None, "local folder to read in place of the hub")
+    builder: str | None = knob(None, "package.module:function that returns the data sets by role, in place of the lists below")
+    builder_args: dict = knob({}, "keyword arguments of the builder")
+    sft: tuple[SourceConfig, ...] = knob((), "text, prompt/response or chat messages to imitate")
+    preferences: tuple[SourceConfig, ...] = knob((), "prompt/chosen/rejected pairs or prompt/response/score rows")
+    judge: tuple[SourceConfig, ...] = knob((), "preferences that only the independent judge sees")
+    prompts: tuple[SourceConfig, ...] = knob((), "prompts for PPO; default: those of the preferences")
+    eval_prompts: tuple[SourceConfig, ...] = knob((), "held-out prompts; default: a share of prompts")
+    holdout: float = knob(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
+    max_prompt_tokens: int = knob(64, "longer prompts are cut", gt=0)
+    truncate_prompt: Literal["left", "right", "drop"] = knob("left", "side of a long prompt that is cut, or drop the row")
+    drop_duplicates: bool = knob(True, "drop rows that repeat another of the same source exactly")
+
+
+class TrainConfig(Section):
+    """What the supervised stages (SFT, reward model, judge, fluency model) have in common."""
+
+    learning_rate: float = knob(3e-4, "peak learning rate of AdamW", gt=0)
+    epochs: float = knob(1.0, "passes over the data", gt=0)
+    max_steps: int = knob(-1, "optimiser steps; -1: as many as the epochs need")
+    batch_size: int = knob(32, "sequences an optimiser step, whole job", gt=0)
+    microbatch_size: int = knob(32, "sequences a forward pass, per worker", gt=0)
+    max_length: int = knob(256, "longest sequence in tokens", gt=1)
+    warmup_ratio: float = knob(0.03, "share of the steps in which the rate rises", ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = knob("cosine", "shape of the learning rate after the warm-up")
+    weight_decay: float = knob(0.0, "decoupled weight decay", ge=0)
+    precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    max_minutes: float | None = knob(None, "stop the stage after this many minutes of training, with what it has", gt=0)
+    checkpoint_minutes: float = knob(10.0, "longest time between checkpoints", gt=0)
+    eval_rows: int = knob(500, "held-out rows scored during and after training", gt=0)
+    workers: int = knob(1, "Ray Train workers (data-parallel ranks)", gt=0)
+    cpus_per_worker: float = knob(1, "CPUs reserved for each worker", gt=0)
+    gpus_per_worker: float = knob(0, "GPUs reserved for each worker", ge=0)
+    threads: int = knob(2, "torch threads of each worker", gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
+
+    @property
+    def accumulation_steps(self) -> int:
+        per_rank = exact_div(self.batch_size, self.workers, "batch_size must divide by workers")
+        return exact_div(per_rank, self.microbatch_size, "batch_size / workers must divide by microbatch_size")
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        self.accumulation_steps
+        return self
+
+
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning (TRL's SFTTrainer). Also the form of the separately seeded fluency model."""
+
+    packing: bool = knob(False, "fill sequences of max_length with several texts (plain text only)")
+
+
+class RewardConfig(TrainConfig):
+    """A reward model (TRL's RewardTrainer). Also the form of the independent judge."""
+
+    objective: Literal["pairs", "scores"] = knob("pairs", "Bradley-Terry on pairs, or regression to people's scores")
+    base: str = knob("sft", "start from 'sft' (the stage's model), 'model' (the recipe's model, before SFT) or a folder / hub name")
+    truncate_reply: Literal["left", "right", "drop"] = knob("drop", "side of a reply that is cut when its row exceeds max_length, or drop the row")
+    learning_rate: float = knob(1e-4, "peak learning rate of AdamW", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
+    normalise_samples: int = knob(256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0)
+
+
+class GenerationConfig(Section):
+    """How responses are drawn, in training and evaluation alike."""
+
+    max_new_tokens: int = knob(48, "longest response in tokens", gt=0)
+    temperature: float = knob(1.0, "divides the logits in sampling and in every log-prob", gt=0)
+    top_k: int = knob(0, "sample from the k likeliest tokens; 0: all", ge=0)
+    top_p: float = knob(1.0, "sample from the smallest set with this probability", gt=0, le=1)
+    min_p: float = knob(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
+    stop: tuple[str, ...] = knob((), "strings that end a response")
+    chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
+    precision: Precision = knob("auto", "auto: as ppo.precision")
+
+
+class KlConfig(Section):
+    """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
+
+    target: float = knob(6.0, "nats a sequence, summed over its tokens", gt=0)
+    horizon: int = knob(10000, "episodes over which the coefficient adapts", gt=0)
+
+
+class PPOConfig(Section):
+    """Proximal policy optimisation with a KL penalty to the SFT model."""
+
+    steps: int = knob(100, "rollout-and-update iterations", gt=0)
+    rollout_batch_size: int = knob(64, "prompts a step, whole job", gt=0)
+    samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
+    minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
+    microbatch_size: int = knob(32, "rollouts a forward pass, per rank", gt=0)
+    ppo_epochs: int = knob(4, "passes over each rollout batch", gt=0)
+    learning_rate: float = knob(1e-5, "policy's peak rate", gt=0)
+    critic_learning_rate: float = knob(1e-5, "critic's peak rate", gt=0)
+    anneal: bool = knob(True, "learning rates fall linearly to zero over the steps")
+    adam_eps: float = knob(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: never", ge=0)
+    kl_coef: float = knob(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
+    adaptive_kl: KlConfig | None = knob(None, "adapt kl_coef to a target; null: fixed")
+    gamma: float = knob(1.0, "discount", ge=0, le=1)
+    gae_lambda: float = knob(0.95, "GAE's lambda", ge=0, le=1)
+    clip_range: float = knob(0.2, "ratio clip of the policy loss", gt=0)
+    value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
+    vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
+    whiten_rewards: bool = knob(False, "divide rewards by their deviation over the batch, keeping the mean")
+    whiten_advantages: bool = knob(True, "centre and scale advantages over the whole batch")
+    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
+    critic_init: Literal["reward", "sft"] = knob("reward", "critic starts from the reward model, or from the SFT model with a zero head")
+    reward_function: str | None = knob(None, "package.module:function scoring (prompts, responses) in place of the reward model")
+    precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
+    eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
+    checkpoint_every: int = knob(20, "steps between checkpoints", gt=0)
+    checkpoint_minutes: float = knob(20.0, "longest time between checkpoints", gt=0)
+    keep_checkpoints: int = knob(2, "last good checkpoints kept", gt=0)
+    max_mismatch: float = knob(0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0)
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.rollout_batch_size * self.samples_per_prompt
+
+    @property
+    def num_minibatches(self) -> int:
+        return exact_div(self.rollouts_per_step, self.minibatch_size,
+                         "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size")
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        self.num_minibatches
+        exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
+        return self
+
+
+class EvaluationConfig(Section):
+    """SFT model against PPO model on held-out prompts."""
+
+    prompts: int = knob(256, "held-out prompts", gt=0)
+    samples: int = knob(12, "sample pairs shown in the report", gt=0)
+    seeds: tuple[int, ...] = knob((0,), "sampling seeds; every prompt is drawn once for each")
+    bootstrap: int = knob(2000, "resamples of the 95 % intervals", gt=0)
+    judge_function: str | None = knob(None, "package.module:function(prompts, responses) -> scores: the known true utility")
+    judge_positive_above: float | None = knob(None, "raw judge score above which a response counts as positive (judge_positive)")
+
+
+class RoleConfig(Section):
+    """How many Ray actors a role has and what each reserves."""
+
+    actors: int = knob(1, "Ray actors of this role", gt=0)
+    cpus: float = knob(0.3, "CPUs reserved for each", ge=0)
+    gpus: float = knob(0.0, "GPUs reserved for each", ge=0)
+    threads: int = knob(2, "torch threads of each; results are bit-equal only for a fixed number", gt=0)
+
+
+class GroupConfig(RoleConfig):
+    """A DeepSpeed group: `actors` is its number of ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
+
+
+class ResourcesConfig(Section):
+    """Placement of the PPO roles; the defaults fit on two cores."""
+
+    generation: RoleConfig = knob(RoleConfig(), "generation actors")
+    reward: RoleConfig = knob(RoleConfig(), "reward actors")
+    reference: RoleConfig = knob(RoleConfig(), "reference actors")
+    policy: GroupConfig = knob(GroupConfig(), "policy ranks")
+    critic: GroupConfig = knob(GroupConfig(), "critic ranks")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = knob("PACK", "Ray placement-group strategy")
+    start_timeout_s: float = knob(300.0, "longest wait for actors to start", gt=0)
+    call_timeout_s: float = knob(1800.0, "longest wait for any one call to an actor", gt=0)
+
+
+class TrackingConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = knob(True, "write TensorBoard event files")
+    wandb: str | None = knob(None, "Weights & Biases project (needs the extra 'wandb')")
+    mlflow: str | None = knob(None, "MLflow experiment (needs the extra 'mlflow')")
+
+
+class Recipe(Section):
+    """One run from data to evaluated model."""
+
+    name: str = knob(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = knob(0, "every random draw follows from it", ge=0)
+    model: ModelConfig = knob(ModelConfig(), "the language model")
+    data: DataConfig = knob(DataConfig(), "the data")
+    sft: SftConfig | None = knob(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
+    reward: RewardConfig | None = knob(RewardConfig(), "reward model; null with ppo.reward_function")
+    judge: RewardConfig | None = knob(None, "independent judge, trained on data.judge")
+    fluency: SftConfig | None = knob(None, "separately seeded language model for perplexity_independent")
+    generation: GenerationConfig = knob(GenerationConfig(), "sampling")
+    ppo: PPOConfig = knob(PPOConfig(), "PPO")
+    evaluation: EvaluationConfig = knob(EvaluationConfig(), "final evaluation")
+    resources: ResourcesConfig = knob(ResourcesConfig(), "actors and placement")
+    tracking: TrackingConfig = knob(TrackingConfig(), "metric back-ends")
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        ppo, ranks = self.ppo, self.resources.policy.actors
+        for role, ranks in (("policy", self.resources.policy.actors), ("critic", self.resources.critic.actors)):
+            per_rank = exact_div(ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors")
+            exact_div(per_rank, min(ppo.microbatch_size, per_rank),
+                      f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size")
+        if self.reward is None and ppo.reward_function is None:
+            raise ValueError("reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them")
+        if self.reward is None and ppo.critic_init == "reward":
+            raise ValueError("ppo.critic_init is 'reward' but reward is null; set ppo.critic_init to 'sft'")
+        if self.model.is_from_scratch:
+            if self.sft is None:
+                raise ValueError("model.name_or_path is 'from_scratch' and sft is null: nothing would train the model; set sft")
+            longest = self.data.max_prompt_tokens + self.generation.max_new_tokens
+            if longest > self.model.from_scratch.positions:
+                raise ValueError(
+                    f"data.max_prompt_tokens + generation.max_new_tokens = {longest} is longer than "
+                    f"model.from_scratch.positions = {self.model.from_scratch.positions}; lower one or raise positions")
+            for name in ("sft", "reward", "judge", "fluency"):
+                stage = getattr(self, name)
+                if stage is not None and stage.max_length > self.model.from_scratch.positions:
+                    raise ValueError(
+                        f"{name}.max_length = {stage.max_length} is longer than model.from_scratch.positions = "
+                        f"{self.model.from_scratch.positions}; lower it or raise positions")
+        return self
+
+
+RecipePath = Annotated[str, "path of a recipe YAML, or the name of a packaged one"]

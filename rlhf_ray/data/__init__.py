@@ -1,0 +1,1 @@
+"""Rows of text from anywhere to the run folder's Parquet files."""

@@ -1,0 +1,64 @@
+"""Several sources to one list of rows, and one list to a training and a held-out part."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from rlhf_ray.errors import UserError
+
+
+def mix(parts: list[list[dict]], weights: list[float | None], seed: int, where: str) -> tuple[list[dict], list[int]]:
+    """(rows in random order, how many of each source were used).
+
+    Without weights every row is used once. With weights (one for each source) the mix has these proportions exactly, to
+    rounding, and is the largest in which no row occurs twice.
+    """
+    if all(weight is None for weight in weights):
+        used = [len(part) for part in parts]
+    elif any(weight is None for weight in weights):
+        missing = weights.index(None)
+        raise UserError(
+            f"{where}[{missing}] has no weight and others of {where} have one; give all of them one, or none"
+        )
+    else:
+        scale = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+        used = [min(len(part), round(scale * weight)) for part, weight in zip(parts, weights, strict=True)]
+        if 0 in used:
+            raise UserError(
+                f"{where}[{used.index(0)}] would have no row in a mix of weights {', '.join(f'{w:g}' for w in weights)}, "
+                f"because another source has few rows ({min(map(len, parts))}); bring the weights closer together"
+            )
+    rng = random.Random(f"mix/{seed}/{where}")
+    rows = [row for part, count in zip(parts, used, strict=True) for row in _sample(part, count, rng)]
+    rng.shuffle(rows)
+    return rows, used
+
+
+def _sample(rows: list[dict], count: int, rng: random.Random) -> list[dict]:
+    return rows if count == len(rows) else rng.sample(rows, count)
+
+
+def is_held_out(key: str, seed: int, share: float) -> bool:
+    """Whether a prompt is held out: it depends on the prompt and the seed alone, so every role decides alike."""
+    return _place(key, seed) < share
+
+
+def split(rows: list[dict], share: float, seed: int, where: str) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows). Rows with the same key (prompt) stand on the same side; neither side is empty."""
+    places = {row["key"]: _place(row["key"], seed) for row in rows}
+    if len(places) < 2:
+        raise UserError(
+            f"{where} has {len(rows)} usable rows with {len(places)} different prompts, none can be held out; "
+            "give at least two different prompts"
+        )
+    held_out = {key for key, place in places.items() if place < share}
+    ordered = sorted(places, key=places.__getitem__)
+    held_out = (held_out or {ordered[0]}) - {ordered[-1]}  # in a small set chance may choose nobody, or everybody
+    return [row for row in rows if row["key"] not in held_out], [row for row in rows if row["key"] in held_out]
+
+
+def _place(key: str, seed: int) -> float:
+    """A number in [0, 1) that is fixed by key and seed."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

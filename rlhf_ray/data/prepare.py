@@ -1,0 +1,243 @@
+"""The data stage: sources or a builder in; RUN/data/<role>.parquet, RUN/data/tokenizer/ and RUN/data/summary.json out."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.config import Recipe, SourceConfig
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.formats import Role, detect, normalise
+from rlhf_ray.data.mixing import mix, split
+from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
+from rlhf_ray.data.sources import call_builder, load_source
+from rlhf_ray.data.store import COLUMNS, write_role
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_ray.run_folder import RunFolder, write_atomically
+
+TOKENIZER_CHARACTERS = 20_000_000  # more text than this changes a small vocabulary no further, and takes minutes
+LISTS = ("sft", "preferences", "judge", "prompts", "eval_prompts")
+
+
+def prepare(recipe: Recipe, folder: RunFolder) -> dict:
+    """Run the data stage, unless it is done; returns its summary.
+
+    The summary holds, by role, the rows written, and by source the rows read, kept, used, dropped and cut by rule.
+    Raises UserError for missing or empty data, missing columns, a tokenizer without EOS.
+    """
+    stage = folder.stage("data")
+    if stage.done:
+        return stage.summary()
+    started = time.monotonic()
+    raw = _read_sources(recipe)
+    tokenizer = _tokenizer(recipe, raw)
+    builder = _Preparation(recipe, tokenizer, raw)
+    written = builder.roles()
+    tokenizer.save_pretrained(folder.tokenizer)
+    for role, (rows, columns) in written.items():
+        write_role(folder, role, rows, columns)
+    summary = {
+        "roles": {role: {"rows": len(rows)} for role, (rows, _) in written.items()},
+        "sources": builder.tallies,
+        "tokenizer": {
+            "origin": "trained on the SFT text" if recipe.model.is_from_scratch else recipe.model.name_or_path,
+            "entries": len(tokenizer),
+            "eos": tokenizer.eos_token,
+            "pad": tokenizer.pad_token,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    stage.finish(summary)
+    return summary
+
+
+RawSource = tuple[str, SourceConfig, Dataset]  # its name in messages, its settings, its rows
+Raw = Mapping[str, list[RawSource]]
+
+
+def needed_lists(recipe: Recipe) -> dict[str, str]:
+    """The recipe's data lists that must not be empty -> the section that needs them."""
+    needed = {}
+    if recipe.sft is not None or recipe.fluency is not None:
+        needed["sft"] = "sft" if recipe.sft is not None else "fluency"
+    if recipe.reward is not None:
+        needed["preferences"] = "reward"
+    if recipe.judge is not None:
+        needed["judge"] = "judge"
+    return needed
+
+
+def _read_sources(recipe: Recipe) -> Raw:
+    data = recipe.data
+    raw: dict[str, list[RawSource]] = {}
+    if data.builder is not None:
+        for role, rows in call_builder(data, recipe.seed).items():
+            raw[role] = [(f"{data.builder} ({role})", SourceConfig(path=f"{data.builder}#{role}"), rows)]
+    needed = needed_lists(recipe)
+    for role in LISTS:
+        if getattr(data, role) and data.builder is not None:
+            raise UserError(
+                f"data.builder and data.{role} are both set, and the builder stands in place of the lists; remove one"
+            )
+        if role in needed or role.endswith("prompts"):
+            for index, source in enumerate(getattr(data, role)):
+                where = f"data.{role}[{index}]"
+                raw.setdefault(role, []).append((where, source, load_source(source, data.root, recipe.seed, where)))
+    for role, section in needed.items():
+        if role not in raw:
+            giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"
+            raise UserError(f"'{section}' is set and {giver}; give it rows, or set {section}: null")
+    if not any(role in raw for role in ("prompts", "preferences", "sft")):
+        raise UserError(
+            "data.prompts is empty and there is no other data to take prompts from; list a source of prompts"
+        )
+    return raw
+
+
+def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
+    model = recipe.model
+    if model.is_from_scratch:
+        texts = []
+        for where, source, rows in raw["sft"]:
+            columns = detect(rows.column_names, source.columns, "sft", where)
+            texts += [row["prompt"] + row["response"] for row in normalise(rows, columns, "sft", ChatFormat(None))]
+        random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
+        total = 0
+        for count, text in enumerate(texts):
+            total += len(text)
+            if total > TOKENIZER_CHARACTERS:
+                texts = texts[: count + 1]
+                break
+        tokenizer = train_tokenizer(texts, model.from_scratch.vocab_size, model.from_scratch.architecture)
+    else:
+        tokenizer = load_tokenizer(model.name_or_path, model.trust_remote_code)
+    if model.chat_template is not None:
+        tokenizer.chat_template = model.chat_template
+    return tokenizer
+
+
+class _Preparation:
+    """From raw rows to the roles' rows; `tallies` is what was counted on the way."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw):
+        self._recipe, self._tokenizer, self._raw = recipe, tokenizer, raw
+        self._chat = ChatFormat(tokenizer)
+        self.tallies: dict[str, list[dict]] = {}
+
+    def roles(self) -> dict[str, tuple[list[dict], tuple[str, ...]]]:
+        """Role -> (rows, columns)."""
+        recipe, written = self._recipe, {}
+        sft_section = recipe.sft or recipe.fluency
+        pool: dict[str, tuple[list[dict], list[dict]]] = {}  # training and held-out rows that prompts may come from
+        if sft_section is not None:
+            limits = self._limits(self._tokenizer, sft_section.max_length, whole_texts=True)
+            pool["sft"] = self._train_and_eval("sft", "sft", limits)
+            written["sft_train"], written["sft_eval"] = ((rows, COLUMNS["sft"]) for rows in pool["sft"])
+        for name, role in (("reward", "preferences"), ("judge", "judge")):
+            section = getattr(recipe, name)
+            if section is None:
+                continue
+            own = section.base not in ("sft", "model")
+            tokenizer = load_tokenizer(section.base, recipe.model.trust_remote_code) if own else self._tokenizer
+            limits = self._limits(tokenizer, section.max_length, truncate_reply=section.truncate_reply)
+            pool[role] = self._train_and_eval(role, section.objective, limits)
+            for part, rows in zip(("train", "eval"), pool[role], strict=True):
+                written[f"{name}_{part}"] = (rows, COLUMNS[section.objective])
+        train, held_out = self._prompts(pool)
+        written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
+        return written
+
+    def _limits(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **extra) -> Limits:
+        data = self._recipe.data
+        return Limits(
+            tokenizer=tokenizer, chat=self._chat, max_prompt_tokens=data.max_prompt_tokens,
+            max_length=max_length, truncate_prompt=data.truncate_prompt, drop_duplicates=data.drop_duplicates, **extra,
+        )  # fmt: skip
+
+    def _train_and_eval(self, role: str, form: Role, limits: Limits) -> tuple[list[dict], list[dict]]:
+        rows = self._rows(role, form, limits)
+        if f"{role}_eval" in self._raw:
+            return rows, self._rows(f"{role}_eval", form, limits)
+        return split(rows, self._recipe.data.holdout, self._recipe.seed, f"data.{role}")
+
+    def _rows(self, role: str, form: Role, limits: Limits) -> list[dict]:
+        """The cleaned and mixed rows of a list of sources."""
+        parts, counted = [], []
+        for where, source, dataset in self._raw[role]:
+            columns = detect(dataset.column_names, source.columns, form, where)
+            tally = Tally()
+            parts.append(apply_rules(normalise(dataset, columns, form, self._chat), form, limits, tally))
+            if not parts[-1]:
+                raise UserError(
+                    f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"
+                )
+            counted.append((source, tally))
+        rows, used = mix(parts, [source.weight for source, _ in counted], self._recipe.seed, f"data.{role}")
+        for (_, tally), count in zip(counted, used, strict=True):
+            if count < tally.kept:
+                tally.dropped["surplus_of_mix"] += tally.kept - count
+                tally.kept = count
+        self.tallies[role] = [{"source": source.path, **tally.as_dict()} for source, tally in counted]
+        return rows
+
+    def _prompts(self, pool: dict[str, tuple[list[dict], list[dict]]]) -> tuple[list[dict], list[dict]]:
+        """Prompts to train on and to evaluate on: the given ones, else those of the preferences, else those of the SFT rows."""
+        recipe = self._recipe
+        limits = self._limits(self._tokenizer, recipe.data.max_prompt_tokens)
+        origin = next((role for role in ("preferences", "sft") if role in pool), None)
+        if "prompts" in self._raw:
+            train = self._rows("prompts", "prompts", limits)
+            held_out = None
+        else:
+            train, held_out = (self._prompts_of(rows, origin, part, limits)
+                               for rows, part in zip(pool[origin], ("train", "eval"), strict=True))  # fmt: skip
+        if "eval_prompts" in self._raw:
+            held_out = self._rows("eval_prompts", "prompts", limits)
+        elif held_out is None:
+            train, held_out = split(train, recipe.data.holdout, recipe.seed, "data.prompts")
+        return self._without(train, held_out), held_out
+
+    def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: Limits) -> list[dict]:
+        tally = Tally()
+        copies = [{"prompt": row["prompt"], "messages": row["messages"], "key": row["key"]} for row in rows]
+        # One prompt may have many pairs, whatever is wanted of rows that repeat.
+        prompts = apply_rules(copies, "prompts", replace(limits, drop_duplicates=True), tally)
+        if not prompts:
+            raise UserError(
+                f"data.prompts is empty and the rows of data.{origin} hold no prompts ({tally.in_words()}); list a source of prompts"
+            )
+        self.tallies[f"prompts_{part}"] = [{"source": f"the {part} rows of {origin}", **tally.as_dict()}]
+        return prompts
+
+    def _without(self, train: list[dict], held_out: list[dict]) -> list[dict]:
+        """Training prompts that are not evaluation prompts (two long ones may be the same once they are cut)."""
+        tally, texts = Tally(), {row["prompt"] for row in held_out}
+        kept = drop(train, tally, "in_eval_prompts", lambda row: row["prompt"] in texts)
+        if not kept:
+            raise UserError(
+                "every prompt of data.prompts is an evaluation prompt too; give other eval_prompts, or none"
+            )
+        tally.read, tally.kept = len(train), len(kept)
+        if tally.dropped:
+            self.tallies["prompts_not_in_eval"] = [{"source": "the prompts that are left", **tally.as_dict()}]
+        return kept
+
+
+def _remedy(tally: Tally, form: Role, role: str) -> str:
+    section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.removesuffix("_eval"), "data")
+    return {
+        "over_long": "raise data.max_prompt_tokens"
+        if form == "prompts"
+        else f"raise {section}.max_length or cut the texts",
+        "empty_reply": "check which columns hold the replies",
+        "empty_prompt": "check which column holds the prompts",
+        "no_score": "check which column holds the scores",
+    }.get(tally.dropped.most_common(1)[0][0], "give other rows")

@@ -1,0 +1,270 @@
+"""Where rows come from: local files, the hub, or a builder function. Comes out: a `datasets.Dataset` of raw columns."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from rlhf_ray.config import DataConfig, SourceConfig
+from rlhf_ray.errors import UserError
+
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
+BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """Files of one format, read by `datasets`' reader of that name."""
+
+    reader: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    name: str
+
+
+def suffix_of(path: str | Path) -> str:
+    """'.jsonl' of 'a/train.jsonl.gz'."""
+    name = Path(str(path)).name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
+def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | HubName:
+    """Decide what a source's path means. `where` names the source in messages, e.g. 'data.sft[0]'.
+
+    With a root everything is local: root/path, else root/<last part of path> (so that a hub name finds its folder), else,
+    for a path that is not a file name, the root itself. Without one, a path is local if it is there or looks like a file.
+    """
+    path = source.path
+    if "://" in path:
+        return LocalFiles(_reader_of([path], where), (path,))
+    if root is not None:
+        base = Path(root).expanduser().absolute()
+        if not base.is_dir():
+            raise UserError(f"data.root = '{root}' is not a folder; give the folder that holds {where}'s '{path}'")
+        candidates = [base / path, base / Path(path).name]
+        if suffix_of(path) not in READERS:
+            candidates.append(base)
+    else:
+        candidates = [Path(path).expanduser().absolute()]
+    for candidate in candidates:
+        if candidate.is_file():
+            return LocalFiles(_reader_of([str(candidate)], where), (str(candidate),))
+        if candidate.is_dir():
+            return _folder(candidate, source.split, where)
+        if matches := sorted(glob.glob(str(candidate))):
+            return LocalFiles(_reader_of(matches, where), tuple(matches))
+    if (
+        root is None
+        and suffix_of(path) not in READERS
+        and not path.startswith(("/", ".", "~"))
+        and path.count("/") <= 1
+    ):
+        return HubName(path)
+    folder = candidates[0].parent
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    there = f"{folder} holds {', '.join(names[:8]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist"
+    near = difflib.get_close_matches(candidates[0].name, names, 1)
+    remedy = f"did you mean '{near[0]}'?" if near else "correct the path or set data.root"
+    raise UserError(f"{where}: '{candidates[0]}' does not exist ({there}); {remedy}")
+
+
+def load_source(source: SourceConfig, root: str | None, seed: int, where: str) -> Dataset:
+    """All rows of a source, or `max_rows` of them drawn at random (many files are sorted by label)."""
+    rows = _load(source, root, where)
+    if source.max_rows is not None and len(rows) > source.max_rows:
+        rows = rows.shuffle(seed=seed).select(range(source.max_rows))
+    if len(rows) == 0:
+        raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
+    return rows
+
+
+def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] | None:
+    """The column names without reading everything; None where they are known only after a download."""
+    place = locate(source, root, where)
+    if isinstance(place, LocalFiles):
+        if place.reader == "arrow":
+            return _load(source, root, where).column_names
+        first = next(iter(_call(where, source.path, lambda: _read_files(place, streaming=True))), None)
+        if first is None:
+            raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
+        return list(first)
+    builder = _call(where, source.path, lambda: datasets.load_dataset_builder(place.name, source.name))
+    if builder.info.splits and source.split not in builder.info.splits and source.split.isidentifier():
+        raise UserError(
+            f"{where}: '{place.name}' has no split '{source.split}'; it has {', '.join(builder.info.splits)}"
+        )
+    return list(builder.info.features) if builder.info.features else None
+
+
+def find_builder(data: DataConfig, seed: int) -> Callable[[], dict[str, Dataset]]:
+    """The recipe's builder with its arguments bound, not called yet."""
+    assert data.builder is not None
+    module_name, _, function_name = data.builder.partition(":")
+    if not function_name:
+        raise UserError(f"data.builder = '{data.builder}' is not of the form package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"data.builder: the module '{module_name}' could not be imported ({error}); install it or correct the name"
+        ) from error
+    if not hasattr(module, function_name):
+        names = [name for name in dir(module) if not name.startswith("_")]
+        near = difflib.get_close_matches(function_name, names, 1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
+        raise UserError(f"data.builder: '{module_name}' has no function '{function_name}'; {remedy}")
+    function = getattr(module, function_name)
+    arguments = {"root": data.root, "seed": seed, **data.builder_args}
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"data.builder_args: {data.builder} cannot be called with {', '.join(arguments)} ({error}); "
+            f"its signature is {inspect.signature(function)}"
+        ) from error
+    return lambda: function(**arguments)
+
+
+def call_builder(data: DataConfig, seed: int) -> dict[str, Dataset]:
+    """The builder's data sets by role, their names checked."""
+    built = find_builder(data, seed)()
+    for role, rows in built.items():
+        if role not in BUILDER_ROLES:
+            near = difflib.get_close_matches(role, BUILDER_ROLES, 1)
+            raise UserError(f"{data.builder} returned a role '{role}'; it may return {', '.join(BUILDER_ROLES)}"
+                            + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip
+        if not isinstance(rows, Dataset):
+            raise UserError(f"{data.builder} returned a {type(rows).__name__} for '{role}'; return a datasets.Dataset")
+        if len(rows) == 0:
+            raise UserError(f"{data.builder} returned no rows for '{role}'; leave the role out or give it rows")
+    return built
+
+
+def resolve_paths(data: DataConfig) -> DataConfig:
+    """The same with local paths made absolute: a job or a worker has another working directory."""
+    if data.root is not None:
+        return data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
+
+    def absolute(source: SourceConfig) -> SourceConfig:
+        path = Path(source.path).expanduser()
+        local = "://" not in source.path and (path.exists() or suffix_of(path) in READERS or source.path[0] in "./~")
+        return source.model_copy(update={"path": str(path.absolute())}) if local else source
+
+    lists = ("sft", "preferences", "judge", "prompts", "eval_prompts")
+    return data.model_copy(update={name: tuple(map(absolute, getattr(data, name))) for name in lists})
+
+
+def _folder(folder: Path, split: str, where: str) -> LocalFiles:
+    """The files of a folder that belong to a split, by their names: train.jsonl.gz, test-00000-of-00002.parquet."""
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return LocalFiles("arrow", (str(folder),))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and suffix_of(file) in READERS)
+    if not files:
+        raise UserError(f"{where}: the folder {folder} holds no {', '.join(READERS)} file (gz too); give one that does")
+
+    def belongs(file: Path, name: str) -> bool:
+        stem = file.name.split(".")[0].lower()
+        return (
+            stem == name
+            or stem.startswith((f"{name}-", f"{name}_"))
+            or file.parent != folder
+            and file.parent.name == name
+        )
+
+    chosen = [file for file in files if belongs(file, split)]
+    if not chosen and (split != "train" or any(belongs(file, name) for file in files for name in SPLIT_NAMES)):
+        names = ", ".join(file.name for file in files[:8])
+        raise UserError(
+            f"{where}: no file in {folder} is named after the split '{split}' (there are {names}); set split or path"
+        )
+    chosen = [str(file) for file in chosen or files if file.suffix != ".txt" or len(files) == 1]
+    return LocalFiles(_reader_of(chosen, where), tuple(chosen))
+
+
+def _reader_of(files: list[str], where: str) -> str:
+    suffixes = {suffix_of(file) for file in files}
+    unknown = sorted(suffixes - set(READERS))
+    if unknown:
+        raise UserError(f"{where}: '{files[0]}' ends in '{unknown[0]}'; files must be {', '.join(READERS)} (gz too)")
+    if len(suffixes) > 1:
+        raise UserError(
+            f"{where}: files of {' and '.join(sorted(suffixes))} stand together; name those of one kind in path"
+        )
+    return READERS[suffixes.pop()]
+
+
+def _load(source: SourceConfig, root: str | None, where: str) -> Dataset:
+    place = locate(source, root, where)
+    datasets.disable_progress_bars()
+    if isinstance(place, HubName):
+        return _call(where, source.path, lambda: datasets.load_dataset(place.name, source.name, split=source.split))
+    if place.reader == "arrow":
+        saved = _call(where, source.path, lambda: datasets.load_from_disk(place.files[0]))
+        if isinstance(saved, Dataset):
+            return saved
+        if source.split not in saved:
+            raise UserError(f"{where}: '{source.path}' has no split '{source.split}'; it has {', '.join(saved)}")
+        return saved[source.split]
+    return _call(where, source.path, lambda: _read_files(place))
+
+
+def _read_files(place: LocalFiles, streaming: bool = False):
+    extra = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
+    empty = [file for file in place.files if "://" not in file and Path(file).stat().st_size == 0]
+    files = [file for file in place.files if file not in empty]
+    if not files:
+        return Dataset.from_dict({})
+    return datasets.load_dataset(place.reader, data_files=files, split="train", streaming=streaming, **extra)
+
+
+def _call(where: str, path: str, load: Callable):
+    """Run a `datasets` loader; what it raises about a user's data becomes one sentence."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs the same failure once more, with half the file
+    try:
+        return load()
+    except DatasetGenerationError as error:
+        raise UserError(
+            f"{where}: '{path}' could not be read ({_first_line(error.__cause__ or error)}); correct the file"
+        ) from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({_first_line(error)}); "
+            "check the name, or give a local copy with data.root"
+        ) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(
+            f"{where}: '{path}' could not be loaded ({_first_line(error)}); correct path, name or split"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,80 @@
+"""How text becomes token ids. SFT, reward model, PPO, evaluation and serving all come through here.
+
+A sequence is encode(prompt) + encode(response) + [EOS]. Prompt and response are encoded apart, so the ids of a prompt
+do not depend on what follows it, and the boundary between the two is exact. A tokenizer that opens every text with a
+BOS token (Llama, Gemma) gets it once, in front of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+BATCH = 1000  # texts a call to the tokenizer
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer puts one in front of every text, else []."""
+    bos = tokenizer.bos_token_id
+    opens = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    # A tokenizer that uses one token as BOS and EOS appends it too (it adds to the end): that is no opening.
+    return [bos] if opens and bos != tokenizer.eos_token_id else []
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of many prompts, each with its BOS if the tokenizer has one and the text (a chat template) has not."""
+    opening = opening_ids(tokenizer)
+    return [ids if ids[: len(opening)] == opening else opening + ids for ids in encode_texts(tokenizer, prompts)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of one prompt (see `encode_prompts`); [] for "" where the tokenizer has no BOS."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """For each prompt and response: the ids with EOS at the end, and how many of them are the prompt's."""
+    eos = tokenizer.eos_token_id
+    assert eos is not None, "load_tokenizer lets no tokenizer without EOS through"
+    heads, tails = encode_prompts(tokenizer, prompts), encode_texts(tokenizer, responses)
+    return [(head + tail + [eos], len(head)) for head, tail in zip(heads, tails, strict=True)]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], int]:
+    """(ids with EOS at the end, number of prompt ids) of one prompt and its response."""
+    return encode_pairs(tokenizer, [prompt], [response])[0]
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Literal["left", "right"]) -> str:
+    """`text` without so much of its left or right side that it encodes to at most `limit` ids.
+
+    The result is text again (what is stored is text), and a cut text may encode differently from the ids it was cut
+    from, so this goes on cutting until the text's own encoding fits.
+    """
+    if limit <= 0:
+        return ""
+    ids = encode_texts(tokenizer, [text])[0]
+    keep = min(limit, len(ids))
+    while len(ids) > limit:
+        kept = ids[-keep:] if side == "left" else ids[:keep]
+        text = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        text = text.lstrip(REPLACEMENT) if side == "left" else text.rstrip(REPLACEMENT)
+        ids, keep = encode_texts(tokenizer, [text])[0], keep - 1
+        if keep < 0:
+            return ""
+    return text
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of many texts as they are: no special tokens around them."""
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), BATCH):
+        batch = list(texts[start : start + BATCH])
+        # verbose=False: a text longer than the tokenizer's model_max_length is no news, limits are checked elsewhere.
+        rows += tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
+    return rows

@@ -1,0 +1,25 @@
+"""What ranks must decide alike: rank 0 decides, the others hear of it. One rank alone needs no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_rank_zero(values: Sequence[float], device: torch.device) -> list[float]:
+    """Rank 0's values, on every rank. Collective; also a barrier."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(tensor, src=0)
+    return tensor.tolist()

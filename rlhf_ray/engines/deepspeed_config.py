@@ -1,0 +1,41 @@
+"""A supervised stage's knobs -> DeepSpeed's configuration. Pure: no deepspeed, no torch.distributed."""
+
+from __future__ import annotations
+
+import torch
+
+MAX_GRAD_NORM = 1.0
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    compute_dtype: torch.dtype,
+    microbatch_size: int,
+    accumulation_steps: int,
+    workers: int,
+    max_grad_norm: float = MAX_GRAD_NORM,
+) -> dict:
+    """The dictionary that `deepspeed.initialize` (and Hugging Face's `deepspeed=`) takes, for CPUs and GPUs alike.
+
+    microbatch_size: sequences a forward pass, per rank; the optimiser's batch is that times accumulation_steps * workers.
+    bfloat16 is autocast over float32 weights, not DeepSpeed's own bf16 mode: that keeps bf16 weights and adds gradients
+    up in bf16, for no gain in speed.
+    """
+    config: dict = {
+        "train_micro_batch_size_per_gpu": microbatch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": microbatch_size * accumulation_steps * workers,
+        "gradient_clipping": max_grad_norm,
+        # torch's own AdamW comes from the trainer: DeepSpeed's would be compiled with g++ at the first start.
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero_stage},
+        "steps_per_print": 10**9,
+    }
+    if compute_dtype != torch.float32:
+        config["torch_autocast"] = {"enabled": True, "dtype": str(compute_dtype).removeprefix("torch.")}
+    if zero_stage > 0:
+        config["zero_optimization"]["overlap_comm"] = False
+    if zero_stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return config

@@ -1,0 +1,182 @@
+"""One rank of a DeepSpeed group: forward, one optimiser step over microbatches, full weights, exact state.
+
+Weights stay float32 and the forward runs under autocast (see `engines.forward`): gradients are accumulated in float32,
+where DeepSpeed's own bf16 mode would add them up in bf16, and it is as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rlhf_ray.engines.distributed import prepare_deepspeed
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserSettings:
+    """AdamW and clipping, as in the recipe."""
+
+    adam_eps: float
+    max_grad_norm: float
+    zero_stage: int
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+
+
+class DeepSpeedEngine:
+    """A module under DeepSpeed on one rank. The process group must exist (`engines.distributed.join_group`).
+
+    Calls are collective: every rank of the group makes the same calls in the same order.
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimiserSettings, *, device: torch.device):
+        prepare_deepspeed(device.type)
+        import deepspeed
+
+        self.settings = settings
+        self.device = device
+        module = module.to(device).float()
+        # A tied lm_head is one parameter under its first name; named_parameters drops the second.
+        self.names = [name for name, _ in module.named_parameters()]
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
+        )
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.steps_taken = 0
+        self._grad_norm = float("nan")
+        if settings.zero_stage == 0:
+            # DeepSpeed clips plain float32 optimizers without telling the norm, so the hook does both.
+            optimizer.register_step_pre_hook(self._clip)
+        self._reset_adam_steps()
+
+    def _config(self) -> dict:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the caller owns the accumulation boundary
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.settings.max_grad_norm if self.settings.zero_stage > 0 else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": self.settings.zero_stage},
+        }
+        if self.settings.zero_stage > 0:
+            config["zero_optimization"] |= {"overlap_comm": False}
+        return config
+
+    def forward(self, *batch, **options):
+        """The module's output, no gradient."""
+        self.engine.eval()
+        with torch.no_grad():
+            return self.engine(*batch, **options)
+
+    def step(self, microbatches: Iterable[tuple], loss_of: Callable[..., torch.Tensor], *, learning_rate: float) -> float:
+        """One optimiser step; returns the gradient norm before clipping.
+
+        `loss_of(output, microbatch)` gives this rank's share of a loss already divided by the global token count.
+        DeepSpeed averages over ranks, so the share is multiplied by their number. Every rank brings equally many
+        microbatches (ZeRO-3 gathers parameters in each forward).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.train()
+        for inputs, rest in microbatches:
+            loss = loss_of(self.engine(*inputs), rest)
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self.engine.step()
+        self.steps_taken += 1
+        return self._grad_norm if self.settings.zero_stage == 0 else float(self.engine.get_global_grad_norm())
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full float32 tensor on the device) in order. All ranks iterate together; a ZeRO-3 tensor is gathered
+        while it is the current one."""
+        for name, parameter in self.engine.module.named_parameters():
+            with self._gathered(parameter):
+                yield name, parameter.detach()
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything that training depends on, by name: float32 weights and Adam moments, whole, whatever the ZeRO stage.
+
+        Whole tensors make a checkpoint loadable at another stage or rank count. All ranks iterate together.
+        """
+        for name, parameter in self.engine.module.named_parameters():
+            for key in ("weight", *ADAM_STATE):
+                yield f"{key}/{name}", self._whole(parameter, key)
+
+    def load_state(self, state: dict[str, torch.Tensor], steps_taken: int) -> None:
+        """Inverse of `state`. Bit for bit at equal stage and rank count.
+
+        Raises KeyError when a tensor of this model is missing.
+        """
+        for name, parameter in self.engine.module.named_parameters():
+            for key in ("weight", *ADAM_STATE):
+                self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
+        self.steps_taken = steps_taken
+        self._reset_adam_steps()
+
+    def _clip(self, optimizer, args, kwargs) -> None:
+        limit = self.settings.max_grad_norm or float("inf")
+        self._grad_norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
+
+    # -- where each ZeRO stage keeps things ------------------------------------------------------------------------
+
+    def _gathered(self, parameter, write: bool = False):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0 if write else None, enabled=self.settings.zero_stage == 3
+        )
+
+    def _whole(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.settings.zero_stage == 0:
+            if key == "weight":
+                return parameter.detach()
+            return self.optimizer.state[parameter].get(key, torch.zeros_like(parameter))
+        if key == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _set_whole(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        import deepspeed.utils as ds
+
+        if self.settings.zero_stage == 0 and key != "weight":
+            self.optimizer.state[parameter][key] = value.clone()
+        elif self.settings.zero_stage == 3:
+            part = self._own_part(value)
+            if key == "weight":
+                ds.safe_set_local_fp32_param(parameter, part)
+            else:
+                ds.safe_set_local_optimizer_state(parameter, part, key)
+        elif self.settings.zero_stage > 0:
+            if key == "weight":
+                ds.safe_set_full_fp32_param(parameter, value)
+            else:
+                ds.safe_set_full_optimizer_state(parameter, value, key)
+        if key != "weight":
+            return
+        with self._gathered(parameter, write=True), torch.no_grad():
+            if self.settings.zero_stage < 3 or self.rank == 0:
+                parameter.copy_(value)
+
+    def _own_part(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a tensor under ZeRO-3, which pads to equal slices."""
+        size = -(-value.numel() // self.world_size)
+        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        return padded[self.rank * size : (self.rank + 1) * size]
+
+    def _reset_adam_steps(self) -> None:
+        """Adam's own step count, which bias correction uses: DeepSpeed's warm-up of a ZeRO optimizer adds a step."""
+        inner = self.optimizer.optimizer if self.settings.zero_stage > 0 else self.optimizer
+        if self.settings.zero_stage == 0 and self.steps_taken == 0:
+            return
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(self.steps_taken))

@@ -1,0 +1,37 @@
+"""Process groups of a DeepSpeed group of ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+
+
+def prepare_deepspeed(device_type: str) -> None:
+    """Set what DeepSpeed reads at import: the accelerator, and no shared-memory op.
+
+    On CPUs DeepSpeed compiles its shared-memory all-reduce with g++ at the first start, about a minute; gloo does the same
+    work without it. Importing deepspeed here, in one place, keeps the flag ahead of every process group.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if device_type == "cpu" else "cuda")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def join_group(*, rank: int, world_size: int, address: str, port: int, device_type: str, timeout_s: float) -> None:
+    """Join the group of `world_size` ranks that meets at address:port (rank 0's host). Blocks until all are there."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+    prepare_deepspeed(device_type)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device_type == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+

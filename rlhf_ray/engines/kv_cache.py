@@ -1,0 +1,160 @@
+"""A key-value cache of rows with different lengths, and the attention that reads it.
+
+R rows, C slots a row, H key-value heads, D channels a head. Row b's tokens occupy slots [0, len_b): no left padding.
+What lies beyond len_b is left over from padding or from rows that have gone; it is finite and always masked, so it
+changes no bit of a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+FLOAT32_PIECE = 2**20   # elements
+SLOT_MULTIPLE = 8   # lengths seen by attention are rounded up to this: GPU kernels want aligned masks
+
+
+def round_up(length: int) -> int:
+    return -(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+@dataclass(slots=True)
+class _Write:
+    """Where the forward pass under way puts its keys and values, the same in every layer."""
+
+    rows: int = 0                           # R, capacity
+    slots: int = 0                          # C, capacity
+    first_row: int = 0                      # prefill: rows [first_row, first_row + n) are written from slot 0
+    targets: torch.Tensor | None = None     # decode: [n] index b * C + len_b of each row's new token; None: prefill
+    length: int = 0                         # decode: slots of each row that attention sees
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's keys and values, [R, C, H, D] each, so that one token of one row is one contiguous block."""
+
+    is_sliding = False
+
+    def __init__(self, write: _Write):
+        super().__init__()
+        self.write = write
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Zeros, not empty: masked slots are multiplied by a weight of 0, and 0 * NaN is NaN.
+        rows, slots = self.write.rows, self.write.slots
+        self.keys, self.values = (
+            torch.zeros(rows, slots, states.shape[1], states.shape[3], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new keys and values [n, H, q, D]; return those that attention reads, [n, H, length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, write = len(key_states), self.write
+        if write.targets is None:
+            rows = slice(write.first_row, write.first_row + n)
+            self.keys[rows, : key_states.shape[2]] = key_states.transpose(1, 2)
+            self.values[rows, : key_states.shape[2]] = value_states.transpose(1, 2)
+            return key_states, value_states
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            stored.view(-1, *stored.shape[2:]).index_copy_(0, write.targets, states.squeeze(2))
+        return self.keys[:n, : write.length].transpose(1, 2), self.values[:n, : write.length].transpose(1, 2)
+
+    def grow(self) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = torch.zeros(self.write.rows, self.write.slots, *old.shape[2:], dtype=old.dtype, device=old.device)
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.write.targets is None else self.write.length), 0
+
+    def get_seq_length(self) -> int:
+        return 0   # rows differ: masks and position_ids are always given, nothing is to be derived from this
+
+    def get_max_length(self) -> int:
+        return self.write.slots
+
+
+class RaggedCache(Cache):
+    """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds."""
+
+    def __init__(self, num_layers: int):
+        self.write = _Write()
+        super().__init__(layers=[RaggedLayer(self.write) for _ in range(num_layers)])
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for that many rows and slots; what is too small at least doubles, so growing stays cheap."""
+        write = self.write
+        if rows <= write.rows and slots <= write.slots:
+            return
+        if rows > write.rows:
+            write.rows = max(rows, 2 * write.rows)
+        if slots > write.slots:
+            write.slots = round_up(max(slots, 2 * write.slots))
+        for layer in self.layers:
+            layer.grow()
+
+    def begin_prefill(self, first_row: int) -> None:
+        """The next forward pass writes its rows from slot 0, starting at row first_row."""
+        self.write.first_row, self.write.targets = first_row, None
+
+    def begin_decode(self, positions: torch.Tensor, length: int) -> None:
+        """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
+        first_slots = torch.arange(len(positions), device=positions.device) * self.write.slots
+        self.write.targets, self.write.length = first_slots + positions, length
+
+    def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Copy the first length slots of rows source [m] over rows target [m] (no row in both)."""
+        for layer in self.layers:
+            layer.keys[target, :length] = layer.keys[source, :length]
+            layer.values[target, :length] = layer.values[source, :length]
+
+
+def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Transformers' sdpa attention, except for a single query token a row: the decode step.
+
+    There the query heads of a key-value head become its rows of queries, so grouped-query attention copies no keys.
+    query [n, heads, q, D], key and value [n, H, length, D] -> [n, q, heads, D].
+    """
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    n, heads, _, channels = query.shape
+    query = query.reshape(n, key.shape[1], heads // key.shape[1], channels)
+    if query.device.type == "cpu" and query.dtype != torch.float32:
+        output = _attend_in_float32(query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+    else:
+        output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return output.reshape(n, 1, heads, value.shape[-1]), None
+
+
+def _attend_in_float32(query, key, value, mask, *, dropout, scaling):
+    """For CPUs, whose bf16 kernel takes five times as long for one query a row as copying to float32 and its kernel do.
+
+    A piece of the rows at a time, so that the copies stay in the processor's cache.
+    """
+    piece = max(1, FLOAT32_PIECE // key[0].numel())
+    outputs = [
+        scaled_dot_product_attention(q.float(), k.float(), v.float(), m, dropout, scale=scaling)
+        for q, k, v, m in zip(
+            query.split(piece), key.split(piece), value.split(piece),
+            [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1).split(piece))
+    ]
+    return torch.cat(outputs).to(query.dtype)
+
+
+RAGGED = "rlhf_ray_ragged"
+AttentionInterface.register(RAGGED, ragged_attention)
+# With sdpa's own masks the model stays right for anyone who calls it without this cache.
+AttentionMaskInterface.register(RAGGED, sdpa_mask)

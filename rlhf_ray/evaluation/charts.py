@@ -1,0 +1,223 @@
+"""Small inline SVG charts: numbers in, Markup out; colours come from the page's CSS (classes c0..c5, light and dark).
+
+No script: a chart is read by its axes, its legend, and the native tooltip (<title>) of its points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 460, 210
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 26
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    name: str
+    xs: np.ndarray      # [N] steps, rising
+    ys: np.ndarray      # [N] finite
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, thousands apart, no exponent between 0.001 and a million."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
+    step = (high - low) / count
+    power = 10 ** math.floor(math.log10(step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def curves(series: Sequence[Series]) -> Markup:
+    """Lines over steps. More than 60 points: raw values faint, a running mean in front."""
+    ys = np.concatenate([one.ys for one in series])
+    frame = _Frame(*_span(np.concatenate([one.xs for one in series]), pad=0), *_span(ys, pad=0.06))
+    body = [frame.axes()]
+    for i, one in enumerate(series):
+        xs, values = _thin(one.xs, one.ys)
+        if len(one.ys) > 60:
+            body.append(Markup('<polyline class="line c{} raw" points="{}"/>').format(i, frame.points(xs, values)))
+            _, values = _thin(one.xs, _smooth(one.ys))
+        body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(xs, values)))
+        # Every tenth or so point carries a tooltip; few points are shown as dots.
+        few = len(xs) <= 30
+        for x, y in list(zip(xs, values, strict=True))[:: max(len(xs) // 40, 1)]:
+            body.append(Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"><title>{}{}: {}</title></circle>').format(
+                "dot" if few else "hover", i, _xy(frame.x(x)), _xy(frame.y(y)), 2.6 if few else 6,
+                f"{one.name}, " if len(series) > 1 else "", f"step {number(x, 6)}", number(y, 4)))
+    return _svg(body, ", ".join(one.name for one in series))
+
+
+def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
+    """Areas on each other (running means): the largest `top`, the rest together. Also the names in the order drawn.
+
+    What a step does not report (an evaluation every 20 steps) is 0 there.
+    """
+    steps = np.unique(np.concatenate([one.xs for one in series]))
+    rows = []
+    for one in series:
+        values = np.zeros(len(steps))
+        values[np.searchsorted(steps, one.xs)] = one.ys
+        rows.append((one.name, values))
+    rows.sort(key=lambda row: -row[1].sum())
+    if len(rows) > top:
+        rows = rows[:top - 1] + [("other", sum(values for _, values in rows[top - 1:]))]
+    total = sum(values for _, values in rows)
+    frame = _Frame(*_span(steps, pad=0), 0.0, float(_smooth(total).max()) * 1.08 or 1.0)
+    body, below = [], np.zeros(len(steps))
+    for i, (name, values) in enumerate(rows):
+        above = below + _smooth(values)
+        xs, upper = _thin(steps, above)
+        _, lower = _thin(steps, below)
+        area = Markup('<polygon class="area c{}" points="{} {}"><title>{}: {} s on average</title></polygon>')
+        body.append(area.format(i, frame.points(xs, upper), frame.points(xs[::-1], lower[::-1]), name,
+                                number(float(values.mean()))))
+        below = above
+    return _svg([frame.axes(), *body], "seconds a step"), [name for name, _ in rows]
+
+
+def histogram(sft: np.ndarray, ppo: np.ndarray, label: str, bins: int = 30) -> Markup:
+    """How the two models' scores are spread, as overlaid bars with their means."""
+    low, high = _span(np.concatenate([sft, ppo]), pad=0.02)
+    edges = np.linspace(low, high, bins + 1)
+    counts = [np.histogram(values, edges)[0] / len(values) for values in (sft, ppo)]
+    frame = _Frame(low, high, 0.0, float(max(count.max() for count in counts)) * 1.1, percent_y=True)
+    body = [frame.axes()]
+    for i, (values, count) in enumerate(zip((sft, ppo), counts, strict=True)):
+        path = "".join(f"V{_xy(frame.y(share))}H{_xy(frame.x(edge))}"
+                       for share, edge in zip(count, edges[1:], strict=True))
+        body.append(Markup('<path class="area hist m{}" d="M{} {}{}V{}Z"/>').format(
+            i, _xy(frame.x(low)), _xy(frame.y(0)), path, _xy(frame.y(0))))
+        mean = float(values.mean())
+        line = Markup('<line class="mean m{}" x1="{x}" x2="{x}" y1="{}" y2="{}"><title>mean {}</title></line>')
+        body.append(line.format(i, TOP, HEIGHT - BOTTOM, number(mean), x=_xy(frame.x(mean))))
+    return _svg(body, label)
+
+
+def calibration(points: Sequence[tuple[float, float]]) -> Markup:
+    """Predicted probability against the share that came true; the diagonal is perfect."""
+    frame = _Frame(0.0, 1.0, 0.0, 1.0)
+    body = [frame.axes(), Markup('<line class="guide" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
+        *map(_xy, (frame.x(0), frame.y(0), frame.x(1), frame.y(1))))]
+    xs, ys = np.array([x for x, _ in points]), np.array([y for _, y in points])
+    body.append(Markup('<polyline class="line c0" points="{}"/>').format(frame.points(xs, ys)))
+    dot = Markup('<circle class="dot c0" cx="{}" cy="{}" r="3.2"><title>said {}, was {}</title></circle>')
+    body += [dot.format(_xy(frame.x(x)), _xy(frame.y(y)), number(x), number(y)) for x, y in points]
+    return _svg(body, "calibration")
+
+
+def intervals(sft: dict, ppo: dict) -> Markup:
+    """Two dots with whiskers on one scale, for a table row."""
+    low, high = _span(np.array([sft["low"], sft["high"], ppo["low"], ppo["high"]]), pad=0.08)
+
+    def x(value: float) -> str:
+        return _xy(4 + 132 * (value - low) / (high - low))
+
+    one = Markup('<g class="m{}"><line class="whisker" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
+                 '<circle cx="{}" cy="{y}" r="3.5"/></g>')
+    body = [one.format(i, x(figure["low"]), x(figure["high"]), x(figure["mean"]), y=7 + 10 * i)
+            for i, figure in enumerate((sft, ppo))]
+    svg = Markup('<svg class="intervals" viewBox="0 0 140 24" aria-hidden="true">{}</svg>')
+    return svg.format(Markup("").join(body))
+
+
+def gauge(figure: dict, reference: float, low: float, high: float) -> Markup:
+    """A value with its interval on a fixed scale, and a mark where "no difference" lies."""
+    def x(value: float) -> str:
+        return _xy(100 * (min(max(value, low), high) - low) / (high - low))
+    return Markup('<svg class="gauge" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+                  '<rect class="track" x="0" y="4" width="100" height="2"/>'
+                  '<rect class="span" x="{}" y="2.5" width="{}" height="5"/>'
+                  '<rect class="point" x="{}" y="0.5" width="1" height="9"/>'
+                  '<rect class="reference" x="{}" y="1" width="0.5" height="8"/></svg>').format(
+        x(figure["low"]), _xy(max(float(x(figure["high"])) - float(x(figure["low"])), 0.6)),
+        _xy(float(x(figure["mean"])) - 0.5), x(reference))
+
+
+class _Frame:
+    """Data coordinates -> pixels, and the axes."""
+
+    def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float, percent_y: bool = False):
+        self.x_low, self.x_high, self.y_low, self.y_high, self.percent_y = x_low, x_high, y_low, y_high, percent_y
+
+    def x(self, value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / (self.x_high - self.x_low)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.y_low) / (self.y_high - self.y_low)
+
+    def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
+        return " ".join(f"{_xy(self.x(x))},{_xy(self.y(y))}" for x, y in zip(xs, ys, strict=True))
+
+    def axes(self) -> Markup:
+        body = []
+        for value in ticks(self.y_low, self.y_high):
+            label = f"{100 * value:.0f} %" if self.percent_y else _tick(value)
+            y = self.y(value)
+            body.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(
+                LEFT, WIDTH - RIGHT, y=_xy(y)))
+            body.append(Markup('<text class="y" x="{}" y="{}">{}</text>').format(LEFT - 7, _xy(y + 3.5), label))
+        for value in ticks(self.x_low, self.x_high, 5):
+            body.append(Markup('<text class="x" x="{}" y="{}">{}</text>').format(
+                _xy(self.x(value)), HEIGHT - 8, _tick(value)))
+        return Markup("").join(body)
+
+
+def _tick(value: float) -> str:
+    if abs(value) >= 10000:
+        return f"{value / 1000:,.6g}k".replace("-", "−")
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
+    return f"{round(value, 10):.6g}".replace("-", "−")
+
+
+def _span(values: np.ndarray, pad: float) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if high - low < 1e-12 * max(abs(low), abs(high), 1e-9):
+        margin = abs(low) * 0.1 or 1.0
+        return low - margin, high + margin
+    return low - pad * (high - low), high + pad * (high - low)
+
+
+def _smooth(ys: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a thirtieth of the run; shorter windows at the ends, so nothing is made up."""
+    half = len(ys) // 60
+    total = np.concatenate([[0.0], np.cumsum(ys)])
+    index = np.arange(len(ys))
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(ys))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MAX_POINTS of them, first and last kept."""
+    keep = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), MAX_POINTS)).round().astype(int))
+    return xs[keep], ys[keep]
+
+
+def _xy(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _svg(body: Sequence[Markup], label: str) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, escape(label), Markup("").join(body))

@@ -1,0 +1,83 @@
+"""Which of a stage's metrics are drawn together, under which title. What no plot names is drawn under "other"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from rlhf_ray.evaluation import charts
+from rlhf_ray.evaluation.charts import Series
+
+# title: ((metric, its name in the legend), ...); the metrics that a run has are drawn.
+SUPERVISED = {
+    "Loss": (("loss", "training"), ("eval_loss", "held out")),
+    "Accuracy": (("accuracy", "training"), ("eval_accuracy", "held out")),
+    "Token accuracy": (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out")),
+    "Margin, chosen over rejected": (("margin", "training"), ("eval_margin", "held out")),
+    "Learning rate": (("learning_rate", "learning rate"),),
+    "Gradient norm": (("grad_norm", "gradient norm"),),
+    "Speed": (("tokens_per_s", "tokens a second"), ("rows_per_s", "rows a second")),
+}
+PPO = {
+    "Score": (("objective/score", "training prompts"), ("eval/score", "held-out prompts")),
+    "KL to SFT, nats a response": (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
+    "Reward: score minus KL penalty": (("objective/rlhf_reward", "reward"),),
+    "KL coefficient": (("objective/kl_coef", "kl_coef"),),
+    "KL of one update (approx_kl)": (("policy/approx_kl", "approx_kl"),),
+    "Clipped share of tokens": (("policy/clip_frac", "policy"), ("value/clip_frac", "value")),
+    "Entropy, nats a token": (("policy/entropy", "entropy"),),
+    "Policy loss": (("policy/loss", "loss"),),
+    "Value loss": (("value/loss", "loss"),),
+    "Value: explained variance": (("value/explained_variance", "explained variance"),),
+    "Response length, tokens": (("objective/response_length", "training prompts"),
+                                ("eval/response_length", "held-out prompts")),
+    "Share that ended by itself": (("objective/eos_rate", "training prompts"), ("eval/eos_rate", "held-out prompts")),
+    "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_max", "largest gap")),
+    "Learning rate": (("policy/learning_rate", "policy"), ("value/learning_rate", "critic")),
+}
+TIME_PREFIX, TOTALS = "time/", ("time/step_s", "time/total_s")
+NOT_CURVES = ("step", "epoch", "episodes", "tokens", "elapsed_s", "progress", "total_steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    title: str
+    last: str                   # the newest value, or the newest of each series
+    legend: list[str]           # empty for one series
+    svg: Markup
+
+
+def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
+    """(the plots that have a place, the plots of every other number) of one metrics.jsonl."""
+    series = _series(rows)
+    named, used = [], set(TOTALS) | set(NOT_CURVES)
+    for title, members in (PPO if stage == "ppo" else SUPERVISED).items():
+        present = [Series(label, series[name].xs, series[name].ys) for name, label in members if name in series]
+        used |= {name for name, _ in members}
+        if present:
+            named.append(_plot(title, present))
+    times = [Series(name.removeprefix(TIME_PREFIX).removesuffix("_s"), one.xs, one.ys)
+             for name, one in series.items() if name.startswith(TIME_PREFIX) and name not in TOTALS]
+    if times:
+        used |= {name for name in series if name.startswith(TIME_PREFIX)}
+        svg, names = charts.stacked(times)
+        named.append(Plot("Seconds a step", "", names, svg))
+    others = [_plot(name, [one]) for name, one in series.items() if name not in used]
+    return named, others
+
+
+def _series(rows: list[dict]) -> dict[str, Series]:
+    """Every numeric metric with the steps at which it was written."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                points.setdefault(name, []).append((row["step"], value))
+    return {name: Series(name, *np.array(pairs, dtype=float).T) for name, pairs in points.items()}
+
+
+def _plot(title: str, series: list[Series]) -> Plot:
+    return Plot(title, " · ".join(charts.number(float(one.ys[-1])) for one in series),
+                [one.name for one in series] if len(series) > 1 else [], charts.curves(series))

@@ -1,0 +1,81 @@
+"""Scores and log-probabilities of responses under the run's models, loaded one at a time.   N responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.data.tokens import encode_pairs
+from rlhf_ray.engines.forward import response_logprobs
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.samples import Responses
+from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer, Scorer
+from rlhf_ray.run_folder import RunFolder
+
+
+def stage_model(folder: RunFolder, stage: str) -> Path:
+    """The model folder of a finished stage."""
+    path = folder.stage(stage).model
+    if not path.exists():
+        raise UserError(f"{path} is not there; run the stage '{stage}' before the evaluation")
+    return path
+
+
+def sft_model(recipe: Recipe, folder: RunFolder) -> Path | str:
+    """What PPO started from: the SFT stage's model, or the recipe's own where there is no such stage."""
+    return recipe.model.name_or_path if recipe.sft is None else stage_model(folder, "sft")
+
+
+def reward_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: str) -> Scorer:
+    """What PPO was trained on: ppo.reward_function if set, else the reward model."""
+    if recipe.ppo.reward_function is not None:
+        return FunctionScorer(recipe.ppo.reward_function)
+    return RewardScorer(stage_model(folder, "reward"), compute_dtype=dtype, device=device)
+
+
+def judge_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: str) -> Scorer | None:
+    """The judge: evaluation.judge_function (the known true utility), else the judge stage's model, else None."""
+    if recipe.evaluation.judge_function is not None:
+        return FunctionScorer(recipe.evaluation.judge_function)
+    if recipe.judge is not None:
+        return RewardScorer(stage_model(folder, "judge"), compute_dtype=dtype, device=device)
+    return None
+
+
+def score_texts(model_folder: str | Path, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool],
+                batch: int = 32) -> np.ndarray:
+    """Normalised scores [N] of any texts under a reward model's folder, e.g. in a notebook."""
+    return RewardScorer(model_folder, batch_size=batch).score(prompts, responses, ended)
+
+
+class LanguageModel:
+    """A causal LM that rates text: summed log-probs and token counts.
+
+    temperature divides the logits: 1 for perplexity and relevance, the sampling temperature for KL.
+    """
+
+    def __init__(self, model, tokenizer, dtype: torch.dtype):
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+
+    def rate_tokens(self, prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray],
+                    temperature: float = 1.0) -> np.ndarray:
+        """Log-prob of each response given its prompt, summed over its tokens, [N]; 0 for a response without tokens."""
+        sums = np.zeros(len(response_ids))
+        # Sorted by length, a microbatch holds little padding.
+        rows = sorted((i for i, ids in enumerate(response_ids) if len(ids)),
+                      key=lambda i: len(prompt_ids[i]) + len(response_ids[i]))
+        logprobs = response_logprobs(self.model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows],
+                                     temperature=temperature, compute_dtype=self.dtype)
+        sums[rows] = [row.sum(dtype=np.float64) for row in logprobs]
+        return sums
+
+    def encode(self, prompts: Sequence[str], responses: Responses) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(prompt_ids, response_ids) in this model's own tokenizer; EOS only where the response ended by itself."""
+        pairs = encode_pairs(self.tokenizer, prompts, responses.texts)
+        rows = [(np.array(ids if end else ids[:-1], np.int32), length)
+                for (ids, length), end in zip(pairs, responses.ended, strict=True)]
+        return [ids[:length] for ids, length in rows], [ids[length:] for ids, length in rows]

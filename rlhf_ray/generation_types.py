@@ -1,0 +1,59 @@
+"""What goes into and comes out of a generation engine, whichever engine it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_ray.errors import UserError
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one response is drawn. Truncation order: temperature, then top_k, then top_p, then min_p; then renormalise."""
+
+    max_new_tokens: int = 48          # longest response in tokens, EOS counted
+    temperature: float = 1.0          # divides the logits; 0: the likeliest token (serving only; PPO needs a distribution)
+    top_k: int = 0                    # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0                # keep the smallest set of tokens with this probability
+    min_p: float = 0.0                # drop tokens less likely than this share of the likeliest
+    stop: tuple[str, ...] = ()        # strings that end the response; they stay in it
+    ignore_eos: bool = False          # draw on after EOS, for benchmarks of a fixed length
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature = {self.temperature} must be a number of at least 0")
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k} must be at least 0 (0 keeps every token)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} must lie above 0 and at most 1 (1 keeps every token)")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p = {self.min_p} must be at least 0 and below 1 (0 keeps every token)")
+        if isinstance(self.stop, str) or any(not text for text in self.stop):
+            raise UserError(f"stop = {self.stop!r} must be a tuple of non-empty strings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished response of K tokens."""
+
+    response_ids: np.ndarray          # [K] int32; the EOS that ended it included
+    logprobs: np.ndarray              # [K] float32; of each token under the distribution that it was drawn from
+    finish_reason: FinishReason       # eos: it ended by itself; stop: a stop string is complete; length: max_new_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One token of one running request, from a step of continuous batching."""
+
+    request_id: int
+    token_id: int
+    logprob: float
+    completion: Completion | None     # set on the request's last token

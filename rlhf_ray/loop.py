@@ -1,0 +1,277 @@
+"""The PPO loop: one step as one sentence, and the controller around it. No Ray here: roles are whoever has the verbs.
+
+A handle is what a verb returns before its result is there: an ObjectRef over actors, the value itself in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from rlhf_ray.algorithms.kl import adapt_kl_coef
+from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.types import WorkUnit
+
+Handle = Any
+
+
+class Generation(Protocol):
+    def generate(self, units: Sequence[WorkUnit]) -> list[Handle]: ...
+    def load_weights(self, weights: Sequence[Handle], policy_version: int) -> list[Handle]: ...
+
+
+class Scoring(Protocol):
+    def score(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def texts(self, rollout: Handle, count: int) -> Handle: ...
+
+
+class ReferenceLogprobs(Protocol):
+    def logprobs(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+
+
+class Policy(Protocol):
+    def logprobs(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def update(self, shards: Sequence[Handle], learning_rate: float) -> list[Handle]: ...
+    def weights(self) -> list[Handle]: ...
+
+
+class CriticValues(Protocol):
+    def values(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def update(self, shards: Sequence[Handle], learning_rate: float) -> list[Handle]: ...
+
+
+class Assembly(Protocol):
+    def assemble(self, rollouts, scores, ref_logprobs, old_logprobs, old_values,
+                 kl_coef: float) -> tuple[Handle, list[Handle], list[Handle]]: ...
+    def evaluate(self, rollouts, scores, ref_logprobs) -> Handle: ...
+
+
+class Roles(Protocol):
+    """The six roles, and the one way to wait for what they return."""
+
+    generation: Generation
+    reward: Scoring
+    reference: ReferenceLogprobs
+    policy: Policy
+    critic: CriticValues
+    assembler: Assembly
+
+    def wait(self, handles: Sequence[Handle], what: str) -> None:
+        """Until all are there, or a deadline has passed; `what` names the wait. A failed call raises here."""
+        ...
+
+    def get(self, handles: Sequence[Handle], what: str) -> list[Any]:
+        """`wait`, then the values: numbers and a few texts, never tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKnobs:
+    """What changes from step to step."""
+
+    step: int
+    kl_coef: float
+    learning_rate: float
+    critic_learning_rate: float
+    max_mismatch: float
+
+
+class MismatchError(RuntimeError):
+    """Generator and policy disagree about the log-probs of sampled tokens."""
+
+
+def ppo_step(roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs) -> dict[str, float]:
+    """Rollout, targets, update, sync: one PPO iteration. Returns its metrics."""
+    clock = Clock()
+    rollouts = roles.generation.generate(units)
+    scores = roles.reward.score(rollouts)
+    ref_logprobs = roles.reference.logprobs(rollouts)
+    old_logprobs = roles.policy.logprobs(rollouts)
+    old_values = roles.critic.values(rollouts)
+    stats, policy_shards, critic_shards = roles.assembler.assemble(
+        rollouts, scores, ref_logprobs, old_logprobs, old_values, knobs.kl_coef
+    )
+    roles.wait(rollouts, f"generation (step {knobs.step})")
+    clock.lap("generate")
+    roles.wait([*scores, *ref_logprobs, *old_logprobs, *old_values], f"scoring and log-probs (step {knobs.step})")
+    clock.lap("score")
+    metrics = roles.get([stats], f"assembling (step {knobs.step})")[0]
+    clock.lap("assemble")
+    check_mismatch(metrics, knobs.max_mismatch)
+
+    policy = roles.policy.update(policy_shards, knobs.learning_rate)
+    critic = roles.critic.update(critic_shards, knobs.critic_learning_rate)
+    for name, parts in (("policy", policy), ("value", critic)):
+        metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {knobs.step})"))
+    clock.lap("update")
+    sync_weights(roles, knobs.step + 1)
+    clock.lap("sync")
+    return metrics | clock.laps
+
+
+def sync_weights(roles: Roles, policy_version: int) -> None:
+    """The generators get the policy's weights; from now on they stamp what they make with this version."""
+    weights = roles.policy.weights()
+    synced = roles.generation.load_weights(weights, policy_version)
+    roles.wait([*weights, *synced], f"weight sync (version {policy_version})")
+
+
+def check_mismatch(metrics: dict[str, float], limit: float) -> None:
+    """The gate between rollout and update: a generator on other weights than the policy's would train on noise."""
+    gap = metrics["policy/mismatch_max"]
+    if not gap <= limit:  # NaN is not
+        raise MismatchError(
+            f"generator and policy differ by {gap:.3f} in the log-prob of a sampled token, above ppo.max_mismatch = "
+            f"{limit}; set generation.precision and ppo.precision to float32, or raise ppo.max_mismatch"
+        )
+
+
+def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each rank reports its share of a mean over tokens; the gradient norm is everybody's."""
+    return {
+        name: parts[0][name] if name.endswith("grad_norm") else sum(part[name] for part in parts) for name in parts[0]
+    }
+
+
+class Clock:
+    """Seconds of the phases of one step, as metrics time/<phase>_s."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{phase}_s"] = now - self._last
+        self._last = now
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
+    """Rows of the prompt set for one step: each epoch a fresh permutation, its last incomplete batch left out.
+
+    A pure function of the step, so the data position is the step number.
+    """
+    steps_per_epoch = prompts // batch
+    epoch, place = divmod(step, steps_per_epoch)
+    order = epoch_permutation(prompts, draw_seed(seed, "prompts", epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def cut_units(step: int, prompts: Sequence[int], samples: int, chunk_size: int, evaluation: bool = False) -> list[WorkUnit]:
+    """The step's rows (samples of a prompt side by side) in chunks of chunk_size."""
+    rows = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    return [
+        WorkUnit(
+            step=step,
+            chunk=chunk,
+            prompt_indices=tuple(prompt for prompt, _ in rows[start : start + chunk_size]),
+            sample_indices=tuple(sample for _, sample in rows[start : start + chunk_size]),
+            evaluation=evaluation,
+        )
+        for chunk, start in enumerate(range(0, len(rows), chunk_size))
+    ]
+
+
+# -- the controller ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopState:
+    """All that the controller knows; it is in every checkpoint."""
+
+    step: int = 0  # steps finished; also the policy's version and the data position
+    kl_coef: float
+    best_score: float = float("-inf")
+    best_step: int = -1
+
+    def to_json(self) -> dict:
+        state = asdict(self)
+        return state | {"best_score": None if self.best_step < 0 else self.best_score}
+
+    @classmethod
+    def from_json(cls, state: dict) -> LoopState:
+        return cls(**state | {"best_score": float("-inf") if state["best_score"] is None else state["best_score"]})
+
+
+@dataclass(slots=True, kw_only=True)
+class LoopHooks:
+    """What the controller tells the outside."""
+
+    record: Callable[[int, dict[str, float]], None]  # metrics of a step
+    samples: Callable[[int, list[tuple[str, str]], list[float]], None]  # a few held-out (prompt, response), scores
+    save: Callable[[LoopState], None]  # checkpoint
+    save_best: Callable[[LoopState], None]
+    stop_requested: Callable[[], bool] = field(default=lambda: False)
+
+
+class PPOLoop:
+    """Steps, evaluations and checkpoints in order, from wherever `state` stands."""
+
+    def __init__(self, roles: Roles, config: PPOConfig, hooks: LoopHooks, state: LoopState, *, prompts: int,
+                 eval_prompts: int, chunk_size: int, seed: int):
+        self.roles, self.config, self.hooks, self.state = roles, config, hooks, state
+        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.chunk_size, self.seed = chunk_size, seed
+        self._last_save = time.monotonic()
+
+    def run(self) -> bool:
+        """True when all steps are done; False when asked to stop, with a checkpoint written either way."""
+        sync_weights(self.roles, self.state.step)
+        if self.state.step == 0:
+            self._evaluate({})
+        while self.state.step < self.config.steps and not self.hooks.stop_requested():
+            self._one_step()
+        self.hooks.save(self.state)
+        return self.state.step >= self.config.steps
+
+    def _one_step(self) -> None:
+        config, step = self.config, self.state.step
+        prompts = step_prompts(step, self.prompts, config.rollout_batch_size, self.seed)
+        units = cut_units(step, prompts, config.samples_per_prompt, self.chunk_size)
+        anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
+        started = time.perf_counter()
+        metrics = ppo_step(self.roles, units, StepKnobs(
+            step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
+            learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
+        ))  # fmt: skip
+        kl_coef = self.state.kl_coef
+        if config.adaptive_kl is not None:
+            kl_coef = adapt_kl_coef(kl_coef, metrics["objective/kl"], target=config.adaptive_kl.target,
+                                    horizon=config.adaptive_kl.horizon, episodes=config.rollouts_per_step)
+        self.state = replace(self.state, step=step + 1, kl_coef=kl_coef)
+        metrics |= {"policy/learning_rate": config.learning_rate * anneal, "episodes": self.state.step * config.rollouts_per_step}
+        if self.state.step % config.eval_every == 0 or self.state.step == config.steps:
+            self._evaluate(metrics)
+        seconds = time.perf_counter() - started
+        metrics |= {"time/step_s": seconds, "samples_per_s": config.rollouts_per_step / seconds}
+        self.hooks.record(self.state.step, metrics)
+        overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
+        if self.state.step < config.steps and (self.state.step % config.checkpoint_every == 0 or overdue):
+            self.hooks.save(self.state)
+            self._last_save = time.monotonic()
+
+    def _evaluate(self, metrics: dict[str, float]) -> None:
+        """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""
+        clock, step = Clock(), self.state.step
+        units = cut_units(step, range(self.eval_prompts), 1, self.chunk_size, evaluation=True)
+        rollouts = self.roles.generation.generate(units)
+        scores = self.roles.reward.score(rollouts)
+        ref_logprobs = self.roles.reference.logprobs(rollouts)
+        figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs)
+        texts = self.roles.reward.texts(rollouts[0], 3)
+        figures, texts, first_scores = self.roles.get([figures, texts, scores[0]], f"evaluation (step {step})")
+        clock.lap("evaluate")
+        metrics |= figures | clock.laps
+        self.hooks.samples(step, texts, [float(score) for score in first_scores[: len(texts)]])
+        if step == 0:
+            self.hooks.record(0, metrics)
+        if figures["eval/score"] > self.state.best_score:
+            self.state = replace(self.state, best_score=figures["eval/score"], best_step=step)
+            if step > 0:
+                self.hooks.save_best(self.state)

@@ -1,0 +1,54 @@
+"""README.md of a saved model: what it is, how it was made, how well it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from rlhf_ray.config import Recipe
+
+KINDS = {
+    "sft": ("text-generation", "a language model fine-tuned on demonstrations"),
+    "fluency": ("text-generation", "a separately seeded language model, used to measure fluency"),
+    "reward": ("text-classification", "a reward model: one raw logit a text, read at EOS"),
+    "judge": ("text-classification", "an independent judge: one raw logit a text, read at EOS"),
+    "ppo": ("text-generation", "a language model tuned with PPO against a reward model"),
+}
+
+
+def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str:
+    """Markdown with the front matter that the hub reads. `figures` are shown as they are, numbers to four digits."""
+    task, what = KINDS[stage]
+    base = recipe.model.name_or_path
+    front = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
+    front += [] if recipe.model.is_from_scratch else [f"base_model: {base}"]
+    front += ["tags:", "- rlhf", f"- {stage}", "---"]
+    origin = (
+        f"random weights ({recipe.model.from_scratch.architecture}, {recipe.model.from_scratch.layers} layers, "
+        f"width {recipe.model.from_scratch.width})"
+        if recipe.model.is_from_scratch
+        else f"`{base}`"
+    )
+    rows = [f"| {name} | {_show(value)} |" for name, value in figures.items()]
+    table = ["| figure | value |", "|---|---|", *rows] if rows else ["No figures were recorded."]
+    section = recipe.sft if stage == "sft" else getattr(recipe, stage)
+    settings = json.dumps(section.model_dump(mode="json") if section is not None else {}, indent=2)
+    notes = []
+    if task == "text-classification":
+        notes = [
+            "Scores are `(logit - reward_mean) / reward_std` with the two numbers in config.json, where it has them.\n",
+        ]
+    return "\n".join([
+        *front, "",
+        f"# {recipe.name}: {stage}", "",
+        f"This is {what}. It was made by rlhf_ray from {origin}, seed {recipe.seed}.", "",
+        *notes,
+        "A sequence is the prompt's tokens, the response's tokens, and EOS.", "",
+        "## Figures", "", *table, "",
+        f"## Settings of the stage `{stage}`", "", "```json", settings, "```", "",
+        "A model of this kind repeats what is wrong in its data and makes up facts; measure it before you rely on it.", "",
+    ])  # fmt: skip
+
+
+def _show(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,271 @@
+"""Models: built from random weights, loaded (safetensors only), checked, saved.   D hidden size, V vocabulary entries."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf_ray.config import FromScratch, ModelConfig
+from rlhf_ray.errors import UserError
+
+ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
+
+
+def scratch_config(cfg: FromScratch, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The Hugging Face config of a model of this architecture and this tokenizer, without dropout."""
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if cfg.architecture == "gpt2":
+        return GPT2Config(
+            n_positions=cfg.positions, n_embd=cfg.width, n_layer=cfg.layers, n_head=cfg.heads,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+        )  # fmt: skip
+    if cfg.width // cfg.heads % 2:
+        raise UserError(
+            f"model.from_scratch: width / heads = {cfg.width // cfg.heads} is odd, and {cfg.architecture} turns pairs of "
+            f"dimensions (rotary positions); try width {2 * cfg.heads * max(cfg.width // cfg.heads // 2, 1)}"
+        )
+    family = LlamaConfig if cfg.architecture == "llama" else Qwen2Config
+    return family(
+        hidden_size=cfg.width,
+        # A gated feed-forward has three matrices for GPT-2's two: 8/3 of the width keeps the parameters equal.
+        intermediate_size=math.ceil(cfg.width * 8 / 3 / 32) * 32,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        max_position_embeddings=cfg.positions,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        **ids,
+    )
+
+
+def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The recipe's model before any training, in float32: random weights that follow from `seed`, or a loaded model.
+
+    A loaded model gets embedding rows for tokens that the tokenizer has and it has not.
+    """
+    if cfg.is_from_scratch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(scratch_config(cfg.from_scratch, tokenizer), dtype=torch.float32)
+    else:
+        model = load_causal_lm(cfg.name_or_path, trust_remote_code=cfg.trust_remote_code)
+        fit_embeddings(model, tokenizer)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Any causal LM from a folder or the hub, in float32 unless `dtype` says otherwise, in eval mode."""
+    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code)
+
+
+def build_reward_model(
+    source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one output on the body of a causal LM (a folder, a hub name, or a loaded model).
+
+    The head's weights are N(0, 1/sqrt(D + 1)) from `seed`; no dropout; the PAD id is the tokenizer's, so the score is
+    read at the last token that is not PAD: EOS.
+    """
+    if isinstance(source, PreTrainedModel):
+        config = type(source.config).from_dict(source.config.to_dict() | ONE_OUTPUT)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype)
+        model.base_model.load_state_dict(source.base_model.state_dict())
+        model.eval()
+    else:
+        model = _load(
+            AutoModelForSequenceClassification, source, None, trust_remote_code, new={"score.weight"}, **ONE_OUTPUT
+        )
+    fit_embeddings(model, tokenizer)
+    head = score_head(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    disable_dropout(model)
+    return model
+
+
+def load_reward_model(
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one output: ours, or anyone's. Its logits are raw; see `reward_normalisation`."""
+    model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"'{path}' has {model.config.num_labels} outputs, a reward model has one; "
+            "train one with 'rlhf-ray reward', or give a sequence-classification model with num_labels 1"
+        )
+    return model
+
+
+def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
+    """(mean, deviation) that a score is normalised with: (raw - mean) / deviation. (0, 1) for a model of other people."""
+    return (config.reward_mean, config.reward_std) if hasattr(config, "reward_mean") else (0.0, 1.0)
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer of a reward model: hidden state [.., D] -> score [.., 1]."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no linear layer named 'score' on a causal body (GPT-2, Llama, Qwen2 and most "
+            "others have); choose another base model for the reward model, or set ppo.critic_init: sft"
+        )
+    return head
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """No dropout, whatever train() says: PPO's ratio is 1 before the first update only without it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # Llama and its relatives keep the probability, not a layer
+    if isinstance(model, PreTrainedModel):
+        for name in model.config.to_dict():
+            if name.endswith(("pdrop", "dropout")) and isinstance(getattr(model.config, name), float):
+                setattr(model.config, name, 0.0)
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the embedding rows that the tokenizer's newest tokens (an added PAD) need; returns how many.
+
+    Checkpoints often hold more rows than tokens; then nothing changes. New rows are the mean of the old ones.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return 0
+    # mean_resizing draws the rows at random, from a distribution it fits to all the others: slow and unseeded.
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    layers = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+              if layer is not None}  # fmt: skip
+    with torch.no_grad():
+        for weight in layers.values():  # one where the two are tied
+            weight[rows:] = weight[:rows].mean(0)
+    return len(tokenizer) - rows
+
+
+def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions 0, 1, 2, ... of the visible tokens, wherever the padding stands.   [B, S] -> [B, S]
+
+    GPT-2 counts positions from the left edge of the row, padding included, unless it is told: every left-padded row
+    then comes out wrong, without a word.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def check_positions(
+    config: PretrainedConfig, longest: int, what: str = "data.max_prompt_tokens + generation.max_new_tokens"
+) -> None:
+    """Raise UserError if `longest` tokens are more than the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some families have no limit
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"{what} = {longest} tokens is longer than the model's {positions} positions; lower it to {positions}, "
+            "or take a model with more positions"
+        )
+
+
+def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's config without its weights."""
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(path, error)) from error
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
+
+    It is written beside `folder`, flushed to disk and renamed; what stood there before is replaced. `state_dict`
+    overrides the model's own weights (gathered ones, say).
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card)
+    mode = (temporary / "README.md").stat().st_mode
+    for file in temporary.iterdir():
+        file.chmod(mode)  # safetensors makes its files readable by their owner alone, whatever the umask
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _load(auto, path, dtype, trust_remote_code, new: frozenset | set = frozenset(), **kwargs) -> PreTrainedModel:
+    """from_pretrained on safetensors, refusing a checkpoint that leaves weights (other than `new`) random."""
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of missing weights; what matters is raised below
+    try:
+        model, info = auto.from_pretrained(
+            str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, **kwargs,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(path, error)) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(set(info["missing_keys"]) - new)
+    if missing:
+        raise UserError(
+            f"'{path}' has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''} of "
+            f"{type(model).__name__}, they would be random; give a folder of that kind of model"
+        )
+    return model.eval()
+
+
+def _cannot_load(path: str | Path, error: BaseException) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        names = {file.name for file in folder.iterdir()}
+        if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
+            return (
+                f"'{path}' holds no safetensors weights ({', '.join(sorted(names)[:6])}); pickled weights are not loaded "
+                "because they can run code: convert them with save_pretrained"
+            )
+    elif str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
+        return f"the model folder '{path}' does not exist; check the path"
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"no model could be loaded from '{path}' ({first}); give a Hugging Face folder or hub name"

@@ -1,0 +1,84 @@
+"""Tokenizers: a byte-level BPE trained on the recipe's own text, or a Hugging Face one made safe for RLHF.
+
+Safe means that EOS and PAD exist and differ. Where PAD is EOS, sequence classification pools the token before EOS and
+a mask made from pad ids hides the one token that ends a reply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from rlhf_ray.errors import UserError
+
+EOS, PAD = "<|eos|>", "<|pad|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "gpt2") -> PreTrainedTokenizerBase:
+    """Byte-level BPE (any text encodes, without UNK) with at most `vocab_size` entries, EOS and PAD included.
+
+    Text is split into words as GPT-2 does, except for the architecture "qwen2": AutoTokenizer reads every tokenizer
+    that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if architecture == "qwen2":
+        like = Qwen2Tokenizer(unk_token=None, eos_token=EOS, pad_token=PAD).backend_tokenizer
+        tokenizer.normalizer, tokenizer.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if architecture == "qwen2":
+        learned = json.loads(tokenizer.to_str())["model"]
+        merges = [tuple(merge) for merge in learned["merges"]]
+        return Qwen2Tokenizer(
+            vocab=learned["vocab"], merges=merges, unk_token=None, eos_token=EOS, pad_token=PAD,
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A folder's or the hub's tokenizer, with a PAD of its own (added if missing or the same as EOS).
+
+    An added PAD may need a row more in the embeddings: `models.load.fit_embeddings`. Raises UserError if there is no
+    tokenizer, or none with EOS.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer could be loaded from '{path_or_name}' ({_first_line(error)}); "
+            "give a Hugging Face folder or hub name that holds one"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{path_or_name}' has no EOS token, so no reply could end; "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids: a model of the one can read ids of the other."""
+    if one.get_vocab() != other.get_vocab() or one.eos_token_id != other.eos_token_id:
+        return False
+    probe = "Two words, 12 numbers\n\nand  spaces: café."
+    return one(probe, add_special_tokens=False).input_ids == other(probe, add_special_tokens=False).input_ids
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

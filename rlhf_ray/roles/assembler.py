@@ -1,0 +1,132 @@
+"""Puts what the other roles found out about a rollout together, and cuts it into one training shard a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.assemble import assemble
+from rlhf_ray.algorithms.schedule import draw_seed, minibatch_rows
+from rlhf_ray.engines.forward import action_mask, pad_tokens
+from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssembleSettings:
+    """The recipe's knobs of this role."""
+
+    gamma: float
+    gae_lambda: float
+    missing_eos_penalty: float
+    whiten_rewards: bool
+    whiten_advantages: bool
+    minibatch_size: int
+    ppo_epochs: int
+    policy_ranks: int
+    critic_ranks: int
+    seed: int
+
+
+class Assembler:
+    """Works on [B, T] floats of the whole rollout batch; token ids only pass through, as arrays."""
+
+    def __init__(self, settings: AssembleSettings):
+        self.settings = settings
+
+    def assemble(
+        self,
+        rollouts: list[RolloutBatch],
+        scores: list[np.ndarray],
+        ref_logprobs: list[TokenValues],
+        old_logprobs: list[TokenValues],
+        old_values: list[TokenValues],
+        kl_coef: float,
+    ) -> tuple[dict[str, float], list[TrainShard], list[TrainShard]]:
+        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by unit of work, in order."""
+        settings, step = self.settings, rollouts[0].unit.step
+        prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
+        responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
+        sequences = Sequences.of(prompts, responses)
+        lengths = sequences.response_lengths
+        mask = action_mask(torch.from_numpy(lengths))
+
+        def padded(flats: list[np.ndarray]) -> torch.Tensor:
+            return pad_tokens(unflatten(np.concatenate(flats), lengths))
+
+        logprobs = padded([part.values for part in old_logprobs])
+        values = padded([part.values for part in old_values])
+        result = assemble(
+            torch.from_numpy(np.concatenate(scores)),
+            torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
+            padded([rollout.rollout_logprobs for rollout in rollouts]),
+            logprobs,
+            padded([part.values for part in ref_logprobs]),
+            values,
+            mask,
+            kl_coef=kl_coef,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+            missing_eos_penalty=settings.missing_eos_penalty,
+            whiten_rewards=settings.whiten_rewards,
+            whiten_advantages=settings.whiten_advantages,
+        )
+        tokens = np.array([len(part.values) for part in old_logprobs])
+        entropies = np.array([part.entropy for part in old_logprobs])
+        stats = result.stats | {
+            "policy/entropy": float((entropies * tokens).sum() / tokens.sum()),
+            "rollout/tokens": float(tokens.sum()),
+            "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
+        }
+        # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
+        schedule = minibatch_rows(
+            len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
+        )
+        policy = cut_shards(step, sequences, logprobs, result.advantages, schedule, settings.policy_ranks)
+        critic = cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks)
+        return stats, policy, critic
+
+    def evaluate(
+        self, rollouts: list[RolloutBatch], scores: list[np.ndarray], ref_logprobs: list[TokenValues]
+    ) -> dict[str, float]:
+        """Figures of held-out rollouts. The policy's log-probs are the generator's: no trainer is needed."""
+        flat = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
+        kl = flat - np.concatenate([part.values for part in ref_logprobs])
+        rows = sum(len(rollout.sequences) for rollout in rollouts)
+        return {
+            "eval/score": float(np.concatenate(scores).mean()),
+            "eval/kl": float(kl.sum() / rows),
+            "eval/response_length": len(flat) / rows,
+            "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
+        }
+
+
+def cut_shards(
+    step: int,
+    sequences: Sequences,
+    old: torch.Tensor,  # [B, T]
+    target: torch.Tensor,  # [B, T]
+    schedule: list[list[int]],
+    ranks: int,
+) -> list[TrainShard]:
+    """Rank r takes every ranks-th row of each minibatch; its shard holds the rows it ever needs, once."""
+    lengths = sequences.response_lengths
+    shards = []
+    for rank in range(ranks):
+        own = [rows[rank::ranks] for rows in schedule]
+        needed = sorted({row for rows in own for row in rows})
+        place = {row: i for i, row in enumerate(needed)}
+        shards.append(
+            TrainShard(
+                step=step,
+                sequences=sequences.rows(needed),
+                old=flatten((old[row, : lengths[row]].numpy() for row in needed), np.float32),
+                target=flatten((target[row, : lengths[row]].numpy() for row in needed), np.float32),
+                schedule=tuple(
+                    OptimiserStep(rows=np.array([place[row] for row in mine]), num_tokens=int(lengths[rows].sum()))
+                    for rows, mine in zip(schedule, own, strict=True)
+                ),
+            )
+        )
+    return shards

@@ -1,0 +1,56 @@
+"""Answers units of work with the current policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.schedule import draw_seed
+from rlhf_ray.data.tokens import encode_prompts
+from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit, flatten
+
+EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
+
+
+class Generator:
+    """A generation engine with the run's prompts. What it returns depends on (weights, unit, seed) alone."""
+
+    def __init__(self, folder: str | Path, prompts: list[str], eval_prompts: list[str], *, sampling: SamplingParams,
+                 seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False):
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        model = load_causal_lm(folder, dtype, trust_remote_code)
+        self.engine = GenerationEngine(model, self.tokenizer, device=device)
+        self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
+        self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
+        self.sampling, self.seed = sampling, seed
+        self.policy_version = 0
+
+    def generate(self, unit: WorkUnit) -> RolloutBatch:
+        source = self.eval_prompt_ids if unit.evaluation else self.prompt_ids
+        prompts = [source[index] for index in unit.prompt_indices]
+        step = EVALUATION_STEP if unit.evaluation else unit.step
+        seeds = [
+            draw_seed(self.seed, "rollout", step, prompt, sample)
+            for prompt, sample in zip(unit.prompt_indices, unit.sample_indices, strict=True)
+        ]
+        completions = self.engine.generate(prompts, seeds, self.sampling)
+        return RolloutBatch(
+            unit=unit,
+            policy_version=self.policy_version,
+            sequences=Sequences.of(prompts, [completion.response_ids for completion in completions]),
+            rollout_logprobs=flatten((completion.logprobs for completion in completions), np.float32),
+            ended=np.array([completion.finish_reason != "length" for completion in completions]),
+        )
+
+    def load_weights(self, weights: Mapping[str, np.ndarray], policy_version: int) -> int:
+        """Copy the policy's weights in; returns the version that generates from now on."""
+        self.engine.load_weights(weights)
+        self.policy_version = policy_version
+        return policy_version

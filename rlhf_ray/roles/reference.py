@@ -1,0 +1,29 @@
+"""The frozen policy that PPO stays close to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlhf_ray.engines.forward import response_logprobs
+from rlhf_ray.models.load import disable_dropout, load_causal_lm
+from rlhf_ray.types import RolloutBatch, TokenValues, flatten
+
+
+class Reference:
+    """Log-probs of a unit's responses under the SFT model, computed just as the policy computes its own."""
+
+    def __init__(self, folder: str | Path, *, temperature: float, compute_dtype: torch.dtype,
+                 device: torch.device | str = "cpu", microbatch_size: int = 32, trust_remote_code: bool = False):
+        self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
+        disable_dropout(self.model)
+        self.temperature, self.compute_dtype, self.microbatch_size = temperature, compute_dtype, microbatch_size
+
+    def logprobs(self, rollout: RolloutBatch) -> TokenValues:
+        sequences = rollout.sequences
+        rows = response_logprobs(
+            self.model, sequences.prompts(), sequences.responses(), temperature=self.temperature,
+            compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size,
+        )  # fmt: skip
+        return TokenValues(values=flatten(rows, "float32"))

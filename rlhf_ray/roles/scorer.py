@@ -1,0 +1,101 @@
+"""Scores a response to its prompt: with a reward model, or with the user's own Python function.   B responses."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rlhf_ray.data.tokens import encode_pairs
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.load import disable_dropout, load_reward_model, reward_normalisation
+from rlhf_ray.models.tokenizer import load_tokenizer
+
+
+class Scorer(Protocol):
+    """What turns text into one score each."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+        """float32 [B]. `ended` says whether the response ended by itself, that is, whether EOS is part of it."""
+        ...
+
+
+class RewardScorer:
+    """A reward model with its own tokenizer, whatever the policy's is. Scores are normalised: (raw - mean) / std.
+
+    A text longer than the model's positions keeps its end: the score is read at the last token.
+    """
+
+    def __init__(self, folder: str | Path, *, compute_dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu", batch_size: int = 32, trust_remote_code: bool = False):
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
+        disable_dropout(self.model)
+        self.mean, self.std = reward_normalisation(self.model.config)
+        self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
+        config = self.model.config.get_text_config()
+        self.positions: int = config.max_position_embeddings
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+        rows = encode_pairs(self.tokenizer, prompts, responses)
+        token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
+        token_ids = [ids[-self.positions :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
+        raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
+        return ((raw - self.mean) / self.std).astype(np.float32)
+
+    @torch.inference_mode()
+    def _raw(self, token_ids: list[list[int]]) -> np.ndarray:
+        width = max(map(len, token_ids))
+        input_ids = torch.full((len(token_ids), width), self.tokenizer.pad_token_id)
+        for row, ids in zip(input_ids, token_ids, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(width) < torch.tensor([len(ids) for ids in token_ids])[:, None]).long()
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            logits = self.model(
+                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            ).logits
+        return logits.squeeze(-1).float().cpu().numpy()
+
+
+class FunctionScorer:
+    """A user's function (prompts, responses) -> scores. An error in it is the user's, and is shown with the sample."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.function = import_function(path)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+        try:
+            scores = np.asarray(self.function(list(prompts), list(responses)), np.float32)
+        except Exception as error:  # the user's code may raise anything
+            raise UserError(
+                f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples, the first of them "
+                f"prompt {prompts[0]!r}, response {responses[0]!r}"
+            ) from error
+        if scores.shape != (len(prompts),):
+            raise UserError(f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each")
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise UserError(f"{self.path} returned {scores[bad]} for prompt {prompts[bad]!r}, response {responses[bad]!r}")
+        return scores
+
+
+def import_function(path: str) -> Callable:
+    """The function that 'package.module:function' names; the working directory is searched too."""
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise UserError(f"{path!r} names no function; write package.module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise UserError(f"{path!r} can't be imported ({error}); check the name, or run where Python finds it") from error
+    except AttributeError as error:
+        raise UserError(f"module {module_name!r} has no function {name!r}") from error

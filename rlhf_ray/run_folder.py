@@ -1,0 +1,101 @@
+"""Names inside a run folder. People script against them; they are listed in the README."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("data", "sft", "fluency", "reward", "judge", "ppo", "evaluation")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """One stage's folder: model/ metrics.jsonl checkpoints/ DONE."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done_file(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def stop_file(self) -> Path:
+        """Present while the stage is asked to checkpoint and stop; workers look for it after every step."""
+        return self.path / "STOP"
+
+    @property
+    def done(self) -> bool:
+        return self.done_file.exists()
+
+    def finish(self, summary: dict) -> None:
+        """Mark the stage finished; `summary` (its closing figures) is the file's content."""
+        write_atomically(self.done_file, json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict:
+        return json.loads(self.done_file.read_text())
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The run folder (absolute path)."""
+
+    path: Path
+
+    def stage(self, name: str) -> StageFolder:
+        assert name in STAGES, name
+        return StageFolder(self.path / name)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "data" / "tokenizer"
+
+    @property
+    def logs(self) -> Path:
+        """What the run's processes print: one file each."""
+        return self.path / "logs"
+
+    @property
+    def best_model(self) -> Path:
+        """The policy with the best held-out score so far."""
+        return self.path / "ppo" / "best"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def data(self, role: str) -> Path:
+        """Prepared rows of one role, e.g. data('reward_train'): a Parquet file."""
+        return self.path / "data" / f"{role}.parquet"

@@ -1,0 +1,78 @@
+"""Which folder to serve: a Hugging Face model folder, or the policy of a run folder or a results folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.run_folder import RunFolder
+
+# In a results folder, which has no fixed layout, the first of these that holds a language model is served.
+_POLICY_NAMES = ("ppo", "policy", "model", "sft")
+
+
+def find_model(path: str | Path) -> Path:
+    """The absolute model folder that `path` stands for. UserError if there is none, or it holds no language model."""
+    given = Path(path).expanduser()
+    folder = given.resolve()
+    if not folder.is_dir():
+        raise UserError(f"'{given}' is no folder; give a run folder or a Hugging Face model folder")
+    if _is_model(folder):
+        return _checked(folder)
+    run = RunFolder(folder)
+    for stage in ("ppo", "sft"):
+        if _is_model(run.stage(stage).model):
+            return _checked(run.stage(stage).model)
+    found = _language_models_in(folder)
+    if not found:
+        raise UserError(f"'{given}' holds no model: neither config.json, nor ppo/model, nor sft/model, nor a folder with a "
+                        "language model; give a finished run folder or a Hugging Face model folder")
+    named = [name for name in _POLICY_NAMES if name in found]
+    if named or len(found) == 1:
+        return _checked(found[(named or list(found))[0]])
+    raise UserError(f"'{given}' holds several models ({', '.join(found)}); give one of these folders")
+
+
+def model_name(path: str | Path, model: Path) -> str:
+    """The id to serve it under: the run folder's name, or the model folder's own."""
+    given = Path(path).expanduser().resolve()
+    if given != model or model.name != "model":
+        return given.name
+    # RUN/ppo/model, given directly
+    return f"{model.parent.parent.name}-{model.parent.name}"
+
+
+def _language_models_in(folder: Path) -> dict[str, Path]:
+    """Name of each sub-folder that is a language model, or whose model/ is one -> that model folder."""
+    found = {}
+    for child in sorted(folder.iterdir()):
+        for candidate in (child, child / "model"):
+            if _is_model(candidate) and _is_causal(candidate):
+                found.setdefault(child.name, candidate)
+    return found
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _architectures(folder: Path) -> list[str]:
+    try:
+        return json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (ValueError, AttributeError):
+        raise UserError(f"'{folder / 'config.json'}' is not a model's config; give a Hugging Face model folder") from None
+
+
+def _is_causal(folder: Path) -> bool:
+    names = _architectures(folder)
+    return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def _checked(folder: Path) -> Path:
+    if not _is_causal(folder):
+        raise UserError(f"'{folder}' holds a {_architectures(folder)[0]}, which writes no text; give the folder of a language model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"'{folder}' holds no safetensors weights; pickled ones are not loaded because they can run code: "
+                        "convert them with save_pretrained")
+    return folder

@@ -1,0 +1,80 @@
+"""From a request's prompt or messages to token ids that the model takes, or an ApiError that says why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.tokens import encode_prompt
+from rlhf_ray.serving.api_errors import bad_request
+from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
+from rlhf_ray.serving.settings import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReader:
+    """Reads prompts for one model. `positions` is its longest sequence, None where it has no limit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    vocab_size: int
+    limits: Limits
+
+    def completion(self, request: CompletionRequest) -> list[list[int]]:
+        prompts = request.prompts
+        if not prompts:
+            raise bad_request("Invalid value for 'prompt': it holds no prompt.", param="prompt", code="invalid_value")
+        if len(prompts) > self.limits.max_prompts:
+            raise bad_request(f"The request holds {len(prompts)} prompts; the limit is {self.limits.max_prompts}.", param="prompt")
+        return [self._checked(encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, "prompt")
+                for prompt in prompts]
+
+    def chat(self, request: ChatRequest) -> list[list[int]]:
+        return [self._checked(encode_prompt(self.tokenizer, chat_text(self.tokenizer, request.messages)), "messages")]
+
+    def text(self, prompt_ids: list[int]) -> str:
+        return self.tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def max_new_tokens(self, prompt_ids: list[int], asked: int | None, default: int | None) -> int:
+        """How long a response may get: what was asked for, or an error; else the default, as far as there is room."""
+        room = None if self.positions is None else self.positions - len(prompt_ids)
+        caps = [cap for cap in (room, self.limits.max_tokens, default) if cap is not None]
+        if asked is None:
+            return min(caps, default=4096)
+        if self.limits.max_tokens is not None and asked > self.limits.max_tokens:
+            raise bad_request(f"max_tokens is {asked}; this server allows at most {self.limits.max_tokens}.", param="max_tokens")
+        if room is not None and asked > room:
+            raise bad_request(
+                f"This model's maximum context length is {self.positions} tokens. However, you requested "
+                f"{len(prompt_ids) + asked} tokens ({len(prompt_ids)} in the prompt, {asked} for the completion). "
+                "Please reduce the length of either one.", param="max_tokens", code="context_length_exceeded")
+        return asked
+
+    def _checked(self, prompt_ids: list[int], param: str) -> list[int]:
+        if not prompt_ids:
+            # A model needs something to go on from: what texts start with (BOS), or what stands between them (EOS).
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            prompt_ids = [eos if bos is None else bos]
+        if max(prompt_ids) >= self.vocab_size:
+            raise bad_request(f"Token id {max(prompt_ids)} is beyond the model's vocabulary of {self.vocab_size}.", param=param)
+        caps = [cap for cap in (self.limits.max_prompt_tokens, self.positions and self.positions - 1) if cap is not None]
+        if caps and len(prompt_ids) > min(caps):
+            raise bad_request(
+                f"The prompt has {len(prompt_ids)} tokens; this model takes at most {min(caps)}. Please shorten it.",
+                param=param, code="context_length_exceeded")
+        return prompt_ids
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """The messages as the tokenizer's chat template writes them, else as a plain dialogue; the assistant speaks next."""
+    if all(message.role in ("system", "developer") for message in messages):
+        raise bad_request("messages holds no user message to answer.", param="messages", code="invalid_value")
+    plain = [{"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages]
+    try:
+        return ChatFormat(tokenizer).prompt(plain)
+    except TemplateError as error:  # templates refuse orders of roles that their model was not trained on
+        raise bad_request(f"The model's chat template refuses these messages: {error}.", param="messages",
+                          code="invalid_value") from None

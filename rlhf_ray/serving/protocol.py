@@ -1,0 +1,199 @@
+"""The bodies of OpenAI's requests, as far as this server understands them.
+
+A field that would change the answer and that we can't honour is refused, never ignored; what only labels a request is
+accepted. `top_k` and `min_p` are extensions (the openai client sends them by `extra_body`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.serving.api_errors import ApiError, bad_request
+
+MAX_STOPS = 4
+_NEUTRAL: dict[str, Any] = {
+    # field -> the value besides null that asks for nothing
+    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": "", "tools": [],
+    "tool_choice": "none", "functions": [], "function_call": "none", "response_format": {"type": "text"},
+    "modalities": ["text"], "top_logprobs": 0, "reasoning_effort": "none", "web_search_options": None, "audio": None,
+    "prediction": None, "verbosity": "medium", "parallel_tool_calls": True,
+}  # fmt: skip
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(_Body):
+    """What completions and chat have in common."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | list[Stop] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # labels
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    # understood, and refused unless they ask for nothing
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in _NEUTRAL.keys() & data.keys():
+                if data[name] is not None and data[name] != _NEUTRAL[name]:
+                    raise bad_request(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+            # The neutral ones that are no field of ours are dropped, so that only unknown names are left to refuse.
+            data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options is only allowed when stream is true.", param="stream_options")
+        if len(self.stops) > MAX_STOPS:
+            raise bad_request(f"stop holds {len(self.stops)} strings; at most {MAX_STOPS} are allowed.", param="stop")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, max_new_tokens: int) -> SamplingParams:
+        """OpenAI's defaults: temperature 1, everything kept."""
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            stop=self.stops,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int | None = Field(16, ge=1)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=1)
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def token_limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _echo_has_no_logprobs(self) -> Self:
+        if self.echo and self.wants_logprobs:
+            raise bad_request("logprobs of an echoed prompt are not supported.", param="logprobs",
+                              code="unsupported_parameter")
+        return self
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
+def parse(kind: type[Body], content_type: str, body: bytes) -> Body:
+    """The request, or an ApiError that says what is wrong with it."""
+    # Other types are those that a web page may post to a loopback server without being asked (no CORS preflight).
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, f"Content-Type is {content_type!r}; send the body as application/json.")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _as_api_error(error) from None
+
+
+def _as_api_error(error: ValidationError) -> ApiError:
+    errors = error.errors(include_url=False, include_context=False)
+    # Of the branches of a union the one that got furthest is meant: stop=["a", ""] is about [1], not about no string.
+    first = max((each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    if first["type"] == "json_invalid":
+        return bad_request(f"We could not parse the JSON body of your request: {first['msg']}.")
+    # Those branches appear in the location ("stop", "list[str]", 1); OpenAI's param is the fields and indices only.
+    path = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))]
+    field = str(path[0]) if path else None
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
+    if first["type"] == "missing":
+        return bad_request(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+    if first["type"] in ("model_type", "model_attributes_type") and field is None:
+        return bad_request("The JSON body of your request must be an object.")
+    return bad_request(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value")

@@ -1,0 +1,135 @@
+"""The bodies of OpenAI's answers, whole and in pieces."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any
+
+from rlhf_ray.generation_types import TokenEvent
+from rlhf_ray.serving.text import ResponseText, TokenText
+
+_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class Choice:
+    """One response while it is being written."""
+
+    def __init__(self, text: ResponseText):
+        self.text = text
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def push(self, event: TokenEvent) -> None:
+        if self.finish_reason is not None:
+            return
+        self.num_tokens += 1
+        self.text.push(event.token_id, event.logprob)
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif event.completion is not None:
+            self.finish_reason = _FINISH_REASONS[event.completion.finish_reason]
+
+    def take(self) -> tuple[str, list[TokenText]]:
+        return self.text.take(final=self.finish_reason is not None)
+
+
+def usage(prompts: list[list[int]], choices: list[Choice]) -> dict[str, int]:
+    """Tokens read and written; a prompt counts once, EOS counts."""
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
+    completion_tokens = sum(choice.num_tokens for choice in choices)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens}
+
+
+class CompletionWriter:
+    """/v1/completions"""
+
+    def __init__(self, model: str, *, logprobs: bool, echoes: list[str] | None = None):
+        self._head = _head("cmpl", "text_completion", model)
+        self._logprobs, self._echoes = logprobs, echoes
+
+    def whole(self, pieces: list[tuple[str, list[TokenText], str]], usage: dict[str, int]) -> dict:
+        """pieces: text, tokens and finish reason of each choice."""
+        choices = [self._choice(index, self._echo(index) + text, tokens, reason)
+                   for index, (text, tokens, reason) in enumerate(pieces)]
+        return {**self._head, "choices": choices, "usage": usage}
+
+    def opening(self, index: int) -> dict | None:
+        return {**self._head, "choices": [self._choice(index, self._echo(index), [], None)]} if self._echoes else None
+
+    def piece(self, index: int, text: str, tokens: list[TokenText], reason: str | None) -> dict:
+        return {**self._head, "choices": [self._choice(index, text, tokens, reason)]}
+
+    def last(self, usage: dict[str, int]) -> dict:
+        return {**self._head, "choices": [], "usage": usage}
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index] if self._echoes else ""
+
+    def _choice(self, index: int, text: str, tokens: list[TokenText], reason: str | None) -> dict:
+        logprobs = None
+        if self._logprobs:
+            logprobs = {
+                "tokens": [token.token for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": None,  # the engine keeps the drawn token's only
+                "text_offset": [token.offset for token in tokens],
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+class ChatWriter:
+    """/v1/chat/completions"""
+
+    def __init__(self, model: str, *, logprobs: bool):
+        self._head = _head("chatcmpl", "chat.completion", model)
+        self._logprobs = logprobs
+
+    def whole(self, pieces: list[tuple[str, list[TokenText], str]], usage: dict[str, int]) -> dict:
+        choices = [
+            {"index": index, "message": {"role": "assistant", "content": text, "refusal": None},
+             "logprobs": self._token_logprobs(tokens), "finish_reason": reason}
+            for index, (text, tokens, reason) in enumerate(pieces)
+        ]  # fmt: skip
+        return {**self._head, "choices": choices, "usage": usage}
+
+    def opening(self, index: int) -> dict:
+        return self._chunk([_delta(index, {"role": "assistant", "content": ""}, None, None)])
+
+    def piece(self, index: int, text: str, tokens: list[TokenText], reason: str | None) -> dict:
+        delta = {"content": text} if text or reason is None else {}
+        return self._chunk([_delta(index, delta, self._token_logprobs(tokens), reason)])
+
+    def last(self, usage: dict[str, int]) -> dict:
+        return self._chunk([]) | {"usage": usage}
+
+    def _chunk(self, choices: list[dict]) -> dict:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+    def _token_logprobs(self, tokens: list[TokenText]) -> dict | None:
+        if not self._logprobs:
+            return None
+        content = [{"token": token.token, "logprob": token.logprob, "bytes": _bytes(token.token), "top_logprobs": []}
+                   for token in tokens]
+        return {"content": content, "refusal": None}
+
+
+def server_sent(data: dict[str, Any] | str) -> bytes:
+    """One event of a stream."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def _head(prefix: str, kind: str, model: str) -> dict:
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _delta(index: int, delta: dict, logprobs: dict | None, reason: str | None) -> dict:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """The token's UTF-8; null, as OpenAI says it, for a token that is part of a character."""
+    return None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode())

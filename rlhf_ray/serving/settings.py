@@ -1,0 +1,70 @@
+"""What a person can set about a server, checked before anything starts."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass, field
+
+from rlhf_ray.errors import UserError
+
+API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most that one request, and all of them together, may ask for."""
+
+    max_prompt_tokens: int | None = None
+    """Longest prompt; None: the model's positions less one."""
+    max_tokens: int | None = None
+    """Longest completion; None: what the prompt leaves of the model's positions."""
+    max_n: int = 16
+    """Choices a prompt."""
+    max_prompts: int = 64
+    """Prompts a completion request."""
+    max_body_bytes: int = 1 << 20
+    max_rows: int = 32
+    """Choices decoded together in one batch, per replica."""
+    max_waiting_rows: int = 128
+    """Choices that wait for a place in the batch, per replica; more are refused with status 429."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            smallest = 0 if name == "max_waiting_rows" else 1
+            if value is not None and value < smallest:
+                raise UserError(f"{name}={value} must be at least {smallest}; raise it or leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppSettings:
+    """What the HTTP app needs to know besides the model."""
+
+    name: str
+    """The model's id in requests and in /v1/models."""
+    api_key: str | None = field(default=None, repr=False)
+    """None: no authentication."""
+    limits: Limits = Limits()
+
+
+def is_loopback(host: str) -> bool:
+    """True if `host` (a name or an address) can be reached from this machine alone."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError as error:
+        raise UserError(f"host {host!r} does not resolve ({error}); use 127.0.0.1 or an address of this machine") from None
+    return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
+
+
+def resolve_api_key(host: str, api_key: str | None) -> str | None:
+    """The key to require: the one given, else the environment's, else none, which only a loopback address allows."""
+    if api_key is None:
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
+    if api_key is not None and (not api_key.strip() or not api_key.isascii() or not api_key.isprintable() or " " in api_key):
+        raise UserError("the API key must be one or more printable ASCII characters without spaces; choose another")
+    if api_key is None and not is_loopback(host):
+        raise UserError(f"host {host!r} can be reached from other machines, and no API key is set; "
+                        f"give --api-key or {API_KEY_VARIABLE}, or bind 127.0.0.1")
+    return api_key

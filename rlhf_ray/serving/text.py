@@ -1,0 +1,83 @@
+"""Token ids of one response in, text that is safe to send out: whole characters, nothing of a stop string."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+# Prompt tokens decoded in front of the response: some tokenizers drop the space of a text's first word.
+_CONTEXT_TOKENS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One sampled token as the API shows it."""
+
+    token: str
+    logprob: float
+    offset: int
+    """Where its text starts in the response, in characters."""
+
+
+class ResponseText:
+    """Incremental decoding. After a stop string is complete, `stopped` is True and `text` ends before it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: tuple[str, ...]):
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._window = 0  # decoding starts here: earlier tokens no longer change the text of later ones
+        self._read = len(self._ids)  # tokens whose text is in self.text
+        self._tokens: list[TokenText] = []
+        self._sent_tokens = 0
+        self._sent = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int, logprob: float) -> None:
+        if self.stopped:
+            return
+        token = self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self._tokens.append(TokenText(token, logprob, len(self.text)))
+        self._ids.append(token_id)
+        self._decode(final=False)
+
+    def take(self, *, final: bool) -> tuple[str, list[TokenText]]:
+        """The text and tokens that can be sent now; with `final`, all that is left."""
+        if final and not self.stopped:
+            self._decode(final=True)
+        end = len(self.text) if final or self.stopped else len(self.text) - self._held_back()
+        # A token goes out with the text it starts in front of; the last one (EOS) has none.
+        upto = self._sent_tokens
+        while upto < len(self._tokens) and (self._tokens[upto].offset < end or (final and not self.stopped)):
+            upto += 1
+        piece, tokens = self.text[self._sent : end], self._tokens[self._sent_tokens : upto]
+        self._sent, self._sent_tokens = max(end, self._sent), upto
+        return piece, tokens
+
+    def _decode(self, *, final: bool) -> None:
+        known = self._words(self._ids[self._window : self._read])
+        now = self._words(self._ids[self._window :])
+        if len(now) <= len(known) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not final):
+            return  # nothing new, or the token ends inside a character
+        before = len(self.text)
+        self.text += now[len(known) :]
+        self._window, self._read = self._read, len(self._ids)
+        self._find_stop(before)
+
+    def _words(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _find_stop(self, before: int) -> None:
+        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that may be the start of a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0) - 1
+        for size in range(min(longest, len(self.text) - self._sent), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return size
+        return 0

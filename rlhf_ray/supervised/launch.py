@@ -1,0 +1,233 @@
+"""Runs a supervised stage under Ray Train's TorchTrainer. The only file of this package that knows Ray.
+
+Ray must be initialised. Library noise goes to RUN/logs/<stage>.log; the terminal stays the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import LoggingConfig
+
+from rlhf_ray.config import Recipe, TrainConfig
+from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.events import EventLog
+from rlhf_ray.run_folder import RunFolder, StageFolder
+
+Progress = Callable[[dict], None]
+RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
+POLL_S = 0.5
+REPORT_S = 1.0
+
+
+def run_sft(recipe: Recipe, folder: RunFolder, stage: str = "sft", on_progress: Progress | None = None) -> dict:
+    """Train the stage "sft" or "fluency" to its end -> its summary, which DONE holds too.
+
+    Raises UserError for a user's mistake, StageStopped once asked to stop (the STOP file) and checkpointed.
+    """
+    assert stage in ("sft", "fluency"), stage
+    return _run(recipe, folder, stage, on_progress)
+
+
+def run_reward(recipe: Recipe, folder: RunFolder, stage: str = "reward", on_progress: Progress | None = None) -> dict:
+    """Train the stage "reward" or "judge" to its end -> its summary. Raises as `run_sft`."""
+    assert stage in ("reward", "judge"), stage
+    return _run(recipe, folder, stage, on_progress)
+
+
+def _run(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None) -> dict:
+    target, config = folder.stage(stage), getattr(recipe, stage)
+    if target.done:
+        return target.summary()
+    assert config is not None, f"the recipe has no section '{stage}'"
+    target.path.mkdir(parents=True, exist_ok=True)
+    target.stop_file.unlink(missing_ok=True)  # left by a run that was killed before it stopped
+    _check_capacity(stage, config)
+    started = time.monotonic()
+    answer = _fit(recipe, folder, stage, config, on_progress)
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    if answer["ended_by"] == "stop":
+        target.stop_file.unlink(missing_ok=True)
+        raise StageStopped(f"{stage} stopped; its checkpoint is written")
+    summary = answer | {"seconds": round(time.monotonic() - started, 2)}
+    target.finish(summary)
+    shutil.rmtree(target.checkpoints, ignore_errors=True)
+    return summary
+
+
+def _check_capacity(stage: str, config: TrainConfig) -> None:
+    """Refuse at once what the whole cluster could not hold; what is merely in use is waited for, with a deadline."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        wanted = each * config.workers
+        if wanted > there.get(name, 0):
+            key = f"{stage}.{name.lower()}s_per_worker"
+            raise UserError(
+                f"{stage}.workers = {config.workers} with {key} = {each:g} need {wanted:g} {name}s, the cluster has "
+                f"{there.get(name, 0):g}; lower one of them or add nodes"
+            )
+
+
+def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_progress: Progress | None) -> dict:
+    """Run the worker group to its end, reporting progress -> what rank 0 returned."""
+    timeout_s = recipe.resources.start_timeout_s
+    # Ray Train reads these here and hands them on. Without a limit on failed starts it would wait for a full cluster
+    # for ever (the failure policy below allows none).
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
+    storage = folder.path / "logs" / "ray_train"
+    storage.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder.path), "stage": stage},
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}),
+        ),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
+            callbacks=[_RecordFailures(folder.events, stage)],
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    box: dict = {}
+
+    def fit() -> None:
+        try:
+            box["result"] = trainer.fit()
+        except BaseException as error:  # handed to the caller's thread below, whatever it is
+            box["error"] = error
+
+    # In a thread of its own: the caller's thread reports progress, and keeps its own handling of Ctrl-C, which fit()
+    # in the main thread would replace by one that aborts without a checkpoint.
+    thread = threading.Thread(target=fit, name=f"{stage} fit", daemon=True)
+    thread.start()
+    _report_until_done(thread, folder.stage(stage), stage, on_progress)
+    shutil.rmtree(storage / stage, ignore_errors=True)
+    if "error" in box:
+        raise _explained(box["error"], folder, stage, config, timeout_s)
+    return box["result"].return_value
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Set before the worker loads torch: threads that sleep when idle, DeepSpeed's device, no way to the hub's servers
+    for what is local."""
+    on_gpu = config.gpus_per_worker > 0
+    return {
+        "OMP_NUM_THREADS": str(config.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "true" if config.threads > 1 else "false",
+        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def _report_until_done(thread: threading.Thread, target: StageFolder, stage: str, on_progress: Progress | None) -> None:
+    started = reported = time.monotonic()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if on_progress is None or time.monotonic() - reported < REPORT_S:
+            continue
+        reported = time.monotonic()
+        row = _last_row(target.metrics)
+        if row is None:
+            waiting = f"{stage} worker to start and read its data"
+            on_progress({"stage": stage, "step": 0, "total": None, "waiting": waiting, "waited_s": reported - started})
+        else:
+            on_progress({"stage": stage, "total": row["total_steps"], **row})
+
+
+def _last_row(path: Path) -> dict | None:
+    """The last whole line of a metrics.jsonl, without reading the others."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - 8192, 0))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last newline is still being written
+    return json.loads(lines[-1]) if lines else None
+
+
+def _explained(error: BaseException, folder: RunFolder, stage: str, config: TrainConfig, timeout_s: float) -> BaseException:
+    """A sentence for a start that timed out or a worker that failed; the original stands as its cause."""
+    if not isinstance(error, TrainingFailedError):
+        return error
+    log = folder.path / "logs" / f"{stage}.log"
+    if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
+        explained: Exception = UserError(
+            f"waited {timeout_s:g} s for {config.workers} {stage} worker(s) with {config.cpus_per_worker:g} CPUs and "
+            f"{config.gpus_per_worker:g} GPUs each, the cluster has no room; free some of it, lower {stage}.workers, or "
+            "raise resources.start_timeout_s"
+        )
+    else:
+        explained = RuntimeError(f"{stage} failed {RESTARTS + 1} times, the last time with: {error}\nIts log is {log}")
+    explained.__cause__ = error
+    return explained
+
+
+class _RecordFailures(UserCallback):
+    """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
+
+    def __init__(self, events: Path, stage: str):
+        self.events, self.stage = events, stage
+
+    def after_exception(self, run_context, worker_exceptions):
+        for place, error in worker_exceptions.items():
+            EventLog(self.events).add(
+                f"{self.stage} worker {place} failed: {str(error).strip().splitlines()[-1][:300]}",
+                f"worker group restarted from the newest checkpoint (at most {RESTARTS} times)",
+                stage=self.stage,
+            )
+
+
+def _worker(config: dict) -> dict:
+    """One rank, in its own process -> the stage's summary, or {"refused": sentence} for a user's mistake."""
+    folder, stage = RunFolder(Path(config["folder"])), config["stage"]
+    _to_log_file(folder.path / "logs" / f"{stage}.log")
+    import torch
+
+    from rlhf_ray.engines.distributed import prepare_deepspeed
+
+    recipe = Recipe.model_validate(config["recipe"])
+    section: TrainConfig = getattr(recipe, stage)
+    torch.set_num_threads(section.threads)
+    prepare_deepspeed("cuda" if section.gpus_per_worker > 0 else "cpu")
+    try:
+        if stage in ("sft", "fluency"):
+            from rlhf_ray.supervised.sft import train_sft
+
+            return train_sft(recipe, folder, stage)
+        from rlhf_ray.supervised.reward import train_reward
+
+        return train_reward(recipe, folder, stage)
+    except UserError as error:  # returned: raised, it would be retried as if a machine had failed
+        return {"refused": str(error)}
+
+
+def _to_log_file(path: Path) -> None:
+    """Send this process's output to a file, what C++ libraries write included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

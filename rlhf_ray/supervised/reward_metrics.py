@@ -1,0 +1,86 @@
+"""How good a reward model is on held-out rows. Pure numpy.   N rows or pairs; scores are raw logits, float [N].
+
+A margin is score(chosen) - score(rejected); the model's probability that people prefer `chosen` is sigmoid(margin).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pair_accuracy(margins: np.ndarray) -> float:
+    """Share of pairs whose chosen text scores higher; a tie counts half."""
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+
+
+def longer_accuracy(chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> float:
+    """Accuracy of always choosing the longer text (in tokens): what a model gets that has learnt length only."""
+    return pair_accuracy(np.asarray(chosen_lengths) - np.asarray(rejected_lengths))
+
+
+def expected_calibration_error(margins: np.ndarray, *, bins: int = 10) -> float:
+    """Mean distance between confidence and accuracy, in `bins` equal steps of confidence.
+
+    The model's choice is the text it scores higher, its confidence sigmoid(|margin|), 0.5 to 1; each bin weighs as many
+    pairs as it holds. 0 is perfect.
+    """
+    margins = np.asarray(margins, np.float64)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = (margins > 0) + 0.5 * (margins == 0)
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in np.unique(place)]
+    return float(sum(gaps))
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear correlation; nan where one of the two does not vary."""
+    x, y = np.asarray(x, np.float64) - np.mean(x), np.asarray(y, np.float64) - np.mean(y)
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / scale) if scale > 0 else float("nan")
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks 1..N; equal values share the average of the ranks that they fill."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + 1 + last) / 2)[inverse]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation; ties by average rank."""
+    return pearson(average_ranks(x), average_ranks(y))
+
+
+def pairs_of_scored(scores: np.ndarray, *, seed: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `pairs` random pairs of rows that people scored differently -> (better rows, worse rows), int64 each."""
+    rng = np.random.default_rng(seed)
+    scores = np.asarray(scores)
+    if len(np.unique(scores)) < 2:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    first, second = rng.integers(0, len(scores), (2, 20 * pairs))
+    differ = scores[first] != scores[second]
+    first, second = first[differ][:pairs], second[differ][:pairs]
+    first_better = scores[first] > scores[second]
+    return np.where(first_better, first, second), np.where(first_better, second, first)
+
+
+def pair_figures(chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> dict:
+    """The figures of a model on held-out pairs."""
+    margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    return {
+        "pairs": len(margins),
+        "accuracy": pair_accuracy(margins),
+        "longer_accuracy": longer_accuracy(chosen_lengths, rejected_lengths),
+        "ece": expected_calibration_error(margins),
+        "margin_mean": float(margins.mean()),
+    }
+
+
+def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray, *, seed: int) -> dict:
+    """The figures of a model on held-out scored rows: correlations, and those of pairs made of the rows.
+
+    A model fitted to scores was not fitted to make sigmoid(margin) a probability; `ece` says how far off it is.
+    """
+    better, worse = pairs_of_scored(human, seed=seed, pairs=len(human))
+    figures = pair_figures(predicted[better], predicted[worse], lengths[better], lengths[worse]) if len(better) else {}
+    return figures | {"pearson": pearson(predicted, human), "spearman": spearman(predicted, human)}

@@ -1,0 +1,170 @@
+"""Prepared text -> token rows that TRL's trainers take as they are, in the order in which they are trained on.
+
+N rows; every row's ids end in EOS. Rows longer than max_length lose their left side (the prompt's beginning; a BOS
+stays), so the response's end and EOS are always there, and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.data.tokens import encode_pairs, opening_ids
+from rlhf_ray.errors import UserError
+
+IGNORED = -100  # label of a token that the loss leaves out (transformers' convention)
+CHUNK = 2000  # rows tokenised at once: bounds the Python lists, which take ten times the arrays' memory
+MEGABATCH = 50  # batches within which rows are sorted by length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Token rows of one data set."""
+
+    dataset: Dataset
+    lengths: np.ndarray  # int64 [N]; of both sides together where a row is a pair
+    cut: int  # rows that were longer than max_length
+
+
+def sft_rows(tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, max_length: int) -> TokenRows:
+    """prompt, response -> input_ids, labels. The loss covers the response and EOS; everything where prompt is ""."""
+    cutter = _Cutter(tokenizer, max_length)
+    ids, labels = _ListColumn(), _ListColumn()
+    for chunk in _chunks(texts):
+        for prompt, (row, prompt_length) in zip(
+            chunk["prompt"], encode_pairs(tokenizer, chunk["prompt"], chunk["response"]), strict=True
+        ):
+            masked = prompt_length if prompt else 0
+            kept = cutter.cut(row)
+            masked = min(max(masked - (len(row) - len(kept)), 0), len(kept))
+            ids.add(kept)
+            labels.add([IGNORED] * masked + kept[masked:])
+    dataset = Dataset(pa.table({"input_ids": ids.array(), "labels": labels.array()}))
+    return TokenRows(dataset=dataset, lengths=ids.lengths(), cut=cutter.count)
+
+
+def packed_rows(tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, max_length: int, seed: int) -> TokenRows:
+    """Plain texts one after the other (each with its EOS, in an order drawn from `seed`), in blocks of max_length.
+
+    The usual form of language-model pretraining: a block may hold the end of one text and the beginning of another, and
+    attends over both, EOS between them. What is left at the end (less than a block) is dropped.
+    """
+    if any(chunk_prompt for chunk in _chunks(texts) for chunk_prompt in chunk["prompt"]):
+        raise UserError("packing is on, but the data has prompts, whose tokens packing could not keep out of the loss; "
+                        "set packing: false")  # fmt: skip
+    ids = _ListColumn()
+    for chunk in _chunks(texts):
+        for row, _ in encode_pairs(tokenizer, chunk["prompt"], chunk["response"]):
+            ids.add(row)
+    rows, lengths = ids.rows(), ids.lengths()
+    order = np.random.default_rng(seed).permutation(len(rows))
+    flat = np.concatenate([rows[place] for place in order])
+    blocks = len(flat) // max_length
+    if blocks == 0:
+        raise UserError(f"packing is on, but the data has {lengths.sum()} tokens in all, less than one sequence of "
+                        f"max_length = {max_length}; lower max_length or set packing: false")  # fmt: skip
+    values = pa.array(flat[: blocks * max_length])
+    column = pa.ListArray.from_arrays(pa.array(np.arange(blocks + 1, dtype=np.int32) * max_length), values)
+    dataset = Dataset(pa.table({"input_ids": column, "labels": column}))
+    return TokenRows(dataset=dataset, lengths=np.full(blocks, max_length, np.int64), cut=0)
+
+
+def pair_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: int) -> TokenRows:
+    """prompt, chosen, rejected -> chosen_ids, rejected_ids."""
+    cutter = _Cutter(tokenizer, max_length)
+    columns = {"chosen": _ListColumn(), "rejected": _ListColumn()}
+    for chunk in _chunks(pairs):
+        for side, column in columns.items():
+            for row, _ in encode_pairs(tokenizer, chunk["prompt"], chunk[side]):
+                column.add(cutter.cut(row))
+    dataset = Dataset(pa.table({f"{side}_ids": column.array() for side, column in columns.items()}))
+    lengths = columns["chosen"].lengths() + columns["rejected"].lengths()
+    return TokenRows(dataset=dataset, lengths=lengths, cut=cutter.count)
+
+
+def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_length: int) -> TokenRows:
+    """prompt, response, score -> input_ids, score."""
+    cutter = _Cutter(tokenizer, max_length)
+    ids = _ListColumn()
+    for chunk in _chunks(scored):
+        for row, _ in encode_pairs(tokenizer, chunk["prompt"], chunk["response"]):
+            ids.add(cutter.cut(row))
+    scores = pa.array(np.asarray(scored["score"], np.float32))
+    dataset = Dataset(pa.table({"input_ids": ids.array(), "score": scores}))
+    return TokenRows(dataset=dataset, lengths=ids.lengths(), cut=cutter.count)
+
+
+def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int) -> np.ndarray:
+    """Which row is trained on when: int64 [rows], passes over the data one after the other, each in an order of its own.
+
+    Batches hold rows of like length (less padding, equal work for the ranks): a pass is shuffled, sorted by length within
+    50 batches at a time, and its batches are shuffled. It follows from `seed` alone, so a resumed run goes on exactly
+    where it stopped. `rows` is rounded down to whole batches, but not below one batch.
+    """
+    rng = np.random.default_rng(seed)
+    passes: list[np.ndarray] = []
+    carried = np.empty(0, np.int64)  # rows of a pass that fill no batch begin the next
+    wanted = max(rows // batch_size, 1)
+    made = 0
+    while made < wanted:
+        order = np.concatenate([carried, rng.permutation(len(lengths))])
+        whole = len(order) // batch_size * batch_size
+        carried = order[whole:]
+        window = MEGABATCH * batch_size
+        parts = [order[start : min(start + window, whole)] for start in range(0, whole, window)]
+        parts = [part[np.argsort(-lengths[part], kind="stable")] for part in parts]
+        if not parts:
+            continue
+        batches = np.concatenate(parts).reshape(-1, batch_size)
+        passes.append(batches[rng.permutation(len(batches))])
+        made += len(batches)
+    return np.concatenate(passes)[:wanted].reshape(-1)
+
+
+class _Cutter:
+    """Cuts the left of over-long rows, keeping a BOS, and counts them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        self.opening = opening_ids(tokenizer)
+        self.max_length = max_length
+        self.count = 0
+
+    def cut(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.max_length:
+            return ids
+        self.count += 1
+        opening = self.opening if ids[: len(self.opening)] == self.opening else []
+        return opening + ids[-(self.max_length - len(opening)) :]
+
+
+class _ListColumn:
+    """A column of id lists, kept as flat int32 arrays."""
+
+    def __init__(self):
+        self._values: list[np.ndarray] = []
+
+    def add(self, ids: Sequence[int]) -> None:
+        self._values.append(np.asarray(ids, np.int32))
+
+    def rows(self) -> list[np.ndarray]:
+        return self._values
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self._values], np.int64)
+
+    def array(self) -> pa.ListArray:
+        offsets = np.concatenate([[0], np.cumsum(self.lengths())])
+        flat = np.concatenate(self._values) if self._values else np.empty(0, np.int32)
+        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def _chunks(dataset: Dataset) -> Iterator[dict[str, list]]:
+    for start in range(0, len(dataset), CHUNK):
+        yield dataset[start : start + CHUNK]
+
+

@@ -1,0 +1,111 @@
+"""Supervised fine-tuning on one rank: prepared text in, a Hugging Face folder and held-out perplexity out.
+
+Also trains the separately seeded fluency model. The process group exists already (`supervised.launch` makes it).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig as TrlSftConfig
+from trl import SFTTrainer
+
+from rlhf_ray.config import Recipe, SftConfig
+from rlhf_ray.data.store import has_role, read_role
+from rlhf_ray.models.load import build_causal_lm, check_positions, load_causal_lm
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, sft_rows
+from rlhf_ray.supervised.stage import StageJob, train_stage
+from rlhf_ray.supervised.trainer import StageTrainer, training_arguments
+
+FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initialisation or data order
+
+
+class Sft(StageTrainer, SFTTrainer):
+    """TRL's trainer; on CPUs with the plain loss.
+
+    TRL computes the loss in a fused head that saves the logits' memory and reports entropy. Without Triton it takes half
+    of a step's time on a CPU and forms the logits anyway.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.device.type != "cpu" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        labels = inputs["labels"][:, 1:]
+        total = F.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+        )
+        # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+
+def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
+    """The stage "sft" or "fluency" on this rank -> its summary (see `stage.train_stage`)."""
+    config: SftConfig = getattr(recipe, stage)
+    seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
+    tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
+    model = build_causal_lm(recipe.model, tokenizer, seed)
+    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    texts = read_role(folder, "sft_train")
+    rows = (
+        packed_rows(tokenizer, texts, max_length=config.max_length, seed=seed)
+        if config.packing
+        else sft_rows(tokenizer, texts, max_length=config.max_length)
+    )
+
+    def trainer(dataset, stage_folder, dtype) -> StageTrainer:
+        args = training_arguments(TrlSftConfig, stage, config, stage_folder, dtype=dtype, seed=seed,
+                                  dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+        return Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        if not has_role(folder, "sft_eval"):
+            return {}
+        held_out = read_role(folder, "sft_eval")
+        held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+        held_out = sft_rows(tokenizer, held_out, max_length=config.max_length)
+        return heldout_loss(trained, tokenizer, held_out, dtype=dtype, batch_size=config.microbatch_size)
+
+    job = StageJob(
+        recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+        trainer=trainer, load=load_causal_lm, measure=measure,
+    )  # fmt: skip
+    return train_stage(job)
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, *, dtype: torch.dtype, batch_size: int
+) -> dict:
+    """Mean nats a token over the labelled tokens of all rows, and its exponential."""
+    device = next(model.parameters()).device
+    order = np.argsort(rows.lengths, kind="stable")
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = rows.dataset[order[start : start + batch_size]]
+        ids, mask = _padded(batch["input_ids"], tokenizer.pad_token_id, device)
+        labels, _ = _padded(batch["labels"], IGNORED, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        flat = labels[:, 1:].reshape(-1)
+        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), flat, ignore_index=IGNORED, reduction="sum"))
+        tokens += int((flat != IGNORED).sum())
+    loss = total / tokens
+    return {"eval_rows": len(rows.dataset), "eval_tokens": tokens, "eval_loss": loss, "eval_perplexity": math.exp(loss)}
+
+
+def _padded(rows: list[list[int]], filler: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as [B, S] with the filler on the right, and the mask of what is theirs."""
+    longest = max(map(len, rows))
+    padded = torch.full((len(rows), longest), filler, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = 1
+    return padded.to(device), mask.to(device)

@@ -1,0 +1,81 @@
+"""One supervised stage on one rank: train, save, measure. The same for SFT, fluency, reward model and judge."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from rlhf_ray.config import Recipe, TrainConfig
+from rlhf_ray.engines.agreement import rank
+from rlhf_ray.engines.precision import resolve_precision
+from rlhf_ray.models.card import model_card
+from rlhf_ray.models.load import save_model
+from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.supervised.rows import TokenRows, training_order
+from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """What distinguishes one stage from another."""
+
+    recipe: Recipe
+    folder: RunFolder
+    stage: str
+    config: TrainConfig
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    rows: TokenRows
+    trainer: Callable[..., StageTrainer]  # (dataset in training order, stage folder, compute dtype) -> trainer
+    load: Callable[[object], PreTrainedModel]  # the saved folder -> the model that is measured
+    measure: Callable[[PreTrainedModel, torch.dtype], dict]  # held-out figures
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    return torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+
+
+def train_stage(job: StageJob) -> dict:
+    """Train, then write model/ and return the summary on rank 0; {"ended_by": "stop"} where it was asked to stop.
+
+    Other ranks return {} after training.
+    """
+    config, folder = job.config, job.folder.stage(job.stage)
+    dtype = resolve_precision(config.precision, device_of(config))
+    wanted = config.max_steps * config.batch_size if config.max_steps > 0 else round(config.epochs * len(job.rows.lengths))
+    order = training_order(job.rows.lengths, batch_size=config.batch_size, rows=wanted, seed=job.seed)
+    tokens_per_step = job.rows.lengths[order].reshape(-1, config.batch_size).sum(1)
+    dataset = job.rows.dataset.select(order)
+    outcome, trainer = run_training(
+        lambda: job.trainer(dataset, folder, dtype), stage=job.stage, config=config, folder=folder,
+        tracking=job.recipe.tracking, tokens_per_step=tokens_per_step,
+    )  # fmt: skip
+    if outcome.ended_by == "stop":
+        return {"ended_by": "stop"}
+    model, weights = trained_weights(trainer)
+    if rank() != 0:
+        return {}
+    summary = {
+        "steps": outcome.steps, "ended_by": outcome.ended_by, "train_seconds": round(outcome.seconds, 2),
+        "loss": outcome.last_loss, "rows": len(job.rows.lengths), "rows_cut": job.rows.cut,
+        "tokens": int(np.sum(tokens_per_step[: outcome.steps])),
+        "parameters": sum(p.numel() if weights is None else p.ds_numel for p in model.parameters()),
+        "precision": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary), weights)
+    del trainer, model, weights
+    # Under ZeRO-3 transformers would split every model that this rank loads from here on over all ranks.
+    unset_hf_deepspeed_config()
+    gc.collect()
+    started = time.monotonic()
+    trained = job.load(folder.model).to(device_of(config))
+    summary |= job.measure(trained, dtype)
+    write_atomically(folder.model / "README.md", model_card(job.recipe, job.stage, summary))
+    return summary | {"measure_seconds": round(time.monotonic() - started, 2)}

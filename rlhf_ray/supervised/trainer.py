@@ -1,0 +1,230 @@
+"""What the SFT and reward trainers share: arguments, learning rate, metrics, checkpoints, time limit, stopping.
+
+`run_training` is called on every rank of an existing process group and returns on all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+
+from rlhf_ray.config import TrackingConfig, TrainConfig
+from rlhf_ray.engines.agreement import from_rank_zero, rank, world_size
+from rlhf_ray.engines.deepspeed_config import MAX_GRAD_NORM, deepspeed_config
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.run_folder import StageFolder
+from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
+from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
+
+KEPT_CHECKPOINTS = 2
+RENAMED = {"grad_norm": "grad_norm", "loss": "loss", "learning_rate": "learning_rate", "accuracy": "accuracy",
+           "margin": "margin", "mean_reward": "score_mean"}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Seconds of training, over all resumes, as rank 0 measured them; ranks read the same number after each step."""
+
+    total_steps: int
+    limit_s: float | None
+    elapsed_s: float = 0.0
+
+    def progress(self, step: int) -> float:
+        return progress_of(step=step, total_steps=self.total_steps, elapsed_s=self.elapsed_s, limit_s=self.limit_s)
+
+    @property
+    def time_is_up(self) -> bool:
+        return self.limit_s is not None and self.elapsed_s >= self.limit_s
+
+
+class StageTrainer(Trainer):
+    """Mixin before a TRL trainer: the learning rate follows the stage's clock."""
+
+    clock: Clock
+    stage_config: TrainConfig
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            config, clock = self.stage_config, self.clock
+
+            def factor(step: int) -> float:
+                return rate_factor(clock.progress(step), schedule=config.schedule, warmup_ratio=config.warmup_ratio)
+
+            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a training ended."""
+
+    ended_by: str  # "steps", "max_minutes" or "stop" (asked to; a checkpoint is written)
+    steps: int
+    seconds: float
+    last_loss: float | None
+
+
+def training_arguments(
+    cls: type, stage: str, config: TrainConfig, folder: StageFolder, *, dtype: torch.dtype, seed: int, **extra
+):
+    """SFTConfig or RewardConfig of TRL, with what it turns on by default (bf16, gradient checkpointing) off.
+
+    Creating it joins this process to DeepSpeed's view of the process group.
+    """
+    return cls(
+        output_dir=str(folder.checkpoints),
+        deepspeed=deepspeed_config(
+            zero_stage=config.zero_stage, compute_dtype=dtype, microbatch_size=config.microbatch_size,
+            accumulation_steps=config.accumulation_steps, workers=config.workers,
+        ),
+        bf16=False,  # the DeepSpeed config says autocast
+        gradient_checkpointing=False,
+        per_device_train_batch_size=config.microbatch_size,
+        gradient_accumulation_steps=config.accumulation_steps,
+        num_train_epochs=1,  # the data set is all passes, in order
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
+        optim="adamw_torch_fused",
+        max_length=None,  # rows are cut already
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # the callback asks for each
+        save_total_limit=KEPT_CHECKPOINTS,
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        run_name=stage,
+        **extra,
+    )  # fmt: skip
+
+
+@dataclass
+class StageCallback(TrainerCallback):
+    """After each step: one line of metrics; a checkpoint when one is due; the end when time is up or STOP is there."""
+
+    folder: StageFolder
+    config: TrainConfig
+    clock: Clock
+    tokens_per_step: np.ndarray  # [total_steps], of all ranks
+    writer: MetricsWriter | None  # rank 0 only
+    device: torch.device
+    started: float = field(default_factory=time.monotonic)
+    resumed_s: float = 0.0
+    saved_s: float = 0.0
+    stopped: bool = False
+    last_loss: float | None = None
+    step_s: float = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.started, self.resumed_s = time.monotonic(), self.clock.elapsed_s
+        self.saved_s = self.resumed_s
+
+    def on_step_end(self, args, state, control, **_):
+        before = self.clock.elapsed_s
+        elapsed = self.resumed_s + time.monotonic() - self.started
+        stop = self.folder.stop_file.exists() if rank() == 0 else False
+        # Ranks must agree: one that stopped or saved alone would wait for the others for ever, and a learning rate that
+        # follows each rank's own clock would let their weights drift apart.
+        self.clock.elapsed_s, stop = from_rank_zero([elapsed, float(stop)], self.device)
+        self.step_s = self.clock.elapsed_s - before
+        self.stopped = bool(stop)
+        due = self.clock.elapsed_s - self.saved_s >= self.config.checkpoint_minutes * 60
+        if self.stopped or due:
+            control.should_save = True
+        if self.stopped or self.clock.time_is_up:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:  # the closing summary of Trainer.train
+            return
+        self.last_loss = logs["loss"]
+        if self.writer is None:
+            return
+        tokens = int(self.tokens_per_step[state.global_step - 1])
+        self.writer.write(
+            state.global_step,
+            {name: logs[key] for key, name in RENAMED.items() if key in logs}
+            | {
+                "tokens": tokens,
+                "tokens_per_s": tokens / max(self.step_s, 1e-9),
+                "elapsed_s": self.clock.elapsed_s,
+                "progress": self.clock.progress(state.global_step),
+                "total_steps": self.clock.total_steps,
+            },
+        )
+
+    def on_save(self, args, state, control, **_):
+        self.saved_s = self.clock.elapsed_s
+        from_rank_zero([0.0], self.device)  # all ranks have written their part
+        if rank() == 0:
+            mark_complete(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}",
+                Checkpoint(
+                    step=state.global_step, elapsed_s=self.clock.elapsed_s,
+                    workers=self.config.workers, zero_stage=self.config.zero_stage,
+                ),
+            )  # fmt: skip
+
+
+def run_training(
+    build: Callable[[], StageTrainer],
+    *,
+    stage: str,
+    config: TrainConfig,
+    folder: StageFolder,
+    tracking: TrackingConfig,
+    tokens_per_step: np.ndarray,
+) -> tuple[Outcome, StageTrainer]:
+    """Train to the end of the data, of the time, or until asked to stop; goes on from the newest whole checkpoint."""
+    found = newest_complete(folder.checkpoints)
+    clock = Clock(total_steps=len(tokens_per_step), limit_s=config.max_minutes and config.max_minutes * 60)
+    if found is not None:
+        check_fits(stage, found[1], workers=world_size(), zero_stage=config.zero_stage)
+        clock.elapsed_s = found[1].elapsed_s
+    trainer = build()
+    trainer.clock, trainer.stage_config = clock, config
+    callback = StageCallback(folder, config, clock, tokens_per_step, _writer(folder, stage, tracking, found), trainer.args.device)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
+    if callback.writer is not None:
+        callback.writer.close()
+    ended_by = "stop" if callback.stopped else "max_minutes" if clock.time_is_up else "steps"
+    outcome = Outcome(
+        ended_by=ended_by, steps=trainer.state.global_step, seconds=clock.elapsed_s, last_loss=callback.last_loss
+    )
+    return outcome, trainer
+
+
+def trained_weights(trainer: StageTrainer) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
+    """The model and, where its own tensors are only shards (ZeRO-3), the whole weights on rank 0. Collective."""
+    if trainer.stage_config.zero_stage < 3:
+        return trainer.model, None
+    return trainer.model, trainer.accelerator.get_state_dict(trainer.deepspeed)
+
+
+def _writer(folder: StageFolder, stage: str, tracking: TrackingConfig, found) -> MetricsWriter | None:
+    if rank() != 0:
+        return None
+    return MetricsWriter(
+        folder.metrics,
+        folder.path / "tensorboard" if tracking.tensorboard else None,
+        tracking.wandb,
+        tracking.mlflow,
+        resume_step=0 if found is None else found[1].step,
+        run_name=f"{folder.path.parent.name}-{stage}",
+    )

@@ -1,0 +1,125 @@
+"""What crosses a process: frozen, slotted, keyword-only, checked once. Arrays are numpy, flat and unpadded.
+
+B rollouts of a unit of work; N action tokens of them all together. Row b's tokens stand in the flat arrays after those of
+the rows before it (`np.split(flat, np.cumsum(lengths)[:-1])`). Read only: what came from the object store is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def flatten(rows: Iterable[np.ndarray], dtype) -> np.ndarray:
+    """Rows of different lengths, one after the other."""
+    rows = list(rows)
+    return np.concatenate(rows).astype(dtype, copy=False) if rows else np.empty(0, dtype)
+
+
+def unflatten(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `flatten`, as views."""
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkUnit:
+    """A fixed chunk of prompts to answer. The result depends on it, the weights and the seed, and on nothing else."""
+
+    step: int
+    chunk: int
+    prompt_indices: tuple[int, ...]  # rows of the prompt set
+    sample_indices: tuple[int, ...]  # which of the n samples a prompt each row is
+    evaluation: bool = False  # rows of the held-out prompts instead
+
+    def __post_init__(self):
+        assert len(self.prompt_indices) == len(self.sample_indices) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """Prompts and responses as token ids."""
+
+    prompt_ids: np.ndarray  # int32, flat
+    prompt_lengths: np.ndarray  # int64 [B]
+    response_ids: np.ndarray  # int32 [N], EOS included where the policy chose it
+    response_lengths: np.ndarray  # int64 [B]
+
+    def __post_init__(self):
+        assert self.prompt_lengths.sum() == len(self.prompt_ids)
+        assert self.response_lengths.sum() == len(self.response_ids)
+        assert len(self.prompt_lengths) == len(self.response_lengths)
+        assert (self.response_lengths > 0).all(), "a response has at least one token"
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def prompts(self) -> list[np.ndarray]:
+        return unflatten(self.prompt_ids, self.prompt_lengths)
+
+    def responses(self) -> list[np.ndarray]:
+        return unflatten(self.response_ids, self.response_lengths)
+
+    @classmethod
+    def of(cls, prompts: Iterable[np.ndarray], responses: Iterable[np.ndarray]) -> Sequences:
+        prompts, responses = list(prompts), list(responses)
+        return cls(
+            prompt_ids=flatten(prompts, np.int32),
+            prompt_lengths=np.array([len(p) for p in prompts], np.int64),
+            response_ids=flatten(responses, np.int32),
+            response_lengths=np.array([len(r) for r in responses], np.int64),
+        )
+
+    def rows(self, index: Iterable[int]) -> Sequences:
+        prompts, responses = self.prompts(), self.responses()
+        index = list(index)
+        return Sequences.of([prompts[i] for i in index], [responses[i] for i in index])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """One unit of work, answered."""
+
+    unit: WorkUnit
+    policy_version: int
+    sequences: Sequences
+    rollout_logprobs: np.ndarray  # float32 [N], as the generator drew them
+    ended: np.ndarray  # bool [B], the policy chose EOS (or a stop string came)
+
+    def __post_init__(self):
+        assert len(self.rollout_logprobs) == len(self.sequences.response_ids)
+        assert len(self.ended) == len(self.sequences) == len(self.unit.prompt_indices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenValues:
+    """One float a response token, e.g. log-probs or values of a unit of work."""
+
+    values: np.ndarray  # float32 [N]
+    entropy: float = 0.0  # mean nats a token, where the role knows it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserStep:
+    """The rows of a shard that one optimiser step of this rank trains on."""
+
+    rows: np.ndarray  # int64
+    num_tokens: int  # action tokens of the minibatch over all ranks: what the loss divides by
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainShard:
+    """What one rank needs for one update, and nothing else.
+
+    For the policy `old` is old_logprobs and `target` advantages; for the critic old_values and returns.
+    """
+
+    step: int
+    sequences: Sequences
+    old: np.ndarray  # float32 [N]
+    target: np.ndarray  # float32 [N]
+    schedule: tuple[OptimiserStep, ...]
+
+    def __post_init__(self):
+        assert len(self.old) == len(self.target) == len(self.sequences.response_ids)

@@ -1,0 +1,448 @@
+"""The generation engine against a brute-force forward pass of the Hugging Face model, row by row, without a cache."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf_ray.algorithms.sampling import draw, inverse_cdf, tempered_logprobs, truncate
+from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.engines.row_batch import row_uniforms
+from rlhf_ray.errors import UserError
+from rlhf_ray.generation_types import SamplingParams
+
+VOCAB, EOS = 61, 1
+ENDS = (1, 11, 21, 31, 41)   # several EOS tokens: random models rarely draw one, and rows must end at different steps
+
+
+class LetterTokenizer:
+    """Token t is the letter chr(97 + t % 26), so every text is easy to predict."""
+
+    eos_token_id = EOS
+
+    def decode(self, ids, **kwargs):
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def build(family: str, dtype=torch.float32, attention="sdpa", **kwargs):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": EOS, "initializer_range": 0.3}
+    grouped = {"num_key_value_heads": 2, "intermediate_size": 48}
+    config, model = {
+        "gpt2": (GPT2Config, GPT2LMHeadModel),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
+    }[family]
+    grouped = {} if family == "gpt2" else {"intermediate_size": 48} if family == "gpt_neox" else grouped
+    return model._from_config(config(**sizes, **grouped, **kwargs), attn_implementation=attention).to(dtype).eval()
+
+
+def make_engine(model, eos_token_ids=ENDS, **kwargs):
+    return GenerationEngine(model, LetterTokenizer(), eos_token_ids=eos_token_ids, **kwargs)
+
+
+def ragged_prompts(count=9, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(2, VOCAB, length).tolist() for length in generator.permutation(np.arange(1, count + 1))]
+
+
+def reference_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Probabilities [V] in float64, one token at a time: the definition, not the engine's way of computing it."""
+    if params.temperature == 0:
+        return np.eye(len(logits))[logits.argmax()]
+    probs = np.exp((logits - logits.max()) / params.temperature)
+    probs /= probs.sum()
+    ranked = np.argsort(-probs, kind="stable")
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    kept, mass = [], 0.0
+    for token in ranked:
+        if params.top_p == 1 or mass < params.top_p * probs[ranked].sum():
+            kept.append(token)
+        mass += probs[token]
+    kept = [token for token in kept if probs[token] >= params.min_p * probs.max()]
+    result = np.zeros_like(probs)
+    result[kept] = probs[kept]
+    return result / result.sum()
+
+
+@torch.no_grad()
+def brute_force(model, prompt, seed, params, ends=ENDS):
+    """(tokens, log-probs, finish reason) of one row: a full forward pass a token, no cache, no batch, no padding."""
+    uniforms, ids, logprobs = row_uniforms(seed, params.max_new_tokens), list(prompt), []
+    for uniform in uniforms:
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+        probs = reference_distribution(logits, params)
+        token = int(np.searchsorted(np.cumsum(probs), uniform, side="right"))
+        ids.append(token)
+        shown = reference_distribution(logits, SamplingParams()) if params.temperature == 0 else probs
+        logprobs.append(np.log(shown[token]))
+        text = LetterTokenizer().decode(ids[len(prompt):])
+        if token in ends and not params.ignore_eos:
+            return ids[len(prompt):], logprobs, "eos"
+        if any(stop in text for stop in params.stop):
+            return ids[len(prompt):], logprobs, "stop"
+    return ids[len(prompt):], logprobs, "length"
+
+
+def assert_matches(completion, expected):
+    tokens, logprobs, reason = expected
+    assert completion.response_ids.tolist() == tokens
+    np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-5, rtol=0)
+    assert completion.finish_reason == reason
+    assert completion.response_ids.dtype == np.int32 and completion.logprobs.dtype == np.float32
+
+
+KNOBS = [
+    SamplingParams(max_new_tokens=20),
+    SamplingParams(max_new_tokens=20, temperature=0.7, top_k=5),
+    SamplingParams(max_new_tokens=20, temperature=1.3, top_p=0.8),
+    SamplingParams(max_new_tokens=20, min_p=0.1),
+    SamplingParams(max_new_tokens=20, top_k=20, top_p=0.9, min_p=0.05, stop=("q", "zz")),
+    SamplingParams(max_new_tokens=20, temperature=0.0),
+]
+
+
+@pytest.mark.parametrize("family, attention", [
+    ("gpt2", "sdpa"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("mistral", "sdpa"), ("gpt_neox", "sdpa"),
+    ("gpt2", "eager"), ("llama", "eager"),
+])
+@pytest.mark.parametrize("params", KNOBS, ids=lambda params: f"t{params.temperature}-k{params.top_k}-p{params.top_p}-m{params.min_p}")
+def test_equals_a_forward_pass_without_cache(family, attention, params):
+    model, prompts = build(family, attention=attention), ragged_prompts()
+    expected = [brute_force(model, prompt, seed, params) for seed, prompt in enumerate(prompts)]
+    completions = make_engine(model).generate(prompts, range(len(prompts)), params)
+    for completion, row in zip(completions, expected, strict=True):
+        assert_matches(completion, row)
+    if params == KNOBS[0]:   # rows end at different steps, so the batch really was compacted on the way
+        assert len({len(completion.response_ids) for completion in completions}) > 2
+
+
+def test_rows_with_params_of_their_own_share_a_batch():
+    model, prompts = build("llama"), ragged_prompts(12)
+    params = [KNOBS[row % len(KNOBS)] for row in range(len(prompts))]
+    completions = make_engine(model).generate(prompts, range(100, 112), params)
+    for row, completion in enumerate(completions):
+        assert_matches(completion, brute_force(model, prompts[row], 100 + row, params[row]))
+
+
+def test_a_result_depends_on_nothing_that_ran_before():
+    """Bitwise, and with caches full of junk instead of zeros: what is masked changes no bit."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, prompts, params = build("gpt2", dtype), ragged_prompts(), SamplingParams(max_new_tokens=24, temperature=1.2)
+        engine = make_engine(model)
+        fresh = engine.generate(prompts, range(9), params)
+        engine.generate(ragged_prompts(5, seed=3), range(5), SamplingParams(max_new_tokens=30, top_k=3))
+        engine.submit(prompts[0], 0, params)
+        engine.step()
+        make_cache = engine.decoder.new_cache
+
+        def junk_cache():
+            cache = make_cache()
+            for layer in cache.layers:
+                zeros = layer.lazy_initialization
+
+                def initialise(keys, values, layer=layer, zeros=zeros):
+                    zeros(keys, values)
+                    for stored in (layer.keys, layer.values):
+                        stored.copy_(torch.randn_like(stored, dtype=torch.float32) * 1e4)
+
+                layer.lazy_initialization = initialise
+            return cache
+
+        for new_cache in (make_cache, junk_cache):
+            engine.decoder.new_cache = new_cache
+            again = engine.generate(prompts, range(9), params)
+            for one, other in zip(fresh, again, strict=True):
+                np.testing.assert_array_equal(one.response_ids, other.response_ids)
+                np.testing.assert_array_equal(one.logprobs.view(np.int32), other.logprobs.view(np.int32))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_rows_that_join_and_leave_change_no_other_row(family):
+    model, prompts = build(family), ragged_prompts(10)
+    params = [KNOBS[row % len(KNOBS)] for row in range(10)]
+    engine = make_engine(model, max_rows=4)
+    ids, done, streamed, steps, cancelled = [], {}, {}, 0, set()
+    while len(done) + len(cancelled) < 10:
+        if steps % 2 == 0 and len(ids) < 10:   # two join every second step; with four rows, some have to wait
+            for row in range(len(ids), len(ids) + 2):
+                ids.append(engine.submit(prompts[row], row, params[row]))
+        if steps == 3:
+            cancelled.add(1)
+            assert engine.cancel(ids[1]) and not engine.cancel(ids[1])
+        assert engine.num_running <= 4
+        for event in engine.step():
+            streamed.setdefault(event.request_id, []).append((event.token_id, event.logprob))
+            if event.completion is not None:
+                done[event.request_id] = event.completion
+        steps += 1
+    assert engine.num_running == engine.num_waiting == 0 and engine.step() == []
+    for row in set(range(10)) - cancelled:
+        assert_matches(done[ids[row]], brute_force(model, prompts[row], row, params[row]))
+        assert [token for token, _ in streamed[ids[row]]] == done[ids[row]].response_ids.tolist()
+        assert [logprob for _, logprob in streamed[ids[row]]] == pytest.approx(done[ids[row]].logprobs.tolist())
+    assert ids[1] not in done
+
+
+def test_a_waiting_request_can_be_cancelled():
+    engine = make_engine(build("gpt2"), max_rows=1)
+    first, second = (engine.submit([5, 6], seed, SamplingParams(max_new_tokens=2, ignore_eos=True)) for seed in (0, 1))
+    engine.step()
+    assert engine.num_waiting == 1 and engine.cancel(second)
+    assert [event.request_id for event in engine.step()] == [first]
+    assert engine.num_running == engine.num_waiting == 0
+
+
+def test_uniforms_belong_to_seed_and_token_only():
+    long, short = row_uniforms(7, 50), row_uniforms(7, 3)
+    np.testing.assert_array_equal(long[:3], short)
+    assert long.dtype == np.float32 and (row_uniforms(8, 50) != long).any()
+    assert 0 <= long.min() and long.max() < 1
+
+
+def test_eos_is_part_of_the_response_and_ends_it():
+    model, params = build("gpt2"), SamplingParams(max_new_tokens=40)
+    engine = GenerationEngine(model, LetterTokenizer())   # the tokenizer's EOS
+    completions = engine.generate([[4, 5]] * 40, range(40), params)
+    ended = [c for c in completions if c.finish_reason == "eos"]
+    assert len(ended) > 3
+    assert all(c.response_ids[-1] == EOS and EOS not in c.response_ids[:-1] for c in ended)
+    assert all(len(c.response_ids) == 40 and EOS not in c.response_ids for c in completions if c.finish_reason == "length")
+    ignoring = engine.generate([[4, 5]] * 40, range(40), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    assert {len(c.response_ids) for c in ignoring} == {40}
+    several = make_engine(model, eos_token_ids=[EOS, 9]).generate([[4, 5]] * 40, range(40), params)
+    assert {int(c.response_ids[-1]) for c in several if c.finish_reason == "eos"} == {EOS, 9}
+
+
+def test_a_stop_string_may_span_tokens_and_stays_in_the_response():
+    model = build("gpt2")
+    plain = make_engine(model).generate([[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True))
+    texts = [LetterTokenizer().decode(c.response_ids) for c in plain]
+    stop = texts[0][10:13]
+    stopped = make_engine(model).generate(
+        [[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True, stop=(stop, "never seen")))
+    for text, completion in zip(texts, stopped, strict=True):
+        end = text.find(stop) + len(stop) if stop in text else 30
+        assert LetterTokenizer().decode(completion.response_ids) == text[:end]
+        assert completion.finish_reason == ("stop" if stop in text else "length")
+    assert stopped[0].finish_reason == "stop"
+
+
+def test_draws_have_the_frequencies_of_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    probs = np.exp(logits.double().numpy())
+    probs /= probs.sum()
+    count = 200_000
+    uniforms = torch.from_numpy(row_uniforms(3, count))
+    tokens, logprobs = draw(logits.expand(count, -1), uniforms, temperature=1.0)
+    seen = np.bincount(tokens.numpy(), minlength=5) / count
+    assert (np.abs(seen - probs) < 4 * np.sqrt(probs * (1 - probs) / count)).all()
+    np.testing.assert_allclose(logprobs.numpy(), np.log(probs)[tokens.numpy()], atol=1e-6)
+
+
+def test_the_engine_draws_first_tokens_with_the_models_frequencies():
+    model, count = build("llama"), 4000
+    params = SamplingParams(max_new_tokens=1, temperature=1.5, top_k=8)
+    with torch.no_grad():
+        probs = reference_distribution(model(torch.tensor([[7, 8, 9]])).logits[0, -1].double().numpy(), params)
+    first = [c.response_ids[0] for c in make_engine(model).generate([[7, 8, 9]] * count, range(count), params)]
+    seen = np.bincount(first, minlength=VOCAB) / count
+    assert (seen[probs == 0] == 0).all() and (probs > 0).sum() == 8
+    assert (np.abs(seen - probs) < 4 * np.sqrt(probs * (1 - probs) / count) + 1e-12).all()
+
+
+def test_truncation_by_hand():
+    """p = 0.4 0.3 0.2 0.1: the kept sets and what they are renormalised to, worked out by hand."""
+    logprobs = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
+    for knobs, expected in [
+        ({}, [0.2, 0.4, 0.1, 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
+        ({"top_p": 0.39}, [0, 1, 0, 0]),
+        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),             # 0.4 < 0.65, so 0.3 is needed; 0.7 is enough
+        ({"top_p": 0.75}, [2 / 9, 4 / 9, 0, 3 / 9]),
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),              # 0.6 * 0.4 = 0.24
+        ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9 3/9 2/9 the first two make 7/9: top_p after top_k
+        ({"top_k": 3, "top_p": 0.8, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+    ]:
+        expected = torch.tensor([expected])
+        torch.testing.assert_close(truncate(logprobs, **knobs).exp(), expected, atol=1e-6, rtol=0)
+        vectors = {name: torch.tensor([value, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}[name]]) for name, value in knobs.items()}
+        both = truncate(logprobs.expand(2, -1), **vectors).exp()
+        torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)   # the row whose knobs are off
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+    logprobs = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    torch.testing.assert_close(truncate(logprobs, top_k=2).exp(), logprobs.exp(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(truncate(logprobs, top_p=0.5).exp(), logprobs.exp(), atol=1e-6, rtol=0)
+
+
+def test_top_p_over_more_tokens_than_the_first_sort():
+    torch.manual_seed(0)
+    logprobs = torch.cat([torch.zeros(1, 3000), torch.randn(1, 3000) * 5]).log_softmax(-1)
+    logprobs[0] += torch.linspace(0, 1e-3, 3000)
+    logprobs = logprobs.log_softmax(-1)
+    kept = (truncate(logprobs, top_p=0.5) > -torch.inf).sum(-1).tolist()
+    for row, count in zip(logprobs.double().exp().numpy(), kept, strict=True):
+        assert abs(count - (np.searchsorted(np.cumsum(-np.sort(-row)), 0.5) + 1)) <= 1   # float32 sums
+    assert kept[0] > 512 > kept[1]
+
+
+def test_inverse_cdf_never_draws_what_has_no_probability():
+    logprobs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
+    assert inverse_cdf(logprobs, uniforms).tolist() == [1, 1, 3, 3]
+
+
+def test_temperature_divides_logits():
+    logits = torch.tensor([[0.0, float(np.log(2.0))]], dtype=torch.float32)
+    for temperature, odds in ((1.0, 2.0), (0.5, 4.0), (2.0, 2**0.5)):
+        logprobs = tempered_logprobs(logits, temperature=temperature)
+        assert float((logprobs[0, 1] - logprobs[0, 0]).exp()) == pytest.approx(odds, rel=1e-6)
+
+
+def test_greedy_rows_tell_the_untempered_logprob():
+    logits = torch.tensor([[0.0, float(np.log(3.0))]])
+    for temperature in (0.0, torch.tensor([0.0])):
+        token, logprob = draw(logits, torch.tensor([0.1]), temperature=temperature)
+        assert token.tolist() == [1] and logprob.item() == pytest.approx(np.log(0.75), abs=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_load_weights_copies_and_keeps_nothing(tied):
+    engine = make_engine(build("llama", tie_word_embeddings=tied))
+    torch.manual_seed(9)
+    other = LlamaForCausalLM._from_config(engine.model.config).eval()
+    prompts, params = ragged_prompts(), SamplingParams(max_new_tokens=10)
+    expected = make_engine(other).generate(prompts, range(9), params)
+    before = engine.generate(prompts, range(9), params)
+
+    state = {name: weight.numpy() for name, weight in other.state_dict().items()}
+    if tied:
+        del state["lm_head.weight"]   # counts once: the embedding brings it
+    for array in state.values():
+        array.flags.writeable = False
+    engine.load_weights(state)
+    after = engine.generate(prompts, range(9), params)
+    assert all((a.response_ids == e.response_ids).all() and (a.logprobs == e.logprobs).all()
+               for a, e in zip(after, expected, strict=True))
+    assert any(len(a.response_ids) != len(b.response_ids) or (a.response_ids != b.response_ids).any()
+               for a, b in zip(after, before, strict=True))
+    addresses = {array.__array_interface__["data"][0] for array in state.values()}
+    assert not addresses & {weight.data_ptr() for weight in engine.model.state_dict().values()}
+
+
+def test_load_weights_is_strict_and_changes_nothing_when_it_refuses():
+    engine = make_engine(build("gpt2"))
+    before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+    state = {name: weight + 1 for name, weight in before.items()}
+    for broken, word in [
+        ({k: v for k, v in state.items() if k != "transformer.h.1.ln_1.bias"}, "ln_1.bias"),
+        ({**state, "stranger": torch.zeros(1)}, "stranger"),
+        ({**state, "transformer.ln_f.bias": torch.zeros(3)}, "ln_f.bias"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            engine.load_weights(broken)
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.model.state_dict().items())
+    engine.submit([5], 0, SamplingParams())
+    with pytest.raises(RuntimeError, match="cancel"):
+        engine.load_weights(state)
+
+
+def test_bfloat16_weights_arrive_as_int16_bits():
+    engine = make_engine(build("gpt2", torch.bfloat16))
+    torch.manual_seed(4)
+    state = {name: torch.randn_like(weight) for name, weight in engine.model.state_dict().items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    engine.load_weights({name: weight.view(torch.int16).numpy() for name, weight in state.items()})
+    assert all(torch.equal(weight, state[name]) for name, weight in engine.model.state_dict().items())
+
+
+def test_bfloat16_stays_near_the_models_own_forward():
+    model, prompts = build("qwen2", torch.bfloat16, initializer_range=0.05), ragged_prompts()
+    completions = make_engine(model).generate(prompts, range(9), SamplingParams(max_new_tokens=12))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt + completion.response_ids.tolist()])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        expected = logprobs.gather(-1, ids[0, len(prompt):, None].long()).squeeze(-1)
+        np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
+
+
+def test_the_model_stays_right_for_other_callers():
+    """The engine changes the model's attention; a padded batch without its cache must still mask the padding."""
+    model = build("llama")
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 0, 1, 2]])
+    with torch.no_grad():
+        alone = model(ids[:, 2:]).logits[0, -1]
+        make_engine(model)
+        padded = model(ids, attention_mask=mask, position_ids=positions).logits[0, -1]
+        plain = model.generate(ids[:, 2:], do_sample=False, max_new_tokens=5, pad_token_id=0)
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+    greedy = make_engine(model).generate([[5, 6, 7]], [0], SamplingParams(max_new_tokens=5, temperature=0.0))
+    assert plain[0, 3:].tolist() == greedy[0].response_ids.tolist()
+
+
+def test_refusals_name_the_value_and_the_remedy():
+    engine, params = make_engine(build("gpt2")), SamplingParams(max_new_tokens=60)
+    assert len(engine.generate([[3, 4, 5, 6]], [0], SamplingParams(max_new_tokens=60, ignore_eos=True))[0].response_ids) == 60
+    for prompt, word in (([3] * 5, "64"), ([], "no tokens"), ([3, VOCAB], "vocabulary")):
+        with pytest.raises(UserError, match=word):
+            engine.generate([[3], prompt], [0, 1], params)
+        with pytest.raises(UserError, match=word):
+            engine.submit(prompt, 0, params)
+    windowed = make_engine(build("mistral", sliding_window=8))
+    with pytest.raises(UserError, match="attends over 8"):
+        windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=7))
+    assert_matches(windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=6))[0],
+                   brute_force(windowed.model, [3, 4], 0, SamplingParams(max_new_tokens=6)))
+    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"stop": "a"}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            SamplingParams(**bad)
+
+
+def test_a_broken_model_is_an_error_not_an_answer():
+    engine = make_engine(build("gpt2"))
+    good = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+    engine.load_weights({name: weight * float("nan") for name, weight in good.items()})
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.generate([[3, 4]], [0], SamplingParams())
+    engine.submit([3, 4], 0, SamplingParams())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.step()
+    engine.load_weights(good)   # nothing of the broken step is left
+    engine.submit([3, 4], 0, SamplingParams(max_new_tokens=1))
+    assert engine.step()[0].completion is not None
+
+
+def test_an_empty_batch():
+    assert make_engine(build("gpt2")).generate([], [], SamplingParams()) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_draws_what_the_cpu_draws():
+    prompts, params = ragged_prompts(), [KNOBS[row % len(KNOBS)] for row in range(9)]
+    for family in ("gpt2", "llama", "qwen2"):
+        expected = make_engine(build(family)).generate(prompts, range(9), params)
+        completions = make_engine(build(family), device="cuda").generate(prompts, range(9), params)
+        for one, other in zip(completions, expected, strict=True):
+            assert one.response_ids.tolist() == other.response_ids.tolist()
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4, rtol=0)

@@ -1,0 +1,96 @@
+"""metrics.jsonl, its trackers, and events.jsonl."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.events import EventLog
+from rlhf_ray.metrics import MetricsWriter, read_metrics
+
+
+def test_one_object_a_line_flushed_at_once(tmp_path):
+    path = tmp_path / "ppo" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(0, {"objective/score": 1.5, "phase": "warm"})
+        assert path.read_text() == '{"step": 0, "objective/score": 1.5, "phase": "warm"}\n'
+        writer.write(1, {"objective/score": 2, "step": 99})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "objective/score": 1.5, "phase": "warm"}, {"step": 1, "objective/score": 2}]
+
+
+def test_numpy_and_tensors_are_numbers_and_nan_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(3, {"a": np.float32(0.5), "b": torch.tensor(2), "c": float("nan"), "d": np.float64("inf")})
+    assert json.loads(path.read_text()) == {"step": 3, "a": 0.5, "b": 2, "c": None, "d": None}
+
+
+def test_resume_drops_later_steps_and_the_line_a_crash_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n{"step": 3, "x": 3}\n{"step": 4, "x')
+    with MetricsWriter(path, resume_step=2) as writer:
+        writer.write(3, {"x": 33})
+    assert read_metrics(path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 33}]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]      # no temporary file is left
+
+
+def test_reopening_without_a_step_appends_after_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    with MetricsWriter(path) as writer:
+        writer.write(2, {})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_spoilt_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nspoilt\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(path)
+
+
+def test_missing_file_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as writer:
+        writer.write(1, {"policy/entropy": 3.5, "note": "text is not a curve"})
+        writer.write(2, {"policy/entropy": 3.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["policy/entropy"]
+    assert [(event.step, event.value) for event in events.Scalars("policy/entropy")] == [(1, 3.5), (2, 3.25)]
+
+
+def test_trackers_are_imported_only_when_asked(tmp_path):
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(1, {"x": 1})
+    assert "wandb" not in sys.modules and "mlflow" not in sys.modules
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_missing_extra_is_named(tmp_path, tracker):
+    try:
+        __import__(tracker)
+    except ImportError:
+        with pytest.raises(UserError, match=rf"rlhf-ray\[{tracker}\]"):
+            MetricsWriter(tmp_path / "metrics.jsonl", **{tracker: "project"})
+    else:
+        pytest.skip(f"{tracker} is installed")
+
+
+def test_events_append_across_instances(tmp_path):
+    path = tmp_path / "run" / "events.jsonl"
+    EventLog(path).add("reward actor 1 died", "restarted; chunk 3 sent again", 2.34567, stage="ppo", step=17)
+    EventLog(path).add("checkpoint 40 is damaged", "loaded 20")
+    first, second = EventLog(path).read()
+    assert (first["what"], first["done"], first["cost_s"], first["stage"], first["step"]) == (
+        "reward actor 1 died", "restarted; chunk 3 sent again", 2.346, "ppo", 17)
+    assert second["cost_s"] is None and second["time"].endswith("+00:00")

@@ -1,0 +1,193 @@
+"""The HTML report: whole and partial run folders, hostile texts, and the numbers on its charts."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation import charts, report_curves
+from rlhf_ray.evaluation.report import duration, figure, render, write_report
+from rlhf_ray.evaluation.verdict import verdict, warnings
+from rlhf_ray.events import EventLog
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.run_folder import RunFolder
+
+HOSTILE = """</p><script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" 'too' ]]> <!-- """
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that is not closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def interval(mean, half=0.1):
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summary(judge=0.8, **ratio):
+    keys = ("score", "perplexity", "length", "eos_rate", "distinct_2", "repetition")
+    models = {name: {key: interval(1.0 + i) for key in keys} | {"judge": None, "relevance": None}
+              for i, name in enumerate(("sft", "ppo"))}
+    return models | {
+        "win_rate": {"reward_model": interval(0.9, 0.05), "judge": None if judge is None else interval(judge, 0.05)},
+        "kl": 5.25, "kl_interval": interval(5.25), "prompts": 40, "seeds": [0], "sampling": {"temperature": 0.7},
+        "difference": {key: interval(1.0) for key in keys}, "ratio": {"distinct_2": interval(0.9)} | ratio,
+        "definitions": {"kl": "nats"}, "missing": {"relevance": "no reason"}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run with hostile texts everywhere that a model or a stranger writes them."""
+    run = RunFolder(tmp_path)
+    run.recipe.write_text(yaml.safe_dump({"name": "demo", "note": HOSTILE, "reward": {}, "evaluation": {"samples": 2}}))
+    (tmp_path / "environment.json").write_text(json.dumps({"packages": {"torch": "2.13"}, "host": HOSTILE}))
+    run.stage("data").finish({"seconds": 4.0, "sources": {HOSTILE: {"rows": 12}}})
+    with MetricsWriter(run.stage("ppo").metrics) as writer:
+        for step in range(1, 101):
+            writer.write(step, {"objective/score": step / 100, "objective/kl": 2.0, "time/generate_s": 1.0,
+                                "time/update_s": 2.0, "time/step_s": 3.1, HOSTILE: 0.5,
+                                **({"eval/score": step / 90, "time/evaluate_s": 1.0} if step % 20 == 0 else {})})
+    run.stage("ppo").finish({"seconds": 3725})
+    run.stage("reward").path.mkdir()
+    run.stage("reward").finish({"accuracy": 0.8531, "pearson": 0.61, "seconds": 60, "calibration": [
+        {"predicted": 0.2, "observed": 0.25, "count": 10}, {"predicted": 0.9, "observed": 0.0, "count": 0}]})
+    row = {"response": HOSTILE, "score": 1.0, "judge": 2.0, "tokens": 7, "ended": True}
+    samples = [{"prompt": f"{HOSTILE} number {i}", "index": i, "seed": 0, "sft": row,
+                "ppo": row | {"score": 1.0 + i, "judge": 1.0 if i == 25 else 3.0}} for i in range(30)]
+    evaluation = run.stage("evaluation")
+    evaluation.path.mkdir()
+    (evaluation.path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    (evaluation.path / "summary.json").write_text(json.dumps(summary()))
+    evaluation.finish(summary())
+    EventLog(run.events).add(HOSTILE, "restarted", 4.2)
+    return run
+
+
+def test_the_report_is_one_file_that_loads_nothing(folder):
+    path = write_report(folder)
+    assert path == folder.path / "report.html"
+    page = Page(path.read_text())
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "srcset", "xlink:href", "action"} & names
+    assert not [name for name in names if name.startswith("on")]
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    assert not re.search(r"url\(|@import|https?://", path.read_text())
+    assert "default-src 'none'" in path.read_text()
+
+
+def test_hostile_texts_stay_texts(folder):
+    text = render(folder)
+    assert "<script" not in text and "onerror=alert(1)>" not in text
+    assert "".join(Page(text).text).count(HOSTILE) >= 2 * 2      # samples, as written
+
+
+def test_the_finished_report_shows_its_parts(folder):
+    shown = " ".join("".join(Page(render(folder)).text).split())
+    for part in ("PPO beats SFT in 80.0 % (75.0 to 85.0) of comparisons under the independent judge", "KL of 5.25 nats",
+                 "85.3 %", "Pearson", "1 h 02 min", "restarted", "temperature 0.7", "relevance is missing",
+                 "Where PPO lost most", "number 25", "packages.torch", "Data: closing figures", "held-out prompts"):
+        assert part in shown, part
+    assert "Share that ended by itself" not in shown        # no such metric, no such plot
+    assert shown.count("number ") == 3        # two first prompts and the one that PPO lost
+
+
+@pytest.mark.parametrize("state", ["empty", "begun", "sft done"])
+def test_partial_run_folders(tmp_path, state):
+    run = RunFolder(tmp_path)
+    if state != "empty":
+        run.recipe.write_text(yaml.safe_dump({"name": "half", "sft": {}, "reward": {}}))
+        with MetricsWriter(run.stage("sft").metrics) as writer:
+            writer.write(1, {"loss": 5.0})
+            writer.write(2, {"loss": None})
+    if state == "sft done":
+        run.stage("sft").finish({"seconds": 2, "eval_loss": 3.0})
+    shown = "".join(Page(render(run)).text)
+    said = {"empty": "No stage is done yet", "begun": "SFT has begun (step 2)", "sft done": "Done so far: SFT"}
+    assert said[state] in shown
+    assert ("Loss" in shown) == (state != "empty")
+
+
+def test_a_spoilt_file_is_named(folder):
+    folder.stage("ppo").metrics.write_text("spoilt\n{}\n")
+    with pytest.raises(UserError, match="metrics.jsonl line 1"):
+        render(folder)
+
+
+def test_verdicts():
+    assert verdict(summary(), []).startswith("PPO beats SFT in 80.0")
+    assert verdict(summary(judge=0.52), []).startswith("These prompts show no difference")
+    assert verdict(summary(judge=0.3), []).startswith("PPO made the model worse")
+    assert "under the reward model, at a KL" in verdict(summary(judge=None), [])
+
+
+def test_warnings_name_what_went_wrong():
+    assert warnings(summary()) == []
+    assert "exploiting" in warnings(summary(judge=0.5))[0]
+    assert "no independent judge" in warnings(summary(judge=None))[0]
+    assert "0.50 of SFT's" in warnings(summary(distinct_2=interval(0.5)))[0]
+    assert "1.80 times" in warnings(summary(perplexity_independent=interval(1.8)))[0]
+
+
+def test_numbers_read_well():
+    assert [charts.number(value) for value in (0, 1.0, 0.012345, 1234.5, -2.5, 1.5e-7, 2e6, float("nan"), None)] == [
+        "0", "1.00", "0.0123", "1,234", "\u22122.50", "1.5e\u22127", "2e6", "–", "–"]
+    assert figure({"mean": 0.00712, "low": -0.11, "high": 0.13}) == "0.01 (\u22120.11 to 0.13)"
+    assert figure({"mean": 0.5, "low": 0.45, "high": 0.55}, True) == "50 % (45 to 55)"
+    assert [duration(value) for value in (None, 3.21, 59, 61, 3725)] == [
+        "–", "3.2 s", "59 s", "1 min 01 s", "1 h 02 min"]
+
+
+def test_ticks_are_round_and_inside():
+    assert charts.ticks(0.0, 1.0) == pytest.approx([0, 0.5, 1.0])
+    assert charts.ticks(-3.2, 7.9) == pytest.approx([0, 5])
+    assert charts.ticks(96.0, 104.0) == pytest.approx([96, 98, 100, 102, 104])
+
+
+def test_a_curve_lies_where_its_numbers_say():
+    svg = str(charts.curves([charts.Series("x", np.array([0.0, 10.0]), np.array([0.0, 1.0]))]))
+    (x0, y0), (x1, y1) = [map(float, point.split(",")) for point in re.search(r'points="([^"]+)"', svg)[1].split()]
+    assert x0 == charts.LEFT and x1 == charts.WIDTH - charts.RIGHT and y1 < y0
+
+
+def test_stacked_times_add_up_and_missing_steps_are_zero():
+    steps = np.arange(1.0, 5.0)
+    svg, names = charts.stacked([charts.Series("evaluate", steps[3:], np.array([4.0])),
+                                 charts.Series("update", steps, np.full(4, 2.0))])
+    assert names == ["update", "evaluate"]
+    assert "evaluate: 1.00 s on average" in svg
+
+
+def test_every_number_is_drawn_once():
+    rows = [{"step": i, "objective/score": 1.0, "eval/score": 1.0, "time/a_s": 1.0, "time/step_s": 1.0, "new": i,
+             "text": "x", "flag": True} for i in range(3)]
+    named, others = report_curves.of_stage("ppo", rows)
+    assert [plot.title for plot in named] == ["Score", "Seconds a step"]
+    assert [plot.title for plot in others] == ["new"]
