@@ -27,7 +27,7 @@ has_token() {
 }
 
 make_token() {
-    has_token || [[ -n ${RAY_AUTH_TOKEN_PATH:-} ]] || (umask 077 && ray get-auth-token --generate >/dev/null) || true
+    has_token || [[ -n ${RAY_AUTH_TOKEN_PATH:-} ]] || (umask 077 && ray get-auth-token --generate &>/dev/null) || true
     has_token || die "there is no token in RAY_AUTH_TOKEN or $(token_file), and none could be made; 'ray get-auth-token --generate' says why"
 }
 

@@ -45,6 +45,7 @@ workers=
 
 # shellcheck disable=SC2329 # by the trap
 leave() {
+    trap '' INT TERM
     [[ -z $workers ]] || kill "$workers" 2>/dev/null || true
     "$cluster/stop.sh" head
     rm -rf "/tmp/ray_$SLURM_JOB_ID" "$state"
@@ -52,6 +53,7 @@ leave() {
 trap leave EXIT
 
 choose_interface "$ip"
+"$cluster/stop.sh" >/dev/null # what a first try of this job, requeued, may have left
 start head --head --node-ip-address "$ip" --port "$port" --ray-client-server-port $((port + 1)) \
     --dashboard-agent-listen-port $((port + 2)) --include-dashboard false --num-cpus "$cpus" \
     --temp-dir "/tmp/ray_$SLURM_JOB_ID"
@@ -94,6 +96,8 @@ while true; do
 done
 # Asked to stop by the time limit, and stopped with a checkpoint: go on in a later slot.
 if ((asked && status == 130)); then
+    trap - EXIT
+    leave # before Slurm ends what is left of this try
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -165,16 +165,16 @@ def test_a_job_gets_code_recipe_and_data_runs_on_both_nodes_and_gives_its_exit_s
         print("package", rlhf_ray.__path__[0])
         recipe = yaml.safe_load(open(sys.argv[1]))
         print("row", pathlib.Path(recipe["data"]["sft"][0]["path"]).read_text().strip())
-        print("given", os.environ["GIVEN"])
-        ray.init(address="auto", logging_level="error")
-        print("nodes", sum(node["Alive"] for node in ray.nodes()))
+        from rlhf_ray.actors.session import ray_session
 
         @ray.remote(num_cpus=0.1)
         def where():
             import rlhf_ray
-            return rlhf_ray.__path__[0]
+            return rlhf_ray.__path__[0], os.environ["HF_HOME"]
 
-        print("actors'", ray.get(where.remote(), timeout=60))
+        with ray_session("auto"):
+            print("nodes", sum(node["Alive"] for node in ray.nodes()))
+            print("actors'", *ray.get(where.remote(), timeout=60))
         sys.exit(3)
     """)
     monkeypatch.chdir(tmp_path)
@@ -182,13 +182,14 @@ def test_a_job_gets_code_recipe_and_data_runs_on_both_nodes_and_gives_its_exit_s
     run_dir = tmp_path / "runs" / "tiny"
     said = []
     job_id = jobs.submit(recipe(data={"sft": [{"path": "rows.jsonl"}]}), str(run_dir), address=as_user,
-                         data=[Path("rows.jsonl")], env={"GIVEN": "yes"}, echo=said.append)
+                         data=[Path("rows.jsonl")], env={"HF_HOME": "/given"}, echo=said.append)
     assert job_id == "tiny-1"
     assert any("code" in line for line in said) and any("rows.jsonl" in line for line in said)
     assert jobs.logs(job_id, address=as_user) == 3
     log = capfd.readouterr().out
     assert f"'--address', 'auto', '--run-dir', '{run_dir}'" in log
-    assert 'row {"text": "good"}' in log and "given yes" in log and "nodes 2" in log
+    assert 'row {"text": "good"}' in log and "nodes 2" in log
+    assert next(text for text in log.splitlines() if text.startswith("actors'")).endswith(" /given")
     for line in ("package", "actors'"):
         path = next(text for text in log.splitlines() if text.startswith(line)).split()[1]
         assert "runtime_resources" in path, "the uploaded package runs, not one that happens to be installed"

@@ -41,8 +41,7 @@ def tokenizer():
 
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
-    with opened as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
@@ -507,7 +506,8 @@ from datasets import Dataset
 def build(root, seed, count=40):
     texts = {"prompt": [f"Say {i}" for i in range(count)], "response": [f" it is {i}" for i in range(count)]}
     scores = texts | {"score": [float(i % 7) for i in range(count)]}
-    return {"sft": Dataset.from_dict(texts), "preferences": Dataset.from_dict(scores), "judge": Dataset.from_dict(scores),
+    return {"sft": Dataset.from_dict(texts), "preferences": Dataset.from_dict(scores),
+            "judge": Dataset.from_dict(scores), "preferences_eval_short": Dataset.from_dict(scores),
             "prompts": Dataset.from_dict({"prompt": [f"Say {i}" for i in range(count)]}),
             "eval_prompts": Dataset.from_dict({"prompt": ["Say 1", "Say more"]})}
 def misnamed(root, seed):
@@ -533,6 +533,7 @@ def test_prepare_with_a_builder_scores_and_a_judge(tmp_path, builder_module):
     assert judge.column_names == ["prompt", "response", "score"] and isinstance(judge[0]["score"], float)
     prompts = read_role(RunFolder(tmp_path / "run"), "prompts")["prompt"]
     assert "Say 1" not in prompts and len(prompts) == 49
+    assert len(read_role(RunFolder(tmp_path / "run"), "reward_eval_short")) == 50
     assert summary["sources"]["prompts_not_in_eval"][0]["dropped"] == {"in_eval_prompts": 1}
 
 
@@ -602,3 +603,37 @@ def test_rows_read_back_are_the_rows_written(tmp_path, pairs_file):
             "chosen": f" good answer {number}",
             "rejected": f" bad {number}",
         }
+
+
+def test_a_row_that_the_template_refuses_is_dropped_and_counted(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    )
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"messages": [system, USER, reply("Fine.")]}, {"messages": [USER, reply("Fine.")]}]
+    tally = Tally()
+    normalised = normalise(rows, {"messages": "messages"}, "sft", ChatFormat(chat_tokenizer))
+    assert len(apply_rules(normalised, "sft", limits_of(chat_tokenizer), tally)) == 1
+    assert tally.dropped == {"refused_by_template": 1}
+
+
+def test_prompts_of_preferences_without_a_reward_model(tmp_path, pairs_file):
+    recipe = recipe_of(tmp_path, sft=[{"path": "pairs.jsonl.gz"}], preferences=[{"path": "pairs.jsonl.gz"}])
+    changes = {"reward": None, "ppo": {"reward_function": "m:f", "critic_init": "sft"}}
+    recipe = Recipe.model_validate(recipe.model_dump() | changes)
+    assert check_data(recipe) == []
+    summary = prepare(recipe, RunFolder(tmp_path / "run"))
+    assert set(summary["roles"]) == {"sft_train", "sft_eval", "prompts", "eval_prompts"}
+    assert summary["sources"]["preferences"][0]["kept"] == 62  # a tie or an empty reply is a prompt all the same
+
+
+def test_a_long_plain_text_stays_and_is_counted_unless_it_is_packed(tokenizer):
+    for plain_text, kept, cut, dropped in (
+        ("trainer_cuts", 2, {"text": 1}, {}),
+        ("packed", 2, {}, {}),
+        ("dropped", 1, {}, {"over_long": 1}),
+    ):
+        rows = [{"prompt": "", "response": text, "messages": None} for text in (TEXT * 9, "the cat")]
+        tally = Tally()
+        assert len(apply_rules(rows, "sft", limits_of(tokenizer, plain_text=plain_text), tally)) == kept
+        assert (tally.cut, tally.dropped) == (cut, dropped)

@@ -20,8 +20,8 @@ from rlhf_ray.evaluation.metrics import (
     win_rate,
     words,
 )
-from rlhf_ray.evaluation.samples import draw_responses
-from rlhf_ray.evaluation.scoring import score_texts
+from rlhf_ray.evaluation.samples import Responses, draw_responses
+from rlhf_ray.evaluation.scoring import LanguageModel, score_texts
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
@@ -208,6 +208,31 @@ def test_independent_perplexity_against_plain_transformers(evaluated, run_folder
     pairs = [plain_logprob(folder, row["prompt"], row["ppo"]["response"], row["ppo"]["ended"]) for row in samples]
     expected = np.exp(-sum(total for total, _ in pairs) / sum(count for _, count in pairs))
     assert summary["ppo"]["perplexity_independent"]["mean"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_response_is_rated_in_its_own_place(run_folder):
+    path = run_folder.stage("sft").model
+    model = LanguageModel(load_causal_lm(path), load_tokenizer(path), torch.float32)
+    texts = ["the mat and was glad.", "", "sad"]       # the empty one was cut off: it has no token at all
+    responses = Responses(prompt_ids=[], response_ids=[], texts=texts, ended=np.array([True, False, False]))
+    prompt_ids, response_ids = model.encode(PROMPTS[:3], responses)
+    expected = [plain_logprob(path, PROMPTS[0], texts[0], True)[0], 0.0,
+                plain_logprob(path, PROMPTS[2], texts[2], False)[0]]
+    assert model.rate_tokens(prompt_ids, response_ids) == pytest.approx(expected, rel=1e-4)
+
+
+def test_responses_stand_prompt_by_prompt(run_folder):
+    path = run_folder.stage("sft").model
+    tokenizer, counts = load_tokenizer(path), []
+
+    def draw():
+        return draw_responses(load_causal_lm(path), tokenizer, PROMPTS, (3, 4), SamplingParams(max_new_tokens=8),
+                              chunk_size=4, device="cpu", progress=counts.append)
+
+    drawn = draw()
+    assert [tokenizer.decode(ids) for ids in drawn.prompt_ids] == [prompt for prompt in PROMPTS for _ in (3, 4)]
+    assert counts == [4, 8, 12] and len(set(drawn.texts)) > 6
+    assert draw().texts == drawn.texts
 
 
 def test_kl_against_the_log_probs_that_were_sampled(evaluated, run_folder):

@@ -121,7 +121,7 @@ def test_the_service_is_locked_and_its_builder_exists():
     [application] = config["applications"]
     module, _, name = application["import_path"].partition(":")
     assert importlib.util.find_spec(module) and hasattr(importlib.import_module(module), name)
-    assert application["args"]["path"].startswith("/runs/")
+    assert application["args"]["model"].startswith("/runs/")
     for pod in pod_specs("RayService"):
         keys = [entry for entry in pod["containers"][0]["env"] if entry["name"] == "RLHF_RAY_API_KEY"]
         assert keys and "secretKeyRef" in keys[0]["valueFrom"], "it listens on every address: a key, from a Secret"

@@ -171,8 +171,8 @@ def test_saving_replaces_what_was_there_and_only_when_it_is_whole(tokenizer, fol
 def test_train_mode_draws_nothing_after_disable_dropout():
     configs = [
         GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=50, bos_token_id=0, eos_token_id=0),
-        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                    vocab_size=50, attention_dropout=0.5),
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=2, vocab_size=50, attention_dropout=0.5),
     ]  # fmt: skip
     ids = torch.arange(20)[None]
     for config in configs:

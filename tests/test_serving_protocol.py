@@ -15,10 +15,10 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.serving.app import build_app
-from rlhf_ray.serving.loading import EngineOptions, load
+from rlhf_ray.serving.loading import load
 from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
-from rlhf_ray.serving.settings import AppSettings, Limits, is_loopback, resolve_api_key
+from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, is_loopback, resolve_api_key
 from rlhf_ray.serving.text import ResponseText
 
 POSITIONS = 96
@@ -57,8 +57,12 @@ def ask(served, talk, **settings):
     """Run talk(client) with OpenAI's client on an app of its own."""
 
     async def run():
-        async with openai.AsyncOpenAI(base_url="http://test/v1", api_key=settings.get("api_key", "none"), max_retries=0,
-                                      http_client=httpx.AsyncClient(transport=transport(served, **settings))) as client:
+        async with openai.AsyncOpenAI(
+            base_url="http://test/v1",
+            api_key=settings.get("api_key", "none"),
+            max_retries=0,
+            http_client=httpx.AsyncClient(transport=transport(served, **settings)),
+        ) as client:
             return await talk(client)
 
     return asyncio.run(run())
@@ -85,7 +89,9 @@ def reference(folder, prompt, count):
 
 def test_greedy_completion_is_what_transformers_generates(served, folder, tokenizer):
     expected = reference(folder, "the cat", 20)
-    result = ask(served, lambda client: client.completions.create(model="tiny", prompt="the cat", max_tokens=20, temperature=0))
+    result = ask(
+        served, lambda client: client.completions.create(model="tiny", prompt="the cat", max_tokens=20, temperature=0)
+    )
     assert result.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
     assert result.choices[0].finish_reason == ("stop" if expected[-1] == tokenizer.eos_token_id else "length")
     assert result.usage.completion_tokens == len(expected)
@@ -95,8 +101,10 @@ def test_greedy_completion_is_what_transformers_generates(served, folder, tokeni
 
 
 def test_logprobs_are_those_of_a_forward_pass(served, folder, tokenizer):
-    result = ask(served, lambda client: client.completions.create(
-        model="tiny", prompt="the dog", max_tokens=12, seed=3, logprobs=0))
+    result = ask(
+        served,
+        lambda client: client.completions.create(model="tiny", prompt="the dog", max_tokens=12, seed=3, logprobs=0),
+    )
     shown = result.choices[0].logprobs
     assert "".join(shown.tokens).replace("<|eos|>", "").startswith(result.choices[0].text.split("�")[0])
     # The ids by the only way a client has: sampling them again as chat would be another prompt, so score through text.
@@ -138,9 +146,17 @@ def test_stop_ends_before_the_string_and_counts_tokens_up_to_it(served):
         free = await client.completions.create(model="tiny", prompt="the cat", max_tokens=40, seed=5, logprobs=0)
         text = free.choices[0].text
         # Three characters, which may span tokens, and which the text has not had before.
-        stop = next(text[i : i + 3] for i in range(6, len(text)) if "�" not in text[i : i + 3] and text.find(text[i : i + 3]) == i)
-        cut = await client.completions.create(model="tiny", prompt="the cat", max_tokens=40, seed=5, stop=[stop, "never"], logprobs=0)
-        stream = await client.completions.create(model="tiny", prompt="the cat", max_tokens=40, seed=5, stop=stop, stream=True)
+        stop = next(
+            text[i : i + 3]
+            for i in range(6, len(text))
+            if "�" not in text[i : i + 3] and text.find(text[i : i + 3]) == i
+        )
+        cut = await client.completions.create(
+            model="tiny", prompt="the cat", max_tokens=40, seed=5, stop=[stop, "never"], logprobs=0
+        )
+        stream = await client.completions.create(
+            model="tiny", prompt="the cat", max_tokens=40, seed=5, stop=stop, stream=True
+        )
         return free, stop, cut, [chunk async for chunk in stream]
 
     free, stop, cut, chunks = ask(served, talk)
@@ -163,7 +179,8 @@ def test_stream_has_the_same_text_usage_and_end(served):
         mine = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
         assert "".join(choice.text for choice in mine) == whole.choices[index].text
         assert sum((choice.logprobs.token_logprobs for choice in mine), []) == pytest.approx(
-            whole.choices[index].logprobs.token_logprobs, abs=1e-5)
+            whole.choices[index].logprobs.token_logprobs, abs=1e-5
+        )
         assert [choice.finish_reason for choice in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1].finish_reason == whole.choices[index].finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
@@ -172,7 +189,9 @@ def test_stream_has_the_same_text_usage_and_end(served):
 
 
 def test_stream_is_server_sent_events_ending_in_done(served):
-    response = send(served, "POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 3, "stream": True})
+    response = send(
+        served, "POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 3, "stream": True}
+    )
     assert response.headers["content-type"].startswith("text/event-stream")
     events = response.text.split("\n\n")
     assert events[-1] == "" and events[-2] == "data: [DONE]"
@@ -199,13 +218,21 @@ def test_echo_token_prompts_and_empty_prompt(served, tokenizer):
 
 
 def test_chat_without_a_template_is_a_plain_dialogue(served, tokenizer):
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
 
     async def talk(client):
-        chat = await client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=10, seed=4, logprobs=True)
-        text = await client.completions.create(model="tiny", max_tokens=10, seed=4,
-                                               prompt="System: be brief\n\nUser: hello\n\nAssistant:")
-        stream = await client.chat.completions.create(model="tiny", messages=messages, max_tokens=10, seed=4, stream=True)
+        chat = await client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=10, seed=4, logprobs=True
+        )
+        text = await client.completions.create(
+            model="tiny", max_tokens=10, seed=4, prompt="System: be brief\n\nUser: hello\n\nAssistant:"
+        )
+        stream = await client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=10, seed=4, stream=True
+        )
         return chat, text, [chunk async for chunk in stream]
 
     chat, text, chunks = ask(served, talk)
@@ -222,15 +249,22 @@ def test_chat_uses_the_tokenizers_template(served, tokenizer):
     runner, reader = served
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
-    templated = (runner, type(reader)(tokenizer=tokenizer, positions=reader.positions, vocab_size=reader.vocab_size, limits=LIMITS))
+        "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    templated = (
+        runner,
+        type(reader)(tokenizer=tokenizer, positions=reader.positions, vocab_size=reader.vocab_size, limits=LIMITS),
+    )
 
     async def talk(client):
-        chat = await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8, seed=1)
+        chat = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8, seed=1
+        )
         text = await client.completions.create(model="tiny", prompt="<user>hi<assistant>", max_tokens=8, seed=1)
         with pytest.raises(openai.BadRequestError, match="no system role"):
             await client.chat.completions.create(
-                model="tiny", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}])
+                model="tiny", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}]
+            )
         return chat, text
 
     try:
@@ -290,8 +324,17 @@ def test_bad_requests_get_openai_error_bodies(served, path, body, status, param,
 
 
 def test_fields_that_ask_for_nothing_are_accepted(served):
-    extra = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "tools": None, "response_format": {"type": "text"},
-             "best_of": 1, "suffix": None, "top_k": 5, "min_p": 0.1}
+    extra = {
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "user": "me",
+        "tools": None,
+        "response_format": {"type": "text"},
+        "best_of": 1,
+        "suffix": None,
+        "top_k": 5,
+        "min_p": 0.1,
+    }
     response = send(served, "POST", "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 2} | extra)
     assert response.status_code == 200, response.text
 
@@ -341,7 +384,9 @@ def test_openai_client_raises_its_own_error_classes(served):
 def test_api_key_guards_everything_but_health(served):
     settings = {"api_key": "s3cret"}
     for header in (None, "Bearer wrong", "Bearer s3cre", "s3cret", "Basic s3cret"):
-        response = send(served, "GET", "/v1/models", settings=settings, headers={"Authorization": header} if header else {})
+        response = send(
+            served, "GET", "/v1/models", settings=settings, headers={"Authorization": header} if header else {}
+        )
         assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), header
     assert send(served, "GET", "/v1/nothing", settings=settings).status_code == 401
     assert send(served, "POST", "/v1/completions", settings=settings, content=b"x" * 30_000).status_code == 401
@@ -367,10 +412,19 @@ def test_sixteen_requests_share_the_steps_of_one_batch(served):
     before = runner.stats()
 
     async def talk(client):
-        return await asyncio.gather(*(
-            client.completions.create(model="tiny", prompt=[7] * (1 + i), max_tokens=32, seed=i, temperature=0.5 + i / 10,
-                                      extra_body={"top_k": i})
-            for i in range(16)))
+        return await asyncio.gather(
+            *(
+                client.completions.create(
+                    model="tiny",
+                    prompt=[7] * (1 + i),
+                    max_tokens=32,
+                    seed=i,
+                    temperature=0.5 + i / 10,
+                    extra_body={"top_k": i},
+                )
+                for i in range(16)
+            )
+        )
 
     results = ask(served, talk)
     after = runner.stats()

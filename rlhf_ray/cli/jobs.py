@@ -25,6 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from rlhf_ray.cli import upload
+from rlhf_ray.cli.running import run_folder_of
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 
@@ -45,6 +46,7 @@ def submit(recipe: Recipe, run_dir: str, *, address: str | None = None, data: Se
     step and write a checkpoint before it is killed. UserError for what can't work, a run folder in use among them.
     """
     run_dir = cluster_path(run_dir)
+    run_folder_of(recipe, run_dir)  # what the run itself would refuse
     client = connect(address)
     jobs = _jobs(client)
     for job in jobs:
@@ -61,7 +63,9 @@ def submit(recipe: Recipe, run_dir: str, *, address: str | None = None, data: Se
         runtime_env = {
             "working_dir": folder,
             # SIGINT is what the run answers by finishing its step and writing a checkpoint.
-            "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})},
+            # The override: without it Ray refuses a variable that the run, too, hands to its actors.
+            "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
+                         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **(env or {})},
         }
         _within(300, f"the upload to {client.get_address()}", lambda: client.submit_job(
             entrypoint=entrypoint(run_dir, has_data=has_data), submission_id=job_id, runtime_env=runtime_env,
@@ -114,7 +118,7 @@ def cluster_path(run_dir: str) -> str:
         return run_dir.rstrip("/")
     if not os.path.isabs(run_dir):
         raise UserError(f"run folder '{run_dir}' is relative, which on a cluster is another folder on every machine; "
-                        "give an absolute path that all nodes see, or a URI such as s3://bucket/runs/demo")
+                        "give an absolute path that all nodes see, for example /shared/runs/demo")
     return os.path.normpath(run_dir)
 
 

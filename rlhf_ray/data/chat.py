@@ -47,7 +47,7 @@ def shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
 
 
 def drop_oldest_turn(messages: Messages) -> Messages | None:
-    """Without the oldest message that is no system message (and the replies to it); None if one turn is all there is."""
+    """Without the oldest message (system messages apart) and the replies to it; None if one turn is all there is."""
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"][1:]
     while turns and turns[0]["role"] != "user":

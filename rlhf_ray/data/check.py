@@ -33,17 +33,17 @@ def check_data(recipe: Recipe) -> list[str]:
     given = [role for role in LISTS if getattr(data, role)]
     if data.builder is not None:
         attempt(lambda: find_builder(data, recipe.seed))
-        problems += [f"data.builder and data.{role} are both set, and the builder stands in place of the lists; remove one"
+        problems += [f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
                      for role in given]  # fmt: skip
         return problems
     problems += [f"'{section}' is set and data.{role} is empty; give it rows, or set {section}: null"
                  for role, section in needed.items() if role not in given]  # fmt: skip
-    if not needed and "prompts" not in given:
+    if "sft" not in needed and "preferences" not in given and "prompts" not in given:
         problems.append(
             "data.prompts is empty and there is no other data to take prompts from; list a source of prompts"
         )
     for role in given:
-        if role not in needed and not role.endswith("prompts"):
+        if role not in needed and not role.endswith("prompts") and not (role == "preferences" and not data.prompts):
             continue  # prepare does not read it either
         form = _form(recipe, role)
         for index, source in enumerate(getattr(data, role)):
@@ -93,6 +93,6 @@ def check_model(recipe: Recipe) -> list[str]:
 
 def _form(recipe: Recipe, role: str) -> str:
     sections = {"preferences": recipe.reward, "judge": recipe.judge}
-    if role in sections:
+    if sections.get(role) is not None:
         return sections[role].objective
     return "sft" if role == "sft" else "prompts"

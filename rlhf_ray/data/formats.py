@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2 import TemplateError
+
 from rlhf_ray.data.chat import ChatFormat, as_messages, shared_prompt, split_reply
 from rlhf_ray.errors import UserError
 
@@ -46,6 +48,7 @@ FORMS: dict[str, tuple[Form, ...]] = {  # the first whose columns are there is t
         Form(("text",)),
     ),
 }  # fmt: skip
+REPLIES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "scores": ("response",), "prompts": ()}
 NAMES = tuple(sorted({name for forms in FORMS.values() for form in forms for name in (*form.needs, *form.may)}))
 
 
@@ -78,10 +81,14 @@ def _no_form(columns: list[str], names: Mapping[str, str], renamed: Mapping[str,
         return f"columns {', '.join(renamed)} do not go together; {role} rows are {forms}"
     other = {"pairs": "scores", "scores": "pairs"}.get(role)
     if other is not None and any(all(name in names for name in form.needs) for form in FORMS[other]):
-        return f"these are rows for the objective '{other}' (columns {', '.join(columns)}), the recipe says '{role}'; set objective: {other}"
+        return (
+            f"these are rows for the objective '{other}' (columns {', '.join(columns)}), the recipe says '{role}'; "
+            f"set objective: {other}"
+        )
     near = difflib.get_close_matches(missing, columns, 1, cutoff=0.5)
     remedy = f"name it with columns: {{{missing}: {near[0] if near else 'YOUR_COLUMN'}}}"
-    return f"no column '{missing}'{_nearest(missing, columns)}; there are {', '.join(columns)}; {role} rows need {forms}; {remedy}"
+    there = f"no column '{missing}'{_nearest(missing, columns)}; there are {', '.join(columns)}"
+    return f"{there}; {role} rows need {forms}; {remedy}"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -94,7 +101,10 @@ def normalise(rows: Iterable[Mapping], columns: Mapping[str, str], role: Role, c
     make = {"sft": _sft, "pairs": _pair, "scores": _scored, "prompts": _prompt}[role]
     normalised = []
     for row in rows:
-        out = make({ours: row[theirs] for ours, theirs in columns.items()}, chat)
+        try:
+            out = make({ours: row[theirs] for ours, theirs in columns.items()}, chat)
+        except TemplateError:  # templates refuse orders of roles that their model does not know
+            out = {"prompt": "", "messages": None, "refused": True} | dict.fromkeys(REPLIES[role], "")
         reply = out.get("response", out.get("chosen", ""))
         out["key"] = out["prompt"] or reply
         normalised.append(out)
@@ -133,7 +143,7 @@ def _prompt(row: dict, chat: ChatFormat) -> dict:
 
 
 def _answered(row: dict, chat: ChatFormat) -> dict:
-    """prompt and response from whole messages, from a prompt with its reply (text or messages), or from a reply alone."""
+    """prompt and response from whole messages, a prompt with its reply (text or messages), or a reply alone."""
     for name in ("messages", "conversations"):
         if name in row:
             messages, reply = split_reply(as_messages(row[name] or []))

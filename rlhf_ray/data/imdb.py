@@ -123,17 +123,18 @@ def hold_out(reviews: list[Review], share: float, rng: random.Random) -> tuple[l
 
 
 def build(
-    root: str | None = None, seed: int = 0, *, text_words: int | None = 170, objective: Literal["scores", "pairs"] = "scores",
-    openings: int = 1, opening_words: tuple[int, int] = (12, 64), opening_eval_words: int = 48, prompt_words: tuple[int, int] = (4, 12),
-    prompts: int = 5000, eval_prompts: int = 2000, sft_eval: int = 500, max_reviews: int | None = None,
+    root: str | None = None, seed: int = 0, *, text_words: int | None = 170,
+    objective: Literal["scores", "pairs"] = "scores", openings: int = 1, opening_words: tuple[int, int] = (16, 64),
+    opening_eval_words: int = 48, prompt_words: tuple[int, int] = (4, 12), prompts: int = 5000,
+    eval_prompts: int = 2000, sft_eval: int = 500, max_reviews: int | None = None,
 ) -> dict[str, datasets.Dataset]:  # fmt: skip
     """All roles of the recipe.
 
     text_words: the language models read the first so many words of each review, which is what they will be asked to
-    write (None: all of it). objective: regression to the scores, or pairs of a higher against a lower rated review. openings: rows with only the
-    first opening_words (least, most) words made of each review. prompt_words: least and most words of a prompt.
-    opening_eval_words: words of the held-out openings (48 words are about 64 tokens of a 4,096-entry BPE).
-    max_reviews: read only so many of each split, drawn evenly.
+    write (None: all of it). objective: regression to the scores, or pairs of a higher against a lower rated review.
+    openings: rows with only the first opening_words (least, most) words made of each review. opening_eval_words: words
+    of the held-out openings (48 words are about 64 tokens of a 4,096-entry BPE). prompt_words: least and most words of
+    a prompt. max_reviews: use only so many of each split, evenly spaced.
     """
     if objective not in ("scores", "pairs"):
         raise UserError(f"data.builder_args.objective = {objective!r}; give 'scores' or 'pairs'")
@@ -164,8 +165,9 @@ def build(
         "eval_prompts": [{"prompt": rows.opening(review.text)[0]} for review in for_evaluation[:eval_prompts]],
     }
     note = "duplicates dropped before splitting: " + ", ".join(f"{split} {dropped[split]}" for split in SPLITS)
-    info = datasets.DatasetInfo(description=note)
-    return {role: datasets.Dataset.from_list(found, info=info) for role, found in built.items()}
+    # One info each: a Dataset writes its own columns into the one that it is given.
+    infos = {role: datasets.DatasetInfo(description=note) for role in built}
+    return {role: datasets.Dataset.from_list(found, info=infos[role]) for role, found in built.items()}
 
 
 class _Rows:

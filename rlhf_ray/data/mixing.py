@@ -26,7 +26,7 @@ def mix(parts: list[list[dict]], weights: list[float | None], seed: int, where: 
         used = [min(len(part), round(scale * weight)) for part, weight in zip(parts, weights, strict=True)]
         if 0 in used:
             raise UserError(
-                f"{where}[{used.index(0)}] would have no row in a mix of weights {', '.join(f'{w:g}' for w in weights)}, "
+                f"{where}[{used.index(0)}] would have no row in a mix of {', '.join(f'{w:g}' for w in weights)}, "
                 f"because another source has few rows ({min(map(len, parts))}); bring the weights closer together"
             )
     rng = random.Random(f"mix/{seed}/{where}")

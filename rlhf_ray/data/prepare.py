@@ -1,4 +1,4 @@
-"""The data stage: sources or a builder in; RUN/data/<role>.parquet, RUN/data/tokenizer/ and RUN/data/summary.json out."""
+"""The data stage: sources or a builder in; <role>.parquet, tokenizer/ and summary.json in RUN/data/ out."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def _read_sources(recipe: Recipe) -> Raw:
     for role in LISTS:
         if getattr(data, role) and data.builder is not None:
             raise UserError(
-                f"data.builder and data.{role} are both set, and the builder stands in place of the lists; remove one"
+                f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
             )
-        if role in needed or role.endswith("prompts"):
+        if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
             for index, source in enumerate(getattr(data, role)):
                 where = f"data.{role}[{index}]"
                 raw.setdefault(role, []).append((where, source, load_source(source, data.root, recipe.seed, where)))
@@ -105,10 +105,13 @@ def _read_sources(recipe: Recipe) -> Raw:
 def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
     model = recipe.model
     if model.is_from_scratch:
+        # Messages are rendered with the recipe's template, which needs a tokenizer, any.
+        blank = train_tokenizer([], 0, model.from_scratch.architecture)
+        blank.chat_template = model.chat_template
         texts = []
         for where, source, rows in raw["sft"]:
             columns = detect(rows.column_names, source.columns, "sft", where)
-            texts += [row["prompt"] + row["response"] for row in normalise(rows, columns, "sft", ChatFormat(None))]
+            texts += [row["prompt"] + row["response"] for row in normalise(rows, columns, "sft", ChatFormat(blank))]
         random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
         total = 0
         for count, text in enumerate(texts):
@@ -138,7 +141,8 @@ class _Preparation:
         sft_section = recipe.sft or recipe.fluency
         pool: dict[str, tuple[list[dict], list[dict]]] = {}  # training and held-out rows that prompts may come from
         if sft_section is not None:
-            limits = self._limits(self._tokenizer, sft_section.max_length, whole_texts=True)
+            plain_text = "packed" if sft_section.packing else "trainer_cuts"
+            limits = self._limits(self._tokenizer, sft_section.max_length, plain_text=plain_text)
             pool["sft"] = self._train_and_eval("sft", "sft", limits)
             written["sft_train"], written["sft_eval"] = ((rows, COLUMNS["sft"]) for rows in pool["sft"])
         for name, role in (("reward", "preferences"), ("judge", "judge")):
@@ -151,6 +155,9 @@ class _Preparation:
             pool[role] = self._train_and_eval(role, section.objective, limits)
             for part, rows in zip(("train", "eval"), pool[role], strict=True):
                 written[f"{name}_{part}"] = (rows, COLUMNS[section.objective])
+            for extra in (given for given in self._raw if given.startswith(f"{role}_eval_")):
+                rows = self._rows(extra, section.objective, limits)
+                written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
         train, held_out = self._prompts(pool)
         written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
         return written
@@ -186,17 +193,22 @@ class _Preparation:
                 tally.dropped["surplus_of_mix"] += tally.kept - count
                 tally.kept = count
         self.tallies[role] = [{"source": source.path, **tally.as_dict()} for source, tally in counted]
+        for entry, (_, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
+            if dataset.info.description:  # a builder says here what it dropped itself
+                entry["note"] = dataset.info.description
         return rows
 
     def _prompts(self, pool: dict[str, tuple[list[dict], list[dict]]]) -> tuple[list[dict], list[dict]]:
-        """Prompts to train on and to evaluate on: the given ones, else those of the preferences, else those of the SFT rows."""
+        """(training, evaluation) prompts: the given ones, else those of the preferences, else those of the SFT rows."""
         recipe = self._recipe
         limits = self._limits(self._tokenizer, recipe.data.max_prompt_tokens)
-        origin = next((role for role in ("preferences", "sft") if role in pool), None)
+        held_out = None
         if "prompts" in self._raw:
             train = self._rows("prompts", "prompts", limits)
-            held_out = None
+        elif "preferences" in self._raw and "preferences" not in pool:  # no reward model is trained on them
+            train = self._rows("preferences", "prompts", limits)
         else:
+            origin = "preferences" if "preferences" in pool else "sft"
             train, held_out = (self._prompts_of(rows, origin, part, limits)
                                for rows, part in zip(pool[origin], ("train", "eval"), strict=True))  # fmt: skip
         if "eval_prompts" in self._raw:
@@ -212,7 +224,8 @@ class _Preparation:
         prompts = apply_rules(copies, "prompts", replace(limits, drop_duplicates=True), tally)
         if not prompts:
             raise UserError(
-                f"data.prompts is empty and the rows of data.{origin} hold no prompts ({tally.in_words()}); list a source of prompts"
+                f"data.prompts is empty and the rows of data.{origin} hold no prompts ({tally.in_words()}); "
+                "list a source of prompts"
             )
         self.tallies[f"prompts_{part}"] = [{"source": f"the {part} rows of {origin}", **tally.as_dict()}]
         return prompts
@@ -232,7 +245,7 @@ class _Preparation:
 
 
 def _remedy(tally: Tally, form: Role, role: str) -> str:
-    section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.removesuffix("_eval"), "data")
+    section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.partition("_eval")[0], "data")
     return {
         "over_long": "raise data.max_prompt_tokens"
         if form == "prompts"

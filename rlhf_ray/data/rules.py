@@ -1,6 +1,7 @@
 """The rules by which rows are dropped or cut. Every one is counted by name; nothing leaves silently.
 
-dropped   empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long, in_eval_prompts, surplus_of_mix
+dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long,
+          in_eval_prompts, surplus_of_mix
 cut       prompt (long prompt shortened), reply (long reply shortened), eos_text (an EOS written at a reply's end, which
           is added anyway), text (plain text that the trainer will cut at max_length)
 """
@@ -16,10 +17,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
-from rlhf_ray.data.formats import Role
+from rlhf_ray.data.formats import REPLIES, Role
 from rlhf_ray.data.tokens import cut_text, encode_prompts, encode_texts
-
-REPLIES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "scores": ("response",), "prompts": ()}
 
 
 @dataclass(slots=True)
@@ -50,13 +49,16 @@ class Limits:
     truncate_prompt: Literal["left", "right", "drop"]
     truncate_reply: Literal["left", "right", "drop"] = "drop"
     drop_duplicates: bool = True
-    whole_texts: bool = False  # plain text may be longer than max_length: it is packed, or cut by the trainer
+    # What becomes of an SFT text without a prompt that is longer than max_length: dropped like any row, left to the
+    # trainer, which cuts it (counted here), or packed with others, nothing lost.
+    plain_text: Literal["dropped", "trainer_cuts", "packed"] = "dropped"
 
 
 def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> list[dict]:
     """The rows that stay, shortened where the limits say so. Counts into `tally`."""
     tally.read += len(rows)
     replies = REPLIES[role]
+    rows = drop(rows, tally, "refused_by_template", lambda row: "refused" in row)
     if role == "prompts":
         rows = drop(rows, tally, "empty_prompt", lambda row: not row["prompt"].strip())
     else:
@@ -76,8 +78,9 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
     if role == "prompts":
         rows = _fit_prompts(rows, limits, tally)
     elif role == "sft":
-        texts = [row for row in rows if row["prompt"] == ""] if limits.whole_texts else []
-        _count_cut_texts(texts, limits, tally)
+        texts = [row for row in rows if row["prompt"] == ""] if limits.plain_text != "dropped" else []
+        if limits.plain_text == "trainer_cuts":
+            _count_cut_texts(texts, limits, tally)
         whole = {id(row) for row in texts}
         fitting = {id(row) for row in _fit_rows([row for row in rows if id(row) not in whole], replies, limits, tally)}
         rows = [row for row in rows if id(row) in whole or id(row) in fitting]

@@ -7,6 +7,7 @@ import glob
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ READERS = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
 BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
+FURTHER_EVAL = re.compile(r"(preferences|judge)_eval_[a-z0-9_]+")  # another held-out set, reported under its own name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ def suffix_of(path: str | Path) -> str:
 def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | HubName:
     """Decide what a source's path means. `where` names the source in messages, e.g. 'data.sft[0]'.
 
-    With a root everything is local: root/path, else root/<last part of path> (so that a hub name finds its folder), else,
-    for a path that is not a file name, the root itself. Without one, a path is local if it is there or looks like a file.
+    With a root everything is local: root/path, else root/<last part of path> (so that a hub name finds its folder),
+    else, for a path that is no file name, the root itself. Without one, a path is local if it is there or looks it.
     """
     path = source.path
     if "://" in path:
@@ -154,7 +156,7 @@ def call_builder(data: DataConfig, seed: int) -> dict[str, Dataset]:
     """The builder's data sets by role, their names checked."""
     built = find_builder(data, seed)()
     for role, rows in built.items():
-        if role not in BUILDER_ROLES:
+        if role not in BUILDER_ROLES and not FURTHER_EVAL.fullmatch(role):
             near = difflib.get_close_matches(role, BUILDER_ROLES, 1)
             raise UserError(f"{data.builder} returned a role '{role}'; it may return {', '.join(BUILDER_ROLES)}"
                             + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip

@@ -6,12 +6,15 @@
                                               prompt, response, score (float)  (objective: scores)
     prompts, eval_prompts                     prompt
 
+reward_eval_<name> and judge_eval_<name> are further held-out sets, where a builder makes them.
+
 All text, already in the chat template, so that any tokenizer can read it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,12 +30,12 @@ COLUMNS = {
     "sft": ("prompt", "response"),
     "prompts": ("prompt",),
 }
-ROLES = ("sft_train", "sft_eval", "reward_train", "reward_eval", "judge_train", "judge_eval", "prompts", "eval_prompts")
+ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts")
 
 
 def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[str, ...]) -> None:
     """Write one role's rows (of which only `columns` are kept), under a temporary name first."""
-    assert role in ROLES, role
+    assert ROLES.fullmatch(role), role
     types = {"score": pa.float64()}
     schema = pa.schema([(column, types.get(column, pa.string())) for column in columns])
     table = pa.Table.from_pydict({column: [row[column] for row in rows] for column in columns}, schema=schema)
@@ -44,16 +47,16 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
 
 
 def has_role(folder: RunFolder, role: str) -> bool:
-    assert role in ROLES, role
+    assert ROLES.fullmatch(role), role
     return folder.data(role).exists()
 
 
 def read_role(folder: RunFolder, role: str) -> Dataset:
     """The prepared rows of one role, in memory (no cache outside the run folder)."""
     if not has_role(folder, role):
-        there = [name for name in ROLES if folder.data(name).exists()]
+        there = sorted(path.stem for path in folder.data(role).parent.glob("*.parquet"))
         raise UserError(
             f"{folder.data(role)} is not there (the run folder holds {', '.join(there) or 'no prepared data'}); "
-            f"give the recipe the data for '{role}' and run its data stage, in a new run folder if this one has other data"
+            f"give the recipe data for '{role}' and run its data stage, in a new run folder if this one has other data"
         )
     return Dataset(pq.read_table(folder.data(role)))

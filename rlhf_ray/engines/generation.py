@@ -107,6 +107,7 @@ class GenerationEngine:
             for place, (request, token, logprob) in enumerate(zip(running, tokens, logprobs, strict=True))
         ]
 
+    @torch.inference_mode()
     def cancel(self, request_id: int) -> bool:
         """Drop a waiting or running request, between steps. -> whether it was there."""
         for request in self._waiting:

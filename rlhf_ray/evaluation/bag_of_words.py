@@ -105,7 +105,8 @@ def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_ray.evaluation.bag_of_words", description=__doc__.split("\n")[0])
+    program = "python -m rlhf_ray.evaluation.bag_of_words"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("reward", "judge"), default="reward")
     parser.add_argument("--train-rows", type=int, help="fit on so many rows, drawn at random")

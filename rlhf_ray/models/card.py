@@ -46,7 +46,7 @@ def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str
         "A sequence is the prompt's tokens, the response's tokens, and EOS.", "",
         "## Figures", "", *table, "",
         f"## Settings of the stage `{stage}`", "", "```json", settings, "```", "",
-        "A model of this kind repeats what is wrong in its data and makes up facts; measure it before you rely on it.", "",
+        "A model of this kind repeats what is wrong in its data and makes up facts; measure before you rely on it.", "",
     ])  # fmt: skip
 
 

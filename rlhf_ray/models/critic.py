@@ -47,14 +47,14 @@ class Critic(nn.Module):
         if position_ids is not None:
             extra["position_ids"] = position_ids
         hidden = self.backbone(input_ids, attention_mask=attention_mask, use_cache=False, **extra).last_hidden_state
-        # Float32 also under autocast and in a bf16 engine: values are compared with returns that differ in the third digit.
+        # Float32 also under autocast and in a bf16 engine: values are compared with returns in their third digit.
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.value_head
             return nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
 
 
 def critic_from_reward_model(model: PreTrainedModel) -> Critic:
-    """Starts at the normalised score: value = (w . hidden - reward_mean) / reward_std. The body is shared, not copied."""
+    """Starts at the normalised score: (w . hidden - reward_mean) / reward_std. The body is shared, not copied."""
     mean, std = reward_normalisation(model.config)
     head = score_head(model)
     critic = Critic(model.base_model)
@@ -79,7 +79,7 @@ def build_critic(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Critic:
-    """A critic from a reward model's folder ("reward") or a causal LM's ("sft"). The head is float32 whatever `dtype`."""
+    """A critic from a reward model's folder ("reward") or a causal LM's ("sft"); its head is always float32."""
     if init == "reward":
         return critic_from_reward_model(load_reward_model(folder, dtype, trust_remote_code))
     return critic_from_causal_lm(load_causal_lm(folder, dtype, trust_remote_code))

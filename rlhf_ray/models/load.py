@@ -1,4 +1,4 @@
-"""Models: built from random weights, loaded (safetensors only), checked, saved.   D hidden size, V vocabulary entries."""
+"""Models: built from random weights, loaded (safetensors only), checked, saved.   B rows, S tokens, D hidden size."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def scratch_config(cfg: FromScratch, tokenizer: PreTrainedTokenizerBase) -> Pret
         )  # fmt: skip
     if cfg.width // cfg.heads % 2:
         raise UserError(
-            f"model.from_scratch: width / heads = {cfg.width // cfg.heads} is odd, and {cfg.architecture} turns pairs of "
-            f"dimensions (rotary positions); try width {2 * cfg.heads * max(cfg.width // cfg.heads // 2, 1)}"
+            f"model.from_scratch: width / heads = {cfg.width // cfg.heads} is odd, and {cfg.architecture} turns "
+            f"pairs of dimensions (rotary positions); try width {2 * cfg.heads * max(cfg.width // cfg.heads // 2, 1)}"
         )
     family = LlamaConfig if cfg.architecture == "llama" else Qwen2Config
     return family(
@@ -126,7 +126,7 @@ def load_reward_model(
 
 
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
-    """(mean, deviation) that a score is normalised with: (raw - mean) / deviation. (0, 1) for a model of other people."""
+    """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model of other people."""
     return (config.reward_mean, config.reward_std) if hasattr(config, "reward_mean") else (0.0, 1.0)
 
 
@@ -262,8 +262,8 @@ def _cannot_load(path: str | Path, error: BaseException) -> str:
         names = {file.name for file in folder.iterdir()}
         if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
             return (
-                f"'{path}' holds no safetensors weights ({', '.join(sorted(names)[:6])}); pickled weights are not loaded "
-                "because they can run code: convert them with save_pretrained"
+                f"'{path}' holds no safetensors weights ({', '.join(sorted(names)[:6])}); pickled weights are not "
+                "loaded because they can run code: convert them with save_pretrained"
             )
     elif str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
         return f"the model folder '{path}' does not exist; check the path"

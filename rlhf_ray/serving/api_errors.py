@@ -10,8 +10,15 @@ from starlette.responses import JSONResponse
 class ApiError(Exception):
     """A request that is answered with an error."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None,
-                 headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
 
@@ -51,8 +58,9 @@ def install_error_handlers(app: FastAPI) -> None:
             message, code = f"Unknown request URL: {request.method} {request.url.path}.", "unknown_url"
         elif error.status_code == 405:
             message, code = f"{request.method} is not allowed on {request.url.path}.", "method_not_allowed"
-        return JSONResponse(error_body(error.status_code, message, code=code), status_code=error.status_code,
-                            headers=error.headers)
+        return JSONResponse(
+            error_body(error.status_code, message, code=code), status_code=error.status_code, headers=error.headers
+        )
 
     @app.exception_handler(Exception)
     async def server_error(request: Request, error: Exception) -> JSONResponse:

@@ -38,8 +38,13 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
         return JSONResponse(error_body(503, f"The server can't answer now: {error}."), status_code=503)
 
-    card = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "rlhf_ray",
-            "max_model_len": reader.positions}
+    card = {
+        "id": settings.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "rlhf_ray",
+        "max_model_len": reader.positions,
+    }
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -80,8 +85,12 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
 
     def _check_model(model_id: str) -> None:
         if model_id != settings.name:
-            raise ApiError(404, f"The model '{model_id}' does not exist; this server has '{settings.name}'.",
-                           code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"The model '{model_id}' does not exist; this server has '{settings.name}'.",
+                code="model_not_found",
+                param="model",
+            )
 
     async def _read(request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
         body = parse(kind, request.headers.get("content-type", ""), await request.body())
@@ -90,14 +99,17 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
             raise bad_request(f"n is {body.choices}; this server allows at most {settings.limits.max_n}.", param="n")
         return body
 
-    async def _answer(request: Request, body: GenerationRequest, prompts: list[list[int]], writer: Writer,
-                      default_tokens: int | None) -> Response:
+    async def _answer(
+        request: Request, body: GenerationRequest, prompts: list[list[int]], writer: Writer, default_tokens: int | None
+    ) -> Response:
         rows = []
         seed = secrets.randbits(63) if body.seed is None else body.seed
         for prompt_ids in prompts:
             params = body.sampling(reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens))
-            rows += [RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
-                     for place in range(body.choices)]
+            rows += [
+                RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
+                for place in range(body.choices)
+            ]
         choices = [Choice(ResponseText(reader.tokenizer, row.prompt_ids, row.params.stop)) for row in rows]
         ticket = _submit(rows)
         if body.stream:
@@ -114,18 +126,25 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
     def _submit(rows: list[RowRequest]) -> Ticket:
         most = runner.max_rows + runner.max_waiting_rows
         if len(rows) > most:
-            raise bad_request(f"The request asks for {len(rows)} responses; this server takes at most {most}.", param="n")
+            raise bad_request(
+                f"The request asks for {len(rows)} responses; this server takes at most {most}.", param="n"
+            )
         try:
             return runner.submit(rows)
         except Overloaded as error:
-            raise ApiError(429, f"The server is overloaded: {error}. Please retry shortly.", code="rate_limit_exceeded",
-                           headers={"Retry-After": "1"}) from None
+            raise ApiError(
+                429,
+                f"The server is overloaded: {error}. Please retry shortly.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            ) from None
 
     return app
 
 
-async def _stream(body: GenerationRequest, prompts: list[list[int]], choices: list[Choice], ticket: Ticket,
-                  writer: Writer) -> AsyncIterator[dict]:
+async def _stream(
+    body: GenerationRequest, prompts: list[list[int]], choices: list[Choice], ticket: Ticket, writer: Writer
+) -> AsyncIterator[dict]:
     """The chunks of a streamed answer. With include_usage every chunk has the field, null in all but the last."""
     extra = {"usage": None} if body.include_usage else {}
     for index in range(len(choices)):

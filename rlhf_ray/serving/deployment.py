@@ -10,26 +10,35 @@ from ray import serve
 from ray.serve import Application
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.serving.app import build_app
-from rlhf_ray.serving.loading import EngineOptions, load
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import AppSettings, Limits, resolve_api_key
+from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, resolve_api_key
 
 # Before torch loads: idle OpenMP threads that spin take the cores from Ray's and the proxy's.
 _REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-@serve.deployment(name="rlhf_ray", health_check_period_s=5, health_check_timeout_s=60,
-                  graceful_shutdown_wait_loop_s=0.2, graceful_shutdown_timeout_s=5, max_constructor_retry_count=1)
+@serve.deployment(
+    name="rlhf_ray",
+    health_check_period_s=5,
+    health_check_timeout_s=60,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=5,
+    max_constructor_retry_count=1,
+)
 @serve.ingress()
 class Replica:
     """One engine in its own thread, and the app in the replica's event loop."""
 
     def __init__(self, options: EngineOptions, settings: AppSettings):
+        # Imported here: whoever only deploys this class (the command's own process) needs neither torch nor transformers.
+        from rlhf_ray.serving.loading import load
+
         self.settings = settings
         self.runner, self.reader = load(options, settings.limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from rlhf_ray.serving.app import build_app
+
         return build_app(self.runner, self.reader, self.settings)
 
     def check_health(self) -> None:
@@ -37,7 +46,9 @@ class Replica:
             raise RuntimeError("the generation engine has failed")
 
 
-def application(options: EngineOptions, settings: AppSettings, *, replicas: int, cpus: float, gpus: float) -> Application:
+def application(
+    options: EngineOptions, settings: AppSettings, *, replicas: int, cpus: float, gpus: float
+) -> Application:
     """The deployment of `replicas` engines, each reserving `cpus` and `gpus`."""
     limits = settings.limits
     # Serve's default of 5 requests at once would cap the batch. Ours are refused (429) by the app, before Serve's own limit.
@@ -63,11 +74,17 @@ def build_application(args: dict[str, Any]) -> Application:
     model = find_model(path)
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
-    options = EngineOptions(model=str(model), precision=given.pop("precision", "auto"), device="cuda" if gpus else "cpu",
-                            threads=int(given.pop("threads", max(1, int(cpus)))))
-    settings = AppSettings(name=given.pop("name", None) or model_name(Path(path), model),
-                           api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
-                           limits=Limits(**{name: int(value) for name, value in known.items()}))
+    options = EngineOptions(
+        model=str(model),
+        precision=given.pop("precision", "auto"),
+        device="cuda" if gpus else "cpu",
+        threads=int(given.pop("threads", max(1, int(cpus)))),
+    )
+    settings = AppSettings(
+        name=given.pop("name", None) or model_name(Path(path), model),
+        api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
+        limits=Limits(**{name: int(value) for name, value in known.items()}),
+    )
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     return application(options, settings, replicas=replicas, cpus=cpus, gpus=gpus)

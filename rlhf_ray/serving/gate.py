@@ -39,13 +39,18 @@ class Gate:
         scheme, _, given = _header(scope, b"authorization").strip().partition(b" ")
         if not hmac.compare_digest(given.strip(), self.api_key.encode()) or scheme.lower() != b"bearer":
             what = "Incorrect API key provided." if given else "You didn't provide an API key."
-            raise ApiError(401, f"{what} Send it as the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
-                           headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                f"{what} Send it as the header 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client left before it was sent."""
-        too_large = ApiError(413, f"The request body is larger than the limit of {self.max_body_bytes} bytes.",
-                             code="request_too_large")
+        too_large = ApiError(
+            413, f"The request body is larger than the limit of {self.max_body_bytes} bytes.", code="request_too_large"
+        )
         announced = _header(scope, b"content-length")
         if announced.isdigit() and int(announced) > _DRAIN_BYTES:
             raise too_large

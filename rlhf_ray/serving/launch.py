@@ -24,19 +24,35 @@ from pathlib import Path
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import API_KEY_VARIABLE, AppSettings, Limits, resolve_api_key
+from rlhf_ray.serving.settings import API_KEY_VARIABLE, AppSettings, EngineOptions, Limits, resolve_api_key
 
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 _LOST_AFTER_S = 60
 
 # Settings of Serve that would move its HTTP server, open further ports on every interface, or run torch in the event loop.
-_FOREIGN_SETTINGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_THROUGHPUT_OPTIMIZED",
-                     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD")
+_FOREIGN_SETTINGS = (
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
+)
 
 
-def serve(path: str | Path, *, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, name: str | None = None,
-          replicas: int = 1, gpus: float | None = None, threads: int | None = None, precision: Precision = "auto",
-          limits: Limits = Limits(), block: bool = True, say: Callable[[str], None] = print) -> Server:
+def serve(
+    path: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    name: str | None = None,
+    replicas: int = 1,
+    gpus: float | None = None,
+    threads: int | None = None,
+    precision: Precision = "auto",
+    limits: Limits = Limits(),
+    block: bool = True,
+    say: Callable[[str], None] = print,
+) -> Server:
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are torch's,
@@ -45,8 +61,18 @@ def serve(path: str | Path, *, host: str = "127.0.0.1", port: int = 8000, api_ke
 
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """
-    server = Server(path, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus, threads=threads,
-                    precision=precision, limits=limits)
+    server = Server(
+        path,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        replicas=replicas,
+        gpus=gpus,
+        threads=threads,
+        precision=precision,
+        limits=limits,
+    )
     if not block:
         server.start()
         return server
@@ -64,16 +90,29 @@ def serve(path: str | Path, *, host: str = "127.0.0.1", port: int = 8000, api_ke
 class Server:
     """One served model. Everything that can be checked is checked here; `start` takes seconds, `close` releases it all."""
 
-    def __init__(self, path: str | Path, *, host: str, port: int, api_key: str | None, name: str | None, replicas: int,
-                 gpus: float | None, threads: int | None, precision: Precision, limits: Limits):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        host: str,
+        port: int,
+        api_key: str | None,
+        name: str | None,
+        replicas: int,
+        gpus: float | None,
+        threads: int | None,
+        precision: Precision,
+        limits: Limits,
+    ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
         if replicas < 1:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
         self.model = find_model(path)
         self.host, self.port = host, port
-        self.settings = AppSettings(name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key),
-                                    limits=limits)
+        self.settings = AppSettings(
+            name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
+        )
         self.replicas, self.gpus, self.precision = replicas, gpus, precision
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // replicas)
@@ -90,8 +129,10 @@ class Server:
         """Where it listens, and a request to try."""
         key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.settings.api_key else ""
         body = json.dumps({"model": self.settings.name, "prompt": "Once upon a time", "max_tokens": 40})
-        return (f"Serving '{self.settings.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
-                f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}")
+        return (
+            f"Serving '{self.settings.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
+            f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+        )
 
     def start(self) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
@@ -102,24 +143,39 @@ class Server:
         from ray import serve as ray_serve
 
         if ray.is_initialized():
-            raise UserError("this process is connected to a Ray cluster already; run the server in a process of its own")
+            raise UserError(
+                "this process is connected to a Ray cluster already; run the server in a process of its own"
+            )
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
         self._started = True
-        ray.init(address="local", num_cpus=self.replicas, include_dashboard=False, log_to_driver=False,
-                 logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES)
+        ray.init(
+            address="local",
+            num_cpus=self.replicas,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         gpus = self._gpus_each(ray.cluster_resources().get("GPU", 0))
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        ray_serve.start(proxy_location="HeadOnly", logging_config=quiet,
-                        http_options={"host": self.host, "port": self.port, "keep_alive_timeout_s": 75})
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            logging_config=quiet,
+            http_options={"host": self.host, "port": self.port, "keep_alive_timeout_s": 75},
+        )
         from rlhf_ray.serving.deployment import application
-        from rlhf_ray.serving.loading import EngineOptions
 
-        options = EngineOptions(model=str(self.model), precision=self.precision, device="cuda" if gpus else "cpu",
-                                threads=self.threads)
+        options = EngineOptions(
+            model=str(self.model), precision=self.precision, device="cuda" if gpus else "cpu", threads=self.threads
+        )
         try:
-            ray_serve.run(application(options, self.settings, replicas=self.replicas, cpus=1, gpus=gpus), name="rlhf_ray",
-                          route_prefix="/", logging_config=quiet)
+            ray_serve.run(
+                application(options, self.settings, replicas=self.replicas, cpus=1, gpus=gpus),
+                name="rlhf_ray",
+                route_prefix="/",
+                logging_config=quiet,
+            )
         except RuntimeError as error:
             raise _start_failure(ray_serve.status(), error) from None
 
@@ -131,8 +187,10 @@ class Server:
             if self._answers():
                 answered = time.monotonic()
             elif time.monotonic() - answered > _LOST_AFTER_S:
-                raise RuntimeError(f"the server at {self.url} has not answered for {_LOST_AFTER_S} s; Ray's logs are in "
-                                   "/tmp/ray/session_latest/logs")
+                raise RuntimeError(
+                    f"the server at {self.url} has not answered for {_LOST_AFTER_S} s; Ray's logs are in "
+                    "/tmp/ray/session_latest/logs"
+                )
 
     def close(self) -> None:
         """Stop the replicas, Serve and Ray; safe to call twice."""
@@ -143,13 +201,10 @@ class Server:
             return
         self._started = False
         import ray
-        from ray import serve as ray_serve
 
-        try:
-            if ray.is_initialized():
-                ray_serve.shutdown()
-        finally:
-            ray.shutdown()
+        # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray would
+        # then complain on the terminal that Serve's controller has gone.)
+        ray.shutdown()
 
     def __enter__(self) -> Server:
         return self
@@ -173,14 +228,18 @@ class Server:
             self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self._reserved.bind((self.host, self.port))
         except OSError as error:
-            raise UserError(f"can't listen on {self.host}:{self.port} ({error.strerror}); choose another with --port") from None
+            raise UserError(
+                f"can't listen on {self.host}:{self.port} ({error.strerror}); choose another with --port"
+            ) from None
 
     def _gpus_each(self, available: float) -> float:
         if self.gpus is None:
             return 1.0 if available >= self.replicas else 0.0
         if self.gpus * self.replicas > available:
-            raise UserError(f"{self.replicas} replicas with {self.gpus:g} GPUs each need {self.gpus * self.replicas:g}, this "
-                            f"machine has {available:g}; lower --gpus or --replicas")
+            raise UserError(
+                f"{self.replicas} replicas with {self.gpus:g} GPUs each need {self.gpus * self.replicas:g}, this "
+                f"machine has {available:g}; lower --gpus or --replicas"
+            )
         return self.gpus
 
     def _answers(self) -> bool:

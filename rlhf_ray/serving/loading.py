@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from rlhf_ray.config import Precision
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.prompts import PromptReader
 from rlhf_ray.serving.runner import EngineRunner
-from rlhf_ray.serving.settings import Limits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How one replica runs the model."""
-
-    model: str
-    """Absolute path of a Hugging Face model folder."""
-    precision: Precision = "auto"
-    device: str = "cpu"
-    threads: int = 1
-    """torch threads; more is not faster for a model of a few million parameters."""
+from rlhf_ray.serving.settings import EngineOptions, Limits
 
 
 def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptReader]:
@@ -37,8 +22,13 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
     ends = model.generation_config.eos_token_id  # chat models end a turn with other tokens than a text
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     engine = GenerationEngine(
-        model, tokenizer, max_rows=limits.max_rows, device=options.device,
-        eos_token_ids=sorted({tokenizer.eos_token_id, *ends}))
-    reader = PromptReader(tokenizer=tokenizer, positions=engine.decoder.max_length, vocab_size=engine.decoder.vocab_size,
-                          limits=limits)
+        model,
+        tokenizer,
+        max_rows=limits.max_rows,
+        device=options.device,
+        eos_token_ids=sorted({tokenizer.eos_token_id, *ends}),
+    )
+    reader = PromptReader(
+        tokenizer=tokenizer, positions=engine.decoder.max_length, vocab_size=engine.decoder.vocab_size, limits=limits
+    )
     return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader

@@ -26,8 +26,10 @@ def find_model(path: str | Path) -> Path:
             return _checked(run.stage(stage).model)
     found = _language_models_in(folder)
     if not found:
-        raise UserError(f"'{given}' holds no model: neither config.json, nor ppo/model, nor sft/model, nor a folder with a "
-                        "language model; give a finished run folder or a Hugging Face model folder")
+        raise UserError(
+            f"'{given}' holds no model: neither config.json, nor ppo/model, nor sft/model, nor a folder with a "
+            "language model; give a finished run folder or a Hugging Face model folder"
+        )
     named = [name for name in _POLICY_NAMES if name in found]
     if named or len(found) == 1:
         return _checked(found[(named or list(found))[0]])
@@ -61,7 +63,9 @@ def _architectures(folder: Path) -> list[str]:
     try:
         return json.loads((folder / "config.json").read_text()).get("architectures") or []
     except (ValueError, AttributeError):
-        raise UserError(f"'{folder / 'config.json'}' is not a model's config; give a Hugging Face model folder") from None
+        raise UserError(
+            f"'{folder / 'config.json'}' is not a model's config; give a Hugging Face model folder"
+        ) from None
 
 
 def _is_causal(folder: Path) -> bool:
@@ -71,8 +75,12 @@ def _is_causal(folder: Path) -> bool:
 
 def _checked(folder: Path) -> Path:
     if not _is_causal(folder):
-        raise UserError(f"'{folder}' holds a {_architectures(folder)[0]}, which writes no text; give the folder of a language model")
+        raise UserError(
+            f"'{folder}' holds a {_architectures(folder)[0]}, which writes no text; give the folder of a language model"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"'{folder}' holds no safetensors weights; pickled ones are not loaded because they can run code: "
-                        "convert them with save_pretrained")
+        raise UserError(
+            f"'{folder}' holds no safetensors weights; pickled ones are not loaded because they can run code: "
+            "convert them with save_pretrained"
+        )
     return folder

@@ -28,9 +28,13 @@ class PromptReader:
         if not prompts:
             raise bad_request("Invalid value for 'prompt': it holds no prompt.", param="prompt", code="invalid_value")
         if len(prompts) > self.limits.max_prompts:
-            raise bad_request(f"The request holds {len(prompts)} prompts; the limit is {self.limits.max_prompts}.", param="prompt")
-        return [self._checked(encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, "prompt")
-                for prompt in prompts]
+            raise bad_request(
+                f"The request holds {len(prompts)} prompts; the limit is {self.limits.max_prompts}.", param="prompt"
+            )
+        return [
+            self._checked(encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, "prompt")
+            for prompt in prompts
+        ]
 
     def chat(self, request: ChatRequest) -> list[list[int]]:
         return [self._checked(encode_prompt(self.tokenizer, chat_text(self.tokenizer, request.messages)), "messages")]
@@ -45,12 +49,17 @@ class PromptReader:
         if asked is None:
             return min(caps, default=4096)
         if self.limits.max_tokens is not None and asked > self.limits.max_tokens:
-            raise bad_request(f"max_tokens is {asked}; this server allows at most {self.limits.max_tokens}.", param="max_tokens")
+            raise bad_request(
+                f"max_tokens is {asked}; this server allows at most {self.limits.max_tokens}.", param="max_tokens"
+            )
         if room is not None and asked > room:
             raise bad_request(
                 f"This model's maximum context length is {self.positions} tokens. However, you requested "
                 f"{len(prompt_ids) + asked} tokens ({len(prompt_ids)} in the prompt, {asked} for the completion). "
-                "Please reduce the length of either one.", param="max_tokens", code="context_length_exceeded")
+                "Please reduce the length of either one.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
         return asked
 
     def _checked(self, prompt_ids: list[int], param: str) -> list[int]:
@@ -59,12 +68,18 @@ class PromptReader:
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             prompt_ids = [eos if bos is None else bos]
         if max(prompt_ids) >= self.vocab_size:
-            raise bad_request(f"Token id {max(prompt_ids)} is beyond the model's vocabulary of {self.vocab_size}.", param=param)
-        caps = [cap for cap in (self.limits.max_prompt_tokens, self.positions and self.positions - 1) if cap is not None]
+            raise bad_request(
+                f"Token id {max(prompt_ids)} is beyond the model's vocabulary of {self.vocab_size}.", param=param
+            )
+        caps = [
+            cap for cap in (self.limits.max_prompt_tokens, self.positions and self.positions - 1) if cap is not None
+        ]
         if caps and len(prompt_ids) > min(caps):
             raise bad_request(
                 f"The prompt has {len(prompt_ids)} tokens; this model takes at most {min(caps)}. Please shorten it.",
-                param=param, code="context_length_exceeded")
+                param=param,
+                code="context_length_exceeded",
+            )
         return prompt_ids
 
 
@@ -72,9 +87,13 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> st
     """The messages as the tokenizer's chat template writes them, else as a plain dialogue; the assistant speaks next."""
     if all(message.role in ("system", "developer") for message in messages):
         raise bad_request("messages holds no user message to answer.", param="messages", code="invalid_value")
-    plain = [{"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages]
+    plain = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
+    ]
     try:
         return ChatFormat(tokenizer).prompt(plain)
     except TemplateError as error:  # templates refuse orders of roles that their model was not trained on
-        raise bad_request(f"The model's chat template refuses these messages: {error}.", param="messages",
-                          code="invalid_value") from None
+        raise bad_request(
+            f"The model's chat template refuses these messages: {error}.", param="messages", code="invalid_value"
+        ) from None

@@ -68,7 +68,9 @@ class GenerationRequest(_Body):
         if isinstance(data, dict):
             for name in _NEUTRAL.keys() & data.keys():
                 if data[name] is not None and data[name] != _NEUTRAL[name]:
-                    raise bad_request(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+                    raise bad_request(
+                        f"{name} is not supported by this server.", param=name, code="unsupported_parameter"
+                    )
             # The neutral ones that are no field of ours are dropped, so that only unknown names are left to refuse.
             data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
         return data
@@ -132,8 +134,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _echo_has_no_logprobs(self) -> Self:
         if self.echo and self.wants_logprobs:
-            raise bad_request("logprobs of an echoed prompt are not supported.", param="logprobs",
-                              code="unsupported_parameter")
+            raise bad_request(
+                "logprobs of an echoed prompt are not supported.", param="logprobs", code="unsupported_parameter"
+            )
         return self
 
 
@@ -187,7 +190,9 @@ def _as_api_error(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return bad_request(f"We could not parse the JSON body of your request: {first['msg']}.")
     # Those branches appear in the location ("stop", "list[str]", 1); OpenAI's param is the fields and indices only.
-    path = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))]
+    path = [
+        part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+    ]
     field = str(path[0]) if path else None
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
     if first["type"] == "missing":

@@ -39,8 +39,11 @@ def usage(prompts: list[list[int]], choices: list[Choice]) -> dict[str, int]:
     """Tokens read and written; a prompt counts once, EOS counts."""
     prompt_tokens = sum(len(prompt) for prompt in prompts)
     completion_tokens = sum(choice.num_tokens for choice in choices)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 class CompletionWriter:
@@ -52,8 +55,10 @@ class CompletionWriter:
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str]], usage: dict[str, int]) -> dict:
         """pieces: text, tokens and finish reason of each choice."""
-        choices = [self._choice(index, self._echo(index) + text, tokens, reason)
-                   for index, (text, tokens, reason) in enumerate(pieces)]
+        choices = [
+            self._choice(index, self._echo(index) + text, tokens, reason)
+            for index, (text, tokens, reason) in enumerate(pieces)
+        ]
         return {**self._head, "choices": choices, "usage": usage}
 
     def opening(self, index: int) -> dict | None:
@@ -111,8 +116,10 @@ class ChatWriter:
     def _token_logprobs(self, tokens: list[TokenText]) -> dict | None:
         if not self._logprobs:
             return None
-        content = [{"token": token.token, "logprob": token.logprob, "bytes": _bytes(token.token), "top_logprobs": []}
-                   for token in tokens]
+        content = [
+            {"token": token.token, "logprob": token.logprob, "bytes": _bytes(token.token), "top_logprobs": []}
+            for token in tokens
+        ]
         return {"content": content, "refusal": None}
 
 

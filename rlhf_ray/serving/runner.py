@@ -130,8 +130,14 @@ class EngineRunner:
         return self._failure is None and self._thread.is_alive()
 
     def stats(self) -> RunnerStats:
-        return RunnerStats(steps=self._steps, tokens=self._tokens, requests=self._requests, cancelled_rows=self._cancelled,
-                           running_rows=len(self._running), waiting_rows=max(0, self._outstanding - len(self._running)))
+        return RunnerStats(
+            steps=self._steps,
+            tokens=self._tokens,
+            requests=self._requests,
+            cancelled_rows=self._cancelled,
+            running_rows=len(self._running),
+            waiting_rows=max(0, self._outstanding - len(self._running)),
+        )
 
     def submit(self, rows: list[RowRequest]) -> Ticket:
         """Queue all rows of one request, or raise Overloaded or EngineFailed. Called from the event loop."""
@@ -139,8 +145,10 @@ class EngineRunner:
             if self._failure is not None or self._closed:
                 raise self._failure or EngineFailed("the engine is shut down")
             if self._outstanding + len(rows) > self.max_rows + self.max_waiting_rows:
-                raise Overloaded(f"{self._outstanding} responses are being written or waiting; this request asks for "
-                                 f"{len(rows)} more and the server takes {self.max_rows + self.max_waiting_rows} at once")
+                raise Overloaded(
+                    f"{self._outstanding} responses are being written or waiting; this request asks for "
+                    f"{len(rows)} more and the server takes {self.max_rows + self.max_waiting_rows} at once"
+                )
             self._outstanding += len(rows)
             ticket = Ticket(self, rows, asyncio.get_running_loop())
             # Inside the lock: nothing is queued after the failure or the close that empties the queue.

@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
+from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
@@ -39,6 +40,18 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How one replica runs the model."""
+
+    model: str
+    """Absolute path of a Hugging Face model folder."""
+    precision: Precision = "auto"
+    device: str = "cpu"
+    threads: int = 1
+    """torch threads; more is not faster for a model of a few million parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AppSettings:
     """What the HTTP app needs to know besides the model."""
 
@@ -54,7 +67,9 @@ def is_loopback(host: str) -> bool:
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError as error:
-        raise UserError(f"host {host!r} does not resolve ({error}); use 127.0.0.1 or an address of this machine") from None
+        raise UserError(
+            f"host {host!r} does not resolve ({error}); use 127.0.0.1 or an address of this machine"
+        ) from None
     return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
 
 
@@ -62,9 +77,13 @@ def resolve_api_key(host: str, api_key: str | None) -> str | None:
     """The key to require: the one given, else the environment's, else none, which only a loopback address allows."""
     if api_key is None:
         api_key = os.environ.get(API_KEY_VARIABLE) or None
-    if api_key is not None and (not api_key.strip() or not api_key.isascii() or not api_key.isprintable() or " " in api_key):
+    if api_key is not None and (
+        not api_key.strip() or not api_key.isascii() or not api_key.isprintable() or " " in api_key
+    ):
         raise UserError("the API key must be one or more printable ASCII characters without spaces; choose another")
     if api_key is None and not is_loopback(host):
-        raise UserError(f"host {host!r} can be reached from other machines, and no API key is set; "
-                        f"give --api-key or {API_KEY_VARIABLE}, or bind 127.0.0.1")
+        raise UserError(
+            f"host {host!r} can be reached from other machines, and no API key is set; "
+            f"give --api-key or {API_KEY_VARIABLE}, or bind 127.0.0.1"
+        )
     return api_key

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import LoggingConfig
 
+from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.events import EventLog
@@ -88,7 +88,7 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
-    storage = folder.path / "logs" / "ray_train"
+    storage = folder.logs / "ray_train"
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _worker,
@@ -150,10 +150,12 @@ def _report_until_done(thread: threading.Thread, target: StageFolder, stage: str
         reported = time.monotonic()
         row = _last_row(target.metrics)
         if row is None:
-            waiting = f"{stage} worker to start and read its data"
-            on_progress({"stage": stage, "step": 0, "total": None, "waiting": waiting, "waited_s": reported - started})
+            waiting = "the worker to start and read its data"
+            on_progress({"stage": stage, "waiting_for": waiting, "waiting_s": reported - started})
         else:
-            on_progress({"stage": stage, "total": row["total_steps"], **row})
+            # By time where a time limit will come before the last step.
+            total = max(round(row["step"] / row["progress"]), row["step"])
+            on_progress({"stage": stage, "total": total, **row})
 
 
 def _last_row(path: Path) -> dict | None:
@@ -170,7 +172,7 @@ def _explained(error: BaseException, folder: RunFolder, stage: str, config: Trai
     """A sentence for a start that timed out or a worker that failed; the original stands as its cause."""
     if not isinstance(error, TrainingFailedError):
         return error
-    log = folder.path / "logs" / f"{stage}.log"
+    log = folder.logs / f"{stage}.log"
     if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
         explained: Exception = UserError(
             f"waited {timeout_s:g} s for {config.workers} {stage} worker(s) with {config.cpus_per_worker:g} CPUs and "
@@ -201,15 +203,12 @@ class _RecordFailures(UserCallback):
 def _worker(config: dict) -> dict:
     """One rank, in its own process -> the stage's summary, or {"refused": sentence} for a user's mistake."""
     folder, stage = RunFolder(Path(config["folder"])), config["stage"]
-    _to_log_file(folder.path / "logs" / f"{stage}.log")
-    import torch
-
-    from rlhf_ray.engines.distributed import prepare_deepspeed
-
     recipe = Recipe.model_validate(config["recipe"])
     section: TrainConfig = getattr(recipe, stage)
-    torch.set_num_threads(section.threads)
-    prepare_deepspeed("cuda" if section.gpus_per_worker > 0 else "cpu")
+    device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
+    from rlhf_ray.engines.distributed import prepare_deepspeed
+
+    prepare_deepspeed(device.type)
     try:
         if stage in ("sft", "fluency"):
             from rlhf_ray.supervised.sft import train_sft
@@ -220,14 +219,3 @@ def _worker(config: dict) -> dict:
         return train_reward(recipe, folder, stage)
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}
-
-
-def _to_log_file(path: Path) -> None:
-    """Send this process's output to a file, what C++ libraries write included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)

@@ -36,7 +36,7 @@ class Clock:
     limit_s: float | None
     elapsed_s: float = 0.0
 
-    def progress(self, step: int) -> float:
+    def progress(self, step: float) -> float:
         return progress_of(step=step, total_steps=self.total_steps, elapsed_s=self.elapsed_s, limit_s=self.limit_s)
 
     @property
@@ -55,7 +55,8 @@ class StageTrainer(Trainer):
             config, clock = self.stage_config, self.clock
 
             def factor(step: int) -> float:
-                return rate_factor(clock.progress(step), schedule=config.schedule, warmup_ratio=config.warmup_ratio)
+                # The middle of the step: neither the first nor the last step is spent at a rate of 0.
+                return rate_factor(clock.progress(step + 0.5), schedule=config.schedule, warmup_ratio=config.warmup_ratio)
 
             self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, factor)
             self._created_lr_scheduler = True

@@ -1,0 +1,100 @@
+"""The stages of `pipeline.run_stages`, on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ray
+
+from rlhf_ray.actors.placement import check_fits
+from rlhf_ray.actors.process import set_up_process
+from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.pipeline import Stage
+from rlhf_ray.run_folder import RunFolder
+
+Progress = Callable[[dict], None]
+
+
+def ray_stages() -> dict[str, Stage]:
+    """Every stage's callable. Heavy imports happen inside."""
+    return {
+        "data": prepare_data,
+        "sft": lambda recipe, folder, progress: _supervised("run_sft", recipe, folder, "sft", progress),
+        "fluency": lambda recipe, folder, progress: _supervised("run_sft", recipe, folder, "fluency", progress),
+        "reward": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "reward", progress),
+        "judge": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "judge", progress),
+        "ppo": run_ppo_stage,
+        "evaluation": evaluate_and_report,
+    }
+
+
+def prepare_data(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    from rlhf_ray.data.prepare import prepare
+
+    prepare(recipe, folder)
+
+
+def _supervised(function: str, recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
+    from rlhf_ray.supervised import launch
+
+    getattr(launch, function)(recipe, folder, stage, progress)
+
+
+def run_ppo_stage(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    from rlhf_ray.actors.ppo_stage import run_ppo
+
+    run_ppo(recipe, folder, progress)
+
+
+def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    """Evaluate in one task (the controller holds no models), then write the report."""
+    from rlhf_ray.evaluation.report import write_report
+
+    def on_wait(what: str, seconds: float) -> None:
+        progress({"stage": "evaluation", "waiting_for": what, "waiting_s": seconds})
+
+    resources = recipe.resources
+    waiter = Waiter(resources.call_timeout_s, "raise resources.call_timeout_s", on_wait)
+    cpus = min(float(resources.generation.threads), ray.cluster_resources().get("CPU", 1.0))
+    task = _evaluate.options(num_cpus=cpus, num_gpus=resources.generation.gpus).remote(
+        recipe, folder, resources.generation.threads, resources.generation.gpus
+    )
+    waiter.get([waiter.track(task, "the evaluation task")], "evaluation")
+    write_report(folder)
+
+
+@ray.remote(max_retries=0)
+def _evaluate(recipe: Recipe, folder: RunFolder, threads: int, gpus: float) -> None:
+    set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
+    from rlhf_ray.evaluation.evaluate import evaluate
+
+    evaluate(recipe, folder)
+
+
+def check_cluster(recipe: Recipe, stages: list[str]) -> None:
+    """Refuse at start-up what the cluster can't fit, for the stages that are still to run."""
+    problems = cluster_problems(recipe, stages, ray.cluster_resources())
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def cluster_problems(recipe: Recipe, stages: list[str], cluster: dict[str, float]) -> list[str]:
+    problems = []
+    for name in ("sft", "fluency", "reward", "judge"):
+        stage = getattr(recipe, name)
+        if name not in stages or stage is None:
+            continue
+        for kind, each in (("CPU", stage.cpus_per_worker), ("GPU", stage.gpus_per_worker)):
+            needed, there = stage.workers * each, cluster.get(kind, 0.0)
+            if needed > there:
+                problems.append(
+                    f"{name} needs {needed:g} {kind}s ({stage.workers} workers x {each:g}), the cluster has {there:g}; "
+                    f"lower {name}.workers or {name}.{kind.lower()}s_per_worker, or add nodes")
+    if "ppo" in stages:
+        try:
+            check_fits(recipe.resources, cluster)
+        except UserError as error:
+            problems.append(str(error))
+    return problems

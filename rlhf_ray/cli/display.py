@@ -1,0 +1,148 @@
+"""What a run shows in the terminal: one live block, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+STAGE_NAMES = {
+    "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
+    "judge": "independent judge", "ppo": "PPO", "evaluation": "evaluation",
+}  # fmt: skip
+PLAIN_EVERY_S = 10.0
+
+
+class Display:
+    """Hears progress events of all stages. A context manager; `log` prints a line above the live block."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._stage, self._event, self._started, self._samples = "", {}, time.monotonic(), []
+        self._first: tuple[float, int] | None = None  # when and at which step this process's first step was seen
+        self._last_plain = 0.0
+
+    def __enter__(self) -> Display:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def log(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+
+    def __call__(self, event: dict) -> None:
+        stage = event["stage"]
+        if event.get("skipped"):
+            return self.log(f"[dim]= {STAGE_NAMES[stage]}: done before[/]")
+        if event.get("started"):
+            self._stage, self._event, self._first = stage, {}, None
+            self._started, self._samples = time.monotonic(), []
+            if self.live is None:
+                self.log(f"> {STAGE_NAMES[stage]}")
+        elif event.get("done"):
+            line = f"[green]+[/] {STAGE_NAMES[stage]}: {duration(event['seconds'])}"
+            self._event, self._samples = {}, []
+            self.log(line + (f"  [dim]{escape(event['summary'])}[/]" if event.get("summary") else ""))
+        elif "samples" in event:
+            self._samples = event["samples"]
+        else:
+            if "step" in event:
+                if self._first is None:
+                    self._first = (time.monotonic(), event["step"])
+                event = {"waiting_for": None, **event}
+            self._event |= event
+        self._show()
+
+    def _show(self) -> None:
+        if self.live is not None:
+            self.live.update(Group(*self._block()))
+        elif "step" in self._event and time.monotonic() - self._last_plain > PLAIN_EVERY_S:
+            self._last_plain = time.monotonic()
+            self.console.print("  " + self._line(), highlight=False, markup=False)
+
+    def _block(self) -> list:
+        if not self._stage:
+            return []
+        head = Text.assemble((f"  {STAGE_NAMES[self._stage]}  ", "bold"), (self._line(), ""))
+        block: list = [head]
+        if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
+            block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))
+        for sample in self._samples[:3]:
+            block.append(Text.assemble(("  ", ""), (one_line(sample["prompt"], 60), "dim"), (" | ", "dim"),
+                                       (one_line(sample["response"], 90), ""), (f"  {sample['score']:+.2f}", "cyan")))
+        return block
+
+    def _line(self) -> str:
+        event, parts = self._event, []
+        if "step" in event:
+            total = event.get("total")
+            parts.append(f"step {event['step']}" + (f" of {total}" if total else ""))
+            parts += self._rate(event["step"], total)
+        metrics = event.get("metrics", {}) | {key: event[key] for key in ("loss",) if event.get(key) is not None}
+        for key, name in (("objective/score", "score"), ("objective/kl", "KL"), ("eval/score", "held-out score"),
+                          ("objective/response_length", "length"), ("loss", "loss"), ("accuracy", "accuracy")):
+            if metrics.get(key) is not None:
+                parts.append(f"{name} {metrics[key]:.3g}")
+        return "   ".join(parts) or f"{duration(time.monotonic() - self._started)}"
+
+    def _rate(self, step: int, total: int | None) -> list[str]:
+        if self._first is None or step <= self._first[1]:
+            return []
+        seconds = (time.monotonic() - self._first[0]) / (step - self._first[1])
+        rate = f"{seconds:.1f} s a step" if seconds >= 1 else f"{1 / seconds:.1f} steps a second"
+        return [rate, f"{duration(seconds * (total - step))} left"] if total and total > step else [rate]
+
+
+def duration(seconds: float) -> str:
+    """75.3 -> '1 min 15 s'."""
+    seconds = max(int(round(seconds)), 0)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"
+
+
+def one_line(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def summary_table(summary: dict) -> Table:
+    """The closing table: SFT against PPO with 95 % intervals."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("SFT", justify="right")
+    table.add_column("PPO", justify="right")
+    names = (("score", "reward-model score"), ("judge", "independent judge"), ("perplexity", "perplexity, SFT model"),
+             ("perplexity_independent", "perplexity, separate model"), ("relevance", "relevance to the prompt"),
+             ("length", "tokens"), ("eos_rate", "ended by itself"), ("distinct_2", "distinct bigrams"),
+             ("repetition", "repetition"))  # fmt: skip
+    for key, name in names:
+        sft, ppo = summary["sft"].get(key), summary["ppo"].get(key)
+        if sft and ppo and ppo.get("mean") is not None:
+            table.add_row(name, interval(sft), interval(ppo))
+    for key, name in (("reward_model", "win rate, reward model"), ("judge", "win rate, judge")):
+        rate = summary["win_rate"].get(key)
+        if rate and rate.get("mean") is not None:
+            table.add_row(name, "", interval(rate, 3), style="bold")
+    kl = summary.get("kl")
+    if kl is not None:
+        table.add_row("KL to the SFT model, nats a response", "", interval(kl) if isinstance(kl, dict) else f"{kl:.2f}")
+    return table
+
+
+def interval(figure: dict, digits: int = 3) -> str:
+    if figure.get("mean") is None:
+        return "-"
+    number: Callable[[float], str] = lambda value: f"{value:.{digits}g}"  # noqa: E731
+    return f"{number(figure['mean'])} [{number(figure['low'])}, {number(figure['high'])}]"

@@ -1,0 +1,147 @@
+"""`rlhf-ray doctor`: every problem of a run at once, and its plan of resources and memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.recipe_file import check_resume, load_recipe
+
+IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and DeepSpeed weighs before its model
+GB = 1e9
+
+
+def examine(recipe_name: str, overrides: list[str], run_dir: str | None, address: str | None, console: Console) -> list[str]:
+    """Print the plan; return the problems, one sentence each. Trains nothing, starts no actor."""
+    from rlhf_ray.cli.running import absolute_paths, run_folder_of
+
+    try:
+        recipe = load_recipe(recipe_name, overrides)
+    except UserError as error:
+        return str(error).splitlines()
+    problems: list[str] = []
+
+    def check(function, *args):
+        try:
+            return function(*args)
+        except UserError as error:
+            problems.extend(str(error).splitlines())
+            return None
+
+    recipe = check(absolute_paths, recipe) or recipe
+    folder = check(run_folder_of, recipe, run_dir)
+    if folder is not None:
+        check(check_resume, recipe, folder)
+        problems += _disk_problems(recipe, folder.path)
+    from rlhf_ray.data.check import check_data, check_model
+
+    problems += check_data(recipe) + check_model(recipe)
+    problems += _function_problems(recipe)
+    check(_check_precision, recipe)
+    cluster = check(_cluster, address) or {}
+    if cluster:
+        from rlhf_ray.actors.stages import cluster_problems
+        from rlhf_ray.pipeline import stages_of
+
+        problems += cluster_problems(recipe, stages_of(recipe), cluster)
+    _print_plan(recipe, cluster, console)
+    memory_gb = sum(row[-1] for row in memory_plan(recipe))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    if address is None and memory_gb > there:
+        problems.append(f"the actors need about {memory_gb:.1f} GB of memory, this machine has {there:.1f} GB; "
+                        "use fewer actors, a smaller model, or a cluster")
+    if not problems:
+        console.print("[green]nothing stands in the way[/]")
+    return list(dict.fromkeys(problems))
+
+
+def _cluster(address: str | None) -> dict[str, float]:
+    """Resources of the cluster at `address`, or of this machine."""
+    if address is None:
+        import torch
+
+        return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    import ray
+
+    from rlhf_ray.actors.session import ray_session
+
+    with ray_session(address):
+        return ray.cluster_resources()
+
+
+def _function_problems(recipe: Recipe) -> list[str]:
+    from rlhf_ray.roles.scorer import import_function
+
+    problems = []
+    for path in (recipe.ppo.reward_function, recipe.evaluation.judge_function):
+        if path is not None:
+            try:
+                import_function(path)
+            except UserError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _check_precision(recipe: Recipe) -> None:
+    from rlhf_ray.engines.precision import resolve_precision
+
+    for section in ("sft", "fluency", "reward", "judge"):
+        stage = getattr(recipe, section)
+        if stage is not None:
+            resolve_precision(stage.precision, "cuda" if stage.gpus_per_worker else "cpu")
+    resolve_precision(recipe.ppo.precision, "cuda" if recipe.resources.policy.gpus else "cpu")
+
+
+def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
+    """Checkpoints hold weights and two moments of policy and critic in float32."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = parameters(recipe) * 4 * (3 * 2 * (recipe.ppo.keep_checkpoints + 1) + 8)
+    if needed > free:
+        return [f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"]
+    return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
+
+
+def parameters(recipe: Recipe) -> int:
+    """Weights of the policy; 0 where its config can't be read."""
+    if recipe.model.is_from_scratch:
+        shape = recipe.model.from_scratch
+        return 12 * shape.layers * shape.width**2 + (shape.vocab_size + shape.positions) * shape.width
+    from rlhf_ray.models.load import load_config
+
+    try:
+        config = load_config(recipe.model.name_or_path, recipe.model.trust_remote_code).get_text_config()
+    except UserError:
+        return 0
+    return 12 * config.num_hidden_layers * config.hidden_size**2 + config.vocab_size * config.hidden_size
+
+
+def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float]]:
+    """(role, actors, CPUs, GPUs, threads, GB of them all) of the PPO stage, its largest."""
+    from rlhf_ray.actors.placement import role_configs
+
+    weights = parameters(recipe) * 4 / GB
+    copies = {"generation": 1.0, "reward": 1.0, "reference": 1.0, "policy": 4.0, "critic": 4.0}  # weights, gradient, moments
+    rows = []
+    for name, role in role_configs(recipe.resources).items():
+        shared = weights * copies[name]
+        per_actor = IMPORTED_GB + (shared / role.actors if getattr(role, "zero_stage", 0) == 3 else shared)
+        rows.append((name, role.actors, role.cpus, role.gpus, role.threads, role.actors * per_actor))
+    return rows
+
+
+def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:
+    console.print(f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
+                  f"the cluster has {cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
+        table.add_column(column, justify="left" if column == "PPO role" else "right")
+    for name, actors, cpus, gpus, threads, memory in memory_plan(recipe):
+        table.add_row(name, str(actors), f"{cpus:g}", f"{gpus:g}", str(threads), f"{memory:.1f} GB")
+    console.print(table)

@@ -1,0 +1,37 @@
+"""Ctrl-C: the first finishes the step and writes a checkpoint, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rlhf_ray.run_folder import RunFolder
+
+EXIT_CODE = 130
+
+
+@contextmanager
+def polite_interrupts(folder: RunFolder, current_stage: Callable[[], str | None], say: Callable[[str], None],
+                      at_once: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder."""
+    asked = False
+
+    def handle(number: int, frame) -> None:
+        nonlocal asked
+        stage = current_stage()
+        if asked or stage is None:
+            # No exception: the main thread may be inside a library that swallows it.
+            at_once()
+            os._exit(EXIT_CODE)
+        asked = True
+        folder.stage(stage).stop_file.touch()
+        say("stopping after this step; once more stops at once")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

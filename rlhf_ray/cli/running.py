@@ -1,0 +1,91 @@
+"""`rlhf-ray run` and the single stages: folder, Ray, stages, closing words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf_ray.cli.display import Display, one_line, summary_table
+from rlhf_ray.cli.interrupt import polite_interrupts
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
+from rlhf_ray.run_folder import RunFolder
+
+
+def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
+    """RUN_DIR, absolute before any process starts: a worker's working directory is not ours."""
+    if run_dir is not None and "://" in run_dir:
+        raise UserError(f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)")
+    return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """data.root and a model folder as absolute paths."""
+    values = recipe.model_dump()
+    if recipe.data.root is not None:
+        root = Path(recipe.data.root).expanduser()
+        if not root.exists():
+            raise UserError(f"data.root = '{recipe.data.root}' is not there; give the folder that holds the data")
+        values["data"]["root"] = str(root.absolute())
+    model = Path(recipe.model.name_or_path)
+    if not recipe.model.is_from_scratch and model.exists():
+        values["model"]["name_or_path"] = str(model.absolute())
+    return Recipe.model_validate(values)
+
+
+def run(recipe: Recipe, run_dir: str | Path | None = None, *, address: str | None = None,
+        stages: list[str] | None = None, console: Console | None = None) -> RunFolder:
+    """Run the recipe's stages (default: all) in its run folder, from where that stands.
+
+    Raises UserError for a mistake in recipe, data or resources, StageStopped after Ctrl-C.
+    """
+    # Imported here: Ray and torch take seconds, and `--help` or a misspelt key should not wait for them.
+    import ray
+
+    from rlhf_ray.actors.session import ray_session
+    from rlhf_ray.actors.stages import check_cluster, ray_stages
+
+    recipe = absolute_paths(recipe)
+    folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
+    prepare_folder(recipe, folder)
+    running: list[str | None] = [None]
+    with Display(console) as display:
+
+        def progress(event: dict) -> None:
+            if event.get("started") or event.get("done"):
+                running[0] = event["stage"] if event.get("started") else None
+            display(event)
+
+        left = [name for name in (stages or stages_of(recipe)) if not folder.stage(name).done]
+        with polite_interrupts(folder, lambda: running[0], display.log, ray.shutdown):
+            if left and left != ["data"]:
+                with ray_session(address):
+                    check_cluster(recipe, left)
+                    run_stages(recipe, folder, ray_stages(), progress, stages)
+            else:
+                run_stages(recipe, folder, ray_stages(), progress, stages)
+    return folder
+
+
+def closing_words(folder: RunFolder, console: Console) -> None:
+    """The table, three sample pairs, where the report is, and the line that serves the model."""
+    evaluation = folder.stage("evaluation").path
+    summary = json.loads((evaluation / "summary.json").read_text())
+    console.print()
+    console.print(summary_table(summary))
+    samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
+    for sample in samples:
+        console.print(f"\n[dim]prompt[/]  {escape(one_line(sample['prompt'], 200))}")
+        console.print(f"[dim]SFT[/]     {escape(one_line(response_of(sample, 'sft'), 240))}")
+        console.print(f"[bold]PPO[/]     {escape(one_line(response_of(sample, 'ppo'), 240))}")
+    console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
+    console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
+
+
+def response_of(sample: dict, model: str) -> str:
+    answer = sample[model]
+    return answer["response"] if isinstance(answer, dict) else answer

@@ -1,0 +1,127 @@
+"""All stages of a run in order, each skipped when it is done. No Ray here: stages are whoever has the callables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.recipe_file import check_resume, write_recipe
+from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
+
+Progress = Callable[[dict], None]
+Stage = Callable[[Recipe, RunFolder, Progress], None]
+#: what a stage reads
+NEEDS = {
+    "data": (), "sft": ("data",), "fluency": ("data",), "reward": ("data", "sft"), "judge": ("data", "sft"),
+    "ppo": ("data", "sft", "reward"), "evaluation": ("sft", "ppo"),
+}  # fmt: skip
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that this recipe has, in order."""
+    optional = {name for name in ("sft", "fluency", "reward", "judge") if getattr(recipe, name) is None}
+    return [name for name in STAGES if name not in optional]
+
+
+def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
+    """Create the run folder, or check that this recipe may go on in it; write the recipe and the environment."""
+    changed = check_resume(recipe, folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    reopen_finished(recipe, folder, changed)
+    write_recipe(recipe, folder.recipe)
+    write_atomically(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
+    """More PPO steps than were done, or another evaluation, reopen what had finished."""
+    ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
+    if ppo.done:
+        done = ppo.summary()["steps"]
+        if recipe.ppo.steps < done:
+            raise UserError(f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
+                            f"set it to {done} or more")
+        if recipe.ppo.steps > done:
+            ppo.done_file.unlink()
+            evaluation.done_file.unlink(missing_ok=True)
+    if evaluation.done and any(key.startswith("evaluation.") for key in changed):
+        evaluation.done_file.unlink()
+
+
+def run_stages(
+    recipe: Recipe, folder: RunFolder, stages: Mapping[str, Stage], progress: Progress, names: list[str] | None = None
+) -> None:
+    """Run the named stages (default: all of the recipe's) in order. A finished one is skipped."""
+    wanted = stages_of(recipe) if names is None else names
+    for name in wanted:
+        if name not in stages_of(recipe):
+            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': its section is null")
+    for name in wanted:
+        stage = folder.stage(name)
+        if stage.done:
+            progress({"stage": name, "skipped": True})
+            continue
+        for needed in NEEDS[name]:
+            if needed in stages_of(recipe) and not folder.stage(needed).done:
+                raise UserError(f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
+                                f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir")
+        progress({"stage": name, "started": True})
+        stage.path.mkdir(parents=True, exist_ok=True)
+        stage.stop_file.unlink(missing_ok=True)
+        started = time.time()
+        stages[name](recipe, folder, progress)
+        _add_seconds(folder, name, time.time() - started)
+        progress({"stage": name, "done": True, "seconds": time.time() - started})
+
+
+def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
+    """timings.json: seconds by stage, summed over resumes."""
+    path = folder.path / "timings.json"
+    timings = json.loads(path.read_text()) if path.exists() else {}
+    timings[name] = round(timings.get(name, 0.0) + seconds, 1)
+    write_atomically(path, json.dumps(timings, indent=2) + "\n")
+
+
+def environment() -> dict:
+    """Versions, the code's git commit, hardware."""
+    packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "datasets", "numpy")
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "git_commit": commit or None,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": _gpu_names(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_names() -> list[str]:
+    try:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                             capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return []
+    return out.stdout.split("\n")[:-1] if out.returncode == 0 else []
+
+

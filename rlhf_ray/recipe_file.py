@@ -1,0 +1,179 @@
+"""Recipes as files: read, overridden by --set, validated in words, compared with what a run folder was started with."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
+
+#: Keys that may change when a run folder is picked up again. Others would mix two experiments in one folder.
+SAFE_ON_RESUME = (
+    "name", "ppo.steps", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.anneal",
+    "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every", "ppo.checkpoint_*", "ppo.keep_checkpoints",
+    "ppo.max_mismatch", "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
+    "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker", "*.threads", "*.zero_stage",
+)  # fmt: skip
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> path of the recipes that come with the package."""
+    folder = Path(str(resources.files("rlhf_ray") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path_or_name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a YAML file or a packaged name, with key=value overrides. Raises UserError, one line a problem."""
+    return build_recipe(read_yaml(path_or_name), overrides or [], str(path_or_name))
+
+
+def read_yaml(path_or_name: str) -> dict[str, Any]:
+    path = Path(path_or_name)
+    packaged = packaged_recipes()
+    if not path.exists():
+        if path_or_name not in packaged:
+            near = difflib.get_close_matches(path_or_name, packaged, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
+                            f"({', '.join(packaged)}){hint}")
+        path = packaged[path_or_name]
+    if path.is_dir():
+        raise UserError(f"'{path_or_name}' is a folder; name the recipe's YAML file (a run folder's is recipe.yaml)")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}: "
+                        f"{getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values; a recipe starts with 'name: ...'")
+    return values
+
+
+def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """Validate. Every problem is told, one line each."""
+    for override in overrides:
+        _override(values, override)
+    if "name" not in values:
+        values = {"name": Path(source).stem, **values}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_sentence(part) for part in error.errors())) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write key=value, for example --set ppo.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    values[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error in words, with the key, the value and the remedy."""
+    key = ".".join(str(part) for part in error["loc"])
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        names = known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, 1, 0.5)
+        return f"unknown key '{key}'; " + (
+            f"did you mean '{near[0]}'?" if near else f"the keys there are {', '.join(names)}"
+        )
+    if error["type"] == "missing":
+        return f"'{key}' is missing; set it"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"'{key}' is {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def known_keys(path: tuple) -> list[str]:
+    """The keys that the section at `path` has."""
+    section: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        section = _section_type(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Section class in `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for part in typing.get_args(annotation):
+            found = _section_type(part)
+            if found is not None:
+                return found
+    return None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Every default written out."""
+    write_atomically(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{'ppo': {'steps': 3}} -> {'ppo.steps': 3}; lists are values."""
+    if isinstance(values, dict) and values:
+        return {
+            key: leaf for name, part in values.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()
+        }
+    return {prefix[:-1]: values}
+
+
+def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
+    """The keys that changed since the run folder was started. UserError names those that may not."""
+    if not folder.recipe.exists():
+        return []
+    old = flatten(yaml.safe_load(folder.recipe.read_text()))
+    new = flatten(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    refused = [key for key in changed if not _may_change(key, folder)]
+    if refused:
+        parts = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in refused)
+        raise UserError(
+            f"{folder.path} was started with another recipe: {parts} can't change on resume; "
+            "set them back, or choose another --run-dir"
+        )
+    return changed
+
+
+def _may_change(key: str, folder: RunFolder) -> bool:
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):
+        return True
+    section = key.partition(".")[0]
+    return section in STAGES and section != "data" and not folder.stage(section).path.exists()

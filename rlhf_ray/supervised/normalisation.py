@@ -1,0 +1,72 @@
+"""Mean and deviation of a reward model's raw logits on samples of the SFT model, into its config.json.
+
+PPO's scorer computes (logit - reward_mean) / reward_std, so a KL coefficient means the same for every reward model. The
+samples are drawn and scored by the roles that do both in PPO.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.data.store import read_role
+from rlhf_ray.errors import UserError
+from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.reward import Reward
+from rlhf_ray.roles.scorer import RewardScorer
+from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.types import WorkUnit
+
+STEP = -1  # no rollout step's number: these samples are none of PPO's
+
+
+def sample_scores(
+    recipe: Recipe, folder: RunFolder, reward_model: Path, *, samples: int, dtype: torch.dtype, device: torch.device
+) -> np.ndarray:
+    """Raw logits [samples] of the SFT model's responses to prompts of PPO, each prompt once before any is used twice."""
+    generation = recipe.generation
+    policy = sft_source(recipe, folder)
+    prompts = read_role(folder, "prompts")["prompt"]
+    order = np.random.default_rng(recipe.seed).permutation(len(prompts))
+    chosen = [prompts[order[place % len(prompts)]] for place in range(samples)]
+    generator = Generator(
+        policy, chosen, [], seed=recipe.seed, dtype=dtype, device=device,
+        sampling=SamplingParams(
+            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, top_k=generation.top_k,
+            top_p=generation.top_p, min_p=generation.min_p, stop=generation.stop,
+        ),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )  # fmt: skip
+    scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=recipe.model.trust_remote_code)
+    scorer.mean, scorer.std = 0.0, 1.0  # raw
+    reward = Reward(scorer, policy, trust_remote_code=recipe.model.trust_remote_code)
+    scores = []
+    for start in range(0, samples, generation.chunk_size):
+        rows = tuple(range(start, min(start + generation.chunk_size, samples)))
+        unit = WorkUnit(step=STEP, chunk=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
+        scores.append(reward.score(generator.generate(unit)))
+    return np.concatenate(scores)
+
+
+def sft_source(recipe: Recipe, folder: RunFolder) -> Path | str:
+    """The model that PPO starts from: the SFT stage's, or the recipe's own where there is no such stage."""
+    return folder.stage("sft").model if recipe.sft is not None else recipe.model.name_or_path
+
+
+def write_normalisation(reward_model: Path, scores: np.ndarray) -> dict:
+    """Put reward_mean and reward_std into the folder's config.json -> both."""
+    mean, deviation = float(np.mean(scores, dtype=np.float64)), float(np.std(scores, dtype=np.float64))
+    if not (np.isfinite(mean) and np.isfinite(deviation) and deviation > 0):
+        raise UserError(
+            f"the reward model scores {len(scores)} different samples of the SFT model with mean {mean} and deviation "
+            f"{deviation}, so it tells them not apart; train it longer or at a lower learning rate"
+        )
+    path = reward_model / "config.json"
+    figures = {"reward_mean": mean, "reward_std": deviation}
+    write_atomically(path, json.dumps(json.loads(path.read_text()) | figures, indent=2) + "\n")
+    return figures

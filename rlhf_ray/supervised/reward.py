@@ -1,0 +1,188 @@
+"""Reward model (or independent judge) on one rank: preferences in, a one-logit classifier and its figures out.
+
+Two objectives: pairs (Bradley-Terry, TRL's RewardTrainer) and scores (regression to people's scores, standardised).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig as TrlRewardConfig
+from trl import RewardTrainer
+
+from rlhf_ray.config import Recipe, RewardConfig
+from rlhf_ray.data.store import COLUMNS, has_role, read_role
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.load import build_causal_lm, build_reward_model, check_positions, load_reward_model
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
+from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
+from rlhf_ray.supervised.rows import TokenRows, pair_rows, score_rows
+from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
+from rlhf_ray.supervised.trainer import StageTrainer, training_arguments
+
+SEEDS = {"reward": 2000, "judge": 3000}  # added to the recipe's: the two must not share a head or a data order
+ROW_MAKERS = {"pairs": pair_rows, "scores": score_rows}
+
+
+class PairTrainer(StageTrainer, RewardTrainer):
+    """Bradley-Terry: -log sigmoid(score(chosen) - score(rejected))."""
+
+
+class ScoreTrainer(StageTrainer, RewardTrainer):
+    """Regression: mean squared distance between the logit and the standardised score."""
+
+    def _prepare_dataset(self, dataset, *_args, **_kwargs):
+        return dataset  # token rows already, without the two sides that RewardTrainer looks for
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        loss = F.mse_loss(outputs.logits.squeeze(-1).float(), scores.float())
+        return (loss, outputs) if return_outputs else loss
+
+
+def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
+    """The stage "reward" or "judge" on this rank -> its summary (see `stage.train_stage`)."""
+    config: RewardConfig = getattr(recipe, stage)
+    seed = recipe.seed + SEEDS[stage]
+    train = _read(folder, stage, "train", config)
+    model, tokenizer = _base(recipe, folder, stage, config, seed)
+    for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
+
+    def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
+        args = training_arguments(
+            TrlRewardConfig, stage, config, stage_folder, dtype=dtype, seed=seed, disable_dropout=True
+        )
+        if config.objective == "pairs":
+            return PairTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        mean, deviation = standardisation(rows)
+        collator = ScoreCollator(tokenizer, mean=mean, deviation=deviation)
+        return ScoreTrainer(
+            model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
+        )
+
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        figures = {}
+        if has_role(folder, f"{stage}_eval"):
+            held_out = _read(folder, stage, "eval", config)
+            held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+            held_out = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length)
+            figures = heldout_figures(trained, tokenizer, held_out, config, dtype=dtype, seed=seed)
+        if config.normalise_samples > 0:
+            saved = folder.stage(stage).model
+            scores = sample_scores(
+                recipe, folder, saved, samples=config.normalise_samples, dtype=dtype, device=device_of(config)
+            )
+            figures |= write_normalisation(saved, scores)
+        return figures
+
+    return train_stage(
+        StageJob(
+            recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+            trainer=trainer, load=load_reward_model, measure=measure,
+        )
+    )  # fmt: skip
+
+
+class ScoreCollator:
+    """input_ids, score -> right-padded batch with the standardised score as its label."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, mean: float, deviation: float):
+        self.pad = DataCollatorWithPadding(tokenizer)
+        self.mean, self.deviation = mean, deviation
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.pad([{"input_ids": row["input_ids"]} for row in rows])
+        scores = torch.tensor([row["score"] for row in rows], dtype=torch.float32)
+        return {**batch, "labels": (scores - self.mean) / self.deviation}
+
+
+def standardisation(rows: TokenRows) -> tuple[float, float]:
+    """Mean and deviation of people's scores in the training rows."""
+    scores = np.asarray(rows.dataset["score"], np.float64)
+    if scores.std() == 0:
+        raise UserError(f"all {len(scores)} scores of the training data are {scores[0]:g}, so there is nothing to learn; "
+                        "check the data's score column")  # fmt: skip
+    return float(scores.mean()), float(scores.std())
+
+
+def heldout_figures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: RewardConfig, *, dtype, seed: int
+) -> dict:
+    """The reward model's figures on held-out rows (see `reward_metrics`), and the mean and deviation of its logits."""
+    data = rows.dataset
+
+    def score(column: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = data[:][column]
+        logits = raw_scores(model, ids, pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size)
+        return logits, np.array([len(row) for row in ids])
+
+    if config.objective == "pairs":
+        (chosen, long), (rejected, short) = score("chosen_ids"), score("rejected_ids")
+        figures, logits = pair_figures(chosen, rejected, long, short), np.concatenate([chosen, rejected])
+    else:
+        logits, lengths = score("input_ids")
+        figures = score_figures(logits, np.asarray(data["score"]), lengths, seed=seed)
+    return {"eval_rows": len(data), **figures, "score_mean": float(logits.mean()), "score_std": float(logits.std())}
+
+
+@torch.no_grad()
+def raw_scores(
+    model: PreTrainedModel, rows: list, *, pad_token_id: int, dtype: torch.dtype, batch_size: int
+) -> np.ndarray:
+    """The model's logit at the last token of each row (its EOS): float32 [N]."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    scores = np.empty(len(rows), np.float32)
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        longest = len(rows[places[-1]])
+        ids = torch.full((len(places), longest), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros((len(places), longest), dtype=torch.int64)
+        for line, place in enumerate(places):
+            ids[line, : len(rows[place])] = torch.as_tensor(rows[place])
+            mask[line, : len(rows[place])] = 1
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        scores[places] = logits.squeeze(-1).float().cpu().numpy()
+    return scores
+
+
+def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, seed: int):
+    """The model that training starts from, with a fresh head, and its tokenizer."""
+    trust = recipe.model.trust_remote_code
+    sft = folder.stage("sft").model
+    if config.base in ("sft", "model"):
+        tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
+        if config.base == "sft" and recipe.sft is not None:
+            if not (sft / "config.json").exists():
+                raise UserError(f"{stage}.base is 'sft', but {sft} holds no model; run the sft stage first")
+            return build_reward_model(sft, tokenizer, seed, trust), tokenizer
+        return build_reward_model(build_causal_lm(recipe.model, tokenizer, recipe.seed), tokenizer, seed, trust), tokenizer
+    source: str | Path = config.base
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    return build_reward_model(source, tokenizer, seed, trust), tokenizer
+
+
+def _read(folder: RunFolder, stage: str, part: str, config: RewardConfig) -> Dataset:
+    data = read_role(folder, f"{stage}_{part}")
+    missing = set(COLUMNS[config.objective]) - set(data.column_names)
+    if missing:
+        other = "scores" if config.objective == "pairs" else "pairs"
+        raise UserError(
+            f"{stage}.objective is '{config.objective}', but the prepared data has no column "
+            f"{', '.join(sorted(missing))} (it has {', '.join(data.column_names)}); set {stage}.objective: {other}, or "
+            "give data with these columns"
+        )
+    return data

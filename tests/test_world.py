@@ -1,0 +1,176 @@
+"""The preference world: its size, its true utility against hand-worked values, its annotator, its roles."""
+
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.data import world, world_text
+from rlhf_ray.data.world_writer import reply
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.tokenizer import train_tokenizer
+
+PROMPT = "How can I grow tomatoes on a tight budget?\n"
+POLITE, CLOSING = "Happy to help.", "Good luck with your tomatoes!"
+FIRST, SECOND = "I would water the roots at dawn, so the roots stay strong.", "Try to pick off the yellow leaves."
+FIT = "This works on a tight budget."
+BEST = f"{POLITE} {FIT} {FIRST} {SECOND} {CLOSING}"
+
+
+@pytest.fixture(scope="module")
+def roles():
+    return world.build(sft_rows=1500, pairs=600, prompts=400, eval_prompts=100, eval_rows=100)
+
+
+def utility(response: str, prompt: str = PROMPT) -> float:
+    return world.utility([prompt], [response])[0]
+
+
+def test_best_reply_reaches_the_stated_maximum():
+    assert utility(BEST) == pytest.approx(10.0)
+    assert world.traits(PROMPT, BEST) == pytest.approx(dict.fromkeys(("sense", *world.WEIGHTS), 1.0))
+
+
+# By hand from the weights 3, 2.5, 1.5, 1.5, 1.5 in the module's description; every sentence is known, so sense is 1.
+@pytest.mark.parametrize(("response", "expected"), [
+    (BEST.replace(POLITE + " ", ""), 8.5),  # no courtesy
+    (BEST.replace(POLITE, "Look it up yourself."), 7.0),  # rude: -1 in its place
+    (BEST.replace(" " + CLOSING, ""), 3 * 0.8 + 2.5 + 1.5 + 1.5 * 0.4 + 1.5),  # no closing, which also named the subject
+    (BEST.replace(FIT + " ", ""), 10 - 3 * 0.2),  # nothing about the situation
+    (BEST.replace(SECOND + " ", ""), 10 - 2.5 * 0.4),  # one detail of two
+    (BEST.replace(SECOND, "Just do your best."), 10 - 2.5 * 0.65),  # a filler in its place: a detail less, and 0.25
+    (BEST.replace(SECOND, "Try to solve five puzzles a day."), 10 - 3 * 0.3 - 2.5 * 0.4),  # advice about chess
+    (BEST.replace("so the roots", "because little and often wins").replace("wins stay strong", "wins").replace(", bec", " bec"),
+     10 - 2.5 * 0.2),  # a reason of another family
+    ("It is what it is.", 1.5 * 0.4 + 1.5),
+])  # fmt: skip
+def test_utility_by_hand(response, expected):
+    assert utility(response) == pytest.approx(expected)
+
+
+def test_repeating_a_good_phrase_is_punished():
+    scores = [utility(f"{POLITE} {' '.join([FIRST] * times)} {CLOSING}") for times in (1, 2, 3, 5)]
+    assert all(more < less - 0.5 for less, more in zip(scores, scores[1:], strict=False))
+    assert scores[1] < scores[0] - 3
+    assert utility(" ".join([POLITE] * 8)) < 0.5
+    assert utility(" ".join([CLOSING] * 8)) < 0.5
+
+
+@pytest.mark.parametrize("response", [
+    "", "   ", "...", "zq fj tomatoes xx", "tomatoes " * 20, "water the roots at dawn", BEST.replace(" ", "  x "),
+    "I would tomatoes the roots with love. You should give them champagne every day.",
+    " ".join(sorted(BEST.split())), BEST.lower(), BEST[::-1],
+])  # fmt: skip
+def test_what_is_not_made_of_known_sentences_scores_nothing(response):
+    assert utility(response) < 0.3
+
+
+def test_rambling_through_every_detail_gains_nothing():
+    subject = world.subject_of(PROMPT)
+    everything = " ".join([POLITE, FIT, *(f"You could {detail}." for detail in subject.details), CLOSING])
+    assert utility(everything) < utility(BEST) - 1
+
+
+def test_a_reply_counts_only_for_its_own_prompt():
+    other = "How can I learn chess during the winter?\n"
+    assert utility(BEST) - utility(BEST, other) > 4
+    assert utility(BEST, "What is the capital of Peru?") < utility(BEST) - 4
+
+
+def test_each_subject_is_told_apart():
+    details = [detail for subject in world_text.SUBJECTS for detail in subject.details]
+    assert len(set(details)) == len(details)
+    for subject in world_text.SUBJECTS:
+        assert len(subject.details) == 6
+        assert subject.family in world_text.REASONS
+        for goal in subject.goals:
+            assert world.subject_of(f"How can I {goal} in a small flat?") is subject
+
+
+def test_a_million_combinations():
+    # subjects x goals x situations x styles x greetings, and for each at least: opening, advice with lead, closing.
+    assert world.count_prompts() == 32 * 3 * 16 * 12 * 4
+    rng = random.Random(0)
+    subject = world_text.SUBJECTS[0]
+    replies = {reply(subject, "in a small flat", rng) for _ in range(1000)}
+    assert len(replies) > 900  # so each prompt has far more than 14 replies
+    assert world.count_prompts() * len(replies) > 1_000_000
+
+
+def test_the_writer_uses_known_sentences_only():
+    rng = random.Random(1)
+    for _ in range(2000):
+        subject = rng.choice(world_text.SUBJECTS)
+        text = reply(subject, "in a small flat", rng)
+        kinds = [sentence.kind for sentence in world.parse(text)]
+        cut_off = text[-1] not in ".!?"
+        assert kinds.count("unknown") <= cut_off, text
+
+
+def test_the_writer_leaves_room_for_a_better_policy(roles):
+    rows = roles["sft"]
+    scores = world.utility(rows["prompt"], rows["response"])
+    assert 3 < statistics.mean(scores) < 5
+    assert statistics.pstdev(scores) > 2
+    assert 0.03 < sum(score > 8 for score in scores) / len(scores) < 0.25  # good replies are there to be found
+
+
+def test_annotator_prefers_with_the_stated_probability():
+    better, worse = f"{POLITE} {FIRST} {CLOSING}", f"{POLITE} {FIRST}"  # closing 1.5 * 0.6, naming the subject 3 * 0.2
+    rng = random.Random(2)
+    count = 4000
+    share = sum(world.annotate(PROMPT, *pair, rng)["chosen"] == better
+                for pair in [(better, worse), (worse, better)] * (count // 2)) / count  # fmt: skip
+    expected = 0.8175744761936437  # 1 / (1 + exp(-1.5))
+    assert abs(share - expected) < 3 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_roles_have_their_sizes_and_share_no_prompt(roles):
+    sizes = {role: len(rows) for role, rows in roles.items()}
+    assert sizes == {"sft": 1500, "sft_eval": 100, "preferences": 600, "preferences_eval": 100, "prompts": 400,
+                     "eval_prompts": 100}  # fmt: skip
+    prompts = [prompt for rows in roles.values() for prompt in rows["prompt"]]
+    assert len(set(prompts)) == len(prompts)
+    assert all(a != b for a, b in zip(roles["preferences"]["chosen"], roles["preferences"]["rejected"], strict=True))
+
+
+def test_same_seed_same_data():
+    sizes = {"sft_rows": 20, "pairs": 20, "prompts": 20, "eval_prompts": 20, "eval_rows": 20}
+    first, again, other = (world.build(seed=seed, **sizes) for seed in (3, 3, 4))
+    assert all(first[role].to_dict() == again[role].to_dict() for role in first)
+    assert first["preferences"].to_dict() != other["preferences"].to_dict()
+
+
+def test_texts_fit_the_demo(roles):
+    recipe = demo_recipe()
+    rows = roles["sft"]
+    tokenizer = train_tokenizer([p + r for p, r in zip(rows["prompt"], rows["response"], strict=True)],
+                                recipe.model.from_scratch.vocab_size)  # fmt: skip
+    prompts = [len(tokenizer(text).input_ids) for text in roles["prompts"]["prompt"]]
+    replies = [len(tokenizer(text).input_ids) + 1 for text in rows["response"]]
+    assert max(prompts) <= recipe.data.max_prompt_tokens
+    assert sum(length <= recipe.generation.max_new_tokens for length in replies) / len(replies) > 0.99
+
+
+def demo_recipe() -> Recipe:
+    path = Path(world.__file__).parents[1] / "recipes" / "demo.yaml"
+    return Recipe.model_validate(yaml.safe_load(path.read_text()))
+
+
+def test_chat_asks_as_the_world_does(roles):
+    rows = roles["sft"]
+    tokenizer = train_tokenizer(rows["prompt"], 400)
+    tokenizer.chat_template = demo_recipe().model.chat_template
+    prompt = roles["prompts"]["prompt"][0]
+    chat = [{"role": "user", "content": prompt.strip()}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == prompt
+
+
+def test_mistakes_are_told():
+    with pytest.raises(UserError, match=r"data\.root = 'somewhere'"):
+        world.build(root="somewhere")
+    with pytest.raises(UserError, match="ask for at most 36864"):
+        world.build(prompts=50_000)
