@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rlhf_ray.errors import UserError
@@ -55,8 +56,6 @@ def read_role(folder: Path, role: str) -> tuple[dict[str, torch.Tensor], int]:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         state |= load_file(file)
-    from safetensors import safe_open
-
     with safe_open(files[0], "pt") as opened:
         return state, int(opened.metadata()["steps_taken"])
 
@@ -67,8 +66,10 @@ def publish(checkpoints: Path, step: int, state: dict, keep: int) -> Path:
     write_atomically(temporary / "state.json", json.dumps(state, indent=2) + "\n")
     hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
     write_atomically(temporary / MANIFEST, json.dumps(hashes, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
+    _flush(temporary)
+    # A run goes on from its last good checkpoint, so one that stands at this step or a later one is damaged.
+    for damaged in [path for path in complete(checkpoints) if path.name >= folder.name]:
+        shutil.rmtree(damaged)
     os.rename(temporary, folder)
     _flush(checkpoints)
     for old in complete(checkpoints)[:-keep]:
@@ -82,12 +83,13 @@ def complete(checkpoints: Path) -> list[Path]:
 
 
 def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The newest checkpoint whose files have their checksums; `report` hears of each that has not. None: there is none."""
+    """The newest checkpoint whose files have their checksums; `report` hears of each that has not.
+
+    None: there is none at all. UserError: there are, and all are damaged.
+    """
     broken = []
     for folder in reversed(complete(checkpoints)):
-        hashes = json.loads((folder / MANIFEST).read_text())
-        bad = [name for name, expected in hashes.items()
-               if not (folder / name).exists() or _hash(folder / name) != expected]
+        bad = _damaged_files(folder)
         if not bad:
             return folder
         broken.append(folder.name)
@@ -96,6 +98,15 @@ def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message:
         raise UserError(f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); "
                         "delete them to start the stage anew")
     return None
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())
+    except ValueError:  # cut off, or not even text
+        return [MANIFEST]
+    return [name for name, expected in hashes.items()
+            if not (folder / name).exists() or _hash(folder / name) != expected]
 
 
 def read_state(folder: Path) -> dict:

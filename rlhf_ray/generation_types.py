@@ -15,10 +15,10 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one response is drawn. Truncation order: temperature, then top_k, then top_p, then min_p; then renormalise."""
+    """How one response is drawn: temperature, then top_k, then top_p, then min_p, then renormalise."""
 
     max_new_tokens: int = 48          # longest response in tokens, EOS counted
-    temperature: float = 1.0          # divides the logits; 0: the likeliest token (serving only; PPO needs a distribution)
+    temperature: float = 1.0          # divides the logits; 0: the likeliest token (PPO needs more than 0)
     top_k: int = 0                    # keep the k likeliest tokens; 0: all
     top_p: float = 1.0                # keep the smallest set of tokens with this probability
     min_p: float = 0.0                # drop tokens less likely than this share of the likeliest

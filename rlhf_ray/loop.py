@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import UserError
 from rlhf_ray.types import WorkUnit
 
 Handle = Any
@@ -79,7 +80,7 @@ class StepKnobs:
     max_mismatch: float
 
 
-class MismatchError(RuntimeError):
+class MismatchError(UserError):
     """Generator and policy disagree about the log-probs of sampled tokens."""
 
 
@@ -163,7 +164,9 @@ def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
     return order[place * batch : (place + 1) * batch]
 
 
-def cut_units(step: int, prompts: Sequence[int], samples: int, chunk_size: int, evaluation: bool = False) -> list[WorkUnit]:
+def cut_units(
+    step: int, prompts: Sequence[int], samples: int, chunk_size: int, evaluation: bool = False
+) -> list[WorkUnit]:
     """The step's rows (samples of a prompt side by side) in chunks of chunk_size."""
     rows = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     return [
@@ -219,6 +222,7 @@ class PPOLoop:
         self.prompts, self.eval_prompts = prompts, eval_prompts
         self.chunk_size, self.seed = chunk_size, seed
         self._last_save = time.monotonic()
+        self._saved_step = state.step or None  # a state that isn't fresh came from its checkpoint
 
     def run(self) -> bool:
         """True when all steps are done; False when asked to stop, with a checkpoint written either way."""
@@ -227,7 +231,8 @@ class PPOLoop:
             self._evaluate({})
         while self.state.step < self.config.steps and not self.hooks.stop_requested():
             self._one_step()
-        self.hooks.save(self.state)
+        if self._saved_step != self.state.step:
+            self._save()
         return self.state.step >= self.config.steps
 
     def _one_step(self) -> None:
@@ -245,7 +250,10 @@ class PPOLoop:
             kl_coef = adapt_kl_coef(kl_coef, metrics["objective/kl"], target=config.adaptive_kl.target,
                                     horizon=config.adaptive_kl.horizon, episodes=config.rollouts_per_step)
         self.state = replace(self.state, step=step + 1, kl_coef=kl_coef)
-        metrics |= {"policy/learning_rate": config.learning_rate * anneal, "episodes": self.state.step * config.rollouts_per_step}
+        metrics |= {
+            "policy/learning_rate": config.learning_rate * anneal,
+            "episodes": self.state.step * config.rollouts_per_step,
+        }
         if self.state.step % config.eval_every == 0 or self.state.step == config.steps:
             self._evaluate(metrics)
         seconds = time.perf_counter() - started
@@ -253,8 +261,11 @@ class PPOLoop:
         self.hooks.record(self.state.step, metrics)
         overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
         if self.state.step < config.steps and (self.state.step % config.checkpoint_every == 0 or overdue):
-            self.hooks.save(self.state)
-            self._last_save = time.monotonic()
+            self._save()
+
+    def _save(self) -> None:
+        self.hooks.save(self.state)
+        self._last_save, self._saved_step = time.monotonic(), self.state.step
 
     def _evaluate(self, metrics: dict[str, float]) -> None:
         """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""

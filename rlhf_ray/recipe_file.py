@@ -159,7 +159,8 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     """The keys that changed since the run folder was started. UserError names those that may not."""
     if not folder.recipe.exists():
         return []
-    old = flatten(yaml.safe_load(folder.recipe.read_text()))
+    # Validated first: a key that a newer version of the package added then has its default on both sides.
+    old = flatten(build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe)).model_dump(mode="json"))
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     refused = [key for key in changed if not _may_change(key, folder)]

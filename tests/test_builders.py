@@ -18,6 +18,7 @@ from rlhf_ray.run_folder import RunFolder
 
 DATA = Path(os.environ.get("RLHF_RAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 COUNT = 400  # reviews of each synthetic split
+PAIRS = ("preferences", "preferences_eval", "judge", "judge_eval")
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -64,7 +65,7 @@ def test_imdb_splits_are_apart(reviews):
         for other in apart[index + 1 :]:
             assert not found[one] & found[other], (one, other)
     assert not found["sft"] & (found["preferences_eval"] | found["prompts"] | found["sft_eval"])
-    assert {role: len(rows) for role, rows in roles.items() if role.endswith("prompts")} == {"prompts": 30, "eval_prompts": 50}
+    assert len(roles["prompts"]) == 30 and len(roles["eval_prompts"]) == 50
     assert len(found["judge"] | found["judge_eval"]) == COUNT // 2
 
 
@@ -136,6 +137,14 @@ def test_imdb_drops_duplicates_before_it_splits(reviews):
     assert not any(name.startswith("train") for role in ("judge", "eval_prompts") for name in names(roles[role]))
 
 
+@pytest.mark.parametrize("max_reviews", [300, 5000])
+def test_imdb_takes_no_review_twice(reviews, max_reviews):
+    roles = build(reviews, max_reviews=max_reviews, openings=0)
+    train = names(roles["preferences"]) + names(roles["preferences_eval"])
+    assert len(train) == len(set(train)) == min(max_reviews, COUNT)
+    assert 0.4 < sum(name.endswith(("r1", "r4")) for name in train) / len(train) < 0.6
+
+
 def test_imdb_same_seed_same_rows(reviews):
     first, again, other = (build(reviews, seed=seed) for seed in (1, 1, 2))
     assert all(first[role].to_dict() == again[role].to_dict() for role in first)
@@ -171,22 +180,34 @@ def test_hh_dialogue_as_messages():
 
 @pytest.fixture
 def dialogues(tmp_path) -> Path:
-    rows = [{"subset": hh.SUBSETS[i % 4], "prompt": f"\n\nHuman: Question {i // 2}?\n\nAssistant:", "chosen": f"Yes {i}.",
-             "rejected": f"Yes {i}." if i == 8 else f"No {i}."} for i in range(800)]  # fmt: skip
+    rows = []
+    for i in range(800):
+        prompt, rejected = f"\n\nHuman: Question {i // 2}?\n\nAssistant:", f"Yes {i}." if i == 8 else f"No {i}."
+        rows.append({"subset": hh.SUBSETS[i % 4], "prompt": prompt, "chosen": f"Yes {i}.", "rejected": rejected})
     write(tmp_path / hh.FILE_NAME, rows)
     return tmp_path
 
 
 def test_hh_questions_stay_in_one_part(dialogues):
     roles = hh.build(str(dialogues), subsets=hh.SUBSETS)
-    asked = {role: {(row.get("prompt") or row["messages"])[0]["content"] for row in rows} for role, rows in roles.items()}
-    parts = [asked[role] for role in ("preferences", "judge", "judge_eval", "preferences_eval")]
+    asked = {}
+    for role, rows in roles.items():
+        asked[role] = {(row.get("prompt") or row["messages"])[0]["content"] for row in rows}
+    parts = [asked[role] for role in PAIRS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 400
     assert asked["sft"] == asked["prompts"] == asked["preferences"]
     assert asked["eval_prompts"] == asked["sft_eval"] == asked["preferences_eval"]
     assert 0.5 < len(roles["preferences"]) / 800 < 0.7
-    pairs = [row for role in ("preferences", "preferences_eval", "judge", "judge_eval") for row in roles[role]]
-    assert len(pairs) == 800 and sum(row["chosen"] == row["rejected"] for row in pairs) == 1  # the tie is for the data stage
+    pairs = [row for role in PAIRS for row in roles[role]]
+    assert len(pairs) == 800
+    assert sum(row["chosen"] == row["rejected"] for row in pairs) == 1  # a tie is for the data stage to drop
+
+
+@pytest.mark.parametrize(("max_rows", "expected"), [(100, 100), (799, 799), (5000, 800), (None, 800)])
+def test_hh_takes_no_row_twice(dialogues, max_rows, expected):
+    roles = hh.build(str(dialogues), subsets=hh.SUBSETS, max_rows=max_rows)
+    chosen = [row["chosen"] for role in PAIRS for row in roles[role]]
+    assert len(chosen) == len(set(chosen)) == expected
 
 
 def test_hh_leaves_the_offensive_subset_out_unless_asked(dialogues):
@@ -215,7 +236,7 @@ def test_bag_of_words_finds_what_words_say(tmp_path):
     from rlhf_ray.evaluation.bag_of_words import run
 
     rng = random.Random(0)
-    neutral = "film actor scene music story camera".split()
+    neutral = ["film", "actor", "scene", "music", "story", "camera"]
 
     def text(mood: str) -> str:
         return " ".join(rng.choices(neutral, k=6) + [mood])
@@ -260,7 +281,7 @@ def test_imdb_real_counts():
 @pytest.mark.skipif(not (DATA / "hh-rlhf").is_dir(), reason="no data folder beside the repository")
 def test_hh_real_counts():
     roles = hh.build(str(DATA / "hh-rlhf"), subsets=hh.SUBSETS)
-    pairs = [row for role in ("preferences", "preferences_eval", "judge", "judge_eval") for row in roles[role]]
+    pairs = [row for role in PAIRS for row in roles[role]]
     assert len(pairs) == 8552
     assert sum(not row["chosen"] or not row["rejected"] for row in pairs) == 11
     assert sum(row["chosen"] == row["rejected"] for row in pairs) >= 36

@@ -332,7 +332,7 @@ def test_local_data_is_named_or_refused(tmp_path, monkeypatch):
     Path("mine", "rows.jsonl").write_text("{}\n")
     with_root = recipe(data={"root": "mine", "sft": [{"path": "rows.jsonl"}]})
     Path("out").mkdir()
-    with pytest.raises(UserError, match="data.root = 'mine' .* --upload mine"):
+    with pytest.raises(UserError, match="data.root = 'mine' .* --data mine"):
         upload.stage(with_root, Path("out"), run_dir="/runs/x")
 
     Path("out2").mkdir()

@@ -21,7 +21,7 @@ from rlhf_ray.config import DataConfig, Recipe, SourceConfig
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
 from rlhf_ray.data.check import check_data, check_model
 from rlhf_ray.data.formats import detect, implicit_prompt, normalise
-from rlhf_ray.data.mixing import is_held_out, mix, split
+from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.rules import Limits, Tally, apply_rules
 from rlhf_ray.data.sources import HubName, columns_of, load_source, locate, resolve_paths
@@ -415,7 +415,15 @@ def test_a_prompt_is_never_on_both_sides_and_the_share_is_met():
     assert not {row["key"] for row in train} & {row["key"] for row in held_out}
     assert len(train) + len(held_out) == 2000
     assert 0.15 < len(held_out) / 2000 < 0.25  # 500 prompts: one standard deviation is 0.018
-    assert all(is_held_out(row["key"], 0, 0.2) for row in held_out)
+    # Another role, with other rows and a smaller number of them, decides alike about a prompt that both have.
+    other_train, other_held_out = split([{"key": f"prompt {i}"} for i in range(100, 900)], 0.2, 0, "y")
+    assert not {row["key"] for row in train} & {row["key"] for row in other_held_out}
+    assert not {row["key"] for row in other_train} & {row["key"] for row in held_out}
+
+
+def test_who_is_held_out_is_the_same_in_every_process():
+    # From outside: `printf 0/a8 | b2sum -l 64` begins with 01, a0 with 1b, a4 with 2b, a7 with 2c; 0.2 is 33.
+    assert {row["key"] for row in split(keyed("a", 10), 0.2, 0, "x")[1]} == {"a8", "a0", "a4", "a7"}
 
 
 @pytest.mark.parametrize("share", [0.001, 0.899])

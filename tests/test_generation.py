@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -12,12 +13,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from rlhf_ray.algorithms.sampling import draw, inverse_cdf, tempered_logprobs, truncate
 from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.engines.kv_cache import ragged_attention
 from rlhf_ray.engines.row_batch import row_uniforms
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import SamplingParams
@@ -130,7 +133,7 @@ KNOBS = [
     ("gpt2", "sdpa"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("mistral", "sdpa"), ("gpt_neox", "sdpa"),
     ("gpt2", "eager"), ("llama", "eager"),
 ])
-@pytest.mark.parametrize("params", KNOBS, ids=lambda params: f"t{params.temperature}-k{params.top_k}-p{params.top_p}-m{params.min_p}")
+@pytest.mark.parametrize("params", KNOBS, ids=["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"])
 def test_equals_a_forward_pass_without_cache(family, attention, params):
     model, prompts = build(family, attention=attention), ragged_prompts()
     expected = [brute_force(model, prompt, seed, params) for seed, prompt in enumerate(prompts)]
@@ -149,36 +152,36 @@ def test_rows_with_params_of_their_own_share_a_batch():
         assert_matches(completion, brute_force(model, prompts[row], 100 + row, params[row]))
 
 
-def test_a_result_depends_on_nothing_that_ran_before():
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_depends_on_nothing_that_ran_before(family, dtype):
     """Bitwise, and with caches full of junk instead of zeros: what is masked changes no bit."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model, prompts, params = build("gpt2", dtype), ragged_prompts(), SamplingParams(max_new_tokens=24, temperature=1.2)
-        engine = make_engine(model)
-        fresh = engine.generate(prompts, range(9), params)
-        engine.generate(ragged_prompts(5, seed=3), range(5), SamplingParams(max_new_tokens=30, top_k=3))
-        engine.submit(prompts[0], 0, params)
-        engine.step()
-        make_cache = engine.decoder.new_cache
+    engine, prompts = make_engine(build(family, dtype)), ragged_prompts()
+    params = SamplingParams(max_new_tokens=24, temperature=1.2)
+    fresh = engine.generate(prompts, range(9), params)
+    engine.generate(ragged_prompts(5, seed=3), range(5), SamplingParams(max_new_tokens=30, top_k=3))
+    engine.submit(prompts[0], 0, params)
+    engine.step()
+    make_cache = engine.decoder.new_cache
 
-        def junk_cache():
-            cache = make_cache()
-            for layer in cache.layers:
-                zeros = layer.lazy_initialization
+    def junk_cache():
+        cache = make_cache()
+        for layer in cache.layers:
 
-                def initialise(keys, values, layer=layer, zeros=zeros):
-                    zeros(keys, values)
-                    for stored in (layer.keys, layer.values):
-                        stored.copy_(torch.randn_like(stored, dtype=torch.float32) * 1e4)
+            def initialise(keys, values, layer=layer, zeros=layer.lazy_initialization):
+                zeros(keys, values)
+                for stored in (layer.keys, layer.values):
+                    stored.copy_(torch.randn_like(stored, dtype=torch.float32) * 1e4)
 
-                layer.lazy_initialization = initialise
-            return cache
+            layer.lazy_initialization = initialise
+        return cache
 
-        for new_cache in (make_cache, junk_cache):
-            engine.decoder.new_cache = new_cache
-            again = engine.generate(prompts, range(9), params)
-            for one, other in zip(fresh, again, strict=True):
-                np.testing.assert_array_equal(one.response_ids, other.response_ids)
-                np.testing.assert_array_equal(one.logprobs.view(np.int32), other.logprobs.view(np.int32))
+    for new_cache in (make_cache, junk_cache):
+        engine.decoder.new_cache = new_cache
+        again = engine.generate(prompts, range(9), params)
+        for one, other in zip(fresh, again, strict=True):
+            np.testing.assert_array_equal(one.response_ids, other.response_ids)
+            np.testing.assert_array_equal(one.logprobs.view(np.int32), other.logprobs.view(np.int32))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
@@ -221,7 +224,7 @@ def test_uniforms_belong_to_seed_and_token_only():
     long, short = row_uniforms(7, 50), row_uniforms(7, 3)
     np.testing.assert_array_equal(long[:3], short)
     assert long.dtype == np.float32 and (row_uniforms(8, 50) != long).any()
-    assert 0 <= long.min() and long.max() < 1
+    assert long.min() >= 0 and long.max() < 1
 
 
 def test_eos_is_part_of_the_response_and_ends_it():
@@ -231,7 +234,8 @@ def test_eos_is_part_of_the_response_and_ends_it():
     ended = [c for c in completions if c.finish_reason == "eos"]
     assert len(ended) > 3
     assert all(c.response_ids[-1] == EOS and EOS not in c.response_ids[:-1] for c in ended)
-    assert all(len(c.response_ids) == 40 and EOS not in c.response_ids for c in completions if c.finish_reason == "length")
+    others = [c for c in completions if c.finish_reason != "eos"]
+    assert all(c.finish_reason == "length" and len(c.response_ids) == 40 and EOS not in c.response_ids for c in others)
     ignoring = engine.generate([[4, 5]] * 40, range(40), SamplingParams(max_new_tokens=40, ignore_eos=True))
     assert {len(c.response_ids) for c in ignoring} == {40}
     several = make_engine(model, eos_token_ids=[EOS, 9]).generate([[4, 5]] * 40, range(40), params)
@@ -250,6 +254,23 @@ def test_a_stop_string_may_span_tokens_and_stays_in_the_response():
         assert LetterTokenizer().decode(completion.response_ids) == text[:end]
         assert completion.finish_reason == ("stop" if stop in text else "length")
     assert stopped[0].finish_reason == "stop"
+
+
+def test_stop_strings_are_found_in_text_of_several_byte_characters():
+    """Byte-level BPE with one token a byte: a character's last byte, not its first, completes the stop string."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: place for place, byte in enumerate(alphabet)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    engine = GenerationEngine(build("gpt2", vocab_size=256), tokenizer, eos_token_ids=[])
+    plain = engine.generate([[4, 5]] * 30, range(30), SamplingParams(max_new_tokens=60))
+    texts = [tokenizer.decode(c.response_ids.tolist()) for c in plain]
+    row, stop = next((row, letter) for row, text in enumerate(texts) for letter in text if "\x80" < letter < "\ufffd")
+    stopped = engine.generate([[4, 5]], [row], SamplingParams(max_new_tokens=60, stop=(stop,)))[0]
+    ids = plain[row].response_ids.tolist()
+    first = next(k for k in range(1, 61) if stop in tokenizer.decode(ids[:k]))
+    assert stopped.response_ids.tolist() == ids[:first] and stopped.finish_reason == "stop"
+    assert len(stop.encode()) > 1
 
 
 def test_draws_have_the_frequencies_of_the_distribution():
@@ -291,7 +312,8 @@ def test_truncation_by_hand():
     ]:
         expected = torch.tensor([expected], dtype=torch.float32)
         torch.testing.assert_close(truncate(logprobs, **knobs).exp(), expected, atol=1e-6, rtol=0)
-        vectors = {name: torch.tensor([value, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}[name]]) for name, value in knobs.items()}
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        vectors = {name: torch.tensor([value, off[name]]) for name, value in knobs.items()}
         both = truncate(logprobs.expand(2, -1), **vectors).exp()
         torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)   # the row whose knobs are off
@@ -395,6 +417,21 @@ def test_bfloat16_stays_near_the_models_own_forward():
         np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
 
 
+def test_decode_attention_in_pieces_of_rows():
+    """Grouped queries, bf16, keys too many for one piece of float32 copies; against float64 written out."""
+    torch.manual_seed(0)
+    rows, heads, kv_heads, length, channels = 5, 8, 4, 2048, 64
+    query = torch.randn(rows, heads, 1, channels).bfloat16()
+    key, value = (torch.randn(rows, kv_heads, length, channels).bfloat16() for _ in range(2))
+    mask = torch.arange(length) < torch.tensor([1, 700, 2048, 5, 1500])[:, None]
+    output, _ = ragged_attention(torch.nn.Module(), query, key, value, mask[:, None, None], scaling=0.2)
+    for row in range(rows):
+        for head in range(heads):
+            k, v = key[row, head // 2, mask[row]].double(), value[row, head // 2, mask[row]].double()
+            expected = torch.softmax(k @ query[row, head, 0].double() * 0.2, 0) @ v
+            torch.testing.assert_close(output[row, 0, head].double(), expected, atol=1e-2, rtol=1e-2)
+
+
 def test_the_model_stays_right_for_other_callers():
     """The engine changes the model's attention; a padded batch without its cache must still mask the padding."""
     model = build("llama")
@@ -406,13 +443,14 @@ def test_the_model_stays_right_for_other_callers():
         padded = model(ids, attention_mask=mask, position_ids=positions).logits[0, -1]
         plain = model.generate(ids[:, 2:], do_sample=False, max_new_tokens=5, pad_token_id=0)
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
-    greedy = make_engine(model).generate([[5, 6, 7]], [0], SamplingParams(max_new_tokens=5, temperature=0.0))
+    greedy = make_engine(model, [EOS]).generate([[5, 6, 7]], [0], SamplingParams(max_new_tokens=5, temperature=0.0))
     assert plain[0, 3:].tolist() == greedy[0].response_ids.tolist()
 
 
 def test_refusals_name_the_value_and_the_remedy():
     engine, params = make_engine(build("gpt2")), SamplingParams(max_new_tokens=60)
-    assert len(engine.generate([[3, 4, 5, 6]], [0], SamplingParams(max_new_tokens=60, ignore_eos=True))[0].response_ids) == 60
+    full = engine.generate([[3, 4, 5, 6]], [0], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    assert len(full[0].response_ids) == 60
     for prompt, word in (([3] * 5, "64"), ([], "no tokens"), ([3, VOCAB], "vocabulary")):
         with pytest.raises(UserError, match=word):
             engine.generate([[3], prompt], [0, 1], params)
@@ -423,7 +461,8 @@ def test_refusals_name_the_value_and_the_remedy():
         windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=7))
     assert_matches(windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=6))[0],
                    brute_force(windowed.model, [3, 4], 0, SamplingParams(max_new_tokens=6)))
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"stop": "a"}):
+    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0},
+                {"stop": ("",)}, {"stop": "a"}):
         with pytest.raises(UserError, match=next(iter(bad))):
             SamplingParams(**bad)
 

@@ -19,6 +19,7 @@ from rlhf_ray.serving.loading import load
 from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
 from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, is_loopback, resolve_api_key
+from rlhf_ray.serving.streaming import EventStream
 from rlhf_ray.serving.text import ResponseText
 
 POSITIONS = 96
@@ -125,7 +126,7 @@ def test_logprobs_are_those_of_a_forward_pass(served, folder, tokenizer):
 
 def test_seed_repeats_n_and_prompt_lists_extend(served):
     async def talk(client):
-        one = dict(model="tiny", max_tokens=15, seed=11)
+        one = {"model": "tiny", "max_tokens": 15, "seed": 11}
         first = await client.completions.create(prompt="the", **one)
         again = await client.completions.create(prompt="the", **one)
         several = await client.completions.create(prompt=["a cat", "the"], n=3, **one)
@@ -169,7 +170,7 @@ def test_stop_ends_before_the_string_and_counts_tokens_up_to_it(served):
 
 def test_stream_has_the_same_text_usage_and_end(served):
     async def talk(client):
-        request = dict(model="tiny", prompt="the dog", max_tokens=30, seed=1, n=2, logprobs=1)
+        request = {"model": "tiny", "prompt": "the dog", "max_tokens": 30, "seed": 1, "n": 2, "logprobs": 1}
         whole = await client.completions.create(**request)
         stream = await client.completions.create(**request, stream=True, stream_options={"include_usage": True})
         return whole, [chunk async for chunk in stream]
@@ -321,6 +322,20 @@ def test_bad_requests_get_openai_error_bodies(served, path, body, status, param,
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
     assert error["message"] and "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize("extreme", [{"top_k": 2**31 - 1}, {"temperature": 1e-300}, {"temperature": 2, "top_p": 1e-300},
+                                     {"min_p": 0.999}, {"seed": -(2**63)}, {"seed": 2**63 - 1}])  # fmt: skip
+def test_extreme_settings_harm_nobody(served, extreme):
+    async def talk(client):
+        settings = {"prompt": "the", "model": "tiny", "max_tokens": 6}
+        return await asyncio.gather(client.completions.create(**settings, temperature=0),
+                                    client.completions.create(**settings, extra_body=extreme))  # fmt: skip
+
+    plain, odd = ask(served, talk)
+    assert plain.usage.completion_tokens > 0 and odd.usage.completion_tokens > 0
+    if "seed" not in extreme and "top_k" not in extreme:  # all the others leave the likeliest token alone
+        assert odd.choices[0].text == plain.choices[0].text
 
 
 def test_fields_that_ask_for_nothing_are_accepted(served):
@@ -494,6 +509,22 @@ def test_a_client_that_leaves_frees_its_rows(served, stream):
     assert after.tokens - before.tokens < 4 * 79
 
 
+def test_a_stream_whose_reader_left_before_its_first_byte_is_ended():
+    ended = []
+
+    async def chunks():
+        yield {}
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        raise OSError("the client has left")
+
+    asyncio.run(EventStream(chunks(), lambda: ended.append(True))({"type": "http"}, receive, send))
+    assert ended == [True]
+
+
 class FailingEngine:
     """Scripted: fails at the steps it is told to; else ends every row with one token."""
 
@@ -562,6 +593,15 @@ def test_a_request_that_the_engine_refuses_fails_alone():
 
 
 # ---- text
+
+
+def test_plain_chat_drops_the_cues_space_once(tokenizer):
+    response = ResponseText(tokenizer, tokenizer("Assistant:").input_ids, ("\n\nUser:",), drop_first_space=True)
+    pieces = []
+    for token_id in tokenizer("  the cat\n\nUser: more").input_ids:
+        response.push(token_id, -1.0)
+        pieces.append(response.take(final=False)[0])
+    assert "".join(pieces) == " the cat" and response.stopped
 
 
 @pytest.mark.parametrize("text", ["naïve café 漢字 🙂🙂 the end", "the cat sat on the mat", "🙂", ""])

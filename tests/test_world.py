@@ -38,13 +38,12 @@ def test_best_reply_reaches_the_stated_maximum():
 @pytest.mark.parametrize(("response", "expected"), [
     (BEST.replace(POLITE + " ", ""), 8.5),  # no courtesy
     (BEST.replace(POLITE, "Look it up yourself."), 7.0),  # rude: -1 in its place
-    (BEST.replace(" " + CLOSING, ""), 3 * 0.8 + 2.5 + 1.5 + 1.5 * 0.4 + 1.5),  # no closing, which also named the subject
+    (BEST.replace(" " + CLOSING, ""), 3 * 0.8 + 2.5 + 1.5 + 1.5 * 0.4 + 1.5),  # no closing, which named the subject
     (BEST.replace(FIT + " ", ""), 10 - 3 * 0.2),  # nothing about the situation
     (BEST.replace(SECOND + " ", ""), 10 - 2.5 * 0.4),  # one detail of two
     (BEST.replace(SECOND, "Just do your best."), 10 - 2.5 * 0.65),  # a filler in its place: a detail less, and 0.25
     (BEST.replace(SECOND, "Try to solve five puzzles a day."), 10 - 3 * 0.3 - 2.5 * 0.4),  # advice about chess
-    (BEST.replace("so the roots", "because little and often wins").replace("wins stay strong", "wins").replace(", bec", " bec"),
-     10 - 2.5 * 0.2),  # a reason of another family
+    (BEST.replace(", so the roots stay strong", " because little and often wins"), 10 - 2.5 * 0.2),  # not its reason
     ("It is what it is.", 1.5 * 0.4 + 1.5),
 ])  # fmt: skip
 def test_utility_by_hand(response, expected):

@@ -28,6 +28,7 @@ from rlhf_ray.events import EventLog
 from rlhf_ray.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.card import model_card
+from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens
 from rlhf_ray.run_folder import RunFolder
 
 Progress = Callable[[dict], None]
@@ -102,6 +103,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         state = LoopState.from_json(checkpoint.read_state(last))
         if ppo.adaptive_kl is None:
             state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})
+    if ppo.critic_init == "reward":
+        _check_critic_tokens(recipe, folder)
     with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
         recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step if last else None, run_name=recipe.name,
@@ -119,6 +122,15 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         _save_model(recipe, roles, waiter, stage.model, loop.state)
     stage.finish({"steps": loop.state.step, "kl_coef": loop.state.kl_coef,
                   "best_step": loop.state.best_step, "best_score": loop.state.best_score})
+
+
+def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:
+    """A critic reads the policy's token ids, so it can start from the reward model only if that reads them too."""
+    trust = recipe.model.trust_remote_code
+    reward = folder.stage("reward").model
+    if not same_tokens(load_tokenizer(start_model(recipe, folder), trust), load_tokenizer(reward, trust)):
+        raise UserError(f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
+                        "'reward'; set ppo.critic_init: sft")
 
 
 def _hooks(recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, metrics: MetricsWriter, progress: Progress) -> LoopHooks:

@@ -1,4 +1,4 @@
-"""From scores and log-probs to what PPO trains on: KL penalty, rewards, whitening, GAE.   B rollouts, T response tokens."""
+"""From scores and log-probs to what PPO trains on: rewards, whitening, GAE.   B rollouts, T response tokens."""
 
 from __future__ import annotations
 

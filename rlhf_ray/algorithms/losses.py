@@ -52,14 +52,14 @@ def value_loss(
 ) -> tuple[torch.Tensor, Stats]:
     """0.5 max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2), summed over the mask and divided by num_tokens."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
-    unclipped = (values - returns) ** 2
-    clipped = (clipped_values - returns) ** 2
-    per_token = torch.where(action_mask, torch.maximum(unclipped, clipped), 0.0)
-    loss = 0.5 * per_token.sum() / num_tokens
+    # Masked before squaring: the square's gradient would pass on a NaN or infinity that stands in the padding.
+    unclipped = torch.where(action_mask, values - returns, 0.0) ** 2
+    clipped = torch.where(action_mask, clipped_values - returns, 0.0) ** 2
+    loss = 0.5 * torch.maximum(unclipped, clipped).sum() / num_tokens
     with torch.no_grad():
         stats = {
             "value/loss": loss.detach(),
-            "value/clip_frac": ((clipped > unclipped) & action_mask).sum() / num_tokens,
+            "value/clip_frac": (clipped > unclipped).sum() / num_tokens,
         }
     return loss, stats
 

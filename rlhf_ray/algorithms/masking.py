@@ -1,4 +1,4 @@
-"""Means and whitening over the tokens that count.   B rollouts, T response tokens; masks are True where a token counts."""
+"""Means and whitening over the tokens that count (mask True).   B rollouts, T response tokens."""
 
 from __future__ import annotations
 

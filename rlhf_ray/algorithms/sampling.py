@@ -1,9 +1,9 @@
 """From logits and uniform draws to tokens and their log-probabilities.   n rows, V vocabulary entries.
 
 The distribution that a token is drawn from: float32 log-softmax of logits / temperature, cut to the top_k likeliest
-tokens, then to the smallest set with probability top_p of what is left, then to the tokens with at least min_p times the
-likeliest one's probability, then renormalised. Tokens are kept by value: those that tie with the last one kept are kept
-too, so the set does not depend on the order of the vocabulary.
+tokens, then to the smallest set with probability top_p of what is left, then to the tokens with at least min_p times
+the likeliest one's probability, then renormalised. Tokens are kept by value: those that tie with the last one kept are
+kept too, so the set does not depend on the order of the vocabulary.
 
 Every knob is one number for all rows, or a tensor [n].
 """

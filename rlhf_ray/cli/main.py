@@ -113,6 +113,116 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
     console.print(str(write_report(RunFolder(run_dir.absolute()))), highlight=False, soft_wrap=True)
 
 
+@app.command()
+@in_words
+def serve(
+    path: Annotated[Path, typer.Argument(help="a run folder or a Hugging Face model folder")],
+    host: Annotated[str, typer.Option(help="address to bind; beyond loopback an API key is required")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="RLHF_RAY_API_KEY", help="clients must send it as bearer token")] = None,
+    name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
+    replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
+    gpus: Annotated[float | None, typer.Option(help="GPUs a replica; default: one where there are enough")] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt; default: the model's positions less one")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest completion")] = None,
+    max_n: Annotated[int, typer.Option(help="choices a prompt")] = 16,
+    max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
+    max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
+    max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
+):
+    """Put a model behind Ray Serve with OpenAI's HTTP API."""
+    from rlhf_ray.serving.launch import serve as serve_model
+    from rlhf_ray.serving.settings import Limits
+
+    limits = Limits(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
+                    max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes)
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
+    serve_model(path, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
+                precision=precision, limits=limits)
+
+
+ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]
+JobId = Annotated[str, typer.Argument(help="as `submit` printed it, e.g. demo-1")]
+
+
+@app.command()
+@in_words
+def submit(
+    recipe: RecipeArgument,
+    run_dir: Annotated[str, typer.Option("--run-dir", help="absolute path that every node of the cluster sees")],
+    overrides: Overrides = None,
+    address: ClusterAddress = None,
+    data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
+    follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
+):
+    """Run a recipe as a Ray job on a running cluster; the same run folder again resumes it."""
+    from rlhf_ray.cli import jobs
+    from rlhf_ray.recipe_file import load_recipe
+
+    job_id = jobs.submit(load_recipe(recipe, overrides), run_dir, address=address, data=data or (), echo=_echo)
+    if follow:
+        raise typer.Exit(jobs.logs(job_id, address=address, echo=_echo))
+
+
+@app.command()
+@in_words
+def logs(job_id: JobId, address: ClusterAddress = None,
+         follow: Annotated[bool, typer.Option(help="until the job ends")] = True):
+    """Print a job's log and return its exit status."""
+    from rlhf_ray.cli import jobs
+
+    raise typer.Exit(jobs.logs(job_id, address=address, follow=follow, echo=_echo))
+
+
+@app.command()
+@in_words
+def stop(job_id: JobId, address: ClusterAddress = None):
+    """Ask a job to finish its step, write a checkpoint and end."""
+    from rlhf_ray.cli import jobs
+
+    raise typer.Exit(jobs.stop(job_id, address=address, echo=_echo))
+
+
+def _echo(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+@in_words
+def export(
+    source: Annotated[Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")],
+    target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+    stage: Annotated[str, typer.Option(help="of a run folder: ppo, best, sft, fluency, reward or judge")] = "ppo",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
+):
+    """Write a Hugging Face folder from any checkpoint."""
+    from rlhf_ray.cli.export import export_model
+
+    console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measured in one run.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("ppo")
+@in_words
+def bench_ppo(
+    layers: int = 4, width: int = 256, heads: int = 4, vocab: int = 4096, batch: int = 64, prompt: int = 32,
+    response: int = 48, epochs: int = 4, microbatch: int = 32, iterations: int = 5, threads: int = 0,
+    precision: str = "auto", json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+):
+    """Samples a second of whole PPO iterations on random prompts of fixed length (the standard work)."""
+    from rlhf_ray.cli.bench import measure_ppo, show
+
+    result = measure_ppo(layers=layers, width=width, heads=heads, vocab=vocab, batch=batch, prompt=prompt, response=response,
+                         epochs=epochs, microbatch=microbatch, iterations=iterations, threads=threads, precision=precision)
+    show(result, console, as_json=json_output)
+
+
 def main() -> None:
     app()
 

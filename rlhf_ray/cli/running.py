@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -24,17 +25,16 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """data.root and a model folder as absolute paths."""
-    values = recipe.model_dump()
-    if recipe.data.root is not None:
-        root = Path(recipe.data.root).expanduser()
-        if not root.exists():
-            raise UserError(f"data.root = '{recipe.data.root}' is not there; give the folder that holds the data")
-        values["data"]["root"] = str(root.absolute())
-    model = Path(recipe.model.name_or_path)
-    if not recipe.model.is_from_scratch and model.exists():
-        values["model"]["name_or_path"] = str(model.absolute())
-    return Recipe.model_validate(values)
+    """Data paths and a model folder made absolute: a worker's or a job's working directory is another."""
+    from rlhf_ray.data.sources import resolve_paths
+
+    root = recipe.data.root
+    if root is not None and "://" not in root and not Path(root).expanduser().exists():
+        raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
+    data, model = resolve_paths(recipe.data), recipe.model
+    if not model.is_from_scratch and Path(model.name_or_path).exists():
+        model = model.model_copy(update={"name_or_path": str(Path(model.name_or_path).absolute())})
+    return recipe.model_copy(update={"data": data, "model": model})
 
 
 def run(recipe: Recipe, run_dir: str | Path | None = None, *, address: str | None = None,
@@ -61,13 +61,13 @@ def run(recipe: Recipe, run_dir: str | Path | None = None, *, address: str | Non
             display(event)
 
         left = [name for name in (stages or stages_of(recipe)) if not folder.stage(name).done]
-        with polite_interrupts(folder, lambda: running[0], display.log, ray.shutdown):
+        with ExitStack() as stack:
             if left and left != ["data"]:
-                with ray_session(address):
-                    check_cluster(recipe, left)
-                    run_stages(recipe, folder, ray_stages(), progress, stages)
-            else:
-                run_stages(recipe, folder, ray_stages(), progress, stages)
+                stack.enter_context(ray_session(address))
+                check_cluster(recipe, left)
+            # After Ray, which puts a handler of its own on SIGTERM.
+            stack.enter_context(polite_interrupts(folder, lambda: running[0], display.log, ray.shutdown))
+            run_stages(recipe, folder, ray_stages(), progress, stages)
     return folder
 
 

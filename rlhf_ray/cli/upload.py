@@ -66,10 +66,10 @@ def stage(recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = 
         elif not path.is_absolute() and path.exists():
             raise UserError(f"{_dotted(field)} = '{text}' is a path on this machine ({_size_text(_size(path))}), which "
                             "the cluster can't see; give an absolute path that every node sees, or name it with "
-                            f"--upload {text} (at most {MAX_DATA_MB} MB in all)")
+                            f"--data {text} (at most {MAX_DATA_MB} MB in all)")
     if named - used:
         unused = ", ".join(str(path) for path in sorted(named - used))
-        raise UserError(f"--upload {unused}: no field of the recipe names it; set data.root or a source's path to it")
+        raise UserError(f"--data {unused}: no field of the recipe names it; set data.root or a source's path to it")
     resolved = Recipe.model_validate(settings)
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False))
     return [*items, Item("recipe", folder / RECIPE_FILE, (folder / RECIPE_FILE).stat().st_size), *sent]
@@ -85,12 +85,12 @@ def _copy(what: str, source: Path, target: Path) -> Item:
 
 def _copy_data(source: Path, folder: Path, run_dir: str) -> Item:
     if not source.exists():
-        raise UserError(f"--upload {source}: there is no such file or folder")
+        raise UserError(f"--data {source}: there is no such file or folder")
     if "://" in run_dir:
-        raise UserError(f"--upload puts data into the run folder, which is {run_dir}; for one that is no path, put the "
+        raise UserError(f"--data puts data into the run folder, which is {run_dir}; for one that is no path, put the "
                         "data where the cluster sees it and name that place in the recipe")
     if (folder / source.name).exists():
-        raise UserError(f"--upload: two of the paths end in '{source.name}'; rename one")
+        raise UserError(f"--data: two of the paths end in '{source.name}'; rename one")
     size = _size(source)
     folder.mkdir(exist_ok=True)
     if size <= MAX_DATA_MB * 1e6:  # a larger one is refused by the caller; no need to copy it first

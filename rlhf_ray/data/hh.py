@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,11 +84,11 @@ def build(
     """All roles of the recipe; prompts are chat messages, for the tokenizer's (or the recipe's) chat template.
 
     subsets: which of the four; hub_split: split of the hub's copy (the local file holds one). max_rows: read at most so
-    many pairs, evenly spaced; max_prompts: PPO prompts.
+    many pairs, drawn at random; max_prompts: PPO prompts.
     """
     rows = read(root, subsets, hub_split)
     if max_rows is not None:
-        rows = [rows[i * len(rows) // max_rows] for i in range(min(max_rows, len(rows)))]
+        rows = random.Random(seed).sample(rows, min(max_rows, len(rows)))
     parts: dict[str, list[dict]] = {"train": [], "judge": [], "judge_eval": [], "held_out": []}
     for row in rows:
         messages = messages_of(row["prompt"])

@@ -134,14 +134,14 @@ def build(
     write (None: all of it). objective: regression to the scores, or pairs of a higher against a lower rated review.
     openings: rows with only the first opening_words (least, most) words made of each review. opening_eval_words: words
     of the held-out openings (48 words are about 64 tokens of a 4,096-entry BPE). prompt_words: least and most words of
-    a prompt. max_reviews: use only so many of each split, evenly spaced.
+    a prompt. max_reviews: use only so many of each split, drawn at random.
     """
     if objective not in ("scores", "pairs"):
         raise UserError(f"data.builder_args.objective = {objective!r}; give 'scores' or 'pairs'")
     rng = random.Random(seed)
     splits, dropped = without_duplicates(read(root))
     if max_reviews is not None:
-        splits = {split: rows[:: max(len(rows) // max_reviews, 1)][:max_reviews] for split, rows in splits.items()}
+        splits = {split: _some(rows, max_reviews, rng) for split, rows in splits.items()}
     reward, reward_eval = hold_out(splits["train"], 0.05, rng)
     text, rest = hold_out(splits["unsup"], min((prompts + sft_eval) / len(splits["unsup"]), 0.5), rng)
     for_evaluation, for_judge = hold_out(splits["test"], 0.5, rng)
@@ -222,6 +222,11 @@ class _Rows:
                 else:
                     pairs.append((first, second) if first.score > second.score else (second, first))
         return pairs
+
+
+def _some(reviews: list[Review], count: int, rng: random.Random) -> list[Review]:
+    """At most `count` of them, in their order."""
+    return [reviews[index] for index in sorted(rng.sample(range(len(reviews)), min(count, len(reviews))))]
 
 
 def _first(text: str, words: int | None) -> str:

@@ -39,13 +39,11 @@ def _sample(rows: list[dict], count: int, rng: random.Random) -> list[dict]:
     return rows if count == len(rows) else rng.sample(rows, count)
 
 
-def is_held_out(key: str, seed: int, share: float) -> bool:
-    """Whether a prompt is held out: it depends on the prompt and the seed alone, so every role decides alike."""
-    return _place(key, seed) < share
-
-
 def split(rows: list[dict], share: float, seed: int, where: str) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows). Rows with the same key (prompt) stand on the same side; neither side is empty."""
+    """(training rows, held-out rows). Rows with the same key (prompt) stand on the same side; neither side is empty.
+
+    Whether a prompt is held out follows from the prompt, the seed and the share alone: every role decides alike.
+    """
     places = {row["key"]: _place(row["key"], seed) for row in rows}
     if len(places) < 2:
         raise UserError(

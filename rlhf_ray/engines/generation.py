@@ -98,12 +98,14 @@ class GenerationEngine:
                 return []
             running, tokens, logprobs, completions = self._open.step()
         except BaseException:
-            self._open = None   # a half-made step leaves rows that no later one can continue, and maybe NaN in the cache
+            self._open = None   # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
             raise
         if not len(self._open):
             self._open = None   # gives the cache back while idle
         return [
-            TokenEvent(request_id=request.request_id, token_id=int(token), logprob=float(logprob), completion=completions.get(place))
+            TokenEvent(
+                request_id=request.request_id, token_id=int(token), logprob=float(logprob),
+                completion=completions.get(place))
             for place, (request, token, logprob) in enumerate(zip(running, tokens, logprobs, strict=True))
         ]
 
@@ -134,23 +136,26 @@ class GenerationEngine:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
         Every weight must be there, by its name in state_dict (tied weights: under one of their names), with its shape;
-        all is checked before anything is copied. An int16 array is the bits of bfloat16, which numpy doesn't have.
+        all is checked before anything is copied. Values take the model's dtype. An int16 array is the bits of
+        bfloat16, which numpy doesn't have.
         """
         if self.num_running or self.num_waiting:
             raise RuntimeError(
-                f"{self.num_running} rows are running and {self.num_waiting} wait under the old weights; let them end or cancel "
-                "them before load_weights")
+                f"{self.num_running} rows are running and {self.num_waiting} wait under the old weights; "
+                "let them end or cancel them before load_weights")
         targets = self.model.state_dict()
         names_of: dict[tuple, list[str]] = {}
         for name, target in targets.items():
-            names_of.setdefault((target.data_ptr(), target.shape, target.stride()) if target.numel() else (name,), []).append(name)
+            storage = (target.data_ptr(), target.shape, target.stride())
+            names_of.setdefault(storage if target.numel() else (name,), []).append(name)
         missing = [names[0] for names in names_of.values() if not any(name in state for name in names)]
         if missing or not state.keys() <= targets.keys():
             unknown = sorted(state.keys() - targets.keys())
             raise ValueError(f"weights do not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
         for name, given in state.items():
-            if tuple(given.shape) != tuple(targets[name].shape):
-                raise ValueError(f"weight {name} has shape {tuple(given.shape)}, the model's has {tuple(targets[name].shape)}")
+            given_shape, shape = tuple(given.shape), tuple(targets[name].shape)
+            if given_shape != shape:
+                raise ValueError(f"weight {name} has shape {given_shape}, the model's has {shape}")
         for names in names_of.values():
             name = next(name for name in names if name in state)
             targets[name].copy_(_as_tensor(state[name]))
@@ -169,8 +174,8 @@ class GenerationEngine:
             raise UserError(f"prompt {request_id} has no tokens; give it at least one (a BOS or EOS token, say)")
         if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
             raise UserError(
-                f"prompt {request_id} has token ids up to {ids.max()}, beyond the model's vocabulary of {self.decoder.vocab_size}; "
-                "encode it with the model's own tokenizer")
+                f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "
+                f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer")
         self.decoder.check_length(len(ids), params.max_new_tokens)
         return Request(request_id=request_id, prompt_ids=ids, seed=int(seed), params=params)
 

@@ -145,12 +145,13 @@ def _attend_in_float32(query, key, value, mask, *, dropout, scaling):
     A piece of the rows at a time, so that the copies stay in the processor's cache.
     """
     piece = max(1, FLOAT32_PIECE // key[0].numel())
-    outputs = [
-        scaled_dot_product_attention(q.float(), k.float(), v.float(), m, dropout, scale=scaling)
-        for q, k, v, m in zip(
-            query.split(piece), key.split(piece), value.split(piece),
-            [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1).split(piece))
-    ]
+    masks = None if mask is None else mask.expand(len(query), -1, -1, -1)
+    outputs = []
+    for first in range(0, len(query), piece):
+        rows = slice(first, first + piece)
+        outputs.append(scaled_dot_product_attention(
+            query[rows].float(), key[rows].float(), value[rows].float(), None if masks is None else masks[rows],
+            dropout, scale=scaling))
     return torch.cat(outputs).to(query.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Prefill and decode steps of a Hugging Face causal LM over rows of different lengths.   n rows, V vocabulary entries."""
+"""Prefill and decode steps of a Hugging Face causal LM over rows of different lengths.   n rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class RaggedDecoder:
         parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in parameters or "past_key_values" not in parameters:
             raise UserError(
-                f"a model of type '{self.config.model_type}' takes no position_ids, so rows of different lengths can't share a "
-                "batch; use a model with learned or rotary positions")
+                f"a model of type '{self.config.model_type}' takes no position_ids, so rows of different lengths can't "
+                "share a batch; use a model with learned or rotary positions")
         if model.config._attn_implementation not in ("sdpa", "eager", RAGGED):
             raise UserError(
-                f"attention '{model.config._attn_implementation}' takes no mask of its own for every row; load the model "
-                "with attn_implementation='sdpa'")
+                f"attention '{model.config._attn_implementation}' takes no mask of its own for every row; "
+                "load the model with attn_implementation='sdpa'")
         if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
             model.set_attn_implementation(RAGGED)
         self.additive_mask = model.config._attn_implementation == "eager"
@@ -105,15 +105,16 @@ class RaggedDecoder:
         self.prefill(cache, 0, [ids[:-1] for ids in rows])
         worst = 0.0
         for back in (2, 1):   # the last two tokens of each row by decode steps
-            logits = self.decode(cache, np.array([ids[-back] for ids in rows]), np.array([len(ids) - back for ids in rows]))
+            positions = np.array([len(ids) - back for ids in rows])
+            logits = self.decode(cache, np.array([ids[-back] for ids in rows]), positions)
             for ids, cached in zip(rows, logits.float().log_softmax(-1), strict=True):
                 plain = self.model(torch.from_numpy(ids[None, : len(ids) - back + 1]).to(self.device), use_cache=False)
                 plain = plain.logits[0, -1].float().log_softmax(-1)
                 worst = max(worst, float((plain.exp() * (plain - cached).abs()).sum()))
         if not worst < (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise UserError(
-                f"a model of type '{self.config.model_type}' gives other log-probs with this engine's cache than without a "
-                f"cache (mean difference {worst:.2g}); use a Llama-, Qwen2- or GPT-2-like model")
+                f"a model of type '{self.config.model_type}' gives other log-probs with this engine's cache than "
+                f"without a cache (mean difference {worst:.2g}); use a Llama-, Qwen2- or GPT-2-like model")
 
 
 def _layers_and_max_length(config) -> tuple[int, int | None]:
@@ -123,8 +124,8 @@ def _layers_and_max_length(config) -> tuple[int, int | None]:
     for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):   # shared layers at the end have no cache
         if layer_type not in ("full_attention", "sliding_attention", "chunked_attention"):
             raise UserError(
-                f"a model of type '{config.model_type}' has layers of type '{layer_type}', which this engine can't cache; "
-                "use a model with full attention")
+                f"a model of type '{config.model_type}' has layers of type '{layer_type}', which this engine can't "
+                "cache; use a model with full attention")
         # A window as long as the sequence hides nothing from its last token, so up to it the layer is a full one.
         limits += [kwargs["sliding_window"]] if "sliding_window" in kwargs else []
     return len(layer_types), min(limits, default=None)

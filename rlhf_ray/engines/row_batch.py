@@ -1,4 +1,4 @@
-"""Rows in flight: who they are, what they have drawn, when they end.   n rows, T the longest max_new_tokens among them."""
+"""Rows in flight: who they are, what they have drawn, when they end.   n rows, T their longest max_new_tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Request:
 
 
 def row_uniforms(seed: int, count: int) -> np.ndarray:
-    """The row's draws in [0, 1), [count] float32. Token t's draw depends on (seed, t) only, not on count or the batch."""
+    """The row's draws in [0, 1), [count] float32. Token t's depends on (seed, t) only, not on count or the batch."""
     return np.random.Generator(np.random.Philox(key=seed % 2**64)).random(count, dtype=np.float32)
 
 
@@ -95,7 +95,7 @@ class RowBatch:
     def step(self) -> tuple[list[Request], np.ndarray, np.ndarray, dict[int, Completion]]:
         """Draw one token for every row; rows that end leave.
 
-        -> the requests that were running [n], their tokens [n] and log-probs [n], and the completions by place in these.
+        -> the requests that were running [n], their tokens [n] and log-probs [n], and completions by place in these.
         """
         n, arrays = len(self), self.arrays
         logits = self.decoder.decode(self.cache, arrays.next_tokens[:n], arrays.positions[:n])
@@ -153,20 +153,23 @@ class RowBatch:
     def _members_changed(self) -> None:
         """One number a knob while all rows agree, which spares the vocabulary-wide work of the ones that are off."""
         self._knobs = {}
-        for name, dtype in (("temperature", torch.float32), ("top_k", torch.int64), ("top_p", torch.float32), ("min_p", torch.float32)):
+        for name in ("temperature", "top_k", "top_p", "min_p"):
             values = [getattr(request.params, name) for request in self.requests]
             if len(set(values)) <= 1:
                 self._knobs[name] = values[0] if values else 0
             else:
-                self._knobs[name] = torch.tensor(values, dtype=dtype, device=self.decoder.device)
+                self._knobs[name] = torch.tensor(values, dtype=torch.float32, device=self.decoder.device)
         self._stop_windows = {
             row: max(len(text.encode()) for text in request.params.stop) + 8
             for row, request in enumerate(self.requests) if request.params.stop
         }
 
     def _is_stopped(self, row: int) -> bool:
-        """Whether a stop string is complete. A token is at least a byte of text, so a tail of the response is enough; the
-        tokens beyond it give the decoder its context (half a character, a leading space)."""
+        """Whether a stop string is complete.
+
+        A token is at least a byte of text, so a tail of the response is enough; the tokens beyond it give the decoder
+        its context (half a character, a leading space).
+        """
         count = self.arrays.counts[row]
         tail = self.arrays.tokens[row, max(0, count - self._stop_windows[row]) : count]
         text = self.tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)

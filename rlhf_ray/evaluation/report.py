@@ -43,7 +43,8 @@ FIGURES = {
     "repetition": ("Repetition", "4-grams said before in the same response", True, -1),
 }
 QUALITY_NAMES = {       # figures of a reward model's DONE that are its quality; the others are under "closing figures"
-    "pairs": "Held-out pairs", "accuracy": "Accuracy on held-out pairs", "longer_accuracy": "Accuracy of “always the longer”",
+    "pairs": "Held-out pairs", "accuracy": "Accuracy on held-out pairs",
+    "longer_accuracy": "Accuracy of “always the longer”",
     "bag_of_words_accuracy": "Accuracy of a bag-of-words classifier", "ece": "Expected calibration error",
     "margin_mean": "Mean margin, chosen over rejected", "pearson": "Pearson correlation with people's scores",
     "spearman": "Spearman correlation with people's scores", "reward_mean": "Mean raw score of SFT samples",

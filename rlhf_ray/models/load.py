@@ -39,7 +39,9 @@ def scratch_config(cfg: FromScratch, tokenizer: PreTrainedTokenizerBase) -> Pret
     if cfg.architecture == "gpt2":
         return GPT2Config(
             n_positions=cfg.positions, n_embd=cfg.width, n_layer=cfg.layers, n_head=cfg.heads,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",  # gelu_new's formula in one kernel
+            **ids,
         )  # fmt: skip
     if cfg.width // cfg.heads % 2:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. The plain app (`app.build_app`) needs no Ray."""
+"""A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. `app.build_app` is the app without Ray."""
 
 from rlhf_ray.serving.launch import Server, serve
 

@@ -1,4 +1,4 @@
-"""The HTTP app over one engine: OpenAI's /v1/models, /v1/completions and /v1/chat/completions, and /health. No Ray here."""
+"""The HTTP app over one engine: /v1/models, /v1/completions, /v1/chat/completions as OpenAI's, /health. No Ray here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.gate import Gate
-from rlhf_ray.serving.prompts import PromptReader
+from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, usage
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
@@ -81,7 +81,8 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
     async def chat(request: Request) -> Response:
         body = await _read(request, ChatRequest)
         prompts = await asyncio.to_thread(reader.chat, body)
-        return await _answer(request, body, prompts, ChatWriter(settings.name, logprobs=body.wants_logprobs), None)
+        writer = ChatWriter(settings.name, logprobs=body.wants_logprobs)
+        return await _answer(request, body, prompts, writer, None, plain_chat=reader.chat_is_plain)
 
     def _check_model(model_id: str) -> None:
         if model_id != settings.name:
@@ -100,17 +101,26 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
         return body
 
     async def _answer(
-        request: Request, body: GenerationRequest, prompts: list[list[int]], writer: Writer, default_tokens: int | None
+        request: Request,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        writer: Writer,
+        default_tokens: int | None,
+        plain_chat: bool = False,
     ) -> Response:
         rows = []
         seed = secrets.randbits(63) if body.seed is None else body.seed
         for prompt_ids in prompts:
-            params = body.sampling(reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens))
+            longest = reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
+            params = body.sampling(longest, PLAIN_CHAT_STOPS if plain_chat else ())
             rows += [
                 RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
                 for place in range(body.choices)
             ]
-        choices = [Choice(ResponseText(reader.tokenizer, row.prompt_ids, row.params.stop)) for row in rows]
+        choices = [
+            Choice(ResponseText(reader.tokenizer, row.prompt_ids, row.params.stop, drop_first_space=plain_chat))
+            for row in rows
+        ]
         ticket = _submit(rows)
         if body.stream:
             return EventStream(_stream(body, prompts, choices, ticket, writer), ticket.cancel)
@@ -166,7 +176,7 @@ async def _finish(choices: list[Choice], ticket: Ticket) -> None:
 
 
 async def _progress(choices: list[Choice], ticket: Ticket) -> AsyncIterator[list[int]]:
-    """Feed tokens to the choices as they come; yields the indices of those that changed. Cancels what is left at the end."""
+    """Feed tokens to the choices as they come; yields which have changed. Cancels the rest at the end."""
     try:
         while events := await ticket.events():
             changed = {}

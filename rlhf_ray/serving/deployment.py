@@ -1,4 +1,4 @@
-"""The Ray Serve shell around the app. `build_application` is also the import path for a Serve config (KubeRay RayService)."""
+"""The Ray Serve shell around the app. `build_application` is the import path for Serve configs (KubeRay RayService)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Replica:
     """One engine in its own thread, and the app in the replica's event loop."""
 
     def __init__(self, options: EngineOptions, settings: AppSettings):
-        # Imported here: whoever only deploys this class (the command's own process) needs neither torch nor transformers.
+        # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.loading import load
 
         self.settings = settings
@@ -51,7 +51,7 @@ def application(
 ) -> Application:
     """The deployment of `replicas` engines, each reserving `cpus` and `gpus`."""
     limits = settings.limits
-    # Serve's default of 5 requests at once would cap the batch. Ours are refused (429) by the app, before Serve's own limit.
+    # Serve's default of 5 requests at once would cap the batch. The app refuses (429) before this limit is reached.
     ongoing = 2 * (limits.max_rows + limits.max_waiting_rows) + 64
     return Replica.options(
         num_replicas=replicas,
@@ -64,8 +64,8 @@ def application(
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, api_key and
-    the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required: a cluster is not loopback.
+    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, api_key
+    and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
     path = given.pop("model", None)

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_ray.serving.api_errors import ApiError
 
-# A client that is still sending its body can't read the answer, so an over-long body is read (and thrown away) up to here.
+# A client that is still sending its body can't read the answer: an over-long body is read (and thrown away) up to here.
 _DRAIN_BYTES = 64 << 20
 
 _OPEN_PATHS = ("/health",)

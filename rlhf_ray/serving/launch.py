@@ -29,7 +29,7 @@ from rlhf_ray.serving.settings import API_KEY_VARIABLE, AppSettings, EngineOptio
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 _LOST_AFTER_S = 60
 
-# Settings of Serve that would move its HTTP server, open further ports on every interface, or run torch in the event loop.
+# Settings of Serve that would move its HTTP server or open further ports on every interface.
 _FOREIGN_SETTINGS = (
     "RAY_SERVE_ENABLE_HA_PROXY",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS",
@@ -55,9 +55,9 @@ def serve(
 ) -> Server:
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
-    port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are torch's,
-    per replica (None: the cores shared out). With `block` it returns only by KeyboardInterrupt (Ctrl-C; the command exits
-    with 130) or SystemExit (SIGTERM), after everything is released; without, the caller closes the server.
+    port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
+    torch's, per replica (None: the cores shared out). With `block` it ends only by KeyboardInterrupt (Ctrl-C; the
+    command exits with 130) or SystemExit (SIGTERM), and releases everything; without, the caller closes the server.
 
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """
@@ -74,7 +74,11 @@ def serve(
         limits=limits,
     )
     if not block:
-        server.start()
+        try:
+            server.start()
+        except BaseException:
+            server.close()
+            raise
         return server
     with _terminated_as_interrupt():
         try:
@@ -88,7 +92,7 @@ def serve(
 
 
 class Server:
-    """One served model. Everything that can be checked is checked here; `start` takes seconds, `close` releases it all."""
+    """One served model. What can be checked is checked here; `start` takes seconds, `close` releases it all."""
 
     def __init__(
         self,
@@ -180,7 +184,7 @@ class Server:
             raise _start_failure(ray_serve.status(), error) from None
 
     def wait(self) -> None:
-        """Until interrupted. RuntimeError if the server stops answering for good (Serve replaces a failed replica itself)."""
+        """Until interrupted. RuntimeError if it stops answering for good (Serve replaces a failed replica itself)."""
         answered = time.monotonic()
         while True:
             time.sleep(5)
@@ -202,8 +206,8 @@ class Server:
         self._started = False
         import ray
 
-        # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray would
-        # then complain on the terminal that Serve's controller has gone.)
+        # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray
+        # would then complain on the terminal that Serve's controller has gone.)
         ray.shutdown()
 
     def __enter__(self) -> Server:
@@ -215,8 +219,8 @@ class Server:
     def _reserve_port(self) -> None:
         """Hold the port from now on, and learn its number if it was 0.
 
-        Serve's proxy binds with SO_REUSEPORT, so that two servers would share a port without a word. The first bind finds out
-        whether anyone has it; the second socket is kept, never listens, and stops others from passing this check.
+        Serve's proxy binds with SO_REUSEPORT, so that two servers would share a port without a word. The first bind
+        finds out whether anyone has it; the second socket is kept, never listens, and keeps others from it.
         """
         family = socket.getaddrinfo(self.host or "0.0.0.0", self.port, type=socket.SOCK_STREAM)[0][0]
         try:

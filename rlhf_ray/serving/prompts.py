@@ -13,6 +13,9 @@ from rlhf_ray.serving.api_errors import bad_request
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
 from rlhf_ray.serving.settings import Limits
 
+# In a plain dialogue the next turn ends a reply that EOS has not ended.
+PLAIN_CHAT_STOPS = ("\n\nUser:",)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReader:
@@ -38,6 +41,11 @@ class PromptReader:
 
     def chat(self, request: ChatRequest) -> list[list[int]]:
         return [self._checked(encode_prompt(self.tokenizer, chat_text(self.tokenizer, request.messages)), "messages")]
+
+    @property
+    def chat_is_plain(self) -> bool:
+        """Whether chat is written as "User: ..." lines, because the tokenizer has no chat template."""
+        return self.tokenizer.chat_template is None
 
     def text(self, prompt_ids: list[int]) -> str:
         return self.tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -84,7 +92,7 @@ class PromptReader:
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The messages as the tokenizer's chat template writes them, else as a plain dialogue; the assistant speaks next."""
+    """The messages as the tokenizer's chat template writes them, else as a plain dialogue; the assistant is next."""
     if all(message.role in ("system", "developer") for message in messages):
         raise bad_request("messages holds no user message to answer.", param="messages", code="invalid_value")
     plain = [

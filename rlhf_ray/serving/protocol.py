@@ -42,7 +42,7 @@ class GenerationRequest(_Body):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, lt=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -97,15 +97,17 @@ class GenerationRequest(_Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, max_new_tokens: int) -> SamplingParams:
+    def sampling(self, max_new_tokens: int, more_stops: tuple[str, ...] = ()) -> SamplingParams:
         """OpenAI's defaults: temperature 1, everything kept."""
+        temperature = 1.0 if self.temperature is None else self.temperature
         return SamplingParams(
             max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            # Logits divided by less may overflow, and one row's overflow fails the batch.
+            temperature=0.0 if temperature < 1e-3 else temperature,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # in float32, less may be nothing
             min_p=self.min_p or 0.0,
-            stop=self.stops,
+            stop=self.stops + more_stops,
         )
 
 

@@ -75,7 +75,7 @@ class Ticket:
         self._unfinished = set(range(len(rows)))
 
     async def events(self) -> list[tuple[int, TokenEvent]]:
-        """All (row, token) pairs that have come since the last call; waits for at least one. [] when every row is done."""
+        """All (row, token) pairs that have come since the last call; waits for one. [] when every row is done."""
         while not self._inbox:
             if self._error is not None:
                 raise self._error

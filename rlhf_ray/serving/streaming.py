@@ -21,7 +21,7 @@ class ClientLeft(Exception):
 
 
 async def while_connected(receive: Receive, work: Coroutine) -> Any:
-    """The result of `work`, which is cancelled (its `finally` runs) when the client disconnects or the caller is cancelled."""
+    """The result of `work`, which is cancelled (its `finally` runs) when the client leaves or the caller is."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -41,7 +41,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: each item of `events` is one, and `data: [DONE]` is the last. A failure becomes an error event."""
+    """Server-sent events: each item of `events` is one, `data: [DONE]` the last. A failure becomes an error event."""
 
     media_type = "text/event-stream"
 

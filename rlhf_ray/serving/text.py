@@ -23,9 +23,17 @@ class TokenText:
 class ResponseText:
     """Incremental decoding. After a stop string is complete, `stopped` is True and `text` ends before it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: tuple[str, ...]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[int],
+        stop: tuple[str, ...],
+        *,
+        drop_first_space: bool = False,
+    ):
         self._tokenizer = tokenizer
         self._stop = stop
+        self._drop_first_space = drop_first_space
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._window = 0  # decoding starts here: earlier tokens no longer change the text of later ones
         self._read = len(self._ids)  # tokens whose text is in self.text
@@ -62,7 +70,8 @@ class ResponseText:
         if len(now) <= len(known) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not final):
             return  # nothing new, or the token ends inside a character
         before = len(self.text)
-        self.text += now[len(known) :]
+        self.text += now[len(known) :].removeprefix(" " if self._drop_first_space else "")
+        self._drop_first_space = False
         self._window, self._read = self._read, len(self._ids)
         self._find_stop(before)
 

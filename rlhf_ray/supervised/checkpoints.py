@@ -49,6 +49,6 @@ def check_fits(stage: str, checkpoint: Checkpoint, *, workers: int, zero_stage: 
         )
     if zero_stage > 0 and workers != checkpoint.workers:
         raise UserError(
-            f"{stage}.workers is {workers}, the checkpoint of step {checkpoint.step} was written by {checkpoint.workers} "
-            f"ranks under ZeRO; set it back, or delete the stage's folder to start it anew"
+            f"{stage}.workers is {workers}, the checkpoint of step {checkpoint.step} was written by "
+            f"{checkpoint.workers} ranks under ZeRO; set it back, or delete the stage's folder to start it anew"
         )

@@ -168,7 +168,9 @@ def _last_row(path: Path) -> dict | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def _explained(error: BaseException, folder: RunFolder, stage: str, config: TrainConfig, timeout_s: float) -> BaseException:
+def _explained(
+    error: BaseException, folder: RunFolder, stage: str, config: TrainConfig, timeout_s: float
+) -> BaseException:
     """A sentence for a start that timed out or a worker that failed; the original stands as its cause."""
     if not isinstance(error, TrainingFailedError):
         return error
@@ -176,8 +178,8 @@ def _explained(error: BaseException, folder: RunFolder, stage: str, config: Trai
     if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
         explained: Exception = UserError(
             f"waited {timeout_s:g} s for {config.workers} {stage} worker(s) with {config.cpus_per_worker:g} CPUs and "
-            f"{config.gpus_per_worker:g} GPUs each, the cluster has no room; free some of it, lower {stage}.workers, or "
-            "raise resources.start_timeout_s"
+            f"{config.gpus_per_worker:g} GPUs each, the cluster has no room; free some of it, lower {stage}.workers, "
+            "or raise resources.start_timeout_s"
         )
     else:
         explained = RuntimeError(f"{stage} failed {RESTARTS + 1} times, the last time with: {error}\nIts log is {log}")

@@ -28,8 +28,8 @@ STEP = -1  # no rollout step's number: these samples are none of PPO's
 def sample_scores(
     recipe: Recipe, folder: RunFolder, reward_model: Path, *, samples: int, dtype: torch.dtype, device: torch.device
 ) -> np.ndarray:
-    """Raw logits [samples] of the SFT model's responses to prompts of PPO, each prompt once before any is used twice."""
-    generation = recipe.generation
+    """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice."""
+    generation, trust = recipe.generation, recipe.model.trust_remote_code
     policy = sft_source(recipe, folder)
     prompts = read_role(folder, "prompts")["prompt"]
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
@@ -40,11 +40,11 @@ def sample_scores(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, top_k=generation.top_k,
             top_p=generation.top_p, min_p=generation.min_p, stop=generation.stop,
         ),
-        trust_remote_code=recipe.model.trust_remote_code,
+        trust_remote_code=trust,
     )  # fmt: skip
-    scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=recipe.model.trust_remote_code)
+    scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=trust)
     scorer.mean, scorer.std = 0.0, 1.0  # raw
-    reward = Reward(scorer, policy, trust_remote_code=recipe.model.trust_remote_code)
+    reward = Reward(scorer, policy, trust_remote_code=trust)
     scores = []
     for start in range(0, samples, generation.chunk_size):
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))

@@ -5,8 +5,6 @@ Two objectives: pairs (Bradley-Terry, TRL's RewardTrainer) and scores (regressio
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from trl import RewardTrainer
 from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.data.store import COLUMNS, has_role, read_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, check_positions, load_reward_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
@@ -54,6 +53,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     seed = recipe.seed + SEEDS[stage]
     train = _read(folder, stage, "train", config)
     model, tokenizer = _base(recipe, folder, stage, config, seed)
+    score_in_float32(model)
     for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -90,7 +90,8 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     return train_stage(
         StageJob(
             recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
-            trainer=trainer, load=load_reward_model, measure=measure,
+            trainer=trainer, measure=measure,
+            load=lambda saved: score_in_float32(load_reward_model(saved)),
         )
     )  # fmt: skip
 
@@ -112,20 +113,25 @@ def standardisation(rows: TokenRows) -> tuple[float, float]:
     """Mean and deviation of people's scores in the training rows."""
     scores = np.asarray(rows.dataset["score"], np.float64)
     if scores.std() == 0:
-        raise UserError(f"all {len(scores)} scores of the training data are {scores[0]:g}, so there is nothing to learn; "
-                        "check the data's score column")  # fmt: skip
+        raise UserError(
+            f"all {len(scores)} scores of the training data are {scores[0]:g}, so there is nothing to learn; "
+            "check the data's score column"
+        )
     return float(scores.mean()), float(scores.std())
 
 
 def heldout_figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: RewardConfig, *, dtype, seed: int
-) -> dict:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: RewardConfig,
+    *, dtype: torch.dtype, seed: int,
+) -> dict:  # fmt: skip
     """The reward model's figures on held-out rows (see `reward_metrics`), and the mean and deviation of its logits."""
     data = rows.dataset
 
     def score(column: str) -> tuple[np.ndarray, np.ndarray]:
         ids = data[:][column]
-        logits = raw_scores(model, ids, pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size)
+        logits = raw_scores(
+            model, ids, pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size
+        )
         return logits, np.array([len(row) for row in ids])
 
     if config.objective == "pairs":
@@ -169,10 +175,10 @@ def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, s
             if not (sft / "config.json").exists():
                 raise UserError(f"{stage}.base is 'sft', but {sft} holds no model; run the sft stage first")
             return build_reward_model(sft, tokenizer, seed, trust), tokenizer
-        return build_reward_model(build_causal_lm(recipe.model, tokenizer, recipe.seed), tokenizer, seed, trust), tokenizer
-    source: str | Path = config.base
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    return build_reward_model(source, tokenizer, seed, trust), tokenizer
+        body = build_causal_lm(recipe.model, tokenizer, recipe.seed)
+        return build_reward_model(body, tokenizer, seed, trust), tokenizer
+    tokenizer = load_tokenizer(config.base, trust_remote_code=trust)
+    return build_reward_model(config.base, tokenizer, seed, trust), tokenizer
 
 
 def _read(folder: RunFolder, stage: str, part: str, config: RewardConfig) -> Dataset:

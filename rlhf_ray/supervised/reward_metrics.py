@@ -28,8 +28,11 @@ def expected_calibration_error(margins: np.ndarray, *, bins: int = 10) -> float:
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in np.unique(place)]
-    return float(sum(gaps))
+    error = 0.0
+    for b in np.unique(place):
+        inside = place == b
+        error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    return float(error)
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -64,7 +67,9 @@ def pairs_of_scored(scores: np.ndarray, *, seed: int, pairs: int) -> tuple[np.nd
     return np.where(first_better, first, second), np.where(first_better, second, first)
 
 
-def pair_figures(chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> dict:
+def pair_figures(
+    chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray
+) -> dict:
     """The figures of a model on held-out pairs."""
     margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
     return {

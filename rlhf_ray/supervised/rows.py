@@ -54,9 +54,8 @@ def packed_rows(tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, max_lengt
     The usual form of language-model pretraining: a block may hold the end of one text and the beginning of another, and
     attends over both, EOS between them. What is left at the end (less than a block) is dropped.
     """
-    if any(chunk_prompt for chunk in _chunks(texts) for chunk_prompt in chunk["prompt"]):
-        raise UserError("packing is on, but the data has prompts, whose tokens packing could not keep out of the loss; "
-                        "set packing: false")  # fmt: skip
+    if any(prompt for chunk in _chunks(texts) for prompt in chunk["prompt"]):
+        raise UserError("packing is on, but the data has prompts, and packing is for plain text; set packing: false")
     ids = _ListColumn()
     for chunk in _chunks(texts):
         for row, _ in encode_pairs(tokenizer, chunk["prompt"], chunk["response"]):
@@ -100,11 +99,11 @@ def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_lengt
 
 
 def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int) -> np.ndarray:
-    """Which row is trained on when: int64 [rows], passes over the data one after the other, each in an order of its own.
+    """Which row is trained on when: int64 [rows], passes over the data one after the other, each in its own order.
 
-    Batches hold rows of like length (less padding, equal work for the ranks): a pass is shuffled, sorted by length within
-    50 batches at a time, and its batches are shuffled. It follows from `seed` alone, so a resumed run goes on exactly
-    where it stopped. `rows` is rounded down to whole batches, but not below one batch.
+    Batches hold rows of like length (less padding, equal work for the ranks): a pass is shuffled, sorted by length
+    within 50 batches at a time, and its batches are shuffled. It follows from `seed` alone, so a resumed run goes on
+    exactly where it stopped. `rows` is rounded down to whole batches, but not below one batch.
     """
     rng = np.random.default_rng(seed)
     passes: list[np.ndarray] = []

@@ -29,18 +29,15 @@ FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initiali
 class Sft(StageTrainer, SFTTrainer):
     """TRL's trainer; on CPUs with the plain loss.
 
-    TRL computes the loss in a fused head that saves the logits' memory and reports entropy. Without Triton it takes half
-    of a step's time on a CPU and forms the logits anyway.
+    TRL computes the loss in a fused head that saves the logits' memory and reports entropy. Without Triton it takes
+    half of a step's time on a CPU and forms the logits anyway.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-        labels = inputs["labels"][:, 1:]
-        total = F.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
-        )
+        total = summed_loss(logits, inputs["labels"])
         # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
         return total / num_items_in_batch * self.accelerator.num_processes
 
@@ -93,11 +90,16 @@ def heldout_loss(
         labels, _ = _padded(batch["labels"], IGNORED, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        flat = labels[:, 1:].reshape(-1)
-        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), flat, ignore_index=IGNORED, reduction="sum"))
-        tokens += int((flat != IGNORED).sum())
+        total += float(summed_loss(logits, labels))
+        tokens += int((labels[:, 1:] != IGNORED).sum())
     loss = total / tokens
     return {"eval_rows": len(rows.dataset), "eval_tokens": tokens, "eval_loss": loss, "eval_perplexity": math.exp(loss)}
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats of the labels [B, S], each under the logits [B, S, V] of the position before it; IGNORED ones count 0."""
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum")
 
 
 def _padded(rows: list[list[int]], filler: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,8 @@ def train_stage(job: StageJob) -> dict:
     """
     config, folder = job.config, job.folder.stage(job.stage)
     dtype = resolve_precision(config.precision, device_of(config))
-    wanted = config.max_steps * config.batch_size if config.max_steps > 0 else round(config.epochs * len(job.rows.lengths))
+    by_epochs = round(config.epochs * len(job.rows.lengths))
+    wanted = config.max_steps * config.batch_size if config.max_steps > 0 else by_epochs
     order = training_order(job.rows.lengths, batch_size=config.batch_size, rows=wanted, seed=job.seed)
     tokens_per_step = job.rows.lengths[order].reshape(-1, config.batch_size).sum(1)
     dataset = job.rows.dataset.select(order)

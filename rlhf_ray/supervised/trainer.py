@@ -24,8 +24,11 @@ from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complet
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 
 KEPT_CHECKPOINTS = 2
-RENAMED = {"grad_norm": "grad_norm", "loss": "loss", "learning_rate": "learning_rate", "accuracy": "accuracy",
-           "margin": "margin", "mean_reward": "score_mean"}  # fmt: skip
+# Few different widths: CPU kernels are built and cached for each shape, and a cache for every length grows to gigabytes.
+PAD_MULTIPLE = 16
+#: what the trainers log -> our name
+LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "accuracy": "accuracy",
+          "margin": "margin", "mean_reward": "score_mean"}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -52,15 +55,22 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            config, clock = self.stage_config, self.clock
-
-            def factor(step: int) -> float:
-                # The middle of the step: neither the first nor the last step is spent at a rate of 0.
-                return rate_factor(clock.progress(step + 0.5), schedule=config.schedule, warmup_ratio=config.warmup_ratio)
-
-            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, factor)
+            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, self.rate_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def rate_factor(self, step: int) -> float:
+        config = self.stage_config
+        # The middle of the step: neither the first nor the last step is spent at a rate of 0.
+        progress = self.clock.progress(step + 0.5)
+        return rate_factor(progress, schedule=config.schedule, warmup_ratio=config.warmup_ratio)
+
+    def set_rate(self) -> None:
+        """Follow the recipe as it is now: a checkpoint brings back the rate that it had when it was written."""
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = [self.stage_config.learning_rate] * len(scheduler.base_lrs)
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = self.stage_config.learning_rate * self.rate_factor(scheduler.last_epoch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +106,7 @@ def training_arguments(
         max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch_fused",
         max_length=None,  # rows are cut already
+        pad_to_multiple_of=PAD_MULTIPLE,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -123,6 +134,7 @@ class StageCallback(TrainerCallback):
     tokens_per_step: np.ndarray  # [total_steps], of all ranks
     writer: MetricsWriter | None  # rank 0 only
     device: torch.device
+    set_rate: Callable[[], None]
     started: float = field(default_factory=time.monotonic)
     resumed_s: float = 0.0
     saved_s: float = 0.0
@@ -131,6 +143,7 @@ class StageCallback(TrainerCallback):
     step_s: float = 0.0
 
     def on_train_begin(self, args, state, control, **_):
+        self.set_rate()
         self.started, self.resumed_s = time.monotonic(), self.clock.elapsed_s
         self.saved_s = self.resumed_s
 
@@ -158,7 +171,7 @@ class StageCallback(TrainerCallback):
         tokens = int(self.tokens_per_step[state.global_step - 1])
         self.writer.write(
             state.global_step,
-            {name: logs[key] for key, name in RENAMED.items() if key in logs}
+            {name: logs[key] for key, name in LOGGED.items() if key in logs}
             | {
                 "tokens": tokens,
                 "tokens_per_s": tokens / max(self.step_s, 1e-9),
@@ -198,7 +211,10 @@ def run_training(
         clock.elapsed_s = found[1].elapsed_s
     trainer = build()
     trainer.clock, trainer.stage_config = clock, config
-    callback = StageCallback(folder, config, clock, tokens_per_step, _writer(folder, stage, tracking, found), trainer.args.device)
+    writer = _writer(folder, stage, tracking, found)
+    callback = StageCallback(
+        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, set_rate=trainer.set_rate
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))

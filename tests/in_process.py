@@ -1,0 +1,135 @@
+"""The real roles behind `loop.Roles`, in one process: a handle is the value itself."""
+
+import torch
+
+from rlhf_ray.data.store import read_role
+from rlhf_ray.engines.forward import LogprobModel, ValueModel
+from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.models.critic import build_critic
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.wire import pack_weights
+from rlhf_ray.roles.assembler import Assembler, AssembleSettings
+from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reward import Reward
+from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer
+from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
+
+
+class TorchEngine:
+    """DeepSpeedEngine's protocol for one rank, in plain torch."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module, max_grad_norm=1.0):
+        self.module, self.max_grad_norm = module, max_grad_norm
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0)
+
+    def forward(self, *batch, **options):
+        with torch.no_grad():
+            return self.module(*batch, **options)
+
+    def step(self, microbatches, loss_of, *, learning_rate):
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        for inputs, rest in microbatches:
+            loss_of(self.module(*inputs), rest).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        return float(norm)
+
+    def weights(self):
+        return self.module.named_parameters()
+
+
+class Each:
+    """Several plain roles of a kind: unit i goes to number i modulo their number."""
+
+    def __init__(self, *roles):
+        self.roles = roles
+
+    def each(self, method, parts):
+        return [getattr(self.roles[i % len(self.roles)], method)(part) for i, part in enumerate(parts)]
+
+
+class LocalGeneration(Each):
+    synced = True  # False: weights get lost on the way
+
+    def generate(self, units):
+        return self.each("generate", units)
+
+    def load_weights(self, weights, policy_version):
+        named = {name: array for part in weights for name, array in part.items()}
+        return [role.load_weights(named, policy_version) for role in self.roles] if self.synced else []
+
+
+class LocalReward(Each):
+    def score(self, rollouts):
+        return self.each("score", rollouts)
+
+    def texts(self, rollout, count):
+        return self.roles[0].texts(rollout, count)
+
+
+class LocalReference(Each):
+    def logprobs(self, rollouts):
+        return self.each("logprobs", rollouts)
+
+
+class LocalTrainer(Each):
+    def logprobs(self, rollouts):
+        return self.each("logprobs", rollouts)
+
+    def values(self, rollouts):
+        return self.each("values", rollouts)
+
+    def update(self, shards, learning_rate):
+        return [self.roles[0].update(shard, learning_rate) for shard in shards]
+
+    def weights(self):
+        return pack_weights(self.roles[0].weights(), 2, torch.float32)
+
+
+class LocalRoles:
+    """All of a recipe's roles, in float32; `actors` generators, reward models and references."""
+
+    def __init__(self, recipe, folder, actors=1):
+        ppo, generation, start = recipe.ppo, recipe.generation, folder.stage("sft").model
+        sampling = SamplingParams(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature,
+                                  stop=generation.stop)
+        texts = [read_role(folder, role)["prompt"] for role in ("prompts", "eval_prompts")]
+        scorer = (FunctionScorer(ppo.reward_function) if ppo.reward_function
+                  else RewardScorer(folder.stage("reward").model))
+        self.generation = LocalGeneration(*(
+            Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors)))
+        self.reward = LocalReward(*(Reward(scorer, start) for _ in range(actors)))
+        self.reference = LocalReference(*(
+            Reference(start, temperature=generation.temperature, compute_dtype=torch.float32,
+                      microbatch_size=ppo.microbatch_size) for _ in range(actors)))
+        policy = LogprobModel(load_causal_lm(start), temperature=generation.temperature, compute_dtype=torch.float32)
+        critic = ValueModel(build_critic(folder.stage("reward").model, "reward"), compute_dtype=torch.float32)
+        self.policy = LocalTrainer(PolicyTrainer(
+            TorchEngine(policy), microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range))
+        self.critic = LocalTrainer(CriticTrainer(
+            TorchEngine(critic), microbatch_size=ppo.microbatch_size, value_clip_range=ppo.value_clip_range,
+            vf_coef=ppo.vf_coef))
+        self.assembler = Assembler(AssembleSettings(
+            gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, missing_eos_penalty=ppo.missing_eos_penalty,
+            whiten_rewards=ppo.whiten_rewards, whiten_advantages=ppo.whiten_advantages,
+            minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs, policy_ranks=1, critic_ranks=1,
+            seed=recipe.seed))
+
+    def wait(self, handles, what):
+        pass
+
+    def get(self, handles, what):
+        return list(handles)
+
+    @property
+    def engines(self):
+        return self.policy.roles[0].engine, self.critic.roles[0].engine
+
+    def weights(self):
+        """Clones of policy and critic weights by name."""
+        return {f"{number}/{name}": tensor.detach().clone()
+                for number, engine in enumerate(self.engines) for name, tensor in engine.weights()}

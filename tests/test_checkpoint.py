@@ -1,0 +1,149 @@
+"""Checkpoints: whole or not at all, checksummed, the last good ones kept, no pickle."""
+
+import json
+import pickletools
+import zipfile
+
+import pytest
+import torch
+
+from rlhf_ray import checkpoint
+from rlhf_ray.errors import UserError
+
+STATE = {"step": 0, "kl_coef": 0.1 + 0.2, "best_score": None, "best_step": -1}
+
+
+def tensors(step):
+    generator = torch.Generator().manual_seed(step)
+    return {f"{key}/{name}": torch.randn(3, 2, generator=generator)
+            for name in ("a", "b", "c") for key in ("weight", "exp_avg", "exp_avg_sq")}
+
+
+def begin(folder, step, ranks=2):
+    """What the ranks write, without publishing it."""
+    temporary = checkpoint.temporary_folder(folder, step)
+    temporary.mkdir(parents=True)
+    for role in ("policy", "critic"):
+        for rank in range(ranks):
+            checkpoint.write_rank(temporary, role, rank, ranks, tensors(step).items(), steps_taken=10 * step)
+    return temporary
+
+
+def save(folder, step, keep=2, ranks=2):
+    begin(folder, step, ranks)
+    return checkpoint.publish(folder, step, STATE | {"step": step}, keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 20])
+def test_what_was_written_is_read_whole_whatever_the_ranks(tmp_path, ranks):
+    folder = save(tmp_path, 4, ranks=ranks)
+    assert checkpoint.read_state(folder) == STATE | {"step": 4}
+    for role in ("policy", "critic"):
+        state, steps_taken = checkpoint.read_role(folder, role)
+        assert steps_taken == 40 and state.keys() == tensors(4).keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in tensors(4).items())
+
+
+def test_there_is_none_at_first(tmp_path):
+    assert checkpoint.last_good(tmp_path) is None
+    assert checkpoint.last_good(tmp_path / "nowhere") is None
+
+
+def test_the_last_ones_go_by_number(tmp_path):
+    for step in (2, 9, 10, 100):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step_000010", "step_000100"]
+    assert checkpoint.last_good(tmp_path).name == "step_000100"
+
+
+def test_keep_one_and_keep_many(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path / "one", step, keep=1)
+        save(tmp_path / "many", step, keep=5)
+    assert names(tmp_path / "one") == ["step_000003"]
+    assert names(tmp_path / "many") == ["step_000001", "step_000002", "step_000003"]
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    save(tmp_path, 2)
+    begin(tmp_path, 4)
+    unpublished = tmp_path / "step_000006"  # as after a crash in a copy that somebody made
+    unpublished.mkdir()
+    (unpublished / "state.json").write_text("{}")
+    assert checkpoint.last_good(tmp_path).name == "step_000002"
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+DAMAGE = {
+    "a flipped bit": lambda folder: flip(folder / "critic-01-of-02.safetensors"),
+    "a cut file": lambda folder: cut(folder / "policy-00-of-02.safetensors"),
+    "a lost file": lambda folder: (folder / "policy-01-of-02.safetensors").unlink(),
+    "another state": lambda folder: (folder / "state.json").write_text("{}"),
+    "a cut manifest": lambda folder: cut(folder / checkpoint.MANIFEST),
+    "an empty manifest": lambda folder: (folder / checkpoint.MANIFEST).write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_told_of_and_passed_over(tmp_path, damage):
+    save(tmp_path, 2)
+    damage(save(tmp_path, 4))
+    told = []
+    assert checkpoint.last_good(tmp_path, told.append).name == "step_000002"
+    assert len(told) == 1 and "step_000004" in told[0]
+
+
+def test_when_all_are_damaged_the_run_does_not_silently_start_anew(tmp_path):
+    for step in (2, 4):
+        flip(save(tmp_path, step) / "state.json")
+    with pytest.raises(UserError, match="step_000004, step_000002"):
+        checkpoint.last_good(tmp_path)
+
+
+def test_after_a_damaged_one_the_new_ones_are_kept(tmp_path):
+    """Step 8 is damaged, the run goes on from step 4 and saves step 6: that is the newest good one, and must stay."""
+    save(tmp_path, 4)
+    flip(save(tmp_path, 8) / "state.json")
+    assert checkpoint.last_good(tmp_path).name == "step_000004"
+    save(tmp_path, 6, keep=1)
+    assert checkpoint.last_good(tmp_path).name == "step_000006"
+
+
+def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path):
+    flip(save(tmp_path, 4) / "state.json")
+    save(tmp_path, 4)
+    assert checkpoint.last_good(tmp_path, pytest.fail).name == "step_000004"
+    assert names(tmp_path) == ["step_000004"]
+
+
+def test_there_is_no_pickle_in_it(tmp_path):
+    for file in save(tmp_path, 1).iterdir():
+        assert file.suffix in (".safetensors", ".json")
+        assert not zipfile.is_zipfile(file), "torch.save's format"
+        with pytest.raises((ValueError, UnicodeDecodeError, IndexError)):
+            list(pickletools.genops(file.read_bytes()))
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert sorted([*manifest, checkpoint.MANIFEST]) == names(folder)
+    assert all(len(value) == 64 for value in manifest.values())
+
+
+def test_bfloat16_state_is_written_as_float32(tmp_path):
+    checkpoint.write_rank(tmp_path, "policy", 0, 1, [("weight/a", torch.ones(2, dtype=torch.bfloat16))], 1)
+    assert checkpoint.read_role(tmp_path, "policy")[0]["weight/a"].dtype == torch.float32

@@ -1,0 +1,205 @@
+"""The DeepSpeed engine at every ZeRO stage, on one rank and on two, against plain torch AdamW in one process."""
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_ray.checkpoint import read_role, write_rank
+from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+from rlhf_ray.engines.distributed import join_group
+
+STAGES = (0, 1, 2, 3)
+STEPS, ROWS, CLIP = 5, 8, 0.1
+RATES = [0.01, 0.02, 0.005, 0.01, 0.003]
+CPU = torch.device("cpu")
+
+
+def make_module():
+    """Odd sizes: no tensor divides by the ranks, so ZeRO has to pad."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
+
+
+INPUTS = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1))
+WEIGHTS = torch.rand(ROWS, generator=torch.Generator().manual_seed(2))
+
+
+def loss_of(output, weights):
+    """A share of a weighted mean, already divided by the global count."""
+    return (output.squeeze(-1) ** 2 * weights).sum() / ROWS
+
+
+def plain_torch(clip=CLIP):
+    """(weights after each step, gradient norms) of the whole batch in one process."""
+    module = make_module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0, eps=1e-5, weight_decay=0)
+    states, norms = [], []
+    for rate in RATES:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss_of(module(INPUTS), WEIGHTS).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), clip or float("inf"))))
+        optimizer.step()
+        states.append({name: tensor.detach().clone() for name, tensor in module.named_parameters()})
+    return states, norms
+
+
+def microbatches(rank, world):
+    """This rank's rows in two unequal microbatches; on two ranks 3 + 1 and 1 + 3 rows."""
+    rows = torch.arange(ROWS).chunk(world)[rank].split([3, 1] if world == 2 and rank == 0 else [1, 3] if world == 2 else [6, 2])
+    return [((INPUTS[part],), WEIGHTS[part]) for part in rows]
+
+
+def make_engine(stage, clip=CLIP):
+    return DeepSpeedEngine(
+        make_module(), OptimiserSettings(adam_eps=1e-5, max_grad_norm=clip, zero_stage=stage), device=CPU)
+
+
+def clones(pairs):
+    return {name: tensor.detach().clone() for name, tensor in pairs}
+
+
+def train(engine, rank, world, steps=STEPS, start=0):
+    """(weights after each step, norms)."""
+    states, norms = [], []
+    for rate in RATES[start : start + steps]:
+        norms.append(engine.step(microbatches(rank, world), loss_of, learning_rate=rate))
+        states.append(clones(engine.weights()))
+    return states, norms
+
+
+def work(rank, world, port, folder):
+    """One rank: everything that this world size is asked, at each stage; results go to a file."""
+    torch.set_num_threads(1)
+    join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
+    results = {}
+    for stage in STAGES:
+        result = results[stage] = {}
+        engine = make_engine(stage)
+        assert engine.forward(INPUTS).requires_grad is False
+        fresh = clones(engine.state())
+        result["states"], result["norms"] = train(engine, rank, world, steps=3)
+        after_three = clones(engine.state())
+        checkpoint = folder / f"world{world}-stage{stage}"
+        checkpoint.mkdir(exist_ok=True)
+        write_rank(checkpoint, "policy", rank, world, engine.state(), engine.steps_taken)
+        last_two = train(engine, rank, world, steps=2, start=3)
+        result["states"] += last_two[0]
+        result["norms"] += last_two[1]
+        result["forward"] = engine.forward(INPUTS).clone()
+
+        # Into the used engine, and into a new one.
+        engine.load_state(after_three, 3)
+        result["rolled_back"] = train(engine, rank, world, steps=2, start=3)[0][-1]
+        torch.distributed.barrier()
+        loaded, steps_taken = read_role(checkpoint, "policy")
+        anew = make_engine(stage)
+        anew.load_state(loaded, steps_taken)
+        result["reloaded_state_equal"] = [name for name, tensor in anew.state() if not torch.equal(tensor, after_three[name])]
+        result["reloaded"] = train(anew, rank, world, steps=2, start=3)[0][-1]
+
+        # A checkpoint from before the first step.
+        start = make_engine(stage)
+        start.load_state(fresh, 0)
+        result["from_start"] = train(start, rank, world)[0][-1]
+        result["unclipped"] = train(make_engine(stage, clip=0.0), rank, world, steps=2)
+
+    if world == 1:
+        for written in STAGES:
+            loaded, steps_taken = read_role(folder / f"world2-stage{written}", "policy")
+            for stage in STAGES:
+                engine = make_engine(stage)
+                engine.load_state(loaded, steps_taken)
+                results[f"{written}->{stage}"] = train(engine, rank, world, steps=2, start=3)[0][-1]
+    torch.save(results, folder / f"results-{world}-{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """results[world][rank][stage]; two ranks first, as one rank reads their checkpoints."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    found = {}
+    for world in (2, 1):
+        torch.multiprocessing.spawn(work, args=(world, free_port(), folder), nprocs=world)
+        found[world] = [torch.load(folder / f"results-{world}-{rank}.pt") for rank in range(world)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return plain_torch()
+
+
+each = pytest.mark.parametrize("world, stage", [(world, stage) for world in (1, 2) for stage in STAGES])
+
+
+def gap(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_the_case_is_worth_its_name(expected):
+    """Every gradient is clipped, and the weights move by far more than the tolerance."""
+    states, norms = expected
+    assert min(norms) > 2 * CLIP
+    assert gap(states[0], states[-1]) > 0.01
+
+
+@each
+def test_weights_and_norms_are_those_of_plain_torch(results, expected, world, stage):
+    states, norms = expected
+    for rank in range(world):
+        result = results[world][rank][stage]
+        assert max(gap(one, other) for one, other in zip(result["states"], states, strict=True)) < 1e-6
+        assert result["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@each
+def test_forward_sees_the_new_weights(results, expected, world, stage):
+    module = make_module()
+    module.load_state_dict(expected[0][-1])
+    torch.testing.assert_close(results[world][0][stage]["forward"], module(INPUTS).detach(), atol=1e-5, rtol=0)
+
+
+@each
+def test_ranks_agree_bit_for_bit(results, world, stage):
+    for result in results[world][1:]:
+        assert gap(result[stage]["states"][-1], results[world][0][stage]["states"][-1]) == 0.0
+
+
+@each
+@pytest.mark.parametrize("way", ["rolled_back", "reloaded"])
+def test_a_loaded_state_goes_on_bit_for_bit(results, world, stage, way):
+    for result in results[world]:
+        assert result[stage]["reloaded_state_equal"] == []
+        assert gap(result[stage][way], result[stage]["states"][-1]) == 0.0
+
+
+@each
+def test_a_state_from_before_the_first_step_loads(results, world, stage):
+    for result in results[world]:
+        assert gap(result[stage]["from_start"], result[stage]["states"][-1]) == 0.0
+
+
+@each
+def test_no_limit_means_no_clipping(results, world, stage):
+    states, norms = plain_torch(clip=0.0)
+    found_states, found_norms = results[world][0][stage]["unclipped"]
+    assert gap(found_states[1], states[1]) < 1e-6
+    assert found_norms == pytest.approx(norms[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("written", STAGES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(results, expected, written, stage):
+    assert gap(results[1][0][f"{written}->{stage}"], expected[0][-1]) < 1e-6

@@ -1,0 +1,165 @@
+"""Log-probs and values in padded batches against the Hugging Face model, one row at a time and unpadded."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rlhf_ray.engines.forward import LogprobModel, ValueModel, action_mask, pad_rows, pad_tokens, response_logprobs
+from rlhf_ray.models.critic import Critic
+
+VOCAB, PAD = 61, 0
+FAMILIES = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    config, kind = FAMILIES[request.param]
+    grouped = {} if request.param == "gpt2" else {"num_key_value_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    # Large weights: with the usual 0.02 every position gives nearly the same log-probs, and an index off by one hides.
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": PAD}
+    return kind(config(**sizes, **grouped)).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(prompts, responses) of different lengths: the longest prompt has the shortest response."""
+    generator = np.random.default_rng(0)
+    lengths = [(1, 5), (12, 1), (4, 9), (7, 3), (2, 2)]
+    prompts = [generator.integers(2, VOCAB, prompt).astype(np.int32) for prompt, _ in lengths]
+    responses = [generator.integers(2, VOCAB, response).astype(np.int32) for _, response in lengths]
+    return prompts, responses
+
+
+def unpadded_logits(model, prompt, response, temperature):
+    """float64 [T, V]: of the positions whose next token is the response's."""
+    ids = torch.tensor(np.concatenate([prompt, response]), dtype=torch.int64)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0].double() / temperature
+    return logits[len(prompt) - 1 : -1]
+
+
+def expected_logprobs(model, prompt, response, temperature=1.0):
+    """(log-prob, entropy) of each response token, in float64 from the softmax itself."""
+    probs = unpadded_logits(model, prompt, response, temperature).softmax(-1)
+    logprobs = [float(probs[t, token].log()) for t, token in enumerate(response)]
+    return np.array(logprobs), -(probs * probs.log()).sum(-1).numpy()
+
+
+def logprob_module(model, temperature=1.0, compute_dtype=torch.float32):
+    return LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_and_entropy_are_those_of_each_row_alone(model, rows, temperature):
+    prompts, responses = rows
+    batch = pad_rows(prompts, responses, pad_token_id=PAD)
+    with torch.no_grad():
+        logprobs, entropies = logprob_module(model, temperature)(*batch, with_entropy=True)
+        assert torch.equal(logprobs, logprob_module(model, temperature)(*batch))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        expected, expected_entropy = expected_logprobs(model, prompt, response, temperature)
+        length = len(response)
+        np.testing.assert_allclose(logprobs[row, :length], expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(entropies[row, :length], expected_entropy, atol=1e-5, rtol=0)
+        assert (logprobs[row, length:] == 0).all() and (entropies[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 32])
+def test_response_logprobs_in_any_split(model, rows, microbatch_size):
+    prompts, responses = rows
+    found = response_logprobs(model, prompts, responses, temperature=0.8, microbatch_size=microbatch_size)
+    for prompt, response, logprobs in zip(prompts, responses, found, strict=True):
+        assert logprobs.dtype == np.float32
+        expected = expected_logprobs(model, prompt, response, 0.8)[0]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_junk_in_the_padding_changes_nothing(model, rows):
+    prompts, responses = rows
+    input_ids, prompt_lengths, response_lengths = pad_rows(prompts, responses, pad_token_id=PAD)
+    junk = torch.randint(2, VOCAB, input_ids.shape, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(input_ids.shape[1]) >= (prompt_lengths + response_lengths)[:, None]
+    spoilt = torch.where(padding, junk, input_ids)
+    assert not torch.equal(spoilt, input_ids)
+    for module in (logprob_module(model), value_module(model)):
+        with torch.no_grad():
+            clean = module(input_ids, prompt_lengths, response_lengths)
+            assert torch.equal(module(spoilt, prompt_lengths, response_lengths), clean)
+
+
+def test_the_gradient_is_that_of_each_row_alone(model, rows):
+    prompts, responses = rows
+    module = logprob_module(model)
+    weight = model.get_input_embeddings().weight
+
+    def gradient(picked):
+        model.zero_grad()
+        batch = pad_rows([prompts[i] for i in picked], [responses[i] for i in picked], pad_token_id=PAD)
+        module(*batch).sum().backward()
+        return weight.grad.clone()
+
+    together = gradient(range(len(prompts)))
+    apart = sum(gradient([i]) for i in range(len(prompts)))
+    assert float(apart.abs().max()) > 0.1
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def value_module(model):
+    critic = Critic(model.base_model)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        critic.value_head.weight.copy_(torch.randn(critic.value_head.weight.shape, generator=generator))
+        critic.value_head.bias.fill_(0.5)
+    return ValueModel(critic, compute_dtype=torch.float32)
+
+
+def test_values_are_of_the_state_before_each_response_token(model, rows):
+    """The first value reads the prompt alone; the last does not see the last token."""
+    prompts, responses = rows
+    module = value_module(model)
+    head = module.model.value_head
+    with torch.no_grad():
+        values = module(*pad_rows(prompts, responses, pad_token_id=PAD))
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            for t in range(len(response)):
+                seen = torch.tensor(np.concatenate([prompt, response[:t]]), dtype=torch.int64)[None]
+                hidden = model.base_model(input_ids=seen, use_cache=False).last_hidden_state[0, -1]
+                expected = float(hidden.double() @ head.weight[0].double() + head.bias[0].double())
+                assert float(values[row, t]) == pytest.approx(expected, abs=2e-5)
+            assert (values[row, len(response) :] == 0).all()
+
+
+def test_bfloat16_is_autocast_and_close(model, rows):
+    prompts, responses = rows
+    batch = pad_rows(prompts, responses, pad_token_id=PAD)
+    with torch.no_grad():
+        exact = logprob_module(model)(*batch)
+        rough = logprob_module(model, compute_dtype=torch.bfloat16)(*batch)
+    assert rough.dtype == torch.float32
+    assert 0 < float((rough - exact).abs().max()) < 0.2
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_pad_rows_pad_tokens_and_the_mask_by_hand():
+    prompts, responses = [np.array([5]), np.array([6, 7, 8])], [np.array([1, 2]), np.array([3])]
+    input_ids, prompt_lengths, response_lengths = pad_rows(prompts, responses, pad_token_id=9)
+    assert input_ids.tolist() == [[5, 1, 2, 9], [6, 7, 8, 3]]
+    assert prompt_lengths.tolist() == [1, 3] and response_lengths.tolist() == [2, 1]
+    assert action_mask(response_lengths).tolist() == [[True, True], [True, False]]
+    padded = pad_tokens([np.array([0.5, -1], np.float32), np.array([2], np.float32)])
+    assert padded.tolist() == [[0.5, -1], [2, 0]] and padded.dtype == torch.float32

@@ -1,0 +1,471 @@
+"""The PPO loop: the order of things on scripted roles, and the arithmetic on the real ones in one process."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from in_process import LocalRoles
+from tiny import tiny_recipe, write_start
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import UserError
+from rlhf_ray.loop import (
+    LoopHooks,
+    LoopState,
+    MismatchError,
+    PPOLoop,
+    StepKnobs,
+    cut_units,
+    ppo_step,
+    step_prompts,
+    sum_over_ranks,
+)
+from rlhf_ray.run_folder import RunFolder
+
+# -- scripted roles ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Handle:
+    """A verb's result before it is there."""
+
+    verb: str
+    value: object = None
+
+
+@dataclass
+class ScriptedRoles:
+    """Every role in one: writes down what is asked of it, and answers from the script."""
+
+    mismatch: float = 0.0
+    kl: float = 1.0
+    eval_scores: list[float] = field(default_factory=lambda: [0.0] * 100)
+    broken: str = ""  # waiting for this verb's handles fails
+    events: list[tuple] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
+    waited: list[Handle] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.generation = self.reward = self.reference = self.policy = self.critic = self.assembler = self
+
+    def _answer(self, verb, *values):
+        made = [Handle(verb, value) for value in values]
+        self.handles += made
+        return made
+
+    def _log(self, verb, *what):
+        self.events.append((verb, *what))
+
+    def verbs(self):
+        return [event[0] for event in self.events]
+
+    def generate(self, units):
+        self._log("generate", units)
+        return self._answer("generate", *units)
+
+    def load_weights(self, weights, policy_version):
+        self._log("load_weights", policy_version)
+        assert [handle.verb for handle in weights] == ["weights"]
+        return self._answer("load_weights", policy_version)
+
+    def score(self, rollouts):
+        self._log("score")
+        return self._answer("score", *([1.0] for _ in rollouts))
+
+    def texts(self, rollout, count):
+        return self._answer("texts", [("prompt", "response")])[0]
+
+    def logprobs(self, rollouts):
+        self._log("logprobs")
+        return self._answer("logprobs", *rollouts)
+
+    def values(self, rollouts):
+        self._log("values")
+        return self._answer("values", *rollouts)
+
+    def assemble(self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef):
+        self._log("assemble", kl_coef)
+        parts = rollouts, scores, ref_logprobs, old_logprobs, old_values
+        verbs = [{handle.verb for handle in part} for part in parts]
+        assert verbs == [{"generate"}, {"score"}, {"logprobs"}, {"logprobs"}, {"values"}]
+        stats = {"policy/mismatch_max": self.mismatch, "objective/kl": self.kl}
+        return self._answer("assemble", stats)[0], ["policy shard"], ["critic shard"]
+
+    def update(self, shards, learning_rate):
+        self._log("update", *shards, learning_rate)
+        return self._answer("update", {"policy/loss": 0.5})
+
+    def weights(self):
+        self._log("weights")
+        return self._answer("weights", None)
+
+    def evaluate(self, rollouts, scores, ref_logprobs):
+        self._log("evaluate")
+        return self._answer("evaluate", {"eval/score": self.eval_scores.pop(0)})[0]
+
+    def wait(self, handles, what):
+        self.waited += handles
+        if any(handle.verb == self.broken for handle in handles):
+            raise UserError(f"{self.broken} failed in {what}")
+
+    def get(self, handles, what):
+        self.wait(handles, what)
+        return [handle.value for handle in handles]
+
+
+@dataclass
+class Diary:
+    """Hooks that write down what the controller tells them."""
+
+    records: list[tuple] = field(default_factory=list)
+    saves: list[LoopState] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    stop_after: int | None = None
+
+    def hooks(self):
+        return LoopHooks(
+            record=lambda step, metrics: self.records.append((step, dict(metrics))),
+            samples=lambda step, texts, scores: self.samples.append(step),
+            save=self.saves.append,
+            save_best=lambda state: self.best.append(state.step),
+            stop_requested=lambda: self.stop_after is not None and max(self.steps(), default=-1) >= self.stop_after,
+        )
+
+    def steps(self):
+        return [step for step, _ in self.records]
+
+
+def scripted_loop(roles, diary, state=None, prompts=10, **knobs):
+    config = PPOConfig(**{"steps": 7, "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
+                          "eval_every": 3, "eval_prompts": 3, "checkpoint_every": 2, **knobs})
+    return PPOLoop(roles, config, diary.hooks(), state or LoopState(kl_coef=config.kl_coef), prompts=prompts,
+                   eval_prompts=3, chunk_size=3, seed=0)
+
+
+def training_units(roles):
+    return [unit for verb, *what in roles.events if verb == "generate" for unit in what[0] if not unit.evaluation]
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_each_prompt_at_most_once_and_the_next_is_in_another_order():
+    steps = [step_prompts(step, prompts=12, batch=4, seed=5) for step in range(9)]
+    epochs = [steps[i : i + 3] for i in (0, 3, 6)]
+    for epoch in epochs:
+        assert sorted(prompt for batch in epoch for prompt in batch) == list(range(12))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert step_prompts(0, 12, 4, seed=5) != step_prompts(0, 12, 4, seed=6)
+
+
+def test_the_rest_of_an_epoch_is_left_out_and_no_prompt_is_forgotten_for_ever():
+    steps = [step_prompts(step, prompts=10, batch=4, seed=0) for step in range(40)]
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert len({*first, *second}) == 8
+    assert {prompt for step in steps for prompt in step} == set(range(10))
+
+
+def test_units_hold_every_sample_of_every_prompt_once_in_chunks():
+    units = cut_units(5, [9, 4, 7], samples=2, chunk_size=4)
+    assert [(unit.prompt_indices, unit.sample_indices) for unit in units] == [
+        ((9, 9, 4, 4), (0, 1, 0, 1)), ((7, 7), (0, 1))]
+    assert [(unit.step, unit.chunk, unit.evaluation) for unit in units] == [(5, 0, False), (5, 1, False)]
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def knobs(**values):
+    return StepKnobs(**{"step": 4, "kl_coef": 0.1, "learning_rate": 0.5, "critic_learning_rate": 0.25,
+                        "max_mismatch": 0.5, **values})
+
+
+def test_a_step_rolls_out_assembles_updates_and_syncs():
+    roles = ScriptedRoles()
+    ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+    assert roles.verbs() == ["generate", "score", "logprobs", "logprobs", "values", "assemble",
+                             "update", "update", "weights", "load_weights"]
+    assert roles.events[5:] == [("assemble", 0.1), ("update", "policy shard", 0.5), ("update", "critic shard", 0.25),
+                                ("weights",), ("load_weights", 5)]
+
+
+def test_a_step_drops_no_handle():
+    """A failed call whose handle nobody waits for would be a silent loss: a lost load_weights means stale rollouts."""
+    roles = ScriptedRoles()
+    ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+    assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+
+
+@pytest.mark.parametrize("verb", ["generate", "score", "logprobs", "values", "assemble", "update", "weights",
+                                  "load_weights"])
+def test_a_failure_of_any_verb_ends_the_step(verb):
+    with pytest.raises(UserError, match=f"{verb} failed"):
+        ppo_step(ScriptedRoles(broken=verb), cut_units(4, range(6), 1, 3), knobs())
+
+
+@pytest.mark.parametrize("mismatch", [0.51, math.inf, math.nan])
+def test_the_mismatch_gate_stands_before_the_update(mismatch):
+    roles = ScriptedRoles(mismatch=mismatch)
+    with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
+        ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+    assert roles.verbs()[-1] == "assemble"
+
+
+def test_statistics_add_up_over_ranks_but_for_the_gradient_norm():
+    parts = [{"policy/loss": 1.0, "policy/grad_norm": 3.0}, {"policy/loss": 2.0, "policy/grad_norm": 3.0}]
+    assert sum_over_ranks(parts) == {"policy/loss": 3.0, "policy/grad_norm": 3.0}
+
+
+# -- the controller ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due():
+    roles, diary = ScriptedRoles(), Diary()
+    assert scripted_loop(roles, diary).run()
+    assert diary.steps() == list(range(8))
+    assert [step for step, metrics in diary.records if "eval/score" in metrics] == [0, 3, 6, 7] == diary.samples
+    assert [state.step for state in diary.saves] == [2, 4, 6, 7]
+    assert [event[1] for event in roles.events if event[0] == "load_weights"] == list(range(8))
+
+
+def test_a_stop_request_ends_the_loop_with_a_checkpoint():
+    diary = Diary(stop_after=3)
+    loop = scripted_loop(ScriptedRoles(), diary)
+    assert not loop.run()
+    assert loop.state.step == 3 and [state.step for state in diary.saves] == [2, 3]
+
+
+def test_a_step_is_saved_once():
+    """Saving again would take the checkpoint away for a moment, and with it the run if the machine fails then."""
+    diary = Diary(stop_after=4)
+    assert not scripted_loop(ScriptedRoles(), diary).run()
+    resumed = Diary(stop_after=-1)
+    assert not scripted_loop(ScriptedRoles(), resumed, diary.saves[-1]).run()
+    assert [state.step for state in diary.saves] == [2, 4] and resumed.saves == []
+
+
+def test_a_stop_before_the_first_step_leaves_a_checkpoint_too():
+    diary = Diary(stop_after=0)
+    assert not scripted_loop(ScriptedRoles(), diary).run()
+    assert [state.step for state in diary.saves] == [0]
+
+
+def test_a_long_step_makes_a_checkpoint_overdue():
+    diary = Diary()
+    scripted_loop(ScriptedRoles(), diary, checkpoint_every=100, checkpoint_minutes=1e-9).run()
+    assert [state.step for state in diary.saves] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_resumed_loop_does_what_the_undisturbed_one_would(stop_after):
+    knobs = {"adaptive_kl": {"target": 2.0, "horizon": 10}, "samples_per_prompt": 2, "minibatch_size": 8}
+    scores = [1.0, 0.5, 2.0, 1.5]
+
+    def run(roles, diary, state=None):
+        scripted_loop(roles, diary, state, **knobs).run()
+        return [(verb, *what) for verb, *what in roles.events if verb in ("generate", "update", "assemble", "evaluate")]
+
+    whole = Diary()
+    undisturbed = run(ScriptedRoles(kl=3.0, eval_scores=scores[:]), whole)
+    first, second = Diary(stop_after=stop_after), Diary()
+    before = run(ScriptedRoles(kl=3.0, eval_scores=scores[:]), first)
+    left = scores[sum(event[0] == "evaluate" for event in before):]
+    state = LoopState.from_json(json.loads(json.dumps(first.saves[-1].to_json())))
+    roles = ScriptedRoles(kl=3.0, eval_scores=left)
+    assert before + run(roles, second, state) == undisturbed
+    assert roles.events[1] == ("load_weights", stop_after)
+    assert first.steps() + second.steps() == whole.steps()
+    assert second.saves[-1] == whole.saves[-1]
+    assert first.best + second.best == whole.best
+
+
+def test_learning_rates_fall_linearly_or_stay():
+    def rates(**knobs):
+        roles = ScriptedRoles()
+        scripted_loop(roles, Diary(), steps=4, learning_rate=0.4, critic_learning_rate=0.8, **knobs).run()
+        return [event[2] for event in roles.events if event[0] == "update"]
+
+    assert rates() == pytest.approx([0.4, 0.8, 0.3, 0.6, 0.2, 0.4, 0.1, 0.2])
+    assert rates(anneal=False) == [0.4, 0.8] * 4
+
+
+def test_the_adaptive_coefficient_follows_the_kl_and_a_fixed_one_stays():
+    """kl 3 against a target of 2: the error 0.5 is clipped to 0.2; 4 episodes of a horizon of 10: 1.08 a step."""
+    def coefficients(**knobs):
+        roles, diary = ScriptedRoles(kl=3.0), Diary()
+        scripted_loop(roles, diary, steps=3, kl_coef=0.1, **knobs).run()
+        return [event[1] for event in roles.events if event[0] == "assemble"], diary.saves[-1].kl_coef
+
+    used, after = coefficients(adaptive_kl={"target": 2.0, "horizon": 10})
+    assert used == pytest.approx([0.1, 0.108, 0.11664]) and after == pytest.approx(0.1259712)
+    assert coefficients() == ([0.1] * 3, 0.1)
+
+
+def test_the_best_policy_is_kept():
+    diary = Diary()
+    loop = scripted_loop(ScriptedRoles(eval_scores=[1.0, 3.0, 2.0, 3.0]), diary)
+    loop.run()
+    assert diary.best == [3] and (loop.state.best_step, loop.state.best_score) == (3, 3.0)
+
+
+def test_the_state_survives_json_before_the_first_evaluation_too():
+    for state in (LoopState(kl_coef=0.3), LoopState(step=4, kl_coef=0.1 + 0.2, best_score=1 / 3, best_step=2)):
+        assert LoopState.from_json(json.loads(json.dumps(state.to_json(), allow_nan=False))) == state
+
+
+def test_every_step_trains_on_its_own_prompts():
+    roles = ScriptedRoles()
+    scripted_loop(roles, Diary(), steps=6, prompts=12).run()
+    units = training_units(roles)
+    for epoch in ((0, 1, 2), (3, 4, 5)):
+        rows = [row for unit in units if unit.step in epoch for row in unit.prompt_indices]
+        assert sorted(rows) == list(range(12))
+
+
+# -- the real roles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("loop")))
+
+
+def real_loop(recipe, roles, diary, state=None):
+    return PPOLoop(roles, recipe.ppo, diary.hooks(), state or LoopState(kl_coef=recipe.ppo.kl_coef), prompts=16,
+                   eval_prompts=6, chunk_size=recipe.generation.chunk_size, seed=recipe.seed)
+
+
+def run_real(recipe, folder, **kwargs):
+    roles, diary = LocalRoles(recipe, folder, **kwargs), Diary()
+    real_loop(recipe, roles, diary).run()
+    return roles, diary
+
+
+def differing(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_the_first_minibatch_has_ratio_one_exactly_at_equal_padding(folder):
+    """Chunk, microbatch and minibatch are one batch of the same rows, so old and new log-probs are the same numbers."""
+    recipe = tiny_recipe(ppo={"steps": 2, "minibatch_size": 8, "microbatch_size": 8}, generation={"chunk_size": 8})
+    _, diary = run_real(recipe, folder)
+    for _, metrics in diary.records[1:]:
+        assert metrics["first_policy/ratio"] == 1.0
+        assert metrics["first_policy/approx_kl"] == 0.0
+        assert metrics["first_policy/clip_frac"] == metrics["first_value/clip_frac"] == 0.0
+        assert metrics["policy/approx_kl"] > 0.0  # the second epoch sees another policy
+
+
+def test_the_first_minibatch_has_ratio_one_to_rounding_at_unequal_padding(folder):
+    _, diary = run_real(tiny_recipe(ppo={"steps": 2}), folder)
+    lengths = {metrics["objective/response_length"] for _, metrics in diary.records[1:]}
+    assert not any(length.is_integer() for length in lengths), "responses of one length would prove nothing"
+    for step, metrics in diary.records[1:]:
+        assert metrics["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert abs(metrics["first_policy/approx_kl"]) < 1e-6
+        assert metrics["policy/mismatch_max"] < 1e-5, "generator and policy agree, also after the sync"
+        assert metrics["rollout/policy_version_min"] == step - 1
+
+
+def test_at_a_lower_temperature_generator_policy_and_reference_agree(folder):
+    _, diary = run_real(tiny_recipe(ppo={"steps": 2}, generation={"temperature": 0.6}), folder)
+    first, second = (metrics for _, metrics in diary.records[1:])
+    assert max(first["policy/mismatch_max"], second["policy/mismatch_max"]) < 1e-5
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4), "the policy starts at the reference"
+    assert second["objective/kl"] != pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    roles, diary = run_real(tiny_recipe(), folder)
+    return roles.weights(), diary
+
+
+def test_training_moves_both_models(folder, undisturbed):
+    start = LocalRoles(tiny_recipe(), folder).weights()
+    assert len(differing(start, undisturbed[0])) == len(start)
+
+
+def test_it_does_not_matter_which_actor_a_chunk_goes_to(folder, undisturbed):
+    roles, diary = run_real(tiny_recipe(), folder, actors=3)
+    assert differing(roles.weights(), undisturbed[0]) == []
+    scores = [[metrics["objective/score"] for _, metrics in each.records[1:]] for each in (diary, undisturbed[1])]
+    assert scores[0] == scores[1]
+
+
+def test_evaluating_does_not_disturb_training(folder, undisturbed):
+    roles, _ = run_real(tiny_recipe(ppo={"eval_every": 1}), folder)
+    assert differing(roles.weights(), undisturbed[0]) == []
+
+
+def test_evaluation_draws_the_same_responses_from_the_same_policy(folder):
+    roles = LocalRoles(tiny_recipe(), folder)
+    drawn = []
+    for step in (0, 3):
+        rollouts = roles.generation.generate(cut_units(step, range(6), 1, 4, evaluation=True))
+        drawn.append([ids.tolist() for rollout in rollouts for ids in rollout.sequences.responses()])
+    training = roles.generation.generate(cut_units(0, range(6), 1, 4))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != [ids.tolist() for rollout in training for ids in rollout.sequences.responses()]
+
+
+def test_samples_of_a_prompt_differ(folder):
+    roles = LocalRoles(tiny_recipe(), folder)
+    (rollout,) = roles.generation.generate(cut_units(0, [3], 4, 4))
+    assert len({tuple(ids) for ids in rollout.sequences.responses()}) > 1
+    assert len({tuple(ids) for ids in rollout.sequences.prompts()}) == 1
+
+
+def test_a_resumed_run_ends_in_the_same_weights(folder, undisturbed):
+    """What a checkpoint holds (weights, optimiser, the controller's state) is all there is: the rest is made anew."""
+    recipe = tiny_recipe()
+    before, diary = LocalRoles(recipe, folder), Diary(stop_after=1)
+    assert not real_loop(recipe, before, diary).run()
+    after, rest = LocalRoles(recipe, folder), Diary()
+    for old, new in zip(before.engines, after.engines, strict=True):
+        new.module.load_state_dict(old.module.state_dict())
+        new.optimizer.load_state_dict(copy.deepcopy(old.optimizer.state_dict()))
+    assert real_loop(recipe, after, rest, diary.saves[-1]).run()
+    assert differing(after.weights(), undisturbed[0]) == []
+    assert diary.steps() + rest.steps() == undisturbed[1].steps()
+
+
+def test_a_generator_on_stale_weights_stops_the_run(folder):
+    """Weights that got lost on the way must not go unnoticed."""
+    recipe = tiny_recipe(ppo={"learning_rate": 3e-2, "max_mismatch": 1e-3})
+    roles, diary = LocalRoles(recipe, folder), Diary()
+    roles.generation.synced = False
+    with pytest.raises(MismatchError):
+        real_loop(recipe, roles, diary).run()
+    assert diary.steps() == [0, 1]
+
+
+def count_t(prompts, responses):
+    """A reward that is easy to raise: the share of one letter."""
+    return [text.count("t") for text in responses]
+
+
+def test_the_score_rises(folder):
+    recipe = tiny_recipe(
+        generation={"stop": (), "chunk_size": 16},
+        ppo={"steps": 25, "rollout_batch_size": 16, "samples_per_prompt": 2, "minibatch_size": 32,
+             "microbatch_size": 32, "ppo_epochs": 3, "learning_rate": 5e-3, "critic_learning_rate": 5e-3,
+             "kl_coef": 0.01, "missing_eos_penalty": 0, "eval_every": 25, "checkpoint_every": 100,
+             "reward_function": "test_loop:count_t"},
+    )
+    _, diary = run_real(recipe, folder)
+    scores = [metrics["objective/score"] for _, metrics in diary.records[1:]]
+    assert sum(scores[-5:]) / 5 > 4 * max(sum(scores[:5]) / 5, 0.1), scores
