@@ -129,7 +129,8 @@ class RewardConfig(TrainConfig):
     """A reward model (TRL's RewardTrainer). Also the form of the independent judge."""
 
     objective: Literal["pairs", "scores"] = knob("pairs", "Bradley-Terry on pairs, or regression to people's scores")
-    base: str = knob("sft", "start from 'sft' (the stage's model), 'model' (the recipe's model, before SFT) or a folder / hub name")
+    base: str = knob("sft", "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
+                     "or a folder / hub name")
     truncate_reply: Literal["left", "right", "drop"] = knob("drop", "side of a reply that is cut when its row exceeds max_length, or drop the row")
     learning_rate: float = knob(1e-4, "peak learning rate of AdamW", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
@@ -272,7 +273,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        ppo, ranks = self.ppo, self.resources.policy.actors
+        ppo = self.ppo
         for role, ranks in (("policy", self.resources.policy.actors), ("critic", self.resources.critic.actors)):
             per_rank = exact_div(ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors")
             exact_div(per_rank, min(ppo.microbatch_size, per_rank),
@@ -281,6 +282,10 @@ class Recipe(Section):
             raise ValueError("reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them")
         if self.reward is None and ppo.critic_init == "reward":
             raise ValueError("ppo.critic_init is 'reward' but reward is null; set ppo.critic_init to 'sft'")
+        for name in ("reward", "judge"):
+            stage = getattr(self, name)
+            if stage is not None and stage.base == "fluency" and self.fluency is None:
+                raise ValueError(f"{name}.base is 'fluency', but fluency is null; set the section fluency or {name}.base to 'sft'")
         if self.model.is_from_scratch:
             if self.sft is None:
                 raise ValueError("model.name_or_path is 'from_scratch' and sft is null: nothing would train the model; set sft")

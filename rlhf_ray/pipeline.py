@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe_file import check_resume, write_recipe

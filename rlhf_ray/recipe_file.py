@@ -80,7 +80,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):
+    if isinstance(value, str) and value == text.strip():  # what stands in quotes is meant as text
         value = _number(value)
     *parents, last = key.strip().split(".")
     for part in parents:

@@ -337,7 +337,7 @@ def test_local_data_is_named_or_refused(tmp_path, monkeypatch):
 
     Path("out2").mkdir()
     items = upload.stage(with_root, Path("out2"), run_dir="/runs/x", data=[Path("mine")])
-    assert [item.what for item in items] == ["code", "recipe", "data"]
+    assert [item.what for item in items] == ["code", "resolved recipe", "data"]
     assert yaml.safe_load(Path("out2/recipe.yaml").read_text())["data"]["root"] == "/runs/x/uploads/mine"
     assert Path("out2/uploads/mine/rows.jsonl").is_file() and Path("out2/rlhf_ray/config.py").is_file()
     assert not list(Path("out2").rglob("__pycache__"))
@@ -351,9 +351,10 @@ def test_local_data_is_named_or_refused(tmp_path, monkeypatch):
 
 def test_what_the_cluster_can_see_stays_where_it_is(tmp_path):
     hub_and_nfs = recipe(data={"sft": [{"path": "some/hub-name"}, {"path": str(tmp_path)}]})
-    items = upload.stage(hub_and_nfs, _empty(tmp_path), run_dir="/runs/x")
-    assert [item.what for item in items] == ["code", "recipe"]
-    sources = yaml.safe_load(items[1].path.read_text())["data"]["sft"]
+    folder = _empty(tmp_path)
+    items = upload.stage(hub_and_nfs, folder, run_dir="/runs/x")
+    assert [item.what for item in items] == ["code", "resolved recipe"]
+    sources = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["sft"]
     assert [source["path"] for source in sources] == ["some/hub-name", str(tmp_path)]
 
 

@@ -163,7 +163,7 @@ def test_commands_that_do_not_exist_are_found():
         parse("train demo")
     with pytest.raises(Exception, match="No such option"):
         parse("run demo --steps 3")
-    with pytest.raises(Exception, match="Missing option"):
+    with pytest.raises(Exception, match="Missing"):
         parse("submit demo")
     with pytest.raises(AssertionError, match="unknown key"):
         known_override("ppo.kl_coeff=1")
@@ -229,6 +229,11 @@ def test_code_that_is_named_is_there(document):
     assert not missing
     if document == "REPORT.md":
         assert len([name for _, name in named if name]) > 60
+
+
+def test_every_paper_that_the_report_cites_has_its_address():
+    text = text_of("REPORT.md")
+    assert set(re.findall(r"\[(\d{4}\.\d{5})\](?!:)", text)) == set(re.findall(r"^\[([\d.]+)\]: ", text, re.MULTILINE))
 
 
 def test_the_report_writes_its_formulas_in_pairs_of_dollars():

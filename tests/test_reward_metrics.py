@@ -56,7 +56,7 @@ def test_average_ranks_with_ties():
 
 
 def test_pearson_by_hand():
-    # x - mean = (-1.5, -.5, .5, 1.5), y - mean = (-1, -2, 2, 1): products 1.5 + 1 + 1 + 1.5 = 5; norms sqrt(5), sqrt(10)
+    # x - mean = (-1.5, -.5, .5, 1.5), y - mean = (-1, -2, 2, 1): products 1.5 + 1 + 1 + 1.5; norms sqrt(5), sqrt(10)
     assert pearson(np.array([1, 2, 3, 4]), np.array([2, 1, 5, 4])) == pytest.approx(5 / math.sqrt(50))
     assert math.isnan(pearson(np.ones(3), np.arange(3)))
 
@@ -82,6 +82,7 @@ def test_figures_hold_every_measure():
     figures = pair_figures(np.array([1.0, 2.0]), np.array([0.0, 3.0]), np.array([4, 4]), np.array([3, 3]))
     assert figures["accuracy"] == 0.5 and figures["longer_accuracy"] == 1.0 and figures["pairs"] == 2
     human = np.array([1, 3, 8, 10])
-    figures = score_figures(human * 0.1, human, np.array([9, 5, 3, 1]), seed=0)
+    figures = score_figures(human * 0.1 - 0.2, human, np.array([9, 5, 3, 1]), seed=0, middle=5.5)
+    assert figures["sign_accuracy"] == 0.75  # 3 is below 5.5, but predicted above 0
     assert figures["accuracy"] == 1.0 and figures["longer_accuracy"] == 0.0
     assert figures["pearson"] == pytest.approx(1) and figures["spearman"] == pytest.approx(1)

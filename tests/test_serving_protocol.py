@@ -277,7 +277,9 @@ def test_chat_uses_the_tokenizers_template(served, tokenizer):
 
 # ---- errors
 
+TEXT = {"model": "tiny", "prompt": "x"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -286,35 +288,59 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
         ("completions", {"prompt": "x"}, 400, "model", "missing_required_parameter"),
         ("completions", {"model": "tiny"}, 400, "prompt", "missing_required_parameter"),
         ("completions", {"model": "other", "prompt": "x"}, 404, "model", "model_not_found"),
-        ("completions", {"model": "tiny", "prompt": "x", "max_tokenz": 3}, 400, "max_tokenz", "unknown_parameter"),
-        ("completions", {"model": "tiny", "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "max_tokens": "5"}, 400, "max_tokens", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "max_tokens": 81}, 400, "max_tokens", None),
-        ("completions", {"model": "tiny", "prompt": [7] * 40, "max_tokens": 60}, 400, "max_tokens", "context_length_exceeded"),
-        ("completions", {"model": "tiny", "prompt": [7] * 96}, 400, "prompt", "context_length_exceeded"),
-        ("completions", {"model": "tiny", "prompt": [320]}, 400, "prompt", None),
-        ("completions", {"model": "tiny", "prompt": [-1]}, 400, "prompt[0]", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": []}, 400, "prompt", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": ["a", 5]}, 400, "prompt[1]", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": ["a"] * 5}, 400, "prompt", None),
-        ("completions", {"model": "tiny", "prompt": "x", "n": 9}, 400, "n", None),
-        ("completions", {"model": "tiny", "prompt": "x", "temperature": 2.1}, 400, "temperature", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "top_p": 0}, 400, "top_p", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "stop": ["a", ""]}, 400, "stop[1]", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "stop": list("abcde")}, 400, "stop", None),
-        ("completions", {"model": "tiny", "prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
-        ("completions", {"model": "tiny", "prompt": "x", "logprobs": 5}, 400, "logprobs", "invalid_value"),
-        ("completions", {"model": "tiny", "prompt": "x", "stream_options": {}}, 400, "stream_options", None),
+        ("completions", TEXT | {"max_tokenz": 3}, 400, "max_tokenz", "unknown_parameter"),
+        ("completions", TEXT | {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ("completions", TEXT | {"max_tokens": "5"}, 400, "max_tokens", "invalid_value"),
+        ("completions", TEXT | {"max_tokens": 81}, 400, "max_tokens", None),
+        ("completions", TEXT | {"prompt": [7] * 40, "max_tokens": 60}, 400, "max_tokens", "context_length_exceeded"),
+        ("completions", TEXT | {"prompt": [7] * 96}, 400, "prompt", "context_length_exceeded"),
+        ("completions", TEXT | {"prompt": [320]}, 400, "prompt", None),
+        ("completions", TEXT | {"prompt": [-1]}, 400, "prompt[0]", "invalid_value"),
+        ("completions", TEXT | {"prompt": []}, 400, "prompt", "invalid_value"),
+        ("completions", TEXT | {"prompt": ["a", 5]}, 400, "prompt[1]", "invalid_value"),
+        ("completions", TEXT | {"prompt": ["a"] * 5}, 400, "prompt", None),
+        ("completions", TEXT | {"n": 9}, 400, "n", None),
+        ("completions", TEXT | {"temperature": 2.1}, 400, "temperature", "invalid_value"),
+        ("completions", TEXT | {"top_p": 0}, 400, "top_p", "invalid_value"),
+        ("completions", TEXT | {"stop": ["a", ""]}, 400, "stop[1]", "invalid_value"),
+        ("completions", TEXT | {"stop": list("abcde")}, 400, "stop", None),
+        ("completions", TEXT | {"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
+        ("completions", TEXT | {"logprobs": 5}, 400, "logprobs", "invalid_value"),
+        ("completions", TEXT | {"stream_options": {}}, 400, "stream_options", None),
         ("completions", [1], 400, None, None),
-        ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "invalid_value"),
-        ("chat/completions", {"model": "tiny", "messages": "hi"}, 400, "messages", "invalid_value"),
-        ("chat/completions", {"model": "tiny", "messages": [{"role": "user"}]}, 400, "messages[0].content", "missing_required_parameter"),
-        ("chat/completions", {"model": "tiny", "messages": [{"role": "wizard", "content": "x"}]}, 400, "messages[0].role", "invalid_value"),
-        ("chat/completions", {"model": "tiny", "messages": [{"role": "system", "content": "x"}]}, 400, "messages", "invalid_value"),
+        ("chat/completions", CHAT | {"messages": []}, 400, "messages", "invalid_value"),
+        ("chat/completions", CHAT | {"messages": "hi"}, 400, "messages", "invalid_value"),
+        (
+            "chat/completions",
+            CHAT | {"messages": [{"role": "user"}]},
+            400,
+            "messages[0].content",
+            "missing_required_parameter",
+        ),
+        (
+            "chat/completions",
+            CHAT | {"messages": [{"role": "wizard", "content": "x"}]},
+            400,
+            "messages[0].role",
+            "invalid_value",
+        ),
+        (
+            "chat/completions",
+            CHAT | {"messages": [{"role": "system", "content": "x"}]},
+            400,
+            "messages",
+            "invalid_value",
+        ),
         ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        (
+            "chat/completions",
+            CHAT | {"response_format": {"type": "json_object"}},
+            400,
+            "response_format",
+            "unsupported_parameter",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_get_openai_error_bodies(served, path, body, status, param, code):
     response = send(served, "POST", f"/v1/{path}", json=body)
     error = response.json()["error"]
@@ -324,13 +350,24 @@ def test_bad_requests_get_openai_error_bodies(served, path, body, status, param,
     assert error["message"] and "Traceback" not in error["message"]
 
 
-@pytest.mark.parametrize("extreme", [{"top_k": 2**31 - 1}, {"temperature": 1e-300}, {"temperature": 2, "top_p": 1e-300},
-                                     {"min_p": 0.999}, {"seed": -(2**63)}, {"seed": 2**63 - 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**31 - 1},
+        {"temperature": 1e-300},
+        {"temperature": 2, "top_p": 1e-300},
+        {"min_p": 0.999},
+        {"seed": -(2**63)},
+        {"seed": 2**63 - 1},
+    ],
+)
 def test_extreme_settings_harm_nobody(served, extreme):
     async def talk(client):
         settings = {"prompt": "the", "model": "tiny", "max_tokens": 6}
-        return await asyncio.gather(client.completions.create(**settings, temperature=0),
-                                    client.completions.create(**settings, extra_body=extreme))  # fmt: skip
+        return await asyncio.gather(
+            client.completions.create(**settings, temperature=0),
+            client.completions.create(**settings, extra_body=extreme),
+        )
 
     plain, odd = ask(served, talk)
     assert plain.usage.completion_tokens > 0 and odd.usage.completion_tokens > 0
@@ -361,14 +398,19 @@ def test_fields_that_ask_for_nothing_are_accepted(served):
         ("GET", "/docs", {}, 404, "unknown_url"),
         ("GET", "/v1/completions", {}, 405, "method_not_allowed"),
         ("GET", "/v1/models/other", {}, 404, "model_not_found"),
-        ("POST", "/v1/completions", {"content": b"{", "headers": {"content-type": "application/json"}}, 400, None),
-        ("POST", "/v1/completions", {"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 400, None),
-        ("POST", "/v1/completions", {"content": b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
-                                     "headers": {"content-type": "application/json"}}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"content": b"{", "headers": JSON}, 400, None),
+        ("POST", "/v1/completions", {"content": b"\xff\xfe", "headers": JSON}, 400, None),
+        (
+            "POST",
+            "/v1/completions",
+            {"content": b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "headers": JSON},
+            400,
+            "invalid_value",
+        ),
         ("POST", "/v1/completions", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, None),
         ("POST", "/v1/completions", {"content": b"x" * 20_001}, 413, "request_too_large"),
     ],
-)  # fmt: skip
+)
 def test_http_errors_get_openai_error_bodies(served, method, path, kwargs, status, code):
     response = send(served, method, path, **kwargs)
     assert response.status_code == status
@@ -478,9 +520,20 @@ def test_a_client_that_leaves_frees_its_rows(served, stream):
     runner, reader = served
     app = build_app(runner, reader, AppSettings(name="tiny", limits=LIMITS))
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 80, "n": 4, "stream": stream, "top_k": 1}).encode()
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/v1/completions",
-             "raw_path": b"/v1/completions", "query_string": b"", "root_path": "", "scheme": "http",
-             "headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1)}  # fmt: skip
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
     before = runner.stats()
 
     async def run():

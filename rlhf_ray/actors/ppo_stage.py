@@ -10,7 +10,15 @@ from pathlib import Path
 import ray
 
 from rlhf_ray import checkpoint
-from rlhf_ray.actors.groups import AssemblerHandle, CriticGroup, GenerationGroup, PolicyGroup, RayRoles, ReferenceGroup, RewardGroup
+from rlhf_ray.actors.groups import (
+    AssemblerHandle,
+    CriticGroup,
+    GenerationGroup,
+    PolicyGroup,
+    RayRoles,
+    ReferenceGroup,
+    RewardGroup,
+)
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.role_actors import (
     AssemblerActor,
@@ -21,7 +29,7 @@ from rlhf_ray.actors.role_actors import (
     RewardActor,
 )
 from rlhf_ray.actors.wait import Waiter
-from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import read_role
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.events import EventLog
@@ -107,13 +115,14 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         _check_critic_tokens(recipe, folder)
     with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
-        recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step if last else None, run_name=recipe.name,
+        # -1: from step 0 on everything is written again, whatever a run that died before its first checkpoint left.
+        recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step or -1, run_name=recipe.name,
     ) as metrics:  # fmt: skip
         if last is not None:
             waiter.get([*roles.policy.call("load", last), *roles.critic.call("load", last)], "loading the checkpoint")
         hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
         loop = PPOLoop(
-            roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
+            roles, _with_gate(recipe), hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
             chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
         )  # fmt: skip
         finished = loop.run()
@@ -122,6 +131,16 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         _save_model(recipe, roles, waiter, stage.model, loop.state)
     stage.finish({"steps": loop.state.step, "kl_coef": loop.state.kl_coef,
                   "best_step": loop.state.best_step, "best_score": loop.state.best_score})
+
+
+def _with_gate(recipe: Recipe) -> PPOConfig:
+    """The PPO section; its mismatch gate is open where sampling truncates.
+
+    The generator's log-probs are then those of the truncated distribution, the policy's are not: they differ by design.
+    """
+    generation = recipe.generation
+    truncates = generation.top_k > 0 or generation.top_p < 1 or generation.min_p > 0
+    return recipe.ppo.model_copy(update={"max_mismatch": float("inf")}) if truncates else recipe.ppo
 
 
 def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:

@@ -81,6 +81,7 @@ def write_random_run(recipe: Recipe, folder: RunFolder, *, prompts: int, length:
 
     from rlhf_ray.data.store import write_role
     from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
+    from rlhf_ray.models.tokenizer import word_tokenizer
 
     tokenizer = word_tokenizer(recipe.model.from_scratch.vocab_size)
     model = build_causal_lm(recipe.model, tokenizer, recipe.seed)
@@ -95,18 +96,6 @@ def write_random_run(recipe: Recipe, folder: RunFolder, *, prompts: int, length:
     rows = [{"prompt": " ".join(f"t{token}" for token in row)} for row in ids]
     for role in ("prompts", "eval_prompts"):
         write_role(folder, role, rows, ("prompt",))
-
-
-def word_tokenizer(vocab_size: int):
-    """One token a word t0, t1, ...: a prompt's length in tokens is its length in words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {f"t{i}": i for i in range(vocab_size - 2)} | {"<|eos|>": vocab_size - 2, "<|pad|>": vocab_size - 1}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", pad_token="<|pad|>")
 
 
 def show(result: dict, console: Console, *, as_json: bool) -> None:

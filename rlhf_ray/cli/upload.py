@@ -72,7 +72,7 @@ def stage(recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = 
         raise UserError(f"--data {unused}: no field of the recipe names it; set data.root or a source's path to it")
     resolved = Recipe.model_validate(settings)
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False))
-    return [*items, Item("recipe", folder / RECIPE_FILE, (folder / RECIPE_FILE).stat().st_size), *sent]
+    return [*items, Item("resolved recipe", Path(RECIPE_FILE), (folder / RECIPE_FILE).stat().st_size), *sent]
 
 
 def _copy(what: str, source: Path, target: Path) -> Item:

@@ -6,14 +6,13 @@ import os
 from datetime import timedelta
 
 
-
 def prepare_deepspeed(device_type: str) -> None:
     """Set what DeepSpeed reads at import: the accelerator, and no shared-memory op.
 
     On CPUs DeepSpeed compiles its shared-memory all-reduce with g++ at the first start, about a minute; gloo does the same
     work without it. Importing deepspeed here, in one place, keeps the flag ahead of every process group.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if device_type == "cpu" else "cuda")
+    os.environ["DS_ACCELERATOR"] = "cpu" if device_type == "cpu" else "cuda"
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

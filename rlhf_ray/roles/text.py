@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlhf_ray.types import Sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def decode_sequences(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> tuple[list[str], list[str]]:

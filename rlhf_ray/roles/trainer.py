@@ -13,7 +13,6 @@ from rlhf_ray.engines.forward import action_mask, pad_rows, pad_tokens
 from rlhf_ray.types import RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
 
-
 def microbatches(sequences: Sequences, microbatch_size: int) -> Iterator[slice]:
     for start in range(0, len(sequences), microbatch_size):
         yield slice(start, start + microbatch_size)

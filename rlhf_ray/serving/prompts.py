@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokens import encode_prompt
 from rlhf_ray.serving.api_errors import bad_request
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
 from rlhf_ray.serving.settings import Limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # In a plain dialogue the next turn ends a reply that EOS has not ended.
 PLAIN_CHAT_STOPS = ("\n\nUser:",)

@@ -16,6 +16,7 @@ from pathlib import Path
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import LoggingConfig
 
@@ -87,10 +88,11 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
     # for ever (the failure policy below allows none).
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; a preempted node is a dead one
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
     storage = folder.logs / "ray_train"
     storage.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder.path), "stage": stage},
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
@@ -185,6 +187,19 @@ def _explained(
         explained = RuntimeError(f"{stage} failed {RESTARTS + 1} times, the last time with: {error}\nIts log is {log}")
     explained.__cause__ = error
     return explained
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer without its placement-group cleaner.
+
+    That actor asks the state API whether the controller lives, and the API looks for a cluster by itself: with a second
+    one on the machine it asks the wrong one and removes our placement group under the worker; with none that has a
+    dashboard it holds up the end of every run. A placement group ends with the controller that made it anyhow.
+    """
+
+    def _create_default_callbacks(self):
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class _RecordFailures(UserCallback):

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from rlhf_ray.config import Recipe, RewardConfig
-from rlhf_ray.data.store import COLUMNS, has_role, read_role
+from rlhf_ray.data.store import COLUMNS, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, check_positions, load_reward_model
@@ -22,9 +22,9 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
 from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
-from rlhf_ray.supervised.rows import TokenRows, pair_rows, score_rows
+from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
-from rlhf_ray.supervised.trainer import StageTrainer, training_arguments
+from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
 
 SEEDS = {"reward": 2000, "judge": 3000}  # added to the recipe's: the two must not share a head or a data order
 ROW_MAKERS = {"pairs": pair_rows, "scores": score_rows}
@@ -62,23 +62,26 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
         args = training_arguments(
-            TrlRewardConfig, stage, config, stage_folder, dtype=dtype, seed=seed, disable_dropout=True
-        )
+            TrlRewardConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
+            disable_dropout=True,
+        )  # fmt: skip
         if config.objective == "pairs":
             return PairTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
         mean, deviation = standardisation(rows)
-        collator = ScoreCollator(tokenizer, mean=mean, deviation=deviation)
+        collator = ScoreCollator(tokenizer.pad_token_id, padding_of(model), mean=mean, deviation=deviation)
         return ScoreTrainer(
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
         )
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
-        figures = {}
-        if has_role(folder, f"{stage}_eval"):
-            held_out = _read(folder, stage, "eval", config)
+        figures: dict = {}
+        middle = standardisation(rows)[0] if config.objective == "scores" else 0.0
+        for part in _heldout_parts(folder, stage):
+            held_out = _read(folder, stage, part, config)
             held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
             held_out = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length)
-            figures = heldout_figures(trained, tokenizer, held_out, config, dtype=dtype, seed=seed)
+            found = heldout_figures(trained, tokenizer, held_out, config, dtype=dtype, seed=seed, middle=middle)
+            figures |= found if part == "eval" else {part.removeprefix("eval_"): found}
         if config.normalise_samples > 0:
             saved = folder.stage(stage).model
             scores = sample_scores(
@@ -96,17 +99,23 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     )  # fmt: skip
 
 
+def _heldout_parts(folder: RunFolder, stage: str) -> list[str]:
+    """'eval', and any further held-out set a builder made, e.g. 'eval_openings'."""
+    files = sorted(folder.data(f"{stage}_eval").parent.glob(f"{stage}_eval*.parquet"))
+    return [file.stem.removeprefix(f"{stage}_") for file in files]
+
+
 class ScoreCollator:
     """input_ids, score -> right-padded batch with the standardised score as its label."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, mean: float, deviation: float):
-        self.pad = DataCollatorWithPadding(tokenizer)
+    def __init__(self, pad_token_id: int, multiple: int, *, mean: float, deviation: float):
+        self.pad_token_id, self.multiple = pad_token_id, multiple
         self.mean, self.deviation = mean, deviation
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.pad([{"input_ids": row["input_ids"]} for row in rows])
+        ids, mask = padded([row["input_ids"] for row in rows], self.pad_token_id, self.multiple)
         scores = torch.tensor([row["score"] for row in rows], dtype=torch.float32)
-        return {**batch, "labels": (scores - self.mean) / self.deviation}
+        return {"input_ids": ids, "attention_mask": mask, "labels": (scores - self.mean) / self.deviation}
 
 
 def standardisation(rows: TokenRows) -> tuple[float, float]:
@@ -122,7 +131,7 @@ def standardisation(rows: TokenRows) -> tuple[float, float]:
 
 def heldout_figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: RewardConfig,
-    *, dtype: torch.dtype, seed: int,
+    *, dtype: torch.dtype, seed: int, middle: float,
 ) -> dict:  # fmt: skip
     """The reward model's figures on held-out rows (see `reward_metrics`), and the mean and deviation of its logits."""
     data = rows.dataset
@@ -139,7 +148,7 @@ def heldout_figures(
         figures, logits = pair_figures(chosen, rejected, long, short), np.concatenate([chosen, rejected])
     else:
         logits, lengths = score("input_ids")
-        figures = score_figures(logits, np.asarray(data["score"]), lengths, seed=seed)
+        figures = score_figures(logits, np.asarray(data["score"]), lengths, seed=seed, middle=middle)
     return {"eval_rows": len(data), **figures, "score_mean": float(logits.mean()), "score_std": float(logits.std())}
 
 
@@ -153,12 +162,7 @@ def raw_scores(
     scores = np.empty(len(rows), np.float32)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        longest = len(rows[places[-1]])
-        ids = torch.full((len(places), longest), pad_token_id, dtype=torch.int64)
-        mask = torch.zeros((len(places), longest), dtype=torch.int64)
-        for line, place in enumerate(places):
-            ids[line, : len(rows[place])] = torch.as_tensor(rows[place])
-            mask[line, : len(rows[place])] = 1
+        ids, mask = padded([rows[place] for place in places], pad_token_id, padding_of(model))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
         scores[places] = logits.squeeze(-1).float().cpu().numpy()
@@ -168,13 +172,13 @@ def raw_scores(
 def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, seed: int):
     """The model that training starts from, with a fresh head, and its tokenizer."""
     trust = recipe.model.trust_remote_code
-    sft = folder.stage("sft").model
-    if config.base in ("sft", "model"):
+    if config.base in ("sft", "fluency", "model"):
         tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
-        if config.base == "sft" and recipe.sft is not None:
-            if not (sft / "config.json").exists():
-                raise UserError(f"{stage}.base is 'sft', but {sft} holds no model; run the sft stage first")
-            return build_reward_model(sft, tokenizer, seed, trust), tokenizer
+        if config.base != "model" and getattr(recipe, config.base) is not None:
+            body = folder.stage(config.base).model
+            if not (body / "config.json").exists():
+                raise UserError(f"{stage}.base is '{config.base}', but {body} holds no model; run that stage first")
+            return build_reward_model(body, tokenizer, seed, trust), tokenizer
         body = build_causal_lm(recipe.model, tokenizer, recipe.seed)
         return build_reward_model(body, tokenizer, seed, trust), tokenizer
     tokenizer = load_tokenizer(config.base, trust_remote_code=trust)

@@ -81,11 +81,21 @@ def pair_figures(
     }
 
 
-def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray, *, seed: int) -> dict:
-    """The figures of a model on held-out scored rows: correlations, and those of pairs made of the rows.
+def sign_accuracy(predicted: np.ndarray, human: np.ndarray, *, middle: float) -> float:
+    """Share of rows on the right side: predicted above 0 (standardised) where people's score is above `middle`."""
+    return float(np.mean((np.asarray(predicted) > 0) == (np.asarray(human) > middle)))
+
+
+def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray, *, seed: int, middle: float) -> dict:
+    """The figures of a model on held-out scored rows: correlations, side of `middle` (the mean training score), and
+    those of pairs made of the rows.
 
     A model fitted to scores was not fitted to make sigmoid(margin) a probability; `ece` says how far off it is.
     """
     better, worse = pairs_of_scored(human, seed=seed, pairs=len(human))
     figures = pair_figures(predicted[better], predicted[worse], lengths[better], lengths[worse]) if len(better) else {}
-    return figures | {"pearson": pearson(predicted, human), "spearman": spearman(predicted, human)}
+    return figures | {
+        "pearson": pearson(predicted, human),
+        "spearman": spearman(predicted, human),
+        "sign_accuracy": sign_accuracy(predicted, human, middle=middle),
+    }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -123,6 +124,17 @@ def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int
         passes.append(batches[rng.permutation(len(batches))])
         made += len(batches)
     return np.concatenate(passes)[:wanted].reshape(-1)
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as int64 [B, S] with `filler` on the right, S a multiple of `multiple`; and the mask of what is theirs."""
+    longest = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.full((len(rows), longest), filler, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.as_tensor(row)
+        mask[place, : len(row)] = 1
+    return ids, mask
 
 
 class _Cutter:

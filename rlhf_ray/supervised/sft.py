@@ -19,9 +19,9 @@ from rlhf_ray.data.store import has_role, read_role
 from rlhf_ray.models.load import build_causal_lm, check_positions, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, sft_rows
+from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, train_stage
-from rlhf_ray.supervised.trainer import StageTrainer, training_arguments
+from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
 
 FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initialisation or data order
 
@@ -57,8 +57,10 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     )
 
     def trainer(dataset, stage_folder, dtype) -> StageTrainer:
-        args = training_arguments(TrlSftConfig, stage, config, stage_folder, dtype=dtype, seed=seed,
-                                  dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+        args = training_arguments(
+            TrlSftConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
         return Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
@@ -86,8 +88,9 @@ def heldout_loss(
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         batch = rows.dataset[order[start : start + batch_size]]
-        ids, mask = _padded(batch["input_ids"], tokenizer.pad_token_id, device)
-        labels, _ = _padded(batch["labels"], IGNORED, device)
+        ids, mask = padded(batch["input_ids"], tokenizer.pad_token_id, padding_of(model))
+        labels, _ = padded(batch["labels"], IGNORED, padding_of(model))
+        ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         total += float(summed_loss(logits, labels))
@@ -100,14 +103,3 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats of the labels [B, S], each under the logits [B, S, V] of the position before it; IGNORED ones count 0."""
     flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum")
-
-
-def _padded(rows: list[list[int]], filler: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as [B, S] with the filler on the right, and the mask of what is theirs."""
-    longest = max(map(len, rows))
-    padded = torch.full((len(rows), longest), filler, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return padded.to(device), mask.to(device)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +25,17 @@ from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complet
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 
 KEPT_CHECKPOINTS = 2
-# Few different widths: CPU kernels are built and cached for each shape, and a cache for every length grows to gigabytes.
+# Few different widths: CPU kernels are built and cached for each shape, and a cache for all lengths grows to gigabytes.
 PAD_MULTIPLE = 16
 #: what the trainers log -> our name
 LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "accuracy": "accuracy",
           "margin": "margin", "mean_reward": "score_mean"}  # fmt: skip
+
+
+def padding_of(model: PreTrainedModel) -> int:
+    """What widths are a multiple of: 16, or less where the model's positions are no multiple of that."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return PAD_MULTIPLE if positions is None else math.gcd(PAD_MULTIPLE, positions)
 
 
 @dataclass(kw_only=True)
@@ -84,8 +91,9 @@ class Outcome:
 
 
 def training_arguments(
-    cls: type, stage: str, config: TrainConfig, folder: StageFolder, *, dtype: torch.dtype, seed: int, **extra
-):
+    cls: type, stage: str, config: TrainConfig, folder: StageFolder,
+    *, dtype: torch.dtype, seed: int, padding: int, **extra,
+):  # fmt: skip
     """SFTConfig or RewardConfig of TRL, with what it turns on by default (bf16, gradient checkpointing) off.
 
     Creating it joins this process to DeepSpeed's view of the process group.
@@ -96,6 +104,8 @@ def training_arguments(
             zero_stage=config.zero_stage, compute_dtype=dtype, microbatch_size=config.microbatch_size,
             accumulation_steps=config.accumulation_steps, workers=config.workers,
         ),
+        # Without it Accelerate sees a lone process where there is no GPU, whatever the process group says.
+        use_cpu=config.gpus_per_worker == 0,
         bf16=False,  # the DeepSpeed config says autocast
         gradient_checkpointing=False,
         per_device_train_batch_size=config.microbatch_size,
@@ -106,7 +116,7 @@ def training_arguments(
         max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch_fused",
         max_length=None,  # rows are cut already
-        pad_to_multiple_of=PAD_MULTIPLE,
+        pad_to_multiple_of=padding,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_num_workers=0,

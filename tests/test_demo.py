@@ -1,0 +1,144 @@
+"""The demo in a short form, end to end through the command line: real Ray, TRL, DeepSpeed; then resume, Ctrl-C, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.run_folder import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+
+SHORT = {
+    "model.from_scratch.layers": 2, "model.from_scratch.width": 64, "model.from_scratch.vocab_size": 600,
+    "model.from_scratch.positions": 128, "data.builder_args.sft_rows": 300, "data.builder_args.pairs": 120,
+    "data.builder_args.prompts": 64, "data.builder_args.eval_prompts": 16, "data.builder_args.eval_rows": 40,
+    "data.max_prompt_tokens": 64, "sft.max_steps": 6, "sft.max_length": 128, "fluency": "null",
+    "reward.max_steps": 4, "reward.max_length": 128, "reward.normalise_samples": 16, "generation.max_new_tokens": 12,
+    "generation.chunk_size": 8, "ppo.steps": 4, "ppo.rollout_batch_size": 16, "ppo.minibatch_size": 16,
+    "ppo.microbatch_size": 8, "ppo.ppo_epochs": 2, "ppo.eval_every": 2, "ppo.eval_prompts": 8, "ppo.checkpoint_every": 2,
+    "evaluation.prompts": 16, "evaluation.bootstrap": 200, "evaluation.samples": 3, "sft.eval_rows": 16,
+    "reward.eval_rows": 16, "evaluation.seeds": "[0]",
+}  # fmt: skip
+
+
+def command(verb: str, run_dir: Path, **changes) -> list[str]:
+    settings = [f"--set={key}={value}" for key, value in (SHORT | changes).items()]
+    return [sys.executable, "-m", "rlhf_ray.cli.main", verb, "demo", "--run-dir", str(run_dir), *settings]
+
+
+def run(*args, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, **changes), capture_output=True, text=True, timeout=400, check=False)
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below pid, read from /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, queue = set(), [pid]
+    while queue:
+        for child in children.get(queue.pop(), []):
+            found.add(child)
+            queue.append(child)
+    return found
+
+
+def gone(pids: set[int], within_s: float) -> set[int]:
+    """Those still running after within_s (zombies count as ended)."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline and any(map(alive, pids)):
+        time.sleep(0.5)
+    return {pid for pid in pids if alive(pid)}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> tuple[Path, str, int, set[int]]:
+    """A run that got Ctrl-C during PPO: its folder, what it printed, its exit code, processes it left behind."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    process = subprocess.Popen(command("run", run_dir, **{"ppo.steps": 400}), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics = run_dir / "ppo" / "metrics.jsonl"
+    deadline = time.monotonic() + 360
+    while len(read_metrics(metrics)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.2)
+    below = descendants(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    return run_dir, output, process.returncode, gone(below, within_s=30)
+
+
+def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_no_process(interrupted):
+    run_dir, output, code, left = interrupted
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert not left
+    steps = read_metrics(run_dir / "ppo" / "metrics.jsonl")[-1]["step"]
+    assert (run_dir / "ppo" / "checkpoints" / f"step_{steps:06d}" / "MANIFEST.json").exists()
+    assert not (run_dir / "ppo" / "DONE").exists()
+
+
+def test_the_same_command_goes_on_to_the_end(interrupted):
+    run_dir, *_ = interrupted
+    before = read_metrics(run_dir / "ppo" / "metrics.jsonl")
+    steps = before[-1]["step"] + 2
+    done = run("run", run_dir, **{"ppo.steps": steps})
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = read_metrics(run_dir / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in after] == list(range(steps + 1))
+    assert after[: len(before)] == before  # nothing was done twice
+
+    folder = RunFolder(run_dir)
+    for stage in ("data", "sft", "reward", "ppo", "evaluation"):
+        assert folder.stage(stage).done, stage
+    for stage in ("sft", "reward", "ppo"):
+        files = {file.name for file in folder.stage(stage).model.iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]  # nothing pickled
+    summary = json.loads((folder.stage("evaluation").path / "summary.json").read_text())
+    assert set(summary["ppo"]["score"]) >= {"mean", "low", "high"}
+    assert summary["win_rate"]["judge"]["mean"] is not None  # the true utility
+    assert "<html" in folder.report.read_text()
+    for line in ("report", "serve", "prompt", "win rate, judge"):
+        assert line in done.stdout
+
+    row = after[-1]
+    for name in ("objective/score", "objective/kl", "objective/rlhf_reward", "policy/approx_kl", "policy/clip_frac",
+                 "policy/entropy", "value/loss", "value/clip_frac", "value/explained_variance", "time/generate_s",
+                 "bytes/generation", "eval/score"):  # fmt: skip
+        assert isinstance(row[name], float), name
+    assert all(abs(row["first_policy/ratio"] - 1) < 1e-3 for row in after[1:])
+
+    changed = run("run", run_dir, **{"ppo.steps": steps, "ppo.gae_lambda": 0.5, "seed": 3})
+    assert changed.returncode == 2
+    assert "ppo.gae_lambda" in changed.stderr and "seed" in changed.stderr and "Traceback" not in changed.stderr
+    again = run("run", run_dir, **{"ppo.steps": steps})
+    assert again.returncode == 0 and "done before" in again.stdout
+
+    target = run_dir.parent / "exported"
+    checkpoint = sorted((run_dir / "ppo" / "checkpoints").glob("step_*"))[-1]
+    exported = subprocess.run([sys.executable, "-m", "rlhf_ray.cli.main", "export", str(checkpoint), str(target)],
+                              capture_output=True, text=True, check=False)  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    from safetensors.torch import load_file
+
+    own, other = load_file(target / "model.safetensors"), load_file(folder.stage("ppo").model / "model.safetensors")
+    assert own.keys() == other.keys() and all((own[name] == other[name]).all() for name in own)

@@ -1,0 +1,148 @@
+"""PPO over real Ray actors, from start models to final model: stopped, resumed, spread over ranks, and failing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import tiny_recipe, write_start
+
+from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.wait import ActorDied
+from rlhf_ray.checkpoint import complete, last_good
+from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.run_folder import RunFolder
+
+pytestmark = pytest.mark.ray
+
+EVERY_STEP = {
+    "objective/score", "objective/kl", "objective/rlhf_reward", "objective/kl_coef", "objective/response_length",
+    "objective/eos_rate", "policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy",
+    "policy/grad_norm", "policy/learning_rate", "policy/mismatch_max", "policy/mismatch_kl", "first_policy/ratio",
+    "first_policy/approx_kl", "value/loss", "value/clip_frac", "value/explained_variance", "value/grad_norm",
+    "rollout/tokens", "rollout/policy_version_min", "episodes", "samples_per_s", "time/generate_s", "time/score_s",
+    "time/assemble_s", "time/update_s", "time/sync_s", "time/step_s", "busy/generation_s", "busy/policy_s",
+    "bytes/generation", "bytes/policy", "bytes/assembler",
+}  # fmt: skip
+EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "time/evaluate_s"}
+
+
+def broken_reward(prompts, responses):
+    raise KeyError("no such luck")
+
+
+def deadly_reward(prompts, responses):
+    os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def session():
+    with ray_session(None, python_path=Path(__file__).parent):
+        yield
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory):
+    return lambda name: write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp(name)))
+
+
+def ignore(progress):
+    pass
+
+
+def weights(folder):
+    return load_file(folder.stage("ppo").model / "model.safetensors")
+
+
+def largest_gap(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(session, new_folder):
+    folder = new_folder("undisturbed")
+    stale = {"step": 0, "eval/score": 99.0}
+    folder.stage("ppo").path.mkdir()
+    folder.stage("ppo").metrics.write_text(json.dumps(stale) + "\n")  # of a run that died before its first checkpoint
+    events = []
+    run_ppo(tiny_recipe(), folder, events.append)
+    return folder, events
+
+
+def test_a_run_leaves_metrics_of_every_step(undisturbed):
+    folder, events = undisturbed
+    rows = read_metrics(folder.stage("ppo").metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows[1:]:
+        assert row.keys() >= EVERY_STEP
+        assert row["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row["policy/mismatch_max"] < 1e-5
+        assert row["rollout/policy_version_min"] == row["step"] - 1
+    assert [row["step"] for row in rows if row.keys() >= EVALUATED] == [0, 2, 4]
+    assert [event["step"] for event in events if "metrics" in event] == [0, 1, 2, 3, 4]
+    samples = [event["samples"] for event in events if "samples" in event]
+    assert len(samples) == 3 and samples[0][0].keys() == {"step", "prompt", "response", "score"}
+
+
+def test_a_run_leaves_a_model_a_summary_and_the_last_checkpoints(undisturbed):
+    folder, _ = undisturbed
+    stage = folder.stage("ppo")
+    assert stage.summary()["steps"] == 4
+    assert [path.name for path in complete(stage.checkpoints)] == ["step_000002", "step_000004"]
+    assert last_good(stage.checkpoints, pytest.fail).name == "step_000004"
+    load_causal_lm(stage.model)
+    load_tokenizer(stage.model)
+    assert "tiny" in (stage.model / "README.md").read_text()
+    assert largest_gap(weights(folder), load_file(folder.stage("sft").model / "model.safetensors")) > 1e-4
+
+
+def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, new_folder):
+    folder = new_folder("stopped")
+    stage = folder.stage("ppo")
+
+    def stop_after_three(progress):
+        if progress.get("step") == 3 and "metrics" in progress:
+            stage.stop_file.touch()
+
+    with pytest.raises(StageStopped, match="after step 3 of 4"):
+        run_ppo(tiny_recipe(), folder, stop_after_three)
+    assert [path.name for path in complete(stage.checkpoints)] == ["step_000002", "step_000003"]
+    assert not stage.done
+    run_ppo(tiny_recipe(), folder, ignore)
+    assert largest_gap(weights(folder), weights(undisturbed[0])) == 0.0
+    same = ("step", "objective/score", "objective/kl", "policy/loss", "value/loss", "eval/score")
+    rows = [[{name: row.get(name) for name in same} for row in read_metrics(each.stage("ppo").metrics)]
+            for each in (folder, undisturbed[0])]
+    assert rows[0] == rows[1]
+    assert stage.summary() == undisturbed[0].stage("ppo").summary()
+
+
+def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):
+    folder = new_folder("spread")
+    group = {"actors": 2, "zero_stage": 2}
+    recipe = tiny_recipe(resources={"generation": {"actors": 2}, "policy": group, "critic": group | {"zero_stage": 3}})
+    run_ppo(recipe, folder, ignore)
+    assert largest_gap(weights(folder), weights(undisturbed[0])) < 1e-5
+    lengths = [[row.get("objective/response_length") for row in read_metrics(each.stage("ppo").metrics)]
+               for each in (folder, undisturbed[0])]
+    assert lengths[0] == lengths[1], "the same responses were drawn"
+
+
+def test_an_error_in_the_users_reward_function_is_shown_with_the_sample(session, new_folder):
+    recipe = tiny_recipe(ppo={"reward_function": "test_ppo_ray:broken_reward"})
+    with pytest.raises(UserError, match="broken_reward raised KeyError: 'no such luck'.*please tell me about"):
+        run_ppo(recipe, new_folder("broken"), ignore)
+
+
+def test_a_dead_actor_is_named(session, new_folder):
+    recipe = tiny_recipe(ppo={"reward_function": "test_ppo_ray:deadly_reward"})
+    folder = new_folder("dead")
+    with pytest.raises(ActorDied, match="reward actor 0"):
+        run_ppo(recipe, folder, ignore)
+    assert not folder.stage("ppo").done
