@@ -215,6 +215,7 @@ class EvaluationConfig(Section):
     seeds: tuple[int, ...] = knob((0,), "sampling seeds; every prompt is drawn once for each")
     bootstrap: int = knob(2000, "resamples of the 95 % intervals", gt=0)
     judge_function: str | None = knob(None, "package.module:function(prompts, responses) -> scores: the known true utility")
+    max_kl: float | None = knob(None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0)
     judge_positive_above: float | None = knob(None, "raw judge score above which a response counts as positive (judge_positive)")
 
 

@@ -97,7 +97,7 @@ def environment() -> dict:
     ).stdout.strip()
     return {
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "git_commit": commit or None,
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -105,6 +105,14 @@ def environment() -> dict:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _gpu_names(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None for our own package where a cluster has it as uploaded source only."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -5,10 +5,11 @@ import json
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from in_process import LocalRoles
-from tiny import tiny_recipe, write_start
+from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
@@ -23,7 +24,9 @@ from rlhf_ray.loop import (
     step_prompts,
     sum_over_ranks,
 )
+from rlhf_ray.roles.assembler import cut_shards
 from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.types import Sequences
 
 # -- scripted roles ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +329,36 @@ def test_every_step_trains_on_its_own_prompts():
         assert sorted(rows) == list(range(12))
 
 
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_ranks_together_hold_each_row_of_each_minibatch_once(ranks):
+    """Row b is b + 1 tokens long, and everything about it says b: what a rank would train on shows whose it is."""
+    rows, schedule = 8, [[0, 3, 5, 6], [1, 2, 4, 7], [0, 1, 2, 3], [4, 5, 6, 7]]
+    ids = [np.full(b + 1, b, np.int32) for b in range(rows)]
+    floats = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, rows)
+    shards = cut_shards(3, Sequences.of(ids, ids), floats + 0.25, floats + 0.5, schedule, ranks)
+    assert len(shards) == ranks and all(shard.step == 3 for shard in shards)
+    found = [[] for _ in schedule]
+    for shard in shards:
+        responses, lengths = shard.sequences.responses(), shard.sequences.response_lengths
+        parts = zip(responses, shard.sequences.prompts(), np.split(shard.old, np.cumsum(lengths)[:-1]),
+                    np.split(shard.target, np.cumsum(lengths)[:-1]), strict=True)
+        whose = []
+        for response, prompt, old, target in parts:
+            b = int(response[0])
+            assert len(response) == len(prompt) == len(old) == len(target) == b + 1
+            assert (prompt == b).all() and (old == b + 0.25).all() and (target == b + 0.5).all()
+            whose.append(b)
+        assert len(set(whose)) == len(whose), "a shard holds a row once, however often it is trained on"
+        for number, step in enumerate(shard.schedule):
+            assert len(step.rows) == 4 // ranks
+            assert step.num_tokens == sum(b + 1 for b in schedule[number]), "of all ranks"
+            found[number] += [whose[row] for row in step.rows]
+    assert [sorted(rows) for rows in found] == schedule
+
+
 # -- the real roles ---------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +453,13 @@ def test_evaluation_draws_the_same_responses_from_the_same_policy(folder):
     training = roles.generation.generate(cut_units(0, range(6), 1, 4))
     assert drawn[0] == drawn[1]
     assert drawn[0] != [ids.tolist() for rollout in training for ids in rollout.sequences.responses()]
+
+
+def test_evaluation_asks_the_held_out_prompts(folder):
+    roles = LocalRoles(tiny_recipe(), folder)
+    for evaluation, expected in ((False, TEXTS[2:5]), (True, TEXTS[18:21])):
+        (rollout,) = roles.generation.generate(cut_units(0, [2, 3, 4], 1, 4, evaluation=evaluation))
+        assert [prompt for prompt, _ in roles.reward.texts(rollout, 3)] == expected
 
 
 def test_samples_of_a_prompt_differ(folder):

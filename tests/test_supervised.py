@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import re
+import signal
 import time
 
 import numpy as np
@@ -287,6 +289,28 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
     model, losses = plain_sft(recipe, run, 200)
     np.testing.assert_allclose([row["loss"] for row in rows], losses, atol=2e-3)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(stage.model), model, 2e-3)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_path):
+    from rlhf_ray.supervised.launch import run_sft
+
+    run = RunFolder(tmp_path)
+    os.symlink(folder.path / "data", run.path / "data")
+    recipe = recipe_of(sft=STAGE | {"max_steps": 250, "checkpoint_minutes": 0.02})
+    stage, killed = run.stage("sft"), []
+
+    def kill_once_checkpointed(event: dict) -> None:
+        if not killed and list(stage.checkpoints.glob("*/COMPLETE")):
+            killed.append(int(re.findall(r"process (\d+)", (run.logs / "sft.log").read_text())[-1]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = run_sft(recipe, run, on_progress=kill_once_checkpointed)
+    assert killed and summary["steps"] == 250
+    assert [row["step"] for row in read_metrics(stage.metrics)] == list(range(1, 251))
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(stage.model), plain_sft(recipe, run, 250)[0], 2e-3)
+    events = read_metrics(run.events)
+    assert len(events) == 1 and events[0]["stage"] == "sft" and "failed" in events[0]["what"]
 
 
 @pytest.mark.ray

@@ -214,11 +214,11 @@ class PolicyActor(TrainerActor):
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the policy and meet the other ranks. Returns the bytes of its weights."""
         from rlhf_ray.engines.forward import LogprobModel
-        from rlhf_ray.models.load import disable_dropout, load_causal_lm
+        from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
         from rlhf_ray.roles.trainer import PolicyTrainer
 
         ppo, self.start = self.recipe.ppo, start
-        model = load_causal_lm(start, None, self.recipe.model.trust_remote_code)
+        model = fast_attention(load_causal_lm(start, None, self.recipe.model.trust_remote_code), self.device)
         disable_dropout(model)
         weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
         self.dtype = self.compute_dtype(ppo.precision)
@@ -262,10 +262,12 @@ class CriticActor(TrainerActor):
         """Build the critic and meet the other ranks."""
         from rlhf_ray.engines.forward import ValueModel
         from rlhf_ray.models.critic import build_critic
+        from rlhf_ray.models.load import fast_attention
         from rlhf_ray.roles.trainer import CriticTrainer
 
         ppo = self.recipe.ppo
         critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)
+        fast_attention(critic.backbone, self.device)
         module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
         engine = self._engine(module, address, port)
         self.role = CriticTrainer(

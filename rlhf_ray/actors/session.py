@@ -20,7 +20,7 @@ WORKER_ENVIRONMENT = {
     # A worker's working directory is Ray's; nothing may depend on it.
     "RAY_TRAIN_V2_ENABLED": "1",
 }
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 OBJECT_STORE_BYTES = 512 * 1024**2
 
 
@@ -48,6 +48,8 @@ def ray_session(address: str | None, *, python_path: Path | None = None) -> Iter
         }
     else:
         options["address"] = address
+        # A job that was submitted with environment variables of its own has them merged with ours, not refused.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     try:
         ray.init(**options)
     except ConnectionError as error:

@@ -38,7 +38,7 @@ class Display:
             self.live.stop()
 
     def log(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def __call__(self, event: dict) -> None:
         stage = event["stage"]
@@ -68,7 +68,7 @@ class Display:
             self.live.update(Group(*self._block()))
         elif "step" in self._event and time.monotonic() - self._last_plain > PLAIN_EVERY_S:
             self._last_plain = time.monotonic()
-            self.console.print("  " + self._line(), highlight=False, markup=False)
+            self.console.print("  " + self._line(), highlight=False, markup=False, soft_wrap=True)
 
     def _block(self) -> list:
         if not self._stage:

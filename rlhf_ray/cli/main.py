@@ -12,6 +12,7 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own ports answer to the token's holders only
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a GPU and warns
 
@@ -157,13 +158,19 @@ def submit(
     overrides: Overrides = None,
     address: ClusterAddress = None,
     data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE in the job's environment (repeatable)")] = None,
+    stop_wait_s: Annotated[int, typer.Option(help="how long a stopped run may take to write its checkpoint")] = 600,
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
 ):
     """Run a recipe as a Ray job on a running cluster; the same run folder again resumes it."""
     from rlhf_ray.cli import jobs
     from rlhf_ray.recipe_file import load_recipe
 
-    job_id = jobs.submit(load_recipe(recipe, overrides), run_dir, address=address, data=data or (), echo=_echo)
+    for pair in env or []:
+        if "=" not in pair:
+            raise UserError(f"--env {pair!r}: write NAME=VALUE")
+    job_id = jobs.submit(load_recipe(recipe, overrides), run_dir, address=address, data=data or (),
+                         env=dict(pair.split("=", 1) for pair in env or []), stop_wait_s=stop_wait_s, echo=_echo)
     if follow:
         raise typer.Exit(jobs.logs(job_id, address=address, echo=_echo))
 

@@ -77,6 +77,9 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     summary = json.loads((evaluation / "summary.json").read_text())
     console.print()
     console.print(summary_table(summary))
+    cap = summary.get("max_kl")
+    if cap is not None and summary["kl"] > cap:
+        console.print(f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats a response: raise ppo.kl_coef[/]")
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]  {escape(one_line(sample['prompt'], 200))}")

@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         if settings.zero_stage == 0:
             # DeepSpeed clips plain float32 optimizers without telling the norm, so the hook does both.
             optimizer.register_step_pre_hook(self._clip)
-        self._reset_adam_steps()
+        self._create_adam_state()
 
     def _config(self) -> dict:
         config = {
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
             for key in ("weight", *ADAM_STATE):
                 self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
         self.steps_taken = steps_taken
-        self._reset_adam_steps()
+        self._set_adam_steps()
 
     def _clip(self, optimizer, args, kwargs) -> None:
         limit = self.settings.max_grad_norm or float("inf")
@@ -140,7 +140,7 @@ class DeepSpeedEngine:
         if self.settings.zero_stage == 0:
             if key == "weight":
                 return parameter.detach()
-            return self.optimizer.state[parameter].get(key, torch.zeros_like(parameter))
+            return self.optimizer.state[parameter][key]
         if key == "weight":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, key)
@@ -173,10 +173,25 @@ class DeepSpeedEngine:
         padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
         return padded[self.rank * size : (self.rank + 1) * size]
 
-    def _reset_adam_steps(self) -> None:
-        """Adam's own step count, which bias correction uses: DeepSpeed's warm-up of a ZeRO optimizer adds a step."""
-        inner = self.optimizer.optimizer if self.settings.zero_stage > 0 else self.optimizer
-        if self.settings.zero_stage == 0 and self.steps_taken == 0:
-            return
-        for state in inner.state.values():
+    def _adam(self) -> torch.optim.AdamW:
+        """The plain optimizer, which DeepSpeed has wrapped at stages 1 to 3."""
+        return self.optimizer.optimizer if self.settings.zero_stage > 0 else self.optimizer
+
+    def _create_adam_state(self) -> None:
+        """Moments of zero. Left to Adam's first step, they could be neither saved nor loaded before it: no resume."""
+        adam, stage = self._adam(), self.settings.zero_stage
+        if stage == 3:
+            parts = self.optimizer.fp32_partitioned_groups_flat  # this rank's slices, in groups
+        else:
+            parts = [part for group in adam.param_groups for part in group["params"]]  # at 1 and 2 one slice of all
+        for part in parts:
+            adam.state[part] = {key: torch.zeros_like(part) for key in ADAM_STATE}
+        self._set_adam_steps()
+        if stage in (1, 2):
+            # Tells safe_get/set_full_optimizer_state where they are; DeepSpeed does it after its first step.
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_adam_steps(self) -> None:
+        """Adam's own step count, which bias correction uses."""
+        for state in self._adam().state.values():
             state["step"] = torch.tensor(float(self.steps_taken))

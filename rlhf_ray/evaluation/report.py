@@ -117,13 +117,13 @@ def _json(path: Path) -> dict:
 
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
     """One row a stage that the recipe has: its state (done, running, waiting), last step and time."""
-    rows = []
+    rows, timings = [], _json(folder.path / "timings.json")
     for stage in STAGES:
         begun = folder.stage(stage).path.exists()
         if stage in OPTIONAL_STAGES and recipe.get(stage) is None and not begun:
             continue
         done, steps = closing[stage] is not None, metrics[stage]
-        seconds = (closing[stage] or {}).get("seconds")
+        seconds = timings.get(stage, (closing[stage] or {}).get("seconds"))
         rows.append({"key": stage, "name": STAGE_NAMES[stage],
                      "state": "done" if done else "begun" if begun else "waiting",
                      "step": steps[-1]["step"] if steps else None,

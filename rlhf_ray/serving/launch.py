@@ -80,10 +80,11 @@ def serve(
             server.close()
             raise
         return server
-    with _terminated_as_interrupt():
+    with _stopping_on_signals() as take_signals:
         try:
             say(f"Loading '{server.settings.name}' from {server.model} ...")
             server.start()
+            take_signals()  # ray.init has put a handler of its own in place
             say(server.announcement())
             server.wait()
         finally:
@@ -264,13 +265,14 @@ def _start_failure(status, error: RuntimeError) -> Exception:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
+def _stopping_on_signals() -> Iterator[Callable[[], None]]:
     """SIGTERM releases everything like Ctrl-C (exit status 143); a second signal of either kind stops at once.
 
-    Ray's processes die with this one (it asks the kernel for that), so stopping at once leaves none behind.
+    Ray's processes die with this one (it asks the kernel for that), so stopping at once leaves none behind. Yields the
+    function that installs the handlers (again).
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     seen: list[int] = []
 
@@ -280,9 +282,14 @@ def _terminated_as_interrupt() -> Iterator[None]:
             os._exit(128 + number)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    def take() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    take()
     try:
-        yield
+        yield take
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

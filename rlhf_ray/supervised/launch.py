@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import threading
 import time
@@ -223,6 +224,7 @@ def _worker(config: dict) -> dict:
     recipe = Recipe.model_validate(config["recipe"])
     section: TrainConfig = getattr(recipe, stage)
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
+    print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
     from rlhf_ray.engines.distributed import prepare_deepspeed
 
     prepare_deepspeed(device.type)

@@ -17,7 +17,13 @@ from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.data.store import COLUMNS, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, check_positions, load_reward_model
+from rlhf_ray.models.load import (
+    build_causal_lm,
+    build_reward_model,
+    check_positions,
+    fast_attention,
+    load_reward_model,
+)
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
@@ -53,7 +59,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     seed = recipe.seed + SEEDS[stage]
     train = _read(folder, stage, "train", config)
     model, tokenizer = _base(recipe, folder, stage, config, seed)
-    score_in_float32(model)
+    score_in_float32(fast_attention(model, device_of(config)))
     for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
         if hasattr(model.config, name):
             delattr(model.config, name)

@@ -16,11 +16,11 @@ from trl import SFTTrainer
 
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
-from rlhf_ray.models.load import build_causal_lm, check_positions, load_causal_lm
+from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
-from rlhf_ray.supervised.stage import StageJob, train_stage
+from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
 
 FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initialisation or data order
@@ -47,7 +47,7 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     config: SftConfig = getattr(recipe, stage)
     seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
-    model = build_causal_lm(recipe.model, tokenizer, seed)
+    model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
     check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
     texts = read_role(folder, "sft_train")
     rows = (
