@@ -171,5 +171,20 @@ def test_chat_asks_as_the_world_does(roles):
 def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"data\.root = 'somewhere'"):
         world.build(root="somewhere")
-    with pytest.raises(UserError, match="ask for at most 36864"):
+    with pytest.raises(UserError, match="ask for at most 55296"):
         world.build(prompts=50_000)
+
+
+def test_fewer_subjects_still_make_a_million_combinations():
+    subjects = world.chosen_subjects(12)
+    assert len(set(subjects)) == 12 and len({subject.family for subject in subjects}) >= 6
+    rng = random.Random(0)
+    replies = {reply(subjects[0], "in a small flat", rng, subjects) for _ in range(1000)}
+    # Distinct replies to one prompt, times prompts: a lower bound.
+    assert len(replies) * world.count_prompts(subjects) > 1_000_000
+    roles = world.build(subjects=12, sft_rows=300, replies_per_prompt=3, pairs=50, prompts=50, eval_prompts=10, eval_rows=10)
+    assert len(roles["sft"]) == 300 and len(set(roles["sft"]["prompt"])) == 100
+    nouns = {world.subject_of(prompt).noun for prompt in roles["prompts"]["prompt"]}
+    assert nouns <= {subject.noun for subject in subjects}
+    with pytest.raises(UserError, match="1 to 32"):
+        world.build(subjects=33)

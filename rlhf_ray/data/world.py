@@ -1,6 +1,6 @@
 """The preference world of the demo: English-like requests, replies of mixed quality, and a true utility that is known.
 
-People ask an assistant about one of thirty-two subjects in one of sixteen situations; a writer of widely varying skill
+People ask an assistant about one of thirty-two subjects (or fewer) in one of sixteen situations; a writer of widely varying skill
 replies; a simulated annotator prefers one reply of two with Bradley-Terry noise. `utility` is what that annotator
 cares about. It reads text only, so anything that any model writes can be scored:
 
@@ -174,60 +174,75 @@ def annotate(prompt: str, first: str, second: str, rng: random.Random) -> dict[s
     return {"prompt": prompt, "chosen": second, "rejected": first}
 
 
-def _distinct_prompts(count: int, rng: random.Random) -> list[str]:
+def chosen_subjects(count: int | None) -> tuple[Subject, ...]:
+    """`count` of the world's subjects, evenly spread over its families; None: all."""
+    return SUBJECTS if count is None else tuple(SUBJECTS[i * len(SUBJECTS) // count] for i in range(count))
+
+
+def _distinct_prompts(count: int, subjects: tuple[Subject, ...], rng: random.Random) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
-        goal, situation = rng.choice(rng.choice(SUBJECTS).goals), rng.choice(SITUATIONS)
+        goal, situation = rng.choice(rng.choice(subjects).goals), rng.choice(SITUATIONS)
         text = rng.choice(words.GREETINGS) + rng.choice(words.STYLES).format(goal=goal, situation=situation)
         found[text + PROMPT_END] = None
     return list(found)
 
 
-def count_prompts() -> int:
+def count_prompts(subjects: tuple[Subject, ...] = SUBJECTS) -> int:
     """Distinct prompts that the world can ask."""
-    goals = sum(len(subject.goals) for subject in SUBJECTS)
+    goals = sum(len(subject.goals) for subject in subjects)
     return goals * len(SITUATIONS) * len(words.STYLES) * len(set(words.GREETINGS))
 
 
-def _pairs(prompts: list[str], rng: random.Random) -> datasets.Dataset:
+def _pairs(prompts: list[str], subjects: tuple[Subject, ...], rng: random.Random) -> datasets.Dataset:
     rows = []
     for prompt in prompts:
         subject, situation = subject_of(prompt), _SITUATIONS.search(prompt).group()
-        first = second = reply(subject, situation, rng)
+        first = second = reply(subject, situation, rng, subjects)
         while second == first:
-            second = reply(subject, situation, rng)
+            second = reply(subject, situation, rng, subjects)
         rows.append(annotate(prompt, first, second, rng))
     return datasets.Dataset.from_list(rows)
 
 
-def _imitation(prompts: list[str], rng: random.Random) -> datasets.Dataset:
+def _imitation(
+    prompts: list[str], replies: int, subjects: tuple[Subject, ...], rng: random.Random
+) -> datasets.Dataset:
     return datasets.Dataset.from_list([
-        {"prompt": p, "response": reply(subject_of(p), _SITUATIONS.search(p).group(), rng)} for p in prompts])
+        {"prompt": p, "response": reply(subject_of(p), _SITUATIONS.search(p).group(), rng, subjects)}
+        for p in prompts for _ in range(replies)
+    ])  # fmt: skip
 
 
 def build(root: str | None = None, seed: int = 0, *, sft_rows: int = 20000, pairs: int = 6000, prompts: int = 8000,
-          eval_prompts: int = 512, eval_rows: int = 500) -> dict[str, datasets.Dataset]:
+          eval_prompts: int = 512, eval_rows: int = 500, subjects: int | None = None,
+          replies_per_prompt: int = 1) -> dict[str, datasets.Dataset]:
     """All roles of the demo. No prompt stands in two roles; the held-out sets have `eval_rows` rows.
 
+    subjects: ask about so many of the 32; replies_per_prompt: of the `sft_rows`, so many answer the same prompt.
     Raises UserError if `root` is given (there is nothing to read) or more prompts are asked for than the world has.
     """
     if root is not None:
         raise UserError(f"data.root = {root!r}, but the preference world is generated, not read; remove data.root")
-    sizes = {"sft": sft_rows, "sft_eval": eval_rows, "preferences": pairs, "preferences_eval": eval_rows,
+    if subjects is not None and not 1 <= subjects <= len(SUBJECTS):
+        raise UserError(f"data.builder_args.subjects = {subjects}, the world has 1 to {len(SUBJECTS)}; choose among those")
+    asked = chosen_subjects(subjects)
+    sizes = {"sft": -(-sft_rows // replies_per_prompt), "sft_eval": eval_rows, "preferences": pairs, "preferences_eval": eval_rows,
              "prompts": prompts, "eval_prompts": eval_prompts}
     total = sum(sizes.values())
-    if total > count_prompts() // 2:
-        raise UserError(f"data.builder_args ask for {total} distinct prompts, the world has {count_prompts()}; "
-                        f"ask for at most {count_prompts() // 2}")
+    most = count_prompts(asked) * 3 // 4  # they are drawn until they are distinct
+    if total > most:
+        raise UserError(f"data.builder_args ask for {total} distinct prompts, the world has {count_prompts(asked)}; "
+                        f"ask for at most {most}")
     rng = random.Random(seed)
-    remaining = _distinct_prompts(total, rng)
+    remaining = _distinct_prompts(total, asked, rng)
     roles = {}
     for role, size in sizes.items():
         texts, remaining = remaining[:size], remaining[size:]
         if role.startswith("sft"):
-            roles[role] = _imitation(texts, rng)
+            roles[role] = _imitation(texts, replies_per_prompt if role == "sft" else 1, asked, rng)
         elif role.startswith("preferences"):
-            roles[role] = _pairs(texts, rng)
+            roles[role] = _pairs(texts, asked, rng)
         else:
             roles[role] = datasets.Dataset.from_dict({"prompt": texts})
     return roles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from rlhf_ray.data import world_text as words
 from rlhf_ray.data.world_text import REASONS, SUBJECTS, Subject
@@ -30,7 +31,9 @@ def _advice(subject: Subject, detail: str, skill: float, rng: random.Random) -> 
     return f"{lead} {detail}{reason}."
 
 
-def _body(subject: Subject, situation: str, skill: float, rng: random.Random) -> list[str]:
+def _body(
+    subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]
+) -> list[str]:
     own = rng.sample(subject.details, k=len(subject.details))
     sentences = []
     for _ in range(rng.choice((1, 2, 2, 3))):
@@ -38,7 +41,7 @@ def _body(subject: Subject, situation: str, skill: float, rng: random.Random) ->
         if luck < 0.2 + 0.7 * skill:
             sentences.append(_advice(subject, own.pop(), skill, rng))
         elif luck < 0.5 + 0.4 * skill:
-            stray = rng.choice(SUBJECTS)
+            stray = rng.choice(subjects)
             sentences.append(_advice(stray, rng.choice(stray.details), skill, rng))
         else:
             sentences.append(rng.choice(words.VAGUE))
@@ -49,7 +52,9 @@ def _body(subject: Subject, situation: str, skill: float, rng: random.Random) ->
     return sentences
 
 
-def _draft(subject: Subject, situation: str, skill: float, rng: random.Random) -> str:
+def _draft(
+    subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]
+) -> str:
     luck = rng.random()
     opening = []
     if luck < 0.15 + 0.7 * skill:
@@ -59,17 +64,17 @@ def _draft(subject: Subject, situation: str, skill: float, rng: random.Random) -
     closing = []
     if rng.random() < 0.1 + 0.75 * skill:
         closing = [rng.choice(words.CLOSINGS).format(noun=subject.noun)]
-    text = " ".join(opening + _body(subject, situation, skill, rng) + closing)
+    text = " ".join(opening + _body(subject, situation, skill, rng, subjects) + closing)
     if rng.random() < 0.25 * (1 - skill):  # breaks off in mid-sentence
         spoken = text.split(" ")
         text = " ".join(spoken[: max(len(spoken) - rng.randint(1, 6), 2)]).rstrip(".,!?")
     return text
 
 
-def reply(subject: Subject, situation: str, rng: random.Random) -> str:
-    """One reply by a writer drawn at random: skill near 0 rambles, skill near 1 advises."""
+def reply(subject: Subject, situation: str, rng: random.Random, subjects: Sequence[Subject] = SUBJECTS) -> str:
+    """One reply by a writer drawn at random: skill near 0 rambles (also about other `subjects`), skill near 1 advises."""
     skill = rng.betavariate(0.9, 1.6)
     while True:
-        text = _draft(subject, situation, skill, rng)
+        text = _draft(subject, situation, skill, rng, subjects)
         if count_words(text) <= MAX_WORDS:
             return text

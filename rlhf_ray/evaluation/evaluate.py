@@ -191,7 +191,7 @@ class _Evaluation:
         return {
             **{name: {key: out[key].figure() if key in out else None for key in FIGURES}
                for name, out in self.estimates.items()},
-            "win_rate": wins, "kl": kl.point, "kl_interval": kl.figure(), "max_kl": recipe.evaluation.max_kl,
+            "win_rate": wins, "kl": kl.point, "kl_interval": kl.figure(), "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts), "seeds": list(self.seeds),
             "difference": {key: (ppo[key] - sft[key]).figure() for key in FIGURES if key in sft},
             "ratio": {key: (ppo[key] / sft[key]).figure() for key in RATIOS if key in sft},
