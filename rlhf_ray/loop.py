@@ -117,7 +117,8 @@ def sync_weights(roles: Roles, policy_version: int) -> None:
     """The generators get the policy's weights; from now on they stamp what they make with this version."""
     weights = roles.policy.weights()
     synced = roles.generation.load_weights(weights, policy_version)
-    roles.wait([*weights, *synced], f"weight sync (version {policy_version})")
+    roles.wait(weights, f"weight sync (version {policy_version})")
+    roles.wait(synced, f"weight sync (version {policy_version})")
 
 
 def check_mismatch(metrics: dict[str, float], limit: float) -> None:
@@ -276,7 +277,10 @@ class PPOLoop:
         ref_logprobs = self.roles.reference.logprobs(rollouts)
         figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs)
         texts = self.roles.reward.texts(rollouts[0], 3)
-        figures, texts, first_scores = self.roles.get([figures, texts, scores[0]], f"evaluation (step {step})")
+        what = f"evaluation (step {step})"
+        self.roles.wait(rollouts, what)
+        self.roles.wait([*scores, *ref_logprobs], what)
+        figures, texts, first_scores = self.roles.get([figures, texts, scores[0]], what)
         clock.lap("evaluate")
         metrics |= figures | clock.laps
         self.hooks.samples(step, texts, [float(score) for score in first_scores[: len(texts)]])

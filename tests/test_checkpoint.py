@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_ray import checkpoint
 from rlhf_ray.errors import UserError
@@ -44,6 +45,8 @@ def test_what_was_written_is_read_whole_whatever_the_ranks(tmp_path, ranks):
     assert checkpoint.read_state(folder) == STATE | {"step": 4}
     for role in ("policy", "critic"):
         state, steps_taken = checkpoint.read_role(folder, role)
+        files = [load_file(file) for file in folder.glob(f"{role}-*.safetensors")]
+        assert len(files) == ranks and sum(map(len, files)) == len(tensors(4)), "each tensor is written once"
         assert steps_taken == 40 and state.keys() == tensors(4).keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in tensors(4).items())
 

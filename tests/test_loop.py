@@ -49,7 +49,7 @@ class ScriptedRoles:
     broken: str = ""  # waiting for this verb's handles fails
     events: list[tuple] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
-    waited: list[Handle] = field(default_factory=list)
+    waits: list[list[Handle]] = field(default_factory=list)
 
     def __post_init__(self):
         self.generation = self.reward = self.reference = self.policy = self.critic = self.assembler = self
@@ -61,6 +61,10 @@ class ScriptedRoles:
 
     def _log(self, verb, *what):
         self.events.append((verb, *what))
+
+    @property
+    def waited(self):
+        return [handle for handles in self.waits for handle in handles]
 
     def verbs(self):
         return [event[0] for event in self.events]
@@ -110,7 +114,7 @@ class ScriptedRoles:
         return self._answer("evaluate", {"eval/score": self.eval_scores.pop(0)})[0]
 
     def wait(self, handles, what):
-        self.waited += handles
+        self.waits.append(list(handles))
         if any(handle.verb == self.broken for handle in handles):
             raise UserError(f"{self.broken} failed in {what}")
 
@@ -201,6 +205,28 @@ def test_a_step_drops_no_handle():
     roles = ScriptedRoles()
     ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
     assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+
+
+def test_a_run_drops_no_handle():
+    """Evaluations too: what is never waited for is never released either."""
+    roles = ScriptedRoles()
+    scripted_loop(roles, Diary()).run()
+    assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+
+
+def test_causes_are_waited_for_before_what_needs_them():
+    """A dead reward model takes the assembler's call along; the failure that is told must be the reward model's."""
+    needs = {"score": {"generate"}, "logprobs": {"generate"}, "values": {"generate"}, "load_weights": {"weights"},
+             "assemble": {"score", "logprobs", "values"}, "evaluate": {"score", "logprobs"}}
+    roles = ScriptedRoles()
+    scripted_loop(roles, Diary(), steps=1, eval_every=1).run()
+    block = {}
+    for number, handles in enumerate(roles.waits):
+        for handle in handles:
+            block.setdefault(id(handle), number)
+    for place, handle in enumerate(roles.handles):
+        causes = [cause for cause in roles.handles[:place] if cause.verb in needs.get(handle.verb, ())]
+        assert all(block[id(cause)] < block[id(handle)] for cause in causes), handle.verb
 
 
 @pytest.mark.parametrize("verb", ["generate", "score", "logprobs", "values", "assemble", "update", "weights",

@@ -1,16 +1,20 @@
-"""PPO over real Ray actors, from start models to final model: stopped, resumed, spread over ranks, and failing."""
+"""PPO over real Ray actors, from start models to final model: stopped, resumed, spread over ranks. And waiting."""
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.actors.wait import ActorDied
+from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.checkpoint import complete, last_good
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.metrics import read_metrics
@@ -30,14 +34,6 @@ EVERY_STEP = {
     "bytes/generation", "bytes/policy", "bytes/assembler",
 }  # fmt: skip
 EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "time/evaluate_s"}
-
-
-def broken_reward(prompts, responses):
-    raise KeyError("no such luck")
-
-
-def deadly_reward(prompts, responses):
-    os._exit(1)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +130,94 @@ def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):
     assert lengths[0] == lengths[1], "the same responses were drawn"
 
 
-def test_an_error_in_the_users_reward_function_is_shown_with_the_sample(session, new_folder):
-    recipe = tiny_recipe(ppo={"reward_function": "test_ppo_ray:broken_reward"})
-    with pytest.raises(UserError, match="broken_reward raised KeyError: 'no such luck'.*please tell me about"):
-        run_ppo(recipe, new_folder("broken"), ignore)
+# -- waiting ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_actor_is_named(session, new_folder):
-    recipe = tiny_recipe(ppo={"reward_function": "test_ppo_ray:deadly_reward"})
-    folder = new_folder("dead")
-    with pytest.raises(ActorDied, match="reward actor 0"):
-        run_ppo(recipe, folder, ignore)
-    assert not folder.stage("ppo").done
+@ray.remote(num_cpus=0)
+class Toy:
+    """Answers, fails or dies as it is told."""
+
+    def answer(self, value, seconds=0.0):
+        time.sleep(seconds)
+        return value
+
+    def large(self, size):
+        return np.zeros(size), Receipt(0.5, 8 * size)
+
+    def user_error(self):
+        raise UserError("that won't do")
+
+    def bug(self):
+        raise ZeroDivisionError("ours")
+
+    def die(self):
+        os._exit(1)
+
+
+@pytest.fixture
+def toy(session):
+    actor = Toy.remote()
+    yield actor
+    ray.kill(actor)
+
+
+def waiter(deadline_s=30.0, on_wait=lambda what, seconds: None):
+    return Waiter(deadline_s, "turn the knob", on_wait)
+
+
+def test_results_come_back_in_order_and_receipts_add_up(toy):
+    waiting = waiter()
+    refs = [waiting.track(toy.answer.remote(i), f"toy {i}") for i in range(3)]
+    assert waiting.get(refs, "answers") == [0, 1, 2]
+    for _ in range(2):
+        result, receipt = toy.large.options(num_returns=2).remote(10)
+        waiting.wait([waiting.track(result, "generation actor 0 (step 1, chunk 0)", receipt)], "large ones")
+    assert waiting.take_totals() == {"busy/generation_s": 1.0, "bytes/generation": 160.0}
+    assert waiting.take_totals() == {}
+
+
+def test_a_users_error_comes_out_as_it_was_raised(toy):
+    waiting = waiter()
+    failed = waiting.track(toy.user_error.remote(), "toy (first)")
+    with pytest.raises(UserError, match="^that won't do$"):
+        waiting.wait([failed], "a test")
+    taken_along = waiting.track(toy.answer.remote(failed), "toy (second)")
+    with pytest.raises(UserError, match="that won't do"):
+        waiting.wait([taken_along], "a test")
+
+
+def test_our_own_error_keeps_its_traceback(toy):
+    waiting = waiter()
+    with pytest.raises(ZeroDivisionError, match="in bug"):
+        waiting.wait([waiting.track(toy.bug.remote(), "toy")], "a test")
+
+
+def test_a_dead_actor_is_named(session):
+    waiting, actor, other = waiter(), Toy.remote(), Toy.remote()
+    dead = waiting.track(actor.die.remote(), "reward actor 1 (chunk 3)")
+    needs_it = waiting.track(other.answer.remote(dead), "assembler")
+    with pytest.raises(ActorDied, match=r"reward actor 1 \(chunk 3\) died .*go on from the last checkpoint"):
+        waiting.wait([dead], "a test")
+    with pytest.raises(ActorDied, match="a process that assembler waited for died"):
+        waiting.wait([needs_it], "a test")
+    ray.kill(other)
+
+
+def test_a_wait_has_a_name_and_a_deadline(toy):
+    heard = []
+    waiting = waiter(deadline_s=1.5, on_wait=lambda what, seconds: heard.append(what))
+    slow = waiting.track(toy.answer.remote(1, 60.0), "reward actor 1 (step 17, chunk 3)")
+    with pytest.raises(Deadline, match=r"for reward actor 1 \(step 17, chunk 3\) during scoring.*turn the knob"):
+        waiting.wait([slow], "scoring")
+    assert heard and set(heard) == {"reward actor 1 (step 17, chunk 3)"}
+
+
+def test_what_was_waited_for_is_let_go(toy):
+    """A waiter that kept the refs would keep every rollout of the run in the object store."""
+    waiting = waiter()
+    result, receipt = toy.large.options(num_returns=2).remote(10)
+    held = sys.getrefcount(result)
+    waiting.track(result, "toy", receipt)
+    assert sys.getrefcount(result) > held
+    waiting.wait([result], "a test")
+    assert sys.getrefcount(result) == held

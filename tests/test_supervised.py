@@ -104,6 +104,8 @@ def test_training_order_takes_every_row_once_a_pass_in_batches_of_like_length():
     assert not np.array_equal(order, training_order(lengths, batch_size=8, rows=800, seed=4))
     assert len(training_order(lengths[:3], batch_size=8, rows=3, seed=0)) == 8  # fewer rows than one batch: they repeat
     assert len(training_order(lengths, batch_size=7, rows=30, seed=0)) == 28
+    # Rows that fill no batch of their pass are not left out: they begin the next.
+    assert sorted(training_order(lengths[:10], batch_size=4, rows=20, seed=0)) == sorted([*range(10)] * 2)
 
 
 # ---- schedule, DeepSpeed configuration, precision -------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_annotator_prefers_with_the_stated_probability():
     count = 4000
     share = sum(world.annotate(PROMPT, *pair, rng)["chosen"] == better
                 for pair in [(better, worse), (worse, better)] * (count // 2)) / count  # fmt: skip
-    expected = 0.8175744761936437  # 1 / (1 + exp(-1.5))
+    expected = 0.8949982  # 1 / (1 + exp(-1.5 / 0.7))
     assert abs(share - expected) < 3 * (expected * (1 - expected) / count) ** 0.5
 
 

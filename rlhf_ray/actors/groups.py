@@ -96,12 +96,12 @@ class PolicyGroup(TrainerGroup):
         return self._forward("logprobs", rollouts)
 
     def weights(self) -> list[ray.ObjectRef]:
-        """Rank 0's parts; the other ranks gather with it under ZeRO-3 and return nothing."""
+        """Rank 0's parts, and an empty one of each other rank, which gathers with it under ZeRO-3."""
         parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
         answers = [actor.weights.options(num_returns=parts + 1).remote(parts) for actor in self.actors]
-        *own, receipt = answers[0]
-        self.waiter.track(own[0], "policy rank 0 (weights)", receipt)
-        return own
+        for rank, (first, *_, receipt) in enumerate(answers):
+            self.waiter.track(first, f"policy rank {rank} (weights)", receipt)
+        return [*answers[0][:-1], *(others[0] for others in answers[1:])]
 
 
 class CriticGroup(TrainerGroup):

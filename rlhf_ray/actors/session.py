@@ -50,6 +50,8 @@ def ray_session(address: str | None, *, python_path: Path | None = None) -> Iter
         options["address"] = address
         # A job that was submitted with environment variables of its own has them merged with ours, not refused.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(**options)
     except ConnectionError as error:

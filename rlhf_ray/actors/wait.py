@@ -101,12 +101,17 @@ class Waiter:
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
+            if isinstance(error.cause, RayActorError):  # an argument of the call never came
+                raise _died(f"a process that {tracked.name} waited for", error.cause) from error
             raise
         except RayActorError as error:
-            raise ActorDied(
-                f"{tracked.name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
-                "then run the same command again to go on from the last checkpoint") from error
+            raise _died(tracked.name, error) from error
         if isinstance(value, Receipt):
             role = tracked.name.split()[0]
             self.busy_s[role] = self.busy_s.get(role, 0.0) + value.seconds
             self.bytes[role] = self.bytes.get(role, 0) + value.bytes
+
+
+def _died(name: str, error: RayActorError) -> ActorDied:
+    return ActorDied(f"{name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
+                     "then run the same command again to go on from the last checkpoint")

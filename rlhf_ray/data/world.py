@@ -34,7 +34,7 @@ from rlhf_ray.data.world_writer import reply
 from rlhf_ray.errors import UserError
 
 WEIGHTS = {"on_topic": 3.0, "specific": 2.5, "polite": 1.5, "ends_properly": 1.5, "no_repetition": 1.5}
-ANNOTATOR_TEMPERATURE = 1.0  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
+ANNOTATOR_TEMPERATURE = 0.7  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
 PROMPT_END = "\n"  # stands between request and reply
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]?")

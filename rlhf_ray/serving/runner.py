@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import SamplingParams, TokenEvent
 
@@ -168,11 +166,10 @@ class EngineRunner:
     def _run(self) -> None:
         failed_steps = 0
         try:
-            with torch.inference_mode():  # cancelling moves cache rows too
-                while failed_steps < MAX_FAILED_STEPS and self._take_commands():
-                    self._admit()
-                    if self._running:
-                        failed_steps = 0 if self._step() else failed_steps + 1
+            while failed_steps < MAX_FAILED_STEPS and self._take_commands():
+                self._admit()
+                if self._running:
+                    failed_steps = 0 if self._step() else failed_steps + 1
         finally:  # however it ends, nobody is left waiting
             self._fail_all(EngineFailed("the engine is shut down" if self._closed else "the engine has failed"))
 
