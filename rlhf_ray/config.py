@@ -101,7 +101,7 @@ class TrainConfig(Section):
     precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
     max_minutes: float | None = knob(None, "stop the stage after this many minutes of training, with what it has", gt=0)
     checkpoint_minutes: float = knob(10.0, "longest time between checkpoints", gt=0)
-    eval_rows: int = knob(500, "held-out rows scored during and after training", gt=0)
+    eval_rows: int = knob(500, "held-out rows scored after training", gt=0)
     workers: int = knob(1, "Ray Train workers (data-parallel ranks)", gt=0)
     cpus_per_worker: float = knob(1, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = knob(0, "GPUs reserved for each worker", ge=0)

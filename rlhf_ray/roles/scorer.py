@@ -13,6 +13,7 @@ import torch
 
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import disable_dropout, load_reward_model, reward_normalisation
 from rlhf_ray.models.tokenizer import load_tokenizer
 
@@ -36,6 +37,7 @@ class RewardScorer:
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
         disable_dropout(self.model)
+        score_in_float32(self.model)
         self.mean, self.std = reward_normalisation(self.model.config)
         self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
         config = self.model.config.get_text_config()
