@@ -1,7 +1,7 @@
 """RLHF on Ray: preferences in, an aligned and served language model out.
 
-    from rlhf_ray import load_recipe, run
-    folder = run(load_recipe("demo"))
+from rlhf_ray import load_recipe, run
+folder = run(load_recipe("demo"))
 """
 
 from __future__ import annotations

@@ -95,8 +95,9 @@ def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message:
         broken.append(folder.name)
         report(f"checkpoint {folder.name} is damaged ({', '.join(bad)}); using the one before it")
     if broken:
-        raise UserError(f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); "
-                        "delete them to start the stage anew")
+        raise UserError(
+            f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); delete them to start the stage anew"
+        )
     return None
 
 
@@ -105,8 +106,9 @@ def _damaged_files(folder: Path) -> list[str]:
         hashes = json.loads((folder / MANIFEST).read_text())
     except ValueError:  # cut off, or not even text
         return [MANIFEST]
-    return [name for name, expected in hashes.items()
-            if not (folder / name).exists() or _hash(folder / name) != expected]
+    return [
+        name for name, expected in hashes.items() if not (folder / name).exists() or _hash(folder / name) != expected
+    ]
 
 
 def read_state(folder: Path) -> dict:

@@ -61,11 +61,15 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One data set; several are mixed by weight."""
 
-    path: str = knob(..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given")
+    path: str = knob(
+        ..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given"
+    )
     name: str | None = knob(None, "hub configuration (subset) name")
     split: str = knob("train", "split to read")
     columns: dict[str, str] = knob({}, "our column name -> the data set's, where they differ")
-    weight: float | None = knob(None, "share of this source in the mix, relative to the others; none given: every row once", gt=0)
+    weight: float | None = knob(
+        None, "share of this source in the mix, relative to the others; none given: every row once", gt=0
+    )
     max_rows: int | None = knob(None, "read at most this many rows", gt=0)
 
 
@@ -73,7 +77,9 @@ class DataConfig(Section):
     """Where the text, the preferences and the prompts come from."""
 
     root: str | None = knob(None, "local folder to read in place of the hub")
-    builder: str | None = knob(None, "package.module:function that returns the data sets by role, in place of the lists below")
+    builder: str | None = knob(
+        None, "package.module:function that returns the data sets by role, in place of the lists below"
+    )
     builder_args: dict = knob({}, "keyword arguments of the builder")
     sft: tuple[SourceConfig, ...] = knob((), "text, prompt/response or chat messages to imitate")
     preferences: tuple[SourceConfig, ...] = knob((), "prompt/chosen/rejected pairs or prompt/response/score rows")
@@ -82,7 +88,9 @@ class DataConfig(Section):
     eval_prompts: tuple[SourceConfig, ...] = knob((), "held-out prompts; default: a share of prompts")
     holdout: float = knob(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
     max_prompt_tokens: int = knob(64, "longer prompts are cut", gt=0)
-    truncate_prompt: Literal["left", "right", "drop"] = knob("left", "side of a long prompt that is cut, or drop the row")
+    truncate_prompt: Literal["left", "right", "drop"] = knob(
+        "left", "side of a long prompt that is cut, or drop the row"
+    )
     drop_duplicates: bool = knob(True, "drop rows that repeat another of the same source exactly")
 
 
@@ -115,7 +123,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self):
-        self.accumulation_steps
+        assert self.accumulation_steps > 0
         return self
 
 
@@ -129,12 +137,19 @@ class RewardConfig(TrainConfig):
     """A reward model (TRL's RewardTrainer). Also the form of the independent judge."""
 
     objective: Literal["pairs", "scores"] = knob("pairs", "Bradley-Terry on pairs, or regression to people's scores")
-    base: str = knob("sft", "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
-                     "or a folder / hub name")
-    truncate_reply: Literal["left", "right", "drop"] = knob("drop", "side of a reply that is cut when its row exceeds max_length, or drop the row")
+    base: str = knob(
+        "sft",
+        "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
+        "or a folder / hub name",
+    )
+    truncate_reply: Literal["left", "right", "drop"] = knob(
+        "drop", "side of a reply that is cut when its row exceeds max_length, or drop the row"
+    )
     learning_rate: float = knob(1e-4, "peak learning rate of AdamW", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
-    normalise_samples: int = knob(256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0)
+    normalise_samples: int = knob(
+        256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0
+    )
 
 
 class GenerationConfig(Section):
@@ -181,15 +196,21 @@ class PPOConfig(Section):
     whiten_rewards: bool = knob(False, "divide rewards by their deviation over the batch, keeping the mean")
     whiten_advantages: bool = knob(True, "centre and scale advantages over the whole batch")
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
-    critic_init: Literal["reward", "sft"] = knob("reward", "critic starts from the reward model, or from the SFT model with a zero head")
-    reward_function: str | None = knob(None, "package.module:function scoring (prompts, responses) in place of the reward model")
+    critic_init: Literal["reward", "sft"] = knob(
+        "reward", "critic starts from the reward model, or from the SFT model with a zero head"
+    )
+    reward_function: str | None = knob(
+        None, "package.module:function scoring (prompts, responses) in place of the reward model"
+    )
     precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
     eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
     eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
     checkpoint_every: int = knob(20, "steps between checkpoints", gt=0)
     checkpoint_minutes: float = knob(20.0, "longest time between checkpoints", gt=0)
     keep_checkpoints: int = knob(2, "last good checkpoints kept", gt=0)
-    max_mismatch: float = knob(0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0)
+    max_mismatch: float = knob(
+        0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0
+    )
 
     @property
     def rollouts_per_step(self) -> int:
@@ -197,12 +218,15 @@ class PPOConfig(Section):
 
     @property
     def num_minibatches(self) -> int:
-        return exact_div(self.rollouts_per_step, self.minibatch_size,
-                         "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size")
+        return exact_div(
+            self.rollouts_per_step,
+            self.minibatch_size,
+            "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size",
+        )
 
     @model_validator(mode="after")
     def _batches_divide(self):
-        self.num_minibatches
+        assert self.num_minibatches > 0
         exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
         return self
 
@@ -214,9 +238,15 @@ class EvaluationConfig(Section):
     samples: int = knob(12, "sample pairs shown in the report", gt=0)
     seeds: tuple[int, ...] = knob((0,), "sampling seeds; every prompt is drawn once for each")
     bootstrap: int = knob(2000, "resamples of the 95 % intervals", gt=0)
-    judge_function: str | None = knob(None, "package.module:function(prompts, responses) -> scores: the known true utility")
-    max_kl: float | None = knob(None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0)
-    judge_positive_above: float | None = knob(None, "raw judge score above which a response counts as positive (judge_positive)")
+    judge_function: str | None = knob(
+        None, "package.module:function(prompts, responses) -> scores: the known true utility"
+    )
+    max_kl: float | None = knob(
+        None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0
+    )
+    judge_positive_above: float | None = knob(
+        None, "raw judge score above which a response counts as positive (judge_positive)"
+    )
 
 
 class RoleConfig(Section):
@@ -276,31 +306,44 @@ class Recipe(Section):
     def _fits_together(self):
         ppo = self.ppo
         for role, ranks in (("policy", self.resources.policy.actors), ("critic", self.resources.critic.actors)):
-            per_rank = exact_div(ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors")
-            exact_div(per_rank, min(ppo.microbatch_size, per_rank),
-                      f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size")
+            per_rank = exact_div(
+                ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors"
+            )
+            exact_div(
+                per_rank,
+                min(ppo.microbatch_size, per_rank),
+                f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
+            )
         if self.reward is None and ppo.reward_function is None:
-            raise ValueError("reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them")
+            raise ValueError(
+                "reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them"
+            )
         if self.reward is None and ppo.critic_init == "reward":
             raise ValueError("ppo.critic_init is 'reward' but reward is null; set ppo.critic_init to 'sft'")
         for name in ("reward", "judge"):
             stage = getattr(self, name)
             if stage is not None and stage.base == "fluency" and self.fluency is None:
-                raise ValueError(f"{name}.base is 'fluency', but fluency is null; set the section fluency or {name}.base to 'sft'")
+                raise ValueError(
+                    f"{name}.base is 'fluency', but fluency is null; set the section fluency or {name}.base to 'sft'"
+                )
         if self.model.is_from_scratch:
             if self.sft is None:
-                raise ValueError("model.name_or_path is 'from_scratch' and sft is null: nothing would train the model; set sft")
+                raise ValueError(
+                    "model.name_or_path is 'from_scratch' and sft is null: nothing would train the model; set sft"
+                )
             longest = self.data.max_prompt_tokens + self.generation.max_new_tokens
             if longest > self.model.from_scratch.positions:
                 raise ValueError(
                     f"data.max_prompt_tokens + generation.max_new_tokens = {longest} is longer than "
-                    f"model.from_scratch.positions = {self.model.from_scratch.positions}; lower one or raise positions")
+                    f"model.from_scratch.positions = {self.model.from_scratch.positions}; lower one or raise positions"
+                )
             for name in ("sft", "reward", "judge", "fluency"):
                 stage = getattr(self, name)
                 if stage is not None and stage.max_length > self.model.from_scratch.positions:
                     raise ValueError(
                         f"{name}.max_length = {stage.max_length} is longer than model.from_scratch.positions = "
-                        f"{self.model.from_scratch.positions}; lower it or raise positions")
+                        f"{self.model.from_scratch.positions}; lower it or raise positions"
+                    )
         return self
 
 

@@ -19,8 +19,13 @@ class EventLog:
     def add(self, what: str, done: str, cost_s: float | None = None, **details) -> dict:
         """what: what failed ("reward actor 1 died"); done: the answer ("restarted, chunk 3 sent again");
         cost_s: seconds lost, None if unknown; details: short JSON values, e.g. stage="ppo", step=17."""
-        event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": what, "done": done,
-                 "cost_s": None if cost_s is None else round(cost_s, 3), **details}
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "what": what,
+            "done": done,
+            "cost_s": None if cost_s is None else round(cost_s, 3),
+            **details,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

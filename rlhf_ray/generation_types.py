@@ -17,13 +17,13 @@ FinishReason = Literal["eos", "stop", "length"]
 class SamplingParams:
     """How one response is drawn: temperature, then top_k, then top_p, then min_p, then renormalise."""
 
-    max_new_tokens: int = 48          # longest response in tokens, EOS counted
-    temperature: float = 1.0          # divides the logits; 0: the likeliest token (PPO needs more than 0)
-    top_k: int = 0                    # keep the k likeliest tokens; 0: all
-    top_p: float = 1.0                # keep the smallest set of tokens with this probability
-    min_p: float = 0.0                # drop tokens less likely than this share of the likeliest
-    stop: tuple[str, ...] = ()        # strings that end the response; they stay in it
-    ignore_eos: bool = False          # draw on after EOS, for benchmarks of a fixed length
+    max_new_tokens: int = 48  # longest response in tokens, EOS counted
+    temperature: float = 1.0  # divides the logits; 0: the likeliest token (PPO needs more than 0)
+    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens with this probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
+    stop: tuple[str, ...] = ()  # strings that end the response; they stay in it
+    ignore_eos: bool = False  # draw on after EOS, for benchmarks of a fixed length
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -44,9 +44,9 @@ class SamplingParams:
 class Completion:
     """One finished response of K tokens."""
 
-    response_ids: np.ndarray          # [K] int32; the EOS that ended it included
-    logprobs: np.ndarray              # [K] float32; of each token under the distribution that it was drawn from
-    finish_reason: FinishReason       # eos: it ended by itself; stop: a stop string is complete; length: max_new_tokens
+    response_ids: np.ndarray  # [K] int32; the EOS that ended it included
+    logprobs: np.ndarray  # [K] float32; of each token under the distribution that it was drawn from
+    finish_reason: FinishReason  # eos: it ended by itself; stop: a stop string is complete; length: max_new_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +56,4 @@ class TokenEvent:
     request_id: int
     token_id: int
     logprob: float
-    completion: Completion | None     # set on the request's last token
+    completion: Completion | None  # set on the request's last token

@@ -45,8 +45,9 @@ class CriticValues(Protocol):
 
 
 class Assembly(Protocol):
-    def assemble(self, rollouts, scores, ref_logprobs, old_logprobs, old_values,
-                 kl_coef: float) -> tuple[Handle, list[Handle], list[Handle]]: ...
+    def assemble(
+        self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
+    ) -> tuple[Handle, list[Handle], list[Handle]]: ...
     def evaluate(self, rollouts, scores, ref_logprobs) -> Handle: ...
 
 
@@ -217,8 +218,18 @@ class LoopHooks:
 class PPOLoop:
     """Steps, evaluations and checkpoints in order, from wherever `state` stands."""
 
-    def __init__(self, roles: Roles, config: PPOConfig, hooks: LoopHooks, state: LoopState, *, prompts: int,
-                 eval_prompts: int, chunk_size: int, seed: int):
+    def __init__(
+        self,
+        roles: Roles,
+        config: PPOConfig,
+        hooks: LoopHooks,
+        state: LoopState,
+        *,
+        prompts: int,
+        eval_prompts: int,
+        chunk_size: int,
+        seed: int,
+    ):
         self.roles, self.config, self.hooks, self.state = roles, config, hooks, state
         self.prompts, self.eval_prompts = prompts, eval_prompts
         self.chunk_size, self.seed = chunk_size, seed
@@ -248,8 +259,13 @@ class PPOLoop:
         ))  # fmt: skip
         kl_coef = self.state.kl_coef
         if config.adaptive_kl is not None:
-            kl_coef = adapt_kl_coef(kl_coef, metrics["objective/kl"], target=config.adaptive_kl.target,
-                                    horizon=config.adaptive_kl.horizon, episodes=config.rollouts_per_step)
+            kl_coef = adapt_kl_coef(
+                kl_coef,
+                metrics["objective/kl"],
+                target=config.adaptive_kl.target,
+                horizon=config.adaptive_kl.horizon,
+                episodes=config.rollouts_per_step,
+            )
         self.state = replace(self.state, step=step + 1, kl_coef=kl_coef)
         metrics |= {
             "policy/learning_rate": config.learning_rate * anneal,

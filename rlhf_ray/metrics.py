@@ -39,8 +39,16 @@ class MetricsWriter:
     run_name: how W&B and MLflow call this run
     """
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None = None, wandb: str | None = None,
-                 mlflow: str | None = None, *, resume_step: int | None = None, run_name: str | None = None):
+    def __init__(
+        self,
+        path: Path,
+        tensorboard_dir: Path | None = None,
+        wandb: str | None = None,
+        mlflow: str | None = None,
+        *,
+        resume_step: int | None = None,
+        run_name: str | None = None,
+    ):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None or _ends_mid_line(self.path):
@@ -60,8 +68,9 @@ class MetricsWriter:
         row = {"step": step, **{name: _plain(value) for name, value in values.items() if name != "step"}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        numbers = {name: float(value) for name, value in row.items()
-                   if name != "step" and isinstance(value, (int, float))}
+        numbers = {
+            name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))
+        }
         for tracker in self._trackers:
             tracker.write(step, numbers)
 
@@ -130,8 +139,9 @@ class _WandbTracker(_Tracker):
         try:
             import wandb
         except ImportError:
-            raise UserError(f"tracking.wandb = {project!r} needs the package wandb; "
-                            "install it with: pip install 'rlhf-ray[wandb]'") from None
+            raise UserError(
+                f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install 'rlhf-ray[wandb]'"
+            ) from None
         self._run = wandb.init(project=project, name=run_name)
 
     def write(self, step, numbers):
@@ -146,8 +156,10 @@ class _MlflowTracker(_Tracker):
         try:
             import mlflow
         except ImportError:
-            raise UserError(f"tracking.mlflow = {experiment!r} needs the package mlflow; "
-                            "install it with: pip install 'rlhf-ray[mlflow]'") from None
+            raise UserError(
+                f"tracking.mlflow = {experiment!r} needs the package mlflow; "
+                "install it with: pip install 'rlhf-ray[mlflow]'"
+            ) from None
         mlflow.set_experiment(experiment)
         self._mlflow = mlflow
         self._run = mlflow.start_run(run_name=run_name)

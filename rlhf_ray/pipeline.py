@@ -46,8 +46,10 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
     if ppo.done:
         done = ppo.summary()["steps"]
         if recipe.ppo.steps < done:
-            raise UserError(f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
-                            f"set it to {done} or more")
+            raise UserError(
+                f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
+                f"set it to {done} or more"
+            )
         if recipe.ppo.steps > done:
             ppo.done_file.unlink()
             evaluation.done_file.unlink(missing_ok=True)
@@ -70,8 +72,10 @@ def run_stages(
             continue
         for needed in NEEDS[name]:
             if needed in stages_of(recipe) and not folder.stage(needed).done:
-                raise UserError(f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
-                                f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir")
+                raise UserError(
+                    f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
+                    f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir"
+                )
         progress({"stage": name, "started": True})
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
@@ -125,10 +129,9 @@ def _cpu_name() -> str:
 
 def _gpu_names() -> list[str]:
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-                             capture_output=True, text=True, check=False)
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return []
     return out.stdout.split("\n")[:-1] if out.returncode == 0 else []
-
-

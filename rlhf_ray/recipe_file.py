@@ -44,8 +44,10 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
         if path_or_name not in packaged:
             near = difflib.get_close_matches(path_or_name, packaged, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
-                            f"({', '.join(packaged)}){hint}")
+            raise UserError(
+                f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
+                f"({', '.join(packaged)}){hint}"
+            )
         path = packaged[path_or_name]
     if path.is_dir():
         raise UserError(f"'{path_or_name}' is a folder; name the recipe's YAML file (a run folder's is recipe.yaml)")
@@ -53,8 +55,10 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}: "
-                        f"{getattr(error, 'problem', None) or error}") from error
+        raise UserError(
+            f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}: "
+            f"{getattr(error, 'problem', None) or error}"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of keys to values; a recipe starts with 'name: ...'")
     return values
@@ -149,9 +153,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{'ppo': {'steps': 3}} -> {'ppo.steps': 3}; lists are values."""
     if isinstance(values, dict) and values:
-        return {
-            key: leaf for name, part in values.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()
-        }
+        return {key: leaf for name, part in values.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
     return {prefix[:-1]: values}
 
 
@@ -160,7 +162,9 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     if not folder.recipe.exists():
         return []
     # Validated first: a key that a newer version of the package added then has its default on both sides.
-    old = flatten(build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe)).model_dump(mode="json"))
+    old = flatten(
+        build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe)).model_dump(mode="json")
+    )
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     refused = [key for key in changed if not _may_change(key, folder)]
@@ -174,7 +178,9 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
 
 
 def _may_change(key: str, folder: RunFolder) -> bool:
+    section = key.partition(".")[0]
+    if section in ("sft", "fluency", "reward", "judge") and folder.stage(section).done:
+        return False  # recipe.yaml would no longer say how the stage was trained
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):
         return True
-    section = key.partition(".")[0]
     return section in STAGES and section != "data" and not folder.stage(section).path.exists()

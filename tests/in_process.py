@@ -95,29 +95,55 @@ class LocalRoles:
 
     def __init__(self, recipe, folder, actors=1):
         ppo, generation, start = recipe.ppo, recipe.generation, folder.stage("sft").model
-        sampling = SamplingParams(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature,
-                                  stop=generation.stop)
+        sampling = SamplingParams(
+            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, stop=generation.stop
+        )
         texts = [read_role(folder, role)["prompt"] for role in ("prompts", "eval_prompts")]
-        scorer = (FunctionScorer(ppo.reward_function) if ppo.reward_function
-                  else RewardScorer(folder.stage("reward").model))
-        self.generation = LocalGeneration(*(
-            Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors)))
+        scorer = (
+            FunctionScorer(ppo.reward_function) if ppo.reward_function else RewardScorer(folder.stage("reward").model)
+        )
+        self.generation = LocalGeneration(
+            *(Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors))
+        )
         self.reward = LocalReward(*(Reward(scorer, start) for _ in range(actors)))
-        self.reference = LocalReference(*(
-            Reference(start, temperature=generation.temperature, compute_dtype=torch.float32,
-                      microbatch_size=ppo.microbatch_size) for _ in range(actors)))
+        self.reference = LocalReference(
+            *(
+                Reference(
+                    start,
+                    temperature=generation.temperature,
+                    compute_dtype=torch.float32,
+                    microbatch_size=ppo.microbatch_size,
+                )
+                for _ in range(actors)
+            )
+        )
         policy = LogprobModel(load_causal_lm(start), temperature=generation.temperature, compute_dtype=torch.float32)
         critic = ValueModel(build_critic(folder.stage("reward").model, "reward"), compute_dtype=torch.float32)
-        self.policy = LocalTrainer(PolicyTrainer(
-            TorchEngine(policy), microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range))
-        self.critic = LocalTrainer(CriticTrainer(
-            TorchEngine(critic), microbatch_size=ppo.microbatch_size, value_clip_range=ppo.value_clip_range,
-            vf_coef=ppo.vf_coef))
-        self.assembler = Assembler(AssembleSettings(
-            gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, missing_eos_penalty=ppo.missing_eos_penalty,
-            whiten_rewards=ppo.whiten_rewards, whiten_advantages=ppo.whiten_advantages,
-            minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs, policy_ranks=1, critic_ranks=1,
-            seed=recipe.seed))
+        self.policy = LocalTrainer(
+            PolicyTrainer(TorchEngine(policy), microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range)
+        )
+        self.critic = LocalTrainer(
+            CriticTrainer(
+                TorchEngine(critic),
+                microbatch_size=ppo.microbatch_size,
+                value_clip_range=ppo.value_clip_range,
+                vf_coef=ppo.vf_coef,
+            )
+        )
+        self.assembler = Assembler(
+            AssembleSettings(
+                gamma=ppo.gamma,
+                gae_lambda=ppo.gae_lambda,
+                missing_eos_penalty=ppo.missing_eos_penalty,
+                whiten_rewards=ppo.whiten_rewards,
+                whiten_advantages=ppo.whiten_advantages,
+                minibatch_size=ppo.minibatch_size,
+                ppo_epochs=ppo.ppo_epochs,
+                policy_ranks=1,
+                critic_ranks=1,
+                seed=recipe.seed,
+            )
+        )
 
     def wait(self, handles, what):
         pass
@@ -131,5 +157,8 @@ class LocalRoles:
 
     def weights(self):
         """Clones of policy and critic weights by name."""
-        return {f"{number}/{name}": tensor.detach().clone()
-                for number, engine in enumerate(self.engines) for name, tensor in engine.weights()}
+        return {
+            f"{number}/{name}": tensor.detach().clone()
+            for number, engine in enumerate(self.engines)
+            for name, tensor in engine.weights()
+        }

@@ -42,10 +42,13 @@ def test_masked_mean_counts_only_the_mask():
     assert float(masked_mean(values, masks(2, 1, 3)[:2])) == pytest.approx(7 / 3)
 
 
-@pytest.mark.parametrize("shift_mean, expected", [
-    (True, [-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2]),  # mean 5, biased deviation 2 (the unbiased one is 2.138)
-    (False, [3.5, 4.5, 4.5, 4.5, 5, 5, 6, 7]),
-])
+@pytest.mark.parametrize(
+    "shift_mean, expected",
+    [
+        (True, [-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2]),  # mean 5, biased deviation 2 (the unbiased one is 2.138)
+        (False, [3.5, 4.5, 4.5, 4.5, 5, 5, 6, 7]),
+    ],
+)
 def test_masked_whiten_has_the_biased_variance_and_shift_mean_centres(shift_mean, expected):
     values = floats([2, 4, 4, 4, 5], [5, 7, 9, NAN, 1e30])
     mask = masks(5, 3)
@@ -77,12 +80,15 @@ def test_both_kl_estimators_are_unbiased_under_the_policy():
         assert float((floats(policy) * each).sum()) == pytest.approx(exact)
 
 
-@pytest.mark.parametrize("kl, expected", [
-    (12.0, 0.1 * 1.00128),  # 1 + 0.2 * 64 / 10000: the error of 1 is clipped to 0.2
-    (6.6, 0.1 * 1.00064),
-    (6.0, 0.1),
-    (0.0, 0.1 * 0.99872),
-])
+@pytest.mark.parametrize(
+    "kl, expected",
+    [
+        (12.0, 0.1 * 1.00128),  # 1 + 0.2 * 64 / 10000: the error of 1 is clipped to 0.2
+        (6.6, 0.1 * 1.00064),
+        (6.0, 0.1),
+        (0.0, 0.1 * 0.99872),
+    ],
+)
 def test_adapt_kl_coef_is_the_published_controller(kl, expected):
     assert adapt_kl_coef(0.1, kl, target=6.0, horizon=10000, episodes=64) == pytest.approx(expected, rel=1e-12)
 
@@ -151,12 +157,15 @@ def test_policy_loss_by_hand():
     old_logprobs = torch.zeros_like(ratios)
     loss, stats = policy_loss(ratios.log(), old_logprobs, advantages, masks(3, 1), clip_range=0.2, num_tokens=8)
     assert loss.item() == pytest.approx((-1.2 + 1.5 + 0.8 - 0.5) / 8)
-    assert {name: float(value) for name, value in stats.items()} == pytest.approx({
-        "policy/loss": 0.6 / 8,
-        "policy/clip_frac": 2 / 8,  # the first and the third
-        "policy/ratio": (1.5 + 1.5 + 0.5 + 0.5) / 8,
-        "policy/approx_kl": (2 * 0.0945349 + 2 * 0.1931472) / 8,  # r - 1 - ln r
-    }, abs=1e-7)
+    assert {name: float(value) for name, value in stats.items()} == pytest.approx(
+        {
+            "policy/loss": 0.6 / 8,
+            "policy/clip_frac": 2 / 8,  # the first and the third
+            "policy/ratio": (1.5 + 1.5 + 0.5 + 0.5) / 8,
+            "policy/approx_kl": (2 * 0.0945349 + 2 * 0.1931472) / 8,  # r - 1 - ln r
+        },
+        abs=1e-7,
+    )
 
 
 def plain_policy_loss(logprobs, old_logprobs, advantages, mask, clip_range, num_tokens):
@@ -324,8 +333,15 @@ def hand_worked(**knobs):
         ref_logprobs=floats([-2, -2, -2], [-3, -3, NAN]),
         old_values=floats([0.5, 0.5, 0.5], [0, 0.2, NAN]),
         action_mask=mask,
-        **{"kl_coef": 0.1, "gamma": 1.0, "gae_lambda": 0.5, "missing_eos_penalty": 1.0, "whiten_rewards": False,
-           "whiten_advantages": False, **knobs},
+        **{
+            "kl_coef": 0.1,
+            "gamma": 1.0,
+            "gae_lambda": 0.5,
+            "missing_eos_penalty": 1.0,
+            "whiten_rewards": False,
+            "whiten_advantages": False,
+            **knobs,
+        },
     )
 
 
@@ -337,20 +353,22 @@ def test_assemble_by_hand():
     assert (result.advantages[~mask] == 0).all() and (result.returns[~mask] == 0).all()
     returns = np.array([0.55, 0.8, 1.1, 0.3, 0.8])
     errors = returns - [0.5, 0.5, 0.5, 0, 0.2]
-    assert result.stats == pytest.approx({
-        "objective/score": 1.5,
-        "objective/score_std": 0.5,
-        "objective/kl": 2.0,  # (0 + 4) / 2: summed over a sequence
-        "objective/rlhf_reward": 0.8,  # (1.0 + 0.6) / 2
-        "objective/kl_coef": 0.1,
-        "objective/response_length": 2.5,
-        "objective/eos_rate": 0.5,
-        "value/explained_variance": 1 - errors.var() / returns.var(),
-        "value/returns": 0.71,
-        "policy/advantage_std": math.sqrt(0.0436),
-        "policy/mismatch_max": 0.25,
-        "policy/mismatch_kl": -0.05,
-    })
+    assert result.stats == pytest.approx(
+        {
+            "objective/score": 1.5,
+            "objective/score_std": 0.5,
+            "objective/kl": 2.0,  # (0 + 4) / 2: summed over a sequence
+            "objective/rlhf_reward": 0.8,  # (1.0 + 0.6) / 2
+            "objective/kl_coef": 0.1,
+            "objective/response_length": 2.5,
+            "objective/eos_rate": 0.5,
+            "value/explained_variance": 1 - errors.var() / returns.var(),
+            "value/returns": 0.71,
+            "policy/advantage_std": math.sqrt(0.0436),
+            "policy/mismatch_max": 0.25,
+            "policy/mismatch_kl": -0.05,
+        }
+    )
 
 
 def test_assemble_whitens_advantages_over_the_batch_and_not_the_returns():

@@ -16,8 +16,11 @@ STATE = {"step": 0, "kl_coef": 0.1 + 0.2, "best_score": None, "best_step": -1}
 
 def tensors(step):
     generator = torch.Generator().manual_seed(step)
-    return {f"{key}/{name}": torch.randn(3, 2, generator=generator)
-            for name in ("a", "b", "c") for key in ("weight", "exp_avg", "exp_avg_sq")}
+    return {
+        f"{key}/{name}": torch.randn(3, 2, generator=generator)
+        for name in ("a", "b", "c")
+        for key in ("weight", "exp_avg", "exp_avg_sq")
+    }
 
 
 def begin(folder, step, ranks=2):

@@ -35,22 +35,33 @@ def free_ports(count):
 
 
 def script(name, *arguments, env, timeout=120):
-    return subprocess.run(["bash", str(CLUSTER / name), *arguments], env=env, timeout=timeout, text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        ["bash", str(CLUSTER / name), *arguments],
+        env=env,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def bare_env(home):
     """An environment without anybody's token or cluster, in which this test's Python is the active one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RLHF_RAY", "SLURM"))}
     binaries = Path(sys.executable).parent
-    return env | {"HOME": str(home), "RLHF_RAY_STATE": str(home / "state"), "VIRTUAL_ENV": str(binaries.parent),
-                  "PATH": f"{binaries}:{env['PATH']}"}
+    return env | {
+        "HOME": str(home),
+        "RLHF_RAY_STATE": str(home / "state"),
+        "VIRTUAL_ENV": str(binaries.parent),
+        "PATH": f"{binaries}:{env['PATH']}",
+    }
 
 
 @pytest.fixture(scope="module")
 def short_tmp(tmp_path_factory):
     """A folder with a short path: Ray's sockets lie below it, and a socket's path has at most 107 characters."""
     import tempfile
+
     with tempfile.TemporaryDirectory(prefix="rlhf", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -62,22 +73,44 @@ def cluster(short_tmp):
     home.mkdir()
     env = bare_env(home)
     gcs, dashboard, client, agent, worker_agent = free_ports(5)
-    head = script("head.sh", "--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client,
-                  "--dashboard-agent-listen-port", agent, "--temp-dir", str(short_tmp / "head"), *RAY_OPTIONS, env=env)
+    head = script(
+        "head.sh",
+        "--port",
+        gcs,
+        "--dashboard-port",
+        dashboard,
+        "--ray-client-server-port",
+        client,
+        "--dashboard-agent-listen-port",
+        agent,
+        "--temp-dir",
+        str(short_tmp / "head"),
+        *RAY_OPTIONS,
+        env=env,
+    )
     try:
         assert head.returncode == 0, head.stderr
         joined = next(line for line in head.stdout.splitlines() if "worker.sh" in line).split()
         address = joined[joined.index("cluster/worker.sh") + 1]
-        worker = script("worker.sh", address, "--dashboard-agent-listen-port", worker_agent, "--temp-dir",
-                        str(short_tmp / "worker"), *RAY_OPTIONS, env=env)
+        worker = script(
+            "worker.sh",
+            address,
+            "--dashboard-agent-listen-port",
+            worker_agent,
+            "--temp-dir",
+            str(short_tmp / "worker"),
+            *RAY_OPTIONS,
+            env=env,
+        )
         assert worker.returncode == 0, worker.stderr
         yield f"http://127.0.0.1:{dashboard}", env, address
     finally:
         stopped = script("stop.sh", env=env)
     assert "stopped the worker" in stopped.stdout and "stopped the head" in stopped.stdout
     # Nothing of ours is left: every Ray process carries its folder in its arguments.
-    left = subprocess.run(["pgrep", "-f", str(short_tmp / "head") + "|" + str(short_tmp / "worker")],
-                          capture_output=True, text=True).stdout
+    left = subprocess.run(
+        ["pgrep", "-f", str(short_tmp / "head") + "|" + str(short_tmp / "worker")], capture_output=True, text=True
+    ).stdout
     assert left == ""
     assert "nothing" in script("stop.sh", env=env).stdout
 
@@ -96,6 +129,7 @@ def as_user(cluster, monkeypatch):
 @pytest.fixture
 def entry(monkeypatch):
     """Put `code` in the place of the run, everything else being as it is: a run takes minutes."""
+
     def use(code):
         real = jobs.entrypoint
 
@@ -107,6 +141,7 @@ def entry(monkeypatch):
             return f"{before}exec python -c {shlex.quote(textwrap.dedent(code))} {shlex.join(words[4:])}"
 
         monkeypatch.setattr(jobs, "entrypoint", replaced)
+
     return use
 
 
@@ -115,6 +150,7 @@ def recipe(name="tiny", **sections):
 
 
 # --- the scripts --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_parses(name):
@@ -156,9 +192,11 @@ def test_the_head_made_a_private_token_and_a_second_head_is_refused(cluster):
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.ray
 def test_a_job_gets_code_recipe_and_data_runs_on_both_nodes_and_gives_its_exit_status(
-        cluster, as_user, entry, tmp_path, monkeypatch, capfd):
+    cluster, as_user, entry, tmp_path, monkeypatch, capfd
+):
     entry("""
         import os, sys, pathlib, ray, yaml, rlhf_ray
         print("arguments", sys.argv[1:])
@@ -181,8 +219,14 @@ def test_a_job_gets_code_recipe_and_data_runs_on_both_nodes_and_gives_its_exit_s
     Path("rows.jsonl").write_text('{"text": "good"}\n')
     run_dir = tmp_path / "runs" / "tiny"
     said = []
-    job_id = jobs.submit(recipe(data={"sft": [{"path": "rows.jsonl"}]}), str(run_dir), address=as_user,
-                         data=[Path("rows.jsonl")], env={"HF_HOME": "/given"}, echo=said.append)
+    job_id = jobs.submit(
+        recipe(data={"sft": [{"path": "rows.jsonl"}]}),
+        str(run_dir),
+        address=as_user,
+        data=[Path("rows.jsonl")],
+        env={"HF_HOME": "/given"},
+        echo=said.append,
+    )
     assert job_id == "tiny-1"
     assert any("code" in line for line in said) and any("rows.jsonl" in line for line in said)
     assert jobs.logs(job_id, address=as_user) == 3
@@ -224,9 +268,16 @@ def test_a_run_folder_has_one_run_at_a_time_and_stop_lets_it_finish_its_step(clu
 
     # Ctrl-C of a person who follows: the job goes on
     follower = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; from rlhf_ray.cli import jobs; "
-                               f"sys.exit(jobs.logs({first!r}, address={as_user!r}))"],
-        stdout=subprocess.PIPE, text=True, env=cluster[1], cwd=REPO)
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from rlhf_ray.cli import jobs; sys.exit(jobs.logs({first!r}, address={as_user!r}))",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=cluster[1],
+        cwd=REPO,
+    )
     assert any(line.strip() == "new" for line in iter(follower.stdout.readline, ""))
     follower.send_signal(signal.SIGINT)
     rest = follower.communicate(timeout=30)[0]
@@ -263,9 +314,28 @@ def test_plain_ray_job_submit_reaches_our_command(cluster, tmp_path):
     address, env, _ = cluster
     (tmp_path / "recipe.yaml").write_text("name: tiny\nsead: 1\n")
     result = subprocess.run(
-        ["ray", "job", "submit", "--address", address, "--working-dir", str(tmp_path), "--",
-         "rlhf-ray", "run", "recipe.yaml", "--address", "auto", "--run-dir", str(tmp_path / "run")],
-        env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=90)
+        [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            address,
+            "--working-dir",
+            str(tmp_path),
+            "--",
+            "rlhf-ray",
+            "run",
+            "recipe.yaml",
+            "--address",
+            "auto",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ],
+        env=env | {"RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     said = result.stdout + result.stderr
     assert result.returncode != 0 and "sead" in said and "seed" in said and "exit code 2" in said, said
 
@@ -275,15 +345,17 @@ def test_the_slurm_script_builds_a_cluster_and_runs_on_it(short_tmp, tmp_path):
     """`srun` and `rlhf-ray` are stand-ins: the first runs its command here, the second says what it got."""
     (tmp_path / "bin").mkdir()
     tools = {
-        "srun": "while [[ $1 == --* ]]; do shift; done; exec \"$@\"",
-        "rlhf-ray": "echo got \"$@\"; exec python \"$(dirname \"$0\")/run.py\" \"$4\"",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "rlhf-ray": 'echo got "$@"; exec python "$(dirname "$0")/run.py" "$4"',
     }
-    (tmp_path / "bin" / "run.py").write_text(textwrap.dedent("""
+    (tmp_path / "bin" / "run.py").write_text(
+        textwrap.dedent("""
         import ray, sys
         ray.init(address=sys.argv[1], logging_level="error")
         print("cpus", int(ray.cluster_resources()["CPU"]))
         sys.exit(7)
-    """))
+    """)
+    )
     for name, text in tools.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -291,18 +363,29 @@ def test_the_slurm_script_builds_a_cluster_and_runs_on_it(short_tmp, tmp_path):
     home.mkdir()
     env = bare_env(home)
     number = os.getpid()
-    env |= {"PATH": f"{tmp_path / 'bin'}:{env['PATH']}", "SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": str(number),
-            "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1", "TMPDIR": str(short_tmp)}
+    env |= {
+        "PATH": f"{tmp_path / 'bin'}:{env['PATH']}",
+        "SLURM_SUBMIT_DIR": str(REPO),
+        "SLURM_JOB_ID": str(number),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "TMPDIR": str(short_tmp),
+    }
     result = script("slurm.sh", "demo", "/shared/runs/demo", "--set", "ppo.steps=2", env=env, timeout=150)
     assert result.returncode == 7, result.stdout + result.stderr
-    for words in ("got run demo --address ", "--run-dir /shared/runs/demo --set ppo.steps=2", "cpus 2",
-                  "stopped the head"):
+    for words in (
+        "got run demo --address ",
+        "--run-dir /shared/runs/demo --set ppo.steps=2",
+        "cpus 2",
+        "stopped the head",
+    ):
         assert words in result.stdout
     refused = script("slurm.sh", "demo", "runs/demo", env=env)
     assert refused.returncode == 2 and "relative" in refused.stderr
 
 
 # --- without a cluster --------------------------------------------------------------------------------------------
+
 
 def test_a_relative_run_folder_is_refused():
     with pytest.raises(UserError, match="'runs/demo' is relative.*absolute"):
@@ -321,9 +404,11 @@ def test_no_dashboard_is_said_in_words():
 
 def test_the_entrypoint_is_one_run_with_its_arguments_quoted():
     assert jobs.entrypoint("/shared/my runs/a") == (
-        "exec python -m rlhf_ray.cli.main run recipe.yaml --address auto --run-dir '/shared/my runs/a'")
+        "exec python -m rlhf_ray.cli.main run recipe.yaml --address auto --run-dir '/shared/my runs/a'"
+    )
     assert jobs.entrypoint("/r", has_data=True).startswith(
-        "mkdir -p /r/uploads && cp -R uploads/. /r/uploads/ && exec python")
+        "mkdir -p /r/uploads && cp -R uploads/. /r/uploads/ && exec python"
+    )
 
 
 def test_local_data_is_named_or_refused(tmp_path, monkeypatch):
@@ -370,8 +455,11 @@ def test_the_users_own_modules_go_along(tmp_path):
     (tmp_path / "myrewards.py").write_text("def short(prompts, responses): ...\n")
     (tmp_path / "mydata").mkdir()
     (tmp_path / "mydata" / "__init__.py").touch()
-    own = recipe(data={"builder": "mydata.pairs:build"}, ppo={"reward_function": "myrewards:short"},
-                 evaluation={"judge_function": "rlhf_ray.errors:UserError"})
+    own = recipe(
+        data={"builder": "mydata.pairs:build"},
+        ppo={"reward_function": "myrewards:short"},
+        evaluation={"judge_function": "rlhf_ray.errors:UserError"},
+    )
     folder = _empty(tmp_path)
     items = upload.stage(own, folder, run_dir="/runs/x", here=tmp_path)
     assert [item.path.name for item in items if item.what == "your module"] == ["mydata", "myrewards.py"]

@@ -55,7 +55,8 @@ def microbatches(rank, world):
 
 def make_engine(stage, clip=CLIP):
     return DeepSpeedEngine(
-        make_module(), OptimiserSettings(adam_eps=1e-5, max_grad_norm=clip, zero_stage=stage), device=CPU)
+        make_module(), OptimiserSettings(adam_eps=1e-5, max_grad_norm=clip, zero_stage=stage), device=CPU
+    )
 
 
 def clones(pairs):

@@ -73,8 +73,13 @@ def gone(pids: set[int], within_s: float) -> set[int]:
 def interrupted(tmp_path_factory) -> tuple[Path, str, int, set[int]]:
     """A run that got Ctrl-C during PPO: its folder, what it printed, its exit code, processes it left behind."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
-    process = subprocess.Popen(command("run", run_dir, **{"ppo.steps": 400}), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command("run", run_dir, **{"ppo.steps": 400}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     metrics = run_dir / "ppo" / "metrics.jsonl"
     deadline = time.monotonic() + 360
     while len(read_metrics(metrics)) < 3:

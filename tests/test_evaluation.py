@@ -82,21 +82,23 @@ def test_the_same_resamples_make_differences_paired():
 
 
 def test_prompts_are_resampled_not_responses():
-    per_prompt = np.repeat(np.array([[0.0], [1.0]]), 1000, axis=1)     # 2 prompts, 1000 equal responses each
+    per_prompt = np.repeat(np.array([[0.0], [1.0]]), 1000, axis=1)  # 2 prompts, 1000 equal responses each
     figure = Resampler(2, 1000, seed=0).mean(per_prompt).figure()
     assert (figure["mean"], figure["low"], figure["high"]) == (0.5, 0.0, 1.0)
 
 
 def test_perplexity_is_of_all_tokens_together():
     # 1 token at log 1/2 and 3 tokens at log 1/8 each: exp((log 2 + 3 log 8) / 4) = 2 ** (10 / 4)
-    sums, tokens = np.log([0.5, 0.125 ** 3]), np.array([1, 3])
-    assert Resampler(2, 10).perplexity(sums, tokens).point == pytest.approx(2 ** 2.5)
+    sums, tokens = np.log([0.5, 0.125**3]), np.array([1, 3])
+    assert Resampler(2, 10).perplexity(sums, tokens).point == pytest.approx(2**2.5)
 
 
 def test_distinct_interval_is_as_wide_as_fresh_corpora_differ():
     rng = np.random.default_rng(0)
+
     def corpus():
         return [[" ".join(f"w{i}" for i in rng.zipf(1.5, size=rng.integers(5, 25)) % 60)] for _ in range(80)]
+
     values = [distinct_n([row[0] for row in corpus()], 2) for _ in range(300)]
     figures = [Resampler(80, 200, seed=i).distinct(corpus(), 2).figure() for i in range(10)]
     assert all(figure["low"] < figure["mean"] < figure["high"] for figure in figures)
@@ -116,10 +118,20 @@ def test_shuffled_partners_never_pair_equal_prompts():
 
 # -- the whole stage on tiny models -----------------------------------------------------------------------------------
 
-PROMPTS = ["The cat sat on", "A dog ran to",
-           "The sun is over", "My hat was under", "One bird sang in", "The cat sat on"]
-CORPUS = [f"{prompt} the {noun} and was {mood}. " for prompt in PROMPTS for noun in ("mat", "sea", "tree")
-          for mood in ("glad", "sad", "warm")]
+PROMPTS = [
+    "The cat sat on",
+    "A dog ran to",
+    "The sun is over",
+    "My hat was under",
+    "One bird sang in",
+    "The cat sat on",
+]
+CORPUS = [
+    f"{prompt} the {noun} and was {mood}. "
+    for prompt in PROMPTS
+    for noun in ("mat", "sea", "tree")
+    for mood in ("glad", "sad", "warm")
+]
 
 
 def judge_by_length(prompts, responses):
@@ -135,7 +147,7 @@ def run_folder(tmp_path_factory):
     shape = {"layers": 2, "width": 32, "heads": 2, "positions": 64, "vocab_size": 300}
     for number, stage in enumerate(("sft", "ppo", "fluency")):
         model = build_causal_lm(ModelConfig(from_scratch=FromScratch(**shape)), tokenizer, seed=number)
-        for weight in model.parameters():        # far enough from uniform that two models differ measurably
+        for weight in model.parameters():  # far enough from uniform that two models differ measurably
             weight.data *= 3.0
         folder.stage(stage).path.mkdir()
         save_model(model, tokenizer, folder.stage(stage).model, "card")
@@ -149,10 +161,15 @@ def run_folder(tmp_path_factory):
 
 
 def recipe(**changes):
-    settings = {"name": "tiny", "generation": {"max_new_tokens": 8, "chunk_size": 4, "temperature": 0.8},
-                "data": {"max_prompt_tokens": 32}, "judge": {}, "fluency": {},
-                "model": {"from_scratch": {"positions": 256}},
-                "evaluation": {"prompts": 100, "seeds": [3, 4], "bootstrap": 50}}
+    settings = {
+        "name": "tiny",
+        "generation": {"max_new_tokens": 8, "chunk_size": 4, "temperature": 0.8},
+        "data": {"max_prompt_tokens": 32},
+        "judge": {},
+        "fluency": {},
+        "model": {"from_scratch": {"positions": 256}},
+        "evaluation": {"prompts": 100, "seeds": [3, 4], "bootstrap": 50},
+    }
     return Recipe.model_validate(settings | changes)
 
 
@@ -169,8 +186,17 @@ def test_summary_has_the_form_that_people_script_against(evaluated, run_folder):
     assert json.loads((run_folder.path / "evaluation" / "summary.json").read_text()) == summary
     assert run_folder.stage("evaluation").summary() == summary
     for model in ("sft", "ppo"):
-        for key in ("score", "judge", "perplexity", "perplexity_independent", "relevance", "length", "eos_rate",
-                    "distinct_2", "repetition"):
+        for key in (
+            "score",
+            "judge",
+            "perplexity",
+            "perplexity_independent",
+            "relevance",
+            "length",
+            "eos_rate",
+            "distinct_2",
+            "repetition",
+        ):
             figure = summary[model][key]
             assert set(figure) == {"mean", "low", "high"} and figure["low"] <= figure["mean"] <= figure["high"], key
     assert set(summary["win_rate"]) == {"reward_model", "judge"}
@@ -187,8 +213,10 @@ def test_figures_follow_from_the_samples_file(evaluated):
         assert summary[model]["length"]["mean"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
         assert summary[model]["eos_rate"]["mean"] == pytest.approx(np.mean([row["ended"] for row in rows]))
         assert summary[model]["distinct_2"]["mean"] == pytest.approx(distinct_n([row["response"] for row in rows], 2))
-    wins = [(row["ppo"]["score"] > row["sft"]["score"]) + 0.5 * (row["ppo"]["score"] == row["sft"]["score"])
-            for row in samples]
+    wins = [
+        (row["ppo"]["score"] > row["sft"]["score"]) + 0.5 * (row["ppo"]["score"] == row["sft"]["score"])
+        for row in samples
+    ]
     assert summary["win_rate"]["reward_model"]["mean"] == pytest.approx(np.mean(wins))
 
 
@@ -198,7 +226,7 @@ def plain_logprob(folder, prompt, response, ended, temperature=1.0):
     model = AutoModelForCausalLM.from_pretrained(folder)
     head, tail = tokenizer(prompt).input_ids, tokenizer(response).input_ids + [tokenizer.eos_token_id] * ended
     with torch.no_grad():
-        logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1:-1] / temperature
+        logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum().item(), len(tail)
 
 
@@ -213,11 +241,14 @@ def test_independent_perplexity_against_plain_transformers(evaluated, run_folder
 def test_each_response_is_rated_in_its_own_place(run_folder):
     path = run_folder.stage("sft").model
     model = LanguageModel(load_causal_lm(path), load_tokenizer(path), torch.float32)
-    texts = ["the mat and was glad.", "", "sad"]       # the empty one was cut off: it has no token at all
+    texts = ["the mat and was glad.", "", "sad"]  # the empty one was cut off: it has no token at all
     responses = Responses(prompt_ids=[], response_ids=[], texts=texts, ended=np.array([True, False, False]))
     prompt_ids, response_ids = model.encode(PROMPTS[:3], responses)
-    expected = [plain_logprob(path, PROMPTS[0], texts[0], True)[0], 0.0,
-                plain_logprob(path, PROMPTS[2], texts[2], False)[0]]
+    expected = [
+        plain_logprob(path, PROMPTS[0], texts[0], True)[0],
+        0.0,
+        plain_logprob(path, PROMPTS[2], texts[2], False)[0],
+    ]
     assert model.rate_tokens(prompt_ids, response_ids) == pytest.approx(expected, rel=1e-4)
 
 
@@ -226,8 +257,16 @@ def test_responses_stand_prompt_by_prompt(run_folder):
     tokenizer, counts = load_tokenizer(path), []
 
     def draw():
-        return draw_responses(load_causal_lm(path), tokenizer, PROMPTS, (3, 4), SamplingParams(max_new_tokens=8),
-                              chunk_size=4, device="cpu", progress=counts.append)
+        return draw_responses(
+            load_causal_lm(path),
+            tokenizer,
+            PROMPTS,
+            (3, 4),
+            SamplingParams(max_new_tokens=8),
+            chunk_size=4,
+            device="cpu",
+            progress=counts.append,
+        )
 
     drawn = draw()
     assert [tokenizer.decode(ids) for ids in drawn.prompt_ids] == [prompt for prompt in PROMPTS for _ in (3, 4)]
@@ -240,13 +279,14 @@ def test_kl_against_the_log_probs_that_were_sampled(evaluated, run_folder):
     sft, ppo = (load_causal_lm(run_folder.stage(stage).model) for stage in ("sft", "ppo"))
     tokenizer = load_tokenizer(run_folder.stage("ppo").model)
     params = SamplingParams(max_new_tokens=8, temperature=0.8)
-    drawn = draw_responses(ppo, tokenizer, PROMPTS, (3, 4), params, chunk_size=4, device="cpu",
-                           progress=lambda count: None)
+    drawn = draw_responses(
+        ppo, tokenizer, PROMPTS, (3, 4), params, chunk_size=4, device="cpu", progress=lambda count: None
+    )
     differences = []
     for prompt, response in zip(drawn.prompt_ids, drawn.response_ids, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, response]))[None].long()
         with torch.no_grad():
-            ours, theirs = ((model(ids).logits[0, len(prompt) - 1:-1] / 0.8).log_softmax(-1) for model in (ppo, sft))
+            ours, theirs = ((model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1) for model in (ppo, sft))
         tokens = torch.tensor(response, dtype=torch.long)[:, None]
         differences.append((ours.gather(1, tokens) - theirs.gather(1, tokens)).sum().item())
     assert summary["kl"] == pytest.approx(np.mean(differences), rel=1e-4)
@@ -298,9 +338,13 @@ def test_what_was_not_measured_is_null_with_its_reason(same_model):
 
 def test_functions_take_the_place_of_models(same_model):
     function = f"{__name__}:judge_by_length"
-    changed = recipe(judge=None, fluency=None, reward=None, ppo={"reward_function": function, "critic_init": "sft"},
-                     evaluation={"prompts": 4, "bootstrap": 20, "judge_function": function,
-                                 "judge_positive_above": 10})
+    changed = recipe(
+        judge=None,
+        fluency=None,
+        reward=None,
+        ppo={"reward_function": function, "critic_init": "sft"},
+        evaluation={"prompts": 4, "bootstrap": 20, "judge_function": function, "judge_positive_above": 10},
+    )
     summary = evaluate(changed, same_model)
     samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
     assert [row["sft"]["score"] for row in samples] == [len(row["sft"]["response"]) for row in samples]
@@ -316,4 +360,4 @@ def test_a_missing_stage_is_named(run_folder, tmp_path):
 
 def test_score_texts_scores_any_text(run_folder):
     scores = score_texts(run_folder.stage("reward").model, ["The cat", "The cat"], [" sat.", " sat."], [True, False])
-    assert scores.shape == (2,) and scores[0] != scores[1]      # EOS is scored where the response ended
+    assert scores.shape == (2,) and scores[0] != scores[1]  # EOS is scored where the response ended

@@ -30,8 +30,15 @@ def model(request):
     grouped = {} if request.param == "gpt2" else {"num_key_value_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     # Large weights: with the usual 0.02 every position gives nearly the same log-probs, and an index off by one hides.
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": PAD}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": PAD,
+    }
     return kind(config(**sizes, **grouped)).eval()
 
 

@@ -26,7 +26,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import SamplingParams
 
 VOCAB, EOS = 61, 1
-ENDS = (1, 11, 21, 31, 41)   # several EOS tokens: random models rarely draw one, and rows must end at different steps
+ENDS = (1, 11, 21, 31, 41)  # several EOS tokens: random models rarely draw one, and rows must end at different steps
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,17 @@ class LetterTokenizer:
 
 def build(family: str, dtype=torch.float32, attention="sdpa", **kwargs):
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": EOS, "initializer_range": 0.2, **kwargs}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": EOS,
+        "initializer_range": 0.2,
+        **kwargs,
+    }
     grouped = {"num_key_value_heads": 2, "intermediate_size": 48}
     config, model = {
         "gpt2": (GPT2Config, GPT2LMHeadModel),
@@ -103,12 +112,12 @@ def brute_force(model, prompt, seed, params, ends=ENDS):
         ids.append(token)
         shown = reference_distribution(logits, SamplingParams()) if params.temperature == 0 else probs
         logprobs.append(np.log(shown[token]))
-        text = LetterTokenizer().decode(ids[len(prompt):])
+        text = LetterTokenizer().decode(ids[len(prompt) :])
         if token in ends and not params.ignore_eos:
-            return ids[len(prompt):], logprobs, "eos"
+            return ids[len(prompt) :], logprobs, "eos"
         if any(stop in text for stop in params.stop):
-            return ids[len(prompt):], logprobs, "stop"
-    return ids[len(prompt):], logprobs, "length"
+            return ids[len(prompt) :], logprobs, "stop"
+    return ids[len(prompt) :], logprobs, "length"
 
 
 def assert_matches(completion, expected):
@@ -129,10 +138,18 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize("family, attention", [
-    ("gpt2", "sdpa"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("mistral", "sdpa"), ("gpt_neox", "sdpa"),
-    ("gpt2", "eager"), ("llama", "eager"),
-])
+@pytest.mark.parametrize(
+    "family, attention",
+    [
+        ("gpt2", "sdpa"),
+        ("llama", "sdpa"),
+        ("qwen2", "sdpa"),
+        ("mistral", "sdpa"),
+        ("gpt_neox", "sdpa"),
+        ("gpt2", "eager"),
+        ("llama", "eager"),
+    ],
+)
 @pytest.mark.parametrize("params", KNOBS, ids=["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"])
 def test_equals_a_forward_pass_without_cache(family, attention, params):
     model, prompts = build(family, attention=attention), ragged_prompts()
@@ -140,7 +157,7 @@ def test_equals_a_forward_pass_without_cache(family, attention, params):
     completions = make_engine(model).generate(prompts, range(len(prompts)), params)
     for completion, row in zip(completions, expected, strict=True):
         assert_matches(completion, row)
-    if params == KNOBS[0]:   # rows end at different steps, so the batch really was compacted on the way
+    if params == KNOBS[0]:  # rows end at different steps, so the batch really was compacted on the way
         assert len({len(completion.response_ids) for completion in completions}) > 2
 
 
@@ -191,7 +208,7 @@ def test_rows_that_join_and_leave_change_no_other_row(family):
     engine = make_engine(model, max_rows=4)
     ids, done, streamed, steps, cancelled = [], {}, {}, 0, set()
     while len(done) + len(cancelled) < 10:
-        if steps % 2 == 0 and len(ids) < 10:   # two join every second step; with four rows, some have to wait
+        if steps % 2 == 0 and len(ids) < 10:  # two join every second step; with four rows, some have to wait
             for row in range(len(ids), len(ids) + 2):
                 ids.append(engine.submit(prompts[row], row, params[row]))
         if steps == 3:
@@ -229,7 +246,7 @@ def test_uniforms_belong_to_seed_and_token_only():
 
 def test_eos_is_part_of_the_response_and_ends_it():
     model, params = build("gpt2"), SamplingParams(max_new_tokens=40)
-    engine = GenerationEngine(model, LetterTokenizer())   # the tokenizer's EOS
+    engine = GenerationEngine(model, LetterTokenizer())  # the tokenizer's EOS
     completions = engine.generate([[4, 5]] * 40, range(40), params)
     ended = [c for c in completions if c.finish_reason == "eos"]
     assert len(ended) > 3
@@ -248,7 +265,8 @@ def test_a_stop_string_may_span_tokens_and_stays_in_the_response():
     texts = [LetterTokenizer().decode(c.response_ids) for c in plain]
     stop = texts[0][10:13]
     stopped = make_engine(model).generate(
-        [[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True, stop=(stop, "never seen")))
+        [[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True, stop=(stop, "never seen"))
+    )
     for text, completion in zip(texts, stopped, strict=True):
         end = text.find(stop) + len(stop) if stop in text else 30
         assert LetterTokenizer().decode(completion.response_ids) == text[:end]
@@ -304,9 +322,9 @@ def test_truncation_by_hand():
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
         ({"top_p": 0.39}, [0, 1, 0, 0]),
-        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),             # 0.4 < 0.65, so 0.3 is needed; 0.7 is enough
+        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),  # 0.4 < 0.65, so 0.3 is needed; 0.7 is enough
         ({"top_p": 0.75}, [2 / 9, 4 / 9, 0, 3 / 9]),
-        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),              # 0.6 * 0.4 = 0.24
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # 0.6 * 0.4 = 0.24
         ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9 3/9 2/9 the first two make 7/9: top_p after top_k
         ({"top_k": 3, "top_p": 0.8, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
     ]:
@@ -316,7 +334,7 @@ def test_truncation_by_hand():
         vectors = {name: torch.tensor([value, off[name]]) for name, value in knobs.items()}
         both = truncate(logprobs.expand(2, -1), **vectors).exp()
         torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)   # the row whose knobs are off
+        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)  # the row whose knobs are off
 
 
 def test_ties_with_the_last_kept_token_are_kept():
@@ -332,7 +350,7 @@ def test_top_p_over_more_tokens_than_the_first_sort():
     logprobs = logprobs.log_softmax(-1)
     kept = (truncate(logprobs, top_p=0.5) > -torch.inf).sum(-1).tolist()
     for row, count in zip(logprobs.double().exp().numpy(), kept, strict=True):
-        assert abs(count - (np.searchsorted(np.cumsum(-np.sort(-row)), 0.5) + 1)) <= 3   # float32 sums
+        assert abs(count - (np.searchsorted(np.cumsum(-np.sort(-row)), 0.5) + 1)) <= 3  # float32 sums
     assert kept[0] > 512 > kept[1]
 
 
@@ -367,15 +385,19 @@ def test_load_weights_copies_and_keeps_nothing(tied):
 
     state = {name: weight.numpy() for name, weight in other.state_dict().items()}
     if tied:
-        del state["lm_head.weight"]   # counts once: the embedding brings it
+        del state["lm_head.weight"]  # counts once: the embedding brings it
     for array in state.values():
         array.flags.writeable = False
     engine.load_weights(state)
     after = engine.generate(prompts, range(9), params)
-    assert all((a.response_ids == e.response_ids).all() and (a.logprobs == e.logprobs).all()
-               for a, e in zip(after, expected, strict=True))
-    assert any(len(a.response_ids) != len(b.response_ids) or (a.response_ids != b.response_ids).any()
-               for a, b in zip(after, before, strict=True))
+    assert all(
+        (a.response_ids == e.response_ids).all() and (a.logprobs == e.logprobs).all()
+        for a, e in zip(after, expected, strict=True)
+    )
+    assert any(
+        len(a.response_ids) != len(b.response_ids) or (a.response_ids != b.response_ids).any()
+        for a, b in zip(after, before, strict=True)
+    )
     addresses = {array.__array_interface__["data"][0] for array in state.values()}
     assert not addresses & {weight.data_ptr() for weight in engine.model.state_dict().values()}
 
@@ -413,7 +435,7 @@ def test_bfloat16_stays_near_the_models_own_forward():
         ids = torch.tensor([prompt + completion.response_ids.tolist()])
         with torch.no_grad():
             logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        expected = logprobs.gather(-1, ids[0, len(prompt):, None].long()).squeeze(-1)
+        expected = logprobs.gather(-1, ids[0, len(prompt) :, None].long()).squeeze(-1)
         np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
 
 
@@ -459,10 +481,19 @@ def test_refusals_name_the_value_and_the_remedy():
     windowed = make_engine(build("mistral", sliding_window=8))
     with pytest.raises(UserError, match="attends over 8"):
         windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=7))
-    assert_matches(windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=6))[0],
-                   brute_force(windowed.model, [3, 4], 0, SamplingParams(max_new_tokens=6)))
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0},
-                {"stop": ("",)}, {"stop": "a"}):
+    assert_matches(
+        windowed.generate([[3, 4]], [0], SamplingParams(max_new_tokens=6))[0],
+        brute_force(windowed.model, [3, 4], 0, SamplingParams(max_new_tokens=6)),
+    )
+    for bad in (
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.0},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+        {"stop": "a"},
+    ):
         with pytest.raises(UserError, match=next(iter(bad))):
             SamplingParams(**bad)
 
@@ -476,7 +507,7 @@ def test_a_broken_model_is_an_error_not_an_answer():
     engine.submit([3, 4], 0, SamplingParams())
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.step()
-    engine.load_weights(good)   # nothing of the broken step is left
+    engine.load_weights(good)  # nothing of the broken step is left
     engine.submit([3, 4], 0, SamplingParams(max_new_tokens=1))
     assert engine.step()[0].completion is not None
 

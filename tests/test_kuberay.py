@@ -31,8 +31,10 @@ def cluster_spec(kind):
 
 def pod_specs(kind):
     spec = cluster_spec(kind)
-    return [spec["headGroupSpec"]["template"]["spec"],
-            *(group["template"]["spec"] for group in spec["workerGroupSpecs"])]
+    return [
+        spec["headGroupSpec"]["template"]["spec"],
+        *(group["template"]["spec"] for group in spec["workerGroupSpecs"]),
+    ]
 
 
 def strict(schema):

@@ -42,8 +42,11 @@ PURE = "algorithms"
 
 def type_checking_only(tree):
     """Nodes under `if TYPE_CHECKING:`: names for annotations, nothing that runs."""
-    blocks = [node for node in ast.walk(tree)
-              if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"]
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    ]
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
@@ -107,8 +110,9 @@ def test_imports_go_down(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_packages_stay_in_their_rooms(module):
     found = foreign_imports(module)
-    strays = sorted(name for name in found for package, rooms in ROOMS.items()
-                    if uses(name, package) and not in_room(module, rooms))
+    strays = sorted(
+        name for name in found for package, rooms in ROOMS.items() if uses(name, package) and not in_room(module, rooms)
+    )
     assert not strays, f"{module} imports {strays}"
 
 

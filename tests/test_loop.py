@@ -147,10 +147,28 @@ class Diary:
 
 
 def scripted_loop(roles, diary, state=None, prompts=10, **knobs):
-    config = PPOConfig(**{"steps": 7, "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
-                          "eval_every": 3, "eval_prompts": 3, "checkpoint_every": 2, **knobs})
-    return PPOLoop(roles, config, diary.hooks(), state or LoopState(kl_coef=config.kl_coef), prompts=prompts,
-                   eval_prompts=3, chunk_size=3, seed=0)
+    config = PPOConfig(
+        **{
+            "steps": 7,
+            "rollout_batch_size": 4,
+            "minibatch_size": 4,
+            "microbatch_size": 4,
+            "eval_every": 3,
+            "eval_prompts": 3,
+            "checkpoint_every": 2,
+            **knobs,
+        }
+    )
+    return PPOLoop(
+        roles,
+        config,
+        diary.hooks(),
+        state or LoopState(kl_coef=config.kl_coef),
+        prompts=prompts,
+        eval_prompts=3,
+        chunk_size=3,
+        seed=0,
+    )
 
 
 def training_units(roles):
@@ -179,7 +197,9 @@ def test_the_rest_of_an_epoch_is_left_out_and_no_prompt_is_forgotten_for_ever():
 def test_units_hold_every_sample_of_every_prompt_once_in_chunks():
     units = cut_units(5, [9, 4, 7], samples=2, chunk_size=4)
     assert [(unit.prompt_indices, unit.sample_indices) for unit in units] == [
-        ((9, 9, 4, 4), (0, 1, 0, 1)), ((7, 7), (0, 1))]
+        ((9, 9, 4, 4), (0, 1, 0, 1)),
+        ((7, 7), (0, 1)),
+    ]
     assert [(unit.step, unit.chunk, unit.evaluation) for unit in units] == [(5, 0, False), (5, 1, False)]
 
 
@@ -187,17 +207,33 @@ def test_units_hold_every_sample_of_every_prompt_once_in_chunks():
 
 
 def knobs(**values):
-    return StepKnobs(**{"step": 4, "kl_coef": 0.1, "learning_rate": 0.5, "critic_learning_rate": 0.25,
-                        "max_mismatch": 0.5, **values})
+    return StepKnobs(
+        **{"step": 4, "kl_coef": 0.1, "learning_rate": 0.5, "critic_learning_rate": 0.25, "max_mismatch": 0.5, **values}
+    )
 
 
 def test_a_step_rolls_out_assembles_updates_and_syncs():
     roles = ScriptedRoles()
     ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
-    assert roles.verbs() == ["generate", "score", "logprobs", "logprobs", "values", "assemble",
-                             "update", "update", "weights", "load_weights"]
-    assert roles.events[5:] == [("assemble", 0.1), ("update", "policy shard", 0.5), ("update", "critic shard", 0.25),
-                                ("weights",), ("load_weights", 5)]
+    assert roles.verbs() == [
+        "generate",
+        "score",
+        "logprobs",
+        "logprobs",
+        "values",
+        "assemble",
+        "update",
+        "update",
+        "weights",
+        "load_weights",
+    ]
+    assert roles.events[5:] == [
+        ("assemble", 0.1),
+        ("update", "policy shard", 0.5),
+        ("update", "critic shard", 0.25),
+        ("weights",),
+        ("load_weights", 5),
+    ]
 
 
 def test_a_step_drops_no_handle():
@@ -216,8 +252,14 @@ def test_a_run_drops_no_handle():
 
 def test_causes_are_waited_for_before_what_needs_them():
     """A dead reward model takes the assembler's call along; the failure that is told must be the reward model's."""
-    needs = {"score": {"generate"}, "logprobs": {"generate"}, "values": {"generate"}, "load_weights": {"weights"},
-             "assemble": {"score", "logprobs", "values"}, "evaluate": {"score", "logprobs"}}
+    needs = {
+        "score": {"generate"},
+        "logprobs": {"generate"},
+        "values": {"generate"},
+        "load_weights": {"weights"},
+        "assemble": {"score", "logprobs", "values"},
+        "evaluate": {"score", "logprobs"},
+    }
     roles = ScriptedRoles()
     scripted_loop(roles, Diary(), steps=1, eval_every=1).run()
     block = {}
@@ -229,8 +271,9 @@ def test_causes_are_waited_for_before_what_needs_them():
         assert all(block[id(cause)] < block[id(handle)] for cause in causes), handle.verb
 
 
-@pytest.mark.parametrize("verb", ["generate", "score", "logprobs", "values", "assemble", "update", "weights",
-                                  "load_weights"])
+@pytest.mark.parametrize(
+    "verb", ["generate", "score", "logprobs", "values", "assemble", "update", "weights", "load_weights"]
+)
 def test_a_failure_of_any_verb_ends_the_step(verb):
     with pytest.raises(UserError, match=f"{verb} failed"):
         ppo_step(ScriptedRoles(broken=verb), cut_units(4, range(6), 1, 3), knobs())
@@ -302,7 +345,7 @@ def test_a_resumed_loop_does_what_the_undisturbed_one_would(stop_after):
     undisturbed = run(ScriptedRoles(kl=3.0, eval_scores=scores[:]), whole)
     first, second = Diary(stop_after=stop_after), Diary()
     before = run(ScriptedRoles(kl=3.0, eval_scores=scores[:]), first)
-    left = scores[sum(event[0] == "evaluate" for event in before):]
+    left = scores[sum(event[0] == "evaluate" for event in before) :]
     state = LoopState.from_json(json.loads(json.dumps(first.saves[-1].to_json())))
     roles = ScriptedRoles(kl=3.0, eval_scores=left)
     assert before + run(roles, second, state) == undisturbed
@@ -324,6 +367,7 @@ def test_learning_rates_fall_linearly_or_stay():
 
 def test_the_adaptive_coefficient_follows_the_kl_and_a_fixed_one_stays():
     """kl 3 against a target of 2: the error 0.5 is clipped to 0.2; 4 episodes of a horizon of 10: 1.08 a step."""
+
     def coefficients(**knobs):
         roles, diary = ScriptedRoles(kl=3.0), Diary()
         scripted_loop(roles, diary, steps=3, kl_coef=0.1, **knobs).run()
@@ -369,8 +413,13 @@ def test_the_ranks_together_hold_each_row_of_each_minibatch_once(ranks):
     found = [[] for _ in schedule]
     for shard in shards:
         responses, lengths = shard.sequences.responses(), shard.sequences.response_lengths
-        parts = zip(responses, shard.sequences.prompts(), np.split(shard.old, np.cumsum(lengths)[:-1]),
-                    np.split(shard.target, np.cumsum(lengths)[:-1]), strict=True)
+        parts = zip(
+            responses,
+            shard.sequences.prompts(),
+            np.split(shard.old, np.cumsum(lengths)[:-1]),
+            np.split(shard.target, np.cumsum(lengths)[:-1]),
+            strict=True,
+        )
         whose = []
         for response, prompt, old, target in parts:
             b = int(response[0])
@@ -402,8 +451,16 @@ def folder(tmp_path_factory):
 
 
 def real_loop(recipe, roles, diary, state=None):
-    return PPOLoop(roles, recipe.ppo, diary.hooks(), state or LoopState(kl_coef=recipe.ppo.kl_coef), prompts=16,
-                   eval_prompts=6, chunk_size=recipe.generation.chunk_size, seed=recipe.seed)
+    return PPOLoop(
+        roles,
+        recipe.ppo,
+        diary.hooks(),
+        state or LoopState(kl_coef=recipe.ppo.kl_coef),
+        prompts=16,
+        eval_prompts=6,
+        chunk_size=recipe.generation.chunk_size,
+        seed=recipe.seed,
+    )
 
 
 def run_real(recipe, folder, **kwargs):
@@ -527,10 +584,21 @@ def count_t(prompts, responses):
 def test_the_score_rises(folder):
     recipe = tiny_recipe(
         generation={"stop": (), "chunk_size": 16},
-        ppo={"steps": 25, "rollout_batch_size": 16, "samples_per_prompt": 2, "minibatch_size": 32,
-             "microbatch_size": 32, "ppo_epochs": 3, "learning_rate": 5e-3, "critic_learning_rate": 5e-3,
-             "kl_coef": 0.01, "missing_eos_penalty": 0, "eval_every": 25, "checkpoint_every": 100,
-             "reward_function": "test_loop:count_t"},
+        ppo={
+            "steps": 25,
+            "rollout_batch_size": 16,
+            "samples_per_prompt": 2,
+            "minibatch_size": 32,
+            "microbatch_size": 32,
+            "ppo_epochs": 3,
+            "learning_rate": 5e-3,
+            "critic_learning_rate": 5e-3,
+            "kl_coef": 0.01,
+            "missing_eos_penalty": 0,
+            "eval_every": 25,
+            "checkpoint_every": 100,
+            "reward_function": "test_loop:count_t",
+        },
     )
     _, diary = run_real(recipe, folder)
     scores = [metrics["objective/score"] for _, metrics in diary.records[1:]]

@@ -19,7 +19,9 @@ def test_one_object_a_line_flushed_at_once(tmp_path):
         assert path.read_text() == '{"step": 0, "objective/score": 1.5, "phase": "warm"}\n'
         writer.write(1, {"objective/score": 2, "step": 99})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 0, "objective/score": 1.5, "phase": "warm"}, {"step": 1, "objective/score": 2}]
+        {"step": 0, "objective/score": 1.5, "phase": "warm"},
+        {"step": 1, "objective/score": 2},
+    ]
 
 
 def test_numpy_and_tensors_are_numbers_and_nan_is_null(tmp_path):
@@ -35,7 +37,7 @@ def test_resume_drops_later_steps_and_the_line_a_crash_cut(tmp_path):
     with MetricsWriter(path, resume_step=2) as writer:
         writer.write(3, {"x": 33})
     assert read_metrics(path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 33}]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]      # no temporary file is left
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file is left
 
 
 def test_reopening_without_a_step_appends_after_a_cut_line(tmp_path):
@@ -92,5 +94,10 @@ def test_events_append_across_instances(tmp_path):
     EventLog(path).add("checkpoint 40 is damaged", "loaded 20")
     first, second = EventLog(path).read()
     assert (first["what"], first["done"], first["cost_s"], first["stage"], first["step"]) == (
-        "reward actor 1 died", "restarted; chunk 3 sent again", 2.346, "ppo", 17)
+        "reward actor 1 died",
+        "restarted; chunk 3 sent again",
+        2.346,
+        "ppo",
+        17,
+    )
     assert second["cost_s"] is None and second["time"].endswith("+00:00")

@@ -113,8 +113,10 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, new_folder
     run_ppo(tiny_recipe(), folder, ignore)
     assert largest_gap(weights(folder), weights(undisturbed[0])) == 0.0
     same = ("step", "objective/score", "objective/kl", "policy/loss", "value/loss", "eval/score")
-    rows = [[{name: row.get(name) for name in same} for row in read_metrics(each.stage("ppo").metrics)]
-            for each in (folder, undisturbed[0])]
+    rows = [
+        [{name: row.get(name) for name in same} for row in read_metrics(each.stage("ppo").metrics)]
+        for each in (folder, undisturbed[0])
+    ]
     assert rows[0] == rows[1]
     assert stage.summary() == undisturbed[0].stage("ppo").summary()
 
@@ -125,8 +127,10 @@ def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):
     recipe = tiny_recipe(resources={"generation": {"actors": 2}, "policy": group, "critic": group | {"zero_stage": 3}})
     run_ppo(recipe, folder, ignore)
     assert largest_gap(weights(folder), weights(undisturbed[0])) < 1e-5
-    lengths = [[row.get("objective/response_length") for row in read_metrics(each.stage("ppo").metrics)]
-               for each in (folder, undisturbed[0])]
+    lengths = [
+        [row.get("objective/response_length") for row in read_metrics(each.stage("ppo").metrics)]
+        for each in (folder, undisturbed[0])
+    ]
     assert lengths[0] == lengths[1], "the same responses were drawn"
 
 

@@ -36,8 +36,9 @@ def blocks(document: str, *languages: str) -> list[str]:
 
 def test_the_recipe_reference_is_up_to_date():
     text = text_of("README.md")
-    assert write_between_markers(text, reference(), "README.md") == text, \
+    assert write_between_markers(text, reference(), "README.md") == text, (
         "run: python -m rlhf_ray.cli.reference --write README.md"
+    )
 
 
 def test_the_reference_has_every_key_of_the_resolved_recipe():

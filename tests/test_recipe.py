@@ -24,14 +24,17 @@ def scratch(**sizes):
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values, key, nearest", [
-    ({"ppo": {"learning_rte": 1}}, "ppo.learning_rte", "learning_rate"),
-    ({"pppo": {}}, "pppo", "ppo"),
-    ({"resources": {"policy": {"zero_stag": 2}}}, "resources.policy.zero_stag", "zero_stage"),
-    ({"data": {"sft": [{"path": "a", "colums": {}}]}}, "data.sft.0.colums", "columns"),
-    ({"ppo": {"adaptive_kl": {"targe": 3}}}, "ppo.adaptive_kl.targe", "target"),
-    ({"sft": {"pakcing": True}}, "sft.pakcing", "packing"),
-])
+@pytest.mark.parametrize(
+    "values, key, nearest",
+    [
+        ({"ppo": {"learning_rte": 1}}, "ppo.learning_rte", "learning_rate"),
+        ({"pppo": {}}, "pppo", "ppo"),
+        ({"resources": {"policy": {"zero_stag": 2}}}, "resources.policy.zero_stag", "zero_stage"),
+        ({"data": {"sft": [{"path": "a", "colums": {}}]}}, "data.sft.0.colums", "columns"),
+        ({"ppo": {"adaptive_kl": {"targe": 3}}}, "ppo.adaptive_kl.targe", "target"),
+        ({"sft": {"pakcing": True}}, "sft.pakcing", "packing"),
+    ],
+)
 def test_an_unknown_key_gets_the_nearest_name(values, key, nearest):
     assert refusal(values) == f"unknown key '{key}'; did you mean '{nearest}'?"
 
@@ -40,34 +43,42 @@ def test_a_key_like_no_other_gets_all_the_names():
     assert "the keys there are target, horizon" in refusal({"ppo": {"adaptive_kl": {"xyzzy": 3}}})
 
 
-@pytest.mark.parametrize("values, parts", [
-    ({"ppo": {"steps": "many"}}, ["'ppo.steps' is 'many'", "integer"]),
-    ({"ppo": {"steps": 1.5}}, ["'ppo.steps' is 1.5"]),
-    ({"ppo": {"steps": 0}}, ["'ppo.steps' is 0", "greater than 0"]),
-    ({"ppo": {"gae_lambda": 1.1}}, ["'ppo.gae_lambda' is 1.1", "less than or equal to 1"]),
-    ({"ppo": {"critic_init": "random"}}, ["'ppo.critic_init' is 'random'", "'reward' or 'sft'"]),
-    ({"resources": {"policy": {"zero_stage": 4}}}, ["'resources.policy.zero_stage' is 4"]),
-    ({"seed": -1}, ["'seed' is -1"]),
-    ({"name": "a/b"}, ["'name' is 'a/b'"]),
-    ({"data": {"sft": [{"split": "train"}]}}, ["'data.sft.0.path' is missing"]),
-    ({"data": {"sft": [{"path": "a", "weight": -1}]}}, ["'data.sft.0.weight' is -1"]),
-])
+@pytest.mark.parametrize(
+    "values, parts",
+    [
+        ({"ppo": {"steps": "many"}}, ["'ppo.steps' is 'many'", "integer"]),
+        ({"ppo": {"steps": 1.5}}, ["'ppo.steps' is 1.5"]),
+        ({"ppo": {"steps": 0}}, ["'ppo.steps' is 0", "greater than 0"]),
+        ({"ppo": {"gae_lambda": 1.1}}, ["'ppo.gae_lambda' is 1.1", "less than or equal to 1"]),
+        ({"ppo": {"critic_init": "random"}}, ["'ppo.critic_init' is 'random'", "'reward' or 'sft'"]),
+        ({"resources": {"policy": {"zero_stage": 4}}}, ["'resources.policy.zero_stage' is 4"]),
+        ({"seed": -1}, ["'seed' is -1"]),
+        ({"name": "a/b"}, ["'name' is 'a/b'"]),
+        ({"data": {"sft": [{"split": "train"}]}}, ["'data.sft.0.path' is missing"]),
+        ({"data": {"sft": [{"path": "a", "weight": -1}]}}, ["'data.sft.0.weight' is -1"]),
+    ],
+)
 def test_a_wrong_value_is_told_with_its_key(values, parts):
     message = refusal(values)
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("values, parts", [
-    ({"ppo": {"rollout_batch_size": 60}}, ["60 is not a multiple of 64", "ppo.rollout_batch_size"]),
-    ({"ppo": {"rollout_batch_size": 100, "minibatch_size": 48, "microbatch_size": 16}},
-     ["100 is not a multiple of 48; try 96"]),
-    ({"ppo": {"microbatch_size": 24}}, ["ppo.minibatch_size must divide by microbatch_size", "64", "24"]),
-    ({"resources": {"policy": {"actors": 3}}}, ["resources.policy.actors", "64 is not a multiple of 3"]),
-    ({"resources": {"critic": {"actors": 3}}}, ["resources.critic.actors", "64 is not a multiple of 3"]),
-    ({"sft": {"batch_size": 32, "microbatch_size": 5}}, ["sft", "32 is not a multiple of 5; try 30"]),
-    ({"sft": {"batch_size": 32, "workers": 3}}, ["batch_size must divide by workers"]),
-    ({"model": {"from_scratch": {"width": 30, "heads": 4}}}, ["30 is not a multiple of 4"]),
-])
+@pytest.mark.parametrize(
+    "values, parts",
+    [
+        ({"ppo": {"rollout_batch_size": 60}}, ["60 is not a multiple of 64", "ppo.rollout_batch_size"]),
+        (
+            {"ppo": {"rollout_batch_size": 100, "minibatch_size": 48, "microbatch_size": 16}},
+            ["100 is not a multiple of 48; try 96"],
+        ),
+        ({"ppo": {"microbatch_size": 24}}, ["ppo.minibatch_size must divide by microbatch_size", "64", "24"]),
+        ({"resources": {"policy": {"actors": 3}}}, ["resources.policy.actors", "64 is not a multiple of 3"]),
+        ({"resources": {"critic": {"actors": 3}}}, ["resources.critic.actors", "64 is not a multiple of 3"]),
+        ({"sft": {"batch_size": 32, "microbatch_size": 5}}, ["sft", "32 is not a multiple of 5; try 30"]),
+        ({"sft": {"batch_size": 32, "workers": 3}}, ["batch_size must divide by workers"]),
+        ({"model": {"from_scratch": {"width": 30, "heads": 4}}}, ["30 is not a multiple of 4"]),
+    ],
+)
 def test_a_division_with_a_rest_is_told_with_what_would_work(values, parts):
     message = refusal(values)
     assert all(part in message for part in parts), message
@@ -87,23 +98,50 @@ def test_exact_div_names_the_nearest_that_works():
             exact_div(total, part, "x")
 
 
-@pytest.mark.parametrize("values, part", [
-    ({"model": scratch(), "sft": {"max_length": 64}, "reward": {"max_length": 64}, "data": {"max_prompt_tokens": 17}},
-     "data.max_prompt_tokens + generation.max_new_tokens = 65 is longer than model.from_scratch.positions = 64"),
-    ({"model": scratch(), "sft": {"max_length": 65}, "reward": {"max_length": 64}, "data": {"max_prompt_tokens": 16}},
-     "sft.max_length = 65 is longer than model.from_scratch.positions = 64"),
-    ({"model": scratch(), "sft": {"max_length": 64}, "reward": {"max_length": 80}, "data": {"max_prompt_tokens": 16}},
-     "reward.max_length = 80"),
-])
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        (
+            {
+                "model": scratch(),
+                "sft": {"max_length": 64},
+                "reward": {"max_length": 64},
+                "data": {"max_prompt_tokens": 17},
+            },
+            "data.max_prompt_tokens + generation.max_new_tokens = 65 is longer than model.from_scratch.positions = 64",
+        ),
+        (
+            {
+                "model": scratch(),
+                "sft": {"max_length": 65},
+                "reward": {"max_length": 64},
+                "data": {"max_prompt_tokens": 16},
+            },
+            "sft.max_length = 65 is longer than model.from_scratch.positions = 64",
+        ),
+        (
+            {
+                "model": scratch(),
+                "sft": {"max_length": 64},
+                "reward": {"max_length": 80},
+                "data": {"max_prompt_tokens": 16},
+            },
+            "reward.max_length = 80",
+        ),
+    ],
+)
 def test_sequences_must_fit_into_the_positions(values, part):
     assert part in refusal(values)
 
 
-@pytest.mark.parametrize("values, part", [
-    ({"reward": None}, "nothing scores the responses"),
-    ({"reward": None, "ppo": {"reward_function": "a:b"}}, "set ppo.critic_init to 'sft'"),
-    ({"sft": None}, "nothing would train the model"),
-])
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"reward": None}, "nothing scores the responses"),
+        ({"reward": None, "ppo": {"reward_function": "a:b"}}, "set ppo.critic_init to 'sft'"),
+        ({"sft": None}, "nothing would train the model"),
+    ],
+)
 def test_sections_that_need_each_other(values, part):
     assert part in refusal(values)
 
@@ -122,17 +160,20 @@ def test_a_recipe_cannot_be_changed_after_validation():
 # -- files and overrides ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override, section, key, value", [
-    ("ppo.learning_rate=1e-5", "ppo", "learning_rate", 1e-5),  # YAML 1.1 reads 1e-5 as text
-    ("ppo.learning_rate=3.0e-4", "ppo", "learning_rate", 3e-4),
-    ("ppo.steps=12", "ppo", "steps", 12),
-    ("ppo.anneal=false", "ppo", "anneal", False),
-    ("ppo.reward_function=my.module:fn", "ppo", "reward_function", "my.module:fn"),
-    ("evaluation.seeds=[1, 2]", "evaluation", "seeds", (1, 2)),
-    ("data.root=/data/a=b", "data", "root", "/data/a=b"),
-    ("data.root=null", "data", "root", None),
-    ("sft.max_length=64", "sft", "max_length", 64),
-])
+@pytest.mark.parametrize(
+    "override, section, key, value",
+    [
+        ("ppo.learning_rate=1e-5", "ppo", "learning_rate", 1e-5),  # YAML 1.1 reads 1e-5 as text
+        ("ppo.learning_rate=3.0e-4", "ppo", "learning_rate", 3e-4),
+        ("ppo.steps=12", "ppo", "steps", 12),
+        ("ppo.anneal=false", "ppo", "anneal", False),
+        ("ppo.reward_function=my.module:fn", "ppo", "reward_function", "my.module:fn"),
+        ("evaluation.seeds=[1, 2]", "evaluation", "seeds", (1, 2)),
+        ("data.root=/data/a=b", "data", "root", "/data/a=b"),
+        ("data.root=null", "data", "root", None),
+        ("sft.max_length=64", "sft", "max_length", 64),
+    ],
+)
 def test_an_override_has_the_type_that_it_looks_like(override, section, key, value):
     recipe = build_recipe({"name": "x"}, [override], "x")
     found = getattr(getattr(recipe, section), key)
@@ -166,9 +207,15 @@ def test_scientific_notation_in_a_file_is_a_number_too(tmp_path):
     assert recipe.ppo.learning_rate == 1e-5 and recipe.name == "mine"
 
 
-@pytest.mark.parametrize("text, part", [
-    ("ppo: {steps: [", "not YAML (line"), ("- a\n- b\n", "no mapping"), ("", "no mapping"), ("\x00", "not YAML"),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("ppo: {steps: [", "not YAML (line"),
+        ("- a\n- b\n", "no mapping"),
+        ("", "no mapping"),
+        ("\x00", "not YAML"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_told(tmp_path, text, part):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
@@ -216,27 +263,35 @@ def test_the_same_recipe_goes_on(folder):
     assert check_resume(tiny_recipe(), folder) == []
 
 
-@pytest.mark.parametrize("sections, keys", [
-    ({"ppo": {"steps": 9}}, ["ppo.steps"]),
-    ({"ppo": {"kl_coef": 0.2, "learning_rate": 1e-4}}, ["ppo.kl_coef", "ppo.learning_rate"]),
-    ({"resources": {"policy": {"actors": 2, "zero_stage": 2}}},
-     ["resources.policy.actors", "resources.policy.zero_stage"]),
-    ({"evaluation": {"seeds": [3]}}, ["evaluation.seeds"]),
-    ({"name": "other"}, ["name"]),
-    ({"ppo": {"gamma": 0.9}}, ["ppo.gamma"]),  # PPO has not begun
-    ({"reward": {"objective": "scores"}}, ["reward.objective"]),  # nor has the reward model
-])
+@pytest.mark.parametrize(
+    "sections, keys",
+    [
+        ({"ppo": {"steps": 9}}, ["ppo.steps"]),
+        ({"ppo": {"kl_coef": 0.2, "learning_rate": 1e-4}}, ["ppo.kl_coef", "ppo.learning_rate"]),
+        (
+            {"resources": {"policy": {"actors": 2, "zero_stage": 2}}},
+            ["resources.policy.actors", "resources.policy.zero_stage"],
+        ),
+        ({"evaluation": {"seeds": [3]}}, ["evaluation.seeds"]),
+        ({"name": "other"}, ["name"]),
+        ({"ppo": {"gamma": 0.9}}, ["ppo.gamma"]),  # PPO has not begun
+        ({"reward": {"objective": "scores"}}, ["reward.objective"]),  # nor has the reward model
+    ],
+)
 def test_what_may_change_may(folder, sections, keys):
     assert check_resume(changed(**sections), folder) == keys
 
 
-@pytest.mark.parametrize("sections, told", [
-    ({"seed": 5}, "seed (0 -> 5)"),
-    ({"model": {"from_scratch": {"layers": 3}}}, "model.from_scratch.layers (2 -> 3)"),
-    ({"sft": {"max_length": 48}}, "sft.max_length (64 -> 48)"),
-    ({"data": {"holdout": 0.1}}, "data.holdout (0.05 -> 0.1)"),
-    ({"generation": {"temperature": 0.7}}, "generation.temperature (1.0 -> 0.7)"),
-])
+@pytest.mark.parametrize(
+    "sections, told",
+    [
+        ({"seed": 5}, "seed (0 -> 5)"),
+        ({"model": {"from_scratch": {"layers": 3}}}, "model.from_scratch.layers (2 -> 3)"),
+        ({"sft": {"max_length": 48}}, "sft.max_length (64 -> 48)"),
+        ({"data": {"holdout": 0.1}}, "data.holdout (0.05 -> 0.1)"),
+        ({"generation": {"temperature": 0.7}}, "generation.temperature (1.0 -> 0.7)"),
+    ],
+)
 def test_what_may_not_change_is_named(folder, sections, told):
     with pytest.raises(UserError) as caught:
         check_resume(changed(**sections), folder)
@@ -267,7 +322,9 @@ def scripted_stages(folder, ran, stop_at=None):
             if name == stop_at:
                 raise UserError("stopped here")
             folder.stage(name).finish({"steps": recipe.ppo.steps})
+
         return run
+
     return {name: stage(name) for name in STAGES}
 
 

@@ -53,13 +53,22 @@ def interval(mean, half=0.1):
 
 def summary(judge=0.8, **ratio):
     keys = ("score", "perplexity", "length", "eos_rate", "distinct_2", "repetition")
-    models = {name: {key: interval(1.0 + i) for key in keys} | {"judge": None, "relevance": None}
-              for i, name in enumerate(("sft", "ppo"))}
+    models = {
+        name: {key: interval(1.0 + i) for key in keys} | {"judge": None, "relevance": None}
+        for i, name in enumerate(("sft", "ppo"))
+    }
     return models | {
         "win_rate": {"reward_model": interval(0.9, 0.05), "judge": None if judge is None else interval(judge, 0.05)},
-        "kl": 5.25, "kl_interval": interval(5.25), "prompts": 40, "seeds": [0], "sampling": {"temperature": 0.7},
-        "difference": {key: interval(1.0) for key in keys}, "ratio": {"distinct_2": interval(0.9)} | ratio,
-        "definitions": {"kl": "nats"}, "missing": {"relevance": "no reason"}}
+        "kl": 5.25,
+        "kl_interval": interval(5.25),
+        "prompts": 40,
+        "seeds": [0],
+        "sampling": {"temperature": 0.7},
+        "difference": {key: interval(1.0) for key in keys},
+        "ratio": {"distinct_2": interval(0.9)} | ratio,
+        "definitions": {"kl": "nats"},
+        "missing": {"relevance": "no reason"},
+    }
 
 
 @pytest.fixture
@@ -71,16 +80,42 @@ def folder(tmp_path):
     run.stage("data").finish({"seconds": 4.0, "sources": {HOSTILE: {"rows": 12}}})
     with MetricsWriter(run.stage("ppo").metrics) as writer:
         for step in range(1, 101):
-            writer.write(step, {"objective/score": step / 100, "objective/kl": 2.0, "time/generate_s": 1.0,
-                                "time/update_s": 2.0, "time/step_s": 3.1, HOSTILE: 0.5,
-                                **({"eval/score": step / 90, "time/evaluate_s": 1.0} if step % 20 == 0 else {})})
+            writer.write(
+                step,
+                {
+                    "objective/score": step / 100,
+                    "objective/kl": 2.0,
+                    "time/generate_s": 1.0,
+                    "time/update_s": 2.0,
+                    "time/step_s": 3.1,
+                    HOSTILE: 0.5,
+                    **({"eval/score": step / 90, "time/evaluate_s": 1.0} if step % 20 == 0 else {}),
+                },
+            )
     run.stage("ppo").finish({"seconds": 3725})
     run.stage("reward").path.mkdir()
-    run.stage("reward").finish({"accuracy": 0.8531, "pearson": 0.61, "seconds": 60, "calibration": [
-        {"predicted": 0.2, "observed": 0.25, "count": 10}, {"predicted": 0.9, "observed": 0.0, "count": 0}]})
+    run.stage("reward").finish(
+        {
+            "accuracy": 0.8531,
+            "pearson": 0.61,
+            "seconds": 60,
+            "calibration": [
+                {"predicted": 0.2, "observed": 0.25, "count": 10},
+                {"predicted": 0.9, "observed": 0.0, "count": 0},
+            ],
+        }
+    )
     row = {"response": HOSTILE, "score": 1.0, "judge": 2.0, "tokens": 7, "ended": True}
-    samples = [{"prompt": f"{HOSTILE} number {i}", "index": i, "seed": 0, "sft": row,
-                "ppo": row | {"score": 1.0 + i, "judge": 1.0 if i == 25 else 3.0}} for i in range(30)]
+    samples = [
+        {
+            "prompt": f"{HOSTILE} number {i}",
+            "index": i,
+            "seed": 0,
+            "sft": row,
+            "ppo": row | {"score": 1.0 + i, "judge": 1.0 if i == 25 else 3.0},
+        }
+        for i in range(30)
+    ]
     evaluation = run.stage("evaluation")
     evaluation.path.mkdir()
     (evaluation.path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
@@ -106,17 +141,29 @@ def test_the_report_is_one_file_that_loads_nothing(folder):
 def test_hostile_texts_stay_texts(folder):
     text = render(folder)
     assert "<script" not in text and "onerror=alert(1)>" not in text
-    assert "".join(Page(text).text).count(HOSTILE) >= 2 * 2      # samples, as written
+    assert "".join(Page(text).text).count(HOSTILE) >= 2 * 2  # samples, as written
 
 
 def test_the_finished_report_shows_its_parts(folder):
     shown = " ".join("".join(Page(render(folder)).text).split())
-    for part in ("PPO beats SFT in 80.0 % (75.0 to 85.0) of comparisons under the independent judge", "KL of 5.25 nats",
-                 "85.3 %", "Pearson", "1 h 02 min", "restarted", "temperature 0.7", "relevance is missing",
-                 "Where PPO lost most", "number 25", "packages.torch", "Data: closing figures", "held-out prompts"):
+    for part in (
+        "PPO beats SFT in 80.0 % (75.0 to 85.0) of comparisons under the independent judge",
+        "KL of 5.25 nats",
+        "85.3 %",
+        "Pearson",
+        "1 h 02 min",
+        "restarted",
+        "temperature 0.7",
+        "relevance is missing",
+        "Where PPO lost most",
+        "number 25",
+        "packages.torch",
+        "Data: closing figures",
+        "held-out prompts",
+    ):
         assert part in shown, part
-    assert "Share that ended by itself" not in shown        # no such metric, no such plot
-    assert shown.count("number ") == 3        # two first prompts and the one that PPO lost
+    assert "Share that ended by itself" not in shown  # no such metric, no such plot
+    assert shown.count("number ") == 3  # two first prompts and the one that PPO lost
 
 
 @pytest.mark.parametrize("state", ["empty", "begun", "sft done"])
@@ -158,11 +205,25 @@ def test_warnings_name_what_went_wrong():
 
 def test_numbers_read_well():
     assert [charts.number(value) for value in (0, 1.0, 0.012345, 1234.5, -2.5, 1.5e-7, 2e6, float("nan"), None)] == [
-        "0", "1.00", "0.0123", "1,234", "\u22122.50", "1.5e\u22127", "2e6", "–", "–"]
+        "0",
+        "1.00",
+        "0.0123",
+        "1,234",
+        "\u22122.50",
+        "1.5e\u22127",
+        "2e6",
+        "–",
+        "–",
+    ]
     assert figure({"mean": 0.00712, "low": -0.11, "high": 0.13}) == "0.01 (\u22120.11 to 0.13)"
     assert figure({"mean": 0.5, "low": 0.45, "high": 0.55}, True) == "50 % (45 to 55)"
     assert [duration(value) for value in (None, 3.21, 59, 61, 3725)] == [
-        "–", "3.2 s", "59 s", "1 min 01 s", "1 h 02 min"]
+        "–",
+        "3.2 s",
+        "59 s",
+        "1 min 01 s",
+        "1 h 02 min",
+    ]
 
 
 def test_ticks_are_round_and_inside():
@@ -179,15 +240,27 @@ def test_a_curve_lies_where_its_numbers_say():
 
 def test_stacked_times_add_up_and_missing_steps_are_zero():
     steps = np.arange(1.0, 5.0)
-    svg, names = charts.stacked([charts.Series("evaluate", steps[3:], np.array([4.0])),
-                                 charts.Series("update", steps, np.full(4, 2.0))])
+    svg, names = charts.stacked(
+        [charts.Series("evaluate", steps[3:], np.array([4.0])), charts.Series("update", steps, np.full(4, 2.0))]
+    )
     assert names == ["update", "evaluate"]
     assert "evaluate: 1.00 s on average" in svg
 
 
 def test_every_number_is_drawn_once():
-    rows = [{"step": i, "objective/score": 1.0, "eval/score": 1.0, "time/a_s": 1.0, "time/step_s": 1.0, "new": i,
-             "text": "x", "flag": True} for i in range(3)]
+    rows = [
+        {
+            "step": i,
+            "objective/score": 1.0,
+            "eval/score": 1.0,
+            "time/a_s": 1.0,
+            "time/step_s": 1.0,
+            "new": i,
+            "text": "x",
+            "flag": True,
+        }
+        for i in range(3)
+    ]
     named, others = report_curves.of_stage("ppo", rows)
     assert [plot.title for plot in named] == ["Score", "Seconds a step"]
     assert [plot.title for plot in others] == ["new"]

@@ -182,7 +182,9 @@ def test_fewer_subjects_still_make_a_million_combinations():
     replies = {reply(subjects[0], "in a small flat", rng, subjects) for _ in range(1000)}
     # Distinct replies to one prompt, times prompts: a lower bound.
     assert len(replies) * world.count_prompts(subjects) > 1_000_000
-    roles = world.build(subjects=12, sft_rows=300, replies_per_prompt=3, pairs=50, prompts=50, eval_prompts=10, eval_rows=10)
+    roles = world.build(
+        subjects=12, sft_rows=300, replies_per_prompt=3, pairs=50, prompts=50, eval_prompts=10, eval_rows=10
+    )
     assert len(roles["sft"]) == 300 and len(set(roles["sft"]["prompt"])) == 100
     nouns = {world.subject_of(prompt).noun for prompt in roles["prompts"]["prompt"]}
     assert nouns <= {subject.noun for subject in subjects}

@@ -18,11 +18,23 @@ def tiny_recipe(**sections) -> Recipe:
         "reward": {"max_length": 64},
         # A random model hardly ever draws EOS; tokens with an "e" in them come often enough for ragged responses.
         "generation": {"max_new_tokens": 10, "chunk_size": 4, "stop": ("e",)},
-        "ppo": {"steps": 4, "rollout_batch_size": 8, "minibatch_size": 4, "microbatch_size": 2, "ppo_epochs": 2,
-                "eval_every": 2, "eval_prompts": 6, "checkpoint_every": 2, "precision": "float32",
-                "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "missing_eos_penalty": 0.5},
-        "resources": {role: {"threads": 1, "cpus": 0.1}
-                      for role in ("generation", "reward", "reference", "policy", "critic")},
+        "ppo": {
+            "steps": 4,
+            "rollout_batch_size": 8,
+            "minibatch_size": 4,
+            "microbatch_size": 2,
+            "ppo_epochs": 2,
+            "eval_every": 2,
+            "eval_prompts": 6,
+            "checkpoint_every": 2,
+            "precision": "float32",
+            "learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "missing_eos_penalty": 0.5,
+        },
+        "resources": {
+            role: {"threads": 1, "cpus": 0.1} for role in ("generation", "reward", "reference", "policy", "critic")
+        },
         "tracking": {"tensorboard": False},
     }
     for name, section in sections.items():
@@ -31,8 +43,11 @@ def tiny_recipe(**sections) -> Recipe:
 
 
 def _laid_over(below: dict, above: dict) -> dict:
-    both = {key: _laid_over(below[key], above[key]) for key in below.keys() & above.keys()
-            if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    both = {
+        key: _laid_over(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
     return {**below, **above, **both}
 
 

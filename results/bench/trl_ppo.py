@@ -41,7 +41,9 @@ def main() -> None:
     )  # fmt: skip
     policy, reference = GPT2LMHeadModel(shape), GPT2LMHeadModel(shape)
     reference.load_state_dict(policy.state_dict())
-    ids = torch.randint(0, VOCABULARY - 2, (BATCH * (given.iterations + 1), PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, VOCABULARY - 2, (BATCH * (given.iterations + 1), PROMPT), generator=torch.Generator().manual_seed(0)
+    )
     prompts = Dataset.from_dict({"input_ids": ids.tolist()})
     with tempfile.TemporaryDirectory() as folder:
         settings = PPOConfig(

@@ -30,8 +30,10 @@ class GenerationGroup:
 
     def load_weights(self, weights: Sequence[ray.ObjectRef], policy_version: int) -> list[ray.ObjectRef]:
         return [
-            self.waiter.track(actor.load_weights.remote(policy_version, *weights),
-                              f"generation actor {number} (weights of version {policy_version})")
+            self.waiter.track(
+                actor.load_weights.remote(policy_version, *weights),
+                f"generation actor {number} (weights of version {policy_version})",
+            )
             for number, actor in enumerate(self.actors)
         ]
 
@@ -130,8 +132,16 @@ class AssemblerHandle:
 class RayRoles:
     """`loop.Roles` over actors."""
 
-    def __init__(self, generation: GenerationGroup, reward: RewardGroup, reference: ReferenceGroup, policy: PolicyGroup,
-                 critic: CriticGroup, assembler: AssemblerHandle, waiter: Waiter):
+    def __init__(
+        self,
+        generation: GenerationGroup,
+        reward: RewardGroup,
+        reference: ReferenceGroup,
+        policy: PolicyGroup,
+        critic: CriticGroup,
+        assembler: AssemblerHandle,
+        waiter: Waiter,
+    ):
         self.generation, self.reward, self.reference = generation, reward, reference
         self.policy, self.critic, self.assembler, self.waiter = policy, critic, assembler, waiter
 

@@ -53,7 +53,9 @@ class Placement:
         for name, role in role_configs(resources).items():
             self._first[name] = len(self._bundles)
             # Ray refuses an empty bundle; a hundredth of a CPU reserves nothing that counts.
-            bundle = {kind: value for kind, value in (("CPU", role.cpus), ("GPU", role.gpus)) if value > 0} or {"CPU": 0.01}
+            bundle = {kind: value for kind, value in (("CPU", role.cpus), ("GPU", role.gpus)) if value > 0} or {
+                "CPU": 0.01
+            }
             self._bundles += [bundle] * role.actors
         self.group: PlacementGroup = placement_group(self._bundles, strategy=resources.placement)
         ready = waiter.track(self.group.ready(), f"placement group of {len(self._bundles)} bundles")

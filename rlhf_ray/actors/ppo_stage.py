@@ -57,7 +57,11 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         def actors(kind, role: str, config: RoleConfig, *args):
             return [
                 kind.options(**placement.options(role, number)).remote(
-                    f"{role}-{number}", recipe, folder, config, *(part(number) if callable(part) else part for part in args)
+                    f"{role}-{number}",
+                    recipe,
+                    folder,
+                    config,
+                    *(part(number) if callable(part) else part for part in args),
                 )
                 for number in range(config.actors)
             ]
@@ -69,8 +73,17 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
         assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
         everyone = [*generation, *reward, *reference, *policy, *critic, assembler]
-        names = [f"{role} actor {number}" for role, group in (("generation", generation), ("reward", reward),
-                 ("reference", reference), ("policy", policy), ("critic", critic)) for number in range(len(group))]
+        names = [
+            f"{role} actor {number}"
+            for role, group in (
+                ("generation", generation),
+                ("reward", reward),
+                ("reference", reference),
+                ("policy", policy),
+                ("critic", critic),
+            )
+            for number in range(len(group))
+        ]
         try:
             roles = RayRoles(
                 GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
@@ -78,8 +91,10 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 CriticGroup("critic", critic, waiter),
                 AssemblerHandle(assembler, waiter, len(policy), len(critic)), waiter,
             )  # fmt: skip
-            ready = [waiter.track(actor.ready.remote(), f"{name} (start)")
-                     for actor, name in zip(everyone, [*names, "assembler"], strict=True)]
+            ready = [
+                waiter.track(actor.ready.remote(), f"{name} (start)")
+                for actor, name in zip(everyone, [*names, "assembler"], strict=True)
+            ]
             roles.join(Path(start), Path(critic_start))
             waiter.wait(ready, "start of the actors", resources.start_timeout_s)
             yield roles
@@ -99,14 +114,24 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     def on_wait(what: str, seconds: float) -> None:
         progress({"stage": "ppo", "waiting_for": what, "waiting_s": seconds})
 
-    waiter = Waiter(recipe.resources.call_timeout_s,
-                    "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up", on_wait)
+    waiter = Waiter(
+        recipe.resources.call_timeout_s,
+        "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up",
+        on_wait,
+    )
     prompts, eval_prompts = len(read_role(folder, "prompts")), len(read_role(folder, "eval_prompts"))
     if prompts < ppo.rollout_batch_size:
-        raise UserError(f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {ppo.rollout_batch_size}; "
-                        "lower it or add prompts")
-    state, last = LoopState(kl_coef=ppo.kl_coef), checkpoint.last_good(
-        stage.checkpoints, lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"))
+        raise UserError(
+            f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {ppo.rollout_batch_size}; "
+            "lower it or add prompts"
+        )
+    state, last = (
+        LoopState(kl_coef=ppo.kl_coef),
+        checkpoint.last_good(
+            stage.checkpoints,
+            lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"),
+        ),
+    )
     if last is not None:
         state = LoopState.from_json(checkpoint.read_state(last))
         if ppo.adaptive_kl is None:
@@ -129,8 +154,14 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         if not finished:
             raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
         _save_model(recipe, roles, waiter, stage.model, loop.state)
-    stage.finish({"steps": loop.state.step, "kl_coef": loop.state.kl_coef,
-                  "best_step": loop.state.best_step, "best_score": loop.state.best_score})
+    stage.finish(
+        {
+            "steps": loop.state.step,
+            "kl_coef": loop.state.kl_coef,
+            "best_step": loop.state.best_step,
+            "best_score": loop.state.best_score,
+        }
+    )
 
 
 def _with_gate(recipe: Recipe) -> PPOConfig:
@@ -148,11 +179,15 @@ def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:
     trust = recipe.model.trust_remote_code
     reward = folder.stage("reward").model
     if not same_tokens(load_tokenizer(start_model(recipe, folder), trust), load_tokenizer(reward, trust)):
-        raise UserError(f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
-                        "'reward'; set ppo.critic_init: sft")
+        raise UserError(
+            f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
+            "'reward'; set ppo.critic_init: sft"
+        )
 
 
-def _hooks(recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, metrics: MetricsWriter, progress: Progress) -> LoopHooks:
+def _hooks(
+    recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, metrics: MetricsWriter, progress: Progress
+) -> LoopHooks:
     stage = folder.stage("ppo")
 
     def record(step: int, values: dict[str, float]) -> None:
@@ -170,17 +205,21 @@ def _hooks(recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, m
         temporary = checkpoint.temporary_folder(checkpoints, state.step)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        waiter.get([*roles.policy.call("save", temporary), *roles.critic.call("save", temporary)], "writing a checkpoint")
+        waiter.get(
+            [*roles.policy.call("save", temporary), *roles.critic.call("save", temporary)], "writing a checkpoint"
+        )
         checkpoint.publish(checkpoints, state.step, state.to_json(), recipe.ppo.keep_checkpoints)
 
     def save_best(state: LoopState) -> None:
         _save_model(recipe, roles, waiter, folder.best_model, state)
 
-    return LoopHooks(record=record, samples=samples, save=save, save_best=save_best,
-                     stop_requested=stage.stop_file.exists)
+    return LoopHooks(
+        record=record, samples=samples, save=save, save_best=save_best, stop_requested=stage.stop_file.exists
+    )
 
 
 def _save_model(recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState) -> None:
-    card = model_card(recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score,
-                                      "best step": state.best_step})
+    card = model_card(
+        recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score, "best step": state.best_step}
+    )
     waiter.get(roles.policy.call("save_model", target, card), "writing the model")

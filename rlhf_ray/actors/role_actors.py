@@ -180,8 +180,14 @@ class TrainerActor(RoleActor):
         from rlhf_ray.engines.distributed import join_group
 
         resources = self.recipe.resources
-        join_group(rank=self.rank, world_size=self.ranks, address=address, port=port, device_type=self.device.type,
-                   timeout_s=resources.call_timeout_s)
+        join_group(
+            rank=self.rank,
+            world_size=self.ranks,
+            address=address,
+            port=port,
+            device_type=self.device.type,
+            timeout_s=resources.call_timeout_s,
+        )
         ppo = self.recipe.ppo
         settings = OptimiserSettings(
             adam_eps=ppo.adam_eps, max_grad_norm=ppo.max_grad_norm, zero_stage=self.settings.zero_stage

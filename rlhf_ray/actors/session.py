@@ -55,7 +55,9 @@ def ray_session(address: str | None, *, python_path: Path | None = None) -> Iter
     try:
         ray.init(**options)
     except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address") from error
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address"
+        ) from error
     try:
         yield
     finally:

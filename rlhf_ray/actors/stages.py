@@ -91,7 +91,8 @@ def cluster_problems(recipe: Recipe, stages: list[str], cluster: dict[str, float
             if needed > there:
                 problems.append(
                     f"{name} needs {needed:g} {kind}s ({stage.workers} workers x {each:g}), the cluster has {there:g}; "
-                    f"lower {name}.workers or {name}.{kind.lower()}s_per_worker, or add nodes")
+                    f"lower {name}.workers or {name}.{kind.lower()}s_per_worker, or add nodes"
+                )
     if "ppo" in stages:
         try:
             check_fits(recipe.resources, cluster)

@@ -78,7 +78,8 @@ class Waiter:
                 self.on_wait(name, seconds)
                 if seconds > deadline_s:
                     raise Deadline(
-                        f"waited {seconds:.0f} s for {name} during {what}, longer than {deadline_s:.0f} s; {self.remedy}")
+                        f"waited {seconds:.0f} s for {name} during {what}, longer than {deadline_s:.0f} s; {self.remedy}"
+                    )
 
     def get(self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None) -> list[Any]:
         """`wait`, then the values: for small ones only, the controller holds no tensors."""
@@ -113,5 +114,7 @@ class Waiter:
 
 
 def _died(name: str, error: RayActorError) -> ActorDied:
-    return ActorDied(f"{name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
-                     "then run the same command again to go on from the last checkpoint")
+    return ActorDied(
+        f"{name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
+        "then run the same command again to go on from the last checkpoint"
+    )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_ray.algorithms.kl import kl_k3
+
 Stats = dict[str, torch.Tensor]
 
 
@@ -34,7 +36,7 @@ def policy_loss(
     with torch.no_grad():
         stats = {
             "policy/loss": loss.detach(),
-            "policy/approx_kl": torch.where(action_mask, ratio - 1.0 - log_ratio, 0.0).sum() / num_tokens,
+            "policy/approx_kl": kl_k3(torch.zeros_like(log_ratio), log_ratio).sum() / num_tokens,
             "policy/clip_frac": ((clipped > unclipped) & action_mask).sum() / num_tokens,
             "policy/ratio": torch.where(action_mask, ratio, 0.0).sum() / num_tokens,
         }

@@ -55,14 +55,14 @@ def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative = logprobs.exp().cumsum(-1, dtype=dtype)
     targets = uniforms.to(dtype)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return tokens.clamp_(max=logprobs.shape[-1] - 1)   # only a row of NaN goes beyond; its log-prob tells
+    return tokens.clamp_(max=logprobs.shape[-1] - 1)  # only a row of NaN goes beyond; its log-prob tells
 
 
 def draw(
-    logits: torch.Tensor,         # [n, V]
-    uniforms: torch.Tensor,       # [n] in [0, 1)
+    logits: torch.Tensor,  # [n, V]
+    uniforms: torch.Tensor,  # [n] in [0, 1)
     *,
-    temperature: Knob,            # 0: the likeliest token, with its log-prob under the untempered distribution
+    temperature: Knob,  # 0: the likeliest token, with its log-prob under the untempered distribution
     top_k: Knob = 0,
     top_p: Knob = 1.0,
     min_p: Knob = 0.0,
@@ -112,7 +112,7 @@ def _kth_largest(logprobs: torch.Tensor, top_k: Knob) -> torch.Tensor:
 def _nucleus_edge(logprobs: torch.Tensor, top_p: Knob) -> torch.Tensor:
     """The least likely entry of the smallest set with probability top_p, a row; -inf where top_p is 1."""
     top_p = _column(top_p, logprobs)
-    total = logprobs.logsumexp(-1, keepdim=True)   # not 0 after a top_k
+    total = logprobs.logsumexp(-1, keepdim=True)  # not 0 after a top_k
     # A few likely tokens hold top_p as a rule, and sorting the whole vocabulary costs as much as the rest of a step.
     for candidates in (min(512, logprobs.shape[-1]), logprobs.shape[-1]):
         ordered = logprobs.topk(candidates, dim=-1).values
@@ -120,6 +120,6 @@ def _nucleus_edge(logprobs: torch.Tensor, top_p: Knob) -> torch.Tensor:
         cumulative = probs.cumsum(-1)
         if bool(((cumulative[..., -1:] >= top_p) | (top_p >= 1)).all()):
             break
-    before = cumulative - probs                    # probability of the likelier tokens; 0 for the first
+    before = cumulative - probs  # probability of the likelier tokens; 0 for the first
     edge = ordered.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
     return torch.where(top_p < 1, edge, -torch.inf)

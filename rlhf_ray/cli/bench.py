@@ -19,8 +19,21 @@ from rlhf_ray.run_folder import RunFolder
 PHASES = ("generate", "score", "assemble", "update", "sync")
 
 
-def measure_ppo(*, layers: int, width: int, heads: int, vocab: int, batch: int, prompt: int, response: int, epochs: int,
-                microbatch: int, iterations: int, threads: int, precision: str) -> dict:
+def measure_ppo(
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    vocab: int,
+    batch: int,
+    prompt: int,
+    response: int,
+    epochs: int,
+    microbatch: int,
+    iterations: int,
+    threads: int,
+    precision: str,
+) -> dict:
     """Time `iterations` iterations after one to warm up. Responses have exactly `response` tokens: none ends early."""
     from rlhf_ray.actors.ppo_stage import ray_roles
     from rlhf_ray.actors.session import ray_session
@@ -48,8 +61,13 @@ def measure_ppo(*, layers: int, width: int, heads: int, vocab: int, batch: int, 
             for step in range(iterations + 1):
                 units = cut_units(step, range(batch), 1, batch)
                 began = time.perf_counter()
-                metrics = ppo_step(roles, units, StepKnobs(step=step, kl_coef=0.05, learning_rate=1e-5,
-                                                           critic_learning_rate=1e-5, max_mismatch=100.0))
+                metrics = ppo_step(
+                    roles,
+                    units,
+                    StepKnobs(
+                        step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0
+                    ),
+                )
                 runs.append(metrics | {"seconds": time.perf_counter() - began} | waiter.take_totals())
     runs = runs[1:]
     seconds = statistics.median(run["seconds"] for run in runs)
@@ -110,6 +128,8 @@ def show(result: dict, console: Console, *, as_json: bool) -> None:
     for phase, seconds in result["seconds_per_phase"].items():
         table.add_row(phase, f"{seconds:.3f}", f"{seconds / total:.0%}")
     console.print(table)
-    console.print(f"[bold]{result['samples_per_s']:.1f} samples a second[/] (median of {len(result['iteration_s'])} iterations, "
-                  f"start-up {result['start_s']:.0f} s, {result['hardware']['cpus']} cores of {result['hardware']['cpu']})",
-                  highlight=False)
+    console.print(
+        f"[bold]{result['samples_per_s']:.1f} samples a second[/] (median of {len(result['iteration_s'])} iterations, "
+        f"start-up {result['start_s']:.0f} s, {result['hardware']['cpus']} cores of {result['hardware']['cpu']})",
+        highlight=False,
+    )

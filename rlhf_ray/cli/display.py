@@ -23,7 +23,9 @@ class Display:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self.live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        )
         self._stage, self._event, self._started, self._samples = "", {}, time.monotonic(), []
         self._first: tuple[float, int] | None = None  # when and at which step this process's first step was seen
         self._last_plain = 0.0
@@ -78,8 +80,15 @@ class Display:
         if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
             block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))
         for sample in self._samples[:3]:
-            block.append(Text.assemble(("  ", ""), (one_line(sample["prompt"], 60), "dim"), (" | ", "dim"),
-                                       (one_line(sample["response"], 90), ""), (f"  {sample['score']:+.2f}", "cyan")))
+            block.append(
+                Text.assemble(
+                    ("  ", ""),
+                    (one_line(sample["prompt"], 60), "dim"),
+                    (" | ", "dim"),
+                    (one_line(sample["response"], 90), ""),
+                    (f"  {sample['score']:+.2f}", "cyan"),
+                )
+            )
         return block
 
     def _line(self) -> str:
@@ -89,8 +98,14 @@ class Display:
             parts.append(f"step {event['step']}" + (f" of {total}" if total else ""))
             parts += self._rate(event["step"], total)
         metrics = event.get("metrics", {}) | {key: event[key] for key in ("loss",) if event.get(key) is not None}
-        for key, name in (("objective/score", "score"), ("objective/kl", "KL"), ("eval/score", "held-out score"),
-                          ("objective/response_length", "length"), ("loss", "loss"), ("accuracy", "accuracy")):
+        for key, name in (
+            ("objective/score", "score"),
+            ("objective/kl", "KL"),
+            ("eval/score", "held-out score"),
+            ("objective/response_length", "length"),
+            ("loss", "loss"),
+            ("accuracy", "accuracy"),
+        ):
             if metrics.get(key) is not None:
                 parts.append(f"{name} {metrics[key]:.3g}")
         return "   ".join(parts) or f"{duration(time.monotonic() - self._started)}"

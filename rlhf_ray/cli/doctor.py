@@ -17,7 +17,9 @@ IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and D
 GB = 1e9
 
 
-def examine(recipe_name: str, overrides: list[str], run_dir: str | None, address: str | None, console: Console) -> list[str]:
+def examine(
+    recipe_name: str, overrides: list[str], run_dir: str | None, address: str | None, console: Console
+) -> list[str]:
     """Print the plan; return the problems, one sentence each. Trains nothing, starts no actor."""
     from rlhf_ray.cli.running import absolute_paths, run_folder_of
 
@@ -54,8 +56,10 @@ def examine(recipe_name: str, overrides: list[str], run_dir: str | None, address
     memory_gb = sum(row[-1] for row in memory_plan(recipe))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     if address is None and memory_gb > there:
-        problems.append(f"the actors need about {memory_gb:.1f} GB of memory, this machine has {there:.1f} GB; "
-                        "use fewer actors, a smaller model, or a cluster")
+        problems.append(
+            f"the actors need about {memory_gb:.1f} GB of memory, this machine has {there:.1f} GB; "
+            "use fewer actors, a smaller model, or a cluster"
+        )
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
@@ -104,7 +108,9 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
     free = shutil.disk_usage(existing).free
     needed = parameters(recipe) * 4 * (3 * 2 * (recipe.ppo.keep_checkpoints + 1) + 8)
     if needed > free:
-        return [f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"]
+        return [
+            f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"
+        ]
     return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
 
 
@@ -127,7 +133,13 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
     from rlhf_ray.actors.placement import role_configs
 
     weights = parameters(recipe) * 4 / GB
-    copies = {"generation": 1.0, "reward": 1.0, "reference": 1.0, "policy": 4.0, "critic": 4.0}  # weights, gradient, moments
+    copies = {
+        "generation": 1.0,
+        "reward": 1.0,
+        "reference": 1.0,
+        "policy": 4.0,
+        "critic": 4.0,
+    }  # weights, gradient, moments
     rows = []
     for name, role in role_configs(recipe.resources).items():
         shared = weights * copies[name]
@@ -137,8 +149,10 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
 
 
 def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:
-    console.print(f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
-                  f"the cluster has {cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs")
+    console.print(
+        f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
+        f"the cluster has {cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+    )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
         table.add_column(column, justify="left" if column == "PPO role" else "right")

@@ -48,8 +48,10 @@ def _push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(folder_path=str(folder), repo_id=repository)
     except (HfHubHTTPError, RequestException, OSError) as error:
-        raise UserError(f"can't upload to '{repository}' ({str(error).splitlines()[0]}); the folder {folder} is written; "
-                        "check the name, the network and `hf auth login`") from error
+        raise UserError(
+            f"can't upload to '{repository}' ({str(error).splitlines()[0]}); the folder {folder} is written; "
+            "check the name, the network and `hf auth login`"
+        ) from error
 
 
 def _model_folder(source: Path, stage: str) -> Path:
@@ -60,17 +62,23 @@ def _model_folder(source: Path, stage: str) -> Path:
         run = RunFolder(source.parents[2])
         folder = run.stage("sft").model
         if not folder.exists():
-            raise UserError(f"{folder} is not there, and a checkpoint's weights need its config and tokenizer; "
-                            "export from inside its run folder")
+            raise UserError(
+                f"{folder} is not there, and a checkpoint's weights need its config and tokenizer; "
+                "export from inside its run folder"
+            )
         return folder
     run = RunFolder(source)
-    folders = {"best": run.best_model} | {name: run.stage(name).model for name in ("ppo", "sft", "fluency", "reward", "judge")}
+    folders = {"best": run.best_model} | {
+        name: run.stage(name).model for name in ("ppo", "sft", "fluency", "reward", "judge")
+    }
     if stage not in folders:
         raise UserError(f"--stage {stage!r} is none of {', '.join(folders)}")
     if not (folders[stage] / "config.json").exists():
         there = [name for name, folder in folders.items() if (folder / "config.json").exists()]
-        raise UserError(f"{source} holds no model of '{stage}'" + (f"; it has {', '.join(there)}" if there else
-                        "; name a run folder, a PPO checkpoint or a model folder"))
+        raise UserError(
+            f"{source} holds no model of '{stage}'"
+            + (f"; it has {', '.join(there)}" if there else "; name a run folder, a PPO checkpoint or a model folder")
+        )
     return folders[stage]
 
 

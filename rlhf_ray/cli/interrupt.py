@@ -13,8 +13,9 @@ EXIT_CODE = 130
 
 
 @contextmanager
-def polite_interrupts(folder: RunFolder, current_stage: Callable[[], str | None], say: Callable[[str], None],
-                      at_once: Callable[[], None]) -> Iterator[None]:
+def polite_interrupts(
+    folder: RunFolder, current_stage: Callable[[], str | None], say: Callable[[str], None], at_once: Callable[[], None]
+) -> Iterator[None]:
     """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder."""
     asked = False
 

@@ -37,8 +37,16 @@ _STOP_WAIT = "rlhf_ray_stop_wait_s"
 Echo = Callable[[str], None]
 
 
-def submit(recipe: Recipe, run_dir: str, *, address: str | None = None, data: Sequence[Path] = (),
-           env: Mapping[str, str] | None = None, stop_wait_s: int = 600, echo: Echo = print) -> str:
+def submit(
+    recipe: Recipe,
+    run_dir: str,
+    *,
+    address: str | None = None,
+    data: Sequence[Path] = (),
+    env: Mapping[str, str] | None = None,
+    stop_wait_s: int = 600,
+    echo: Echo = print,
+) -> str:
     """Submit `recipe` to the cluster whose dashboard is at `address`; return the job's id, e.g. 'demo-1'.
 
     run_dir: absolute path or URI that every node of the cluster sees. data: files or folders (small) to upload.
@@ -51,8 +59,10 @@ def submit(recipe: Recipe, run_dir: str, *, address: str | None = None, data: Se
     jobs = _jobs(client)
     for job in jobs:
         if job.metadata and job.metadata.get(_RUN_DIR) == run_dir and not job.status.is_terminal():
-            raise UserError(f"job {job.submission_id} is still running in {run_dir}; "
-                            f"{_handles(job.submission_id, client)}; or choose another run folder")
+            raise UserError(
+                f"job {job.submission_id} is still running in {run_dir}; "
+                f"{_handles(job.submission_id, client)}; or choose another run folder"
+            )
     job_id = _next_id(recipe.name, jobs)
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_submit_") as folder:
         items = upload.stage(recipe, Path(folder), run_dir=run_dir, data=data)
@@ -64,12 +74,23 @@ def submit(recipe: Recipe, run_dir: str, *, address: str | None = None, data: Se
             "working_dir": folder,
             # SIGINT is what the run answers by finishing its step and writing a checkpoint.
             # The override: without it Ray refuses a variable that the run, too, hands to its actors.
-            "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
-                         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **(env or {})},
+            "env_vars": {
+                "RAY_JOB_STOP_SIGNAL": "SIGINT",
+                "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
+                "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+                **(env or {}),
+            },
         }
-        _within(300, f"the upload to {client.get_address()}", lambda: client.submit_job(
-            entrypoint=entrypoint(run_dir, has_data=has_data), submission_id=job_id, runtime_env=runtime_env,
-            metadata={_RUN_DIR: run_dir, _STOP_WAIT: str(stop_wait_s)}))
+        _within(
+            300,
+            f"the upload to {client.get_address()}",
+            lambda: client.submit_job(
+                entrypoint=entrypoint(run_dir, has_data=has_data),
+                submission_id=job_id,
+                runtime_env=runtime_env,
+                metadata={_RUN_DIR: run_dir, _STOP_WAIT: str(stop_wait_s)},
+            ),
+        )
     echo(f"  {_handles(job_id, client)}")
     return job_id
 
@@ -117,8 +138,10 @@ def cluster_path(run_dir: str) -> str:
     if "://" in run_dir:
         return run_dir.rstrip("/")
     if not os.path.isabs(run_dir):
-        raise UserError(f"run folder '{run_dir}' is relative, which on a cluster is another folder on every machine; "
-                        "give an absolute path that all nodes see, for example /shared/runs/demo")
+        raise UserError(
+            f"run folder '{run_dir}' is relative, which on a cluster is another folder on every machine; "
+            "give an absolute path that all nodes see, for example /shared/runs/demo"
+        )
     return os.path.normpath(run_dir)
 
 
@@ -144,8 +167,10 @@ def connect(address: str | None) -> JobSubmissionClient:
     try:
         socket.create_connection((url.hostname, port), timeout=10).close()
     except OSError as error:
-        raise UserError(f"no Ray dashboard answers at {address} ({error.strerror or error}); is the cluster up, and is "
-                        "this port open to you (ssh -N -L 8265:127.0.0.1:8265 HEAD)?") from None
+        raise UserError(
+            f"no Ray dashboard answers at {address} ({error.strerror or error}); is the cluster up, and is "
+            "this port open to you (ssh -N -L 8265:127.0.0.1:8265 HEAD)?"
+        ) from None
     headers = {**json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")), **_token_header()}
     # Ray lets these two override the address that it is given; an --address that means another cluster must win.
     logging.getLogger("ray").setLevel(logging.WARNING)  # what is uploaded is said by us; closed sockets are no news
@@ -187,8 +212,10 @@ def _within(deadline_s: float, what: str, call: Callable):
         raise UserError(f"waited {deadline_s:.0f} s for {what}; look at the dashboard's log on the head node")
     value, error = outcome[0]
     if isinstance(error, AuthenticationError):
-        raise UserError("the cluster refused this machine's token; copy the head's (`ray get-auth-token` there) into "
-                        "~/.ray/auth_token or set RAY_AUTH_TOKEN") from None
+        raise UserError(
+            "the cluster refused this machine's token; copy the head's (`ray get-auth-token` there) into "
+            "~/.ray/auth_token or set RAY_AUTH_TOKEN"
+        ) from None
     if isinstance(error, ConnectionError):
         raise UserError(f"lost {what}: {error}") from None
     if error is not None:
@@ -226,8 +253,9 @@ def _handles(job_id: str, client: JobSubmissionClient) -> str:
     return f"follow it: {_command('logs', job_id, client)}; stop it: {_command('stop', job_id, client)}"
 
 
-async def _tail(client: JobSubmissionClient, job_id: str, echo: Echo, *, silence_s: float = 30,
-                patience_s: float = 300) -> None:
+async def _tail(
+    client: JobSubmissionClient, job_id: str, echo: Echo, *, silence_s: float = 30, patience_s: float = 300
+) -> None:
     """Write the job's log to stdout until it ends. A lost connection is taken up again where it broke."""
     printed, lost_since = 0, None
     while True:
@@ -244,7 +272,7 @@ async def _tail(client: JobSubmissionClient, job_id: str, echo: Echo, *, silence
                 text, pending = pending.result(), None
                 if text is None:
                     break
-                fresh = text[max(0, printed - seen):]  # every connection starts at the log's beginning
+                fresh = text[max(0, printed - seen) :]  # every connection starts at the log's beginning
                 seen += len(text)
                 if fresh:
                     sys.stdout.write(fresh)
@@ -258,8 +286,10 @@ async def _tail(client: JobSubmissionClient, job_id: str, echo: Echo, *, silence
                 pending.cancel()
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > patience_s:
-                raise UserError(f"lost the log of job {job_id} for {patience_s:.0f} s ({error}); the job itself may go "
-                                f"on: {_command('logs', job_id, client)}") from None
+                raise UserError(
+                    f"lost the log of job {job_id} for {patience_s:.0f} s ({error}); the job itself may go "
+                    f"on: {_command('logs', job_id, client)}"
+                ) from None
             echo(f"connection to {client.get_address()} lost ({error}); trying again")
             await asyncio.sleep(3)
         await asyncio.sleep(0.3)  # the log's stream may end a moment before the job's state says so
@@ -269,8 +299,10 @@ def _wait_terminal(client: JobSubmissionClient, job_id: str, deadline_s: float) 
     start = time.monotonic()
     while not (job := _info(client, job_id)).status.is_terminal():
         if time.monotonic() - start > deadline_s:
-            raise UserError(f"waited {deadline_s:.0f} s for job {job_id} to end, it is {job.status.value.lower()}; see "
-                            f"{_command('logs', job_id, client)}")
+            raise UserError(
+                f"waited {deadline_s:.0f} s for job {job_id} to end, it is {job.status.value.lower()}; see "
+                f"{_command('logs', job_id, client)}"
+            )
         time.sleep(0.5)
     return job
 

@@ -31,7 +31,9 @@ console, errors = Console(), Console(stderr=True)
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh)")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
-Address = Annotated[str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")]
+Address = Annotated[
+    str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")
+]
 
 
 def in_words(command):
@@ -88,7 +90,9 @@ def _stage_command(name: str, stages: list[str], text: str) -> None:
 
 
 _stage_command("sft", ["data", "sft"], "Supervised fine-tuning (and the data it needs).")
-_stage_command("reward", ["data", "sft", "fluency", "reward", "judge"], "The reward model (and the judge, if the recipe has one).")
+_stage_command(
+    "reward", ["data", "sft", "fluency", "reward", "judge"], "The reward model (and the judge, if the recipe has one)."
+)
 _stage_command("ppo", ["ppo"], "PPO on the run folder's SFT and reward model.")
 _stage_command("evaluate", ["evaluation"], "SFT model against PPO model on held-out prompts, and the report.")
 
@@ -122,12 +126,16 @@ def serve(
     path: Annotated[Path, typer.Argument(help="a run folder or a Hugging Face model folder")],
     host: Annotated[str, typer.Option(help="address to bind; beyond loopback an API key is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="RLHF_RAY_API_KEY", help="clients must send it as bearer token")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="RLHF_RAY_API_KEY", help="clients must send it as bearer token")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
     replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
     gpus: Annotated[float | None, typer.Option(help="GPUs a replica; default: one where there are enough")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt; default: the model's positions less one")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="longest prompt; default: the model's positions less one")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="longest completion")] = None,
     max_n: Annotated[int, typer.Option(help="choices a prompt")] = 16,
     max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
@@ -138,12 +146,27 @@ def serve(
     from rlhf_ray.serving.launch import serve as serve_model
     from rlhf_ray.serving.settings import Limits
 
-    limits = Limits(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
-                    max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes)
+    limits = Limits(
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        max_n=max_n,
+        max_rows=max_rows,
+        max_waiting_rows=max_waiting_rows,
+        max_body_bytes=max_body_bytes,
+    )
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
-    serve_model(path, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
-                precision=precision, limits=limits)
+    serve_model(
+        path,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        replicas=replicas,
+        gpus=gpus,
+        precision=precision,
+        limits=limits,
+    )
 
 
 ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]
@@ -169,16 +192,26 @@ def submit(
     for pair in env or []:
         if "=" not in pair:
             raise UserError(f"--env {pair!r}: write NAME=VALUE")
-    job_id = jobs.submit(load_recipe(recipe, overrides), run_dir, address=address, data=data or (),
-                         env=dict(pair.split("=", 1) for pair in env or []), stop_wait_s=stop_wait_s, echo=_echo)
+    job_id = jobs.submit(
+        load_recipe(recipe, overrides),
+        run_dir,
+        address=address,
+        data=data or (),
+        env=dict(pair.split("=", 1) for pair in env or []),
+        stop_wait_s=stop_wait_s,
+        echo=_echo,
+    )
     if follow:
         raise typer.Exit(jobs.logs(job_id, address=address, echo=_echo))
 
 
 @app.command()
 @in_words
-def logs(job_id: JobId, address: ClusterAddress = None,
-         follow: Annotated[bool, typer.Option(help="until the job ends")] = True):
+def logs(
+    job_id: JobId,
+    address: ClusterAddress = None,
+    follow: Annotated[bool, typer.Option(help="until the job ends")] = True,
+):
     """Print a job's log and return its exit status."""
     from rlhf_ray.cli import jobs
 
@@ -201,7 +234,9 @@ def _echo(line: str) -> None:
 @app.command()
 @in_words
 def export(
-    source: Annotated[Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")],
+    source: Annotated[
+        Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")
+    ],
     target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
     stage: Annotated[str, typer.Option(help="of a run folder: ppo, best, sft, fluency, reward or judge")] = "ppo",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -220,15 +255,37 @@ app.add_typer(bench_app, name="bench")
 @bench_app.command("ppo")
 @in_words
 def bench_ppo(
-    layers: int = 4, width: int = 256, heads: int = 4, vocab: int = 4096, batch: int = 64, prompt: int = 32,
-    response: int = 48, epochs: int = 4, microbatch: int = 32, iterations: int = 5, threads: int = 0,
-    precision: str = "auto", json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    layers: int = 4,
+    width: int = 256,
+    heads: int = 4,
+    vocab: int = 4096,
+    batch: int = 64,
+    prompt: int = 32,
+    response: int = 48,
+    epochs: int = 4,
+    microbatch: int = 32,
+    iterations: int = 5,
+    threads: int = 0,
+    precision: str = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ):
     """Samples a second of whole PPO iterations on random prompts of fixed length (the standard work)."""
     from rlhf_ray.cli.bench import measure_ppo, show
 
-    result = measure_ppo(layers=layers, width=width, heads=heads, vocab=vocab, batch=batch, prompt=prompt, response=response,
-                         epochs=epochs, microbatch=microbatch, iterations=iterations, threads=threads, precision=precision)
+    result = measure_ppo(
+        layers=layers,
+        width=width,
+        heads=heads,
+        vocab=vocab,
+        batch=batch,
+        prompt=prompt,
+        response=response,
+        epochs=epochs,
+        microbatch=microbatch,
+        iterations=iterations,
+        threads=threads,
+        precision=precision,
+    )
     show(result, console, as_json=json_output)
 
 

@@ -20,7 +20,9 @@ from rlhf_ray.run_folder import RunFolder
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
     """RUN_DIR, absolute before any process starts: a worker's working directory is not ours."""
     if run_dir is not None and "://" in run_dir:
-        raise UserError(f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)")
+        raise UserError(
+            f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
+        )
     return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
 
 
@@ -37,8 +39,14 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def run(recipe: Recipe, run_dir: str | Path | None = None, *, address: str | None = None,
-        stages: list[str] | None = None, console: Console | None = None) -> RunFolder:
+def run(
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    *,
+    address: str | None = None,
+    stages: list[str] | None = None,
+    console: Console | None = None,
+) -> RunFolder:
     """Run the recipe's stages (default: all) in its run folder, from where that stands.
 
     Raises UserError for a mistake in recipe, data or resources, StageStopped after Ctrl-C.
@@ -79,7 +87,9 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     console.print(summary_table(summary))
     cap = summary.get("max_kl")
     if cap is not None and summary["kl"] > cap:
-        console.print(f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats a response: raise ppo.kl_coef[/]")
+        console.print(
+            f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats a response: raise ppo.kl_coef[/]"
+        )
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]  {escape(one_line(sample['prompt'], 200))}")

@@ -37,8 +37,9 @@ class Item:
         return f"{self.what}: {self.path} ({_size_text(self.size)})"
 
 
-def stage(recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = (),
-          here: Path | None = None) -> list[Item]:
+def stage(
+    recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = (), here: Path | None = None
+) -> list[Item]:
     """Fill the empty `folder` with what the job needs; return what is in it. `here` is where modules are looked for.
 
     UserError for local data that is neither named in `data` nor given by a path the cluster can see, or is too large.
@@ -53,8 +54,10 @@ def stage(recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = 
     sent = [_copy_data(path, folder / DATA_FOLDER, run_dir) for path in sorted(named)]
     total = sum(item.size for item in sent)
     if total > MAX_DATA_MB * 1e6:
-        raise UserError(f"the data to upload is {_size_text(total)}, over {MAX_DATA_MB} MB; put it where every node "
-                        "of the cluster sees it (shared file system, hub, s3://...) and name that place in the recipe")
+        raise UserError(
+            f"the data to upload is {_size_text(total)}, over {MAX_DATA_MB} MB; put it where every node "
+            "of the cluster sees it (shared file system, hub, s3://...) and name that place in the recipe"
+        )
 
     settings = recipe.model_dump(mode="json")
     used = set()
@@ -64,9 +67,11 @@ def stage(recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = 
             used.add(path.resolve())
             _put(settings, field, f"{run_dir}/{DATA_FOLDER}/{path.resolve().name}")
         elif not path.is_absolute() and path.exists():
-            raise UserError(f"{_dotted(field)} = '{text}' is a path on this machine ({_size_text(_size(path))}), which "
-                            "the cluster can't see; give an absolute path that every node sees, or name it with "
-                            f"--data {text} (at most {MAX_DATA_MB} MB in all)")
+            raise UserError(
+                f"{_dotted(field)} = '{text}' is a path on this machine ({_size_text(_size(path))}), which "
+                "the cluster can't see; give an absolute path that every node sees, or name it with "
+                f"--data {text} (at most {MAX_DATA_MB} MB in all)"
+            )
     if named - used:
         unused = ", ".join(str(path) for path in sorted(named - used))
         raise UserError(f"--data {unused}: no field of the recipe names it; set data.root or a source's path to it")
@@ -87,8 +92,10 @@ def _copy_data(source: Path, folder: Path, run_dir: str) -> Item:
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     if "://" in run_dir:
-        raise UserError(f"--data puts data into the run folder, which is {run_dir}; for one that is no path, put the "
-                        "data where the cluster sees it and name that place in the recipe")
+        raise UserError(
+            f"--data puts data into the run folder, which is {run_dir}; for one that is no path, put the "
+            "data where the cluster sees it and name that place in the recipe"
+        )
     if (folder / source.name).exists():
         raise UserError(f"--data: two of the paths end in '{source.name}'; rename one")
     size = _size(source)
@@ -103,8 +110,11 @@ def _own_modules(recipe: Recipe, here: Path) -> list[Path]:
     names = (recipe.data.builder, recipe.ppo.reward_function, recipe.evaluation.judge_function)
     roots = {name.partition(":")[0].partition(".")[0] for name in names if name} - {"rlhf_ray"}
     found = [PathFinder.find_spec(root, [str(here)]) for root in sorted(roots)]
-    return [Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
-            for spec in found if spec is not None]
+    return [
+        Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
+        for spec in found
+        if spec is not None
+    ]
 
 
 def _data_fields(settings: dict) -> Iterator[tuple[tuple, str]]:

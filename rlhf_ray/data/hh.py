@@ -52,8 +52,10 @@ def read(root: str | None, subsets: Iterable[str], hub_split: str) -> list[dict]
     if root is not None:
         path = Path(root).expanduser() / FILE_NAME
         if not path.is_file():
-            raise UserError(f"data.root: {path} does not exist; give the folder that holds it, "
-                            f"or remove data.root to read {HUB_NAME}")
+            raise UserError(
+                f"data.root: {path} does not exist; give the folder that holds it, "
+                f"or remove data.root to read {HUB_NAME}"
+            )
         with gzip.open(path, "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         return [row for row in rows if row["subset"] in subsets]
@@ -62,8 +64,10 @@ def read(root: str | None, subsets: Iterable[str], hub_split: str) -> list[dict]
         try:
             loaded = datasets.load_dataset(HUB_NAME, data_dir=subset, split=hub_split)
         except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version
-            raise UserError(f"{HUB_NAME} could not be read from the hub ({type(error).__name__}); "
-                            "go online once, or give a local folder with --set data.root=DIR") from error
+            raise UserError(
+                f"{HUB_NAME} could not be read from the hub ({type(error).__name__}); "
+                "go online once, or give a local folder with --set data.root=DIR"
+            ) from error
         for row in loaded:
             prompt, chosen, rejected = implicit_prompt(row["chosen"], row["rejected"])
             rows.append({"subset": subset, "prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -94,7 +98,8 @@ def build(
         messages = messages_of(row["prompt"])
         if messages:
             parts[part_of(messages[0]["content"], seed)].append(
-                {"prompt": messages, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()})
+                {"prompt": messages, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()}
+            )
     built = {
         "sft": _imitate(parts["train"]), "sft_eval": _imitate(parts["held_out"]),
         "preferences": parts["train"], "preferences_eval": parts["held_out"],

@@ -74,8 +74,10 @@ def read(root: str | None) -> dict[str, list[Review]]:
 def _from_file(path: Path) -> list[dict]:
     if not path.is_file():
         names = ", ".join(f"{split}.jsonl.gz" for split in SPLITS)
-        raise UserError(f"data.root: {path} does not exist; give the folder that holds {names}, "
-                        f"or remove data.root to read {HUB_NAME} from the hub")
+        raise UserError(
+            f"data.root: {path} does not exist; give the folder that holds {names}, "
+            f"or remove data.root to read {HUB_NAME} from the hub"
+        )
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     for column in ("text", "label"):
@@ -88,8 +90,10 @@ def _from_hub() -> dict[str, Iterable[dict]]:
     try:
         loaded = datasets.load_dataset(HUB_NAME)
     except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version
-        raise UserError(f"{HUB_NAME} could not be read from the hub ({type(error).__name__}); "
-                        "go online once, or give a local folder with --set data.root=DIR") from error
+        raise UserError(
+            f"{HUB_NAME} could not be read from the hub ({type(error).__name__}); "
+            "go online once, or give a local folder with --set data.root=DIR"
+        ) from error
     return {split: loaded[hub_split] for split, hub_split in SPLITS.items()}
 
 

@@ -58,8 +58,11 @@ class Sentence:
 
 
 def _fixed_sentences() -> dict[str, Sentence]:
-    table = {text: Sentence(kind=kind) for kind, texts in
-             (("polite", words.POLITE), ("rude", words.RUDE), ("vague", words.VAGUE)) for text in texts}
+    table = {
+        text: Sentence(kind=kind)
+        for kind, texts in (("polite", words.POLITE), ("rude", words.RUDE), ("vague", words.VAGUE))
+        for text in texts
+    }
     for situation in SITUATIONS:
         table |= {text.format(situation=situation): Sentence(kind="fit", situation=situation) for text in words.FITS}
     for closing in words.CLOSINGS:
@@ -79,13 +82,13 @@ def _parse_advice(text: str) -> Sentence | None:
     """'[For your roses,] LEAD DETAIL[, so REASON | because REASON].' or None."""
     rest, noun = text, None
     comma = rest.find(", ")
-    if comma > 0 and rest[:comma + 2] in _TOPIC_LEADS:
-        noun, rest = _TOPIC_LEADS[rest[:comma + 2]], rest[comma + 2:]
+    if comma > 0 and rest[: comma + 2] in _TOPIC_LEADS:
+        noun, rest = _TOPIC_LEADS[rest[: comma + 2]], rest[comma + 2 :]
         rest = rest[:1].upper() + rest[1:]
     lead = next((lead for lead in _LEADS if rest.startswith(lead)), None)
     if lead is None or not rest.endswith("."):
         return None
-    rest, reason = rest[len(lead):-1], None
+    rest, reason = rest[len(lead) : -1], None
     for join, word in ((", so ", "so "), (" because ", "because ")):
         if join in rest:
             rest, _, tail = rest.partition(join)
@@ -102,8 +105,16 @@ def parse(response: str) -> list[Sentence]:
         text = " ".join(match.group().split())
         if text:
             known = _FIXED.get(text) or _parse_advice(text) or Sentence(kind="unknown")
-            sentences.append(Sentence(kind=known.kind, text=text, noun=known.noun, situation=known.situation,
-                                      detail=known.detail, reason=known.reason))
+            sentences.append(
+                Sentence(
+                    kind=known.kind,
+                    text=text,
+                    noun=known.noun,
+                    situation=known.situation,
+                    detail=known.detail,
+                    reason=known.reason,
+                )
+            )
     return sentences
 
 
@@ -205,18 +216,25 @@ def _pairs(prompts: list[str], subjects: tuple[Subject, ...], rng: random.Random
     return datasets.Dataset.from_list(rows)
 
 
-def _imitation(
-    prompts: list[str], replies: int, subjects: tuple[Subject, ...], rng: random.Random
-) -> datasets.Dataset:
+def _imitation(prompts: list[str], replies: int, subjects: tuple[Subject, ...], rng: random.Random) -> datasets.Dataset:
     return datasets.Dataset.from_list([
         {"prompt": p, "response": reply(subject_of(p), _SITUATIONS.search(p).group(), rng, subjects)}
         for p in prompts for _ in range(replies)
     ])  # fmt: skip
 
 
-def build(root: str | None = None, seed: int = 0, *, sft_rows: int = 20000, pairs: int = 6000, prompts: int = 8000,
-          eval_prompts: int = 512, eval_rows: int = 500, subjects: int | None = None,
-          replies_per_prompt: int = 1) -> dict[str, datasets.Dataset]:
+def build(
+    root: str | None = None,
+    seed: int = 0,
+    *,
+    sft_rows: int = 20000,
+    pairs: int = 6000,
+    prompts: int = 8000,
+    eval_prompts: int = 512,
+    eval_rows: int = 500,
+    subjects: int | None = None,
+    replies_per_prompt: int = 1,
+) -> dict[str, datasets.Dataset]:
     """All roles of the demo. No prompt stands in two roles; the held-out sets have `eval_rows` rows.
 
     subjects: ask about so many of the 32; replies_per_prompt: of the `sft_rows`, so many answer the same prompt.
@@ -225,15 +243,25 @@ def build(root: str | None = None, seed: int = 0, *, sft_rows: int = 20000, pair
     if root is not None:
         raise UserError(f"data.root = {root!r}, but the preference world is generated, not read; remove data.root")
     if subjects is not None and not 1 <= subjects <= len(SUBJECTS):
-        raise UserError(f"data.builder_args.subjects = {subjects}, the world has 1 to {len(SUBJECTS)}; choose among those")
+        raise UserError(
+            f"data.builder_args.subjects = {subjects}, the world has 1 to {len(SUBJECTS)}; choose among those"
+        )
     asked = chosen_subjects(subjects)
-    sizes = {"sft": -(-sft_rows // replies_per_prompt), "sft_eval": eval_rows, "preferences": pairs, "preferences_eval": eval_rows,
-             "prompts": prompts, "eval_prompts": eval_prompts}
+    sizes = {
+        "sft": -(-sft_rows // replies_per_prompt),
+        "sft_eval": eval_rows,
+        "preferences": pairs,
+        "preferences_eval": eval_rows,
+        "prompts": prompts,
+        "eval_prompts": eval_prompts,
+    }
     total = sum(sizes.values())
     most = count_prompts(asked) * 3 // 4  # they are drawn until they are distinct
     if total > most:
-        raise UserError(f"data.builder_args ask for {total} distinct prompts, the world has {count_prompts(asked)}; "
-                        f"ask for at most {most}")
+        raise UserError(
+            f"data.builder_args ask for {total} distinct prompts, the world has {count_prompts(asked)}; "
+            f"ask for at most {most}"
+        )
     rng = random.Random(seed)
     remaining = _distinct_prompts(total, asked, rng)
     roles = {}

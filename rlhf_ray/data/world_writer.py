@@ -22,8 +22,11 @@ def _advice(subject: Subject, detail: str, skill: float, rng: random.Random) -> 
     lead = rng.choice(words.LEADS)
     if rng.random() < 0.1 + 0.3 * skill:
         # "I" keeps its capital inside the sentence.
-        lead = rng.choice(words.TOPIC_LEADS).format(noun=subject.noun) + " " + (
-            lead if lead.startswith("I ") else lead[0].lower() + lead[1:])
+        lead = (
+            rng.choice(words.TOPIC_LEADS).format(noun=subject.noun)
+            + " "
+            + (lead if lead.startswith("I ") else lead[0].lower() + lead[1:])
+        )
     reason = ""
     if rng.random() < 0.1 + 0.4 * skill:
         reason = rng.choice(REASONS[subject.family])
@@ -31,9 +34,7 @@ def _advice(subject: Subject, detail: str, skill: float, rng: random.Random) -> 
     return f"{lead} {detail}{reason}."
 
 
-def _body(
-    subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]
-) -> list[str]:
+def _body(subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]) -> list[str]:
     own = rng.sample(subject.details, k=len(subject.details))
     sentences = []
     for _ in range(rng.choice((1, 2, 2, 3))):
@@ -52,9 +53,7 @@ def _body(
     return sentences
 
 
-def _draft(
-    subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]
-) -> str:
+def _draft(subject: Subject, situation: str, skill: float, rng: random.Random, subjects: Sequence[Subject]) -> str:
     luck = rng.random()
     opening = []
     if luck < 0.15 + 0.7 * skill:

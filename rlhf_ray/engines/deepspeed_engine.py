@@ -77,7 +77,9 @@ class DeepSpeedEngine:
         with torch.no_grad():
             return self.engine(*batch, **options)
 
-    def step(self, microbatches: Iterable[tuple], loss_of: Callable[..., torch.Tensor], *, learning_rate: float) -> float:
+    def step(
+        self, microbatches: Iterable[tuple], loss_of: Callable[..., torch.Tensor], *, learning_rate: float
+    ) -> float:
         """One optimiser step; returns the gradient norm before clipping.
 
         `loss_of(output, microbatch)` gives this rank's share of a loss already divided by the global token count.

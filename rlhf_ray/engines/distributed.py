@@ -32,5 +32,3 @@ def join_group(*, rank: int, world_size: int, address: str, port: int, device_ty
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
-
-

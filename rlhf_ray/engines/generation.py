@@ -67,7 +67,8 @@ class GenerationEngine:
             return []
         batch = self._new_batch()
         batch.cache.reserve(
-            len(requests), max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests))
+            len(requests), max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
+        )
         batch.add(requests)
         results: dict[int, Completion] = {}
         while len(batch):
@@ -98,14 +99,17 @@ class GenerationEngine:
                 return []
             running, tokens, logprobs, completions = self._open.step()
         except BaseException:
-            self._open = None   # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
+            self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
             raise
         if not len(self._open):
-            self._open = None   # gives the cache back while idle
+            self._open = None  # gives the cache back while idle
         return [
             TokenEvent(
-                request_id=request.request_id, token_id=int(token), logprob=float(logprob),
-                completion=completions.get(place))
+                request_id=request.request_id,
+                token_id=int(token),
+                logprob=float(logprob),
+                completion=completions.get(place),
+            )
             for place, (request, token, logprob) in enumerate(zip(running, tokens, logprobs, strict=True))
         ]
 
@@ -142,7 +146,8 @@ class GenerationEngine:
         if self.num_running or self.num_waiting:
             raise RuntimeError(
                 f"{self.num_running} rows are running and {self.num_waiting} wait under the old weights; "
-                "let them end or cancel them before load_weights")
+                "let them end or cancel them before load_weights"
+            )
         targets = self.model.state_dict()
         names_of: dict[tuple, list[str]] = {}
         for name, target in targets.items():
@@ -175,7 +180,8 @@ class GenerationEngine:
         if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
             raise UserError(
                 f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "
-                f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer")
+                f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer"
+            )
         self.decoder.check_length(len(ids), params.max_new_tokens)
         return Request(request_id=request_id, prompt_ids=ids, seed=int(seed), params=params)
 
@@ -184,6 +190,6 @@ def _as_tensor(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
         return weight
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)   # "not writable": it is only read from, here
+        warnings.simplefilter("ignore", UserWarning)  # "not writable": it is only read from, here
         tensor = torch.from_numpy(weight)
     return tensor.view(torch.bfloat16) if weight.dtype == np.int16 else tensor

@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-FLOAT32_PIECE = 2**20   # elements
-SLOT_MULTIPLE = 8   # lengths seen by attention are rounded up to this: GPU kernels want aligned masks
+FLOAT32_PIECE = 2**20  # elements
+SLOT_MULTIPLE = 8  # lengths seen by attention are rounded up to this: GPU kernels want aligned masks
 
 
 def round_up(length: int) -> int:
@@ -28,11 +28,11 @@ def round_up(length: int) -> int:
 class _Write:
     """Where the forward pass under way puts its keys and values, the same in every layer."""
 
-    rows: int = 0                           # R, capacity
-    slots: int = 0                          # C, capacity
-    first_row: int = 0                      # prefill: rows [first_row, first_row + n) are written from slot 0
-    targets: torch.Tensor | None = None     # decode: [n] index b * C + len_b of each row's new token; None: prefill
-    length: int = 0                         # decode: slots of each row that attention sees
+    rows: int = 0  # R, capacity
+    slots: int = 0  # C, capacity
+    first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
+    targets: torch.Tensor | None = None  # decode: [n] index b * C + len_b of each row's new token; None: prefill
+    length: int = 0  # decode: slots of each row that attention sees
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -80,7 +80,7 @@ class RaggedLayer(CacheLayerMixin):
         return (query_length if self.write.targets is None else self.write.length), 0
 
     def get_seq_length(self) -> int:
-        return 0   # rows differ: masks and position_ids are always given, nothing is to be derived from this
+        return 0  # rows differ: masks and position_ids are always given, nothing is to be derived from this
 
     def get_max_length(self) -> int:
         return self.write.slots
@@ -129,7 +129,8 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """
     if query.shape[2] != 1:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     n, heads, _, channels = query.shape
     query = query.reshape(n, key.shape[1], heads // key.shape[1], channels)
     if query.device.type == "cpu" and query.dtype != torch.float32:
@@ -149,9 +150,16 @@ def _attend_in_float32(query, key, value, mask, *, dropout, scaling):
     outputs = []
     for first in range(0, len(query), piece):
         rows = slice(first, first + piece)
-        outputs.append(scaled_dot_product_attention(
-            query[rows].float(), key[rows].float(), value[rows].float(), None if masks is None else masks[rows],
-            dropout, scale=scaling))
+        outputs.append(
+            scaled_dot_product_attention(
+                query[rows].float(),
+                key[rows].float(),
+                value[rows].float(),
+                None if masks is None else masks[rows],
+                dropout,
+                scale=scaling,
+            )
+        )
     return torch.cat(outputs).to(query.dtype)
 
 

@@ -32,11 +32,13 @@ class RaggedDecoder:
         if "position_ids" not in parameters or "past_key_values" not in parameters:
             raise UserError(
                 f"a model of type '{self.config.model_type}' takes no position_ids, so rows of different lengths can't "
-                "share a batch; use a model with learned or rotary positions")
+                "share a batch; use a model with learned or rotary positions"
+            )
         if model.config._attn_implementation not in ("sdpa", "eager", RAGGED):
             raise UserError(
                 f"attention '{model.config._attn_implementation}' takes no mask of its own for every row; "
-                "load the model with attn_implementation='sdpa'")
+                "load the model with attn_implementation='sdpa'"
+            )
         if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
             model.set_attn_implementation(RAGGED)
         self.additive_mask = model.config._attn_implementation == "eager"
@@ -61,7 +63,8 @@ class RaggedDecoder:
             raise UserError(
                 f"a prompt of {prompt_length} tokens and max_new_tokens = {max_new_tokens} need "
                 f"{prompt_length + max_new_tokens} positions, but the model attends over {self.max_length}; "
-                "shorten the prompt or lower max_new_tokens")
+                "shorten the prompt or lower max_new_tokens"
+            )
 
     def prefill(self, cache: RaggedCache, first_row: int, prompts: Sequence[np.ndarray]) -> None:
         """Store all but the last token of each prompt in rows first_row... of the cache.
@@ -91,8 +94,12 @@ class RaggedDecoder:
             mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         keep = {"logits_to_keep": 1} if self.takes_logits_to_keep else {}
         return self.model(
-            input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device), attention_mask=mask,
-            past_key_values=cache, use_cache=True, **keep,
+            input_ids=input_ids.to(self.device),
+            position_ids=position_ids.to(self.device),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **keep,
         ).logits[:, -1]
 
     @torch.inference_mode()
@@ -104,7 +111,7 @@ class RaggedDecoder:
         cache.reserve(len(rows), 16)
         self.prefill(cache, 0, [ids[:-1] for ids in rows])
         worst = 0.0
-        for back in (2, 1):   # the last two tokens of each row by decode steps
+        for back in (2, 1):  # the last two tokens of each row by decode steps
             positions = np.array([len(ids) - back for ids in rows])
             logits = self.decode(cache, np.array([ids[-back] for ids in rows]), positions)
             for ids, cached in zip(rows, logits.float().log_softmax(-1), strict=True):
@@ -114,18 +121,20 @@ class RaggedDecoder:
         if not worst < (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise UserError(
                 f"a model of type '{self.config.model_type}' gives other log-probs with this engine's cache than "
-                f"without a cache (mean difference {worst:.2g}); use a Llama-, Qwen2- or GPT-2-like model")
+                f"without a cache (mean difference {worst:.2g}); use a Llama-, Qwen2- or GPT-2-like model"
+            )
 
 
 def _layers_and_max_length(config) -> tuple[int, int | None]:
     """Cached layers, and the longest sequence that every layer attends over in full (None: no limit)."""
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
     limits = [] if getattr(config, "max_position_embeddings", None) is None else [config.max_position_embeddings]
-    for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):   # shared layers at the end have no cache
+    for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):  # shared layers at the end have no cache
         if layer_type not in ("full_attention", "sliding_attention", "chunked_attention"):
             raise UserError(
                 f"a model of type '{config.model_type}' has layers of type '{layer_type}', which this engine can't "
-                "cache; use a model with full attention")
+                "cache; use a model with full attention"
+            )
         # A window as long as the sequence hides nothing from its last token, so up to it the layer is a full one.
         limits += [kwargs["sliding_window"]] if "sliding_window" in kwargs else []
     return len(layer_types), min(limits, default=None)

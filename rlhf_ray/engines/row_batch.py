@@ -18,7 +18,7 @@ class Request:
     """One response to draw."""
 
     request_id: int
-    prompt_ids: np.ndarray       # [P] int64
+    prompt_ids: np.ndarray  # [P] int64
     seed: int
     params: SamplingParams
 
@@ -32,14 +32,14 @@ def row_uniforms(seed: int, count: int) -> np.ndarray:
 class _RowArrays:
     """One entry, or one line of T entries, a row; rows [0, n) are in use."""
 
-    positions: np.ndarray        # [R] int64: tokens in the cache, so where the next one goes
-    next_tokens: np.ndarray      # [R] int64: drawn (or the prompt's last), not yet in the cache
-    counts: np.ndarray           # [R] int64: response tokens drawn
-    budgets: np.ndarray          # [R] int64: max_new_tokens
-    ends_at_eos: np.ndarray      # [R] bool
-    uniforms: np.ndarray         # [R, T] float32
-    tokens: np.ndarray           # [R, T] int32: the response so far
-    logprobs: np.ndarray         # [R, T] float32
+    positions: np.ndarray  # [R] int64: tokens in the cache, so where the next one goes
+    next_tokens: np.ndarray  # [R] int64: drawn (or the prompt's last), not yet in the cache
+    counts: np.ndarray  # [R] int64: response tokens drawn
+    budgets: np.ndarray  # [R] int64: max_new_tokens
+    ends_at_eos: np.ndarray  # [R] bool
+    uniforms: np.ndarray  # [R, T] float32
+    tokens: np.ndarray  # [R, T] int32: the response so far
+    logprobs: np.ndarray  # [R, T] float32
 
     @classmethod
     def empty(cls) -> _RowArrays:
@@ -70,7 +70,7 @@ class RowBatch:
         self.requests: list[Request] = []
         self.arrays = _RowArrays.empty()
         self._knobs: dict = {}
-        self._stop_windows: dict[int, int] = {}   # row -> last tokens in which its stop strings are looked for
+        self._stop_windows: dict[int, int] = {}  # row -> last tokens in which its stop strings are looked for
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -107,7 +107,8 @@ class RowBatch:
         if not np.isfinite(logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
             raise FloatingPointError(
-                f"the model's logits for token {counts[row]} of request {self.requests[row].request_id} are not finite")
+                f"the model's logits for token {counts[row]} of request {self.requests[row].request_id} are not finite"
+            )
 
         arrays.tokens[rows, counts], arrays.logprobs[rows, counts] = tokens, logprobs
         arrays.next_tokens[:n] = tokens
@@ -147,8 +148,10 @@ class RowBatch:
     def _completion(self, row: int, reason: FinishReason) -> Completion:
         count = self.arrays.counts[row]
         return Completion(
-            response_ids=self.arrays.tokens[row, :count].copy(), logprobs=self.arrays.logprobs[row, :count].copy(),
-            finish_reason=reason)
+            response_ids=self.arrays.tokens[row, :count].copy(),
+            logprobs=self.arrays.logprobs[row, :count].copy(),
+            finish_reason=reason,
+        )
 
     def _members_changed(self) -> None:
         """One number a knob while all rows agree, which spares the vocabulary-wide work of the ones that are off."""
@@ -161,7 +164,8 @@ class RowBatch:
                 self._knobs[name] = torch.tensor(values, dtype=torch.float32, device=self.decoder.device)
         self._stop_windows = {
             row: max(len(text.encode()) for text in request.params.stop) + 8
-            for row, request in enumerate(self.requests) if request.params.stop
+            for row, request in enumerate(self.requests)
+            if request.params.stop
         }
 
     def _is_stopped(self, row: int) -> bool:

@@ -87,7 +87,9 @@ def _compare_scores(features, train: pd.DataFrame, held_out: dict[str, pd.DataFr
     for name, rows in held_out.items():
         texts = _texts(rows, "response")
         found, human = features.transform(texts), rows["score"].to_numpy()
-        figures[name] = score_figures(regression.predict(found) - middle, human, _words(texts), seed=seed, middle=middle)
+        figures[name] = score_figures(
+            regression.predict(found) - middle, human, _words(texts), seed=seed, middle=middle
+        )
         figures[name]["rows"] = len(rows)
         figures[name]["sign_accuracy"] = float(np.mean(classifier.predict(found) == (human > middle)))
     return figures

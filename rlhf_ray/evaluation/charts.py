@@ -20,8 +20,8 @@ MAX_POINTS = 400
 @dataclass(frozen=True, slots=True)
 class Series:
     name: str
-    xs: np.ndarray      # [N] steps, rising
-    ys: np.ndarray      # [N] finite
+    xs: np.ndarray  # [N] steps, rising
+    ys: np.ndarray  # [N] finite
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -62,9 +62,18 @@ def curves(series: Sequence[Series]) -> Markup:
         # Every tenth or so point carries a tooltip; few points are shown as dots.
         few = len(xs) <= 30
         for x, y in list(zip(xs, values, strict=True))[:: max(len(xs) // 40, 1)]:
-            body.append(Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"><title>{}{}: {}</title></circle>').format(
-                "dot" if few else "hover", i, _xy(frame.x(x)), _xy(frame.y(y)), 2.6 if few else 6,
-                f"{one.name}, " if len(series) > 1 else "", f"step {number(x, 6)}", number(y, 4)))
+            body.append(
+                Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"><title>{}{}: {}</title></circle>').format(
+                    "dot" if few else "hover",
+                    i,
+                    _xy(frame.x(x)),
+                    _xy(frame.y(y)),
+                    2.6 if few else 6,
+                    f"{one.name}, " if len(series) > 1 else "",
+                    f"step {number(x, 6)}",
+                    number(y, 4),
+                )
+            )
     return _svg(body, ", ".join(one.name for one in series))
 
 
@@ -81,7 +90,7 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
         rows.append((one.name, values))
     rows.sort(key=lambda row: -row[1].sum())
     if len(rows) > top:
-        rows = rows[:top - 1] + [("other", sum(values for _, values in rows[top - 1:]))]
+        rows = rows[: top - 1] + [("other", sum(values for _, values in rows[top - 1 :]))]
     total = sum(values for _, values in rows)
     frame = _Frame(*_span(steps, pad=0), 0.0, float(_smooth(total).max()) * 1.08 or 1.0)
     body, below = [], np.zeros(len(steps))
@@ -90,8 +99,11 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
         xs, upper = _thin(steps, above)
         _, lower = _thin(steps, below)
         area = Markup('<polygon class="area c{}" points="{} {}"><title>{}: {} s on average</title></polygon>')
-        body.append(area.format(i, frame.points(xs, upper), frame.points(xs[::-1], lower[::-1]), name,
-                                number(float(values.mean()))))
+        body.append(
+            area.format(
+                i, frame.points(xs, upper), frame.points(xs[::-1], lower[::-1]), name, number(float(values.mean()))
+            )
+        )
         below = above
     return _svg([frame.axes(), *body], "seconds a step"), [name for name, _ in rows]
 
@@ -104,10 +116,14 @@ def histogram(sft: np.ndarray, ppo: np.ndarray, label: str, bins: int = 30) -> M
     frame = _Frame(low, high, 0.0, float(max(count.max() for count in counts)) * 1.1, percent_y=True)
     body = [frame.axes()]
     for i, (values, count) in enumerate(zip((sft, ppo), counts, strict=True)):
-        path = "".join(f"V{_xy(frame.y(share))}H{_xy(frame.x(edge))}"
-                       for share, edge in zip(count, edges[1:], strict=True))
-        body.append(Markup('<path class="area hist m{}" d="M{} {}{}V{}Z"/>').format(
-            i, _xy(frame.x(low)), _xy(frame.y(0)), path, _xy(frame.y(0))))
+        path = "".join(
+            f"V{_xy(frame.y(share))}H{_xy(frame.x(edge))}" for share, edge in zip(count, edges[1:], strict=True)
+        )
+        body.append(
+            Markup('<path class="area hist m{}" d="M{} {}{}V{}Z"/>').format(
+                i, _xy(frame.x(low)), _xy(frame.y(0)), path, _xy(frame.y(0))
+            )
+        )
         mean = float(values.mean())
         line = Markup('<line class="mean m{}" x1="{x}" x2="{x}" y1="{}" y2="{}"><title>mean {}</title></line>')
         body.append(line.format(i, TOP, HEIGHT - BOTTOM, number(mean), x=_xy(frame.x(mean))))
@@ -117,8 +133,12 @@ def histogram(sft: np.ndarray, ppo: np.ndarray, label: str, bins: int = 30) -> M
 def calibration(points: Sequence[tuple[float, float]]) -> Markup:
     """Predicted probability against the share that came true; the diagonal is perfect."""
     frame = _Frame(0.0, 1.0, 0.0, 1.0)
-    body = [frame.axes(), Markup('<line class="guide" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
-        *map(_xy, (frame.x(0), frame.y(0), frame.x(1), frame.y(1))))]
+    body = [
+        frame.axes(),
+        Markup('<line class="guide" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
+            *map(_xy, (frame.x(0), frame.y(0), frame.x(1), frame.y(1)))
+        ),
+    ]
     xs, ys = np.array([x for x, _ in points]), np.array([y for _, y in points])
     body.append(Markup('<polyline class="line c0" points="{}"/>').format(frame.points(xs, ys)))
     dot = Markup('<circle class="dot c0" cx="{}" cy="{}" r="3.2"><title>said {}, was {}</title></circle>')
@@ -133,25 +153,35 @@ def intervals(sft: dict, ppo: dict) -> Markup:
     def x(value: float) -> str:
         return _xy(4 + 132 * (value - low) / (high - low))
 
-    one = Markup('<g class="m{}"><line class="whisker" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
-                 '<circle cx="{}" cy="{y}" r="3.5"/></g>')
-    body = [one.format(i, x(figure["low"]), x(figure["high"]), x(figure["mean"]), y=7 + 10 * i)
-            for i, figure in enumerate((sft, ppo))]
+    one = Markup(
+        '<g class="m{}"><line class="whisker" x1="{}" x2="{}" y1="{y}" y2="{y}"/><circle cx="{}" cy="{y}" r="3.5"/></g>'
+    )
+    body = [
+        one.format(i, x(figure["low"]), x(figure["high"]), x(figure["mean"]), y=7 + 10 * i)
+        for i, figure in enumerate((sft, ppo))
+    ]
     svg = Markup('<svg class="intervals" viewBox="0 0 140 24" aria-hidden="true">{}</svg>')
     return svg.format(Markup("").join(body))
 
 
 def gauge(figure: dict, reference: float, low: float, high: float) -> Markup:
     """A value with its interval on a fixed scale, and a mark where "no difference" lies."""
+
     def x(value: float) -> str:
         return _xy(100 * (min(max(value, low), high) - low) / (high - low))
-    return Markup('<svg class="gauge" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
-                  '<rect class="track" x="0" y="4" width="100" height="2"/>'
-                  '<rect class="span" x="{}" y="2.5" width="{}" height="5"/>'
-                  '<rect class="point" x="{}" y="0.5" width="1" height="9"/>'
-                  '<rect class="reference" x="{}" y="1" width="0.5" height="8"/></svg>').format(
-        x(figure["low"]), _xy(max(float(x(figure["high"])) - float(x(figure["low"])), 0.6)),
-        _xy(float(x(figure["mean"])) - 0.5), x(reference))
+
+    return Markup(
+        '<svg class="gauge" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" x="0" y="4" width="100" height="2"/>'
+        '<rect class="span" x="{}" y="2.5" width="{}" height="5"/>'
+        '<rect class="point" x="{}" y="0.5" width="1" height="9"/>'
+        '<rect class="reference" x="{}" y="1" width="0.5" height="8"/></svg>'
+    ).format(
+        x(figure["low"]),
+        _xy(max(float(x(figure["high"])) - float(x(figure["low"])), 0.6)),
+        _xy(float(x(figure["mean"])) - 0.5),
+        x(reference),
+    )
 
 
 class _Frame:
@@ -174,12 +204,14 @@ class _Frame:
         for value in ticks(self.y_low, self.y_high):
             label = f"{100 * value:.0f} %" if self.percent_y else _tick(value)
             y = self.y(value)
-            body.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(
-                LEFT, WIDTH - RIGHT, y=_xy(y)))
+            body.append(
+                Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(LEFT, WIDTH - RIGHT, y=_xy(y))
+            )
             body.append(Markup('<text class="y" x="{}" y="{}">{}</text>').format(LEFT - 7, _xy(y + 3.5), label))
         for value in ticks(self.x_low, self.x_high, 5):
-            body.append(Markup('<text class="x" x="{}" y="{}">{}</text>').format(
-                _xy(self.x(value)), HEIGHT - 8, _tick(value)))
+            body.append(
+                Markup('<text class="x" x="{}" y="{}">{}</text>').format(_xy(self.x(value)), HEIGHT - 8, _tick(value))
+            )
         return Markup("").join(body)
 
 
@@ -220,4 +252,5 @@ def _xy(value: float) -> str:
 
 def _svg(body: Sequence[Markup], label: str) -> Markup:
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, escape(label), Markup("").join(body))
+        WIDTH, HEIGHT, escape(label), Markup("").join(body)
+    )

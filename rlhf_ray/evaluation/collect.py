@@ -80,7 +80,9 @@ def save_models(run: RunFolder, out: Path) -> None:
 
     for name, stage, load in (("policy", "ppo", load_causal_lm), ("reward", "reward", load_reward_model)):
         source = run.stage(stage).model
-        save_model(load(source).to(torch.bfloat16), load_tokenizer(source), out / name, (source / "README.md").read_text())
+        save_model(
+            load(source).to(torch.bfloat16), load_tokenizer(source), out / name, (source / "README.md").read_text()
+        )
 
 
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:
@@ -123,10 +125,14 @@ def _row(title: str, model: str, cells: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_ray.evaluation.collect", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_ray.evaluation.collect", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--models", action="store_true", help="also the first run's policy and reward model in bfloat16")
+    parser.add_argument(
+        "--models", action="store_true", help="also the first run's policy and reward model in bfloat16"
+    )
     given = parser.parse_args(arguments)
     try:
         print(collect(given.out, [RunFolder(path.absolute()) for path in given.runs], given.models))

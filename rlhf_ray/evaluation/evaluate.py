@@ -26,32 +26,45 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.roles.scorer import RewardScorer, Scorer
 from rlhf_ray.run_folder import RunFolder, write_atomically
 
-FIGURES = ("score", "judge", "judge_positive", "perplexity", "perplexity_independent", "relevance",
-           "retrieval_accuracy", "length", "eos_rate", "distinct_1", "distinct_2", "distinct_3", "repetition")
+FIGURES = (
+    "score",
+    "judge",
+    "judge_positive",
+    "perplexity",
+    "perplexity_independent",
+    "relevance",
+    "retrieval_accuracy",
+    "length",
+    "eos_rate",
+    "distinct_1",
+    "distinct_2",
+    "distinct_3",
+    "repetition",
+)
 RATIOS = ("perplexity", "perplexity_independent", "length", "distinct_1", "distinct_2", "distinct_3")
 DEFINITIONS = {
     "score": "The reward's score of a response: (raw - mean) / deviation of the reward model, or the reward function's "
-             "own value. EOS is scored only where the response ended by itself.",
+    "own value. EOS is scored only where the response ended by itself.",
     "judge": "The same under the independent judge, a model trained on data that the reward model never saw, or the "
-             "known true utility.",
+    "known true utility.",
     "judge_positive": "Share of responses with a raw judge's score above evaluation.judge_positive_above.",
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "perplexity": "exp of the mean negative log-prob of a token of the responses given their prompts, under the SFT "
-                  "model at temperature 1, over all tokens of all responses.",
+    "model at temperature 1, over all tokens of all responses.",
     "perplexity_independent": "The same under a language model trained from another seed, in its own tokenizer.",
     "relevance": "Log-prob of the responses given their own prompts minus that given other held-out prompts (a seeded "
-                 "shuffle), divided by their tokens: nats a token, 0 for responses that ignore their prompt.",
+    "shuffle), divided by their tokens: nats a token, 0 for responses that ignore their prompt.",
     "retrieval_accuracy": "Share of responses that are likelier after their own prompt than after the other one.",
     "length": "Tokens of a response, EOS included.",
     "eos_rate": "Share of responses that ended by EOS or a stop string before max_new_tokens.",
     "distinct_2": "Different pairs of neighbouring words divided by all pairs, over all responses together (words: "
-                  "lower case, punctuation apart); distinct_1 and distinct_3 likewise. Compares only equally many "
-                  "responses of like length.",
+    "lower case, punctuation apart); distinct_1 and distinct_3 likewise. Compares only equally many "
+    "responses of like length.",
     "repetition": "Mean share of a response's 4-grams of words that stood in it before.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
-          "temperature without truncation: nats a response.",
+    "temperature without truncation: nats a response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
-                 "SFT) and `ratio` (PPO / SFT) are paired.",
+    "SFT) and `ratio` (PPO / SFT) are paired.",
 }
 Progress = Callable[[dict], None]
 
@@ -76,7 +89,7 @@ class _Evaluation:
         self.dtype = _dtype(recipe.ppo.precision, self.device)
         self.seeds = recipe.evaluation.seeds
         self.prompts = held_out_prompts(recipe, folder)
-        self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]        # [N]
+        self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
         self.missing: dict[str, str] = {}
         self.estimates: dict[str, dict[str, Estimate]] = {"sft": {}, "ppo": {}}
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
@@ -102,11 +115,24 @@ class _Evaluation:
 
     def _draw(self, name: str, model: LanguageModel) -> Responses:
         cfg = self.recipe.generation
-        params = SamplingParams(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-                                top_p=cfg.top_p, min_p=cfg.min_p, stop=cfg.stop)
-        return draw_responses(model.model, model.tokenizer, self.prompts, self.seeds, params, chunk_size=cfg.chunk_size,
-                              device=self.device,
-                              progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)))
+        params = SamplingParams(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+            stop=cfg.stop,
+        )
+        return draw_responses(
+            model.model,
+            model.tokenizer,
+            self.prompts,
+            self.seeds,
+            params,
+            chunk_size=cfg.chunk_size,
+            device=self.device,
+            progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
+        )
 
     def _kl(self, ppo: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature
@@ -115,8 +141,10 @@ class _Evaluation:
 
     def _texts(self, responses: dict[str, Responses]) -> None:
         for name, drawn in responses.items():
-            out, texts = self.estimates[name], [drawn.texts[i:i + len(self.seeds)]
-                                                for i in range(0, len(drawn.texts), len(self.seeds))]
+            out, texts = (
+                self.estimates[name],
+                [drawn.texts[i : i + len(self.seeds)] for i in range(0, len(drawn.texts), len(self.seeds))],
+            )
             out["length"] = self.resampler.mean(self._table(drawn.lengths))
             out["eos_rate"] = self.resampler.mean(self._table(drawn.ended))
             out |= {f"distinct_{n}": self.resampler.distinct(texts, n) for n in (1, 2, 3)}
@@ -151,7 +179,8 @@ class _Evaluation:
         for name, drawn in responses.items():
             own[name] = sft.rate_tokens(drawn.prompt_ids, drawn.response_ids)
             self.estimates[name]["perplexity"] = self.resampler.perplexity(
-                self._table(own[name]), self._table(drawn.lengths))
+                self._table(own[name]), self._table(drawn.lengths)
+            )
         if self.recipe.fluency is None:
             self.missing["perplexity_independent"] = "The recipe has no separately seeded language model (`fluency`)."
             self._relevance(sft, responses, own)
@@ -161,7 +190,8 @@ class _Evaluation:
             prompt_ids, response_ids = independent.encode(self.repeated, drawn)
             own[name] = independent.rate_tokens(prompt_ids, response_ids)
             self.estimates[name]["perplexity_independent"] = self.resampler.perplexity(
-                self._table(own[name]), self._table([len(ids) for ids in response_ids]))
+                self._table(own[name]), self._table([len(ids) for ids in response_ids])
+            )
         self._relevance(independent, responses, own)
 
     def _relevance(self, model: LanguageModel, responses: dict[str, Responses], own: dict[str, np.ndarray]) -> None:
@@ -175,24 +205,36 @@ class _Evaluation:
         for name, drawn in responses.items():
             prompt_ids, response_ids = model.encode(other_prompts, drawn)
             if self.recipe.fluency is None:
-                response_ids = drawn.response_ids       # the sampled ids themselves, as in `own`
+                response_ids = drawn.response_ids  # the sampled ids themselves, as in `own`
             other = model.rate_tokens(prompt_ids, response_ids)
             tokens = self._table([len(ids) for ids in response_ids])
             self.estimates[name]["relevance"] = self.resampler.ratio(self._table(own[name] - other), tokens)
             self.estimates[name]["retrieval_accuracy"] = self.resampler.mean(
-                self._table(metrics.win_rate(own[name], other)))
+                self._table(metrics.win_rate(own[name], other))
+            )
 
     def _summary(self, kl: Estimate, scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
-        wins = {key: None if scores["sft"][scorer] is None else self.resampler.mean(
-                    self._table(metrics.win_rate(scores["ppo"][scorer], scores["sft"][scorer]))).figure()
-                for key, scorer in (("reward_model", "score"), ("judge", "judge"))}
+        wins = {
+            key: None
+            if scores["sft"][scorer] is None
+            else self.resampler.mean(
+                self._table(metrics.win_rate(scores["ppo"][scorer], scores["sft"][scorer]))
+            ).figure()
+            for key, scorer in (("reward_model", "score"), ("judge", "judge"))
+        }
         sft, ppo = self.estimates["sft"], self.estimates["ppo"]
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
-            **{name: {key: out[key].figure() if key in out else None for key in FIGURES}
-               for name, out in self.estimates.items()},
-            "win_rate": wins, "kl": kl.point, "kl_interval": kl.figure(), "max_kl": self.recipe.evaluation.max_kl,
-            "prompts": len(self.prompts), "seeds": list(self.seeds),
+            **{
+                name: {key: out[key].figure() if key in out else None for key in FIGURES}
+                for name, out in self.estimates.items()
+            },
+            "win_rate": wins,
+            "kl": kl.point,
+            "kl_interval": kl.figure(),
+            "max_kl": self.recipe.evaluation.max_kl,
+            "prompts": len(self.prompts),
+            "seeds": list(self.seeds),
             "difference": {key: (ppo[key] - sft[key]).figure() for key in FIGURES if key in sft},
             "ratio": {key: (ppo[key] / sft[key]).figure() for key in RATIOS if key in sft},
             "sampling": self.recipe.generation.model_dump(mode="json"),
@@ -215,7 +257,7 @@ def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:
     prompts = list(read_role(folder, "eval_prompts")["prompt"])
     if not prompts:
         raise UserError(f"{folder.data('eval_prompts')} holds no prompts; set data.eval_prompts or give more prompts")
-    chosen = np.random.default_rng(recipe.seed).permutation(len(prompts))[:recipe.evaluation.prompts]
+    chosen = np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts]
     return [prompts[i] for i in sorted(chosen)]
 
 

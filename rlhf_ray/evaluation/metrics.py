@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(tokens: Sequence, n: int) -> list[tuple]:
-    return [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -48,7 +48,7 @@ class Estimate:
     """A value and what it is in each resample. Estimates of one Resampler subtract and divide draw by draw (paired)."""
 
     point: float
-    draws: np.ndarray       # [R]
+    draws: np.ndarray  # [R]
 
     def __sub__(self, other: Estimate) -> Estimate:
         return Estimate(self.point - other.point, self.draws - other.draws)
@@ -89,7 +89,7 @@ class Resampler:
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         """sum / sum, e.g. log-probability over tokens: long responses weigh more than short ones."""
         above, below = self._per_prompt(numerator).sum(axis=1), self._per_prompt(denominator).sum(axis=1)
-        return (Estimate(float(above.sum()), self.weights @ above) / Estimate(float(below.sum()), self.weights @ below))
+        return Estimate(float(above.sum()), self.weights @ above) / Estimate(float(below.sum()), self.weights @ below)
 
     def perplexity(self, logprob_sums: np.ndarray, num_tokens: np.ndarray) -> Estimate:
         """exp(-mean log-prob of a token) over all responses together ("corpus level")."""
@@ -103,8 +103,12 @@ class Resampler:
         their mean is the plain value, and only their spread makes the interval.
         """
         index: dict[tuple, int] = {}
-        per_prompt = [np.array([index.setdefault(gram, len(index)) for text in row for gram in ngrams(words(text), n)],
-                               dtype=np.int64) for row in texts]
+        per_prompt = [
+            np.array(
+                [index.setdefault(gram, len(index)) for text in row for gram in ngrams(words(text), n)], dtype=np.int64
+            )
+            for row in texts
+        ]
         totals = np.array([len(ids) for ids in per_prompt], dtype=np.float64)
         if not index:
             return Estimate(float("nan"), np.full(len(self.weights), np.nan))

@@ -20,11 +20,18 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-STAGE_NAMES = {"data": "Data", "sft": "SFT", "fluency": "Fluency model", "reward": "Reward model", "judge": "Judge",
-               "ppo": "PPO", "evaluation": "Evaluation"}
+STAGE_NAMES = {
+    "data": "Data",
+    "sft": "SFT",
+    "fluency": "Fluency model",
+    "reward": "Reward model",
+    "judge": "Judge",
+    "ppo": "PPO",
+    "evaluation": "Evaluation",
+}
 OPTIONAL_STAGES = ("fluency", "judge", "sft", "reward")
-WORST = 3           # samples shown where PPO lost most
-EVENTS = 200        # latest events shown
+WORST = 3  # samples shown where PPO lost most
+EVENTS = 200  # latest events shown
 
 # key of summary.json: (label, unit or explanation, percent?, which direction is better: 1, -1, or 0 for neither)
 FIGURES = {
@@ -42,12 +49,16 @@ FIGURES = {
     "distinct_3": ("Distinct-3", "different word triples / all triples", False, 1),
     "repetition": ("Repetition", "4-grams said before in the same response", True, -1),
 }
-QUALITY_NAMES = {       # figures of a reward model's DONE that are its quality; the others are under "closing figures"
-    "pairs": "Held-out pairs", "accuracy": "Accuracy on held-out pairs",
+QUALITY_NAMES = {  # figures of a reward model's DONE that are its quality; the others are under "closing figures"
+    "pairs": "Held-out pairs",
+    "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
-    "bag_of_words_accuracy": "Accuracy of a bag-of-words classifier", "ece": "Expected calibration error",
-    "margin_mean": "Mean margin, chosen over rejected", "pearson": "Pearson correlation with people's scores",
-    "spearman": "Spearman correlation with people's scores", "reward_mean": "Mean raw score of SFT samples",
+    "bag_of_words_accuracy": "Accuracy of a bag-of-words classifier",
+    "ece": "Expected calibration error",
+    "margin_mean": "Mean margin, chosen over rejected",
+    "pearson": "Pearson correlation with people's scores",
+    "spearman": "Spearman correlation with people's scores",
+    "reward_mean": "Mean raw score of SFT samples",
     "reward_std": "Deviation of the raw scores of SFT samples",
 }
 
@@ -66,19 +77,28 @@ def render(folder: RunFolder) -> str:
     metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in STAGES}
     closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in STAGES}
     stages = _stages(folder, recipe, metrics, closing)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"number": charts.number, "percent": percent, "figure": figure, "duration": duration}
     return environment.from_string(TEMPLATE.read_text()).render(
-        name=recipe.get("name", folder.path.name), recipe=recipe, stages=stages,
-        verdict=verdict(summary, stages), warnings=warnings(summary), cards=_cards(summary),
-        rows=_table(summary), summary=summary, missing=summary.get("missing", {}),
-        definitions=summary.get("definitions", {}), histograms=_histograms(samples),
+        name=recipe.get("name", folder.path.name),
+        recipe=recipe,
+        stages=stages,
+        verdict=verdict(summary, stages),
+        warnings=warnings(summary),
+        cards=_cards(summary),
+        rows=_table(summary),
+        summary=summary,
+        missing=summary.get("missing", {}),
+        definitions=summary.get("definitions", {}),
+        histograms=_histograms(samples),
         curves=[(STAGE_NAMES[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
         quality=_quality(closing),
         quality_columns=[STAGE_NAMES[stage] for stage in ("reward", "judge") if closing[stage]],
         calibrations=_calibrations(closing),
-        samples=_shown(samples, recipe), closing=_closing(closing),
+        samples=_shown(samples, recipe),
+        closing=_closing(closing),
         events=read_metrics(folder.events)[-EVENTS:][::-1],
         environment=_flat(_json(folder.path / "environment.json")),
         recipe_text=folder.recipe.read_text() if folder.recipe.exists() else "",
@@ -90,7 +110,7 @@ def percent(value: float | None) -> str:
 
 
 def figure(value: dict | None, as_percent: bool = False) -> str:
-    """"1.23 (1.10 to 1.36)": as many decimals as the interval's width makes worth reading."""
+    """ "1.23 (1.10 to 1.36)": as many decimals as the interval's width makes worth reading."""
     if value is None:
         return "–"
     scale, unit = (100, " %") if as_percent else (1, "")
@@ -124,10 +144,15 @@ def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> li
             continue
         done, steps = closing[stage] is not None, metrics[stage]
         seconds = timings.get(stage, (closing[stage] or {}).get("seconds"))
-        rows.append({"key": stage, "name": STAGE_NAMES[stage],
-                     "state": "done" if done else "begun" if begun else "waiting",
-                     "step": steps[-1]["step"] if steps else None,
-                     "seconds": seconds if isinstance(seconds, (int, float)) else None})
+        rows.append(
+            {
+                "key": stage,
+                "name": STAGE_NAMES[stage],
+                "state": "done" if done else "begun" if begun else "waiting",
+                "step": steps[-1]["step"] if steps else None,
+                "seconds": seconds if isinstance(seconds, (int, float)) else None,
+            }
+        )
     longest = max((row["seconds"] or 0 for row in rows), default=0) or 1
     return [row | {"share": 100 * (row["seconds"] or 0) / longest} for row in rows]
 
@@ -137,24 +162,47 @@ def _cards(summary: dict) -> list[dict]:
     if not summary:
         return []
     cards = []
-    for scorer, label, note in (("reward_model", "Win rate, reward", "PPO over SFT, by what it was trained on"),
-                               ("judge", "Win rate, judge", "PPO over SFT, by the independent judge")):
+    for scorer, label, note in (
+        ("reward_model", "Win rate, reward", "PPO over SFT, by what it was trained on"),
+        ("judge", "Win rate, judge", "PPO over SFT, by the independent judge"),
+    ):
         rate = summary["win_rate"][scorer]
         if rate is not None:
-            cards.append({"label": label, "value": percent(rate["mean"]), "note": note,
-                          "interval": f"{percent(rate['low'])[:-2]} to {percent(rate['high'])}",
-                          "gauge": charts.gauge(rate, 0.5, 0.0, 1.0)})
+            cards.append(
+                {
+                    "label": label,
+                    "value": percent(rate["mean"]),
+                    "note": note,
+                    "interval": f"{percent(rate['low'])[:-2]} to {percent(rate['high'])}",
+                    "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
+                }
+            )
     kl = summary.get("kl_interval")
-    cards.append({"label": "KL to SFT", "value": charts.number(summary["kl"]), "note": "nats a response",
-                  "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "", "gauge": ""})
-    for key, label, note in (("distinct_2", "Distinct-2, PPO / SFT", "variety kept; 1: all of it"),
-                             ("perplexity_independent", "Perplexity, PPO / SFT", "under the independent model"),
-                             ("length", "Length, PPO / SFT", "tokens a response")):
+    cards.append(
+        {
+            "label": "KL to SFT",
+            "value": charts.number(summary["kl"]),
+            "note": "nats a response",
+            "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
+            "gauge": "",
+        }
+    )
+    for key, label, note in (
+        ("distinct_2", "Distinct-2, PPO / SFT", "variety kept; 1: all of it"),
+        ("perplexity_independent", "Perplexity, PPO / SFT", "under the independent model"),
+        ("length", "Length, PPO / SFT", "tokens a response"),
+    ):
         ratio = summary.get("ratio", {}).get(key)
         if ratio is not None:
-            cards.append({"label": label, "value": charts.number(ratio["mean"]), "note": note,
-                          "interval": f"{charts.number(ratio['low'])} to {charts.number(ratio['high'])}",
-                          "gauge": charts.gauge(ratio, 1.0, 0.0, 2.0)})
+            cards.append(
+                {
+                    "label": label,
+                    "value": charts.number(ratio["mean"]),
+                    "note": note,
+                    "interval": f"{charts.number(ratio['low'])} to {charts.number(ratio['high'])}",
+                    "gauge": charts.gauge(ratio, 1.0, 0.0, 2.0),
+                }
+            )
     return cards
 
 
@@ -167,17 +215,28 @@ def _table(summary: dict) -> list[dict]:
             continue
         difference = summary.get("difference", {}).get(key)
         sign = 0 if difference is None else (difference["low"] > 0) - (difference["high"] < 0)
-        rows.append({"label": label, "unit": unit, "sft": figure(sft, as_percent), "ppo": figure(ppo, as_percent),
-                     "difference": figure(difference, as_percent), "plot": charts.intervals(sft, ppo),
-                     "tone": {1: "good", -1: "bad", 0: ""}[sign * better]})
+        rows.append(
+            {
+                "label": label,
+                "unit": unit,
+                "sft": figure(sft, as_percent),
+                "ppo": figure(ppo, as_percent),
+                "difference": figure(difference, as_percent),
+                "plot": charts.intervals(sft, ppo),
+                "tone": {1: "good", -1: "bad", 0: ""}[sign * better],
+            }
+        )
     return rows
 
 
 def _histograms(samples: list[dict]) -> list[tuple[str, str]]:
     plots = []
     for key, label in (("score", "Reward-model score"), ("judge", "Judge's score")):
-        pairs = [(row["sft"][key], row["ppo"][key]) for row in samples
-                 if row["sft"].get(key) is not None and row["ppo"].get(key) is not None]
+        pairs = [
+            (row["sft"][key], row["ppo"][key])
+            for row in samples
+            if row["sft"].get(key) is not None and row["ppo"].get(key) is not None
+        ]
         if len(pairs) >= 20:
             sft, ppo = np.array(pairs, dtype=float).T
             plots.append((label, charts.histogram(sft, ppo, label)))
@@ -188,15 +247,23 @@ def _quality(closing: dict) -> list[tuple[str, list[str]]]:
     """Rows of the reward model's and the judge's held-out figures: (name, [value under each column])."""
     columns = [_flat(closing[stage]) for stage in ("reward", "judge") if closing[stage]]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
-    names = {name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
-             for key in QUALITY_NAMES for column in columns for name in column if name.rpartition(".")[2] == key}
+    names = {
+        name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
+        for key in QUALITY_NAMES
+        for column in columns
+        for name in column
+        if name.rpartition(".")[2] == key
+    }
     return [(label, [_show(name, column.get(name)) for column in columns]) for name, label in names.items()]
 
 
 def _closing(closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """Every stage's DONE as rows of (name, value), without the evaluation's: the page shows that in full."""
-    return [(STAGE_NAMES[stage], [(name, _show(name, value)) for name, value in _flat(figures).items()])
-            for stage, figures in closing.items() if figures and stage != "evaluation"]
+    return [
+        (STAGE_NAMES[stage], [(name, _show(name, value)) for name, value in _flat(figures).items()])
+        for stage, figures in closing.items()
+        if figures and stage != "evaluation"
+    ]
 
 
 def _show(name: str, value) -> str:

@@ -31,8 +31,10 @@ PPO = {
     "Policy loss": (("policy/loss", "loss"),),
     "Value loss": (("value/loss", "loss"),),
     "Value: explained variance": (("value/explained_variance", "explained variance"),),
-    "Response length, tokens": (("objective/response_length", "training prompts"),
-                                ("eval/response_length", "held-out prompts")),
+    "Response length, tokens": (
+        ("objective/response_length", "training prompts"),
+        ("eval/response_length", "held-out prompts"),
+    ),
     "Share that ended by itself": (("objective/eos_rate", "training prompts"), ("eval/eos_rate", "held-out prompts")),
     "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_max", "largest gap")),
     "Learning rate": (("policy/learning_rate", "policy"), ("value/learning_rate", "critic")),
@@ -44,8 +46,8 @@ NOT_CURVES = ("step", "epoch", "episodes", "tokens", "elapsed_s", "progress", "t
 @dataclass(frozen=True, slots=True)
 class Plot:
     title: str
-    last: str                   # the newest value, or the newest of each series
-    legend: list[str]           # empty for one series
+    last: str  # the newest value, or the newest of each series
+    legend: list[str]  # empty for one series
     svg: Markup
 
 
@@ -58,8 +60,11 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
         used |= {name for name, _ in members}
         if present:
             named.append(_plot(title, present))
-    times = [Series(name.removeprefix(TIME_PREFIX).removesuffix("_s"), one.xs, one.ys)
-             for name, one in series.items() if name.startswith(TIME_PREFIX) and name not in TOTALS]
+    times = [
+        Series(name.removeprefix(TIME_PREFIX).removesuffix("_s"), one.xs, one.ys)
+        for name, one in series.items()
+        if name.startswith(TIME_PREFIX) and name not in TOTALS
+    ]
     if times:
         used |= {name for name in series if name.startswith(TIME_PREFIX)}
         svg, names = charts.stacked(times)
@@ -79,5 +84,9 @@ def _series(rows: list[dict]) -> dict[str, Series]:
 
 
 def _plot(title: str, series: list[Series]) -> Plot:
-    return Plot(title, " · ".join(charts.number(float(one.ys[-1])) for one in series),
-                [one.name for one in series] if len(series) > 1 else [], charts.curves(series))
+    return Plot(
+        title,
+        " · ".join(charts.number(float(one.ys[-1])) for one in series),
+        [one.name for one in series] if len(series) > 1 else [],
+        charts.curves(series),
+    )

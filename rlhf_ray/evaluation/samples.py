@@ -24,10 +24,10 @@ from rlhf_ray.run_folder import write_atomically
 class Responses:
     """N responses of one model."""
 
-    prompt_ids: list[np.ndarray]        # N, each int32
-    response_ids: list[np.ndarray]      # N, each int32, with the EOS that ended it
-    texts: list[str]                    # N, without EOS
-    ended: np.ndarray                   # [N] bool: by EOS or a stop string, not by max_new_tokens
+    prompt_ids: list[np.ndarray]  # N, each int32
+    response_ids: list[np.ndarray]  # N, each int32, with the EOS that ended it
+    texts: list[str]  # N, without EOS
+    ended: np.ndarray  # [N] bool: by EOS or a stop string, not by max_new_tokens
 
     @property
     def lengths(self) -> np.ndarray:
@@ -35,8 +35,17 @@ class Responses:
         return np.array([len(ids) for ids in self.response_ids])
 
 
-def draw_responses(model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, *,
-                   chunk_size: int, device: str, progress: Callable[[int], None]) -> Responses:
+def draw_responses(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    params: SamplingParams,
+    *,
+    chunk_size: int,
+    device: str,
+    progress: Callable[[int], None],
+) -> Responses:
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
     The random numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
@@ -46,20 +55,31 @@ def draw_responses(model, tokenizer, prompts: Sequence[str], seeds: Sequence[int
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     completions = []
     for start in range(0, len(rows), chunk_size):
-        chunk = rows[start:start + chunk_size]
-        completions += engine.generate([ids[prompt] for prompt, _ in chunk],
-                                       [draw_seed(seed, "evaluation", prompt) for prompt, seed in chunk], params)
+        chunk = rows[start : start + chunk_size]
+        completions += engine.generate(
+            [ids[prompt] for prompt, _ in chunk],
+            [draw_seed(seed, "evaluation", prompt) for prompt, seed in chunk],
+            params,
+        )
         progress(len(completions))
     return Responses(
         prompt_ids=[ids[prompt] for prompt, _ in rows],
         response_ids=[completion.response_ids for completion in completions],
-        texts=[tokenizer.decode(completion.response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-               for completion in completions],
-        ended=np.array([completion.finish_reason != "length" for completion in completions]))
+        texts=[
+            tokenizer.decode(completion.response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for completion in completions
+        ],
+        ended=np.array([completion.finish_reason != "length" for completion in completions]),
+    )
 
 
-def write_samples(path: Path, prompts: Sequence[str], seeds: Sequence[int], models: dict[str, Responses],
-                  scores: dict[str, dict[str, np.ndarray | None]]) -> None:
+def write_samples(
+    path: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    models: dict[str, Responses],
+    scores: dict[str, dict[str, np.ndarray | None]],
+) -> None:
     """One object a line for every (seed, prompt): the prompt and each model's response with its scores.
 
     scores: model -> scorer ("score", "judge") -> [N] or None
@@ -70,9 +90,14 @@ def write_samples(path: Path, prompts: Sequence[str], seeds: Sequence[int], mode
             i = index * len(seeds) + position
             row = {"prompt": prompt, "index": index, "seed": seed}
             for name, responses in models.items():
-                row[name] = {"response": responses.texts[i],
-                             **{scorer: None if values is None else round(float(values[i]), 6)
-                                for scorer, values in scores[name].items()},
-                             "tokens": len(responses.response_ids[i]), "ended": bool(responses.ended[i])}
+                row[name] = {
+                    "response": responses.texts[i],
+                    **{
+                        scorer: None if values is None else round(float(values[i]), 6)
+                        for scorer, values in scores[name].items()
+                    },
+                    "tokens": len(responses.response_ids[i]),
+                    "ended": bool(responses.ended[i]),
+                }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))

@@ -46,8 +46,9 @@ def judge_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: 
     return None
 
 
-def score_texts(model_folder: str | Path, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool],
-                batch: int = 32) -> np.ndarray:
+def score_texts(
+    model_folder: str | Path, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], batch: int = 32
+) -> np.ndarray:
     """Normalised scores [N] of any texts under a reward model's folder, e.g. in a notebook."""
     return RewardScorer(model_folder, batch_size=batch).score(prompts, responses, ended)
 
@@ -61,21 +62,31 @@ class LanguageModel:
     def __init__(self, model, tokenizer, dtype: torch.dtype):
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
 
-    def rate_tokens(self, prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray],
-                    temperature: float = 1.0) -> np.ndarray:
+    def rate_tokens(
+        self, prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], temperature: float = 1.0
+    ) -> np.ndarray:
         """Log-prob of each response given its prompt, summed over its tokens, [N]; 0 for a response without tokens."""
         sums = np.zeros(len(response_ids))
         # Sorted by length, a microbatch holds little padding.
-        rows = sorted((i for i, ids in enumerate(response_ids) if len(ids)),
-                      key=lambda i: len(prompt_ids[i]) + len(response_ids[i]))
-        logprobs = response_logprobs(self.model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows],
-                                     temperature=temperature, compute_dtype=self.dtype)
+        rows = sorted(
+            (i for i, ids in enumerate(response_ids) if len(ids)),
+            key=lambda i: len(prompt_ids[i]) + len(response_ids[i]),
+        )
+        logprobs = response_logprobs(
+            self.model,
+            [prompt_ids[i] for i in rows],
+            [response_ids[i] for i in rows],
+            temperature=temperature,
+            compute_dtype=self.dtype,
+        )
         sums[rows] = [row.sum(dtype=np.float64) for row in logprobs]
         return sums
 
     def encode(self, prompts: Sequence[str], responses: Responses) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(prompt_ids, response_ids) in this model's own tokenizer; EOS only where the response ended by itself."""
         pairs = encode_pairs(self.tokenizer, prompts, responses.texts)
-        rows = [(np.array(ids if end else ids[:-1], np.int32), length)
-                for (ids, length), end in zip(pairs, responses.ended, strict=True)]
+        rows = [
+            (np.array(ids if end else ids[:-1], np.int32), length)
+            for (ids, length), end in zip(pairs, responses.ended, strict=True)
+        ]
         return [ids[:length] for ids, length in rows], [ids[length:] for ids, length in rows]

@@ -31,18 +31,24 @@ def warnings(summary: dict) -> list[str]:
     model, judge = summary["win_rate"]["reward_model"], summary["win_rate"]["judge"]
     ratio = summary.get("ratio", {})
     if judge is not None and model is not None and model["low"] > 0.5 and judge["low"] <= 0.5:
-        found.append("The reward model prefers PPO and the independent judge does not: PPO may be exploiting the "
-                     "reward model's mistakes.")
+        found.append(
+            "The reward model prefers PPO and the independent judge does not: PPO may be exploiting the "
+            "reward model's mistakes."
+        )
     cap = summary.get("max_kl")
     if cap is not None and summary["kl"] > cap:
-        found.append(f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {cap:g}: raise ppo.kl_coef.")
+        found.append(
+            f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {cap:g}: raise ppo.kl_coef."
+        )
     distinct = ratio.get("distinct_2")
     if distinct is not None and distinct["mean"] < MIN_DISTINCT_RATIO:
         found.append(f"Variety fell: PPO's distinct-2 is {distinct['mean']:.2f} of SFT's (below {MIN_DISTINCT_RATIO}).")
     perplexity = ratio.get("perplexity_independent")
     if perplexity is not None and perplexity["mean"] > MAX_PERPLEXITY_RATIO:
-        found.append(f"Fluency fell: the independent perplexity is {perplexity['mean']:.2f} times SFT's "
-                     f"(above {MAX_PERPLEXITY_RATIO}).")
+        found.append(
+            f"Fluency fell: the independent perplexity is {perplexity['mean']:.2f} times SFT's "
+            f"(above {MAX_PERPLEXITY_RATIO})."
+        )
     if judge is None:
         found.append("There is no independent judge in this run: the win rate is the reward model's own opinion.")
     return found

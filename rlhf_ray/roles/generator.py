@@ -22,8 +22,18 @@ EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds
 class Generator:
     """A generation engine with the run's prompts. What it returns depends on (weights, unit, seed) alone."""
 
-    def __init__(self, folder: str | Path, prompts: list[str], eval_prompts: list[str], *, sampling: SamplingParams,
-                 seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        prompts: list[str],
+        eval_prompts: list[str],
+        *,
+        sampling: SamplingParams,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.engine = GenerationEngine(model, self.tokenizer, device=device)

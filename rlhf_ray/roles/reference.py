@@ -14,8 +14,16 @@ from rlhf_ray.types import RolloutBatch, TokenValues, flatten
 class Reference:
     """Log-probs of a unit's responses under the SFT model, computed just as the policy computes its own."""
 
-    def __init__(self, folder: str | Path, *, temperature: float, compute_dtype: torch.dtype,
-                 device: torch.device | str = "cpu", microbatch_size: int = 32, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        microbatch_size: int = 32,
+        trust_remote_code: bool = False,
+    ):
         self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
         disable_dropout(self.model)
         fast_attention(self.model, device)

@@ -32,8 +32,15 @@ class RewardScorer:
     A text longer than the model's positions keeps its end: the score is read at the last token.
     """
 
-    def __init__(self, folder: str | Path, *, compute_dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", batch_size: int = 32, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        trust_remote_code: bool = False,
+    ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
         disable_dropout(self.model)
@@ -81,10 +88,14 @@ class FunctionScorer:
                 f"prompt {prompts[0]!r}, response {responses[0]!r}"
             ) from error
         if scores.shape != (len(prompts),):
-            raise UserError(f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each")
+            raise UserError(
+                f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each"
+            )
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise UserError(f"{self.path} returned {scores[bad]} for prompt {prompts[bad]!r}, response {responses[bad]!r}")
+            raise UserError(
+                f"{self.path} returned {scores[bad]} for prompt {prompts[bad]!r}, response {responses[bad]!r}"
+            )
         return scores
 
 
@@ -98,6 +109,8 @@ def import_function(path: str) -> Callable:
     try:
         return getattr(importlib.import_module(module_name), name)
     except ImportError as error:
-        raise UserError(f"{path!r} can't be imported ({error}); check the name, or run where Python finds it") from error
+        raise UserError(
+            f"{path!r} can't be imported ({error}); check the name, or run where Python finds it"
+        ) from error
     except AttributeError as error:
         raise UserError(f"module {module_name!r} has no function {name!r}") from error

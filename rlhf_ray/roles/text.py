@@ -15,11 +15,15 @@ def decode_sequences(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -
 
     Special tokens stay in a prompt (a chat template's turns are made of them), but for the BOS that encoding puts back.
     """
-    prompts = [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-               for ids in sequences.prompts()]
+    prompts = [
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for ids in sequences.prompts()
+    ]
     bos = tokenizer.bos_token
     if bos is not None and bos != tokenizer.eos_token:
         prompts = [prompt.removeprefix(bos) for prompt in prompts]
-    responses = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                 for ids in sequences.responses()]
+    responses = [
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in sequences.responses()
+    ]
     return prompts, responses

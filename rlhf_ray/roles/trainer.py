@@ -126,5 +126,3 @@ class CriticTrainer(Trainer):
 
 def _cut(padded: torch.Tensor, lengths: list[int]) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(padded.float().cpu().numpy(), lengths, strict=True)]
-
-

@@ -177,5 +177,3 @@ class _ListColumn:
 def _chunks(dataset: Dataset) -> Iterator[dict[str, list]]:
     for start in range(0, len(dataset), CHUNK):
         yield dataset[start : start + CHUNK]
-
-
