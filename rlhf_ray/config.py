@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlhf_ray.generation_types import SamplingParams
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -164,6 +166,18 @@ class GenerationConfig(Section):
     chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
     precision: Precision = knob("auto", "auto: as ppo.precision")
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """These knobs as the engine takes them."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop=self.stop,
+        )
+
 
 class KlConfig(Section):
     """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
@@ -314,6 +328,14 @@ class Recipe(Section):
                 min(ppo.microbatch_size, per_rank),
                 f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
             )
+            group = getattr(self.resources, role)
+            if group.zero_stage == 3 and ranks > 1:
+                # Every forward gathers from all ranks: chunks of unlike size would leave one of them waiting.
+                exact_div(
+                    ppo.rollouts_per_step,
+                    min(self.generation.chunk_size, ppo.rollouts_per_step),
+                    f"resources.{role}.zero_stage is 3, so rollouts a step must divide by generation.chunk_size",
+                )
         if self.reward is None and ppo.reward_function is None:
             raise ValueError(
                 "reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them"

@@ -5,5 +5,12 @@ class UserError(ValueError):
     """A user's mistake: one sentence with the value and the remedy; the command exits with code 2 and no traceback."""
 
 
+class RunFailed(RuntimeError):
+    """A machine or a process failed, not the user: one sentence with the cause; the command exits with code 1.
+
+    The same command goes on from the last checkpoint.
+    """
+
+
 class StageStopped(Exception):
     """A stage ended early because it was asked to (Ctrl-C); its checkpoint is written. The command exits with 130."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed
 from rlhf_ray.types import WorkUnit
 
 Handle = Any
@@ -81,7 +81,7 @@ class StepKnobs:
     max_mismatch: float
 
 
-class MismatchError(UserError):
+class MismatchError(RunFailed):
     """Generator and policy disagree about the log-probs of sampled tokens."""
 
 

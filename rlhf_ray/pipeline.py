@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.recipe_file import check_resume, write_recipe
 from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 
@@ -58,9 +58,17 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
 
 
 def run_stages(
-    recipe: Recipe, folder: RunFolder, stages: Mapping[str, Stage], progress: Progress, names: list[str] | None = None
+    recipe: Recipe,
+    folder: RunFolder,
+    stages: Mapping[str, Stage],
+    progress: Progress,
+    names: list[str] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run the named stages (default: all of the recipe's) in order. A finished one is skipped."""
+    """Run the named stages (default: all of the recipe's) in order. A finished one is skipped.
+
+    Raises StageStopped when asked to stop, from inside a stage that looks for it or else after the stage.
+    """
     wanted = stages_of(recipe) if names is None else names
     for name in wanted:
         if name not in stages_of(recipe):
@@ -80,9 +88,13 @@ def run_stages(
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
         started = time.time()
-        stages[name](recipe, folder, progress)
-        _add_seconds(folder, name, time.time() - started)
+        try:
+            stages[name](recipe, folder, progress)
+        finally:
+            _add_seconds(folder, name, time.time() - started)
         progress({"stage": name, "done": True, "seconds": time.time() - started})
+        if stop_requested() and name != wanted[-1]:
+            raise StageStopped(f"{name} is done; stopped before the next stage")
 
 
 def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:

@@ -21,7 +21,8 @@ from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 SAFE_ON_RESUME = (
     "name", "ppo.steps", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.anneal",
     "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every", "ppo.checkpoint_*", "ppo.keep_checkpoints",
-    "ppo.max_mismatch", "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
+    "ppo.max_mismatch", "ppo.precision", "generation.precision", "resources.*",
+    "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
     "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker", "*.threads", "*.zero_stage",
 )  # fmt: skip
 
@@ -167,7 +168,11 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     )
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    refused = [key for key in changed if not _may_change(key, folder)]
+    if not folder.stage("data").done:
+        return changed  # nothing was made with the old recipe yet
+    ppo = folder.stage("ppo")
+    ppo_stays = ppo.done and recipe.ppo.steps <= ppo.summary()["steps"]
+    refused = [key for key in changed if not _may_change(key, folder, ppo_stays)]
     if refused:
         parts = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in refused)
         raise UserError(
@@ -177,8 +182,10 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     return changed
 
 
-def _may_change(key: str, folder: RunFolder) -> bool:
+def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:
     section = key.partition(".")[0]
+    if section == "ppo" and ppo_stays:
+        return key == "ppo.steps"  # told apart by `pipeline.reopen_finished`
     if section in ("sft", "fluency", "reward", "judge") and folder.stage(section).done:
         return False  # recipe.yaml would no longer say how the stage was trained
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):

@@ -53,8 +53,8 @@ def test_run_refuses_in_words(arguments, says, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (None, "not there"),
-        ([], "empty"),
+        (None, "does not exist"),
+        ([], "has no rows"),
         ([{"question": "a", "answer": "b"}], "question"),
     ],
 )

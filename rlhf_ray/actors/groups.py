@@ -151,13 +151,13 @@ class RayRoles:
     def get(self, handles, what: str) -> list:
         return self.waiter.get(handles, what)
 
-    def join(self, policy_start: Path, critic_start: Path) -> None:
+    def join(self, policy_start: Path, critic_start: Path, deadline_s: float) -> None:
         """Both DeepSpeed groups meet, each at its rank 0."""
         groups = (self.policy, policy_start), (self.critic, critic_start)
         places = [
             self.waiter.track(group.actors[0].address.remote(), f"{group.role} rank 0 (address)") for group, _ in groups
         ]
-        places = self.waiter.get(places, "start of the trainers")
+        places = self.waiter.get(places, "start of the trainers", deadline_s)
         joining = [group.call("join", start, *place) for (group, start), place in zip(groups, places, strict=True)]
-        self.policy.weight_bytes = self.waiter.get(joining[0], "start of the policy group")[0]
-        self.waiter.wait(joining[1], "start of the critic group")
+        self.policy.weight_bytes = self.waiter.get(joining[0], "start of the policy group", deadline_s)[0]
+        self.waiter.wait(joining[1], "start of the critic group", deadline_s)

@@ -95,7 +95,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 waiter.track(actor.ready.remote(), f"{name} (start)")
                 for actor, name in zip(everyone, [*names, "assembler"], strict=True)
             ]
-            roles.join(Path(start), Path(critic_start))
+            roles.join(Path(start), Path(critic_start), resources.start_timeout_s)
             waiter.wait(ready, "start of the actors", resources.start_timeout_s)
             yield roles
         finally:
@@ -107,7 +107,6 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     """Run the PPO stage to its end, or from its last good checkpoint. Raises StageStopped when asked to stop."""
     stage, ppo = folder.stage("ppo"), recipe.ppo
     stage.checkpoints.mkdir(parents=True, exist_ok=True)
-    stage.stop_file.unlink(missing_ok=True)
     for left_over in stage.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(left_over)
 

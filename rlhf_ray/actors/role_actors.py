@@ -64,7 +64,6 @@ class GenerationActor(RoleActor):
     def __init__(self, name, recipe: Recipe, folder, role, start: Path):
         super().__init__(name, recipe, folder, role)
         from rlhf_ray.data.store import read_role
-        from rlhf_ray.generation_types import SamplingParams
         from rlhf_ray.roles.generator import Generator
 
         generation = recipe.generation
@@ -73,10 +72,7 @@ class GenerationActor(RoleActor):
             start,
             read_role(folder, "prompts")["prompt"],
             read_role(folder, "eval_prompts")["prompt"],
-            sampling=SamplingParams(
-                max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, top_k=generation.top_k,
-                top_p=generation.top_p, min_p=generation.min_p, stop=generation.stop,
-            ),
+            sampling=generation.sampling,
             seed=recipe.seed,
             dtype=self.compute_dtype(precision),
             device=self.device,
@@ -106,7 +102,7 @@ class RewardActor(RoleActor):
                 folder.stage("reward").model, compute_dtype=self.compute_dtype(recipe.ppo.precision),
                 device=self.device, trust_remote_code=recipe.model.trust_remote_code,
             )  # fmt: skip
-        self.role = Reward(scorer, start, trust_remote_code=recipe.model.trust_remote_code)
+        self.role = Reward(scorer, start, stop=recipe.generation.stop, trust_remote_code=recipe.model.trust_remote_code)
 
     @with_receipt
     def score(self, rollout):

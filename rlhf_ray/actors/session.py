@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 
@@ -29,13 +28,9 @@ def worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(address: str | None, *, python_path: Path | None = None) -> Iterator[None]:
-    """Ray for the body of the `with`. address None: a local Ray that ends with it."""
+def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+    """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size."""
     runtime_env: dict = {"env_vars": worker_environment()}
-    if python_path is not None:
-        runtime_env["env_vars"]["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(python_path), os.environ.get("PYTHONPATH")])
-        )
     options: dict = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # RAY_ADDRESS would turn address="local" into a connection to somebody's cluster on some versions.
@@ -43,7 +38,7 @@ def ray_session(address: str | None, *, python_path: Path | None = None) -> Iter
         options |= {
             "address": "local",
             "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
+            "object_store_memory": object_store_bytes,
             "num_cpus": int(os.environ.get("RLHF_RAY_NUM_CPUS", len(os.sched_getaffinity(0)))),
         }
     else:

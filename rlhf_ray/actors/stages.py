@@ -33,7 +33,13 @@ def ray_stages() -> dict[str, Stage]:
 def prepare_data(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     from rlhf_ray.data.prepare import prepare
 
-    prepare(recipe, folder)
+    rows = prepare(recipe, folder)["roles"]["prompts"]["rows"]
+    if rows < recipe.ppo.rollout_batch_size:
+        folder.stage("data").done_file.unlink()  # so that the recipe's data may be corrected
+        raise UserError(
+            f"there are {rows} prompts, fewer than ppo.rollout_batch_size = {recipe.ppo.rollout_batch_size}; "
+            "lower it or add prompts"
+        )
 
 
 def _supervised(function: str, recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:

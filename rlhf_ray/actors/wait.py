@@ -14,16 +14,16 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed, UserError
 
 POLL_S = 1.0
 
 
-class Deadline(UserError):
+class Deadline(RunFailed):
     """Something took longer than the recipe allows."""
 
 
-class ActorDied(UserError):
+class ActorDied(RunFailed):
     """A process of the run ended. The run stops with its cause; the same command goes on from the last checkpoint."""
 
 
@@ -113,7 +113,11 @@ class Waiter:
             self.bytes[role] = self.bytes.get(role, 0) + value.bytes
 
 
-def _died(name: str, error: RayActorError) -> ActorDied:
+def _died(name: str, error: RayActorError) -> Exception:
+    """What to tell of a dead actor; a constructor's UserError is the user's, and stands in the text only."""
+    _, told, sentence = str(error).rpartition("rlhf_ray.errors.UserError: ")
+    if told:
+        return UserError(sentence.strip().splitlines()[0])
     return ActorDied(
         f"{name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
         "then run the same command again to go on from the last checkpoint"

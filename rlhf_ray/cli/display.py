@@ -36,6 +36,10 @@ class Display:
         return self
 
     def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, cursor and all."""
         if self.live is not None:
             self.live.stop()
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.size import parameters
 from rlhf_ray.recipe_file import check_resume, load_recipe
 
 IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and DeepSpeed weighs before its model
@@ -41,11 +42,7 @@ def examine(
     if folder is not None:
         check(check_resume, recipe, folder)
         problems += _disk_problems(recipe, folder.path)
-    from rlhf_ray.data.check import check_data, check_model
-
-    problems += check_data(recipe) + check_model(recipe)
-    problems += _function_problems(recipe)
-    check(_check_precision, recipe)
+    problems += recipe_problems(recipe)
     cluster = check(_cluster, address) or {}
     if cluster:
         from rlhf_ray.actors.stages import cluster_problems
@@ -63,6 +60,18 @@ def examine(
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
+
+
+def recipe_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
+    """Problems of the data (unless it is prepared already), the model, the named functions and the precisions."""
+    from rlhf_ray.data.check import check_data, check_model
+
+    problems = (check_data(recipe) if data else []) + check_model(recipe) + _function_problems(recipe)
+    try:
+        _check_precision(recipe)
+    except UserError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _cluster(address: str | None) -> dict[str, float]:
@@ -112,20 +121,6 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
             f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"
         ]
     return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
-
-
-def parameters(recipe: Recipe) -> int:
-    """Weights of the policy; 0 where its config can't be read."""
-    if recipe.model.is_from_scratch:
-        shape = recipe.model.from_scratch
-        return 12 * shape.layers * shape.width**2 + (shape.vocab_size + shape.positions) * shape.width
-    from rlhf_ray.models.load import load_config
-
-    try:
-        config = load_config(recipe.model.name_or_path, recipe.model.trust_remote_code).get_text_config()
-    except UserError:
-        return 0
-    return 12 * config.num_hidden_layers * config.hidden_size**2 + config.vocab_size * config.hidden_size
 
 
 def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,17 @@ from rlhf_ray.run_folder import RunFolder
 EXIT_CODE = 130
 
 
+AT_ONCE_S = 15.0  # for releasing what is held; then the process ends all the same
+
+
 @contextmanager
 def polite_interrupts(
     folder: RunFolder, current_stage: Callable[[], str | None], say: Callable[[str], None], at_once: Callable[[], None]
-) -> Iterator[None]:
-    """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder."""
+) -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder.
+
+    Yields a function that tells whether one came: what does not look for the file stops after its stage.
+    """
     asked = False
 
     def handle(number: int, frame) -> None:
@@ -24,6 +31,7 @@ def polite_interrupts(
         stage = current_stage()
         if asked or stage is None:
             # No exception: the main thread may be inside a library that swallows it.
+            threading.Timer(AT_ONCE_S, os._exit, (EXIT_CODE,)).start()
             at_once()
             os._exit(EXIT_CODE)
         asked = True
@@ -32,7 +40,7 @@ def polite_interrupts(
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from rlhf_ray.cli.interrupt import EXIT_CODE
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
 
 app = typer.Typer(
     name="rlhf-ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -47,6 +47,9 @@ def in_words(command):
             for line in str(error).splitlines():
                 errors.print(f"rlhf-ray: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(2) from None
+        except RunFailed as failure:
+            errors.print(f"rlhf-ray: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
         except StageStopped as stopped:
             console.print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_CODE) from None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from contextlib import ExitStack
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +16,10 @@ from rich.markup import escape
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.cli.interrupt import polite_interrupts
 from rlhf_ray.config import Recipe
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.events import EventLog
 from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
+from rlhf_ray.recipe_file import check_resume
 from rlhf_ray.run_folder import RunFolder
 
 
@@ -59,9 +65,11 @@ def run(
 
     recipe = absolute_paths(recipe)
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
-    prepare_folder(recipe, folder)
+    check_resume(recipe, folder)
+    refuse_problems(recipe, folder)
     running: list[str | None] = [None]
-    with Display(console) as display:
+    with held(folder), Display(console) as display:
+        prepare_folder(recipe, folder)
 
         def progress(event: dict) -> None:
             if event.get("started") or event.get("done"):
@@ -71,12 +79,57 @@ def run(
         left = [name for name in (stages or stages_of(recipe)) if not folder.stage(name).done]
         with ExitStack() as stack:
             if left and left != ["data"]:
-                stack.enter_context(ray_session(address))
+                stack.enter_context(ray_session(address, object_store_bytes=object_store_bytes(recipe)))
                 check_cluster(recipe, left)
+
+            def at_once() -> None:
+                display.close()
+                ray.shutdown()
+
             # After Ray, which puts a handler of its own on SIGTERM.
-            stack.enter_context(polite_interrupts(folder, lambda: running[0], display.log, ray.shutdown))
-            run_stages(recipe, folder, ray_stages(), progress, stages)
+            stopping = stack.enter_context(polite_interrupts(folder, lambda: running[0], display.log, at_once))
+            try:
+                run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
+            except (RunFailed, UserError) as error:
+                EventLog(folder.events).add(
+                    str(error), "the run stopped; the same command goes on from the last checkpoint", stage=running[0]
+                )
+                raise
     return folder
+
+
+def object_store_bytes(recipe: Recipe) -> int:
+    """Room for the policy's weights in float32 three times over, and for rollouts."""
+    from rlhf_ray.models.size import parameters
+
+    return 512 * 1024**2 + 3 * 4 * parameters(recipe)
+
+
+def refuse_problems(recipe: Recipe, folder: RunFolder) -> None:
+    """What `doctor` would find in the recipe, told before anything starts."""
+    from rlhf_ray.cli.doctor import recipe_problems
+
+    problems = recipe_problems(recipe, data=not folder.stage("data").done)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """This process alone works in the run folder; the lock goes with the process, however it ends."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.path / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{folder.path} is in use by {lock.read().strip() or 'another run'}; wait for it, or choose another --run-dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 def closing_words(folder: RunFolder, console: Console) -> None:

@@ -20,7 +20,6 @@ from rlhf_ray.evaluation import metrics
 from rlhf_ray.evaluation.metrics import Estimate, Resampler
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, judge_scorer, reward_scorer, sft_model, stage_model
-from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.roles.scorer import RewardScorer, Scorer
@@ -115,20 +114,12 @@ class _Evaluation:
 
     def _draw(self, name: str, model: LanguageModel) -> Responses:
         cfg = self.recipe.generation
-        params = SamplingParams(
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            min_p=cfg.min_p,
-            stop=cfg.stop,
-        )
         return draw_responses(
             model.model,
             model.tokenizer,
             self.prompts,
             self.seeds,
-            params,
+            cfg.sampling,
             chunk_size=cfg.chunk_size,
             device=self.device,
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),

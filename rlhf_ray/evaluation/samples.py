@@ -17,6 +17,7 @@ from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.roles.text import response_text
 from rlhf_ray.run_folder import write_atomically
 
 
@@ -65,10 +66,7 @@ def draw_responses(
     return Responses(
         prompt_ids=[ids[prompt] for prompt, _ in rows],
         response_ids=[completion.response_ids for completion in completions],
-        texts=[
-            tokenizer.decode(completion.response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for completion in completions
-        ],
+        texts=[response_text(tokenizer, completion.response_ids, params.stop) for completion in completions],
         ended=np.array([completion.finish_reason != "length" for completion in completions]),
     )
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rlhf_ray.types import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def decode_sequences(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> tuple[list[str], list[str]]:
-    """(prompts, responses) as text; EOS and padding are not part of a response's text.
+def decode_sequences(
+    tokenizer: PreTrainedTokenizerBase, sequences: Sequences, stop: tuple[str, ...] = ()
+) -> tuple[list[str], list[str]]:
+    """(prompts, responses) as text; EOS, padding and the stop string that ended a response are not part of its text.
 
     Special tokens stay in a prompt (a chat template's turns are made of them), but for the BOS that encoding puts back.
     """
@@ -22,8 +26,13 @@ def decode_sequences(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -
     bos = tokenizer.bos_token
     if bos is not None and bos != tokenizer.eos_token:
         prompts = [prompt.removeprefix(bos) for prompt in prompts]
-    responses = [
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids in sequences.responses()
-    ]
+    responses = [response_text(tokenizer, ids, stop) for ids in sequences.responses()]
     return prompts, responses
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tuple[str, ...] = ()) -> str:
+    """One response as people read it and reward models were trained on it: without EOS and without its stop string."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # The last token may run past the stop string, so what counts is where the first one begins.
+    ends = [place for place in (text.find(one) for one in stop) if place >= 0]
+    return text[: min(ends)] if ends else text

@@ -55,7 +55,6 @@ def _run(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | 
         return target.summary()
     assert config is not None, f"the recipe has no section '{stage}'"
     target.path.mkdir(parents=True, exist_ok=True)
-    target.stop_file.unlink(missing_ok=True)  # left by a run that was killed before it stopped
     _check_capacity(stage, config)
     started = time.monotonic()
     answer = _fit(recipe, folder, stage, config, on_progress)

@@ -15,7 +15,6 @@ import torch
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import read_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.scorer import RewardScorer
@@ -36,15 +35,12 @@ def sample_scores(
     chosen = [prompts[order[place % len(prompts)]] for place in range(samples)]
     generator = Generator(
         policy, chosen, [], seed=recipe.seed, dtype=dtype, device=device,
-        sampling=SamplingParams(
-            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, top_k=generation.top_k,
-            top_p=generation.top_p, min_p=generation.min_p, stop=generation.stop,
-        ),
+        sampling=generation.sampling,
         trust_remote_code=trust,
     )  # fmt: skip
     scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=trust)
     scorer.mean, scorer.std = 0.0, 1.0  # raw
-    reward = Reward(scorer, policy, trust_remote_code=trust)
+    reward = Reward(scorer, policy, stop=generation.stop, trust_remote_code=trust)
     scores = []
     for start in range(0, samples, generation.chunk_size):
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))
