@@ -81,9 +81,8 @@ def test_a_finished_ppo_keeps_its_recipe_unless_it_gets_more_steps(tmp_path):
 
 def test_a_run_folder_is_held_by_one_run(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    with held(folder):
-        with pytest.raises(UserError, match=r"in use by process \d+"), held(folder):
-            pass
+    with held(folder), pytest.raises(UserError, match=r"in use by process \d+"), held(folder):
+        pass
     with held(folder):
         pass
 
