@@ -9,10 +9,10 @@ RUN_DIR ?= runs/demo
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-all lint format clean
 
 help:                ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 install: $(STAMP)    ## make .venv/ and install the package with what its tests need
 
@@ -30,6 +30,9 @@ demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PP
 
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)   ## the tests that take minutes too
+	$(BIN)/python -m pytest -m "not gpu and not vllm" $(ARGS)
 
 lint: $(STAMP)       ## ruff
 	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"

@@ -242,6 +242,7 @@ def test_a_job_gets_code_recipe_and_data_runs_on_both_nodes_and_gives_its_exit_s
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_folder_has_one_run_at_a_time_and_stop_lets_it_finish_its_step(cluster, as_user, entry, tmp_path, capfd):
     entry("""
         import pathlib, signal, sys, time
@@ -341,6 +342,7 @@ def test_plain_ray_job_submit_reaches_our_command(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_slurm_script_builds_a_cluster_and_runs_on_it(short_tmp, tmp_path):
     """`srun` and `rlhf-ray` are stand-ins: the first runs its command here, the second says what it got."""
     (tmp_path / "bin").mkdir()

@@ -294,6 +294,7 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_path):
     from rlhf_ray.supervised.launch import run_sft
 
@@ -316,6 +317,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
     from rlhf_ray.supervised.launch import run_sft
 
@@ -388,6 +390,7 @@ def test_a_users_mistake_comes_out_of_the_worker_as_one_sentence(sft, folder, tm
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_full_cluster_is_waited_for_with_a_deadline(ray_cluster, folder, tmp_path):
     from rlhf_ray.supervised.launch import run_sft
 
