@@ -153,6 +153,11 @@ class RewardConfig(TrainConfig):
         256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0
     )
 
+    @property
+    def starts_within_run(self) -> bool:
+        """Whether `base` is one of the run's own models, which share the run's tokenizer."""
+        return self.base in ("sft", "fluency", "model")
+
 
 class GenerationConfig(Section):
     """How responses are drawn, in training and evaluation alike."""

@@ -534,7 +534,8 @@ def builder_module(tmp_path, monkeypatch):
 def test_prepare_with_a_builder_scores_and_a_judge(tmp_path, builder_module):
     recipe = recipe_of(tmp_path, builder="my_builder:build", builder_args={"count": 50})
     section = {"max_length": 96, "objective": "scores"}
-    recipe = Recipe.model_validate(recipe.model_dump() | {"reward": section, "judge": section})
+    stages = {"fluency": {"max_length": 96}, "reward": section, "judge": section | {"base": "fluency"}}
+    recipe = Recipe.model_validate(recipe.model_dump() | stages)
     assert check_data(recipe) == []
     summary = prepare(recipe, RunFolder(tmp_path / "run"))
     judge = read_role(RunFolder(tmp_path / "run"), "judge_train")

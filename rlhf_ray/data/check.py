@@ -81,7 +81,7 @@ def check_model(recipe: Recipe) -> list[str]:
     }
     for name in ("sft", "fluency", "reward", "judge"):
         section = getattr(recipe, name)
-        if section is not None and (name not in ("reward", "judge") or section.base in ("sft", "model")):
+        if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
             lengths[f"{name}.max_length"] = section.max_length
     for what, longest in lengths.items():
         try:

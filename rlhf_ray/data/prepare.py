@@ -149,8 +149,9 @@ class _Preparation:
             section = getattr(recipe, name)
             if section is None:
                 continue
-            own = section.base not in ("sft", "model")
-            tokenizer = load_tokenizer(section.base, recipe.model.trust_remote_code) if own else self._tokenizer
+            tokenizer = self._tokenizer
+            if not section.starts_within_run:
+                tokenizer = load_tokenizer(section.base, recipe.model.trust_remote_code)
             limits = self._limits(tokenizer, section.max_length, truncate_reply=section.truncate_reply)
             pool[role] = self._train_and_eval(role, section.objective, limits)
             for part, rows in zip(("train", "eval"), pool[role], strict=True):

@@ -178,7 +178,7 @@ def raw_scores(
 def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, seed: int):
     """The model that training starts from, with a fresh head, and its tokenizer."""
     trust = recipe.model.trust_remote_code
-    if config.base in ("sft", "fluency", "model"):
+    if config.starts_within_run:
         tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
         if config.base != "model" and getattr(recipe, config.base) is not None:
             body = folder.stage(config.base).model
