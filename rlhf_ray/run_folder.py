@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config import Recipe
+
 STAGES = ("data", "sft", "fluency", "reward", "judge", "ppo", "evaluation")
 
 
@@ -99,3 +101,8 @@ class RunFolder:
     def data(self, role: str) -> Path:
         """Prepared rows of one role, e.g. data('reward_train'): a Parquet file."""
         return self.path / "data" / f"{role}.parquet"
+
+
+def start_model(recipe: Recipe, folder: RunFolder) -> str:
+    """What PPO starts from and stays close to: the SFT model, or the recipe's model where there is no SFT stage."""
+    return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path

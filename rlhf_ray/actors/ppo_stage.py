@@ -37,14 +37,9 @@ from rlhf_ray.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.run_folder import RunFolder, start_model
 
 Progress = Callable[[dict], None]
-
-
-def start_model(recipe: Recipe, folder: RunFolder) -> str:
-    """What PPO starts from and stays close to: the SFT model, or the recipe's model where there is no SFT stage."""
-    return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path
 
 
 @contextmanager

@@ -16,6 +16,7 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL's trainers report their use to the hub otherwise
     # A worker's working directory is Ray's; nothing may depend on it.
     "RAY_TRAIN_V2_ENABLED": "1",
 }

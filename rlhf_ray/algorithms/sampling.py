@@ -121,5 +121,5 @@ def _nucleus_edge(logprobs: torch.Tensor, top_p: Knob) -> torch.Tensor:
         if bool(((cumulative[..., -1:] >= top_p) | (top_p >= 1)).all()):
             break
     before = cumulative - probs  # probability of the likelier tokens; 0 for the first
-    edge = ordered.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+    edge = ordered.gather(-1, ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0))  # a top_p that is 0 in float32
     return torch.where(top_p < 1, edge, -torch.inf)

@@ -12,6 +12,8 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub out of reach is one sentence of ours, not its eight retries
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own ports answer to the token's holders only
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a GPU and warns

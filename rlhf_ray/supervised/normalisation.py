@@ -18,7 +18,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.scorer import RewardScorer
-from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.run_folder import RunFolder, start_model, write_atomically
 from rlhf_ray.types import WorkUnit
 
 STEP = -1  # no rollout step's number: these samples are none of PPO's
@@ -29,7 +29,7 @@ def sample_scores(
 ) -> np.ndarray:
     """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice."""
     generation, trust = recipe.generation, recipe.model.trust_remote_code
-    policy = sft_source(recipe, folder)
+    policy = start_model(recipe, folder)
     prompts = read_role(folder, "prompts")["prompt"]
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     chosen = [prompts[order[place % len(prompts)]] for place in range(samples)]
@@ -47,11 +47,6 @@ def sample_scores(
         unit = WorkUnit(step=STEP, chunk=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
         scores.append(reward.score(generator.generate(unit)))
     return np.concatenate(scores)
-
-
-def sft_source(recipe: Recipe, folder: RunFolder) -> Path | str:
-    """The model that PPO starts from: the SFT stage's, or the recipe's own where there is no such stage."""
-    return folder.stage("sft").model if recipe.sft is not None else recipe.model.name_or_path
 
 
 def write_normalisation(reward_model: Path, scores: np.ndarray) -> dict:
