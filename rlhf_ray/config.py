@@ -191,6 +191,10 @@ class KlConfig(Section):
     horizon: int = knob(10000, "episodes over which the coefficient adapts", gt=0)
 
 
+#: ppo.advantage that compare the samples of a prompt, so that there have to be several
+COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
+
+
 class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
@@ -209,17 +213,41 @@ class PPOConfig(Section):
     adaptive_kl: KlConfig | None = knob(None, "adapt kl_coef to a target; null: fixed")
     gamma: float = knob(1.0, "discount", ge=0, le=1)
     gae_lambda: float = knob(0.95, "GAE's lambda", ge=0, le=1)
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = knob(
+        "gae", "gae has a critic; the others compare the samples of a prompt, or whiten over the batch"
+    )
+    loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = knob(
+        "token",
+        "mean over all tokens; over responses of their sums; of their means; of sums over max_new_tokens",
+    )
+    kl_in: Literal["reward", "loss"] = knob("reward", "where the KL stands: in each token's reward or in the loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of the KL in the reward or the loss")
     clip_range: float = knob(0.2, "ratio clip of the policy loss", gt=0)
+    clip_range_high: float | None = knob(None, "upper ratio clip (clip-higher); null: clip_range", gt=0)
+    dual_clip: float | None = knob(None, "caps the loss of negative advantages at this multiple; null: off", gt=1)
+    entropy_coef: float = knob(0.0, "weight of an entropy bonus in the policy loss", ge=0)
+    max_approx_kl: float | None = knob(
+        None, "end a step's policy updates once approx_kl of a minibatch exceeds this; null: never", gt=0
+    )
+    critic_warmup_steps: int = knob(0, "first steps in which the critic trains alone", ge=0)
     value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
     vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
     whiten_rewards: bool = knob(False, "divide rewards by their deviation over the batch, keeping the mean")
-    whiten_advantages: bool = knob(True, "centre and scale advantages over the whole batch")
+    whiten_advantages: bool | None = knob(
+        None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
+    )
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
+    overlong_buffer: int = knob(
+        0, "a penalty rises from 0 to 1 over this many tokens before max_new_tokens (DAPO); 0: none", ge=0
+    )
     critic_init: Literal["reward", "sft"] = knob(
         "reward", "critic starts from the reward model, or from the SFT model with a zero head"
     )
     reward_function: str | None = knob(
         None, "package.module:function scoring (prompts, responses) in place of the reward model"
+    )
+    adam_form: Literal["torch", "tensorflow"] = knob(
+        "torch", "whether adam_eps stands outside or inside the bias correction"
     )
     precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
     eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
@@ -230,6 +258,19 @@ class PPOConfig(Section):
     max_mismatch: float = knob(
         0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0
     )
+    max_first_approx_kl: float = knob(
+        1e-3, "stop if approx_kl of an update's first minibatch, where the policy has not moved, is above", gt=0
+    )
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.advantage in ("gae", "reinforce_pp", "reinforce_pp_baseline")
 
     @property
     def rollouts_per_step(self) -> int:
@@ -242,6 +283,25 @@ class PPOConfig(Section):
             self.minibatch_size,
             "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size",
         )
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self):
+        if self.advantage in COMPARES_SAMPLES and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.advantage {self.advantage} compares the samples of a prompt, but samples_per_prompt is "
+                f"{self.samples_per_prompt}; set it to 2 or more, or choose gae or reinforce_pp"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "ppo.kl_estimator is k1 and kl_in is loss: k1's expected gradient is zero, it would hold nothing back; "
+                "set kl_estimator to k2 or k3"
+            )
+        if self.critic_warmup_steps > 0 and not self.has_critic:
+            raise ValueError(
+                f"ppo.critic_warmup_steps is {self.critic_warmup_steps}, but ppo.advantage {self.advantage} has no critic; "
+                "set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self):
@@ -321,6 +381,12 @@ class Recipe(Section):
     resources: ResourcesConfig = knob(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = knob(TrackingConfig(), "metric back-ends")
 
+    @property
+    def ppo_roles(self) -> dict[str, RoleConfig]:
+        """Role -> its actors, for the roles that are Ray actors of the PPO stage."""
+        names = ("generation", "reward", "reference", "policy", *(("critic",) if self.ppo.has_critic else ()))
+        return {name: getattr(self.resources, name) for name in names}
+
     @model_validator(mode="after")
     def _fits_together(self):
         ppo = self.ppo
@@ -345,7 +411,12 @@ class Recipe(Section):
             raise ValueError(
                 "reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them"
             )
-        if self.reward is None and ppo.critic_init == "reward":
+        if ppo.overlong_buffer > self.generation.max_new_tokens:
+            raise ValueError(
+                f"ppo.overlong_buffer = {ppo.overlong_buffer} is longer than generation.max_new_tokens = "
+                f"{self.generation.max_new_tokens}; lower it"
+            )
+        if self.reward is None and ppo.critic_init == "reward" and ppo.has_critic:
             raise ValueError("ppo.critic_init is 'reward' but reward is null; set ppo.critic_init to 'sft'")
         for name in ("reward", "judge"):
             stage = getattr(self, name)

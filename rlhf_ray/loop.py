@@ -17,6 +17,7 @@ from rlhf_ray.errors import RunFailed
 from rlhf_ray.types import WorkUnit
 
 Handle = Any
+EVERYBODYS = ("grad_norm", "optimiser_steps")  # statistics of an update that are the same on every rank
 
 
 class Generation(Protocol):
@@ -35,7 +36,7 @@ class ReferenceLogprobs(Protocol):
 
 class Policy(Protocol):
     def logprobs(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
-    def update(self, shards: Sequence[Handle], learning_rate: float) -> list[Handle]: ...
+    def update(self, shards: Sequence[Handle], learning_rate: float, kl_coef: float) -> list[Handle]: ...
     def weights(self) -> list[Handle]: ...
 
 
@@ -52,13 +53,13 @@ class Assembly(Protocol):
 
 
 class Roles(Protocol):
-    """The six roles, and the one way to wait for what they return."""
+    """The roles, and the one way to wait for what they return."""
 
     generation: Generation
     reward: Scoring
     reference: ReferenceLogprobs
     policy: Policy
-    critic: CriticValues
+    critic: CriticValues | None  # None: the advantages need none
     assembler: Assembly
 
     def wait(self, handles: Sequence[Handle], what: str) -> None:
@@ -79,6 +80,8 @@ class StepKnobs:
     learning_rate: float
     critic_learning_rate: float
     max_mismatch: float
+    max_first_approx_kl: float
+    trains_policy: bool = True  # False: a step that warms the critic up
 
 
 class MismatchError(RunFailed):
@@ -92,7 +95,7 @@ def ppo_step(roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs) -> dict[
     scores = roles.reward.score(rollouts)
     ref_logprobs = roles.reference.logprobs(rollouts)
     old_logprobs = roles.policy.logprobs(rollouts)
-    old_values = roles.critic.values(rollouts)
+    old_values = roles.critic.values(rollouts) if roles.critic is not None else []
     stats, policy_shards, critic_shards = roles.assembler.assemble(
         rollouts, scores, ref_logprobs, old_logprobs, old_values, knobs.kl_coef
     )
@@ -104,11 +107,15 @@ def ppo_step(roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs) -> dict[
     clock.lap("assemble")
     check_mismatch(metrics, knobs.max_mismatch)
 
-    policy = roles.policy.update(policy_shards, knobs.learning_rate)
-    critic = roles.critic.update(critic_shards, knobs.critic_learning_rate)
-    for name, parts in (("policy", policy), ("value", critic)):
+    updates = {}
+    if knobs.trains_policy:
+        updates["policy"] = roles.policy.update(policy_shards, knobs.learning_rate, knobs.kl_coef)
+    if roles.critic is not None:
+        updates["value"] = roles.critic.update(critic_shards, knobs.critic_learning_rate)
+    for name, parts in updates.items():
         metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {knobs.step})"))
     clock.lap("update")
+    check_first_minibatch(metrics, knobs.max_first_approx_kl)
     sync_weights(roles, knobs.step + 1)
     clock.lap("sync")
     return metrics | clock.laps
@@ -132,10 +139,20 @@ def check_mismatch(metrics: dict[str, float], limit: float) -> None:
         )
 
 
+def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:
+    """Before a policy has moved, its ratio to itself is 1: if not, the old log-probs are those of something else."""
+    moved = metrics.get("first_policy/approx_kl", 0.0)
+    if not moved <= limit:  # NaN is not
+        raise MismatchError(
+            f"approx_kl of an update's first minibatch is {moved:.2g}, above ppo.max_first_approx_kl = {limit}, though the "
+            "policy had not moved yet: its log-probs are not repeatable; set ppo.precision to float32, or raise the limit"
+        )
+
+
 def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each rank reports its share of a mean over tokens; the gradient norm is everybody's."""
+    """Each rank reports its share of a mean over tokens; gradient norm and number of steps are everybody's."""
     return {
-        name: parts[0][name] if name.endswith("grad_norm") else sum(part[name] for part in parts) for name in parts[0]
+        name: parts[0][name] if name.endswith(EVERYBODYS) else sum(part[name] for part in parts) for name in parts[0]
     }
 
 
@@ -256,6 +273,7 @@ class PPOLoop:
         metrics = ppo_step(self.roles, units, StepKnobs(
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
+            max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
         ))  # fmt: skip
         kl_coef = self.state.kl_coef
         if config.adaptive_kl is not None:

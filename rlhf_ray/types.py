@@ -106,6 +106,7 @@ class OptimiserStep:
 
     rows: np.ndarray  # int64
     num_tokens: int  # action tokens of the minibatch over all ranks: what the loss divides by
+    num_sequences: int  # rollouts of the minibatch over all ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,9 @@ class TrainShard:
     sequences: Sequences
     old: np.ndarray  # float32 [N]
     target: np.ndarray  # float32 [N]
+    reference: np.ndarray | None = None  # float32 [N], ref_logprobs where the KL is part of the policy's loss
     schedule: tuple[OptimiserStep, ...]
 
     def __post_init__(self):
         assert len(self.old) == len(self.target) == len(self.sequences.response_ids)
+        assert self.reference is None or len(self.reference) == len(self.old)

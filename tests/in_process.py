@@ -8,8 +8,9 @@ from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.wire import pack_weights
-from rlhf_ray.roles.assembler import Assembler, AssembleSettings
+from rlhf_ray.roles.assembler import Assembler
 from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.knobs import assemble_settings, policy_knobs
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer
@@ -40,6 +41,9 @@ class TorchEngine:
 
     def weights(self):
         return self.module.named_parameters()
+
+    def sum_over_ranks(self, value):
+        return value
 
 
 class Each:
@@ -83,8 +87,8 @@ class LocalTrainer(Each):
     def values(self, rollouts):
         return self.each("values", rollouts)
 
-    def update(self, shards, learning_rate):
-        return [self.roles[0].update(shard, learning_rate) for shard in shards]
+    def update(self, shards, *rates):
+        return [self.roles[0].update(shard, *rates) for shard in shards]
 
     def weights(self):
         return pack_weights(self.roles[0].weights(), 2, torch.float32)
@@ -118,32 +122,21 @@ class LocalRoles:
             )
         )
         policy = LogprobModel(load_causal_lm(start), temperature=generation.temperature, compute_dtype=torch.float32)
-        critic = ValueModel(build_critic(folder.stage("reward").model, "reward"), compute_dtype=torch.float32)
         self.policy = LocalTrainer(
-            PolicyTrainer(TorchEngine(policy), microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range)
+            PolicyTrainer(TorchEngine(policy), microbatch_size=ppo.microbatch_size, knobs=policy_knobs(recipe))
         )
-        self.critic = LocalTrainer(
-            CriticTrainer(
-                TorchEngine(critic),
-                microbatch_size=ppo.microbatch_size,
-                value_clip_range=ppo.value_clip_range,
-                vf_coef=ppo.vf_coef,
+        self.critic = None
+        if ppo.has_critic:
+            critic = ValueModel(build_critic(folder.stage("reward").model, "reward"), compute_dtype=torch.float32)
+            self.critic = LocalTrainer(
+                CriticTrainer(
+                    TorchEngine(critic),
+                    microbatch_size=ppo.microbatch_size,
+                    value_clip_range=ppo.value_clip_range,
+                    vf_coef=ppo.vf_coef,
+                )
             )
-        )
-        self.assembler = Assembler(
-            AssembleSettings(
-                gamma=ppo.gamma,
-                gae_lambda=ppo.gae_lambda,
-                missing_eos_penalty=ppo.missing_eos_penalty,
-                whiten_rewards=ppo.whiten_rewards,
-                whiten_advantages=ppo.whiten_advantages,
-                minibatch_size=ppo.minibatch_size,
-                ppo_epochs=ppo.ppo_epochs,
-                policy_ranks=1,
-                critic_ranks=1,
-                seed=recipe.seed,
-            )
-        )
+        self.assembler = Assembler(assemble_settings(recipe))
 
     def wait(self, handles, what):
         pass
@@ -153,7 +146,7 @@ class LocalRoles:
 
     @property
     def engines(self):
-        return self.policy.roles[0].engine, self.critic.roles[0].engine
+        return [group.roles[0].engine for group in (self.policy, self.critic) if group is not None]
 
     def weights(self):
         """Clones of policy and critic weights by name."""

@@ -2,18 +2,27 @@
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.assemble import assemble
+from rlhf_ray.algorithms.advantages import group_centred, group_standardised, leave_one_out, rewards_to_go
+from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
 from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs
-from rlhf_ray.algorithms.losses import explained_variance, policy_loss, value_loss
+from rlhf_ray.algorithms.losses import (
+    entropy_bonus,
+    explained_variance,
+    kl_loss,
+    policy_loss,
+    token_weights,
+    value_loss,
+)
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import token_rewards
+from rlhf_ray.algorithms.rewards import overlong_penalty, token_rewards
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal, minibatch_rows
 
 NAN = float("nan")
@@ -148,6 +157,31 @@ def test_junk_in_the_padding_changes_no_advantage(junk):
     assert all(torch.equal(one, other) for one, other in zip(clean, spoilt, strict=True))
 
 
+# -- advantages without a critic --------------------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    """Groups of three: 1, 2, 6 (mean 3, unbiased variance 7) and 5, 5, 5."""
+    rewards = torch.tensor([1.0, 2, 6, 5, 5, 5], dtype=torch.float64)
+    assert leave_one_out(rewards, group_size=3).tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    assert group_centred(rewards, group_size=3).tolist() == pytest.approx([-2, -1, 3, 0, 0, 0])
+    deviation = math.sqrt(7) + 1e-4
+    expected = [-2 / deviation, -1 / deviation, 3 / deviation, 0, 0, 0]
+    assert group_standardised(rewards, group_size=3).tolist() == pytest.approx(expected)
+
+
+def test_rewards_to_go_by_hand():
+    rewards = floats([1, 2, 4], [8, NAN, NAN])
+    result = rewards_to_go(rewards, masks(3, 1), gamma=0.5)
+    assert result.tolist() == [[1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4], [8, 0, 0]]
+
+
+def test_the_overlong_penalty_by_hand():
+    """At most 20 tokens, a buffer of 5: nothing up to 15, then a fifth for each token."""
+    lengths = floats(1, 15, 16, 18, 20).flatten()
+    assert overlong_penalty(lengths, longest=20, buffer=5).tolist() == pytest.approx([0, 0, 0.2, 0.6, 1])
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +189,7 @@ def test_policy_loss_by_hand():
     """Ratios 1.5 and 0.5 with advantages 1 and -1, clip range 0.2, and a minibatch of 8 tokens of which these are 4."""
     ratios, advantages = floats([1.5, 1.5, 0.5], [0.5, NAN, NAN]), floats([1, -1, -1], [1, NAN, NAN])
     old_logprobs = torch.zeros_like(ratios)
-    loss, stats = policy_loss(ratios.log(), old_logprobs, advantages, masks(3, 1), clip_range=0.2, num_tokens=8)
+    loss, stats = losses("policy", ratios.log(), old_logprobs, advantages, masks(3, 1), num_tokens=8)
     assert loss.item() == pytest.approx((-1.2 + 1.5 + 0.8 - 0.5) / 8)
     assert {name: float(value) for name, value in stats.items()} == pytest.approx(
         {
@@ -197,9 +231,13 @@ def numeric_gradient(function, at, step=1e-6):
     return gradient
 
 
-def losses(kind, now, old, target, mask, num_tokens):
+def losses(kind, now, old, target, mask, num_tokens, **knobs):
     if kind == "policy":
-        return policy_loss(now, old, target, mask, clip_range=0.2, num_tokens=num_tokens)
+        weights = token_weights(
+            mask, "token", num_tokens=num_tokens, num_sequences=0, max_new_tokens=0, dtype=now.dtype
+        )
+        knobs = {"clip_range": 0.2, "clip_range_high": 0.2, "dual_clip": None} | knobs
+        return policy_loss(now, old, target, mask, weights, num_tokens=num_tokens, **knobs)
     return value_loss(now, old, target, mask, value_clip_range=0.2, num_tokens=num_tokens)
 
 
@@ -243,6 +281,96 @@ def test_loss_and_statistics_add_up_over_any_split(kind):
     assert float(sum(loss for loss, _ in parts)) == pytest.approx(float(whole_loss), rel=1e-12)
     for name, value in whole.items():
         assert float(sum(stats[name] for _, stats in parts)) == pytest.approx(float(value), rel=1e-12), name
+
+
+@pytest.mark.parametrize(
+    "aggregation, expected",
+    [
+        ("token", [[1 / 10, 1 / 10, 1 / 10], [1 / 10, 0, 0]]),
+        ("sequence_sum", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0, 0]]),
+        ("sequence_mean", [[1 / 12, 1 / 12, 1 / 12], [1 / 4, 0, 0]]),
+        ("constant", [[1 / 20, 1 / 20, 1 / 20], [1 / 20, 0, 0]]),
+    ],
+)
+def test_how_much_each_token_counts(aggregation, expected):
+    """Two rows of a minibatch of 4 rollouts with 10 tokens, at most 5 in each."""
+    weights = token_weights(masks(3, 1), aggregation, num_tokens=10, num_sequences=4, max_new_tokens=5)
+    np.testing.assert_allclose(weights, expected, atol=1e-7)
+
+
+def plain_clipped(ratio, advantage, low, high, dual_clip):
+    """Case by case, as the figures in the PPO and dual-clip papers are drawn."""
+    if advantage >= 0:
+        return -advantage * min(ratio, 1 + high)
+    loss = -advantage * max(ratio, 1 - low)
+    return min(loss, -advantage * dual_clip) if dual_clip is not None else loss
+
+
+@pytest.mark.parametrize("high, dual_clip", [(0.28, None), (0.2, 3.0), (0.5, 1.5)])
+def test_clip_higher_and_dual_clip_case_by_case(high, dual_clip):
+    ratios = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 1.49, 1.51, 2.9, 3.1, 20.0]
+    for advantage in (1.5, -0.7):
+        for ratio in ratios:
+            log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+            zero, mask = torch.zeros(1, 1, dtype=torch.float64), masks(1)
+            knobs = {"clip_range_high": high, "dual_clip": dual_clip}
+            loss, _ = losses("policy", log_ratio, zero, zero + advantage, mask, 1, **knobs)
+            loss.backward()
+
+            def plain(value, advantage=advantage):
+                return plain_clipped(math.exp(value), advantage, 0.2, high, dual_clip)
+
+            at = math.log(ratio)
+            assert loss.item() == pytest.approx(plain(at), rel=1e-12)
+            slope = (plain(at + 1e-7) - plain(at - 1e-7)) / 2e-7
+            assert log_ratio.grad.item() == pytest.approx(slope, abs=1e-5)
+
+
+def reverse_kl(logits, reference):
+    """KL(softmax(logits) || reference), by the definition."""
+    policy = np.exp(logits) / np.exp(logits).sum()
+    return float((policy * np.log(policy / reference)).sum())
+
+
+def forward_kl(logits, reference):
+    policy = np.exp(logits) / np.exp(logits).sum()
+    return float((reference * np.log(reference / policy)).sum())
+
+
+@pytest.mark.parametrize(
+    "estimator, whose", [("k1", lambda *_: 0.0), ("k2", reverse_kl), ("k3", forward_kl)], ids=["k1", "k2", "k3"]
+)
+def test_what_the_kl_loss_really_descends(estimator, whose):
+    """Over all tokens of a vocabulary of 4, weighted by the policy: the expected gradient of each estimator.
+
+    k1's is zero, so it holds nothing back; k2's is that of KL(policy || reference), which PPO's penalty means; k3's is
+    that of KL(reference || policy).
+    """
+    logits, reference = np.array([0.5, -1.0, 0.2, 1.3]), np.array([0.4, 0.3, 0.2, 0.1])
+    expected = numeric_gradient(lambda at: whose(at, reference), logits)
+    leaf = torch.tensor(logits, requires_grad=True)
+    logprobs = leaf.log_softmax(0)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for token in range(4):
+        weight = float(logprobs[token].detach().exp())
+        ref_logprob = torch.tensor([[math.log(reference[token])]])
+        at_token = kl_loss(logprobs[token].view(1, 1), ref_logprob, masks(1), weight * one, estimator=estimator)
+        at_token.backward(retain_graph=True)
+    np.testing.assert_allclose(leaf.grad.numpy(), expected, atol=1e-7)
+    assert estimator == "k1" or np.abs(expected).max() > 0.05
+
+
+def test_the_kl_loss_is_weighted_and_blind_to_the_padding():
+    """k2 of differences 1, -2 and 3: 0.5, 2 and 4.5."""
+    logprobs, ref_logprobs = floats([-1, -3, NAN], [-1, NAN, NAN]), floats([-2, -1, 5], [-4, 7, NAN])
+    weights = floats([0.5, 0.25, 0], [0.1, 0, 0])
+    loss = kl_loss(logprobs, ref_logprobs, masks(2, 1).new_tensor([[1, 1, 0], [1, 0, 0]]), weights, estimator="k2")
+    assert loss.item() == pytest.approx(0.5 * 0.5 + 2 * 0.25 + 4.5 * 0.1)
+
+
+def test_the_entropy_bonus_lowers_the_loss_where_entropy_is_high():
+    loss = entropy_bonus(floats([1.0, 2.0], [3.0, NAN]), masks(2, 1), floats([0.5, 0.25], [0.1, 0]))
+    assert loss.item() == pytest.approx(-(0.5 + 0.5 + 0.3))
 
 
 def test_value_loss_by_hand():
@@ -322,6 +450,12 @@ def test_minibatches_cover_every_row_in_every_epoch():
 # -- all together -----------------------------------------------------------------------------------------------------
 
 
+KNOBS = AssembleKnobs(
+    advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.5,
+    missing_eos_penalty=1.0, overlong_buffer=0, max_new_tokens=3, whiten_rewards=False, whiten_advantages=False,
+)  # fmt: skip
+
+
 def hand_worked(**knobs):
     """Row 0: three tokens, no EOS, score 2 less a penalty of 1. Row 1: two tokens and EOS, score 1. kl_coef 0.1."""
     mask = masks(3, 2)
@@ -333,15 +467,8 @@ def hand_worked(**knobs):
         ref_logprobs=floats([-2, -2, -2], [-3, -3, NAN]),
         old_values=floats([0.5, 0.5, 0.5], [0, 0.2, NAN]),
         action_mask=mask,
-        **{
-            "kl_coef": 0.1,
-            "gamma": 1.0,
-            "gae_lambda": 0.5,
-            "missing_eos_penalty": 1.0,
-            "whiten_rewards": False,
-            "whiten_advantages": False,
-            **knobs,
-        },
+        knobs=replace(KNOBS, **knobs),
+        kl_coef=0.1,
     )
 
 
@@ -393,3 +520,46 @@ def test_the_missing_eos_penalty_is_for_responses_that_did_not_end():
     _, without = hand_worked(missing_eos_penalty=0.0, gae_lambda=1.0)
     _, with_penalty = hand_worked(missing_eos_penalty=2.5, gae_lambda=1.0)
     np.testing.assert_allclose(without.returns - with_penalty.returns, [[2.5, 2.5, 2.5], [0, 0, 0]], atol=1e-12)
+
+
+def group_of_two(**knobs):
+    """`hand_worked` as two samples of one prompt: penalised scores 1 and 1, less 0.1 * (0, 4) of KL: rewards 1 and 0.6."""
+    return hand_worked(group_size=2, **knobs)
+
+
+@pytest.mark.parametrize("advantage, first", [
+    ("rloo", 1 - 0.6), ("dr_grpo", 1 - 0.8), ("grpo", 0.2 / (math.sqrt(0.08) + 1e-4)),
+])  # fmt: skip
+def test_a_group_advantage_is_the_same_for_all_tokens_of_a_response(advantage, first):
+    mask, result = group_of_two(advantage=advantage)
+    assert result.advantages[mask].tolist() == pytest.approx([first] * 3 + [-first] * 2)
+    assert (result.advantages[~mask] == 0).all()
+    assert result.returns is None and not any(name.startswith("value/") for name in result.stats)
+    assert result.stats["objective/flat_groups"] == 1.0  # equal before the KL
+
+
+def test_a_kl_in_the_loss_is_not_in_the_reward_too():
+    """Penalised scores alone are 1 and 1; with an over-long penalty of 1 for the three tokens they are 0 and 1."""
+    mask, result = group_of_two(advantage="dr_grpo", kl_in_reward=False, overlong_buffer=1)
+    assert result.advantages[mask].tolist() == pytest.approx([-0.5] * 3 + [0.5] * 2)
+    assert result.stats["objective/kl"] == 2.0 and result.stats["objective/flat_groups"] == 0.0
+    assert result.stats["objective/rlhf_reward"] == pytest.approx(0.5 - 0.1 * 2.0)  # what is maximised, either way
+
+
+def test_reinforce_pp_is_the_reward_to_go():
+    """Rewards [-0.1, 0, 1.1] and [-0.2, 0.8]; the baseline form takes the group's mean of 1 off the scores first."""
+    mask, result = group_of_two(advantage="reinforce_pp")
+    assert result.advantages[mask].tolist() == pytest.approx([1.0, 1.1, 1.1, 0.6, 0.8])
+    mask, result = group_of_two(advantage="reinforce_pp_baseline")
+    assert result.advantages[mask].tolist() == pytest.approx([0.0, 0.1, 0.1, -0.4, -0.2])
+
+
+@pytest.mark.parametrize("estimator, expected", [
+    ("k2", [0.05 * 1 + 0 + 0.05, 0.2 + 0.2]),  # halves of squares of [1, 0, -1] and [2, 2], times 0.1
+    ("k3", [0.1 * (math.exp(-1) + 0 + math.e - 2), 0.1 * 2 * (math.exp(-2) + 1)]),
+])  # fmt: skip
+def test_the_estimator_of_the_kl_in_the_reward(estimator, expected):
+    _, result = hand_worked(kl_estimator=estimator, gae_lambda=1.0, missing_eos_penalty=0.0)
+    total = result.returns[:, 0]  # with lambda 1 and gamma 1: score less the penalties
+    assert total.tolist() == pytest.approx([2 - expected[0], 1 - expected[1]])
+    assert result.stats["objective/kl"] == pytest.approx(2.0)  # the metric stays k1

@@ -101,7 +101,7 @@ class ScriptedRoles:
         stats = {"policy/mismatch_max": self.mismatch, "objective/kl": self.kl}
         return self._answer("assemble", stats)[0], ["policy shard"], ["critic shard"]
 
-    def update(self, shards, learning_rate):
+    def update(self, shards, learning_rate, kl_coef=None):
         self._log("update", *shards, learning_rate)
         return self._answer("update", {"policy/loss": 0.5})
 
@@ -208,7 +208,15 @@ def test_units_hold_every_sample_of_every_prompt_once_in_chunks():
 
 def knobs(**values):
     return StepKnobs(
-        **{"step": 4, "kl_coef": 0.1, "learning_rate": 0.5, "critic_learning_rate": 0.25, "max_mismatch": 0.5, **values}
+        **{
+            "step": 4,
+            "kl_coef": 0.1,
+            "learning_rate": 0.5,
+            "critic_learning_rate": 0.25,
+            "max_mismatch": 0.5,
+            "max_first_approx_kl": 1e-3,
+            **values,
+        }  # fmt: skip
     )
 
 

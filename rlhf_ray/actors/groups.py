@@ -78,9 +78,9 @@ class TrainerGroup(UnitGroup):
             self.waiter.forget(surplus)
         return results[: len(rollouts)]
 
-    def update(self, shards: Sequence[ray.ObjectRef], learning_rate: float) -> list[ray.ObjectRef]:
+    def update(self, shards: Sequence[ray.ObjectRef], *rates: float) -> list[ray.ObjectRef]:
         return [
-            self.waiter.track(actor.update.remote(shard, learning_rate), f"{self.role} rank {rank} (update)")
+            self.waiter.track(actor.update.remote(shard, *rates), f"{self.role} rank {rank} (update)")
             for rank, (actor, shard) in enumerate(zip(self.actors, shards, strict=True))
         ]
 
@@ -138,7 +138,7 @@ class RayRoles:
         reward: RewardGroup,
         reference: ReferenceGroup,
         policy: PolicyGroup,
-        critic: CriticGroup,
+        critic: CriticGroup | None,
         assembler: AssemblerHandle,
         waiter: Waiter,
     ):
@@ -151,13 +151,18 @@ class RayRoles:
     def get(self, handles, what: str) -> list:
         return self.waiter.get(handles, what)
 
+    @property
+    def trained(self) -> list[TrainerGroup]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
     def join(self, policy_start: Path, critic_start: Path, deadline_s: float) -> None:
-        """Both DeepSpeed groups meet, each at its rank 0."""
-        groups = (self.policy, policy_start), (self.critic, critic_start)
+        """The DeepSpeed groups meet, each at its rank 0."""
+        groups = list(zip(self.trained, (policy_start, critic_start), strict=False))  # no critic, no second
         places = [
             self.waiter.track(group.actors[0].address.remote(), f"{group.role} rank 0 (address)") for group, _ in groups
         ]
         places = self.waiter.get(places, "start of the trainers", deadline_s)
         joining = [group.call("join", start, *place) for (group, start), place in zip(groups, places, strict=True)]
         self.policy.weight_bytes = self.waiter.get(joining[0], "start of the policy group", deadline_s)[0]
-        self.waiter.wait(joining[1], "start of the critic group", deadline_s)
+        for handles in joining[1:]:
+            self.waiter.wait(handles, "start of the critic group", deadline_s)

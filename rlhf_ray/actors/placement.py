@@ -9,33 +9,27 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.wait import Waiter
-from rlhf_ray.config import ResourcesConfig, RoleConfig
+from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import UserError
 
-ROLES = ("generation", "reward", "reference", "policy", "critic")
+Roles = Mapping[str, RoleConfig]
 
 
-def role_configs(resources: ResourcesConfig) -> dict[str, RoleConfig]:
-    return {role: getattr(resources, role) for role in ROLES}
-
-
-def needs(resources: ResourcesConfig) -> dict[str, float]:
+def needs(roles: Roles) -> dict[str, float]:
     """CPUs and GPUs of all actors together."""
-    roles = role_configs(resources).values()
     return {
-        "CPU": round(sum(role.actors * role.cpus for role in roles), 6),
-        "GPU": round(sum(role.actors * role.gpus for role in roles), 6),
+        "CPU": round(sum(role.actors * role.cpus for role in roles.values()), 6),
+        "GPU": round(sum(role.actors * role.gpus for role in roles.values()), 6),
     }
 
 
-def check_fits(resources: ResourcesConfig, cluster: Mapping[str, float]) -> None:
+def check_fits(roles: Roles, cluster: Mapping[str, float]) -> None:
     """UserError if the cluster is too small altogether."""
-    for kind, needed in needs(resources).items():
+    for kind, needed in needs(roles).items():
         there = cluster.get(kind, 0.0)
         if needed > there:
             parts = ", ".join(
-                f"{name} {role.actors} x {role.cpus if kind == 'CPU' else role.gpus:g}"
-                for name, role in role_configs(resources).items()
+                f"{name} {role.actors} x {role.cpus if kind == 'CPU' else role.gpus:g}" for name, role in roles.items()
             )
             raise UserError(
                 f"the roles need {needed:g} {kind}s ({parts}), the cluster has {there:g}; "
@@ -46,20 +40,20 @@ def check_fits(resources: ResourcesConfig, cluster: Mapping[str, float]) -> None
 class Placement:
     """Reserves the bundles and hands out actor options, role by role. A context manager: leaving it frees them."""
 
-    def __init__(self, resources: ResourcesConfig, waiter: Waiter):
-        check_fits(resources, ray.cluster_resources())
+    def __init__(self, roles: Roles, waiter: Waiter, *, strategy: str, timeout_s: float):
+        check_fits(roles, ray.cluster_resources())
         self._bundles: list[dict[str, float]] = []
         self._first: dict[str, int] = {}
-        for name, role in role_configs(resources).items():
+        for name, role in roles.items():
             self._first[name] = len(self._bundles)
             # Ray refuses an empty bundle; a hundredth of a CPU reserves nothing that counts.
             bundle = {kind: value for kind, value in (("CPU", role.cpus), ("GPU", role.gpus)) if value > 0} or {
                 "CPU": 0.01
             }
             self._bundles += [bundle] * role.actors
-        self.group: PlacementGroup = placement_group(self._bundles, strategy=resources.placement)
+        self.group: PlacementGroup = placement_group(self._bundles, strategy=strategy)
         ready = waiter.track(self.group.ready(), f"placement group of {len(self._bundles)} bundles")
-        waiter.wait([ready], "resources", resources.start_timeout_s)
+        waiter.wait([ready], "resources", timeout_s)
 
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number

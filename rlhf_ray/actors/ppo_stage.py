@@ -47,7 +47,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
     """All actors of the recipe, ready to work; they end with the `with`."""
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
-    with Placement(resources, waiter) as placement:
+    with Placement(
+        recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s
+    ) as placement:
 
         def actors(kind, role: str, config: RoleConfig, *args):
             return [
@@ -65,7 +67,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         reward = actors(RewardActor, "reward", resources.reward, start)
         reference = actors(ReferenceActor, "reference", resources.reference, start)
         policy = actors(PolicyActor, "policy", resources.policy, lambda rank: rank, resources.policy.actors)
-        critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
+        critic = []
+        if recipe.ppo.has_critic:
+            critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
         assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
         everyone = [*generation, *reward, *reference, *policy, *critic, assembler]
         names = [
@@ -83,7 +87,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             roles = RayRoles(
                 GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter), PolicyGroup("policy", policy, waiter),
-                CriticGroup("critic", critic, waiter),
+                CriticGroup("critic", critic, waiter) if critic else None,
                 AssemblerHandle(assembler, waiter, len(policy), len(critic)), waiter,
             )  # fmt: skip
             ready = [
@@ -130,7 +134,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         state = LoopState.from_json(checkpoint.read_state(last))
         if ppo.adaptive_kl is None:
             state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})
-    if ppo.critic_init == "reward":
+    if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
     with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
@@ -138,7 +142,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step or -1, run_name=recipe.name,
     ) as metrics:  # fmt: skip
         if last is not None:
-            waiter.get([*roles.policy.call("load", last), *roles.critic.call("load", last)], "loading the checkpoint")
+            waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
         hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
         loop = PPOLoop(
             roles, _with_gate(recipe), hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
@@ -156,6 +160,10 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             "best_score": loop.state.best_score,
         }
     )
+
+
+def _of_all(roles: RayRoles, method: str, *args) -> list[ray.ObjectRef]:
+    return [handle for group in roles.trained for handle in group.call(method, *args)]
 
 
 def _with_gate(recipe: Recipe) -> PPOConfig:
@@ -199,9 +207,7 @@ def _hooks(
         temporary = checkpoint.temporary_folder(checkpoints, state.step)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        waiter.get(
-            [*roles.policy.call("save", temporary), *roles.critic.call("save", temporary)], "writing a checkpoint"
-        )
+        waiter.get(_of_all(roles, "save", temporary), "writing a checkpoint")
         checkpoint.publish(checkpoints, state.step, state.to_json(), recipe.ppo.keep_checkpoints)
 
     def save_best(state: LoopState) -> None:

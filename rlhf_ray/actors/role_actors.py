@@ -133,15 +133,10 @@ class ReferenceActor(RoleActor):
 class AssemblerActor(RoleActor):
     def __init__(self, name, recipe: Recipe, folder, role):
         super().__init__(name, recipe, folder, role)
-        from rlhf_ray.roles.assembler import Assembler, AssembleSettings
+        from rlhf_ray.roles.assembler import Assembler
+        from rlhf_ray.roles.knobs import assemble_settings
 
-        ppo = recipe.ppo
-        self.role = Assembler(AssembleSettings(
-            gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, missing_eos_penalty=ppo.missing_eos_penalty,
-            whiten_rewards=ppo.whiten_rewards, whiten_advantages=ppo.whiten_advantages,
-            minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
-            policy_ranks=recipe.resources.policy.actors, critic_ranks=recipe.resources.critic.actors, seed=recipe.seed,
-        ))  # fmt: skip
+        self.role = Assembler(assemble_settings(recipe))
 
     @with_receipt
     def assemble(self, units: int, kl_coef: float, *parts):
@@ -186,12 +181,13 @@ class TrainerActor(RoleActor):
         )
         ppo = self.recipe.ppo
         settings = OptimiserSettings(
-            adam_eps=ppo.adam_eps, max_grad_norm=ppo.max_grad_norm, zero_stage=self.settings.zero_stage
-        )
+            adam_eps=ppo.adam_eps, adam_form=ppo.adam_form, max_grad_norm=ppo.max_grad_norm,
+            zero_stage=self.settings.zero_stage,
+        )  # fmt: skip
         return DeepSpeedEngine(module, settings, device=self.device)
 
-    def update(self, shard, learning_rate):
-        return self.role.update(shard, learning_rate)
+    def update(self, shard, *rates):
+        return self.role.update(shard, *rates)
 
     def save(self, folder: Path) -> int:
         """Write this rank's share of a checkpoint."""
@@ -217,6 +213,7 @@ class PolicyActor(TrainerActor):
         """Build the policy and meet the other ranks. Returns the bytes of its weights."""
         from rlhf_ray.engines.forward import LogprobModel
         from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+        from rlhf_ray.roles.knobs import policy_knobs
         from rlhf_ray.roles.trainer import PolicyTrainer
 
         ppo, self.start = self.recipe.ppo, start
@@ -226,7 +223,7 @@ class PolicyActor(TrainerActor):
         self.dtype = self.compute_dtype(ppo.precision)
         module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
         engine = self._engine(module, address, port)
-        self.role = PolicyTrainer(engine, microbatch_size=ppo.microbatch_size, clip_range=ppo.clip_range)
+        self.role = PolicyTrainer(engine, microbatch_size=ppo.microbatch_size, knobs=policy_knobs(self.recipe))
         return weight_bytes
 
     @with_receipt

@@ -101,7 +101,7 @@ def cluster_problems(recipe: Recipe, stages: list[str], cluster: dict[str, float
                 )
     if "ppo" in stages:
         try:
-            check_fits(recipe.resources, cluster)
+            check_fits(recipe.ppo_roles, cluster)
         except UserError as error:
             problems.append(str(error))
     return problems

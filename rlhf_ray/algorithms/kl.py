@@ -10,10 +10,18 @@ def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return logprobs - ref_logprobs
 
 
+def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """k1^2 / 2 per token [B, T]: biased as an estimate, but its gradient is an unbiased one of the KL's."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """exp(-k1) - 1 + k1 per token [B, T]: unbiased too, never negative (joschu.net/blog/kl-approx.html)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:

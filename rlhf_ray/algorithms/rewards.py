@@ -10,6 +10,14 @@ def last_action_index(action_mask: torch.Tensor) -> torch.Tensor:
     return action_mask.sum(1) - 1
 
 
+def overlong_penalty(lengths: torch.Tensor, *, longest: int, buffer: int) -> torch.Tensor:
+    """DAPO's soft punishment (Yu et al. 2025, arXiv 2503.14476, eq. 13), 0 to 1, to subtract from scores.   [B] -> [B]
+
+    0 up to longest - buffer tokens, then rising linearly to 1 at `longest`.
+    """
+    return ((lengths - (longest - buffer)) / buffer).clamp(0.0, 1.0)
+
+
 def token_rewards(
     scores: torch.Tensor,  # [B]
     kl: torch.Tensor,  # [B, T]

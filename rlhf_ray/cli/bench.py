@@ -65,7 +65,12 @@ def measure_ppo(
                     roles,
                     units,
                     StepKnobs(
-                        step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0
+                        step=step,
+                        kl_coef=0.05,
+                        learning_rate=1e-5,
+                        critic_learning_rate=1e-5,
+                        max_mismatch=100.0,
+                        max_first_approx_kl=1.0,
                     ),
                 )
                 runs.append(metrics | {"seconds": time.perf_counter() - began} | waiter.take_totals())

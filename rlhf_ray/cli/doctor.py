@@ -125,8 +125,6 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
 
 def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float]]:
     """(role, actors, CPUs, GPUs, threads, GB of them all) of the PPO stage, its largest."""
-    from rlhf_ray.actors.placement import role_configs
-
     weights = parameters(recipe) * 4 / GB
     copies = {
         "generation": 1.0,
@@ -136,7 +134,7 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
         "critic": 4.0,
     }  # weights, gradient, moments
     rows = []
-    for name, role in role_configs(recipe.resources).items():
+    for name, role in recipe.ppo_roles.items():
         shared = weights * copies[name]
         per_actor = IMPORTED_GB + (shared / role.actors if getattr(role, "zero_stage", 0) == 3 else shared)
         rows.append((name, role.actors, role.cpus, role.gpus, role.threads, role.actors * per_actor))

@@ -1,4 +1,4 @@
-"""What ranks must decide alike: rank 0 decides, the others hear of it. One rank alone needs no process group."""
+"""What ranks must know alike. One rank alone needs no process group."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def from_rank_zero(values: Sequence[float], device: torch.device) -> list[float]
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.broadcast(tensor, src=0)
     return tensor.tolist()
+
+
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    """The sum of each rank's value, on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return float(tensor)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
+from rlhf_ray.engines.agreement import sum_over_ranks
 from rlhf_ray.engines.distributed import prepare_deepspeed
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -23,6 +25,7 @@ class OptimiserSettings:
 
     adam_eps: float
     max_grad_norm: float
+    adam_form: Literal["torch", "tensorflow"] = "torch"
     zero_stage: int
     adam_betas: tuple[float, float] = (0.9, 0.999)
 
@@ -87,7 +90,7 @@ class DeepSpeedEngine:
         microbatches (ZeRO-3 gathers parameters in each forward).
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"], group["eps"] = learning_rate, self._adam_eps()
         self.engine.train()
         for inputs, rest in microbatches:
             loss = loss_of(self.engine(*inputs), rest)
@@ -95,6 +98,10 @@ class DeepSpeedEngine:
         self.engine.step()
         self.steps_taken += 1
         return self._grad_norm if self.settings.zero_stage == 0 else float(self.engine.get_global_grad_norm())
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The same number on every rank. Collective."""
+        return sum_over_ranks(value, self.device)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full float32 tensor on the device) in order. All ranks iterate together; a ZeRO-3 tensor is gathered
@@ -122,6 +129,16 @@ class DeepSpeedEngine:
                 self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
         self.steps_taken = steps_taken
         self._set_adam_steps()
+
+    def _adam_eps(self) -> float:
+        """Adam's epsilon for the coming step.
+
+        torch adds it to sqrt(v / (1 - b2^t)), TensorFlow to sqrt(v): torch's eps / sqrt(1 - b2^t) is TensorFlow's eps,
+        32 times as large in the first step (the form of Kingma and Ba just before section 2.1, arXiv 1412.6980).
+        """
+        if self.settings.adam_form == "torch":
+            return self.settings.adam_eps
+        return self.settings.adam_eps / (1 - self.settings.adam_betas[1] ** (self.steps_taken + 1)) ** 0.5
 
     def _clip(self, optimizer, args, kwargs) -> None:
         limit = self.settings.max_grad_norm or float("inf")

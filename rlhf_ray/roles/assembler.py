@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.assemble import assemble
+from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
 from rlhf_ray.algorithms.schedule import draw_seed, minibatch_rows
 from rlhf_ray.engines.forward import action_mask, pad_tokens
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
@@ -17,15 +17,11 @@ from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, 
 class AssembleSettings:
     """The recipe's knobs of this role."""
 
-    gamma: float
-    gae_lambda: float
-    missing_eos_penalty: float
-    whiten_rewards: bool
-    whiten_advantages: bool
+    knobs: AssembleKnobs
     minibatch_size: int
     ppo_epochs: int
     policy_ranks: int
-    critic_ranks: int
+    critic_ranks: int  # 0: no critic
     seed: int
 
 
@@ -44,7 +40,8 @@ class Assembler:
         old_values: list[TokenValues],
         kl_coef: float,
     ) -> tuple[dict[str, float], list[TrainShard], list[TrainShard]]:
-        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by unit of work, in order."""
+        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by unit of work, in order;
+        old_values is empty where there is no critic."""
         settings, step = self.settings, rollouts[0].unit.step
         prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
         responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
@@ -56,21 +53,18 @@ class Assembler:
             return pad_tokens(unflatten(np.concatenate(flats), lengths))
 
         logprobs = padded([part.values for part in old_logprobs])
-        values = padded([part.values for part in old_values])
+        reference = padded([part.values for part in ref_logprobs])
+        values = padded([part.values for part in old_values]) if old_values else None
         result = assemble(
             torch.from_numpy(np.concatenate(scores)),
             torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
             padded([rollout.rollout_logprobs for rollout in rollouts]),
             logprobs,
-            padded([part.values for part in ref_logprobs]),
+            reference,
             values,
             mask,
+            settings.knobs,
             kl_coef=kl_coef,
-            gamma=settings.gamma,
-            gae_lambda=settings.gae_lambda,
-            missing_eos_penalty=settings.missing_eos_penalty,
-            whiten_rewards=settings.whiten_rewards,
-            whiten_advantages=settings.whiten_advantages,
         )
         tokens = np.array([len(part.values) for part in old_logprobs])
         entropies = np.array([part.entropy for part in old_logprobs])
@@ -83,8 +77,13 @@ class Assembler:
         schedule = minibatch_rows(
             len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
         )
-        policy = cut_shards(step, sequences, logprobs, result.advantages, schedule, settings.policy_ranks)
-        critic = cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks)
+        policy = cut_shards(
+            step, sequences, logprobs, result.advantages, schedule, settings.policy_ranks,
+            reference=None if settings.knobs.kl_in_reward else reference,
+        )  # fmt: skip
+        critic = (
+            cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks) if old_values else []
+        )
         return stats, policy, critic
 
     def evaluate(
@@ -109,9 +108,15 @@ def cut_shards(
     target: torch.Tensor,  # [B, T]
     schedule: list[list[int]],
     ranks: int,
+    *,
+    reference: torch.Tensor | None = None,  # [B, T]
 ) -> list[TrainShard]:
     """Rank r takes every ranks-th row of each minibatch; its shard holds the rows it ever needs, once."""
     lengths = sequences.response_lengths
+
+    def flat(padded: torch.Tensor, rows: list[int]) -> np.ndarray:
+        return flatten((padded[row, : lengths[row]].numpy() for row in rows), np.float32)
+
     shards = []
     for rank in range(ranks):
         own = [rows[rank::ranks] for rows in schedule]
@@ -121,10 +126,15 @@ def cut_shards(
             TrainShard(
                 step=step,
                 sequences=sequences.rows(needed),
-                old=flatten((old[row, : lengths[row]].numpy() for row in needed), np.float32),
-                target=flatten((target[row, : lengths[row]].numpy() for row in needed), np.float32),
+                old=flat(old, needed),
+                target=flat(target, needed),
+                reference=None if reference is None else flat(reference, needed),
                 schedule=tuple(
-                    OptimiserStep(rows=np.array([place[row] for row in mine]), num_tokens=int(lengths[rows].sum()))
+                    OptimiserStep(
+                        rows=np.array([place[row] for row in mine]),
+                        num_tokens=int(lengths[rows].sum()),
+                        num_sequences=len(rows),
+                    )
                     for rows, mine in zip(schedule, own, strict=True)
                 ),
             )

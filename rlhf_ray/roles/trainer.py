@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.losses import Stats, policy_loss, value_loss
+from rlhf_ray.algorithms.losses import (
+    Aggregation,
+    Stats,
+    entropy_bonus,
+    kl_loss,
+    policy_loss,
+    token_weights,
+    value_loss,
+)
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.engines.forward import action_mask, pad_rows, pad_tokens
-from rlhf_ray.types import RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
 
 def microbatches(sequences: Sequences, microbatch_size: int) -> Iterator[slice]:
@@ -24,8 +34,12 @@ class Trainer:
     def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int):
         self.engine, self.microbatch_size = engine, microbatch_size
 
-    def _loss(self, output: torch.Tensor, old, target, mask, num_tokens: int) -> tuple[torch.Tensor, Stats]:
+    def _loss(self, output, old, target, reference, mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
         raise NotImplementedError
+
+    def _is_enough(self, stats: dict[str, float]) -> bool:
+        """Whether to leave out the update's other steps; the same answer on every rank."""
+        return False
 
     def _forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """The module's output and the response lengths of each microbatch."""
@@ -39,7 +53,8 @@ class Trainer:
         """All optimiser steps of the shard's schedule. Statistics are this rank's share: summing over ranks gives the
         mean over tokens, except for the gradient norm (`.../grad_norm`), which is the same on every rank.
 
-        `first_` statistics are those of the first minibatch, where the ratio must still be 1.
+        `first_` statistics are those of the first minibatch, where the ratio must still be 1; the others are means over
+        the optimiser steps that were taken.
         """
         data = self._device_rows(shard)
         totals: list[dict[str, float]] = []
@@ -47,34 +62,56 @@ class Trainer:
         for step in shard.schedule:
             stats: list[Stats] = []
 
-            def loss_of(output, rest, num_tokens=step.num_tokens, stats=stats):
-                loss, part = self._loss(output, *rest, num_tokens)
+            def loss_of(output, rest, step=step, stats=stats):
+                loss, part = self._loss(output, *rest, step)
                 stats.append(part)
                 return loss
 
             norms.append(self.engine.step(self._train_batches(data, step.rows), loss_of, learning_rate=learning_rate))
             totals.append({name: float(sum(part[name] for part in stats)) for name in stats[0]})
+            if self._is_enough(totals[-1]):
+                break
         mean = {name: float(np.mean([total[name] for total in totals])) for name in totals[0]}
         first = {f"first_{name}": value for name, value in totals[0].items()}
-        return mean | first | {f"{self.name}/grad_norm": float(np.mean(norms))}
+        steps = {f"{self.name}/grad_norm": float(np.mean(norms)), f"{self.name}/optimiser_steps": float(len(norms))}
+        return mean | first | steps
 
-    def _device_rows(self, shard: TrainShard) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def _device_rows(self, shard: TrainShard) -> list[tuple[np.ndarray, ...]]:
         lengths = shard.sequences.response_lengths
+        reference = shard.old if shard.reference is None else shard.reference
         return list(zip(
             shard.sequences.prompts(), shard.sequences.responses(),
-            unflatten(shard.old, lengths), unflatten(shard.target, lengths), strict=True,
+            unflatten(shard.old, lengths), unflatten(shard.target, lengths), unflatten(reference, lengths), strict=True,
         ))  # fmt: skip
 
     def _train_batches(self, data, rows: np.ndarray) -> Iterator[tuple[tuple, tuple]]:
-        """((input_ids, prompt_lengths, response_lengths), (old, target, mask)) of each microbatch."""
+        """(the module's inputs, (old, target, reference, mask)) of each microbatch."""
         device = self.engine.device
         for start in range(0, len(rows), self.microbatch_size):
             picked = [data[row] for row in rows[start : start + self.microbatch_size]]
-            prompts, responses, old, target = zip(*picked, strict=True)
+            prompts, responses, *floats = zip(*picked, strict=True)
             inputs = pad_rows(prompts, responses, pad_token_id=0, device=device)
-            yield inputs, (pad_tokens(old, device), pad_tokens(target, device), action_mask(inputs[2]))
+            rest = *(pad_tokens(each, device) for each in floats), action_mask(inputs[2])
+            yield (*inputs, *self._extra_inputs), rest
+
+    #: what the module's forward takes beside ids and lengths when training
+    _extra_inputs: tuple = ()
 
     name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyKnobs:
+    """What the policy's update minimises, and when it stops early."""
+
+    clip_range: float
+    clip_range_high: float
+    dual_clip: float | None
+    aggregation: Aggregation
+    max_new_tokens: int
+    kl_loss: Literal["k1", "k2", "k3"] | None  # estimator; None: the KL is in the reward
+    entropy_coef: float
+    max_approx_kl: float | None
 
 
 class PolicyTrainer(Trainer):
@@ -82,9 +119,17 @@ class PolicyTrainer(Trainer):
 
     name = "policy"
 
-    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, clip_range: float):
+    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, knobs: PolicyKnobs):
         super().__init__(engine, microbatch_size=microbatch_size)
-        self.clip_range = clip_range
+        self.knobs = knobs
+        self._kl_coef = 0.0
+        if knobs.entropy_coef > 0:
+            self._extra_inputs = (True,)  # with_entropy
+
+    def update(self, shard: TrainShard, learning_rate: float, kl_coef: float) -> dict[str, float]:
+        """As `Trainer.update`; kl_coef weighs the KL loss, where there is one."""
+        self._kl_coef = kl_coef
+        return super().update(shard, learning_rate)
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         """old_logprobs of a unit's responses, and the mean entropy a token."""
@@ -99,8 +144,27 @@ class PolicyTrainer(Trainer):
         """(name in the Hugging Face model, full tensor), one at a time; all ranks iterate together."""
         return ((name.removeprefix("model."), tensor) for name, tensor in self.engine.weights())
 
-    def _loss(self, output, old, target, mask, num_tokens):
-        return policy_loss(output, old, target, mask, clip_range=self.clip_range, num_tokens=num_tokens)
+    def _loss(self, output, old, target, reference, mask, step):
+        knobs = self.knobs
+        logprobs, entropies = output if knobs.entropy_coef > 0 else (output, None)
+        weights = token_weights(
+            mask, knobs.aggregation, num_tokens=step.num_tokens, num_sequences=step.num_sequences,
+            max_new_tokens=knobs.max_new_tokens,
+        )  # fmt: skip
+        loss, stats = policy_loss(
+            logprobs, old, target, mask, weights, clip_range=knobs.clip_range, clip_range_high=knobs.clip_range_high,
+            dual_clip=knobs.dual_clip, num_tokens=step.num_tokens,
+        )  # fmt: skip
+        if knobs.kl_loss is not None:
+            kl = kl_loss(logprobs, reference, mask, weights, estimator=knobs.kl_loss)
+            loss, stats["policy/kl_loss"] = loss + self._kl_coef * kl, kl.detach()
+        if entropies is not None:
+            loss = loss + knobs.entropy_coef * entropy_bonus(entropies, mask, weights)
+        return loss, stats
+
+    def _is_enough(self, stats):
+        limit = self.knobs.max_approx_kl
+        return limit is not None and self.engine.sum_over_ranks(stats["policy/approx_kl"]) > limit
 
 
 class CriticTrainer(Trainer):
@@ -117,9 +181,9 @@ class CriticTrainer(Trainer):
         rows = [row for values, lengths in self._forward(rollout) for row in _cut(values, lengths)]
         return TokenValues(values=flatten(rows, np.float32))
 
-    def _loss(self, output, old, target, mask, num_tokens):
+    def _loss(self, output, old, target, reference, mask, step):
         loss, stats = value_loss(
-            output, old, target, mask, value_clip_range=self.value_clip_range, num_tokens=num_tokens
+            output, old, target, mask, value_clip_range=self.value_clip_range, num_tokens=step.num_tokens
         )
         return self.vf_coef * loss, stats
 

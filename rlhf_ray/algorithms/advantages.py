@@ -1,0 +1,43 @@
+"""Advantages without a critic: a response is compared with others, of its own group or of the batch.
+
+B rollouts, T response tokens. The samples of a prompt are a group of `group_size` rows side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_ray.algorithms.gae import gae
+
+STD_EPS = 1e-4  # TRL's; a group whose rewards are all equal gets advantages of zero, not of noise
+
+
+def leave_one_out(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): r_i minus the mean of the others of its group.   [B] -> [B]
+
+    An unbiased baseline: it does not depend on the response it is subtracted from.
+    """
+    grouped = rewards.view(-1, group_size)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group_size - 1)
+    return (grouped - others).flatten()
+
+
+def group_centred(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    """Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): r_i minus its group's mean, (n - 1) / n of RLOO's.   [B] -> [B]"""
+    grouped = rewards.view(-1, group_size)
+    return (grouped - grouped.mean(1, keepdim=True)).flatten()
+
+
+def group_standardised(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    """GRPO (Shao et al. 2024, arXiv 2402.03300): (r_i - mean) / (deviation + 1e-4) of its group.   [B] -> [B]
+
+    The deviation divides by n - 1, as in TRL and verl; the paper does not say.
+    """
+    grouped = rewards.view(-1, group_size)
+    deviation = grouped.std(1, keepdim=True, unbiased=True)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (deviation + STD_EPS)).flatten()
+
+
+def rewards_to_go(rewards: torch.Tensor, action_mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """R_t = r_t + gamma R_{t+1}, zero outside the mask: GAE with lambda 1 and a critic that says 0.   [B, T] -> [B, T]"""
+    return gae(rewards, torch.zeros_like(rewards), action_mask, gamma=gamma, gae_lambda=1.0)[0]

@@ -1,0 +1,34 @@
+"""The recipe's algorithm as the flat knobs of the roles that carry it out."""
+
+from __future__ import annotations
+
+from rlhf_ray.algorithms.assemble import AssembleKnobs
+from rlhf_ray.config import Recipe
+from rlhf_ray.roles.assembler import AssembleSettings
+from rlhf_ray.roles.trainer import PolicyKnobs
+
+
+def assemble_settings(recipe: Recipe) -> AssembleSettings:
+    ppo, resources = recipe.ppo, recipe.resources
+    knobs = AssembleKnobs(
+        advantage=ppo.advantage, group_size=ppo.samples_per_prompt, kl_in_reward=ppo.kl_in == "reward",
+        kl_estimator=ppo.kl_estimator, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda,
+        missing_eos_penalty=ppo.missing_eos_penalty, overlong_buffer=ppo.overlong_buffer,
+        max_new_tokens=recipe.generation.max_new_tokens, whiten_rewards=ppo.whiten_rewards,
+        whiten_advantages=ppo.whitens_advantages,
+    )  # fmt: skip
+    return AssembleSettings(
+        knobs=knobs, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
+        policy_ranks=resources.policy.actors, critic_ranks=resources.critic.actors if ppo.has_critic else 0,
+        seed=recipe.seed,
+    )  # fmt: skip
+
+
+def policy_knobs(recipe: Recipe) -> PolicyKnobs:
+    ppo = recipe.ppo
+    return PolicyKnobs(
+        clip_range=ppo.clip_range, clip_range_high=ppo.clip_range_high or ppo.clip_range, dual_clip=ppo.dual_clip,
+        aggregation=ppo.loss_aggregation, max_new_tokens=recipe.generation.max_new_tokens,
+        kl_loss=ppo.kl_estimator if ppo.kl_in == "loss" else None, entropy_coef=ppo.entropy_coef,
+        max_approx_kl=ppo.max_approx_kl,
+    )  # fmt: skip
