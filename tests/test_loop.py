@@ -589,7 +589,69 @@ def count_t(prompts, responses):
     return [text.count("t") for text in responses]
 
 
-def test_the_score_rises(folder):
+CRITIC_FREE = {
+    "rloo": {},
+    "grpo": {"kl_in": "loss", "kl_estimator": "k3", "loss_aggregation": "sequence_mean"},
+    "dr_grpo": {"loss_aggregation": "constant", "clip_range_high": 0.28, "dual_clip": 3.0},
+    "reinforce_pp": {"entropy_coef": 0.01, "loss_aggregation": "sequence_sum"},
+    "reinforce_pp_baseline": {"kl_in": "loss", "kl_estimator": "k2", "max_approx_kl": 0.05},
+}
+
+
+@pytest.mark.parametrize("advantage", CRITIC_FREE)
+def test_an_algorithm_without_a_critic_runs_without_one(folder, advantage):
+    recipe = tiny_recipe(ppo={
+        "steps": 2, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 8, "microbatch_size": 8,
+        "advantage": advantage, **CRITIC_FREE[advantage],
+    }, generation={"chunk_size": 8})  # fmt: skip
+    start = LocalRoles(recipe, folder).weights()
+    roles, diary = run_real(recipe, folder)
+    assert roles.critic is None and "critic" not in recipe.ppo_roles
+    assert len(differing(start, roles.weights())) == len(start)
+    for _, metrics in diary.records[1:]:
+        assert metrics["first_policy/ratio"] == 1.0 and metrics["first_policy/approx_kl"] == 0.0
+        assert not any(name.startswith("value/") for name in metrics)
+        assert ("policy/kl_loss" in metrics) == (recipe.ppo.kl_in == "loss")
+
+
+def test_the_critic_warms_up_alone(folder):
+    recipe = tiny_recipe(ppo={"steps": 2, "critic_warmup_steps": 1})
+    start = LocalRoles(recipe, folder).weights()
+    roles, diary = LocalRoles(recipe, folder), Diary(stop_after=1)
+    real_loop(recipe, roles, diary).run()
+    moved = differing(start, roles.weights())
+    assert moved == [name for name in start if name.startswith("1/")], "the critic's, and none of the policy's"
+    first = diary.records[1][1]
+    assert "policy/loss" not in first and "value/loss" in first
+    rest = Diary()
+    real_loop(recipe, roles, rest, diary.saves[-1]).run()
+    assert "policy/loss" in rest.records[-1][1]
+
+
+def test_log_probs_that_do_not_repeat_stop_the_run(folder):
+    """Old log-probs of another temperature: the first ratio is not 1, and nothing else would tell."""
+    recipe = tiny_recipe(ppo={"max_mismatch": 100.0})
+    roles = LocalRoles(recipe, folder)
+    policy, logprobs = roles.policy.roles[0], roles.policy.roles[0].logprobs
+
+    def at_another_temperature(rollout):
+        policy.engine.module.temperature = 0.5
+        try:
+            return logprobs(rollout)
+        finally:
+            policy.engine.module.temperature = 1.0
+
+    policy.logprobs = at_another_temperature
+    with pytest.raises(MismatchError, match="max_first_approx_kl"):
+        real_loop(recipe, roles, Diary()).run()
+
+
+@pytest.mark.parametrize("algorithm", [
+    {}, {"advantage": "rloo"},
+    {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3", "loss_aggregation": "sequence_mean"},
+    {"advantage": "reinforce_pp"},
+], ids=["ppo", "rloo", "grpo", "reinforce_pp"])  # fmt: skip
+def test_the_score_rises(folder, algorithm):
     recipe = tiny_recipe(
         generation={"stop": (), "chunk_size": 16},
         ppo={
@@ -606,6 +668,7 @@ def test_the_score_rises(folder):
             "eval_every": 25,
             "checkpoint_every": 100,
             "reward_function": "test_loop:count_t",
+            **algorithm,
         },
     )
     _, diary = run_real(recipe, folder)
