@@ -12,6 +12,7 @@ from rlhf_ray.engines.distributed import join_group
 
 STAGES = (0, 1, 2, 3)
 STEPS, ROWS, CLIP = 5, 8, 0.1
+TF_EPS = 1e-3  # large, so that where it stands is felt
 RATES = [0.01, 0.02, 0.005, 0.01, 0.003]
 CPU = torch.device("cpu")
 
@@ -46,6 +47,25 @@ def plain_torch(clip=CLIP):
     return states, norms
 
 
+def tensorflow_adam():
+    """Weights after each step of Adam as TensorFlow has it, from the formula at the end of section 2 of Kingma and Ba."""
+    module = make_module()
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in module.parameters()]
+    states = []
+    for step, rate in enumerate(RATES, start=1):
+        module.zero_grad()
+        loss_of(module(INPUTS), WEIGHTS).backward()
+        norm = sum(float((p.grad.double() ** 2).sum()) for p in module.parameters()) ** 0.5
+        for parameter, (m, v) in zip(module.parameters(), moments, strict=True):
+            gradient = parameter.grad * min(1.0, CLIP / norm)
+            m.mul_(0.9).add_(0.1 * gradient)
+            v.mul_(0.999).add_(0.001 * gradient**2)
+            alpha = rate * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            parameter.data -= alpha * m / (v.sqrt() + TF_EPS)
+        states.append({name: tensor.detach().clone() for name, tensor in module.named_parameters()})
+    return states
+
+
 def microbatches(rank, world):
     """This rank's rows in two unequal microbatches."""
     sizes = {(0, 1): [6, 2], (0, 2): [3, 1], (1, 2): [1, 3]}[rank, world]
@@ -53,10 +73,9 @@ def microbatches(rank, world):
     return [((INPUTS[part],), WEIGHTS[part]) for part in rows]
 
 
-def make_engine(stage, clip=CLIP):
-    return DeepSpeedEngine(
-        make_module(), OptimiserSettings(adam_eps=1e-5, max_grad_norm=clip, zero_stage=stage), device=CPU
-    )
+def make_engine(stage, clip=CLIP, **settings):
+    settings = {"adam_eps": 1e-5, "max_grad_norm": clip, "zero_stage": stage} | settings
+    return DeepSpeedEngine(make_module(), OptimiserSettings(**settings), device=CPU)
 
 
 def clones(pairs):
@@ -107,6 +126,8 @@ def work(rank, world, port, folder):
         start.load_state(fresh, 0)
         result["from_start"] = train(start, rank, world)[0][-1]
         result["unclipped"] = train(make_engine(stage, clip=0.0), rank, world, steps=2)
+        result["tensorflow"] = train(make_engine(stage, adam_form="tensorflow", adam_eps=TF_EPS), rank, world)[0]
+        result["sum"] = start.sum_over_ranks(1.5 + rank)
 
     if world == 1:
         for written in STAGES:
@@ -199,6 +220,19 @@ def test_no_limit_means_no_clipping(results, world, stage):
     found_states, found_norms = results[world][0][stage]["unclipped"]
     assert gap(found_states[1], states[1]) < 1e-6
     assert found_norms == pytest.approx(norms[:2], rel=1e-5)
+
+
+@each
+def test_adam_as_tensorflow_has_it(results, expected, world, stage):
+    wanted = tensorflow_adam()
+    assert gap(wanted[0], expected[0][0]) > 0.001, "another update than torch's"
+    found = results[world][0][stage]["tensorflow"]
+    assert max(gap(one, other) for one, other in zip(found, wanted, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("world, expected_sum", [(1, 1.5), (2, 4.0)])
+def test_a_sum_over_ranks_is_known_to_all(results, world, expected_sum):
+    assert [result[stage]["sum"] for result in results[world] for stage in STAGES] == [expected_sum] * 4 * world
 
 
 @pytest.mark.parametrize("written", STAGES)
