@@ -1,0 +1,168 @@
+"""What must not matter: how a minibatch is cut, the order of its rows, how it is padded, how many ranks share it.
+
+Properties over random batches of random lengths on the real roles, to float tolerance; contract: the same step, the same
+result. Bitwise claims (which actor a chunk goes to, a resumed run) are in test_loop.py, ZeRO stages in
+test_deepspeed_engine.py and test_ppo_ray.py.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process import TorchEngine
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf_ray.algorithms.assemble import AssembleKnobs
+from rlhf_ray.engines.forward import LogprobModel
+from rlhf_ray.roles.assembler import Assembler, AssembleSettings
+from rlhf_ray.roles.trainer import PolicyKnobs, PolicyTrainer
+from rlhf_ray.types import RolloutBatch, Sequences, TokenValues, WorkUnit
+
+VOCAB, LONGEST = 11, 6
+CONFIG = GPT2Config(
+    vocab_size=VOCAB, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=0.4, attn_pdrop=0, embd_pdrop=0,
+    resid_pdrop=0, bos_token_id=0, eos_token_id=0, attn_implementation="eager",
+)  # fmt: skip
+AGGREGATIONS = ("token", "sequence_sum", "sequence_mean", "constant")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def batches(draw):
+    """(prompts, responses, what the other roles say about them) of 2 to 8 rows in groups of two."""
+    rows = 2 * draw(st.integers(1, 4))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+
+    def ids(longest):
+        return [generator.integers(0, VOCAB, generator.integers(1, longest + 1)) for _ in range(rows)]
+
+    prompts, responses = ids(5), ids(LONGEST)
+    floats = [[generator.normal(size=len(ids)).astype(np.float32) for ids in responses] for _ in range(2)]
+    return prompts, responses, *floats, generator.normal(size=rows).astype(np.float32), generator.random(rows) < 0.5
+
+
+def start_model():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(CONFIG).eval()
+
+
+START = start_model()
+
+
+class Gradients(TorchEngine):
+    """An engine that adds gradients up and takes no step."""
+
+    def step(self, microbatches, loss_of, *, learning_rate):
+        for inputs, rest in microbatches:
+            loss_of(self.module(*inputs), rest).backward()
+        return 0.0
+
+    def gradients(self):
+        return torch.cat([parameter.grad.flatten() for parameter in self.module.parameters()])
+
+
+def gradients(batch, order=None, *, microbatch_size=8, ranks=1, cuts=(), aggregation="token", advantage="gae", kl="k2"):
+    """The gradient of one update over all rows as one minibatch, and the statistics.
+
+    order: of the rows, which come as units of work that end at `cuts`.
+    """
+    prompts, responses, ref, values, scores, ended = batch
+    order = list(range(len(prompts))) if order is None else order
+    knobs = PolicyKnobs(
+        clip_range=0.2, clip_range_high=0.3, dual_clip=2.0, aggregation=aggregation, max_new_tokens=LONGEST, kl_loss=kl,
+        entropy_coef=0.1, max_approx_kl=None,
+    )  # fmt: skip
+    model = copy.deepcopy(START)
+    module = LogprobModel(model, temperature=0.9, compute_dtype=torch.float32)
+    trainer = PolicyTrainer(Gradients(module), microbatch_size=microbatch_size, knobs=knobs)
+    edges = [0, *sorted({cut for cut in cuts if 0 < cut < len(order)}), len(order)]
+    units = []
+    for chunk, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+        rows = order[first:last]
+        sequences = Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows])
+        units.append(RolloutBatch(
+            unit=WorkUnit(step=0, chunk=chunk, prompt_indices=tuple(rows), sample_indices=(0,) * len(rows)),
+            policy_version=0, sequences=sequences, ended=ended[rows],
+            rollout_logprobs=np.zeros(len(sequences.response_ids), np.float32),
+        ))  # fmt: skip
+
+    def told(what, unit):
+        return TokenValues(values=np.concatenate([what[row] for row in unit.unit.prompt_indices]))
+
+    assemble = AssembleKnobs(
+        advantage=advantage, group_size=1 if advantage in ("gae", "reinforce_pp") else 2, kl_in_reward=kl is None,
+        kl_estimator="k1", gamma=0.95, gae_lambda=0.9, missing_eos_penalty=0.5, overlong_buffer=2,
+        max_new_tokens=LONGEST, whiten_rewards=False, whiten_advantages=advantage == "gae",
+    )  # fmt: skip
+    assembler = Assembler(AssembleSettings(
+        knobs=assemble, minibatch_size=len(order), ppo_epochs=1, policy_ranks=ranks, critic_ranks=1, seed=0,
+    ))  # fmt: skip
+    ref = [told(ref, unit) for unit in units]
+    old = [told([row - 0.3 for row in trainer_logprobs(trainer, batch)], unit) for unit in units]
+    stats, shards, _ = assembler.assemble(
+        units, [scores[list(unit.unit.prompt_indices)] for unit in units], ref, old,
+        [told(values, unit) for unit in units] if advantage == "gae" else [], kl_coef=0.1,
+    )  # fmt: skip
+    parts = [trainer.update(shard, 0.0, 0.1) for shard in shards]
+    summed = {
+        name: sum(part[name] for part in parts) for name in ("policy/loss", "policy/clip_frac", "policy/approx_kl")
+    }
+    return trainer.engine.gradients(), stats | summed
+
+
+def trainer_logprobs(trainer, batch):
+    """Each row's log-probs by itself, whatever unit it will be in."""
+    prompts, responses, *_ = batch
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        unit = RolloutBatch(
+            unit=WorkUnit(step=0, chunk=0, prompt_indices=(0,), sample_indices=(0,)), policy_version=0,
+            sequences=Sequences.of([prompt], [response]), ended=np.array([True]),
+            rollout_logprobs=np.zeros(len(response), np.float32),
+        )  # fmt: skip
+        rows.append(trainer.logprobs(unit).values)
+    return rows
+
+
+def same(one, other):
+    assert float(one[0].abs().max()) > 1e-4, "a gradient of nothing proves nothing"
+    torch.testing.assert_close(one[0], other[0], atol=2e-5, rtol=1e-4)
+    for name, value in one[1].items():
+        assert other[1][name] == pytest.approx(value, abs=2e-5, rel=1e-4), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), microbatch_size=st.integers(1, 8), aggregation=st.sampled_from(AGGREGATIONS))
+def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregation):
+    """Rows alone have no padding at all, rows together have that of the longest."""
+    whole = gradients(batch, aggregation=aggregation)
+    same(whole, gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size))
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), ranks=st.integers(2, 4), aggregation=st.sampled_from(AGGREGATIONS))
+def test_how_many_ranks_share_it_changes_nothing(batch, ranks, aggregation):
+    """Ranks hold different numbers of rows and tokens here; their gradients and statistics add up to the whole's."""
+    ranks = min(ranks, len(batch[0]))
+    same(gradients(batch, aggregation=aggregation), gradients(batch, aggregation=aggregation, ranks=ranks))
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), data=st.data(), advantage=st.sampled_from(["gae", "reinforce_pp", "rloo", "grpo", "dr_grpo"]))
+def test_the_order_of_prompts_and_units_changes_nothing(batch, data, advantage):
+    """Groups of two samples stay together and change places; units of work end anywhere, within groups too."""
+    groups = data.draw(st.permutations(range(len(batch[0]) // 2)))
+    cuts = data.draw(st.lists(st.integers(1, 7), max_size=3))
+    order = [row for group in groups for row in (2 * group, 2 * group + 1)]
+    plain = gradients(batch, advantage=advantage, kl=None)
+    same(plain, gradients(batch, order, cuts=cuts, advantage=advantage, kl=None))
