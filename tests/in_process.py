@@ -109,7 +109,7 @@ class LocalRoles:
         self.generation = LocalGeneration(
             *(Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors))
         )
-        self.reward = LocalReward(*(Reward(scorer, start) for _ in range(actors)))
+        self.reward = LocalReward(*(Reward(scorer, start, stop=generation.stop) for _ in range(actors)))
         self.reference = LocalReference(
             *(
                 Reference(
