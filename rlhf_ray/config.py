@@ -229,6 +229,11 @@ class PPOConfig(Section):
     max_approx_kl: float | None = knob(
         None, "end a step's policy updates once approx_kl of a minibatch exceeds this; null: never", gt=0
     )
+    dynamic_sampling_rounds: int = knob(
+        0,
+        "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
+        ge=0,
+    )
     critic_warmup_steps: int = knob(0, "first steps in which the critic trains alone", ge=0)
     value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
     vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
@@ -290,6 +295,11 @@ class PPOConfig(Section):
             raise ValueError(
                 f"ppo.advantage {self.advantage} compares the samples of a prompt, but samples_per_prompt is "
                 f"{self.samples_per_prompt}; set it to 2 or more, or choose gae or reinforce_pp"
+            )
+        if self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2:
+            raise ValueError(
+                "ppo.dynamic_sampling_rounds looks for prompts whose samples score differently, but samples_per_prompt is "
+                f"{self.samples_per_prompt}; set it to 2 or more"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(

@@ -50,6 +50,8 @@ class Assembly(Protocol):
         self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...
     def evaluate(self, rollouts, scores, ref_logprobs) -> Handle: ...
+    def flat(self, scores: Sequence[Handle]) -> Handle: ...
+    def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
 
 class Roles(Protocol):
@@ -88,11 +90,16 @@ class MismatchError(RunFailed):
     """Generator and policy disagree about the log-probs of sampled tokens."""
 
 
-def ppo_step(roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs) -> dict[str, float]:
+def ppo_step(
+    roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs, redraw: Redraw | None = None
+) -> dict[str, float]:
     """Rollout, targets, update, sync: one PPO iteration. Returns its metrics."""
     clock = Clock()
     rollouts = roles.generation.generate(units)
     scores = roles.reward.score(rollouts)
+    drawn: dict[str, float] = {}
+    if redraw is not None:
+        rollouts, scores, drawn = draw_again(roles, rollouts, scores, redraw, knobs.step)
     ref_logprobs = roles.reference.logprobs(rollouts)
     old_logprobs = roles.policy.logprobs(rollouts)
     old_values = roles.critic.values(rollouts) if roles.critic is not None else []
@@ -118,7 +125,41 @@ def ppo_step(roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs) -> dict[
     check_first_minibatch(metrics, knobs.max_first_approx_kl)
     sync_weights(roles, knobs.step + 1)
     clock.lap("sync")
-    return metrics | clock.laps
+    return metrics | drawn | clock.laps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redraw:
+    """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
+
+    units: Callable[[int, int], list[WorkUnit]]  # (other prompts drawn so far, how many more) -> what to draw
+    rounds: int
+    prompts: int  # of a step
+    chunk_size: int
+
+
+def draw_again(
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], redraw: Redraw, step: int
+) -> tuple[list[Handle], list[Handle], dict[str, float]]:
+    """Other prompts in place of those whose samples all score the same -> rollouts, scores, metrics.
+
+    Each round draws as many as are missing, so there is never one too many and none that serves is thrown away. After the
+    last round the rest are prompts that don't: they add nothing to a gradient, and the batch keeps its size.
+    """
+    what = f"drawing other prompts (step {step})"
+    for number in range(redraw.rounds + 1):
+        (flat,) = roles.get([roles.assembler.flat(scores)], what)
+        missing = redraw.prompts - flat.count(False)
+        units = redraw.units(len(flat) - redraw.prompts, missing) if missing and number < redraw.rounds else []
+        if not units:
+            break
+        more = roles.generation.generate(units)
+        rollouts, scores = [*rollouts, *more], [*scores, *roles.reward.score(more)]
+    metrics = {"rollout/prompts_drawn": float(len(flat)), "rollout/prompts_missing": float(missing)}
+    if len(flat) > redraw.prompts:
+        roles.wait([*rollouts, *scores], what)
+        rollouts, scores = roles.assembler.pack(rollouts, scores, redraw.prompts, redraw.chunk_size)
+    return rollouts, scores, metrics
 
 
 def sync_weights(roles: Roles, policy_version: int) -> None:
@@ -181,6 +222,12 @@ def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
     epoch, place = divmod(step, steps_per_epoch)
     order = epoch_permutation(prompts, draw_seed(seed, "prompts", epoch))
     return order[place * batch : (place + 1) * batch]
+
+
+def other_prompts(step: int, prompts: int, taken: Sequence[int], seed: int) -> list[int]:
+    """The prompt set without `taken`, in an order of the step's own: where dynamic sampling draws from, front to back."""
+    taken = set(taken)
+    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row not in taken]
 
 
 def cut_units(
@@ -269,12 +316,21 @@ class PPOLoop:
         prompts = step_prompts(step, self.prompts, config.rollout_batch_size, self.seed)
         units = cut_units(step, prompts, config.samples_per_prompt, self.chunk_size)
         anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
+        redraw = None
+        if config.dynamic_sampling_rounds > 0:
+            others = other_prompts(step, self.prompts, prompts, self.seed)
+            redraw = Redraw(
+                units=lambda start, count: cut_units(
+                    step, others[start : start + count], config.samples_per_prompt, self.chunk_size
+                ),
+                rounds=config.dynamic_sampling_rounds, prompts=config.rollout_batch_size, chunk_size=self.chunk_size,
+            )  # fmt: skip
         started = time.perf_counter()
         metrics = ppo_step(self.roles, units, StepKnobs(
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
             max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
-        ))  # fmt: skip
+        ), redraw)  # fmt: skip
         kl_coef = self.state.kl_coef
         if config.adaptive_kl is not None:
             kl_coef = adapt_kl_coef(

@@ -614,6 +614,52 @@ def test_an_algorithm_without_a_critic_runs_without_one(folder, advantage):
         assert ("policy/kl_loss" in metrics) == (recipe.ppo.kl_in == "loss")
 
 
+def count_a_few(prompts, responses):
+    """A reward that most prompts' samples share: whether two letters occur."""
+    return [float("t" in text and "o" in text) for text in responses]
+
+
+def test_prompts_that_tell_nothing_make_room_for_others(folder):
+    """Rounds of just what is missing: every group that serves is trained on, and the batch keeps its size."""
+    shape = {
+        "steps": 1, "rollout_batch_size": 6, "samples_per_prompt": 2, "minibatch_size": 12, "microbatch_size": 12,
+        "advantage": "grpo", "reward_function": "test_loop:count_a_few", "missing_eos_penalty": 0.0,
+    }  # fmt: skip
+    once = tiny_recipe(ppo=shape)
+    roles = LocalRoles(once, folder)
+    prompts = step_prompts(0, 16, 6, once.seed)
+    (scores,) = roles.reward.score(roles.generation.generate(cut_units(0, prompts, 2, 12)))
+    telling = [prompt for prompt, (one, other) in zip(prompts, scores.reshape(6, 2), strict=True) if one != other]
+    assert 0 < len(telling) < 5, "the case needs some prompts that tell and some that don't"
+
+    seen = []
+    for rounds in (1, 20):
+        recipe = tiny_recipe(ppo=shape | {"dynamic_sampling_rounds": rounds})
+        roles, diary = LocalRoles(recipe, folder), Diary()
+        assemble = roles.assembler.assemble
+
+        def spy(rollouts, scores, *rest, assemble=assemble):
+            seen.append(([unit.unit.prompt_indices for unit in rollouts], np.concatenate(scores).reshape(6, 2)))
+            return assemble(rollouts, scores, *rest)
+
+        roles.assembler.assemble = spy
+        real_loop(recipe, roles, diary).run()
+        units, scores = seen[-1]
+        places = [prompt for unit in units for prompt in unit]
+        assert [len(unit) for unit in units] == [4, 4, 4]
+        trained = places[::2]
+        assert trained == places[1::2] and len(set(trained)) == 6, "both samples of six different prompts"
+        assert set(telling) <= set(trained)
+        metrics = diary.records[1][1]
+        differ = sum(one != other for one, other in scores)
+        assert metrics["rollout/prompts_missing"] == 6 - differ
+        assert metrics["objective/flat_groups"] == pytest.approx(1 - differ / 6)
+        if rounds == 1:
+            assert metrics["rollout/prompts_drawn"] == 6 + 6 - len(telling)
+    assert metrics["rollout/prompts_drawn"] <= 16, "the prompt set is drawn once at most"
+    assert metrics["rollout/prompts_missing"] == 0 or metrics["rollout/prompts_drawn"] == 16
+
+
 def test_the_critic_warms_up_alone(folder):
     recipe = tiny_recipe(ppo={"steps": 2, "critic_warmup_steps": 1})
     start = LocalRoles(recipe, folder).weights()

@@ -112,8 +112,8 @@ class CriticGroup(TrainerGroup):
 
 
 class AssemblerHandle:
-    def __init__(self, actor, waiter: Waiter, policy_ranks: int, critic_ranks: int):
-        self.actor, self.waiter = actor, waiter
+    def __init__(self, actor, waiter: Waiter, policy_ranks: int, critic_ranks: int, group_size: int):
+        self.actor, self.waiter, self.group_size = actor, waiter, group_size
         self.policy_ranks, self.critic_ranks = policy_ranks, critic_ranks
 
     def assemble(self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float):
@@ -123,6 +123,17 @@ class AssemblerHandle:
         )
         self.waiter.track(stats, "assembler", receipt)
         return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
+
+    def flat(self, scores):
+        return self.waiter.track(self.actor.flat.remote(*scores), "assembler (prompts that tell)")
+
+    def pack(self, rollouts, scores, prompts: int, chunk_size: int):
+        chunks = -(-prompts * self.group_size // chunk_size)
+        call = self.actor.pack.options(num_returns=2 * chunks + 1)
+        *packed, receipt = call.remote(len(rollouts), prompts, chunk_size, *rollouts, *scores)
+        for ref in packed:
+            self.waiter.track(ref, "assembler (pack)", receipt)
+        return packed[:chunks], packed[chunks:]
 
     def evaluate(self, rollouts, scores, ref_logprobs):
         ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs)

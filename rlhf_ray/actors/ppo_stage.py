@@ -88,7 +88,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter), PolicyGroup("policy", policy, waiter),
                 CriticGroup("critic", critic, waiter) if critic else None,
-                AssemblerHandle(assembler, waiter, len(policy), len(critic)), waiter,
+                AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
             )  # fmt: skip
             ready = [
                 waiter.track(actor.ready.remote(), f"{name} (start)")

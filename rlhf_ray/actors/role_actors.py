@@ -145,6 +145,14 @@ class AssemblerActor(RoleActor):
         stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
         return [stats, *policy, *critic]
 
+    def flat(self, *scores):
+        return self.role.flat(list(scores))
+
+    @with_receipt
+    def pack(self, units: int, prompts: int, chunk_size: int, *parts):
+        rollouts, scores = self.role.pack(list(parts[:units]), list(parts[units:]), prompts, chunk_size)
+        return [*rollouts, *scores]
+
     def evaluate(self, units: int, *parts):
         return self.role.evaluate(*(list(parts[i : i + units]) for i in range(0, len(parts), units)))
 

@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import overlong_penalty, token_rewards
+from rlhf_ray.algorithms.rewards import flat_groups, overlong_penalty, token_rewards
 
 #: Advantages of whole responses from the rewards [B] of their group; every token of a response gets the same.
 GROUP_ADVANTAGES = {"rloo": leave_one_out, "grpo": group_standardised, "dr_grpo": group_centred}
@@ -81,8 +81,7 @@ def assemble(
         "policy/mismatch_kl": float(masked_mean(rollout_logprobs - old_logprobs, action_mask)),
     }
     if knobs.group_size > 1:
-        spread = penalised.view(-1, knobs.group_size).std(1, unbiased=False)
-        stats["objective/flat_groups"] = float((spread == 0).float().mean())  # all samples equal: nothing to learn
+        stats["objective/flat_groups"] = float(flat_groups(penalised, group_size=knobs.group_size).float().mean())
     if knobs.whiten_rewards:
         rewards = masked_whiten(rewards, action_mask, shift_mean=False)
     returns = None

@@ -8,9 +8,19 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
+from rlhf_ray.algorithms.rewards import flat_groups
 from rlhf_ray.algorithms.schedule import draw_seed, minibatch_rows
 from rlhf_ray.engines.forward import action_mask, pad_tokens
-from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+from rlhf_ray.types import (
+    OptimiserStep,
+    RolloutBatch,
+    Sequences,
+    TokenValues,
+    TrainShard,
+    WorkUnit,
+    flatten,
+    unflatten,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +96,24 @@ class Assembler:
         )
         return stats, policy, critic
 
+    def flat(self, scores: list[np.ndarray]) -> list[bool]:
+        """For each prompt of the units, in order, whether its samples all score the same."""
+        together = torch.from_numpy(np.concatenate(scores))
+        return flat_groups(together, group_size=self.settings.knobs.group_size).tolist()
+
+    def pack(
+        self, rollouts: list[RolloutBatch], scores: list[np.ndarray], prompts: int, chunk_size: int
+    ) -> tuple[list[RolloutBatch], list[np.ndarray]]:
+        """Units of chunk_size rows with `prompts` prompts: those whose samples differ, filled up with others, in the
+        order in which they were drawn."""
+        size = self.settings.knobs.group_size
+        flat = np.array(self.flat(scores))
+        best = np.argsort(flat, kind="stable")[:prompts]  # False before True
+        rows = [row for group in sorted(best) for row in range(group * size, (group + 1) * size)]
+        parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
+        together = np.concatenate(scores)
+        return [gather(rollouts, part, chunk) for chunk, part in enumerate(parts)], [together[part] for part in parts]
+
     def evaluate(
         self, rollouts: list[RolloutBatch], scores: list[np.ndarray], ref_logprobs: list[TokenValues]
     ) -> dict[str, float]:
@@ -99,6 +127,29 @@ class Assembler:
             "eval/response_length": len(flat) / rows,
             "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
         }
+
+
+def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:
+    """One unit of some rows of several, counted through all of them."""
+    prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
+    responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
+    logprobs = [
+        row for rollout in rollouts for row in unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
+    ]
+    places = [place for rollout in rollouts for place in zip(
+        rollout.unit.prompt_indices, rollout.unit.sample_indices, strict=True
+    )]  # fmt: skip
+    ended = np.concatenate([rollout.ended for rollout in rollouts])
+    return RolloutBatch(
+        unit=WorkUnit(
+            step=rollouts[0].unit.step, chunk=chunk, prompt_indices=tuple(places[row][0] for row in rows),
+            sample_indices=tuple(places[row][1] for row in rows),
+        ),
+        policy_version=min(rollout.policy_version for rollout in rollouts),
+        sequences=Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows]),
+        rollout_logprobs=flatten((logprobs[row] for row in rows), np.float32),
+        ended=ended[rows],
+    )  # fmt: skip
 
 
 def cut_shards(
