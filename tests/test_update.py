@@ -270,14 +270,16 @@ def test_the_update_stops_when_the_policy_has_moved_far_enough():
         knobs=knobs, minibatch_size=4, ppo_epochs=6, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED
     )
 
-    def update(max_approx_kl):
+    def update(max_approx_kl, of_other_ranks=0.0):
         policy, reference, critic = models()
         mine = replace(PLAIN, max_approx_kl=max_approx_kl)
         policy, reference = (policy_trainer(model, 4, mine) for model in (policy, reference))
+        policy.engine.sum_over_ranks = lambda value: value + of_other_ranks
         _, (shard,), _ = shards_of(settings, policy, reference, critic_trainer(critic, 4))
         return policy.update(shard, 0.002, KL_COEF)
 
     whole = update(None)
     assert whole["policy/optimiser_steps"] == 6
     assert update(1e-12)["policy/optimiser_steps"] == 2
+    assert update(0.5, of_other_ranks=1.0)["policy/optimiser_steps"] == 1, "ranks stop together or wait for ever"
     assert 2 < update(whole["policy/approx_kl"])["policy/optimiser_steps"] < 6
