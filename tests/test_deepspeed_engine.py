@@ -121,8 +121,8 @@ def work(rank, world, port, folder):
         result["differing"] = [name for name, tensor in anew.state() if not torch.equal(tensor, after_three[name])]
         result["reloaded"] = train(anew, rank, world, steps=2, start=3)[0][-1]
 
-        # A checkpoint from before the first step.
-        start = make_engine(stage)
+        # A checkpoint from before the first step, into an engine that has taken some.
+        start = anew
         start.load_state(fresh, 0)
         result["from_start"] = train(start, rank, world)[0][-1]
         result["unclipped"] = train(make_engine(stage, clip=0.0), rank, world, steps=2)

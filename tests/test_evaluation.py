@@ -21,7 +21,7 @@ from rlhf_ray.evaluation.metrics import (
     words,
 )
 from rlhf_ray.evaluation.samples import Responses, draw_responses
-from rlhf_ray.evaluation.scoring import LanguageModel, score_texts
+from rlhf_ray.evaluation.scoring import LanguageModel
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
@@ -356,8 +356,3 @@ def test_a_missing_stage_is_named(run_folder, tmp_path):
     (tmp_path / "data").symlink_to(run_folder.path / "data")
     with pytest.raises(UserError, match="run the stage 'sft'"):
         evaluate(recipe(), RunFolder(tmp_path))
-
-
-def test_score_texts_scores_any_text(run_folder):
-    scores = score_texts(run_folder.stage("reward").model, ["The cat", "The cat"], [" sat.", " sat."], [True, False])
-    assert scores.shape == (2,) and scores[0] != scores[1]  # EOS is scored where the response ended

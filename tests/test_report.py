@@ -193,6 +193,9 @@ def test_verdicts():
     assert verdict(summary(judge=0.52), []).startswith("These prompts show no difference")
     assert verdict(summary(judge=0.3), []).startswith("PPO made the model worse")
     assert "under the reward model, at a KL" in verdict(summary(judge=None), [])
+    beyond = summary() | {"kl": 40.0, "max_kl": 15.0}
+    assert verdict(beyond, []).startswith("This run failed: its KL is above the recipe's cap of 15 nats")
+    assert verdict(beyond | {"kl": 15.0}, []).startswith("PPO beats SFT"), "at the cap is not above it"
 
 
 def test_warnings_name_what_went_wrong():

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_ray.supervised.reward_metrics import (
     average_ranks,
+    calibration,
     expected_calibration_error,
     longer_accuracy,
     pair_accuracy,
@@ -34,6 +35,9 @@ def test_calibration_error_of_two_bins_worked_by_hand():
     log3, log19 = math.log(3.0001), math.log(19.0001)
     margins = np.array([log3, -log3, log19, log19])
     assert expected_calibration_error(margins) == pytest.approx(0.15, abs=1e-4)
+    first, last = calibration(margins)
+    assert first == pytest.approx({"predicted": 0.75, "observed": 0.5, "count": 2}, abs=1e-4)
+    assert last == pytest.approx({"predicted": 0.95, "observed": 1.0, "count": 2}, abs=1e-4)
 
 
 def test_calibration_error_sees_overconfidence_and_not_only_rightness():

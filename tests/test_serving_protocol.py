@@ -142,6 +142,25 @@ def test_seed_repeats_n_and_prompt_lists_extend(served):
     assert len({choice.text for choice in several.choices}) == 6
 
 
+def test_what_ended_responses_in_training_ends_them_here(served, folder, tmp_path):
+    """A policy that was trained with stop strings learnt to end with them."""
+    model = load_causal_lm(folder)
+    model.config.response_stops = ["m"]
+    with_stops = save_model(model, load_tokenizer(folder), tmp_path / "model", "tiny")
+    runner, reader = load(EngineOptions(model=str(with_stops), precision="float32"), LIMITS)
+
+    async def talk(client):
+        create = client.completions.create
+        return [(await create(model="tiny", prompt="the", max_tokens=60, seed=seed)).choices[0] for seed in range(4)]
+
+    free, stopped = ask(served, talk), ask((runner, reader), talk)
+    runner.close()
+    assert any("m" in choice.text for choice in free)
+    for one, other in zip(free, stopped, strict=True):
+        assert other.text == one.text.split("m")[0]
+        assert other.finish_reason == ("stop" if "m" in one.text else one.finish_reason)
+
+
 def test_stop_ends_before_the_string_and_counts_tokens_up_to_it(served):
     async def talk(client):
         free = await client.completions.create(model="tiny", prompt="the cat", max_tokens=40, seed=5, logprobs=0)

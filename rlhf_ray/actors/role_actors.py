@@ -243,7 +243,9 @@ class PolicyActor(TrainerActor):
         """The weights in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
         from rlhf_ray.models.wire import pack_weights
 
-        return pack_weights(self.role.weights(), parts, self.dtype, keep=self.rank == 0)
+        # A generator that was asked to compute in float32 gets float32.
+        dtype = torch.float32 if self.recipe.generation.precision == "float32" else self.dtype
+        return pack_weights(self.role.weights(), parts, dtype, keep=self.rank == 0)
 
     def save_model(self, folder: Path, card: str) -> int:
         """Write a Hugging Face folder; rank 0 writes, all gather."""
@@ -257,6 +259,8 @@ class PolicyActor(TrainerActor):
             trust = self.recipe.model.trust_remote_code
             model = load_causal_lm(self.start, None, trust)
             load_named(model, state)
+            # Not generation_config.stop_strings: with those a plain `generate` refuses to run without a tokenizer.
+            model.config.response_stops = list(self.recipe.generation.stop)
             save_model(model, load_tokenizer(self.start, trust), folder, card)
         return self.rank
 

@@ -73,10 +73,10 @@ def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -
 
 @ray.remote(max_retries=0)
 def _evaluate(recipe: Recipe, folder: RunFolder, threads: int, gpus: float) -> None:
-    set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
+    device = set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
     from rlhf_ray.evaluation.evaluate import evaluate
 
-    evaluate(recipe, folder)
+    evaluate(recipe, folder, device=device)
 
 
 def check_cluster(recipe: Recipe, stages: list[str]) -> None:

@@ -137,7 +137,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
     replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
     gpus: Annotated[float | None, typer.Option(help="GPUs a replica; default: one where there are enough")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads a replica; default: the cores shared out")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings along")] = False,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="longest prompt; default: the model's positions less one")
     ] = None,
@@ -169,7 +171,9 @@ def serve(
         name=name,
         replicas=replicas,
         gpus=gpus,
+        threads=threads,
         precision=precision,
+        trust_remote_code=trust_remote_code,
         limits=limits,
     )
 

@@ -43,6 +43,8 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     pq.write_table(table, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())  # before DONE says that it is there
     os.replace(temporary, target)
 
 

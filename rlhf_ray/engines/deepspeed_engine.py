@@ -43,8 +43,6 @@ class DeepSpeedEngine:
         self.settings = settings
         self.device = device
         module = module.to(device).float()
-        # A tied lm_head is one parameter under its first name; named_parameters drops the second.
-        self.names = [name for name, _ in module.named_parameters()]
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0
         )

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe_file import load_recipe
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
 
@@ -80,7 +81,7 @@ def _compare_scores(features, train: pd.DataFrame, held_out: dict[str, pd.DataFr
     from sklearn.linear_model import LogisticRegression, Ridge
 
     matrix, scores = features.transform(_texts(train, "response")), train["score"].to_numpy()
-    middle = (scores.min() + scores.max()) / 2
+    middle = scores.mean()  # as the reward model's figures have it
     regression = Ridge(alpha=1.0, solver="sparse_cg").fit(matrix, scores)
     classifier = LogisticRegression(C=5.0, max_iter=300).fit(matrix, scores > middle)
     figures = {}
@@ -100,9 +101,11 @@ def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None)
     train = _rows(folder, f"{stage}_train")
     if train_rows is not None and train_rows < len(train):
         train = train.sample(train_rows, random_state=0)
-    held_out = {"eval": _rows(folder, f"{stage}_eval")}
+    # The rows that the reward model's own figures are taken on.
+    rows = getattr(load_recipe(str(folder.recipe)), stage).eval_rows
+    held_out = {"eval": _rows(folder, f"{stage}_eval").head(rows)}
     if folder.data(f"{stage}_{OPENINGS}").exists():
-        held_out[OPENINGS] = _rows(folder, f"{stage}_{OPENINGS}")
+        held_out[OPENINGS] = _rows(folder, f"{stage}_{OPENINGS}").head(rows)
     return {"train_rows": len(train), **compare(train, held_out)}
 
 

@@ -15,6 +15,7 @@ import torch
 
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.data.store import read_role
+from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import metrics
 from rlhf_ray.evaluation.metrics import Estimate, Resampler
@@ -68,13 +69,15 @@ DEFINITIONS = {
 Progress = Callable[[dict], None]
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, progress: Progress | None = None) -> dict:
+def evaluate(
+    recipe: Recipe, folder: RunFolder, progress: Progress | None = None, *, device: torch.device | str = "cpu"
+) -> dict:
     """Run the stage, or return its summary if it is done. progress gets {"stage", "step", "total", "doing"}."""
     stage = folder.stage("evaluation")
     if stage.done:
         return stage.summary()
     started = time.monotonic()
-    summary = _Evaluation(recipe, folder, progress or (lambda state: None)).run()
+    summary = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device)).run()
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     stage.finish(summary)
@@ -82,10 +85,10 @@ def evaluate(recipe: Recipe, folder: RunFolder, progress: Progress | None = None
 
 
 class _Evaluation:
-    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress):
+    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress, device: torch.device):
         self.recipe, self.folder, self.progress = recipe, folder, progress
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype = _dtype(recipe.ppo.precision, self.device)
+        self.device = device
+        self.dtype = _dtype(recipe.ppo.precision, device)
         self.seeds = recipe.evaluation.seeds
         self.prompts = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
@@ -252,8 +255,6 @@ def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:
     return [prompts[i] for i in sorted(chosen)]
 
 
-def _dtype(precision: Precision, device: str) -> torch.dtype:
-    """As asked; auto: bfloat16 on a GPU, float32 on a CPU, where an evaluation is short and its figures are exact."""
-    if precision == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    return getattr(torch, precision)
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """As in training, but for auto on a CPU: float32 there, where an evaluation is short and its figures are exact."""
+    return torch.float32 if precision == "auto" and device.type == "cpu" else resolve_precision(precision, device)

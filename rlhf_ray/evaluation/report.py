@@ -53,7 +53,7 @@ QUALITY_NAMES = {  # figures of a reward model's DONE that are its quality; the 
     "pairs": "Held-out pairs",
     "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
-    "bag_of_words_accuracy": "Accuracy of a bag-of-words classifier",
+    "sign_accuracy": "Right side of the mean score",
     "ece": "Expected calibration error",
     "margin_mean": "Mean margin, chosen over rejected",
     "pearson": "Pearson correlation with people's scores",

@@ -12,13 +12,12 @@ from rlhf_ray.evaluation.charts import Series
 
 # title: ((metric, its name in the legend), ...); the metrics that a run has are drawn.
 SUPERVISED = {
-    "Loss": (("loss", "training"), ("eval_loss", "held out")),
-    "Accuracy": (("accuracy", "training"), ("eval_accuracy", "held out")),
-    "Token accuracy": (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out")),
-    "Margin, chosen over rejected": (("margin", "training"), ("eval_margin", "held out")),
+    "Loss": (("loss", "loss"),),
+    "Accuracy": (("accuracy", "accuracy"),),
+    "Margin, chosen over rejected": (("margin", "margin"),),
     "Learning rate": (("learning_rate", "learning rate"),),
     "Gradient norm": (("grad_norm", "gradient norm"),),
-    "Speed": (("tokens_per_s", "tokens a second"), ("rows_per_s", "rows a second")),
+    "Speed": (("tokens_per_s", "tokens a second"),),
 }
 PPO = {
     "Score": (("objective/score", "training prompts"), ("eval/score", "held-out prompts")),
@@ -37,9 +36,9 @@ PPO = {
     ),
     "Share that ended by itself": (("objective/eos_rate", "training prompts"), ("eval/eos_rate", "held-out prompts")),
     "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_max", "largest gap")),
-    "Learning rate": (("policy/learning_rate", "policy"), ("value/learning_rate", "critic")),
+    "Learning rate": (("policy/learning_rate", "policy"),),
 }
-TIME_PREFIX, TOTALS = "time/", ("time/step_s", "time/total_s")
+TIME_PREFIX, TOTALS = "time/", ("time/step_s",)
 NOT_CURVES = ("step", "epoch", "episodes", "tokens", "elapsed_s", "progress", "total_steps")
 
 

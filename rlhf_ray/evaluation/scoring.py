@@ -30,27 +30,25 @@ def sft_model(recipe: Recipe, folder: RunFolder) -> Path | str:
     return recipe.model.name_or_path if recipe.sft is None else stage_model(folder, "sft")
 
 
-def reward_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: str) -> Scorer:
+def reward_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: torch.device | str) -> Scorer:
     """What PPO was trained on: ppo.reward_function if set, else the reward model."""
     if recipe.ppo.reward_function is not None:
         return FunctionScorer(recipe.ppo.reward_function)
-    return RewardScorer(stage_model(folder, "reward"), compute_dtype=dtype, device=device)
+    return _model_scorer(recipe, stage_model(folder, "reward"), dtype, device)
 
 
-def judge_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: str) -> Scorer | None:
+def judge_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: torch.device | str) -> Scorer | None:
     """The judge: evaluation.judge_function (the known true utility), else the judge stage's model, else None."""
     if recipe.evaluation.judge_function is not None:
         return FunctionScorer(recipe.evaluation.judge_function)
     if recipe.judge is not None:
-        return RewardScorer(stage_model(folder, "judge"), compute_dtype=dtype, device=device)
+        return _model_scorer(recipe, stage_model(folder, "judge"), dtype, device)
     return None
 
 
-def score_texts(
-    model_folder: str | Path, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], batch: int = 32
-) -> np.ndarray:
-    """Normalised scores [N] of any texts under a reward model's folder, e.g. in a notebook."""
-    return RewardScorer(model_folder, batch_size=batch).score(prompts, responses, ended)
+def _model_scorer(recipe: Recipe, path: Path, dtype: torch.dtype, device: torch.device | str) -> RewardScorer:
+    trust = recipe.model.trust_remote_code
+    return RewardScorer(path, compute_dtype=dtype, device=device, trust_remote_code=trust)
 
 
 class LanguageModel:

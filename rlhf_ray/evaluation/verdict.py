@@ -20,7 +20,16 @@ def verdict(summary: dict, stages: list[dict]) -> str:
         words = f"These prompts show no difference between PPO and SFT: PPO wins {_rate(rate)} under {by}"
     if judge is not None and model is not None:
         words += f" and in {_rate(model)} under the reward model it was trained on"
-    return f"{words}, at a KL of {summary['kl']:.2f} nats a response."
+    words += f", at a KL of {summary['kl']:.2f} nats a response."
+    if is_above_cap(summary):
+        return f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats. {words}"
+    return words
+
+
+def is_above_cap(summary: dict) -> bool:
+    """Whether the policy has gone further from the SFT model than the recipe allows (evaluation.max_kl)."""
+    cap = summary.get("max_kl")
+    return cap is not None and summary["kl"] > cap
 
 
 def warnings(summary: dict) -> list[str]:
@@ -35,10 +44,10 @@ def warnings(summary: dict) -> list[str]:
             "The reward model prefers PPO and the independent judge does not: PPO may be exploiting the "
             "reward model's mistakes."
         )
-    cap = summary.get("max_kl")
-    if cap is not None and summary["kl"] > cap:
+    if is_above_cap(summary):
         found.append(
-            f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {cap:g}: raise ppo.kl_coef."
+            f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {summary['max_kl']:g}: "
+            "raise ppo.kl_coef."
         )
     distinct = ratio.get("distinct_2")
     if distinct is not None and distinct["mean"] < MIN_DISTINCT_RATIO:

@@ -112,7 +112,7 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings)
         seed = secrets.randbits(63) if body.seed is None else body.seed
         for prompt_ids in prompts:
             longest = reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
-            params = body.sampling(longest, PLAIN_CHAT_STOPS if plain_chat else ())
+            params = body.sampling(longest, (*reader.stops, *(PLAIN_CHAT_STOPS if plain_chat else ())))
             rows += [
                 RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
                 for place in range(body.choices)

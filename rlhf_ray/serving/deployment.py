@@ -64,8 +64,8 @@ def application(
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, api_key
-    and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
+    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision,
+    trust_remote_code, api_key and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
     path = given.pop("model", None)
@@ -79,6 +79,7 @@ def build_application(args: dict[str, Any]) -> Application:
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
+        trust_remote_code=bool(given.pop("trust_remote_code", False)),
     )
     settings = AppSettings(
         name=given.pop("name", None) or model_name(Path(path), model),

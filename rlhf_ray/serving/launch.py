@@ -49,6 +49,7 @@ def serve(
     gpus: float | None = None,
     threads: int | None = None,
     precision: Precision = "auto",
+    trust_remote_code: bool = False,
     limits: Limits = Limits(),
     block: bool = True,
     say: Callable[[str], None] = print,
@@ -71,6 +72,7 @@ def serve(
         gpus=gpus,
         threads=threads,
         precision=precision,
+        trust_remote_code=trust_remote_code,
         limits=limits,
     )
     if not block:
@@ -107,6 +109,7 @@ class Server:
         gpus: float | None,
         threads: int | None,
         precision: Precision,
+        trust_remote_code: bool,
         limits: Limits,
     ):
         if not 0 <= port < 65536:
@@ -119,6 +122,7 @@ class Server:
             name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
         )
         self.replicas, self.gpus, self.precision = replicas, gpus, precision
+        self.trust_remote_code = trust_remote_code
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // replicas)
         self._reserved: socket.socket | None = None
@@ -172,7 +176,8 @@ class Server:
         from rlhf_ray.serving.deployment import application
 
         options = EngineOptions(
-            model=str(self.model), precision=self.precision, device="cuda" if gpus else "cpu", threads=self.threads
+            model=str(self.model), precision=self.precision, device="cuda" if gpus else "cpu", threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
         )
         try:
             ray_serve.run(

@@ -16,8 +16,9 @@ from rlhf_ray.serving.settings import EngineOptions, Limits
 def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptReader]:
     """Load the model and start its engine. UserError for a folder that holds no usable language model."""
     torch.set_num_threads(options.threads)
-    tokenizer = load_tokenizer(options.model)
-    model = load_causal_lm(options.model, dtype=resolve_precision(options.precision, options.device))
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    dtype = resolve_precision(options.precision, options.device)
+    model = load_causal_lm(options.model, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
     ends = model.generation_config.eos_token_id  # chat models end a turn with other tokens than a text
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -29,6 +30,7 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
         eos_token_ids=sorted({tokenizer.eos_token_id, *ends}),
     )
     reader = PromptReader(
-        tokenizer=tokenizer, positions=engine.decoder.max_length, vocab_size=engine.decoder.vocab_size, limits=limits
-    )
+        tokenizer=tokenizer, positions=engine.decoder.max_length, vocab_size=engine.decoder.vocab_size, limits=limits,
+        stops=tuple(getattr(model.config, "response_stops", ())),
+    )  # fmt: skip
     return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader

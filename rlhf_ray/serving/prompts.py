@@ -28,6 +28,8 @@ class PromptReader:
     positions: int | None
     vocab_size: int
     limits: Limits
+    stops: tuple[str, ...] = ()
+    """What ended responses in training, beside EOS."""
 
     def completion(self, request: CompletionRequest) -> list[list[int]]:
         prompts = request.prompts

@@ -49,6 +49,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int = 1
     """torch threads; more is not faster for a model of a few million parameters."""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,7 +100,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         StageJob(
             recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
             trainer=trainer, measure=measure,
-            load=lambda saved: score_in_float32(load_reward_model(saved)),
+            load=lambda saved: score_in_float32(load_reward_model(saved, None, recipe.model.trust_remote_code)),
         )
     )  # fmt: skip
 

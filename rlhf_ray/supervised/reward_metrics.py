@@ -24,15 +24,23 @@ def expected_calibration_error(margins: np.ndarray, *, bins: int = 10) -> float:
     The model's choice is the text it scores higher, its confidence sigmoid(|margin|), 0.5 to 1; each bin weighs as many
     pairs as it holds. 0 is perfect.
     """
+    parts = calibration(margins, bins=bins)
+    pairs = sum(part["count"] for part in parts)
+    return sum(part["count"] / pairs * abs(part["predicted"] - part["observed"]) for part in parts)
+
+
+def calibration(margins: np.ndarray, *, bins: int = 10) -> list[dict]:
+    """Mean confidence (`predicted`) and accuracy (`observed`) of the `count` pairs in each bin that holds any."""
     margins = np.asarray(margins, np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    error = 0.0
+    found = []
     for b in np.unique(place):
         inside = place == b
-        error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    return float(error)
+        predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
+        found.append({"predicted": predicted, "observed": observed, "count": int(inside.sum())})
+    return found
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -78,6 +86,7 @@ def pair_figures(
         "longer_accuracy": longer_accuracy(chosen_lengths, rejected_lengths),
         "ece": expected_calibration_error(margins),
         "margin_mean": float(margins.mean()),
+        "calibration": calibration(margins),
     }
 
 

@@ -73,7 +73,8 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 
     job = StageJob(
         recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
-        trainer=trainer, load=load_causal_lm, measure=measure,
+        trainer=trainer, measure=measure,
+        load=lambda saved: load_causal_lm(saved, None, recipe.model.trust_remote_code),
     )  # fmt: skip
     return train_stage(job)
 
