@@ -1,5 +1,5 @@
 # `make demo` and `make test` work on a bare clone: they make .venv/ and install into it.
-# Needed on the system: Python >= 3.11 with venv, make, g++ (DeepSpeed compiles a small operator).
+# Needed on the system: Python >= 3.11 with venv, make. Nothing is compiled.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,6 @@ install: $(STAMP)    ## make .venv/ and install the package with what its tests 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@command -v g++ >/dev/null || { echo "g++ is missing; on Debian or Ubuntu: apt-get install g++" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
 	@touch $@

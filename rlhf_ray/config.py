@@ -362,8 +362,10 @@ class ResourcesConfig(Section):
     policy: GroupConfig = knob(GroupConfig(), "policy ranks")
     critic: GroupConfig = knob(GroupConfig(), "critic ranks")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = knob("PACK", "Ray placement-group strategy")
-    start_timeout_s: float = knob(300.0, "longest wait for actors to start", gt=0)
-    call_timeout_s: float = knob(1800.0, "longest wait for any one call to an actor", gt=0)
+    start_timeout_s: float = knob(300.0, "longest wait for actors or workers to start", gt=0)
+    call_timeout_s: float = knob(
+        1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
+    )
 
 
 class TrackingConfig(Section):

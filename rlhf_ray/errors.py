@@ -12,5 +12,10 @@ class RunFailed(RuntimeError):
     """
 
 
+def machine_failed(what: str, error: Exception) -> RunFailed:
+    """What to tell of a full disk, a folder that may not be written, a file server that is gone."""
+    return RunFailed(f"{what} failed: {error}; make room or mend that, then run the same command again")
+
+
 class StageStopped(Exception):
     """A stage ended early because it was asked to (Ctrl-C); its checkpoint is written. The command exits with 130."""

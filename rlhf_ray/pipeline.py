@@ -14,14 +14,14 @@ from pathlib import Path
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.recipe_file import check_resume, write_recipe
-from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
+from rlhf_ray.run_folder import STAGES, RunFolder, StageFolder, write_atomically
 
 Progress = Callable[[dict], None]
 Stage = Callable[[Recipe, RunFolder, Progress], None]
 #: what a stage reads
 NEEDS = {
     "data": (), "sft": ("data",), "fluency": ("data",), "reward": ("data", "sft"), "judge": ("data", "sft"),
-    "ppo": ("data", "sft", "reward"), "evaluation": ("sft", "ppo"),
+    "ppo": ("data", "sft", "reward"), "evaluation": ("sft", "fluency", "reward", "judge", "ppo"),
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
-    """More PPO steps than were done, or another evaluation, reopen what had finished."""
+    """More PPO steps than were done, or something else to evaluate by, reopen what had finished."""
     ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
     if ppo.done:
         done = ppo.summary()["steps"]
@@ -51,10 +51,16 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
                 f"set it to {done} or more"
             )
         if recipe.ppo.steps > done:
+            _reopen_evaluation(evaluation)
             ppo.done_file.unlink()
-            evaluation.done_file.unlink(missing_ok=True)
-    if evaluation.done and any(key.startswith("evaluation.") for key in changed):
-        evaluation.done_file.unlink()
+    if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency"}:
+        _reopen_evaluation(evaluation)
+
+
+def _reopen_evaluation(evaluation: StageFolder) -> None:
+    """Its figures go too: until there are new ones, a report would show them for what the run folder holds now."""
+    evaluation.done_file.unlink(missing_ok=True)
+    (evaluation.path / "summary.json").unlink(missing_ok=True)
 
 
 def run_stages(
@@ -84,9 +90,9 @@ def run_stages(
                     f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
                     f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir"
                 )
-        progress({"stage": name, "started": True})
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
+        progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which has to stay
         started = time.time()
         try:
             stages[name](recipe, folder, progress)
@@ -108,18 +114,15 @@ def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
 def environment() -> dict:
     """Versions, the code's git commit, hardware."""
     packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "datasets", "numpy")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
-        "git_commit": commit or None,
+        "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").strip() or None,
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": _gpu_names(),
+        "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
     }
 
 
@@ -139,11 +142,10 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _gpu_names() -> list[str]:
+def _output(*command: str) -> str:
+    """What a tool prints; nothing where it fails or is not installed."""
     try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return []
-    return out.stdout.split("\n")[:-1] if out.returncode == 0 else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

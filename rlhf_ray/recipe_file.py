@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import types
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,17 @@ def load_recipe(path_or_name: str, overrides: list[str] | None = None) -> Recipe
 def read_yaml(path_or_name: str) -> dict[str, Any]:
     path = Path(path_or_name)
     packaged = packaged_recipes()
-    if not path.exists():
-        if path_or_name not in packaged:
-            near = difflib.get_close_matches(path_or_name, packaged, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(
-                f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
-                f"({', '.join(packaged)}){hint}"
-            )
+    if path_or_name in packaged and not path.is_file():
         path = packaged[path_or_name]
-    if path.is_dir():
+    elif path.is_dir():
         raise UserError(f"'{path_or_name}' is a folder; name the recipe's YAML file (a run folder's is recipe.yaml)")
+    elif not path.exists():
+        near = difflib.get_close_matches(path_or_name, packaged, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
+            f"({', '.join(packaged)}){hint}"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -141,6 +142,22 @@ def _section_type(annotation: Any) -> Any:
             if found is not None:
                 return found
     return None
+
+
+def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
+    """(key path, text) of every field that may hold a local path: data, and models that are not the run's own."""
+    if not recipe.model.is_from_scratch:
+        yield ("model", "name_or_path"), recipe.model.name_or_path
+    for stage in ("reward", "judge"):
+        section = getattr(recipe, stage)
+        if section is not None and not section.starts_within_run:
+            yield (stage, "base"), section.base
+    if recipe.data.root is not None:
+        yield ("data", "root"), recipe.data.root
+    for role in ("sft", "preferences", "judge", "prompts", "eval_prompts"):
+        for index, source in enumerate(getattr(recipe.data, role)):
+            if recipe.data.root is None or Path(source.path).is_absolute():  # else it is relative to the root
+                yield ("data", role, index, "path"), source.path
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -3,20 +3,19 @@ the bag-of-words baseline."""
 
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from real_data import DATA
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data import hh, imdb
 from rlhf_ray.errors import UserError
 from rlhf_ray.run_folder import RunFolder
 
-DATA = Path(os.environ.get("RLHF_RAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 COUNT = 400  # reviews of each synthetic split
 PAIRS = ("preferences", "preferences_eval", "judge", "judge_eval")
 
@@ -243,6 +242,7 @@ def test_bag_of_words_finds_what_words_say(tmp_path):
 
     folder = RunFolder(tmp_path)
     folder.data("reward_train").parent.mkdir(parents=True)
+    folder.recipe.write_text(Recipe(name="t", judge={"eval_rows": 80}).model_dump_json())
     for part, count in (("train", 200), ("eval", 100), ("eval_openings", 50)):
         moods = [rng.choice([("awful", -1.0), ("lovely", 1.0)]) for _ in range(count)]
         rows = [{"prompt": "It was", "response": " " + text(mood), "score": score} for mood, score in moods]
@@ -257,7 +257,8 @@ def test_bag_of_words_finds_what_words_say(tmp_path):
         assert scored[held_out]["pearson"] > 0.98
     paired = run(folder, "judge")
     assert paired["eval_openings"]["accuracy"] == 1.0
-    assert paired["eval"]["longer_accuracy"] == 0.25  # half the pairs: the rejected is longer; the others: equal
+    assert (scored["eval"]["rows"], paired["eval"]["pairs"]) == (100, 80), "the rows that the model is measured on"
+    assert paired["eval"]["longer_accuracy"] == 0.1875  # of 80 pairs: 50 with a longer rejected one, 30 equal
 
 
 def test_bag_of_words_needs_the_data_stage(tmp_path, capsys):
@@ -268,7 +269,7 @@ def test_bag_of_words_needs_the_data_stage(tmp_path, capsys):
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not (DATA / "imdb").is_dir(), reason="no data folder beside the repository")
+@pytest.mark.skipif(not (DATA / "imdb").is_dir(), reason="the data is not there; see real_data.py")
 def test_imdb_real_counts():
     splits, dropped = imdb.without_duplicates(imdb.read(str(DATA / "imdb")))
     labelled = len(splits["train"]) + len(splits["test"])
@@ -278,7 +279,7 @@ def test_imdb_real_counts():
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not (DATA / "hh-rlhf").is_dir(), reason="no data folder beside the repository")
+@pytest.mark.skipif(not (DATA / "hh-rlhf").is_dir(), reason="the data is not there; see real_data.py")
 def test_hh_real_counts():
     roles = hh.build(str(DATA / "hh-rlhf"), subsets=hh.SUBSETS)
     pairs = [row for role in PAIRS for row in roles[role]]

@@ -3,9 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from rlhf_ray.cli.doctor import recipe_problems
+from rlhf_ray.cli.running import absolute_paths
+from rlhf_ray.config import Recipe
+from rlhf_ray.run_folder import RunFolder
 
 
 def rlhf_ray(*args, cwd=None) -> subprocess.CompletedProcess:
@@ -87,6 +94,63 @@ def test_doctor_prints_the_plan_of_a_good_recipe(tmp_path):
     for role in ("generation", "reward", "reference", "policy", "critic", "nothing stands in the way"):
         assert role in answer.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_installed_command_finds_a_builder_in_the_working_directory(tmp_path):
+    """Its sys.path starts with the folder of the script, where `python -m` has the working directory."""
+    (tmp_path / "own_data.py").write_text("def build(root, seed): ...\n")
+    recipe = recipe_file(tmp_path, data={"builder": "own_data:build"})
+    script = Path(sys.executable).parent / "rlhf-ray"
+    answer = subprocess.run([script, "doctor", str(recipe)], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                            check=False)  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "nothing stands in the way" in answer.stdout
+
+
+def test_a_packaged_recipe_is_found_beside_a_folder_of_its_name(tmp_path):
+    (tmp_path / "demo").mkdir()
+    answer = rlhf_ray("doctor", "demo", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_model_folders_become_absolute_and_the_runs_own_models_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "fluency", "from_scratch"):
+        Path(name).mkdir()
+    bases = {"reward": {"base": "mine"}, "judge": {"base": "fluency"}, "fluency": {}}
+    recipe = absolute_paths(Recipe.model_validate({"name": "own", **bases}))
+    assert (recipe.reward.base, recipe.judge.base) == (str(tmp_path / "mine"), "fluency")
+    assert recipe.model.is_from_scratch
+    own = Recipe.model_validate({"name": "own", "model": {"name_or_path": "mine"}, "reward": {"base": "org/name"}})
+    own = absolute_paths(own)
+    assert (own.model.name_or_path, own.reward.base) == (str(tmp_path / "mine"), "org/name")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_precision_is_asked_of_this_machine_only_where_the_run_computes_here():
+    gpu = {"policy": {"gpus": 1}, "generation": {"gpus": 1}}
+    sections = {"ppo": {"precision": "bfloat16"}, "generation": {"precision": "bfloat16"}, "resources": gpu}
+    recipe = Recipe.model_validate({"name": "own", "sft": {"precision": "bfloat16", "gpus_per_worker": 1}, **sections})
+    problems = recipe_problems(recipe, data=False)
+    assert [problem.partition(",")[0] for problem in problems] == [
+        f"{section}.precision is 'bfloat16'" for section in ("sft", "ppo", "generation")
+    ]
+    assert recipe_problems(recipe, data=False, hardware=False) == []
+
+
+def test_reward_trains_what_the_recipe_has_of_the_models_that_score(tmp_path):
+    ppo = {"reward_function": "rlhf_ray.data.sorting:exact", "critic_init": "sft"}
+    run = RunFolder(tmp_path / "run")
+    for name in ("data", "sft", "judge"):
+        run.stage(name).path.mkdir(parents=True)
+        run.stage(name).finish({})
+    with_judge = recipe_file(tmp_path, reward=None, judge={}, ppo=ppo)
+    answer = rlhf_ray("reward", str(with_judge), "--run-dir", str(run.path))
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == str(run.stage("judge").path)
+    without = recipe_file(tmp_path, reward=None, ppo=ppo)
+    answer = rlhf_ray("reward", str(without), "--run-dir", str(tmp_path / "other"))
+    assert answer.returncode == 2 and "has no stage 'reward'" in answer.stderr
 
 
 def test_export_refuses_what_holds_no_model(tmp_path):

@@ -445,6 +445,17 @@ def test_what_the_cluster_can_see_stays_where_it_is(tmp_path):
     assert [source["path"] for source in sources] == ["some/hub-name", str(tmp_path)]
 
 
+def test_a_folder_called_like_one_of_the_runs_models_is_not_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sft", "model", "fluency", "from_scratch"):
+        Path(name).mkdir()
+    own = recipe(reward={"base": "model"}, judge={"base": "fluency"}, fluency={})
+    for one in (own, recipe()):
+        upload.stage(one, _empty(tmp_path), run_dir="/runs/x")
+    with pytest.raises(UserError, match="reward.base = './sft' is a path on this machine"):
+        upload.stage(recipe(reward={"base": "./sft"}), _empty(tmp_path), run_dir="/runs/x")
+
+
 def test_large_data_is_refused(tmp_path):
     big = tmp_path / "big.jsonl"
     with open(big, "wb") as file:

@@ -1,11 +1,14 @@
 """The order of stages, stopping between them, what may change on resume, and one run a folder."""
 
+import errno
+
 import pytest
 
-from rlhf_ray.cli.running import held
+from rlhf_ray.cli.running import failures_recorded, held
 from rlhf_ray.config import Recipe
-from rlhf_ray.errors import StageStopped, UserError
-from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.events import EventLog
+from rlhf_ray.pipeline import environment, prepare_folder, run_stages, stages_of
 from rlhf_ray.recipe_file import check_resume
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.run_folder import RunFolder
@@ -47,6 +50,24 @@ def test_a_stage_says_what_it_needs(tmp_path):
         run_stages(Recipe(name="r"), folder, stages(folder, []), lambda event: None, ["ppo"])
     with pytest.raises(UserError, match="has no stage 'judge'"):
         run_stages(Recipe(name="r"), folder, stages(folder, []), lambda event: None, ["judge"])
+    run_stages(Recipe(name="r"), folder, stages(folder, []), lambda event: None)
+    folder.stage("evaluation").done_file.unlink()
+    with pytest.raises(UserError, match="stage 'evaluation' needs 'judge'"):
+        run_stages(Recipe(name="r", judge={}), folder, stages(folder, []), lambda event: None, ["evaluation"])
+
+
+def test_a_stop_that_comes_as_a_stage_starts_is_not_lost(tmp_path):
+    folder, seen = RunFolder(tmp_path), []
+
+    def ctrl_c(event):
+        if event.get("started"):
+            folder.stage(event["stage"]).stop_file.touch()
+
+    def work(recipe, folder, progress):
+        seen.append(folder.stage("data").stop_file.exists())
+
+    run_stages(Recipe(name="r"), folder, {"data": work}, ctrl_c, ["data"])
+    assert seen == [True]
 
 
 def test_anything_may_change_until_the_data_is_prepared_and_what_is_safe_after(tmp_path):
@@ -77,6 +98,49 @@ def test_a_finished_ppo_keeps_its_recipe_unless_it_gets_more_steps(tmp_path):
         prepare_folder(Recipe(name="r", ppo={"steps": 2}), folder)
     prepare_folder(Recipe(name="r", ppo={"steps": 5, "kl_coef": 0.5}), folder)
     assert not folder.stage("ppo").done
+
+
+@pytest.mark.parametrize(
+    "added", [{"judge": {}}, {"fluency": {}}, {"evaluation": {"prompts": 8}}, {"ppo": {"steps": 4}}]
+)
+def test_what_changes_the_figures_reopens_the_evaluation_and_drops_its_figures(added, tmp_path):
+    folder, log = RunFolder(tmp_path), []
+    before = Recipe(name="r", ppo={"steps": 3})
+    prepare_folder(before, folder)
+    run_stages(before, folder, stages(folder, log), lambda event: None)
+    summary = folder.stage("evaluation").path / "summary.json"
+    summary.write_text("{}")
+    prepare_folder(before, folder)
+    assert folder.stage("evaluation").done and summary.exists()
+    after = Recipe.model_validate({"name": "r", "ppo": {"steps": 3}} | added)
+    prepare_folder(after, folder)
+    assert not folder.stage("evaluation").done and not summary.exists()
+    log.clear()
+    run_stages(after, folder, stages(folder, log), lambda event: None)
+    assert log == [name for name in added if name != "evaluation"] + ["evaluation"]
+
+
+def test_a_machine_without_git_runs_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = environment()
+    assert found["git_commit"] is None and found["gpus"] == []
+
+
+def test_whatever_ends_a_run_is_an_event_and_a_full_disk_is_told_in_words(tmp_path):
+    folder = RunFolder(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    ends = [
+        (full, RunFailed, "^ppo failed: .*No space left on device; make room"),
+        (UserError("that won't do"), UserError, "^that won't do$"),
+        (ZeroDivisionError("ours"), ZeroDivisionError, "^ours$"),
+        (StageStopped("asked to"), StageStopped, "asked to"),
+    ]
+    for error, kind, says in ends:
+        with pytest.raises(kind, match=says), failures_recorded(folder, lambda: "ppo"):
+            raise error
+    events = EventLog(folder.events).read()
+    assert [event["what"] for event in events[1:]] == ["that won't do", "ZeroDivisionError: ours"]
+    assert "No space left" in events[0]["what"] and events[0]["stage"] == "ppo"
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path):

@@ -1,5 +1,6 @@
 """PPO over real Ray actors, from start models to final model: stopped, resumed, spread over ranks. And waiting."""
 
+import errno
 import json
 import os
 import sys
@@ -8,14 +9,18 @@ import time
 import numpy as np
 import pytest
 import ray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
+from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.checkpoint import complete, last_good
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.config import RoleConfig
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -179,8 +184,19 @@ class Toy:
     def bug(self):
         raise ZeroDivisionError("ours")
 
+    def full_disk(self, error):
+        raise error
+
     def die(self):
         os._exit(1)
+
+    def logprobs(self, rollout):
+        return rollout, Receipt(0.5, 8)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def dying_task():
+    os._exit(1)
 
 
 @pytest.fixture
@@ -219,6 +235,73 @@ def test_our_own_error_keeps_its_traceback(toy):
     waiting = waiter()
     with pytest.raises(ZeroDivisionError, match="in bug"):
         waiting.wait([waiting.track(toy.bug.remote(), "toy")], "a test")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_told_in_words(toy, error):
+    waiting = waiter()
+    failed = waiting.track(toy.full_disk.remote(error), "policy rank 0 (save)")
+    with pytest.raises(
+        RunFailed, match=r"^policy rank 0 \(save\) failed: .*No space left on device; make room"
+    ) as told:
+        waiting.wait([failed], "writing a checkpoint")
+    assert "Traceback" not in str(told.value)
+
+
+def test_a_task_whose_process_ended_is_named(toy):
+    """Ray's WorkerCrashedError, like its errors for memory and lost objects, is no error of an actor."""
+    waiting = waiter()
+    dead = waiting.track(dying_task.remote(), "the evaluation task")
+    needs_it = waiting.track(toy.answer.remote(dead), "assembler")
+    with pytest.raises(ActorDied, match="the evaluation task died .*run the same command again"):
+        waiting.wait([dead], "evaluation")
+    with pytest.raises(ActorDied, match="a process that assembler waited for died"):
+        waiting.wait([needs_it], "a test")
+
+
+def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
+    """One rollout on two ranks: the second computes it as well, and its failure is not the first one's deadline."""
+    ranks = [toy, Toy.remote()]
+    waiting = waiter()
+    rollout = ray.put(7)
+    (both,) = PolicyGroup("policy", ranks, waiting).logprobs([rollout])
+    waiting.wait([both], "log-probs")
+    assert waiting.take_totals() == {"busy/policy_s": 1.0, "bytes/policy": 16.0}
+    ray.kill(ranks[1])
+    results = PolicyGroup("policy", ranks, waiting).logprobs([rollout])
+    with pytest.raises(ActorDied, match=r"policy actor 1 \(chunk 1\) died"):
+        waiting.wait(results, "log-probs")
+
+
+def test_a_start_that_takes_too_long_names_its_own_knob(session):
+    half = sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes()) * 0.6
+    roles, waiting = {"generation": RoleConfig(cpus=half)}, waiter()
+    with (
+        Placement(roles, waiting, strategy="PACK", timeout_s=60.0),
+        pytest.raises(Deadline, match="longer than 1 s; raise resources.start_timeout_s"),
+    ):
+        Placement(roles, waiting, strategy="PACK", timeout_s=1.0)
+
+
+SMALL = [{"CPU": 2.0}, {"CPU": 2.0}, {"memory": 1e9}]  # the last is a head node that runs nothing
+
+
+@pytest.mark.parametrize(
+    ("roles", "strategy", "says"),
+    [
+        ({"policy": {"actors": 3, "cpus": 2}}, "PACK", "need 6 CPUs .*the cluster has 4"),
+        ({"policy": {"cpus": 3}}, "PACK", "a policy actor needs 3 CPUs.*lower resources.policy.cpus"),
+        ({"policy": {"cpus": 2}, "reward": {"cpus": 1}}, "STRICT_PACK", "one node has to hold all actors, 3 CPUs"),
+        ({"policy": {"actors": 2}, "reward": {}}, "STRICT_SPREAD", "each of the 3 actors needs a node.*cluster has 2"),
+    ],
+)
+def test_what_no_node_can_hold_is_refused_at_once(roles, strategy, says):
+    roles = {name: RoleConfig(**role) for name, role in roles.items()}
+    with pytest.raises(UserError, match=says):
+        check_fits(roles, SMALL, strategy)
+    check_fits(roles, [{"CPU": 6.0}] * 3, strategy)
 
 
 def test_a_dead_actor_is_named(session):

@@ -1,13 +1,12 @@
-"""The recipes imdb and hh on a slice of the real data, all stages, when the data lies beside the repository."""
+"""The recipes imdb and hh on a slice of the real data, all stages, where the data is there."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from real_data import DATA
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SLICE = {
     "model.from_scratch.layers": 2, "model.from_scratch.width": 64, "model.from_scratch.vocab_size": 800,
     "fluency.max_steps": 3, "sft.max_steps": 5, "reward.max_steps": 4, "judge.max_steps": 4, "sft.eval_rows": 16,

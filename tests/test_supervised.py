@@ -24,7 +24,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.engines.deepspeed_config import deepspeed_config
 from rlhf_ray.engines.precision import resolve_precision
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm
 from rlhf_ray.models.tokenizer import train_tokenizer
@@ -314,6 +314,47 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
     assert_same_weights(AutoModelForCausalLM.from_pretrained(stage.model), plain_sft(recipe, run, 250)[0], 2e-3)
     events = read_metrics(run.events)
     assert len(events) == 1 and events[0]["stage"] == "sft" and "failed" in events[0]["what"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
+    from rlhf_ray.supervised.launch import run_sft
+
+    run = RunFolder(tmp_path)
+    run.path.joinpath("data").mkdir()
+    os.symlink(folder.tokenizer, run.tokenizer)
+    for name in ("sft_train", "sft_eval"):
+        run.data(name).write_bytes(b"no Parquet")
+    with pytest.raises(
+        RunFailed, match=r"^sft failed 4 times, the last time with: .*Parquet.*; its log is .*sft.log; "
+    ):
+        run_sft(recipe_of(), run)
+    done = [event["done"] for event in read_metrics(run.events)]
+    assert ["restarted" in what for what in done] == [True, True, True, False] and "the stage failed" in done[3]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, folder, tmp_path):
+    from rlhf_ray.supervised.launch import run_sft
+
+    run = RunFolder(tmp_path)
+    os.symlink(folder.path / "data", run.path / "data")
+    recipe = recipe_of(sft=STAGE | {"max_steps": 100_000}, resources={"call_timeout_s": 3})
+    frozen = []
+
+    def freeze_once_training(event: dict) -> None:
+        if "step" in event and not frozen:
+            frozen.append(int(re.findall(r"process (\d+)", (run.logs / "sft.log").read_text())[-1]))
+            os.kill(frozen[0], signal.SIGSTOP)
+
+    with pytest.raises(
+        RunFailed, match=r"sft stood still for \d+ s after step \d+; .*sft.log.*resources.call_timeout_s"
+    ):
+        run_sft(recipe, run, on_progress=freeze_once_training)
+    run.stage("sft").stop_file.touch()  # the controller of this test's Ray goes on: it ends at its next step
+    os.kill(frozen[0], signal.SIGCONT)
 
 
 @pytest.mark.ray

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.types import WorkUnit
 
 WEIGHT_PART_BYTES = 256 * 1024**2
@@ -74,9 +74,9 @@ class TrainerGroup(UnitGroup):
         """Like `_each`, with as many forwards on every rank: a ZeRO-3 forward gathers from all, or all wait for ever."""
         short = -len(rollouts) % len(self.actors)
         results = self._each(method, [*rollouts, *[rollouts[0]] * short])
-        for surplus in results[len(rollouts) :]:
-            self.waiter.forget(surplus)
-        return results[: len(rollouts)]
+        results, surplus = results[: len(rollouts)], results[len(rollouts) :]
+        self.waiter.put_beside(surplus, results[0])  # one that fails holds the other ranks up: its failure is the cause
+        return results
 
     def update(self, shards: Sequence[ray.ObjectRef], *rates: float) -> list[ray.ObjectRef]:
         return [
@@ -172,8 +172,9 @@ class RayRoles:
         places = [
             self.waiter.track(group.actors[0].address.remote(), f"{group.role} rank 0 (address)") for group, _ in groups
         ]
-        places = self.waiter.get(places, "start of the trainers", deadline_s)
+        places = self.waiter.get(places, "start of the trainers", deadline_s, START_REMEDY)
         joining = [group.call("join", start, *place) for (group, start), place in zip(groups, places, strict=True)]
-        self.policy.weight_bytes = self.waiter.get(joining[0], "start of the policy group", deadline_s)[0]
+        answers = self.waiter.get(joining[0], "start of the policy group", deadline_s, START_REMEDY)
+        self.policy.weight_bytes = answers[0]
         for handles in joining[1:]:
-            self.waiter.wait(handles, "start of the critic group", deadline_s)
+            self.waiter.wait(handles, "start of the critic group", deadline_s, START_REMEDY)

@@ -28,7 +28,7 @@ from rlhf_ray.actors.role_actors import (
     ReferenceActor,
     RewardActor,
 )
-from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import read_role
 from rlhf_ray.errors import StageStopped, UserError
@@ -95,7 +95,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 for actor, name in zip(everyone, [*names, "assembler"], strict=True)
             ]
             roles.join(Path(start), Path(critic_start), resources.start_timeout_s)
-            waiter.wait(ready, "start of the actors", resources.start_timeout_s)
+            waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
             yield roles
         finally:
             for actor in everyone:

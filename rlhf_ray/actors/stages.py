@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ray
 
-from rlhf_ray.actors.placement import check_fits
+from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe
@@ -81,19 +81,19 @@ def _evaluate(recipe: Recipe, folder: RunFolder, threads: int, gpus: float) -> N
 
 def check_cluster(recipe: Recipe, stages: list[str]) -> None:
     """Refuse at start-up what the cluster can't fit, for the stages that are still to run."""
-    problems = cluster_problems(recipe, stages, ray.cluster_resources())
+    problems = cluster_problems(recipe, stages, nodes_alive())
     if problems:
         raise UserError("\n".join(problems))
 
 
-def cluster_problems(recipe: Recipe, stages: list[str], cluster: dict[str, float]) -> list[str]:
-    problems = []
+def cluster_problems(recipe: Recipe, stages: list[str], nodes: Sequence[Amounts]) -> list[str]:
+    problems, cluster = [], altogether(nodes)
     for name in ("sft", "fluency", "reward", "judge"):
         stage = getattr(recipe, name)
         if name not in stages or stage is None:
             continue
         for kind, each in (("CPU", stage.cpus_per_worker), ("GPU", stage.gpus_per_worker)):
-            needed, there = stage.workers * each, cluster.get(kind, 0.0)
+            needed, there = stage.workers * each, cluster[kind]
             if needed > there:
                 problems.append(
                     f"{name} needs {needed:g} {kind}s ({stage.workers} workers x {each:g}), the cluster has {there:g}; "
@@ -101,7 +101,7 @@ def cluster_problems(recipe: Recipe, stages: list[str], cluster: dict[str, float
                 )
     if "ppo" in stages:
         try:
-            check_fits(recipe.ppo_roles, cluster)
+            check_fits(recipe.ppo_roles, nodes, recipe.resources.placement)
         except UserError as error:
             problems.append(str(error))
     return problems

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from safetensors import SafetensorError
 
-from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.errors import RunFailed, UserError, machine_failed
 
 POLL_S = 1.0
+START_REMEDY = "raise resources.start_timeout_s, or look in the run folder's logs/ for what holds it up"
 
 
 class Deadline(RunFailed):
@@ -49,21 +51,27 @@ class Waiter:
         self.busy_s: dict[str, float] = {}  # role -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
         self._tracked: dict[ray.ObjectRef, Tracked] = {}
+        self._beside: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
 
     def track(self, ref: ray.ObjectRef, name: str, receipt: ray.ObjectRef | None = None) -> ray.ObjectRef:
         self._tracked[ref] = Tracked(name, receipt)
         return ref
 
-    def forget(self, ref: ray.ObjectRef) -> None:
-        """Nobody will wait for this one."""
-        self._tracked.pop(ref, None)
+    def put_beside(self, refs: list[ray.ObjectRef], other: ray.ObjectRef) -> None:
+        """Whoever waits for `other` waits for `refs` too, which nobody is handed."""
+        self._beside[other] = refs
 
-    def wait(self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None) -> None:
-        """Until all are there. Raises what a failed call raised, `Deadline` past the deadline."""
-        deadline_s = deadline_s or self.deadline_s
+    def wait(
+        self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None, remedy: str | None = None
+    ) -> None:
+        """Until all are there. Raises what a failed call raised, `Deadline` past the deadline.
+
+        remedy: what to do about a deadline of its own.
+        """
+        deadline_s, remedy = deadline_s or self.deadline_s, remedy or self.remedy
         started = time.monotonic()
         waiting = {}
-        for ref in refs:
+        for ref in [each for given in refs for each in (given, *self._beside.pop(given, ()))]:
             tracked = self._tracked.pop(ref, None)
             if tracked is not None:  # else it was waited for already
                 waiting[tracked.receipt if tracked.receipt is not None else ref] = tracked
@@ -71,23 +79,22 @@ class Waiter:
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
             for ref in done:
-                self._look_at(ref, waiting[ref])
+                self._look_at(ref, waiting[ref], remedy)
             seconds = time.monotonic() - started
             if pending:
                 name = waiting[pending[0]].name
                 self.on_wait(name, seconds)
                 if seconds > deadline_s:
                     raise Deadline(
-                        f"waited {seconds:.0f} s for {name} during {what}, longer than {deadline_s:.0f} s; {self.remedy}"
+                        f"waited {seconds:.0f} s for {name} during {what}, longer than {deadline_s:.0f} s; {remedy}"
                     )
 
-    def get(self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None) -> list[Any]:
+    def get(
+        self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None, remedy: str | None = None
+    ) -> list[Any]:
         """`wait`, then the values: for small ones only, the controller holds no tensors."""
-        self.wait(refs, what, deadline_s)
-        try:
-            return ray.get(list(refs), timeout=60)
-        except GetTimeoutError as error:
-            raise Deadline(f"{what} finished, but its result didn't arrive within 60 s; {self.remedy}") from error
+        self.wait(refs, what, deadline_s, remedy)
+        return _fetch(list(refs), what, remedy or self.remedy)
 
     def take_totals(self) -> dict[str, float]:
         """busy/<role>_s and bytes/<role> since the last call."""
@@ -96,29 +103,41 @@ class Waiter:
         self.busy_s, self.bytes = {}, {}
         return totals
 
-    def _look_at(self, ref: ray.ObjectRef, tracked: Tracked) -> None:
-        try:
-            value = ray.get(ref, timeout=60)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            if isinstance(error.cause, RayActorError):  # an argument of the call never came
-                raise _died(f"a process that {tracked.name} waited for", error.cause) from error
-            raise
-        except RayActorError as error:
-            raise _died(tracked.name, error) from error
+    def _look_at(self, ref: ray.ObjectRef, tracked: Tracked, remedy: str) -> None:
+        value = _fetch(ref, tracked.name, remedy)
         if isinstance(value, Receipt):
             role = tracked.name.split()[0]
             self.busy_s[role] = self.busy_s.get(role, 0.0) + value.seconds
             self.bytes[role] = self.bytes.get(role, 0) + value.bytes
 
 
-def _died(name: str, error: RayActorError) -> Exception:
-    """What to tell of a dead actor; a constructor's UserError is the user's, and stands in the text only."""
+def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) -> Any:
+    """The value of what is finished. A failure of user or machine comes out in words, a bug with its traceback."""
+    try:
+        return ray.get(refs, timeout=60)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, (UserError, RunFailed)):
+            raise cause from None
+        if isinstance(cause, (OSError, SafetensorError)):  # safetensors writes files, but raises no OSError
+            raise machine_failed(name, cause) from error
+        # An argument of the call never came. A plain RayError only stands for a cause that can't be pickled.
+        if isinstance(cause, RayError) and type(cause) is not RayError:
+            raise _died(f"a process that {name} waited for", cause) from error
+        raise
+    except GetTimeoutError as error:
+        raise Deadline(f"{name} finished, but its result didn't arrive within 60 s; {remedy}") from error
+    except RayError as error:  # a dead actor; killed for memory; a lost object or node
+        raise _died(name, error) from error
+
+
+def _died(name: str, error: RayError) -> Exception:
+    """What to tell of a dead process; an actor's constructor's UserError is the user's, and stands in the text only."""
     _, told, sentence = str(error).rpartition("rlhf_ray.errors.UserError: ")
     if told:
         return UserError(sentence.strip().splitlines()[0])
+    first_line = str(error).partition("\n")[0]
     return ActorDied(
-        f"{name} died ({str(error).splitlines()[0]}); see the run folder's logs/, "
+        f"{name} died ({first_line}); see the run folder's logs/, "
         "then run the same command again to go on from the last checkpoint"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -42,14 +43,15 @@ def examine(
     if folder is not None:
         check(check_resume, recipe, folder)
         problems += _disk_problems(recipe, folder.path)
-    problems += recipe_problems(recipe)
-    cluster = check(_cluster, address) or {}
-    if cluster:
-        from rlhf_ray.actors.stages import cluster_problems
-        from rlhf_ray.pipeline import stages_of
+    problems += recipe_problems(recipe, hardware=address is None)
+    nodes = check(_nodes, address) or []
+    from rlhf_ray.actors.placement import altogether
+    from rlhf_ray.actors.stages import cluster_problems
+    from rlhf_ray.pipeline import stages_of
 
-        problems += cluster_problems(recipe, stages_of(recipe), cluster)
-    _print_plan(recipe, cluster, console)
+    if nodes:
+        problems += cluster_problems(recipe, stages_of(recipe), nodes)
+    _print_plan(recipe, altogether(nodes), console)
     memory_gb = sum(row[-1] for row in memory_plan(recipe))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     if address is None and memory_gb > there:
@@ -62,34 +64,32 @@ def examine(
     return list(dict.fromkeys(problems))
 
 
-def recipe_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
-    """Problems of the data (unless it is prepared already), the model, the named functions and the precisions."""
+def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
+    """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
+
+    hardware: whether the run computes on this machine, so that its hardware says which precisions there are.
+    """
     from rlhf_ray.data.check import check_data, check_model
 
     problems = (check_data(recipe) if data else []) + check_model(recipe) + _function_problems(recipe)
-    try:
-        _check_precision(recipe)
-    except UserError as error:
-        problems.append(str(error))
-    return problems
+    return problems + (_precision_problems(recipe) if hardware else [])
 
 
-def _cluster(address: str | None) -> dict[str, float]:
-    """Resources of the cluster at `address`, or of this machine."""
+def _nodes(address: str | None) -> list[Mapping[str, float]]:
+    """Resources of each node of the cluster at `address`, or of this machine."""
     if address is None:
         import torch
 
-        return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
-    import ray
-
+        return [{"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}]
+    from rlhf_ray.actors.placement import nodes_alive
     from rlhf_ray.actors.session import ray_session
 
     with ray_session(address):
-        return ray.cluster_resources()
+        return nodes_alive()
 
 
 def _function_problems(recipe: Recipe) -> list[str]:
-    from rlhf_ray.roles.scorer import import_function
+    from rlhf_ray.user_functions import import_function
 
     problems = []
     for path in (recipe.ppo.reward_function, recipe.evaluation.judge_function):
@@ -101,14 +101,22 @@ def _function_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _check_precision(recipe: Recipe) -> None:
+def _precision_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.engines.precision import resolve_precision
 
-    for section in ("sft", "fluency", "reward", "judge"):
-        stage = getattr(recipe, section)
-        if stage is not None:
-            resolve_precision(stage.precision, "cuda" if stage.gpus_per_worker else "cpu")
-    resolve_precision(recipe.ppo.precision, "cuda" if recipe.resources.policy.gpus else "cpu")
+    stages = {name: getattr(recipe, name) for name in ("sft", "fluency", "reward", "judge")}
+    wanted = [(name, stage.precision, stage.gpus_per_worker) for name, stage in stages.items() if stage is not None]
+    wanted += [
+        ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),
+        ("generation", recipe.generation.precision, recipe.resources.generation.gpus),
+    ]
+    problems = []
+    for section, setting, gpus in wanted:
+        try:
+            resolve_precision(setting, "cuda" if gpus else "cpu")
+        except UserError as error:
+            problems.append(f"{section}.{error}")
+    return problems
 
 
 def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
@@ -144,7 +152,7 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
 def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:
     console.print(
         f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
-        f"the cluster has {cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+        f"the cluster has {cluster['CPU']:g} CPUs and {cluster['GPU']:g} GPUs"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):

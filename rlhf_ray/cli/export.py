@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.recipe_file import load_recipe
+from rlhf_ray.run_folder import RunFolder, start_model
 
 
 def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub: str | None) -> Path:
     """Write `target`; returns it. Raises UserError where the source holds no model or the target is taken."""
     import torch
 
+    from rlhf_ray.checkpoint import read_state
+    from rlhf_ray.models.card import model_card
     from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model, save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
     from rlhf_ray.models.wire import load_named
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another folder to write")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists and is not empty; choose another folder")
-    folder, weights = _model_folder(source.absolute(), stage), None
     if (source / "state.json").exists():
-        weights = _checkpoint_weights(source)
-    is_reward = any("SequenceClassification" in name for name in load_config(folder).architectures or [])
-    model = (load_reward_model if is_reward else load_causal_lm)(folder)
-    if weights is not None:
-        load_named(model, weights)
-    tokenizer = load_tokenizer(folder)
-    card = (folder / "README.md").read_text() if (folder / "README.md").exists() else f"Exported from {source.name}.\n"
+        recipe, start = _checkpoint_start(source.absolute())
+        trust = recipe.model.trust_remote_code
+        model, tokenizer = load_causal_lm(start, None, trust), load_tokenizer(start, trust)
+        load_named(model, _checkpoint_weights(source))
+        model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
+        card = model_card(recipe, "ppo", {"steps": read_state(source)["step"]})
+    else:
+        folder = _model_folder(source.absolute(), stage)
+        is_reward = any("SequenceClassification" in name for name in load_config(folder).architectures or [])
+        model, tokenizer = (load_reward_model if is_reward else load_causal_lm)(folder), load_tokenizer(folder)
+        own = folder / "README.md"
+        card = own.read_text() if own.exists() else f"Exported from {source.name}.\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rmdir()
@@ -40,33 +51,24 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
 
 def _push(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-    from requests.exceptions import RequestException
+    from huggingface_hub.errors import HFValidationError, HTTPError  # the HTTP library changes from version to version
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(folder_path=str(folder), repo_id=repository)
-    except (HfHubHTTPError, RequestException, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"can't upload to '{repository}' ({str(error).splitlines()[0]}); the folder {folder} is written; "
+            f"can't upload to '{repository}' ({first}); the folder {folder} is written; "
             "check the name, the network and `hf auth login`"
         ) from error
 
 
 def _model_folder(source: Path, stage: str) -> Path:
-    """Where the config, the tokenizer and (but for a checkpoint) the weights are."""
+    """Where the config, the tokenizer and the weights are."""
     if (source / "config.json").exists():
         return source
-    if (source / "state.json").exists():  # RUN/ppo/checkpoints/step_...: the shape is the SFT model's
-        run = RunFolder(source.parents[2])
-        folder = run.stage("sft").model
-        if not folder.exists():
-            raise UserError(
-                f"{folder} is not there, and a checkpoint's weights need its config and tokenizer; "
-                "export from inside its run folder"
-            )
-        return folder
     run = RunFolder(source)
     folders = {"best": run.best_model} | {
         name: run.stage(name).model for name in ("ppo", "sft", "fluency", "reward", "judge")
@@ -80,6 +82,18 @@ def _model_folder(source: Path, stage: str) -> Path:
             + (f"; it has {', '.join(there)}" if there else "; name a run folder, a PPO checkpoint or a model folder")
         )
     return folders[stage]
+
+
+def _checkpoint_start(checkpoint: Path) -> tuple[Recipe, str]:
+    """The recipe of the run that wrote RUN/ppo/checkpoints/step_..., and the model whose shape and tokenizer it has."""
+    run = RunFolder(checkpoint.parents[2])
+    if not run.recipe.exists():
+        raise UserError(
+            f"{run.recipe} is not there, and a checkpoint has no config and tokenizer of its own; "
+            "export from inside its run folder"
+        )
+    recipe = load_recipe(str(run.recipe))
+    return recipe, start_model(recipe, run)
 
 
 def _checkpoint_weights(checkpoint: Path) -> dict:

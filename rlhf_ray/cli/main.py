@@ -73,7 +73,9 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = N
     closing_words(folder, console)
 
 
-def _stage_command(name: str, stages: list[str], text: str) -> None:
+def _stage_command(name: str, before: list[str], stages: list[str], text: str) -> None:
+    """A command that runs `stages`, those that the recipe has, and `before` them what they need."""
+
     @app.command(name=name, help=text)
     @in_words
     def command(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None):
@@ -83,23 +85,25 @@ def _stage_command(name: str, stages: list[str], text: str) -> None:
         from rlhf_ray.recipe_file import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        wanted = [stage for stage in stages if stage == name or stage in stages_of(loaded)]
-        target = name if name != "evaluate" else "evaluation"
-        if target not in stages_of(loaded):
-            raise UserError(f"the recipe '{loaded.name}' has no stage '{target}': its section is null")
-        folder = run_recipe(loaded, run_dir, address=address, stages=wanted, console=console)
+        own = [stage for stage in stages if stage in stages_of(loaded)]
+        if not own:
+            raise UserError(f"the recipe '{loaded.name}' has no stage '{name}': its section is null")
+        needed = [stage for stage in before if stage in stages_of(loaded)]
+        folder = run_recipe(loaded, run_dir, address=address, stages=needed + own, console=console)
         if name == "evaluate":
             closing_words(folder, console)
         else:
-            console.print(f"{folder.stage(target).path}", highlight=False, soft_wrap=True)
+            for stage in own:
+                console.print(f"{folder.stage(stage).path}", highlight=False, soft_wrap=True)
 
 
-_stage_command("sft", ["data", "sft"], "Supervised fine-tuning (and the data it needs).")
+_stage_command("sft", ["data"], ["sft"], "Supervised fine-tuning (and the data it needs).")
 _stage_command(
-    "reward", ["data", "sft", "fluency", "reward", "judge"], "The reward model (and the judge, if the recipe has one)."
-)
-_stage_command("ppo", ["ppo"], "PPO on the run folder's SFT and reward model.")
-_stage_command("evaluate", ["evaluation"], "SFT model against PPO model on held-out prompts, and the report.")
+    "reward", ["data", "sft"], ["fluency", "reward", "judge"],
+    "The fluency model, the reward model and the judge, those that the recipe has.",
+)  # fmt: skip
+_stage_command("ppo", [], ["ppo"], "PPO on the run folder's SFT and reward model.")
+_stage_command("evaluate", [], ["evaluation"], "SFT model against PPO model on held-out prompts, and the report.")
 
 
 @app.command()

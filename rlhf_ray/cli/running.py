@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.cli.interrupt import polite_interrupts
 from rlhf_ray.config import Recipe
-from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed
 from rlhf_ray.events import EventLog
 from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
 from rlhf_ray.recipe_file import check_resume
@@ -33,16 +34,26 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """Data paths and a model folder made absolute: a worker's or a job's working directory is another."""
+    """Data paths and model folders made absolute: a worker's or a job's working directory is another."""
     from rlhf_ray.data.sources import resolve_paths
 
     root = recipe.data.root
     if root is not None and "://" not in root and not Path(root).expanduser().exists():
         raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
-    data, model = resolve_paths(recipe.data), recipe.model
-    if not model.is_from_scratch and Path(model.name_or_path).exists():
-        model = model.model_copy(update={"name_or_path": str(Path(model.name_or_path).absolute())})
-    return recipe.model_copy(update={"data": data, "model": model})
+    changes = {"data": resolve_paths(recipe.data)}
+    if not recipe.model.is_from_scratch:
+        changes["model"] = recipe.model.model_copy(update={"name_or_path": _absolute(recipe.model.name_or_path)})
+    for name in ("reward", "judge"):
+        section = getattr(recipe, name)
+        if section is not None and not section.starts_within_run:
+            changes[name] = section.model_copy(update={"base": _absolute(section.base)})
+    return recipe.model_copy(update=changes)
+
+
+def _absolute(model: str) -> str:
+    """A model's folder here as an absolute path; a hub name stays."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.exists() else model
 
 
 def run(
@@ -66,7 +77,7 @@ def run(
     recipe = absolute_paths(recipe)
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
     check_resume(recipe, folder)
-    refuse_problems(recipe, folder)
+    refuse_problems(recipe, folder, address)
     running: list[str | None] = [None]
     with held(folder), Display(console) as display:
         prepare_folder(recipe, folder)
@@ -88,14 +99,30 @@ def run(
 
             # After Ray, which puts a handler of its own on SIGTERM.
             stopping = stack.enter_context(polite_interrupts(folder, lambda: running[0], display.log, at_once))
-            try:
+            with failures_recorded(folder, lambda: running[0]):
                 run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
-            except (RunFailed, UserError) as error:
-                EventLog(folder.events).add(
-                    str(error), "the run stopped; the same command goes on from the last checkpoint", stage=running[0]
-                )
-                raise
     return folder
+
+
+@contextmanager
+def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]) -> Iterator[None]:
+    """What ends the run is written to events.jsonl; a failure of this machine (a full disk) comes out in words."""
+    try:
+        yield
+    except StageStopped:
+        raise
+    except Exception as error:
+        failure = machine_failed(current_stage() or "the run", error) if isinstance(error, OSError) else error
+        if isinstance(failure, (RunFailed, UserError)):
+            what = str(failure)
+        else:  # a bug: its text may be a whole traceback, which goes to the terminal
+            what = "".join(traceback.format_exception_only(failure)).strip().splitlines()[-1][:300]
+        done = "the run stopped; the same command goes on from the last checkpoint"
+        with suppress(OSError):  # a full disk has no room for the event either
+            EventLog(folder.events).add(what, done, stage=current_stage())
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def object_store_bytes(recipe: Recipe) -> int:
@@ -105,11 +132,11 @@ def object_store_bytes(recipe: Recipe) -> int:
     return 512 * 1024**2 + 3 * 4 * parameters(recipe)
 
 
-def refuse_problems(recipe: Recipe, folder: RunFolder) -> None:
+def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None) -> None:
     """What `doctor` would find in the recipe, told before anything starts."""
     from rlhf_ray.cli.doctor import recipe_problems
 
-    problems = recipe_problems(recipe, data=not folder.stage("data").done)
+    problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None)
     if problems:
         raise UserError("\n".join(problems))
 

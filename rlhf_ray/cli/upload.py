@@ -8,7 +8,7 @@ every submission, and a recipe whose paths change can't be resumed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -18,11 +18,11 @@ import yaml
 import rlhf_ray
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe_file import path_fields
 
 MAX_DATA_MB = 64  # Ray keeps an upload in the head's memory and sends it to every node
 RECIPE_FILE = "recipe.yaml"
 DATA_FOLDER = "uploads"
-_SOURCES = ("sft", "preferences", "judge", "prompts", "eval_prompts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def stage(
 
     settings = recipe.model_dump(mode="json")
     used = set()
-    for field, text in _data_fields(settings):
+    for field, text in path_fields(recipe):
         path = Path(text).expanduser()
         if path.resolve() in named:
             used.add(path.resolve())
@@ -115,20 +115,6 @@ def _own_modules(recipe: Recipe, here: Path) -> list[Path]:
         for spec in found
         if spec is not None
     ]
-
-
-def _data_fields(settings: dict) -> Iterator[tuple[tuple, str]]:
-    """(key path, text) of every field of the recipe that may hold a local path."""
-    yield ("model", "name_or_path"), settings["model"]["name_or_path"]
-    for stage_name in ("reward", "judge"):
-        if settings[stage_name] is not None:
-            yield (stage_name, "base"), settings[stage_name]["base"]
-    if settings["data"]["root"] is not None:
-        yield ("data", "root"), settings["data"]["root"]
-        return  # the sources are relative to it
-    for role in _SOURCES:
-        for index, source in enumerate(settings["data"][role]):
-            yield ("data", role, index, "path"), source["path"]
 
 
 def _put(settings: dict, field: tuple, value: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import importlib
 import inspect
 import logging
 import re
@@ -18,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from rlhf_ray.config import DataConfig, SourceConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.user_functions import import_function
 
 READERS = {
     ".jsonl": "json",
@@ -126,21 +126,7 @@ def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] 
 def find_builder(data: DataConfig, seed: int) -> Callable[[], dict[str, Dataset]]:
     """The recipe's builder with its arguments bound, not called yet."""
     assert data.builder is not None
-    module_name, _, function_name = data.builder.partition(":")
-    if not function_name:
-        raise UserError(f"data.builder = '{data.builder}' is not of the form package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"data.builder: the module '{module_name}' could not be imported ({error}); install it or correct the name"
-        ) from error
-    if not hasattr(module, function_name):
-        names = [name for name in dir(module) if not name.startswith("_")]
-        near = difflib.get_close_matches(function_name, names, 1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
-        raise UserError(f"data.builder: '{module_name}' has no function '{function_name}'; {remedy}")
-    function = getattr(module, function_name)
+    function = import_function(data.builder)
     arguments = {"root": data.root, "seed": seed, **data.builder_args}
     try:
         inspect.signature(function).bind(**arguments)

@@ -8,14 +8,18 @@ bfloat16.
 from __future__ import annotations
 
 import argparse
+import html
 import json
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe_file import load_recipe, path_fields
 from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 
 SAMPLES = 40
@@ -25,7 +29,8 @@ FIGURES = {
     "relevance": "relevance, nats a token", "length": "tokens", "eos_rate": "ended by itself",
     "distinct_2": "distinct-2", "repetition": "repetition",
 }  # fmt: skip
-FILES = ("recipe.yaml", "environment.json", "timings.json", "report.html", "events.jsonl")
+FILES = ("environment.json", "timings.json", "report.html", "events.jsonl")
+OWN_MODELS = ("sft", "fluency", "model", "from_scratch")  # what these say in a recipe is not a folder
 
 
 def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
@@ -48,27 +53,52 @@ def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
 
 
 def record(run: RunFolder, target: Path) -> None:
-    """What is worth keeping of one run; paths of the machine it ran on are left out."""
+    """What is worth keeping of one run; of paths of the machine it ran on, the last part."""
+    shorten = path_shortener(run)
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in FILES:
-        if (run.path / name).exists():
-            shutil.copy(run.path / name, target / name)
-    recipe = yaml.safe_load((target / "recipe.yaml").read_text())
-    if recipe["data"]["root"] is not None:
-        recipe["data"]["root"] = Path(recipe["data"]["root"]).name
-    write_atomically(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    report = (run.path / "report.html").read_text() if (run.path / "report.html").exists() else ""
-    write_atomically(target / "report.html", report.replace(str(run.path.parent) + "/", ""))
-    shutil.copy(run.path / "evaluation" / "summary.json", target / "summary.json")
-    samples = (run.path / "evaluation" / "samples.jsonl").read_text().splitlines()[:SAMPLES]
-    write_atomically(target / "samples.jsonl", "\n".join(samples) + "\n")
+    files = {name: run.path / name for name in FILES} | {"summary.json": run.path / "evaluation" / "summary.json"}
     for stage in STAGES:
         folder = run.stage(stage)
         if folder.done and stage not in ("data", "evaluation"):
-            shutil.copy(folder.done_file, target / f"{stage}.json")
-            if folder.metrics.exists():
-                shutil.copy(folder.metrics, target / f"{stage}_metrics.jsonl")
+            files |= {f"{stage}.json": folder.done_file, f"{stage}_metrics.jsonl": folder.metrics}
+    for name, file in files.items():
+        if file.exists():
+            write_atomically(target / name, shorten(file.read_text()))
+    samples = (run.path / "evaluation" / "samples.jsonl").read_text().splitlines()[:SAMPLES]
+    write_atomically(target / "samples.jsonl", shorten("\n".join(samples) + "\n"))
+    # Value by value, so that YAML puts quotes around a last part that needs them.
+    recipe = _map_texts(yaml.safe_load(run.recipe.read_text()), shorten)
+    write_atomically(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def path_shortener(run: RunFolder) -> Callable[[str], str]:
+    """What cuts the run's folder and every absolute path of its recipe to the last part, wherever they stand in a text."""
+    recipe = load_recipe(str(run.recipe))
+    arguments = [value for value in recipe.data.builder_args.values() if isinstance(value, str)]
+    named = {str(Path(text)) for text in [*(text for _, text in path_fields(recipe)), *arguments]} | {str(run.path)}
+    names = {}
+    for path in (path for path in named if Path(path).is_absolute() and Path(path).name):
+        name = Path(path).name
+        name = f"./{name}" if name in OWN_MODELS else name
+        for written in (str, html.escape, lambda text: json.dumps(text)[1:-1]):
+            names[written(path)] = written(name)
+
+    def shorten(text: str) -> str:
+        for path in sorted(names, key=len, reverse=True):
+            spaced = r"\s+".join(map(re.escape, path.split()))  # YAML breaks a long line at a space
+            # Not the end of a longer path; "\n" is how JSON writes the end of a line.
+            text = re.sub(rf"(?:(?<![\w./~-])|(?<=\\n)){spaced}(?![\w-])", lambda _, name=names[path]: name, text)
+        return text
+
+    return shorten
+
+
+def _map_texts(value, change: Callable[[str], str]):
+    if isinstance(value, dict):
+        return {key: _map_texts(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def save_models(run: RunFolder, out: Path) -> None:
@@ -78,11 +108,11 @@ def save_models(run: RunFolder, out: Path) -> None:
     from rlhf_ray.models.load import load_causal_lm, load_reward_model, save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
 
+    shorten = path_shortener(run)
     for name, stage, load in (("policy", "ppo", load_causal_lm), ("reward", "reward", load_reward_model)):
         source = run.stage(stage).model
-        save_model(
-            load(source).to(torch.bfloat16), load_tokenizer(source), out / name, (source / "README.md").read_text()
-        )
+        card = shorten((source / "README.md").read_text())
+        save_model(load(source).to(torch.bfloat16), load_tokenizer(source), out / name, card)
 
 
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:

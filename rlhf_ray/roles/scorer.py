@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import disable_dropout, load_reward_model, reward_normalisation
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.user_functions import import_function
 
 
 class Scorer(Protocol):
@@ -81,11 +80,12 @@ class FunctionScorer:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
         try:
-            scores = np.asarray(self.function(list(prompts), list(responses)), np.float32)
+            scores = self._call(prompts, responses)
         except Exception as error:  # the user's code may raise anything
+            self._raise_for_first(prompts, responses)
             raise UserError(
-                f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples, the first of them "
-                f"prompt {prompts[0]!r}, response {responses[0]!r}"
+                f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
+                f"them alone; the first is prompt {prompts[0]!r}, response {responses[0]!r}"
             ) from error
         if scores.shape != (len(prompts),):
             raise UserError(
@@ -98,19 +98,15 @@ class FunctionScorer:
             )
         return scores
 
+    def _call(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        return np.asarray(self.function(list(prompts), list(responses)), np.float32)
 
-def import_function(path: str) -> Callable:
-    """The function that 'package.module:function' names; the working directory is searched too."""
-    module_name, _, name = path.partition(":")
-    if not name:
-        raise UserError(f"{path!r} names no function; write package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise UserError(
-            f"{path!r} can't be imported ({error}); check the name, or run where Python finds it"
-        ) from error
-    except AttributeError as error:
-        raise UserError(f"module {module_name!r} has no function {name!r}") from error
+    def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+        """UserError with the first sample that the function raises on when it is given alone."""
+        for prompt, response in zip(prompts, responses, strict=True):
+            try:
+                self._call([prompt], [response])
+            except Exception as error:
+                raise UserError(
+                    f"{self.path} raised {type(error).__name__}: {error} on prompt {prompt!r}, response {response!r}"
+                ) from error

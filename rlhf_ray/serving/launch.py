@@ -176,7 +176,10 @@ class Server:
         from rlhf_ray.serving.deployment import application
 
         options = EngineOptions(
-            model=str(self.model), precision=self.precision, device="cuda" if gpus else "cpu", threads=self.threads,
+            model=str(self.model),
+            precision=self.precision,
+            device="cuda" if gpus else "cpu",
+            threads=self.threads,
             trust_remote_code=self.trust_remote_code,
         )
         try:

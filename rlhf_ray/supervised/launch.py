@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.exceptions import RayError, RayTaskError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -24,9 +25,9 @@ from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, TrainConfig
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.events import EventLog
-from rlhf_ray.run_folder import RunFolder, StageFolder
+from rlhf_ray.run_folder import RunFolder
 
 Progress = Callable[[dict], None]
 RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
@@ -37,7 +38,8 @@ REPORT_S = 1.0
 def run_sft(recipe: Recipe, folder: RunFolder, stage: str = "sft", on_progress: Progress | None = None) -> dict:
     """Train the stage "sft" or "fluency" to its end -> its summary, which DONE holds too.
 
-    Raises UserError for a user's mistake, StageStopped once asked to stop (the STOP file) and checkpointed.
+    Raises UserError for a user's mistake, StageStopped once asked to stop (the STOP file) and checkpointed, RunFailed
+    when the workers failed too often or stand still.
     """
     assert stage in ("sft", "fluency"), stage
     return _run(recipe, folder, stage, on_progress)
@@ -124,7 +126,7 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
     # in the main thread would replace by one that aborts without a checkpoint.
     thread = threading.Thread(target=fit, name=f"{stage} fit", daemon=True)
     thread.start()
-    _report_until_done(thread, folder.stage(stage), stage, on_progress)
+    _report_until_done(thread, recipe, folder, stage, on_progress)
     shutil.rmtree(storage / stage, ignore_errors=True)
     if "error" in box:
         raise _explained(box["error"], folder, stage, config, timeout_s)
@@ -144,14 +146,31 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def _report_until_done(thread: threading.Thread, target: StageFolder, stage: str, on_progress: Progress | None) -> None:
-    started = reported = time.monotonic()
+def _report_until_done(
+    thread: threading.Thread, recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None
+) -> None:
+    """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
+    metrics, resources = folder.stage(stage).metrics, recipe.resources
+    started = reported = changed = time.monotonic()
+    last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
+    limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
     while thread.is_alive():
         thread.join(POLL_S)
-        if on_progress is None or time.monotonic() - reported < REPORT_S:
+        if time.monotonic() - reported < REPORT_S:
             continue
         reported = time.monotonic()
-        row = _last_row(target.metrics)
+        row = _last_row(metrics)
+        step = None if row is None else row["step"]
+        if step != last_step:
+            last_step, changed, limit_s = step, reported, resources.call_timeout_s
+        elif reported - changed > limit_s:
+            where = "before its first step" if step is None else f"after step {step}"
+            raise RunFailed(
+                f"{stage} stood still for {reported - changed:.0f} s {where}; see {folder.logs / f'{stage}.log'}, and "
+                "raise resources.call_timeout_s if it is only slow; the same command goes on from the last checkpoint"
+            )
+        if on_progress is None:
+            continue
         if row is None:
             waiting = "the worker to start and read its data"
             on_progress({"stage": stage, "waiting_for": waiting, "waiting_s": reported - started})
@@ -174,8 +193,9 @@ def _last_row(path: Path) -> dict | None:
 def _explained(
     error: BaseException, folder: RunFolder, stage: str, config: TrainConfig, timeout_s: float
 ) -> BaseException:
-    """A sentence for a start that timed out or a worker that failed; the original stands as its cause."""
-    if not isinstance(error, TrainingFailedError):
+    """A sentence for a start that timed out, or workers or controller that failed; the original stands as its cause."""
+    lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)  # the controller's process or node
+    if not (lost or isinstance(error, TrainingFailedError)):
         return error
     log = folder.logs / f"{stage}.log"
     if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
@@ -185,9 +205,18 @@ def _explained(
             "or raise resources.start_timeout_s"
         )
     else:
-        explained = RuntimeError(f"{stage} failed {RESTARTS + 1} times, the last time with: {error}\nIts log is {log}")
+        times = "" if lost or isinstance(error, ControllerError) else f" {RESTARTS + 1} times, the last time"
+        explained = RunFailed(
+            f"{stage} failed{times} with: {_last_line(error)}; its log is {log}; "
+            "the same command goes on from the last checkpoint"
+        )
     explained.__cause__ = error
     return explained
+
+
+def _last_line(error: BaseException) -> str:
+    """What a text that may be a whole traceback ends with."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
 class _Trainer(TorchTrainer):
@@ -207,14 +236,16 @@ class _RecordFailures(UserCallback):
     """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
 
     def __init__(self, events: Path, stage: str):
-        self.events, self.stage = events, stage
+        self.events, self.stage, self.failures = events, stage, 0
 
     def after_exception(self, run_context, worker_exceptions):
+        self.failures += 1
+        done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {RESTARTS})"
+        if self.failures > RESTARTS:
+            done = f"the stage failed: that was failure {self.failures}, and {RESTARTS} restarts are allowed"
         for place, error in worker_exceptions.items():
             EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {str(error).strip().splitlines()[-1][:300]}",
-                f"worker group restarted from the newest checkpoint (at most {RESTARTS} times)",
-                stage=self.stage,
+                f"{self.stage} worker {place} failed: {_last_line(error)}", done, stage=self.stage
             )
 
 
