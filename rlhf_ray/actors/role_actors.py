@@ -140,8 +140,9 @@ class AssemblerActor(RoleActor):
 
     @with_receipt
     def assemble(self, units: int, kl_coef: float, *parts):
-        """parts: rollouts, scores, ref_logprobs, old_logprobs, old_values, `units` of each, as refs that Ray resolves."""
-        groups = [list(parts[i : i + units]) for i in range(0, len(parts), units)]
+        """parts: rollouts, scores, ref_logprobs, old_logprobs and old_values (unless there is no critic), `units` of each,
+        as refs that Ray resolves."""
+        groups = [list(parts[i : i + units]) for i in range(0, 5 * units, units)]  # no critic: the last one is empty
         stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
         return [stats, *policy, *critic]
 
