@@ -139,7 +139,7 @@ def test_precision_is_asked_of_this_machine_only_where_the_run_computes_here():
 
 
 def test_reward_trains_what_the_recipe_has_of_the_models_that_score(tmp_path):
-    ppo = {"reward_function": "rlhf_ray.data.sorting:exact", "critic_init": "sft"}
+    ppo = {"reward_function": "builtins:len", "critic_init": "sft"}
     run = RunFolder(tmp_path / "run")
     for name in ("data", "sft", "judge"):
         run.stage(name).path.mkdir(parents=True)
