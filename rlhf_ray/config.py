@@ -199,6 +199,7 @@ class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
     steps: int = knob(100, "rollout-and-update iterations", gt=0)
+    seed: int | None = knob(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
     rollout_batch_size: int = knob(64, "prompts a step, whole job", gt=0)
     samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
     minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
@@ -392,6 +393,10 @@ class Recipe(Section):
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "final evaluation")
     resources: ResourcesConfig = knob(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = knob(TrackingConfig(), "metric back-ends")
+
+    @property
+    def ppo_seed(self) -> int:
+        return self.seed if self.ppo.seed is None else self.ppo.seed
 
     @property
     def ppo_roles(self) -> dict[str, RoleConfig]:

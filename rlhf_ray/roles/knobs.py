@@ -20,7 +20,7 @@ def assemble_settings(recipe: Recipe) -> AssembleSettings:
     return AssembleSettings(
         knobs=knobs, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
         policy_ranks=resources.policy.actors, critic_ranks=resources.critic.actors if ppo.has_critic else 0,
-        seed=recipe.seed,
+        seed=recipe.ppo_seed,
     )  # fmt: skip
 
 
