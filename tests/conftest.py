@@ -10,10 +10,22 @@ os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not
 
 import pytest
 import torch
+from differences import table
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--differences", action="store_true", help="print the largest difference of each invariance")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--differences"):
+        terminalreporter.section("largest difference of each invariance")
+        for line in table():
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items):

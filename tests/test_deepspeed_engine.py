@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from differences import saw
 from torch import nn
 
 from rlhf_ray.checkpoint import read_role, write_rank
@@ -183,7 +184,8 @@ def test_weights_and_norms_are_those_of_plain_torch(results, expected, world, st
     states, norms = expected
     for rank in range(world):
         result = results[world][rank][stage]
-        assert max(gap(one, other) for one, other in zip(result["states"], states, strict=True)) < 1e-6
+        largest = max(gap(one, other) for one, other in zip(result["states"], states, strict=True))
+        assert saw(f"weights after an update: {world} rank(s), ZeRO {stage}, against plain torch", largest) < 1e-6
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
 
 
@@ -205,7 +207,9 @@ def test_ranks_agree_bit_for_bit(results, world, stage):
 def test_a_loaded_state_goes_on_bit_for_bit(results, world, stage, way):
     for result in results[world]:
         assert result[stage]["differing"] == []
-        assert gap(result[stage][way], result[stage]["states"][-1]) == 0.0
+        assert (
+            saw("weights: checkpoint loaded and gone on", gap(result[stage][way], result[stage]["states"][-1])) == 0.0
+        )
 
 
 @each
@@ -238,4 +242,5 @@ def test_a_sum_over_ranks_is_known_to_all(results, world, expected_sum):
 @pytest.mark.parametrize("written", STAGES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(results, expected, written, stage):
-    assert gap(results[1][0][f"{written}->{stage}"], expected[0][-1]) < 1e-6
+    found = gap(results[1][0][f"{written}->{stage}"], expected[0][-1])
+    assert saw("weights: two ranks' checkpoint, gone on by one at any ZeRO stage", found) < 1e-6

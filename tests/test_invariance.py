@@ -10,6 +10,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from differences import saw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import TorchEngine
@@ -135,8 +136,10 @@ def trainer_logprobs(trainer, batch):
     return rows
 
 
-def same(one, other):
-    assert float(one[0].abs().max()) > 1e-4, "a gradient of nothing proves nothing"
+def same(one, other, what):
+    largest = float(one[0].abs().max())
+    assert largest > 1e-4, "a gradient of nothing proves nothing"
+    saw(f"gradient, share of its largest entry: {what}", float((one[0] - other[0]).abs().max()) / max(largest, 1.0))
     torch.testing.assert_close(one[0], other[0], atol=2e-5, rtol=1e-4)
     for name, value in one[1].items():
         assert other[1][name] == pytest.approx(value, abs=2e-5, rel=1e-4), name
@@ -147,7 +150,7 @@ def same(one, other):
 def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregation):
     """Rows alone have no padding at all, rows together have that of the longest."""
     whole = gradients(batch, aggregation=aggregation)
-    same(whole, gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size))
+    same(whole, gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size), "microbatches and padding")
 
 
 @settings(max_examples=30, deadline=None)
@@ -155,7 +158,8 @@ def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregat
 def test_how_many_ranks_share_it_changes_nothing(batch, ranks, aggregation):
     """Ranks hold different numbers of rows and tokens here; their gradients and statistics add up to the whole's."""
     ranks = min(ranks, len(batch[0]))
-    same(gradients(batch, aggregation=aggregation), gradients(batch, aggregation=aggregation, ranks=ranks))
+    shared = gradients(batch, aggregation=aggregation, ranks=ranks)
+    same(gradients(batch, aggregation=aggregation), shared, "ranks that share a minibatch")
 
 
 @settings(max_examples=30, deadline=None)
@@ -166,4 +170,5 @@ def test_the_order_of_prompts_and_units_changes_nothing(batch, data, advantage):
     cuts = data.draw(st.lists(st.integers(1, 7), max_size=3))
     order = [row for group in groups for row in (2 * group, 2 * group + 1)]
     plain = gradients(batch, advantage=advantage, kl=None)
-    same(plain, gradients(batch, order, cuts=cuts, advantage=advantage, kl=None))
+    other = gradients(batch, order, cuts=cuts, advantage=advantage, kl=None)
+    same(plain, other, "order of prompts, units of work")

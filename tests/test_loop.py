@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from differences import saw
 from in_process import LocalRoles
 from tiny import TEXTS, tiny_recipe, write_start
 
@@ -526,6 +527,7 @@ def test_training_moves_both_models(folder, undisturbed):
 def test_it_does_not_matter_which_actor_a_chunk_goes_to(folder, undisturbed):
     roles, diary = run_real(tiny_recipe(), folder, actors=3)
     assert differing(roles.weights(), undisturbed[0]) == []
+    saw("weights: 3 generation, reward and reference actors for 1", 0.0)
     scores = [[metrics["objective/score"] for _, metrics in each.records[1:]] for each in (diary, undisturbed[1])]
     assert scores[0] == scores[1]
 

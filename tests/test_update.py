@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from differences import saw
 from in_process import TorchEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -257,8 +258,13 @@ def test_one_update_is_that_of_the_formulas(extra):
         ):
             assert float((theirs - before).detach().abs().max()) > LR / 2, name
             gap = float((ours.double() - theirs).detach().abs().max())
+            keys = name.endswith("c_attn.bias")
+            saw(
+                f"weights after one update at rate 2e-2: float64 brute force{', biases of the keys' if keys else ''}",
+                gap,
+            )
             # The bias of the keys cancels in the softmax: its gradient is nothing but rounding, which Adam blows up.
-            assert gap < (LR / 100 if name.endswith("c_attn.bias") else LR / 1000), f"{name}: {gap}"
+            assert gap < (LR / 100 if keys else LR / 1000), f"{name}: {gap}"
 
 
 def test_the_update_stops_when_the_policy_has_moved_far_enough():
