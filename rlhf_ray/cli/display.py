@@ -13,7 +13,7 @@ from rich.text import Text
 
 STAGE_NAMES = {
     "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
-    "judge": "independent judge", "ppo": "PPO", "evaluation": "evaluation",
+    "judge": "independent judge", "dpo": "DPO", "ppo": "PPO", "evaluation": "evaluation",
 }  # fmt: skip
 PLAIN_EVERY_S = 10.0
 

@@ -1,0 +1,146 @@
+"""Direct preference optimisation on one rank: the reward model's pairs in, a Hugging Face folder and its figures out.
+
+The reference stays in memory beside the model and reads each microbatch after it. Looking its log-probs up beforehand
+would save a model's memory, but then the two would meet differently padded batches: in bfloat16 the log-ratios of
+untrained weights would not be 0, and a resumed stage would have to look them all up again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig as TrlDpoConfig
+from trl import DPOTrainer
+
+from rlhf_ray.config import DpoConfig, Recipe
+from rlhf_ray.data.store import COLUMNS, read_role
+from rlhf_ray.engines.forward import response_logprobs
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.load import build_causal_lm, check_positions, disable_dropout, fast_attention, load_causal_lm
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.run_folder import RunFolder, start_model
+from rlhf_ray.supervised.dpo_metrics import dpo_figures
+from rlhf_ray.supervised.rows import TokenRows, dpo_rows
+from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
+from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
+
+DPO_SEED = 4000  # added to the recipe's: another order of the pairs than the reward model's
+
+
+class Dpo(StageTrainer, DPOTrainer):
+    """TRL's trainer on rows that are tokenised already."""
+
+    def _prepare_dataset(self, dataset, *_args, **_kwargs):
+        return dataset
+
+
+def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
+    """The stage "dpo" on this rank -> its summary (see `stage.train_stage`)."""
+    config: DpoConfig = getattr(recipe, stage)
+    seed = recipe.seed + DPO_SEED
+    train = _read(folder, "reward_train")
+    tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
+    start = partial(_start, recipe, folder, tokenizer, device_of(config))
+    model = start()
+    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
+    rows = dpo_rows(tokenizer, train, max_length=config.max_length)
+
+    def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
+        reference = start()  # before the arguments, with which ZeRO-3 would split what is loaded over the ranks
+        args = training_arguments(
+            TrlDpoConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
+            beta=config.beta, disable_dropout=True, **loss_arguments(config),
+        )  # fmt: skip
+        return Dpo(model=model, ref_model=reference, args=args, train_dataset=dataset, processing_class=tokenizer)
+
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        held_out = _read(folder, "reward_eval")
+        held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+        held_out = dpo_rows(tokenizer, held_out, max_length=config.max_length)
+        return heldout_figures(trained, start().to(device_of(config)), held_out, config, dtype=dtype)
+
+    return train_stage(
+        StageJob(
+            recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+            trainer=trainer, measure=measure,
+            load=lambda saved: fast_attention(load_causal_lm(saved, None, recipe.model.trust_remote_code), device_of(config)),
+        )
+    )  # fmt: skip
+
+
+def loss_arguments(config: DpoConfig) -> dict:
+    """What TRL calls the recipe's loss.
+
+    TRL smooths only its "robust" loss. With x = beta * margin and S = -log sigmoid(x), robust is
+    R = S - eps / (1 - 2 eps) * x and cDPO is S + eps * x = (2 - 2 eps) S - (1 - 2 eps) R.
+    """
+    eps = config.label_smoothing
+    if eps == 0:
+        return {"loss_type": [config.loss]}
+    return {
+        "loss_type": ["sigmoid", "robust"], "loss_weights": [2 - 2 * eps, -(1 - 2 * eps)], "label_smoothing": eps,
+    }  # fmt: skip
+
+
+def heldout_figures(
+    model: PreTrainedModel, reference: PreTrainedModel, rows: TokenRows, config: DpoConfig, *, dtype: torch.dtype
+) -> dict:
+    """The figures of `dpo_metrics` on held-out pairs."""
+    sides = {}
+    for side in ("chosen", "rejected"):
+        ours, theirs = (
+            reply_logprobs(one, rows.dataset, f"{side}_ids", dtype=dtype, batch_size=config.microbatch_size)
+            for one in (model, reference)
+        )
+        sides[f"{side}_logratios"] = ours - theirs
+        sides[f"{side}_lengths"] = np.array([len(ids) for ids in rows.dataset[:][f"{side}_ids"]])
+    figures = dpo_figures(**sides, beta=config.beta, loss=config.loss, label_smoothing=config.label_smoothing)
+    return {"eval_rows": len(rows.dataset), **figures}
+
+
+def reply_logprobs(
+    model: PreTrainedModel, rows: Dataset, column: str, *, dtype: torch.dtype, batch_size: int
+) -> np.ndarray:
+    """Log-prob of each row's reply given its prompt, summed over its tokens: float64 [N]."""
+    prompts, replies = [], []
+    for prompt, reply in zip(rows[:]["prompt_ids"], rows[:][column], strict=True):
+        # Nothing stands before the first token of a row without prompt and BOS, so nothing predicts it.
+        known = max(len(prompt), 1)
+        ids = np.array(prompt + reply, np.int32)
+        prompts.append(ids[:known])
+        replies.append(ids[known:])
+    sums = np.zeros(len(replies))
+    order = sorted((i for i, ids in enumerate(replies) if len(ids)), key=lambda i: len(prompts[i]) + len(replies[i]))
+    logprobs = response_logprobs(
+        model, [prompts[i] for i in order], [replies[i] for i in order], compute_dtype=dtype, microbatch_size=batch_size
+    )
+    sums[order] = [row.sum(dtype=np.float64) for row in logprobs]
+    return sums
+
+
+def _start(
+    recipe: Recipe, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
+    """The SFT model, or the recipe's where there is no SFT stage; as PPO's policy starts."""
+    if recipe.sft is None:
+        model = build_causal_lm(recipe.model, tokenizer, recipe.seed)
+    else:
+        model = load_causal_lm(start_model(recipe, folder), None, recipe.model.trust_remote_code)
+    disable_dropout(model)
+    return fast_attention(model, device)
+
+
+def _read(folder: RunFolder, role: str) -> Dataset:
+    data = read_role(folder, role)
+    missing = set(COLUMNS["pairs"]) - set(data.column_names)
+    if missing:
+        raise UserError(
+            f"dpo learns from pairs, but {folder.data(role)} has no column {', '.join(sorted(missing))} "
+            f"(it has {', '.join(data.column_names)}); give chosen and rejected replies in a new run folder, or set dpo: null"
+        )
+    return data
