@@ -185,3 +185,138 @@ def test_figures_by_hand():
     assert (found["logratio_chosen"], found["logratio_rejected"], found["drift"]) == (0.5, -1.5, 0.5)
     # (2/4 + 2/2 - 1)^2 = 0.25 and (-1/2 + 1/5 - 1)^2 = 1.69
     assert dpo_figures(**sides, beta=0.5, loss="ipo", label_smoothing=0.0)["eval_loss"] == pytest.approx(0.97)
+
+
+# -- the stage through Ray Train --------------------------------------------------------------------------------------
+
+STAGE = {"batch_size": 16, "microbatch_size": 4, "max_length": 48, "precision": "float32", "learning_rate": 1e-3,
+         "epochs": 3, "threads": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, recipe, tokenizer) -> RunFolder:
+    """What the data and SFT stages leave."""
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    tokenizer.save_pretrained(folder.tokenizer)
+    folder.stage("sft").path.mkdir()
+    save_model(build_causal_lm(recipe.model, tokenizer, 0), tokenizer, folder.stage("sft").model, "card")
+    rng = random.Random(0)
+    write_role(folder, "reward_train", pairs_of(rng, 160), COLUMNS["pairs"])
+    write_role(folder, "reward_eval", pairs_of(rng, 48), COLUMNS["pairs"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+             runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}})  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def logratios(model, reference, prompt, replies, pad):
+    """Differentiable: log pi - log ref of each reply, summed over its tokens [N]."""
+    rows = [head + tail for head, tail in zip(prompt, replies, strict=True)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
+    for place, (head, row) in enumerate(zip(prompt, rows, strict=True)):
+        mask[place, len(head) - 1 : len(row) - 1] = True
+
+    def summed(one):
+        logprobs = one(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return (logprobs * mask).sum(1)
+
+    with torch.no_grad():
+        theirs = summed(reference)
+    return summed(model) - theirs
+
+
+def plain_dpo(recipe, folder):
+    """The stage as a loop of plain torch over the same batches, each at once: (model, losses)."""
+    config, start = recipe.dpo, folder.stage("sft").model
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model, reference = (AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) for _ in range(2))
+    rows = dpo_rows(tokenizer, Dataset.from_parquet(str(folder.data("reward_train"))), max_length=config.max_length)
+    wanted = round(config.epochs * len(rows.lengths))
+    order = training_order(rows.lengths, batch_size=config.batch_size, rows=wanted, seed=recipe.seed + 4000)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0), []
+    steps = len(order) // config.batch_size
+    for step in range(steps):
+        batch = rows.dataset[order[step * config.batch_size : (step + 1) * config.batch_size]]
+        chosen, rejected = (
+            logratios(model, reference, batch["prompt_ids"], batch[side], tokenizer.pad_token_id)
+            for side in ("chosen_ids", "rejected_ids")
+        )
+        loss = -torch.log(torch.sigmoid(config.beta * (chosen - rejected))).mean()
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor(
+            (step + 0.5) / steps, schedule=config.schedule, warmup_ratio=config.warmup_ratio
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def assert_same_weights(found, expected, atol):
+    for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def with_dpo(recipe, **changes):
+    return recipe.model_validate(recipe.model_dump(mode="json") | {"dpo": STAGE | changes})
+
+
+@pytest.mark.ray
+def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, folder, recipe):
+    from rlhf_ray.supervised.launch import run_dpo
+
+    trained = with_dpo(recipe, workers=2, zero_stage=2)
+    summary, stage = run_dpo(trained, folder), folder.stage("dpo")
+    model, losses = plain_dpo(trained, folder)
+    rows = read_metrics(stage.metrics)
+    assert [row["step"] for row in rows] == list(range(1, 31)) and summary["steps"] == 30
+    np.testing.assert_allclose([row["loss"] for row in rows], losses, atol=1e-4)
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[0]["margin"] == 0  # model and reference agree
+    saved = AutoModelForCausalLM.from_pretrained(stage.model)
+    assert_same_weights(saved, model, 2e-4)
+    # What cats and dogs are worth is easy to learn: the implicit reward tells the replies apart and the policy moves.
+    assert rows[-1]["accuracy"] > 0.95 and rows[-1]["margin"] > 0.5 > rows[1]["margin"]
+    assert rows[-1]["logprob_chosen"] - rows[-1]["logprob_rejected"] > rows[0]["logprob_chosen"] - rows[0]["logprob_rejected"]
+    assert summary["accuracy"] > 0.95 and summary["eval_loss"] < 0.5 and summary["eval_rows"] == 48
+    assert summary["logratio_chosen"] > summary["logratio_rejected"]
+    assert saved.config.response_stops == ["e"]
+    names = {file.name for file in stage.model.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= names and not stage.checkpoints.exists()
+    assert json.loads(stage.done_file.read_text()) == summary == run_dpo(trained, folder)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_stopped_and_resumed_it_is_still_the_plain_loop(ray_cluster, folder, recipe, tmp_path, zero_stage):
+    from rlhf_ray.supervised.launch import run_dpo
+
+    run = RunFolder(tmp_path)
+    for name in ("data", "sft"):
+        os.symlink(folder.path / name, run.path / name)
+    trained, stage = with_dpo(recipe, workers=2, zero_stage=zero_stage, epochs=15), run.stage("dpo")
+
+    def stop_once_training(event):
+        if "step" in event:
+            stage.stop_file.touch()
+
+    with pytest.raises(StageStopped):
+        run_dpo(trained, run, on_progress=stop_once_training)
+    stopped_at = read_metrics(stage.metrics)[-1]["step"]
+    assert 0 < stopped_at < 150
+    run_dpo(trained, run)
+    model, losses = plain_dpo(trained, run)
+    rows = read_metrics(stage.metrics)
+    assert [row["step"] for row in rows] == list(range(1, 151))
+    np.testing.assert_allclose([row["loss"] for row in rows], losses, atol=2e-3)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(stage.model), model, 2e-3)
