@@ -14,11 +14,10 @@ from trl import DPOConfig as TrlDpoConfig
 
 from rlhf_ray.config import DpoConfig
 from rlhf_ray.data.store import COLUMNS, write_role
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.errors import StageStopped
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.recipe_file import build_recipe
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.dpo import Dpo, heldout_figures, loss_arguments
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
@@ -89,7 +88,10 @@ def test_the_longer_reply_says_how_much_prompt_both_keep(tokenizer, bos):
                 return type("", (), {"input_ids": [7] * bos + list(map(ord, texts))})
             return type("", (), {"input_ids": [list(map(ord, text)) for text in texts]})
 
-    texts = [{"prompt": "abcdef", "chosen": "123", "rejected": "9"}, {"prompt": "ab", "chosen": "12345678", "rejected": "9"}]
+    texts = [
+        {"prompt": "abcdef", "chosen": "123", "rejected": "9"},
+        {"prompt": "ab", "chosen": "12345678", "rejected": "9"},
+    ]
     rows = dpo_rows(WithBos(), Dataset.from_list(texts), max_length=7)
     eos, first = tokenizer.eos_token_id, [7] * bos
     assert rows.cut == 2
@@ -286,7 +288,10 @@ def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, fol
     assert_same_weights(saved, model, 2e-4)
     # What cats and dogs are worth is easy to learn: the implicit reward tells the replies apart and the policy moves.
     assert rows[-1]["accuracy"] > 0.95 and rows[-1]["margin"] > 0.5 > rows[1]["margin"]
-    assert rows[-1]["logprob_chosen"] - rows[-1]["logprob_rejected"] > rows[0]["logprob_chosen"] - rows[0]["logprob_rejected"]
+    assert (
+        rows[-1]["logprob_chosen"] - rows[-1]["logprob_rejected"]
+        > rows[0]["logprob_chosen"] - rows[0]["logprob_rejected"]
+    )
     assert summary["accuracy"] > 0.95 and summary["eval_loss"] < 0.5 and summary["eval_rows"] == 48
     assert summary["logratio_chosen"] > summary["logratio_rejected"]
     assert saved.config.response_stops == ["e"]

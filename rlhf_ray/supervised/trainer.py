@@ -31,8 +31,9 @@ PAD_MULTIPLE = 16
 LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "accuracy": "accuracy",
           "margin": "margin", "mean_reward": "score_mean",
           # of DPO: an implicit reward is beta * (logprob - ref_logprob), a log-prob that of a whole reply
-          "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen",
-          "rewards/rejected": "reward_rejected", "logps/chosen": "logprob_chosen", "logps/rejected": "logprob_rejected"}  # fmt: skip
+          "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+          "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected",
+          "logps/chosen": "logprob_chosen", "logps/rejected": "logprob_rejected"}  # fmt: skip
 
 
 def padding_of(model: PreTrainedModel) -> int:
