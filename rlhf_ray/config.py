@@ -171,6 +171,9 @@ class DpoConfig(TrainConfig):
     label_smoothing: float = knob(
         0.0, "share of the pairs taken to be labelled the wrong way round (cDPO); with loss sigmoid only", ge=0, lt=0.5
     )
+    max_length: int | None = knob(
+        None, "longest sequence in tokens; null: reward.max_length, to which the pairs are cut already", gt=1
+    )
     learning_rate: float = knob(1e-5, "peak learning rate of AdamW", gt=0)
     warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises", ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
@@ -426,6 +429,12 @@ class Recipe(Section):
         names = ("generation", "reward", "reference", "policy", *(("critic",) if self.ppo.has_critic else ()))
         return {name: getattr(self.resources, name) for name in names}
 
+    @property
+    def dpo_max_length(self) -> int:
+        """dpo.max_length, or the reward model's."""
+        assert self.dpo is not None
+        return self.dpo.max_length or (self.reward or RewardConfig()).max_length
+
     @model_validator(mode="after")
     def _fits_together(self):
         ppo = self.ppo
@@ -481,7 +490,7 @@ class Recipe(Section):
                 )
             for name in ("sft", "reward", "judge", "fluency", "dpo"):
                 stage = getattr(self, name)
-                if stage is not None and stage.max_length > self.model.from_scratch.positions:
+                if stage is not None and (stage.max_length or 0) > self.model.from_scratch.positions:
                     raise ValueError(
                         f"{name}.max_length = {stage.max_length} is longer than model.from_scratch.positions = "
                         f"{self.model.from_scratch.positions}; lower it or raise positions"

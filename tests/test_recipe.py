@@ -142,6 +142,7 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"sft": None}, "nothing would train the model"),
         ({"dpo": {}, "reward": {"objective": "scores"}}, "set reward.objective to pairs, or set dpo: null"),
         ({"dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "dpo.label_smoothing is 0.1, but dpo.loss ipo has no"),
+        ({"dpo": {"max_length": 300}}, "dpo.max_length = 300 is longer than model.from_scratch.positions = 256"),
         ({"dpo": {"label_smoothing": 0.5}}, "'dpo.label_smoothing' is 0.5: input should be less than 0.5"),
     ],
 )
@@ -200,6 +201,16 @@ def test_an_override_switches_a_section_on_that_is_null_or_not_there(values, ove
     recipe = build_recipe({"name": "x", **values}, [override], "x")
     assert recipe.dpo.beta == 0.1
     assert build_recipe({"name": "x"}, ["dpo.beta=0.3", "dpo.loss=ipo"], "x").dpo.loss == "ipo"
+
+
+def test_dpo_is_as_long_as_the_reward_models_pairs_unless_told_otherwise():
+    def length(**sections):
+        return build_recipe({"name": "x", **sections}, [], "x").dpo_max_length
+
+    assert length(dpo={}, reward={"max_length": 96}) == 96
+    assert length(dpo={"max_length": 80}, reward={"max_length": 96}) == 80
+    assert length(dpo={}, reward=None, ppo={"reward_function": "a:b", "critic_init": "sft"}) == 256
+    assert load_recipe("demo", ["dpo={}"]).dpo_max_length == load_recipe("demo").reward.max_length
 
 
 def test_a_number_in_quotes_stays_text():

@@ -79,7 +79,9 @@ def check_model(recipe: Recipe) -> list[str]:
         "data.max_prompt_tokens + generation.max_new_tokens": recipe.data.max_prompt_tokens
         + recipe.generation.max_new_tokens
     }
-    for name in ("sft", "fluency", "reward", "judge", "dpo"):
+    if recipe.dpo is not None:
+        lengths["dpo.max_length"] = recipe.dpo_max_length
+    for name in ("sft", "fluency", "reward", "judge"):
         section = getattr(recipe, name)
         if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
             lengths[f"{name}.max_length"] = section.max_length

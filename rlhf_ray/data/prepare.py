@@ -81,7 +81,7 @@ def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
     DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as one's would be.
     """
     if role == "preferences" and recipe.reward is None and recipe.dpo is not None:
-        return RewardConfig(max_length=recipe.dpo.max_length)
+        return RewardConfig(max_length=recipe.dpo_max_length)
     return {"preferences": recipe.reward, "judge": recipe.judge}.get(role)
 
 

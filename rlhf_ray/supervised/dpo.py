@@ -46,9 +46,10 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     start = partial(_start, recipe, folder, tokenizer, device_of(config))
     model = start()
-    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    max_length = recipe.dpo_max_length
+    check_positions(model.config, max_length, f"{stage}.max_length asks for sequences that")
     model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
-    rows = dpo_rows(tokenizer, train, max_length=config.max_length)
+    rows = dpo_rows(tokenizer, train, max_length=max_length)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
         reference = start()  # before the arguments, with which ZeRO-3 would split what is loaded over the ranks
@@ -61,7 +62,7 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
         held_out = _read(folder, "reward_eval")
         held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
-        held_out = dpo_rows(tokenizer, held_out, max_length=config.max_length)
+        held_out = dpo_rows(tokenizer, held_out, max_length=max_length)
         return heldout_figures(trained, start().to(device_of(config)), held_out, config, dtype=dtype)
 
     return train_stage(
