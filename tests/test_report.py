@@ -162,7 +162,7 @@ def test_a_run_with_dpo_shows_it_beside_the_others(folder):
     text = render(folder)
     shown = " ".join("".join(Page(text).text).split())
     for part in (
-        "SFT, PPO and DPO on held-out prompts", "DPO − SFT", "DPO says 0.", "9.87", "71.2 %",  # 0.7125 to even
+        "SFT, PPO and DPO on held-out prompts", "− SFT: 0.50 (0.40 to 0.60)", "DPO says 0.", "9.87", "71.2 %",  # 0.7125 to even
         "DPO's implicit reward", "Log-prob of a reply, nats", "Implicit reward", "PPO over DPO, by what PPO was trained on",
         "DPO over SFT, by the independent judge", "DPO: closing figures", "raise dpo.beta",
     ):  # fmt: skip
@@ -191,8 +191,9 @@ def test_the_closing_table_has_a_column_for_dpo():
     found = lines(summary() | {"dpo": summary()["sft"], "dpo_over_sft": over_sft,
                                "ppo_over_dpo": {"win_rate": {"reward_model": interval(0.25), "judge": None}}})  # fmt: skip
     assert found[0] == "SFT PPO DPO"
-    assert "win rate, reward model, over SFT 0.9 [0.85, 0.95] 0.7 [0.6, 0.8]" in found
-    assert "win rate, reward model, over DPO 0.25 [0.15, 0.35]" in found
+    at = found.index("win rate, reward model 0.9 0.7")
+    assert found[at + 1] == "[0.85, 0.95] [0.6, 0.8]"
+    assert found[found.index("over DPO, reward model 0.25") + 1] == "[0.15, 0.35]"
     assert found[-1].endswith(" 5.25 3.50")
 
 

@@ -140,6 +140,8 @@ def summary_table(summary: dict) -> Table:
     """The closing table: SFT against PPO, and DPO where there is one, with 95 % intervals."""
     models = [model for model in ("sft", "ppo", "dpo") if model in summary]
     tuned = [summary, summary["dpo_over_sft"]] if "dpo" in models else [summary]
+    between = "\n" if len(models) > 2 else " "  # three intervals side by side are wider than a terminal
+    shown: Callable[[dict], str] = lambda figure: interval(figure, between=between)  # noqa: E731
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for model in models:
@@ -151,24 +153,24 @@ def summary_table(summary: dict) -> Table:
     for key, name in names:
         figures = [summary[model].get(key) for model in models]
         if all(figures):
-            table.add_row(name, *map(interval, figures))
-    scorers = (("reward_model", "win rate, reward model"), ("judge", "win rate, judge"))
-    for key, name in scorers:
+            table.add_row(name, *map(shown, figures))
+    scorers = {"reward_model": "reward model", "judge": "judge"}
+    for key, name in scorers.items():
         rates = [one["win_rate"].get(key) for one in tuned]
         if all(rates):
-            table.add_row(f"{name}, over SFT", "", *map(interval, rates), style="bold")
-    for key, name in scorers if "dpo" in models else ():
+            table.add_row(f"win rate, {name}", "", *map(shown, rates), style="bold")
+    for key, name in scorers.items() if "dpo" in models else ():
         rate = summary["ppo_over_dpo"]["win_rate"].get(key)
         if rate:
-            table.add_row(f"{name}, over DPO", "", interval(rate), style="bold")
+            table.add_row(f"over DPO, {name}", "", shown(rate), style="bold")
     kls = [one.get("kl") for one in tuned]
     if None not in kls:
-        table.add_row("KL to the SFT model, nats a response", "", *(f"{kl:.2f}" for kl in kls))
+        table.add_row("KL, nats a response", "", *(f"{kl:.2f}" for kl in kls))
     return table
 
 
-def interval(figure: dict, digits: int = 3) -> str:
+def interval(figure: dict, digits: int = 3, between: str = " ") -> str:
     if figure.get("mean") is None:
         return "-"
     number: Callable[[float], str] = lambda value: f"{value:.{digits}g}"  # noqa: E731
-    return f"{number(figure['mean'])} [{number(figure['low'])}, {number(figure['high'])}]"
+    return f"{number(figure['mean'])}{between}[{number(figure['low'])}, {number(figure['high'])}]"

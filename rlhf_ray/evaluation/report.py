@@ -221,29 +221,31 @@ def _cards(summary: dict) -> list[dict]:
 
 
 def _table(summary: dict) -> list[dict]:
-    """The models side by side, one row a figure. A difference has a tone: whether its whole interval is good or bad news."""
+    """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
-    compared = [summary.get("difference", {})]
-    if "dpo" in summary:
-        compared.append(summary["dpo_over_sft"]["difference"])
+    compared = {"ppo": summary, "dpo": summary.get("dpo_over_sft", {})}
     for key, (label, unit, as_percent, better) in FIGURES.items():
-        values = [summary[name].get(key) for name in MODELS if name in summary]
-        if not values or None in values:
+        values = {name: summary[name].get(key) for name in MODELS if name in summary}
+        if not values or None in values.values():
             continue
-        differences = [(figure(one.get(key), as_percent), _tone(one.get(key), better)) for one in compared]
+        cells = []
+        for name, value in values.items():
+            difference = compared.get(name, {}).get("difference", {}).get(key)
+            words = figure(difference, as_percent) if name in compared else ""
+            cells.append((figure(value, as_percent), words, _tone(difference, better)))
         rows.append(
             {
                 "label": label,
                 "unit": unit,
-                "values": [figure(value, as_percent) for value in values],
-                "differences": differences,
-                "plot": charts.intervals(values),
+                "cells": cells,
+                "plot": charts.intervals(list(values.values())),
             }
         )
     return rows
 
 
 def _tone(difference: dict | None, better: int) -> str:
+    """Whether its whole interval is good or bad news."""
     sign = 0 if difference is None else (difference["low"] > 0) - (difference["high"] < 0)
     return {1: "good", -1: "bad", 0: ""}[sign * better]
 
