@@ -357,9 +357,10 @@ def test_dpo_is_compared_by_what_the_samples_file_says(with_dpo):
             ours, theirs = (table[model] for model in pair.split("_over_"))
             expected = np.mean((ours > theirs) + 0.5 * (ours == theirs))
             assert summary[pair]["win_rate"][scorer]["mean"] == pytest.approx(expected), (pair, scorer)
-    lengths = {model: np.mean([row[model]["tokens"] for row in samples]) for model in ("sft", "dpo")}
-    assert summary["dpo_over_sft"]["ratio"]["length"]["mean"] == pytest.approx(lengths["dpo"] / lengths["sft"])
-    assert summary["dpo_over_sft"]["difference"]["length"]["mean"] == pytest.approx(lengths["dpo"] - lengths["sft"])
+    dpo, sft = (distinct_n([row[model]["response"] for row in samples], 2) for model in ("dpo", "sft"))
+    assert summary["dpo_over_sft"]["ratio"]["distinct_2"]["mean"] == pytest.approx(dpo / sft)
+    gained = np.mean([row["dpo"]["score"] - row["sft"]["score"] for row in samples])
+    assert summary["dpo_over_sft"]["difference"]["score"]["mean"] == pytest.approx(gained, abs=1e-5)
     assert summary["dpo_over_sft"]["kl"] == summary["dpo_over_sft"]["kl_interval"]["mean"] > 0
 
 

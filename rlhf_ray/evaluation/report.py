@@ -52,7 +52,7 @@ FIGURES = {
     "distinct_3": ("Distinct-3", "different word triples / all triples", False, 1),
     "repetition": ("Repetition", "4-grams said before in the same response", True, -1),
 }
-QUALITY_NAMES = {  # figures of DONE of what tells replies apart that are its quality; the others are under "closing figures"
+QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
     "pairs": "Held-out pairs",
     "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
