@@ -192,6 +192,9 @@ class GenerationConfig(Section):
     """How responses are drawn, in training and evaluation alike."""
 
     max_new_tokens: int = knob(48, "longest response in tokens", gt=0)
+    min_new_tokens: int = knob(
+        0, "an EOS before this token does not end the response; max_new_tokens: all are of one length", ge=0
+    )
     temperature: float = knob(1.0, "divides the logits in sampling and in every log-prob", gt=0)
     top_k: int = knob(0, "sample from the k likeliest tokens; 0: all", ge=0)
     top_p: float = knob(1.0, "sample from the smallest set with this probability", gt=0, le=1)
@@ -205,12 +208,21 @@ class GenerationConfig(Section):
         """These knobs as the engine takes them."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             stop=self.stop,
         )
+
+    @model_validator(mode="after")
+    def _lengths_fit(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"generation.min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; lower it"
+            )
+        return self
 
 
 class KlConfig(Section):
@@ -228,6 +240,7 @@ class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
     steps: int = knob(100, "rollout-and-update iterations", gt=0)
+    seed: int | None = knob(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
     rollout_batch_size: int = knob(64, "prompts a step, whole job", gt=0)
     samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
     minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
@@ -271,6 +284,10 @@ class PPOConfig(Section):
         None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
     )
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
+    missing_eos_score: float | None = knob(
+        None, "the score of every response that did not end, in place of its own (OpenAI's -1); null: its own"
+    )
+    score_clip: float | None = knob(None, "scores are cut to between -this and this; null: as they are", gt=0)
     overlong_buffer: int = knob(
         0, "a penalty rises from 0 to 1 over this many tokens before max_new_tokens (DAPO); 0: none", ge=0
     )
@@ -422,6 +439,10 @@ class Recipe(Section):
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "final evaluation")
     resources: ResourcesConfig = knob(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = knob(TrackingConfig(), "metric back-ends")
+
+    @property
+    def ppo_seed(self) -> int:
+        return self.seed if self.ppo.seed is None else self.ppo.seed
 
     @property
     def ppo_roles(self) -> dict[str, RoleConfig]:

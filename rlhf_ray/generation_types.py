@@ -23,11 +23,15 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens with this probability
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
     stop: tuple[str, ...] = ()  # strings that end the response; they stay in it
-    ignore_eos: bool = False  # draw on after EOS, for benchmarks of a fixed length
+    min_new_tokens: int = 0  # an EOS before this token is drawn on from, as from any other
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens = {self.min_new_tokens} must be at least 0 and at most max_new_tokens = {self.max_new_tokens}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature = {self.temperature} must be a number of at least 0")
         if self.top_k < 0:

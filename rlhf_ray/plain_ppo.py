@@ -62,7 +62,7 @@ class PlainPPO:
         #   policy     what is trained; forward() gives the log-probs [B, T] of responses
         #   critic     guesses, before each token, the reward still to come [B, T]; trained beside the policy
         self.generator = Generator(
-            start, prompts, [], sampling=recipe.generation.sampling, seed=recipe.seed, dtype=torch.float32
+            start, prompts, [], sampling=recipe.generation.sampling, seed=recipe.ppo_seed, dtype=torch.float32
         )
         self.reward = Reward(RewardScorer(folder.stage("reward").model), start, stop=recipe.generation.stop)
         policy, reference = load_causal_lm(start), load_causal_lm(start)
@@ -84,7 +84,7 @@ class PlainPPO:
         recipe, ppo = self.recipe, self.recipe.ppo
 
         # 1. Draw a response to each prompt of this step. Every draw has a seed of its own: (seed, step, prompt, sample).
-        rows = step_prompts(step, self.prompts, ppo.rollout_batch_size, recipe.seed)
+        rows = step_prompts(step, self.prompts, ppo.rollout_batch_size, recipe.ppo_seed)
         (unit,) = cut_units(step, rows, ppo.samples_per_prompt, ppo.rollouts_per_step)
         rollout = self.generator.generate(unit)
         sequences = rollout.sequences
@@ -112,7 +112,7 @@ class PlainPPO:
         # 5. Several passes over the batch in minibatches. In the first one the ratio is 1; then the policy has moved, and
         #    the clip keeps it from moving too far on old data.
         anneal = linear_anneal(1.0, step, ppo.steps) if ppo.anneal else 1.0
-        seed = draw_seed(recipe.seed, "minibatches", step)
+        seed = draw_seed(recipe.ppo_seed, "minibatches", step)
         for minibatch in minibatch_rows(len(sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
             part = [tensor[minibatch] for tensor in batch]
             width = int(part[2].max())  # the longest response of the minibatch

@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import overlong_penalty, token_rewards
+from rlhf_ray.algorithms.rewards import end_scores, overlong_penalty, token_rewards
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal, minibatch_rows
 
 NAN = float("nan")
@@ -452,7 +452,8 @@ def test_minibatches_cover_every_row_in_every_epoch():
 
 KNOBS = AssembleKnobs(
     advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.5,
-    missing_eos_penalty=1.0, overlong_buffer=0, max_new_tokens=3, whiten_rewards=False, whiten_advantages=False,
+    score_clip=None, missing_eos_penalty=1.0,
+        missing_eos_score=None, overlong_buffer=0, max_new_tokens=3, whiten_rewards=False, whiten_advantages=False,
 )  # fmt: skip
 
 
@@ -514,6 +515,16 @@ def test_assemble_whitens_rewards_keeping_their_mean():
     expected = [white[:3].sum(), white[1:3].sum(), white[2], white[3:].sum(), white[4]]
     assert result.returns[mask].tolist() == pytest.approx(expected, abs=1e-6)
     assert result.stats["objective/rlhf_reward"] == pytest.approx(0.8)  # as it was paid, before whitening
+
+
+def test_scores_are_cut_then_lowered_or_replaced_where_the_response_did_not_end():
+    scores, ended = torch.tensor([5.0, -7.0, 0.5, 5.0]), torch.tensor([True, True, False, False])
+    plain = end_scores(scores, ended, clip=None, penalty=2.0, replacement=None)
+    assert plain.tolist() == [5.0, -7.0, -1.5, 3.0]
+    cut = end_scores(scores, ended, clip=3.0, penalty=2.0, replacement=None)
+    assert cut.tolist() == [3.0, -3.0, -1.5, 1.0]
+    replaced = end_scores(scores, ended, clip=3.0, penalty=0.0, replacement=-1.0)
+    assert replaced.tolist() == [3.0, -3.0, -1.0, -1.0]
 
 
 def test_the_missing_eos_penalty_is_for_responses_that_did_not_end():

@@ -113,7 +113,7 @@ def brute_force(model, prompt, seed, params, ends=ENDS):
         shown = reference_distribution(logits, SamplingParams()) if params.temperature == 0 else probs
         logprobs.append(np.log(shown[token]))
         text = LetterTokenizer().decode(ids[len(prompt) :])
-        if token in ends and not params.ignore_eos:
+        if token in ends and len(logprobs) >= params.min_new_tokens:
             return ids[len(prompt) :], logprobs, "eos"
         if any(stop in text for stop in params.stop):
             return ids[len(prompt) :], logprobs, "stop"
@@ -230,7 +230,7 @@ def test_rows_that_join_and_leave_change_no_other_row(family):
 
 def test_a_waiting_request_can_be_cancelled():
     engine = make_engine(build("gpt2"), max_rows=1)
-    first, second = (engine.submit([5, 6], seed, SamplingParams(max_new_tokens=2, ignore_eos=True)) for seed in (0, 1))
+    first, second = (engine.submit([5, 6], seed, SamplingParams(max_new_tokens=2, min_new_tokens=2)) for seed in (0, 1))
     engine.step()
     assert engine.num_waiting == 1 and engine.cancel(second)
     assert [event.request_id for event in engine.step()] == [first]
@@ -253,24 +253,33 @@ def test_eos_is_part_of_the_response_and_ends_it():
     assert all(c.response_ids[-1] == EOS and EOS not in c.response_ids[:-1] for c in ended)
     others = [c for c in completions if c.finish_reason != "eos"]
     assert all(c.finish_reason == "length" and len(c.response_ids) == 40 and EOS not in c.response_ids for c in others)
-    ignoring = engine.generate([[4, 5]] * 40, range(40), SamplingParams(max_new_tokens=40, ignore_eos=True))
-    assert {len(c.response_ids) for c in ignoring} == {40}
+    late = engine.generate([[4, 5]] * 40, range(40), SamplingParams(max_new_tokens=40, min_new_tokens=12))
+    for early, completion in zip(
+        completions, late, strict=True
+    ):  # what comes before an EOS does not depend on the minimum
+        assert completion.response_ids[: len(early.response_ids)].tolist() == early.response_ids.tolist()
+        assert len(completion.response_ids) >= 12
+    assert any(EOS in c.response_ids[:11] for c in late)
+    assert any(len(c.response_ids) < 40 and c.finish_reason == "eos" for c in late)
+    fixed = engine.generate([[4, 5]] * 40, range(40), SamplingParams(max_new_tokens=40, min_new_tokens=40))
+    assert {len(c.response_ids) for c in fixed} == {40}
     several = make_engine(model, eos_token_ids=[EOS, 9]).generate([[4, 5]] * 40, range(40), params)
     assert {int(c.response_ids[-1]) for c in several if c.finish_reason == "eos"} == {EOS, 9}
 
 
 def test_a_stop_string_may_span_tokens_and_stays_in_the_response():
     model = build("gpt2")
-    plain = make_engine(model).generate([[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True))
+    plain = make_engine(model).generate([[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, min_new_tokens=30))
     texts = [LetterTokenizer().decode(c.response_ids) for c in plain]
     stop = texts[0][10:13]
     stopped = make_engine(model).generate(
-        [[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, ignore_eos=True, stop=(stop, "never seen"))
+        [[4, 5]] * 8, range(8), SamplingParams(max_new_tokens=30, min_new_tokens=30, stop=(stop, "never seen"))
     )
     for text, completion in zip(texts, stopped, strict=True):
         end = text.find(stop) + len(stop) if stop in text else 30
         assert LetterTokenizer().decode(completion.response_ids) == text[:end]
-        assert completion.finish_reason == ("stop" if stop in text else "length")
+        last = "eos" if completion.response_ids[-1] in ENDS else "length"
+        assert completion.finish_reason == ("stop" if stop in text else last)
     assert stopped[0].finish_reason == "stop"
 
 
@@ -471,7 +480,7 @@ def test_the_model_stays_right_for_other_callers():
 
 def test_refusals_name_the_value_and_the_remedy():
     engine, params = make_engine(build("gpt2")), SamplingParams(max_new_tokens=60)
-    full = engine.generate([[3, 4, 5, 6]], [0], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    full = engine.generate([[3, 4, 5, 6]], [0], SamplingParams(max_new_tokens=60, min_new_tokens=60))
     assert len(full[0].response_ids) == 60
     for prompt, word in (([3] * 5, "64"), ([], "no tokens"), ([3, VOCAB], "vocabulary")):
         with pytest.raises(UserError, match=word):

@@ -101,7 +101,8 @@ def gradients(batch, order=None, *, microbatch_size=8, ranks=1, cuts=(), aggrega
 
     assemble = AssembleKnobs(
         advantage=advantage, group_size=1 if advantage in ("gae", "reinforce_pp") else 2, kl_in_reward=kl is None,
-        kl_estimator="k1", gamma=0.95, gae_lambda=0.9, missing_eos_penalty=0.5, overlong_buffer=2,
+        kl_estimator="k1", gamma=0.95, gae_lambda=0.9, score_clip=None, missing_eos_penalty=0.5,
+        missing_eos_score=None, overlong_buffer=2,
         max_new_tokens=LONGEST, whiten_rewards=False, whiten_advantages=advantage == "gae",
     )  # fmt: skip
     assembler = Assembler(AssembleSettings(

@@ -223,7 +223,8 @@ def test_one_update_is_that_of_the_formulas(extra):
     policy, reference, critic = models()
     knobs = AssembleKnobs(
         advantage="gae", group_size=1, kl_in_reward=extra["kl_loss"] is None, kl_estimator="k1", gamma=GAMMA,
-        gae_lambda=LAMBDA, missing_eos_penalty=0.4, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False,
+        gae_lambda=LAMBDA, score_clip=None, missing_eos_penalty=0.4,
+        missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False,
         whiten_advantages=True,
     )  # fmt: skip
     settings = AssembleSettings(
@@ -264,7 +265,8 @@ def test_the_update_stops_when_the_policy_has_moved_far_enough():
     """At a small rate approx_kl of the minibatches rises from 0, so their mean lies between two of them."""
     knobs = AssembleKnobs(
         advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.95,
-        missing_eos_penalty=0.0, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False, whiten_advantages=True,
+        score_clip=None, missing_eos_penalty=0.0,
+        missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False, whiten_advantages=True,
     )  # fmt: skip
     settings = AssembleSettings(
         knobs=knobs, minibatch_size=4, ppo_epochs=6, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED

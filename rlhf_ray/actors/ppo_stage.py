@@ -146,7 +146,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
         loop = PPOLoop(
             roles, _with_gate(recipe), hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
-            chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
+            chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
         )  # fmt: skip
         finished = loop.run()
         if not finished:

@@ -73,7 +73,7 @@ class GenerationActor(RoleActor):
             read_role(folder, "prompts")["prompt"],
             read_role(folder, "eval_prompts")["prompt"],
             sampling=generation.sampling,
-            seed=recipe.seed,
+            seed=recipe.ppo_seed,
             dtype=self.compute_dtype(precision),
             device=self.device,
             trust_remote_code=recipe.model.trust_remote_code,

@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import flat_groups, overlong_penalty, token_rewards
+from rlhf_ray.algorithms.rewards import end_scores, flat_groups, overlong_penalty, token_rewards
 
 #: Advantages of whole responses from the rewards [B] of their group; every token of a response gets the same.
 GROUP_ADVANTAGES = {"rloo": leave_one_out, "grpo": group_standardised, "dr_grpo": group_centred}
@@ -29,7 +29,9 @@ class AssembleKnobs:
     kl_estimator: Literal["k1", "k2", "k3"]  # of the KL in the reward
     gamma: float
     gae_lambda: float
+    score_clip: float | None
     missing_eos_penalty: float
+    missing_eos_score: float | None
     overlong_buffer: int  # tokens before max_new_tokens over which the penalty rises; 0: none
     max_new_tokens: int
     whiten_rewards: bool
@@ -59,7 +61,9 @@ def assemble(
 ) -> Assembled:
     """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch."""
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
-    penalised = scores - knobs.missing_eos_penalty * (~ended).to(scores.dtype)
+    penalised = end_scores(
+        scores, ended, clip=knobs.score_clip, penalty=knobs.missing_eos_penalty, replacement=knobs.missing_eos_score
+    )
     if knobs.overlong_buffer > 0:
         lengths = action_mask.sum(1).to(scores.dtype)
         penalised = penalised - overlong_penalty(lengths, longest=knobs.max_new_tokens, buffer=knobs.overlong_buffer)

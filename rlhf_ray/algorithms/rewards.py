@@ -10,6 +10,24 @@ def last_action_index(action_mask: torch.Tensor) -> torch.Tensor:
     return action_mask.sum(1) - 1
 
 
+def end_scores(
+    scores: torch.Tensor,  # [B]
+    ended: torch.Tensor,  # [B] bool
+    *,
+    clip: float | None,
+    penalty: float,
+    replacement: float | None,
+) -> torch.Tensor:
+    """Scores [B] as they are paid: cut to +-clip, then those of responses that did not end lowered, or replaced.
+
+    OpenAI's lm-human-preferences replaces them by -1, TRL lowers them.
+    """
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    unended = scores - penalty if replacement is None else torch.full_like(scores, replacement)
+    return torch.where(ended, scores, unended)
+
+
 def overlong_penalty(lengths: torch.Tensor, *, longest: int, buffer: int) -> torch.Tensor:
     """DAPO's soft punishment (Yu et al. 2025, arXiv 2503.14476, eq. 13), 0 to 1, to subtract from scores.   [B] -> [B]
 

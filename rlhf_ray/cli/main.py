@@ -33,6 +33,12 @@ console, errors = Console(), Console(stderr=True)
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh)")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
+StartFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--start-from", help="a run folder whose finished stages before PPO (same recipe there) are taken over"
+    ),
+]
 Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")
 ]
@@ -63,13 +69,21 @@ def in_words(command):
 
 @app.command()
 @in_words
-def run(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None):
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    address: Address = None,
+    start_from: StartFrom = None,
+):
     """Run all stages; a run folder that stopped goes on where it was."""
     from rlhf_ray.cli.running import closing_words
     from rlhf_ray.cli.running import run as run_recipe
     from rlhf_ray.recipe_file import load_recipe
 
-    folder = run_recipe(load_recipe(recipe, overrides), run_dir, address=address, console=console)
+    folder = run_recipe(
+        load_recipe(recipe, overrides), run_dir, address=address, start_from=start_from, console=console
+    )
     closing_words(folder, console)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from rlhf_ray.adopt import adopt_stages
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.cli.interrupt import polite_interrupts
 from rlhf_ray.config import Recipe
@@ -62,10 +63,12 @@ def run(
     *,
     address: str | None = None,
     stages: list[str] | None = None,
+    start_from: str | Path | None = None,
     console: Console | None = None,
 ) -> RunFolder:
     """Run the recipe's stages (default: all) in its run folder, from where that stands.
 
+    start_from: another run folder, whose finished stages before PPO are taken over where this one has none yet.
     Raises UserError for a mistake in recipe, data or resources, StageStopped after Ctrl-C.
     """
     # Imported here: Ray and torch take seconds, and `--help` or a misspelt key should not wait for them.
@@ -80,6 +83,8 @@ def run(
     refuse_problems(recipe, folder, address)
     running: list[str | None] = [None]
     with held(folder), Display(console) as display:
+        if start_from is not None:
+            adopt_stages(recipe, folder, RunFolder(Path(start_from).absolute()))
         prepare_folder(recipe, folder)
 
         def progress(event: dict) -> None:

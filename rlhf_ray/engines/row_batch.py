@@ -36,7 +36,7 @@ class _RowArrays:
     next_tokens: np.ndarray  # [R] int64: drawn (or the prompt's last), not yet in the cache
     counts: np.ndarray  # [R] int64: response tokens drawn
     budgets: np.ndarray  # [R] int64: max_new_tokens
-    ends_at_eos: np.ndarray  # [R] bool
+    minima: np.ndarray  # [R] int64: min_new_tokens
     uniforms: np.ndarray  # [R, T] float32
     tokens: np.ndarray  # [R, T] int32: the response so far
     logprobs: np.ndarray  # [R, T] float32
@@ -44,7 +44,7 @@ class _RowArrays:
     @classmethod
     def empty(cls) -> _RowArrays:
         flat, wide = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
-        return cls(flat, flat, flat, flat, flat.astype(bool), wide, wide.astype(np.int32), wide)
+        return cls(flat, flat, flat, flat, flat, wide, wide.astype(np.int32), wide)
 
     def grow(self, rows: int, width: int) -> None:
         rows, width = max(rows, len(self.counts)), max(width, self.tokens.shape[1])
@@ -86,7 +86,7 @@ class RowBatch:
             arrays.next_tokens[row] = request.prompt_ids[-1]
             arrays.counts[row] = 0
             arrays.budgets[row] = request.params.max_new_tokens
-            arrays.ends_at_eos[row] = not request.params.ignore_eos
+            arrays.minima[row] = request.params.min_new_tokens
             arrays.uniforms[row, : arrays.budgets[row]] = row_uniforms(request.seed, request.params.max_new_tokens)
         self.requests += requests
         self._members_changed()
@@ -115,7 +115,7 @@ class RowBatch:
         arrays.positions[:n] += 1
         arrays.counts[:n] += 1
 
-        at_eos = np.isin(tokens, self.eos_token_ids) & arrays.ends_at_eos[:n]
+        at_eos = np.isin(tokens, self.eos_token_ids) & (arrays.counts[:n] >= arrays.minima[:n])
         ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos)}
         for row in self._stop_windows:
             if row not in ended and self._is_stopped(row):

@@ -13,14 +13,15 @@ def assemble_settings(recipe: Recipe) -> AssembleSettings:
     knobs = AssembleKnobs(
         advantage=ppo.advantage, group_size=ppo.samples_per_prompt, kl_in_reward=ppo.kl_in == "reward",
         kl_estimator=ppo.kl_estimator, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda,
-        missing_eos_penalty=ppo.missing_eos_penalty, overlong_buffer=ppo.overlong_buffer,
+        score_clip=ppo.score_clip, missing_eos_penalty=ppo.missing_eos_penalty,
+        missing_eos_score=ppo.missing_eos_score, overlong_buffer=ppo.overlong_buffer,
         max_new_tokens=recipe.generation.max_new_tokens, whiten_rewards=ppo.whiten_rewards,
         whiten_advantages=ppo.whitens_advantages,
     )  # fmt: skip
     return AssembleSettings(
         knobs=knobs, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
         policy_ranks=resources.policy.actors, critic_ranks=resources.critic.actors if ppo.has_critic else 0,
-        seed=recipe.seed,
+        seed=recipe.ppo_seed,
     )  # fmt: skip
 
 

@@ -1,0 +1,68 @@
+"""Runs side by side."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.evaluation.compare import band, compare, main, seed_of
+from rlhf_ray.recipe_file import write_recipe
+from rlhf_ray.run_folder import RunFolder
+
+INTERVAL = {"low": 0.0, "high": 9.0}
+
+
+def finished(path, seed, scores, kl, ppo=None) -> RunFolder:
+    folder = RunFolder(path)
+    write_recipe(Recipe.model_validate({"name": "t", "seed": seed, "ppo": ppo or {}}), folder.recipe)
+    (path / "environment.json").write_text(json.dumps({"cpus": 2, "cpu": "a CPU"}))
+    folder.stage("ppo").path.mkdir()
+    rows = [
+        {"step": step, "episodes": 8 * step, "objective/score": score} for step, score in enumerate(scores, start=1)
+    ]
+    folder.stage("ppo").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {
+        "judge": {"mean": 5.0 + seed, **INTERVAL},
+        "score": {"mean": 1.0, **INTERVAL},
+        "length": {"mean": 20.0, **INTERVAL},
+    }
+    summary = {
+        "sft": model, "ppo": model, "win_rate": {"judge": {"mean": 0.5 + 0.1 * seed, **INTERVAL}, "reward_model": None},
+        "kl": kl, "ratio": {},
+    }  # fmt: skip
+    folder.stage("evaluation").path.mkdir()
+    (folder.stage("evaluation").path / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_the_table_has_means_and_ranges_and_the_runs_are_recorded(tmp_path):
+    runs = [finished(tmp_path / f"{seed}", seed, [1, 2], kl=2.0 + seed) for seed in (0, 1, 2)]
+    page = compare(tmp_path / "out", {"ppo": runs, "alone": runs[:1]}).read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| ppo |"))
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        "ppo", "0, 1, 2", "0.6 (0.5 to 0.7)", "–", "6 (5 to 7)", "6 (5 to 7)", "1 (1 to 1)", "3 (2 to 4)", "–", "20 (20 to 20)",
+    ]  # fmt: skip
+    assert "| alone | 0 | 0.5 |" in page
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((tmp_path / "out" / "ppo" / "seed_1" / "recipe.yaml").read_text())["seed"] == 1
+
+
+def test_the_band_is_over_the_steps_that_all_runs_have():
+    one = [{"step": 1, "x": 10, "y": 1.0}, {"step": 2, "x": 20, "y": 2.0}, {"step": 3, "x": 30}]
+    other = [{"step": 1, "x": 10, "y": 4.0}, {"step": 2, "x": 40, "y": 0.0}]
+    xs, low, mean, high = band([one, other], "x", "y")
+    np.testing.assert_array_equal(xs, [10, 30])
+    np.testing.assert_array_equal([low, mean, high], [[1, 0], [2.5, 1], [4, 2]])
+    assert all(len(part) == 0 for part in band([one, []], "x", "y"))
+
+
+def test_ppo_runs_of_one_start_are_told_apart_by_their_own_seed(tmp_path):
+    assert seed_of(finished(tmp_path / "run", 0, [1], kl=1.0, ppo={"seed": 4})) == 4
+
+
+@pytest.mark.parametrize(("argument", "says"), [("runs/x", "write LABEL=RUN_DIR"), ("a=nowhere", "is no run folder")])
+def test_mistakes_in_words(tmp_path, capsys, argument, says):
+    assert main([str(tmp_path), argument]) == 2
+    assert says in capsys.readouterr().err
