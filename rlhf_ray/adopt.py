@@ -15,8 +15,8 @@ from rlhf_ray.run_folder import RunFolder
 #: What a stage's result follows from, beside its own section. A reward model's scores are normalised on samples too, but
 #: its mean and deviation stand in its config.json, so another `generation` does not make it another model.
 COMMON = ("seed", "model", "data")
-ALSO = {"reward": ("sft",), "judge": ("sft", "fluency")}
-BEFORE_PPO = ("data", "sft", "fluency", "reward", "judge")
+ALSO = {"reward": ("sft",), "judge": ("sft", "fluency"), "dpo": ("sft", "reward")}  # the reward model's pairs
+BEFORE_PPO = ("data", "sft", "fluency", "reward", "judge", "dpo")
 
 
 def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[str]:

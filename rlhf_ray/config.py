@@ -97,7 +97,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """What the supervised stages (SFT, reward model, judge, fluency model) have in common."""
+    """What the supervised stages (SFT, reward model, judge, fluency model, DPO) have in common."""
 
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", gt=0)
     epochs: float = knob(1.0, "passes over the data", gt=0)
@@ -157,6 +157,35 @@ class RewardConfig(TrainConfig):
     def starts_within_run(self) -> bool:
         """Whether `base` is one of the run's own models, which share the run's tokenizer."""
         return self.base in ("sft", "fluency", "model")
+
+
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation on the reward model's own pairs (TRL's DPOTrainer), from the SFT model."""
+
+    beta: float = knob(
+        0.1, "price of leaving the SFT model, as ppo.kl_coef is in the objective that both maximise; IPO's tau", gt=0
+    )
+    loss: Literal["sigmoid", "ipo"] = knob(
+        "sigmoid", "sigmoid: DPO's logistic loss; ipo: squared distance of the log-ratios a token from 1 / (2 beta)"
+    )
+    label_smoothing: float = knob(
+        0.0, "share of the pairs taken to be labelled the wrong way round (cDPO); with loss sigmoid only", ge=0, lt=0.5
+    )
+    max_length: int | None = knob(
+        None, "longest sequence in tokens; null: reward.max_length, to which the pairs are cut already", gt=1
+    )
+    learning_rate: float = knob(1e-5, "peak learning rate of AdamW", gt=0)
+    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises", ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self):
+        if self.label_smoothing > 0 and self.loss == "ipo":
+            raise ValueError(
+                f"dpo.label_smoothing is {self.label_smoothing:g}, but dpo.loss ipo has no smoothed form; "
+                "set label_smoothing to 0 or loss to sigmoid"
+            )
+        return self
 
 
 class GenerationConfig(Section):
@@ -404,6 +433,7 @@ class Recipe(Section):
     reward: RewardConfig | None = knob(RewardConfig(), "reward model; null with ppo.reward_function")
     judge: RewardConfig | None = knob(None, "independent judge, trained on data.judge")
     fluency: SftConfig | None = knob(None, "separately seeded language model for perplexity_independent")
+    dpo: DpoConfig | None = knob(None, "DPO on the reward model's pairs, to compare with PPO")
     generation: GenerationConfig = knob(GenerationConfig(), "sampling")
     ppo: PPOConfig = knob(PPOConfig(), "PPO")
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "final evaluation")
@@ -419,6 +449,12 @@ class Recipe(Section):
         """Role -> its actors, for the roles that are Ray actors of the PPO stage."""
         names = ("generation", "reward", "reference", "policy", *(("critic",) if self.ppo.has_critic else ()))
         return {name: getattr(self.resources, name) for name in names}
+
+    @property
+    def dpo_max_length(self) -> int:
+        """dpo.max_length, or the reward model's."""
+        assert self.dpo is not None
+        return self.dpo.max_length or (self.reward or RewardConfig()).max_length
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -457,6 +493,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"{name}.base is 'fluency', but fluency is null; set the section fluency or {name}.base to 'sft'"
                 )
+        if self.dpo is not None and self.reward is not None and self.reward.objective == "scores":
+            raise ValueError(
+                "dpo learns from the reward model's pairs, but reward.objective is 'scores', whose rows have no chosen "
+                "and rejected reply; give pairs and set reward.objective to pairs, or set dpo: null"
+            )
         if self.model.is_from_scratch:
             if self.sft is None:
                 raise ValueError(
@@ -468,9 +509,9 @@ class Recipe(Section):
                     f"data.max_prompt_tokens + generation.max_new_tokens = {longest} is longer than "
                     f"model.from_scratch.positions = {self.model.from_scratch.positions}; lower one or raise positions"
                 )
-            for name in ("sft", "reward", "judge", "fluency"):
+            for name in ("sft", "reward", "judge", "fluency", "dpo"):
                 stage = getattr(self, name)
-                if stage is not None and stage.max_length > self.model.from_scratch.positions:
+                if stage is not None and (stage.max_length or 0) > self.model.from_scratch.positions:
                     raise ValueError(
                         f"{name}.max_length = {stage.max_length} is longer than model.from_scratch.positions = "
                         f"{self.model.from_scratch.positions}; lower it or raise positions"

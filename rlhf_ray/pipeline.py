@@ -21,13 +21,14 @@ Stage = Callable[[Recipe, RunFolder, Progress], None]
 #: what a stage reads
 NEEDS = {
     "data": (), "sft": ("data",), "fluency": ("data",), "reward": ("data", "sft"), "judge": ("data", "sft"),
-    "ppo": ("data", "sft", "reward"), "evaluation": ("sft", "fluency", "reward", "judge", "ppo"),
+    "dpo": ("data", "sft"), "ppo": ("data", "sft", "reward"),
+    "evaluation": ("sft", "fluency", "reward", "judge", "dpo", "ppo"),
 }  # fmt: skip
 
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages that this recipe has, in order."""
-    optional = {name for name in ("sft", "fluency", "reward", "judge") if getattr(recipe, name) is None}
+    optional = {name for name in ("sft", "fluency", "reward", "judge", "dpo") if getattr(recipe, name) is None}
     return [name for name in STAGES if name not in optional]
 
 
@@ -53,7 +54,7 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
         if recipe.ppo.steps > done:
             _reopen_evaluation(evaluation)
             ppo.done_file.unlink()
-    if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency"}:
+    if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency", "dpo"}:
         _reopen_evaluation(evaluation)
 
 

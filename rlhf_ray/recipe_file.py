@@ -203,7 +203,7 @@ def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:
     section = key.partition(".")[0]
     if section == "ppo" and ppo_stays:
         return key == "ppo.steps"  # told apart by `pipeline.reopen_finished`
-    if section in ("sft", "fluency", "reward", "judge") and folder.stage(section).done:
+    if section in ("sft", "fluency", "reward", "judge", "dpo") and folder.stage(section).done:
         return False  # recipe.yaml would no longer say how the stage was trained
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):
         return True

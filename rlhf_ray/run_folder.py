@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Recipe
 
-STAGES = ("data", "sft", "fluency", "reward", "judge", "ppo", "evaluation")
+STAGES = ("data", "sft", "fluency", "reward", "judge", "dpo", "ppo", "evaluation")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -104,5 +104,5 @@ class RunFolder:
 
 
 def start_model(recipe: Recipe, folder: RunFolder) -> str:
-    """What PPO starts from and stays close to: the SFT model, or the recipe's model where there is no SFT stage."""
+    """What PPO and DPO start from and stay close to: the SFT model, or the recipe's model where there is no SFT stage."""
     return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path

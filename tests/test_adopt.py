@@ -37,6 +37,14 @@ def test_finished_stages_before_ppo_come_over_whole(tmp_path):
     assert (source.stage("sft").model / "weights").exists()
 
 
+def test_a_dpo_model_comes_over_with_the_pairs_that_it_learned_from(tmp_path):
+    source = finished(tmp_path / "old", recipe(dpo={}), "data", "sft", "dpo")
+    assert adopt_stages(recipe(dpo={}), RunFolder(tmp_path / "new"), source) == ["data", "sft", "dpo"]
+    for change in ({"dpo": {"beta": 0.3}}, {"dpo": {}, "reward": {"max_length": 64}}):
+        with pytest.raises(UserError, match=r"dpo.beta \(0.1 -> 0.3\)|reward.max_length \(256 -> 64\)"):
+            adopt_stages(recipe(**change), RunFolder(tmp_path / "other"), source)
+
+
 def test_what_is_not_finished_or_not_wanted_stays_behind(tmp_path):
     source = finished(tmp_path / "old", recipe(fluency={}), "data", "sft", "fluency")
     source.stage("reward").path.mkdir()

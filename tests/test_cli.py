@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from rlhf_ray.cli.doctor import recipe_problems
+from rlhf_ray.cli.main import app
 from rlhf_ray.cli.running import absolute_paths
 from rlhf_ray.config import Recipe
 from rlhf_ray.run_folder import RunFolder
@@ -166,3 +168,16 @@ def test_report_refuses_what_is_no_folder(tmp_path):
 def test_serve_needs_a_key_beyond_loopback(tmp_path):
     answer = rlhf_ray("serve", str(tmp_path), "--host", "0.0.0.0")
     assert answer.returncode == 2 and "Traceback" not in answer.stderr
+
+
+def test_dpo_is_a_stage_of_its_own(tmp_path):
+    run, recipe = RunFolder(tmp_path / "run"), str(recipe_file(tmp_path))
+    for name in ("data", "sft", "dpo"):
+        run.stage(name).path.mkdir(parents=True)
+        run.stage(name).finish({})
+    answer = CliRunner().invoke(app, ["dpo", recipe, "--set", "dpo.beta=0.2", "--run-dir", str(run.path)])
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.splitlines()[-1] == str(run.stage("dpo").path)
+    assert yaml.safe_load(run.recipe.read_text())["dpo"]["beta"] == 0.2
+    answer = CliRunner().invoke(app, ["dpo", recipe, "--run-dir", str(tmp_path / "other")])
+    assert answer.exit_code == 2 and "has no stage 'dpo': its section is null" in answer.output

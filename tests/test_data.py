@@ -636,6 +636,29 @@ def test_prompts_of_preferences_without_a_reward_model(tmp_path, pairs_file):
     assert summary["sources"]["preferences"][0]["kept"] == 62  # a tie or an empty reply is a prompt all the same
 
 
+def test_dpo_gets_its_pairs_where_there_is_no_reward_model(tmp_path):
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": " good", "rejected": " bad" * (1 + 40 * (i == 7))} for i in range(30)
+    ]
+    source = [{"path": write_jsonl(tmp_path / "pairs.jsonl", rows).name}]
+    values = recipe_of(tmp_path, sft=source, preferences=source).model_dump()
+    values |= {"reward": None, "ppo": {"reward_function": "a:b", "critic_init": "sft"}}
+    with_dpo = values | {"dpo": {"max_length": 12}}
+    summary = prepare(Recipe.model_validate(with_dpo), RunFolder(tmp_path / "run"))
+    pairs = read_role(RunFolder(tmp_path / "run"), "reward_train")
+    assert pairs.column_names == ["prompt", "chosen", "rejected"]
+    assert summary["sources"]["preferences"][0]["dropped"] == {"over_long": 1}  # the one reply of more than 12 tokens
+    assert "reward_train" not in prepare(Recipe.model_validate(values), RunFolder(tmp_path / "none"))["roles"]
+    empty = with_dpo | {"data": values["data"] | {"preferences": ()}}
+    assert check_data(Recipe.model_validate(empty)) == [
+        "'dpo' is set and data.preferences is empty; give it rows, or set dpo: null"
+    ]
+    write_jsonl(tmp_path / "scored.jsonl", [{"prompt": "a", "response": "b", "score": 1}])
+    scored = with_dpo | {"data": values["data"] | {"preferences": ({"path": "scored.jsonl"},)}}
+    (problem,) = check_data(Recipe.model_validate(scored))
+    assert "or give pairs, which DPO needs" in problem
+
+
 def test_a_long_plain_text_stays_and_is_counted_unless_it_is_packed(tokenizer):
     for plain_text, kept, cut, dropped in (
         ("trainer_cuts", 2, {"text": 1}, {}),

@@ -145,7 +145,7 @@ def run_folder(tmp_path_factory):
     folder = RunFolder(root)
     tokenizer = train_tokenizer(CORPUS, 300)
     shape = {"layers": 2, "width": 32, "heads": 2, "positions": 64, "vocab_size": 300}
-    for number, stage in enumerate(("sft", "ppo", "fluency")):
+    for number, stage in enumerate(("sft", "ppo", "fluency", "dpo")):
         model = build_causal_lm(ModelConfig(from_scratch=FromScratch(**shape)), tokenizer, seed=number)
         for weight in model.parameters():  # far enough from uniform that two models differ measurably
             weight.data *= 3.0
@@ -327,6 +327,52 @@ def test_equal_models_differ_in_nothing(same_model):
     assert summary["win_rate"]["reward_model"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert all(figure == {"mean": 0, "low": 0, "high": 0} for figure in summary["difference"].values())
     assert summary["ratio"]["distinct_2"] == {"mean": 1, "low": 1, "high": 1}
+
+
+@pytest.fixture(scope="module")
+def with_dpo(run_folder, evaluated, tmp_path_factory):
+    """(summary, samples) of the same run with a DPO model."""
+    folder = RunFolder(tmp_path_factory.mktemp("dpo"))
+    for name in ("data", "sft", "ppo", "fluency", "reward", "judge", "dpo"):
+        (folder.path / name).symlink_to(run_folder.path / name)
+    return evaluate(recipe(dpo={}), folder), read_metrics(folder.path / "evaluation" / "samples.jsonl")
+
+
+def test_dpo_adds_its_figures_and_changes_none(evaluated, with_dpo):
+    before, summary = evaluated[0], with_dpo[0]
+    added = {"dpo", "dpo_over_sft", "ppo_over_dpo"}
+    assert set(summary) - set(before) == added == added & set(summary)
+    for key in set(before) - {"definitions", "seconds"}:
+        assert summary[key] == before[key], key
+    assert set(summary["definitions"]) - set(before["definitions"]) == {"dpo_over_sft", "ppo_over_dpo"}
+    assert set(summary["dpo"]) == set(summary["ppo"]) and summary["dpo"]["perplexity"] != summary["ppo"]["perplexity"]
+
+
+def test_dpo_is_compared_by_what_the_samples_file_says(with_dpo):
+    summary, samples = with_dpo
+    assert set(summary["dpo_over_sft"]) == {"win_rate", "kl", "kl_interval", "difference", "ratio"}
+    for scorer, key in (("reward_model", "score"), ("judge", "judge")):
+        table = {model: np.array([row[model][key] for row in samples]) for model in ("sft", "dpo", "ppo")}
+        for pair in ("dpo_over_sft", "ppo_over_dpo"):
+            ours, theirs = (table[model] for model in pair.split("_over_"))
+            expected = np.mean((ours > theirs) + 0.5 * (ours == theirs))
+            assert summary[pair]["win_rate"][scorer]["mean"] == pytest.approx(expected), (pair, scorer)
+    dpo, sft = (distinct_n([row[model]["response"] for row in samples], 2) for model in ("dpo", "sft"))
+    assert summary["dpo_over_sft"]["ratio"]["distinct_2"]["mean"] == pytest.approx(dpo / sft)
+    gained = np.mean([row["dpo"]["score"] - row["sft"]["score"] for row in samples])
+    assert summary["dpo_over_sft"]["difference"]["score"]["mean"] == pytest.approx(gained, abs=1e-5)
+    assert summary["dpo_over_sft"]["kl"] == summary["dpo_over_sft"]["kl_interval"]["mean"] > 0
+
+
+def test_a_dpo_model_that_is_the_sft_model_has_gone_nowhere(run_folder, tmp_path):
+    for name in ("data", "sft", "ppo", "reward"):
+        (tmp_path / name).symlink_to(run_folder.path / name)
+    (tmp_path / "dpo").symlink_to(run_folder.path / "sft")
+    summary = evaluate(recipe(judge=None, fluency=None, dpo={}), RunFolder(tmp_path))
+    over_sft = summary["dpo_over_sft"]
+    assert over_sft["kl"] == 0 < summary["kl"] and over_sft["win_rate"]["judge"] is None
+    assert over_sft["win_rate"]["reward_model"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert summary["ppo_over_dpo"]["win_rate"] == summary["win_rate"]
 
 
 def test_what_was_not_measured_is_null_with_its_reason(same_model):

@@ -48,6 +48,16 @@ def test_a_checkpoint_gets_its_own_weights_and_its_own_card(run, tmp_path):
     assert "# tiny: ppo" in card and "| steps | 3 |" in card
 
 
+def test_each_stages_model_is_found_by_its_name(run, tmp_path):
+    _, folder, _ = run
+    with pytest.raises(UserError, match="holds no model of 'dpo'"):
+        export_model(folder.path, tmp_path / "out", "dpo", "float32", None)
+    folder.stage("dpo").path.mkdir()
+    (folder.stage("dpo").model).symlink_to(folder.stage("reward").model)
+    export_model(folder.path, tmp_path / "out", "dpo", "float32", None)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() >= {"score.weight"}
+
+
 def test_a_checkpoint_outside_its_run_folder_is_refused(run, tmp_path):
     _, folder, source = run
     folder.recipe.unlink()

@@ -24,7 +24,7 @@ def stages(folder: RunFolder, log: list[str]) -> dict:
 
         return work
 
-    return {name: stage(name) for name in ("data", "sft", "fluency", "reward", "judge", "ppo", "evaluation")}
+    return {name: stage(name) for name in ("data", "sft", "fluency", "reward", "judge", "dpo", "ppo", "evaluation")}
 
 
 def test_stages_run_in_order_once_and_only_those_of_the_recipe(tmp_path):
@@ -101,7 +101,7 @@ def test_a_finished_ppo_keeps_its_recipe_unless_it_gets_more_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "added", [{"judge": {}}, {"fluency": {}}, {"evaluation": {"prompts": 8}}, {"ppo": {"steps": 4}}]
+    "added", [{"judge": {}}, {"fluency": {}}, {"dpo": {}}, {"evaluation": {"prompts": 8}}, {"ppo": {"steps": 4}}]
 )
 def test_what_changes_the_figures_reopens_the_evaluation_and_drops_its_figures(added, tmp_path):
     folder, log = RunFolder(tmp_path), []
@@ -118,6 +118,20 @@ def test_what_changes_the_figures_reopens_the_evaluation_and_drops_its_figures(a
     log.clear()
     run_stages(after, folder, stages(folder, log), lambda event: None)
     assert log == [name for name in added if name != "evaluation"] + ["evaluation"]
+
+
+def test_a_finished_dpo_keeps_its_recipe(tmp_path):
+    folder = RunFolder(tmp_path)
+    prepare_folder(Recipe(name="r", dpo={}), folder)
+    for name in ("data", "dpo"):
+        folder.stage(name).finish({})
+    for change in ({"beta": 0.3}, {"learning_rate": 1e-4}):
+        with pytest.raises(UserError, match=f"dpo.{next(iter(change))}"):
+            check_resume(Recipe(name="r", dpo=change), folder)
+    folder.stage("dpo").done_file.unlink()
+    assert check_resume(Recipe(name="r", dpo={"learning_rate": 1e-4}), folder) == ["dpo.learning_rate"]
+    with pytest.raises(UserError, match="dpo.beta"):  # it has begun with another
+        check_resume(Recipe(name="r", dpo={"beta": 0.3}), folder)
 
 
 def test_a_machine_without_git_runs_all_the_same(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_the_recipe_reference_is_up_to_date():
 def test_the_reference_has_every_key_of_the_resolved_recipe():
     """Every leaf of a recipe with all sections on, by a walk over values and not over types."""
     section = {"objective": "pairs"}
-    recipe = build_recipe({"name": "all", "judge": section, "fluency": {}, "ppo": {"adaptive_kl": {}},
+    recipe = build_recipe({"name": "all", "judge": section, "fluency": {}, "dpo": {}, "ppo": {"adaptive_kl": {}},
                            "data": {"sft": [{"path": "x.jsonl"}]}}, [], "all")  # fmt: skip
 
     def keys(values) -> set[str]:

@@ -140,6 +140,10 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"reward": None}, "nothing scores the responses"),
         ({"reward": None, "ppo": {"reward_function": "a:b"}}, "set ppo.critic_init to 'sft'"),
         ({"sft": None}, "nothing would train the model"),
+        ({"dpo": {}, "reward": {"objective": "scores"}}, "set reward.objective to pairs, or set dpo: null"),
+        ({"dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "dpo.label_smoothing is 0.1, but dpo.loss ipo has no"),
+        ({"dpo": {"max_length": 300}}, "dpo.max_length = 300 is longer than model.from_scratch.positions = 256"),
+        ({"dpo": {"label_smoothing": 0.5}}, "'dpo.label_smoothing' is 0.5: input should be less than 0.5"),
     ],
 )
 def test_sections_that_need_each_other(values, part):
@@ -189,6 +193,24 @@ def test_a_later_override_wins_and_the_rest_stays():
 def test_an_override_of_a_section_and_of_a_new_one():
     recipe = build_recipe({"name": "x"}, ["ppo.adaptive_kl.target=4", "fluency=null", "judge={objective: scores}"], "x")
     assert (recipe.ppo.adaptive_kl.target, recipe.fluency, recipe.judge.objective) == (4, None, "scores")
+
+
+@pytest.mark.parametrize("values", [{}, {"dpo": None}, {"dpo": {"epochs": 2}}])
+@pytest.mark.parametrize("override", ["dpo={}", "dpo.beta=0.1"])
+def test_an_override_switches_a_section_on_that_is_null_or_not_there(values, override):
+    recipe = build_recipe({"name": "x", **values}, [override], "x")
+    assert recipe.dpo.beta == 0.1
+    assert build_recipe({"name": "x"}, ["dpo.beta=0.3", "dpo.loss=ipo"], "x").dpo.loss == "ipo"
+
+
+def test_dpo_is_as_long_as_the_reward_models_pairs_unless_told_otherwise():
+    def length(**sections):
+        return build_recipe({"name": "x", **sections}, [], "x").dpo_max_length
+
+    assert length(dpo={}, reward={"max_length": 96}) == 96
+    assert length(dpo={"max_length": 80}, reward={"max_length": 96}) == 80
+    assert length(dpo={}, reward=None, ppo={"reward_function": "a:b", "critic_init": "sft"}) == 256
+    assert load_recipe("demo", ["dpo={}"]).dpo_max_length == load_recipe("demo").reward.max_length
 
 
 def test_a_number_in_quotes_stays_text():
@@ -343,7 +365,9 @@ def test_stages_run_in_order_and_finished_ones_are_skipped(tmp_path):
 
 def test_optional_stages_are_those_of_the_recipe():
     assert stages_of(tiny_recipe()) == ["data", "sft", "reward", "ppo", "evaluation"]
-    assert stages_of(tiny_recipe(judge={"max_length": 64}, fluency={"max_length": 64})) == list(STAGES)
+    assert stages_of(tiny_recipe(judge={"max_length": 64}, fluency={"max_length": 64}, dpo={"max_length": 64})) == list(
+        STAGES
+    )
 
 
 def test_a_stage_whose_input_is_missing_says_which(tmp_path):

@@ -138,6 +138,65 @@ def test_the_report_is_one_file_that_loads_nothing(folder):
     assert "default-src 'none'" in path.read_text()
 
 
+def test_a_run_with_dpo_shows_it_beside_the_others(folder):
+    with_dpo = summary() | {
+        "max_kl": 9.0,
+        "dpo": {key: interval(1.5) for key in summary()["sft"] if summary()["sft"][key]},
+    }
+    with_dpo["dpo_over_sft"] = {
+        "win_rate": {"reward_model": interval(0.7, 0.05), "judge": interval(0.66, 0.05)},
+        "kl": 9.87, "kl_interval": interval(9.87), "difference": {"score": interval(0.5)}, "ratio": {},
+    }  # fmt: skip
+    with_dpo["ppo_over_dpo"] = {"win_rate": {"reward_model": interval(0.61, 0.05), "judge": None}}
+    folder.stage("dpo").path.mkdir()
+    folder.stage("dpo").finish({"accuracy": 0.7125, "seconds": 30, "logratio_chosen": -3.25})
+    with MetricsWriter(folder.stage("dpo").metrics) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.6, "accuracy": 0.7, "margin": 0.2, "logprob_chosen": -40.0,
+                                "logprob_rejected": -45.0, "reward_chosen": 0.1, "reward_rejected": -0.1})  # fmt: skip
+    evaluation = folder.stage("evaluation").path
+    rows = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()]
+    rows = [row | {"dpo": row["ppo"] | {"response": f"DPO says {row['index']}.", "score": 99.0}} for row in rows]
+    (evaluation / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (evaluation / "summary.json").write_text(json.dumps(with_dpo))
+    text = render(folder)
+    shown = " ".join("".join(Page(text).text).split())
+    for part in (
+        "SFT, PPO and DPO on held-out prompts", "− SFT: 0.50 (0.40 to 0.60)", "DPO says 0.", "9.87", "71.2 %",  # 0.7125 to even
+        "DPO's implicit reward", "Log-prob of a reply, nats", "Implicit reward", "PPO over DPO, by what PPO was trained on",
+        "DPO over SFT, by the independent judge", "DPO: closing figures", "raise dpo.beta",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "PPO over DPO, by the independent judge" not in shown
+    first = text.index("DPO says 0.")
+    head = text[first - 300 : first]
+    assert 'class="wins">score 99.0' in head and 'class="wins">judge' not in head
+    assert text.count('class="m2"') >= 1 + 6  # its key, and a dot in each row of the table
+
+
+def test_the_closing_table_has_a_column_for_dpo():
+    from rich.console import Console
+
+    from rlhf_ray.cli.display import summary_table
+
+    def lines(values):
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(summary_table(values))
+        return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+    plain = lines(summary())
+    assert plain[0] == "SFT PPO" and not [line for line in plain if "DPO" in line]
+    over_sft = {"win_rate": {"reward_model": interval(0.7), "judge": None}, "kl": 3.5}
+    found = lines(summary() | {"dpo": summary()["sft"], "dpo_over_sft": over_sft,
+                               "ppo_over_dpo": {"win_rate": {"reward_model": interval(0.25), "judge": None}}})  # fmt: skip
+    assert found[0] == "SFT PPO DPO"
+    at = found.index("win rate, reward model 0.9 0.7")
+    assert found[at + 1] == "[0.85, 0.95] [0.6, 0.8]"
+    assert found[found.index("over DPO, reward model 0.25") + 1] == "[0.15, 0.35]"
+    assert found[-1].endswith(" 5.25 3.50")
+
+
 def test_hostile_texts_stay_texts(folder):
     text = render(folder)
     assert "<script" not in text and "onerror=alert(1)>" not in text

@@ -698,10 +698,12 @@ def test_a_stop_string_never_leaks_in_part(tokenizer):
 def test_find_model_takes_model_run_and_results_folders(folder, tmp_path):
     assert find_model(folder) == folder
     run = tmp_path / "demo"
-    for stage in ("sft", "ppo"):
+    for stage in ("sft", "dpo", "ppo"):
         (run / stage).mkdir(parents=True)
     (run / "sft" / "model").symlink_to(folder)
     assert find_model(run) == (run / "sft" / "model")
+    (run / "dpo" / "model").symlink_to(folder)
+    assert find_model(run) == (run / "dpo" / "model")
     (run / "ppo" / "model").symlink_to(folder)
     assert find_model(run) == (run / "ppo" / "model") and model_name(run, find_model(run)) == "demo"
     results = tmp_path / "imdb"

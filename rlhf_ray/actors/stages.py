@@ -25,6 +25,7 @@ def ray_stages() -> dict[str, Stage]:
         "fluency": lambda recipe, folder, progress: _supervised("run_sft", recipe, folder, "fluency", progress),
         "reward": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "reward", progress),
         "judge": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "judge", progress),
+        "dpo": lambda recipe, folder, progress: _supervised("run_dpo", recipe, folder, "dpo", progress),
         "ppo": run_ppo_stage,
         "evaluation": evaluate_and_report,
     }
@@ -88,7 +89,7 @@ def check_cluster(recipe: Recipe, stages: list[str]) -> None:
 
 def cluster_problems(recipe: Recipe, stages: list[str], nodes: Sequence[Amounts]) -> list[str]:
     problems, cluster = [], altogether(nodes)
-    for name in ("sft", "fluency", "reward", "judge"):
+    for name in ("sft", "fluency", "reward", "judge", "dpo"):
         stage = getattr(recipe, name)
         if name not in stages or stage is None:
             continue

@@ -13,7 +13,7 @@ from rich.text import Text
 
 STAGE_NAMES = {
     "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
-    "judge": "independent judge", "ppo": "PPO", "evaluation": "evaluation",
+    "judge": "independent judge", "dpo": "DPO", "ppo": "PPO", "evaluation": "evaluation",
 }  # fmt: skip
 PLAIN_EVERY_S = 10.0
 
@@ -137,31 +137,40 @@ def one_line(text: str, limit: int) -> str:
 
 
 def summary_table(summary: dict) -> Table:
-    """The closing table: SFT against PPO with 95 % intervals."""
+    """The closing table: SFT against PPO, and DPO where there is one, with 95 % intervals."""
+    models = [model for model in ("sft", "ppo", "dpo") if model in summary]
+    tuned = [summary, summary["dpo_over_sft"]] if "dpo" in models else [summary]
+    between = "\n" if len(models) > 2 else " "  # three intervals side by side are wider than a terminal
+    shown: Callable[[dict], str] = lambda figure: interval(figure, between=between)  # noqa: E731
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    table.add_column("SFT", justify="right")
-    table.add_column("PPO", justify="right")
+    for model in models:
+        table.add_column(model.upper(), justify="right")
     names = (("score", "reward-model score"), ("judge", "independent judge"), ("perplexity", "perplexity, SFT model"),
              ("perplexity_independent", "perplexity, separate model"), ("relevance", "relevance to the prompt"),
              ("length", "tokens"), ("eos_rate", "ended by itself"), ("distinct_2", "distinct bigrams"),
              ("repetition", "repetition"))  # fmt: skip
     for key, name in names:
-        sft, ppo = summary["sft"].get(key), summary["ppo"].get(key)
-        if sft and ppo and ppo.get("mean") is not None:
-            table.add_row(name, interval(sft), interval(ppo))
-    for key, name in (("reward_model", "win rate, reward model"), ("judge", "win rate, judge")):
-        rate = summary["win_rate"].get(key)
-        if rate and rate.get("mean") is not None:
-            table.add_row(name, "", interval(rate, 3), style="bold")
-    kl = summary.get("kl")
-    if kl is not None:
-        table.add_row("KL to the SFT model, nats a response", "", interval(kl) if isinstance(kl, dict) else f"{kl:.2f}")
+        figures = [summary[model].get(key) for model in models]
+        if all(figures):
+            table.add_row(name, *map(shown, figures))
+    scorers = {"reward_model": "reward model", "judge": "judge"}
+    for key, name in scorers.items():
+        rates = [one["win_rate"].get(key) for one in tuned]
+        if all(rates):
+            table.add_row(f"win rate, {name}", "", *map(shown, rates), style="bold")
+    for key, name in scorers.items() if "dpo" in models else ():
+        rate = summary["ppo_over_dpo"]["win_rate"].get(key)
+        if rate:
+            table.add_row(f"over DPO, {name}", "", shown(rate), style="bold")
+    kls = [one.get("kl") for one in tuned]
+    if None not in kls:
+        table.add_row("KL, nats a response", "", *(f"{kl:.2f}" for kl in kls))
     return table
 
 
-def interval(figure: dict, digits: int = 3) -> str:
+def interval(figure: dict, digits: int = 3, between: str = " ") -> str:
     if figure.get("mean") is None:
         return "-"
     number: Callable[[float], str] = lambda value: f"{value:.{digits}g}"  # noqa: E731
-    return f"{number(figure['mean'])} [{number(figure['low'])}, {number(figure['high'])}]"
+    return f"{number(figure['mean'])}{between}[{number(figure['low'])}, {number(figure['high'])}]"

@@ -104,7 +104,7 @@ def _function_problems(recipe: Recipe) -> list[str]:
 def _precision_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.engines.precision import resolve_precision
 
-    stages = {name: getattr(recipe, name) for name in ("sft", "fluency", "reward", "judge")}
+    stages = {name: getattr(recipe, name) for name in ("sft", "fluency", "reward", "judge", "dpo")}
     wanted = [(name, stage.precision, stage.gpus_per_worker) for name, stage in stages.items() if stage is not None]
     wanted += [
         ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),

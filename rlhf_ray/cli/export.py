@@ -71,7 +71,7 @@ def _model_folder(source: Path, stage: str) -> Path:
         return source
     run = RunFolder(source)
     folders = {"best": run.best_model} | {
-        name: run.stage(name).model for name in ("ppo", "sft", "fluency", "reward", "judge")
+        name: run.stage(name).model for name in ("ppo", "dpo", "sft", "fluency", "reward", "judge")
     }
     if stage not in folders:
         raise UserError(f"--stage {stage!r} is none of {', '.join(folders)}")

@@ -116,8 +116,11 @@ _stage_command(
     "reward", ["data", "sft"], ["fluency", "reward", "judge"],
     "The fluency model, the reward model and the judge, those that the recipe has.",
 )  # fmt: skip
+_stage_command("dpo", ["data", "sft"], ["dpo"], "DPO on the reward model's pairs (and the data and SFT it needs).")
 _stage_command("ppo", [], ["ppo"], "PPO on the run folder's SFT and reward model.")
-_stage_command("evaluate", [], ["evaluation"], "SFT model against PPO model on held-out prompts, and the report.")
+_stage_command(
+    "evaluate", [], ["evaluation"], "The tuned models against the SFT model on held-out prompts, and the report."
+)
 
 
 @app.command()
@@ -265,7 +268,7 @@ def export(
         Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")
     ],
     target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
-    stage: Annotated[str, typer.Option(help="of a run folder: ppo, best, sft, fluency, reward or judge")] = "ppo",
+    stage: Annotated[str, typer.Option(help="of a run folder: ppo, best, dpo, sft, fluency, reward or judge")] = "ppo",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
 ):

@@ -178,8 +178,10 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]  {escape(one_line(sample['prompt'], 200))}")
-        console.print(f"[dim]SFT[/]     {escape(one_line(response_of(sample, 'sft'), 240))}")
-        console.print(f"[bold]PPO[/]     {escape(one_line(response_of(sample, 'ppo'), 240))}")
+        for model, style in (("sft", "dim"), ("dpo", "dim"), ("ppo", "bold")):
+            if model in sample:
+                answer = one_line(response_of(sample, model), 240)
+                console.print(f"[{style}]{model.upper()}[/]     {escape(answer)}")
     console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
 

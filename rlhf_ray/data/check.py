@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.formats import detect
-from rlhf_ray.data.prepare import LISTS, needed_lists
+from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import check_positions, load_config
@@ -79,6 +79,8 @@ def check_model(recipe: Recipe) -> list[str]:
         "data.max_prompt_tokens + generation.max_new_tokens": recipe.data.max_prompt_tokens
         + recipe.generation.max_new_tokens
     }
+    if recipe.dpo is not None:
+        lengths["dpo.max_length"] = recipe.dpo_max_length
     for name in ("sft", "fluency", "reward", "judge"):
         section = getattr(recipe, name)
         if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
@@ -92,7 +94,7 @@ def check_model(recipe: Recipe) -> list[str]:
 
 
 def _form(recipe: Recipe, role: str) -> str:
-    sections = {"preferences": recipe.reward, "judge": recipe.judge}
-    if sections.get(role) is not None:
-        return sections[role].objective
+    section = preference_section(recipe, role)
+    if section is not None:
+        return section.objective
     return "sft" if role == "sft" else "prompts"

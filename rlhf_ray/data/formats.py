@@ -83,7 +83,7 @@ def _no_form(columns: list[str], names: Mapping[str, str], renamed: Mapping[str,
     if other is not None and any(all(name in names for name in form.needs) for form in FORMS[other]):
         return (
             f"these are rows for the objective '{other}' (columns {', '.join(columns)}), the recipe says '{role}'; "
-            f"set objective: {other}"
+            f"set objective: {other}" + (", or give pairs, which DPO needs" if role == "pairs" else "")
         )
     near = difflib.get_close_matches(missing, columns, 1, cutoff=0.5)
     remedy = f"name it with columns: {{{missing}: {near[0] if near else 'YOUR_COLUMN'}}}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config import Recipe, SourceConfig
+from rlhf_ray.config import Recipe, RewardConfig, SourceConfig
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.mixing import mix, split
@@ -68,11 +68,21 @@ def needed_lists(recipe: Recipe) -> dict[str, str]:
     needed = {}
     if recipe.sft is not None or recipe.fluency is not None:
         needed["sft"] = "sft" if recipe.sft is not None else "fluency"
-    if recipe.reward is not None:
-        needed["preferences"] = "reward"
+    if recipe.reward is not None or recipe.dpo is not None:
+        needed["preferences"] = "reward" if recipe.reward is not None else "dpo"
     if recipe.judge is not None:
         needed["judge"] = "judge"
     return needed
+
+
+def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
+    """Whose form and limits the rows of a list of preferences follow; None where nothing is trained on them.
+
+    DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as one's would be.
+    """
+    if role == "preferences" and recipe.reward is None and recipe.dpo is not None:
+        return RewardConfig(max_length=recipe.dpo_max_length)
+    return {"preferences": recipe.reward, "judge": recipe.judge}.get(role)
 
 
 def _read_sources(recipe: Recipe) -> Raw:
@@ -146,7 +156,7 @@ class _Preparation:
             pool["sft"] = self._train_and_eval("sft", "sft", limits)
             written["sft_train"], written["sft_eval"] = ((rows, COLUMNS["sft"]) for rows in pool["sft"])
         for name, role in (("reward", "preferences"), ("judge", "judge")):
-            section = getattr(recipe, name)
+            section = preference_section(recipe, role)
             if section is None:
                 continue
             tokenizer = self._tokenizer

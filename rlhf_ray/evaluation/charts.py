@@ -108,14 +108,14 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
     return _svg([frame.axes(), *body], "seconds a step"), [name for name, _ in rows]
 
 
-def histogram(sft: np.ndarray, ppo: np.ndarray, label: str, bins: int = 30) -> Markup:
-    """How the two models' scores are spread, as overlaid bars with their means."""
-    low, high = _span(np.concatenate([sft, ppo]), pad=0.02)
+def histogram(models: Sequence[np.ndarray], label: str, bins: int = 30) -> Markup:
+    """How the models' scores are spread, as overlaid bars with their means."""
+    low, high = _span(np.concatenate(models), pad=0.02)
     edges = np.linspace(low, high, bins + 1)
-    counts = [np.histogram(values, edges)[0] / len(values) for values in (sft, ppo)]
+    counts = [np.histogram(values, edges)[0] / len(values) for values in models]
     frame = _Frame(low, high, 0.0, float(max(count.max() for count in counts)) * 1.1, percent_y=True)
     body = [frame.axes()]
-    for i, (values, count) in enumerate(zip((sft, ppo), counts, strict=True)):
+    for i, (values, count) in enumerate(zip(models, counts, strict=True)):
         path = "".join(
             f"V{_xy(frame.y(share))}H{_xy(frame.x(edge))}" for share, edge in zip(count, edges[1:], strict=True)
         )
@@ -146,9 +146,9 @@ def calibration(points: Sequence[tuple[float, float]]) -> Markup:
     return _svg(body, "calibration")
 
 
-def intervals(sft: dict, ppo: dict) -> Markup:
-    """Two dots with whiskers on one scale, for a table row."""
-    low, high = _span(np.array([sft["low"], sft["high"], ppo["low"], ppo["high"]]), pad=0.08)
+def intervals(figures: Sequence[dict]) -> Markup:
+    """Dots with whiskers on one scale, one below the other, for a table row."""
+    low, high = _span(np.array([figure[end] for figure in figures for end in ("low", "high")]), pad=0.08)
 
     def x(value: float) -> str:
         return _xy(4 + 132 * (value - low) / (high - low))
@@ -158,10 +158,11 @@ def intervals(sft: dict, ppo: dict) -> Markup:
     )
     body = [
         one.format(i, x(figure["low"]), x(figure["high"]), x(figure["mean"]), y=7 + 10 * i)
-        for i, figure in enumerate((sft, ppo))
+        for i, figure in enumerate(figures)
     ]
-    svg = Markup('<svg class="intervals" viewBox="0 0 140 24" aria-hidden="true">{}</svg>')
-    return svg.format(Markup("").join(body))
+    height = 4 + 10 * len(figures)
+    svg = Markup('<svg class="intervals" viewBox="0 0 140 {h}" height="{h}" aria-hidden="true">{}</svg>')
+    return svg.format(Markup("").join(body), h=height)
 
 
 def gauge(figure: dict, reference: float, low: float, high: float) -> Markup:

@@ -128,15 +128,20 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",
               "|---|---|" + "---|" * (len(seeds) + 1)]  # fmt: skip
     for key, title in FIGURES.items():
-        for model in ("sft", "ppo"):
-            cells = [summaries[seed][model].get(key) for seed in seeds]
+        for model in ("sft", "ppo", "dpo"):
+            cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):
                 lines.append(_row(title, model.upper(), cells))
     for key, title in (("judge", "win rate, judge"), ("reward_model", "win rate, reward model")):
-        cells = [summaries[seed]["win_rate"].get(key) for seed in seeds]
-        if all(cells):
-            lines.append(_row(f"**{title}**", "PPO over SFT", cells))
+        for place, who in ((None, "PPO over SFT"), ("dpo_over_sft", "DPO over SFT"), ("ppo_over_dpo", "PPO over DPO")):
+            parts = [summaries[seed] if place is None else summaries[seed].get(place) for seed in seeds]
+            cells = [part and part["win_rate"].get(key) for part in parts]
+            if all(cells):
+                lines.append(_row(f"**{title}**", who, cells))
     lines.append(_row("KL, nats a response", "PPO to SFT", [summaries[seed]["kl_interval"] for seed in seeds]))
+    if all("dpo_over_sft" in summaries[seed] for seed in seeds):
+        cells = [summaries[seed]["dpo_over_sft"]["kl_interval"] for seed in seeds]
+        lines.append(_row("KL, nats a response", "DPO to SFT", cells))
     ratios = [summaries[seed].get("ratio", {}).get("distinct_2") for seed in seeds]
     if all(ratios):
         lines.append(_row("distinct-2", "PPO / SFT", ratios))

@@ -1,4 +1,4 @@
-"""SFT model against PPO model on held-out prompts: summary.json and samples.jsonl.   P prompts, S seeds, N = P * S.
+"""SFT model against PPO and DPO model on held-out prompts: summary.json, samples.jsonl.   P prompts, S seeds, N = P * S.
 
 One process, one model in memory at a time (two for the KL). Every figure stands with its 95 % bootstrap interval over
 prompts; what can't be measured is null, and `missing` says why.
@@ -66,6 +66,10 @@ DEFINITIONS = {
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
 }
+DPO_DEFINITIONS = {
+    "dpo_over_sft": "win_rate, kl, difference and ratio as above, of DPO's model and responses in place of PPO's.",
+    "ppo_over_dpo": "Share of (prompt, seed) pairs in which PPO's response scores higher than DPO's; a tie counts half.",
+}
 Progress = Callable[[dict], None]
 
 
@@ -93,16 +97,19 @@ class _Evaluation:
         self.prompts = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
         self.missing: dict[str, str] = {}
-        self.estimates: dict[str, dict[str, Estimate]] = {"sft": {}, "ppo": {}}
+        self.tuned = ("ppo",) if recipe.dpo is None else ("ppo", "dpo")
+        self.estimates: dict[str, dict[str, Estimate]] = {name: {} for name in ("sft", *self.tuned)}
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
 
     def run(self) -> dict:
         sft = self._load(sft_model(self.recipe, self.folder))
-        ppo = self._load(stage_model(self.folder, "ppo"))
-        responses = {"sft": self._draw("sft", sft), "ppo": self._draw("ppo", ppo)}
-        self._report("language-model figures", 0, 1)
-        kl = self._kl(ppo, sft, responses["ppo"])
-        del ppo
+        responses, kl = {"sft": self._draw("sft", sft)}, {}
+        for name in self.tuned:
+            model = self._load(stage_model(self.folder, name))
+            responses[name] = self._draw(name, model)
+            self._report("language-model figures", 0, 1)
+            kl[name] = self._kl(model, sft, responses[name])
+            del model  # before the next one is loaded
         self._texts(responses)
         scores = self._scores(responses)
         self._fluency(sft, responses)
@@ -128,9 +135,9 @@ class _Evaluation:
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
         )
 
-    def _kl(self, ppo: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
+    def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature
-        ours, theirs = (model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature) for model in (ppo, sft))
+        ours, theirs = (model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature) for model in (tuned, sft))
         return self.resampler.mean(self._table(ours - theirs))
 
     def _texts(self, responses: dict[str, Responses]) -> None:
@@ -145,7 +152,7 @@ class _Evaluation:
             out["repetition"] = self.resampler.mean([[metrics.repetition(text) for text in row] for row in texts])
 
     def _scores(self, responses: dict[str, Responses]) -> dict[str, dict[str, np.ndarray | None]]:
-        scores: dict[str, dict[str, np.ndarray | None]] = {"sft": {}, "ppo": {}}
+        scores: dict[str, dict[str, np.ndarray | None]] = {name: {} for name in responses}
         for key, make in (("score", reward_scorer), ("judge", judge_scorer)):
             self._report(key, 0, 1)
             scorer = make(self.recipe, self.folder, self.dtype, self.device)
@@ -207,34 +214,47 @@ class _Evaluation:
                 self._table(metrics.win_rate(own[name], other))
             )
 
-    def _summary(self, kl: Estimate, scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
-        wins = {
+    def _wins(self, ours: dict[str, np.ndarray | None], theirs: dict[str, np.ndarray | None]) -> dict:
+        """The win rate under each scorer; null for one that is not there."""
+        return {
             key: None
-            if scores["sft"][scorer] is None
-            else self.resampler.mean(
-                self._table(metrics.win_rate(scores["ppo"][scorer], scores["sft"][scorer]))
-            ).figure()
+            if ours[scorer] is None
+            else self.resampler.mean(self._table(metrics.win_rate(ours[scorer], theirs[scorer]))).figure()
             for key, scorer in (("reward_model", "score"), ("judge", "judge"))
         }
-        sft, ppo = self.estimates["sft"], self.estimates["ppo"]
+
+    def _over_sft(self, name: str, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
+        """How far the tuned model has gone from the SFT model, and what it gained."""
+        sft, tuned = self.estimates["sft"], self.estimates[name]
+        return {
+            "win_rate": self._wins(scores[name], scores["sft"]),
+            "kl": kl[name].point,
+            "kl_interval": kl[name].figure(),
+            "difference": {key: (tuned[key] - sft[key]).figure() for key in FIGURES if key in sft},
+            "ratio": {key: (tuned[key] / sft[key]).figure() for key in RATIOS if key in sft},
+        }
+
+    def _summary(self, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
+        dpo, definitions = {}, DEFINITIONS
+        if "dpo" in self.tuned:
+            dpo["dpo_over_sft"] = self._over_sft("dpo", kl, scores)
+            dpo["ppo_over_dpo"] = {"win_rate": self._wins(scores["ppo"], scores["dpo"])}
+            definitions = DEFINITIONS | DPO_DEFINITIONS
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
             **{
                 name: {key: out[key].figure() if key in out else None for key in FIGURES}
                 for name, out in self.estimates.items()
             },
-            "win_rate": wins,
-            "kl": kl.point,
-            "kl_interval": kl.figure(),
+            **self._over_sft("ppo", kl, scores),
+            **dpo,
             "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts),
             "seeds": list(self.seeds),
-            "difference": {key: (ppo[key] - sft[key]).figure() for key in FIGURES if key in sft},
-            "ratio": {key: (ppo[key] / sft[key]).figure() for key in RATIOS if key in sft},
             "sampling": self.recipe.generation.model_dump(mode="json"),
             "reward": self.recipe.ppo.reward_function or "reward model",
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
-            "definitions": DEFINITIONS | {"relevance": f"{DEFINITIONS['relevance']} Under {model}."},
+            "definitions": definitions | {"relevance": f"{DEFINITIONS['relevance']} Under {model}."},
             "missing": self.missing,
         }
 

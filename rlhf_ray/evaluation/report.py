@@ -26,10 +26,13 @@ STAGE_NAMES = {
     "fluency": "Fluency model",
     "reward": "Reward model",
     "judge": "Judge",
+    "dpo": "DPO",
     "ppo": "PPO",
     "evaluation": "Evaluation",
 }
-OPTIONAL_STAGES = ("fluency", "judge", "sft", "reward")
+OPTIONAL_STAGES = ("fluency", "judge", "sft", "reward", "dpo")
+MODELS = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}  # those that the evaluation drew from; DPO where there is one
+PAIR_MODELS = {"reward": "Reward model", "judge": "Judge", "dpo": "DPO's implicit reward"}
 WORST = 3  # samples shown where PPO lost most
 EVENTS = 200  # latest events shown
 
@@ -49,7 +52,7 @@ FIGURES = {
     "distinct_3": ("Distinct-3", "different word triples / all triples", False, 1),
     "repetition": ("Repetition", "4-grams said before in the same response", True, -1),
 }
-QUALITY_NAMES = {  # figures of a reward model's DONE that are its quality; the others are under "closing figures"
+QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
     "pairs": "Held-out pairs",
     "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
@@ -88,6 +91,7 @@ def render(folder: RunFolder) -> str:
         verdict=verdict(summary, stages),
         warnings=warnings(summary),
         cards=_cards(summary),
+        models=[title for name, title in MODELS.items() if name in summary],
         rows=_table(summary),
         summary=summary,
         missing=summary.get("missing", {}),
@@ -95,7 +99,7 @@ def render(folder: RunFolder) -> str:
         histograms=_histograms(samples),
         curves=[(STAGE_NAMES[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
         quality=_quality(closing),
-        quality_columns=[STAGE_NAMES[stage] for stage in ("reward", "judge") if closing[stage]],
+        quality_columns=[title for stage, title in PAIR_MODELS.items() if closing[stage]],
         calibrations=_calibrations(closing),
         samples=_shown(samples, recipe),
         closing=_closing(closing),
@@ -162,11 +166,18 @@ def _cards(summary: dict) -> list[dict]:
     if not summary:
         return []
     cards = []
-    for scorer, label, note in (
-        ("reward_model", "Win rate, reward", "PPO over SFT, by what it was trained on"),
-        ("judge", "Win rate, judge", "PPO over SFT, by the independent judge"),
+    rates = [(summary["win_rate"], "PPO over SFT")]
+    if "dpo" in summary:
+        rates += [(summary[f"{pair}_over_{other}"]["win_rate"], f"{pair.upper()} over {other.upper()}")
+                  for pair, other in (("dpo", "sft"), ("ppo", "dpo"))]  # fmt: skip
+    for rate, label, note in (
+        (by[scorer], label, f"{models}, by {whom}")
+        for by, models in rates
+        for scorer, label, whom in (
+            ("reward_model", "Win rate, reward", "what PPO was trained on"),
+            ("judge", "Win rate, judge", "the independent judge"),
+        )
     ):
-        rate = summary["win_rate"][scorer]
         if rate is not None:
             cards.append(
                 {
@@ -177,16 +188,19 @@ def _cards(summary: dict) -> list[dict]:
                     "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
                 }
             )
-    kl = summary.get("kl_interval")
-    cards.append(
-        {
-            "label": "KL to SFT",
-            "value": charts.number(summary["kl"]),
-            "note": "nats a response",
-            "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
-            "gauge": "",
-        }
-    )
+    for title, figures in (("", summary), (" (DPO)", summary.get("dpo_over_sft"))):
+        if figures is None:
+            continue
+        kl = figures.get("kl_interval")
+        cards.append(
+            {
+                "label": f"KL to SFT{title}",
+                "value": charts.number(figures["kl"]),
+                "note": "nats a response",
+                "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
+                "gauge": "",
+            }
+        )
     for key, label, note in (
         ("distinct_2", "Distinct-2, PPO / SFT", "variety kept; 1: all of it"),
         ("perplexity_independent", "Perplexity, PPO / SFT", "under the independent model"),
@@ -207,45 +221,48 @@ def _cards(summary: dict) -> list[dict]:
 
 
 def _table(summary: dict) -> list[dict]:
-    """SFT against PPO, one row a figure. `tone`: whether the whole interval of the difference is good or bad news."""
+    """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
+    compared = {"ppo": summary, "dpo": summary.get("dpo_over_sft", {})}
     for key, (label, unit, as_percent, better) in FIGURES.items():
-        sft, ppo = summary.get("sft", {}).get(key), summary.get("ppo", {}).get(key)
-        if sft is None or ppo is None:
+        values = {name: summary[name].get(key) for name in MODELS if name in summary}
+        if not values or None in values.values():
             continue
-        difference = summary.get("difference", {}).get(key)
-        sign = 0 if difference is None else (difference["low"] > 0) - (difference["high"] < 0)
+        cells = []
+        for name, value in values.items():
+            difference = compared.get(name, {}).get("difference", {}).get(key)
+            words = figure(difference, as_percent) if name in compared else ""
+            cells.append((figure(value, as_percent), words, _tone(difference, better)))
         rows.append(
             {
                 "label": label,
                 "unit": unit,
-                "sft": figure(sft, as_percent),
-                "ppo": figure(ppo, as_percent),
-                "difference": figure(difference, as_percent),
-                "plot": charts.intervals(sft, ppo),
-                "tone": {1: "good", -1: "bad", 0: ""}[sign * better],
+                "cells": cells,
+                "plot": charts.intervals(list(values.values())),
             }
         )
     return rows
 
 
+def _tone(difference: dict | None, better: int) -> str:
+    """Whether its whole interval is good or bad news."""
+    sign = 0 if difference is None else (difference["low"] > 0) - (difference["high"] < 0)
+    return {1: "good", -1: "bad", 0: ""}[sign * better]
+
+
 def _histograms(samples: list[dict]) -> list[tuple[str, str]]:
     plots = []
     for key, label in (("score", "Reward-model score"), ("judge", "Judge's score")):
-        pairs = [
-            (row["sft"][key], row["ppo"][key])
-            for row in samples
-            if row["sft"].get(key) is not None and row["ppo"].get(key) is not None
-        ]
-        if len(pairs) >= 20:
-            sft, ppo = np.array(pairs, dtype=float).T
-            plots.append((label, charts.histogram(sft, ppo, label)))
+        scores = [[row[name].get(key) for name in MODELS if name in row] for row in samples]
+        scores = [row for row in scores if None not in row]
+        if len(scores) >= 20:
+            plots.append((label, charts.histogram(np.array(scores, dtype=float).T, label)))
     return plots
 
 
 def _quality(closing: dict) -> list[tuple[str, list[str]]]:
-    """Rows of the reward model's and the judge's held-out figures: (name, [value under each column])."""
-    columns = [_flat(closing[stage]) for stage in ("reward", "judge") if closing[stage]]
+    """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column])."""
+    columns = [_flat(closing[stage]) for stage in PAIR_MODELS if closing[stage]]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
     names = {
         name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
@@ -281,11 +298,11 @@ def _show(name: str, value) -> str:
 def _calibrations(closing: dict) -> list[tuple[str, str]]:
     """Plots of DONE's "calibration": a list of {"predicted", "observed", "count"}."""
     plots = []
-    for stage in ("reward", "judge"):
+    for stage, title in PAIR_MODELS.items():
         bins = (closing[stage] or {}).get("calibration")
         if isinstance(bins, list):
             points = [(one["predicted"], one["observed"]) for one in bins if one["count"]]
-            plots.append((STAGE_NAMES[stage], charts.calibration(points)))
+            plots.append((title, charts.calibration(points)))
     return plots
 
 
@@ -296,7 +313,28 @@ def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
     key = "judge" if first_seed and first_seed[0]["sft"].get("judge") is not None else "score"
     rest = [row for row in first_seed[count:] if row["ppo"].get(key) is not None and row["sft"].get(key) is not None]
     worst = sorted(rest, key=lambda row: row["ppo"][key] - row["sft"][key])[:WORST]
-    return {"first": first_seed[:count], "worst": [row for row in worst if row["ppo"][key] < row["sft"][key]]}
+    worst = [row for row in worst if row["ppo"][key] < row["sft"][key]]
+    return {name: [{"prompt": row["prompt"], "replies": _replies(row)} for row in rows]
+            for name, rows in (("first", first_seed[:count]), ("worst", worst))}  # fmt: skip
+
+
+def _replies(row: dict) -> list[dict]:
+    """The models' answers in a row of samples.jsonl, each with its title, colour and the scorers by which it is the best."""
+    answers = [(title, row[name]) for name, title in MODELS.items() if name in row]
+
+    def best(answer: dict, scorer: str) -> bool:
+        scores = [other.get(scorer) for _, other in answers if other is not answer]
+        return answer.get(scorer) is not None and all(one is not None and answer[scorer] > one for one in scores)
+
+    return [
+        {
+            "who": title,
+            "tone": f"m{i}",
+            "answer": answer,
+            "best": [key for key in ("score", "judge") if best(answer, key)],
+        }
+        for i, (title, answer) in enumerate(answers)
+    ]
 
 
 def _flat(value: dict, prefix: str = "") -> dict:

@@ -15,6 +15,8 @@ SUPERVISED = {
     "Loss": (("loss", "loss"),),
     "Accuracy": (("accuracy", "accuracy"),),
     "Margin, chosen over rejected": (("margin", "margin"),),
+    "Implicit reward": (("reward_chosen", "chosen"), ("reward_rejected", "rejected")),
+    "Log-prob of a reply, nats": (("logprob_chosen", "chosen"), ("logprob_rejected", "rejected")),
     "Learning rate": (("learning_rate", "learning rate"),),
     "Gradient norm": (("grad_norm", "gradient norm"),),
     "Speed": (("tokens_per_s", "tokens a second"),),

@@ -49,6 +49,12 @@ def warnings(summary: dict) -> list[str]:
             f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {summary['max_kl']:g}: "
             "raise ppo.kl_coef."
         )
+    dpo = summary.get("dpo_over_sft")
+    if dpo is not None and summary.get("max_kl") is not None and dpo["kl"] > summary["max_kl"]:
+        found.append(
+            f"DPO's KL of {dpo['kl']:.1f} nats a response is above the recipe's cap of {summary['max_kl']:g}: "
+            "raise dpo.beta."
+        )
     distinct = ratio.get("distinct_2")
     if distinct is not None and distinct["mean"] < MIN_DISTINCT_RATIO:
         found.append(f"Variety fell: PPO's distinct-2 is {distinct['mean']:.2f} of SFT's (below {MIN_DISTINCT_RATIO}).")

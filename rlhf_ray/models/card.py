@@ -12,6 +12,7 @@ KINDS = {
     "fluency": ("text-generation", "a separately seeded language model, used to measure fluency"),
     "reward": ("text-classification", "a reward model: one raw logit a text, read at EOS"),
     "judge": ("text-classification", "an independent judge: one raw logit a text, read at EOS"),
+    "dpo": ("text-generation", "a language model tuned with DPO on preferences between pairs of replies"),
     "ppo": ("text-generation", "a language model tuned with PPO against a reward model"),
 }
 

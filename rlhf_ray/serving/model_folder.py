@@ -9,7 +9,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.run_folder import RunFolder
 
 # In a results folder, which has no fixed layout, the first of these that holds a language model is served.
-_POLICY_NAMES = ("ppo", "policy", "model", "sft")
+_POLICY_NAMES = ("ppo", "policy", "model", "dpo", "sft")
 
 
 def find_model(path: str | Path) -> Path:
@@ -21,13 +21,13 @@ def find_model(path: str | Path) -> Path:
     if _is_model(folder):
         return _checked(folder)
     run = RunFolder(folder)
-    for stage in ("ppo", "sft"):
+    for stage in ("ppo", "dpo", "sft"):
         if _is_model(run.stage(stage).model):
             return _checked(run.stage(stage).model)
     found = _language_models_in(folder)
     if not found:
         raise UserError(
-            f"'{given}' holds no model: neither config.json, nor ppo/model, nor sft/model, nor a folder with a "
+            f"'{given}' holds no model: neither config.json, nor ppo/model, dpo/model or sft/model, nor a folder with a "
             "language model; give a finished run folder or a Hugging Face model folder"
         )
     named = [name for name in _POLICY_NAMES if name in found]

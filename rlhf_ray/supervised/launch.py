@@ -51,6 +51,12 @@ def run_reward(recipe: Recipe, folder: RunFolder, stage: str = "reward", on_prog
     return _run(recipe, folder, stage, on_progress)
 
 
+def run_dpo(recipe: Recipe, folder: RunFolder, stage: str = "dpo", on_progress: Progress | None = None) -> dict:
+    """Train the stage "dpo" to its end -> its summary. Raises as `run_sft`."""
+    assert stage == "dpo", stage
+    return _run(recipe, folder, stage, on_progress)
+
+
 def _run(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None) -> dict:
     target, config = folder.stage(stage), getattr(recipe, stage)
     if target.done:
@@ -264,6 +270,10 @@ def _worker(config: dict) -> dict:
             from rlhf_ray.supervised.sft import train_sft
 
             return train_sft(recipe, folder, stage)
+        if stage == "dpo":
+            from rlhf_ray.supervised.dpo import train_dpo
+
+            return train_dpo(recipe, folder, stage)
         from rlhf_ray.supervised.reward import train_reward
 
         return train_reward(recipe, folder, stage)

@@ -99,6 +99,28 @@ def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_lengt
     return TokenRows(dataset=dataset, lengths=ids.lengths(), cut=cutter.count)
 
 
+def dpo_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: int) -> TokenRows:
+    """prompt, chosen, rejected -> prompt_ids, chosen_ids, rejected_ids; EOS belongs to the replies.
+
+    Both replies of a pair keep the same prompt, the end of it that the longer one leaves room for: what the two sides
+    have in common cancels out of DPO's loss only then. A reply is cut where it is too long by itself.
+    """
+    opening, cut = opening_ids(tokenizer), 0
+    columns = {name: _ListColumn() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    for chunk in _chunks(pairs):
+        sides = [encode_pairs(tokenizer, chunk["prompt"], chunk[side]) for side in ("chosen", "rejected")]
+        for (chosen, length), (rejected, _) in zip(*sides, strict=True):
+            cut += max(len(chosen), len(rejected)) > max_length
+            room = max_length - max(len(chosen), len(rejected)) + length
+            prompt = _end_of(chosen[:length], room, opening)
+            columns["prompt_ids"].add(prompt)
+            for name, row in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+                columns[name].add(_end_of(row[length:], max_length - len(prompt), []))
+    dataset = Dataset(pa.table({name: column.array() for name, column in columns.items()}))
+    lengths = 2 * columns["prompt_ids"].lengths() + columns["chosen_ids"].lengths() + columns["rejected_ids"].lengths()
+    return TokenRows(dataset=dataset, lengths=lengths, cut=cut)
+
+
 def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int) -> np.ndarray:
     """Which row is trained on when: int64 [rows], passes over the data one after the other, each in its own order.
 
@@ -149,8 +171,15 @@ class _Cutter:
         if len(ids) <= self.max_length:
             return ids
         self.count += 1
-        opening = self.opening if ids[: len(self.opening)] == self.opening else []
-        return opening + ids[-(self.max_length - len(opening)) :]
+        return _end_of(ids, self.max_length, self.opening)
+
+
+def _end_of(ids: list[int], limit: int, opening: list[int]) -> list[int]:
+    """At most the last `limit` ids, the first of them `opening` (a BOS) where `ids` began with it."""
+    if len(ids) <= limit:
+        return ids
+    opening = opening if ids[: len(opening)] == opening else []
+    return opening + ids[len(ids) - max(limit - len(opening), 0) :]
 
 
 class _ListColumn:

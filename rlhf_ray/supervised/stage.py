@@ -1,4 +1,4 @@
-"""One supervised stage on one rank: train, save, measure. The same for SFT, fluency, reward model and judge."""
+"""One supervised stage on one rank: train, save, measure. The same for SFT, fluency, reward model, judge and DPO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the SFT and reward trainers share: arguments, learning rate, metrics, checkpoints, time limit, stopping.
+"""What the SFT, reward and DPO trainers share: arguments, learning rate, metrics, checkpoints, time limit, stopping.
 
 `run_training` is called on every rank of an existing process group and returns on all of them.
 """
@@ -29,7 +29,11 @@ KEPT_CHECKPOINTS = 2
 PAD_MULTIPLE = 16
 #: what the trainers log -> our name
 LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "accuracy": "accuracy",
-          "margin": "margin", "mean_reward": "score_mean"}  # fmt: skip
+          "margin": "margin", "mean_reward": "score_mean",
+          # of DPO: an implicit reward is beta * (logprob - ref_logprob), a log-prob that of a whole reply
+          "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+          "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected",
+          "logps/chosen": "logprob_chosen", "logps/rejected": "logprob_rejected"}  # fmt: skip
 
 
 def padding_of(model: PreTrainedModel) -> int:
@@ -94,7 +98,7 @@ def training_arguments(
     cls: type, stage: str, config: TrainConfig, folder: StageFolder,
     *, dtype: torch.dtype, seed: int, padding: int, **extra,
 ):  # fmt: skip
-    """SFTConfig or RewardConfig of TRL, with what it turns on by default (bf16, gradient checkpointing) off.
+    """SFTConfig, RewardConfig or DPOConfig of TRL, with what it turns on by default (bf16, gradient checkpointing) off.
 
     Creating it joins this process to DeepSpeed's view of the process group.
     """
