@@ -44,9 +44,21 @@ def test_the_table_has_means_and_ranges_and_the_runs_are_recorded(tmp_path):
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
         "ppo", "0, 1, 2", "0.6 (0.5 to 0.7)", "–", "6 (5 to 7)", "6 (5 to 7)", "1 (1 to 1)", "3 (2 to 4)", "–", "20 (20 to 20)",
     ]  # fmt: skip
-    assert "| alone | 0 | 0.5 |" in page
+    assert "| alone | 0 | 0.5 |" in page and "DPO" not in page
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((tmp_path / "out" / "ppo" / "seed_1" / "recipe.yaml").read_text())["seed"] == 1
+
+
+def test_a_dpo_model_has_a_line_of_its_own(tmp_path):
+    run = finished(tmp_path / "run", 0, [1], kl=1.0)
+    path = run.stage("evaluation").path / "summary.json"
+    summary = json.loads(path.read_text())
+    over = {"win_rate": {"judge": {"mean": 0.75, **INTERVAL}, "reward_model": None}, "kl": 4.5, "ratio": {}}
+    path.write_text(
+        json.dumps(summary | {"dpo": summary["sft"] | {"judge": {"mean": 7.0, **INTERVAL}}, "dpo_over_sft": over})
+    )
+    page = compare(tmp_path / "out", {"ppo": [run]}).read_text()
+    assert "| DPO | 0 | 0.75 | – | 7 | 5 | 1 | 4.5 | – | 20 |" in page
 
 
 def test_the_band_is_over_the_steps_that_all_runs_have():

@@ -26,16 +26,16 @@ CURVES = (
     "objective/score", "objective/kl", "objective/kl_coef", "objective/rlhf_reward", "policy/entropy", "value/loss",
     "policy/approx_kl", "policy/clip_frac", "value/returns",
 )  # fmt: skip
-#: column -> what stands there, of one run's summary
-COLUMNS: dict[str, Callable[[dict], float | None]] = {
-    "win rate, judge": lambda summary: _mean(summary["win_rate"]["judge"]),
-    "win rate, reward": lambda summary: _mean(summary["win_rate"]["reward_model"]),
-    "judge": lambda summary: _mean(summary["ppo"]["judge"]),
-    "judge, SFT": lambda summary: _mean(summary["sft"]["judge"]),
-    "score": lambda summary: _mean(summary["ppo"]["score"]),
-    "KL": lambda summary: summary["kl"],
-    "distinct-2, PPO / SFT": lambda summary: _mean(summary["ratio"].get("distinct_2")),
-    "tokens": lambda summary: _mean(summary["ppo"]["length"]),
+#: column -> what stands there, of (summary, figures of the tuned model, how that compares with SFT)
+COLUMNS: dict[str, Callable[[dict, dict, dict], float | None]] = {
+    "win rate, judge": lambda summary, model, over: _mean(over["win_rate"]["judge"]),
+    "win rate, reward": lambda summary, model, over: _mean(over["win_rate"]["reward_model"]),
+    "judge": lambda summary, model, over: _mean(model["judge"]),
+    "judge, SFT": lambda summary, model, over: _mean(summary["sft"]["judge"]),
+    "score": lambda summary, model, over: _mean(model["score"]),
+    "KL": lambda summary, model, over: over["kl"],
+    "distinct-2 / SFT's": lambda summary, model, over: _mean(over["ratio"].get("distinct_2")),
+    "tokens": lambda summary, model, over: _mean(model["length"]),
 }
 
 
@@ -122,9 +122,17 @@ def _readme(name: str, groups: Groups) -> list[str]:
     for label, runs in groups.items():
         files = [run.stage("evaluation").path / "summary.json" for run in runs]
         summaries = [json.loads(file.read_text()) for file in files if file.exists()]
-        cells = [_cell([read(summary) for summary in summaries]) for read in COLUMNS.values()]
-        lines.append(f"| {label} | {', '.join(map(str, seeds[label]))} | " + " | ".join(cells) + " |")
+        views = [(summary, summary["ppo"], summary) for summary in summaries]
+        lines.append(_line(label, seeds[label], views))
+        if summaries and all("dpo" in summary for summary in summaries):
+            views = [(summary, summary["dpo"], summary["dpo_over_sft"]) for summary in summaries]
+            lines.append(_line("DPO" if len(groups) == 1 else f"DPO beside {label}", seeds[label], views))
     return lines
+
+
+def _line(label: str, seeds: Sequence[int], views: Sequence[tuple[dict, dict, dict]]) -> str:
+    cells = [_cell([read(*view) for view in views]) for read in COLUMNS.values()]
+    return f"| {label} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
 
 
 def _cell(values: list[float | None]) -> str:
