@@ -26,7 +26,7 @@ from rlhf_ray.loop import (
 )
 from rlhf_ray.roles.assembler import cut_shards
 from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.types import Sequences
+from rlhf_ray.types import Scores, Sequences
 
 # -- scripted roles ---------------------------------------------------------------------------------------------------
 
@@ -46,6 +46,7 @@ class ScriptedRoles:
     mismatch: float = 0.0
     kl: float = 1.0
     eval_scores: list[float] = field(default_factory=lambda: [0.0] * 100)
+    eval_judge: list[float] = field(default_factory=list)
     broken: str = ""  # waiting for this verb's handles fails
     events: list[tuple] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
@@ -80,7 +81,11 @@ class ScriptedRoles:
 
     def score(self, rollouts):
         self._log("score")
-        return self._answer("score", *([1.0] for _ in rollouts))
+        return self._answer("score", *(Scores(total=np.ones(1, np.float32)) for _ in rollouts))
+
+    def judge(self, rollouts):
+        self._log("judge")
+        return self._answer("judge", *rollouts)
 
     def texts(self, rollout, count):
         return self._answer("texts", [("prompt", "response")])[0]
@@ -109,9 +114,13 @@ class ScriptedRoles:
         self._log("weights")
         return self._answer("weights", None)
 
-    def evaluate(self, rollouts, scores, ref_logprobs):
+    def evaluate(self, rollouts, scores, ref_logprobs, judged):
         self._log("evaluate")
-        return self._answer("evaluate", {"eval/score": self.eval_scores.pop(0)})[0]
+        figures = {"eval/score": self.eval_scores.pop(0)}
+        if judged:
+            assert {handle.verb for handle in judged} == {"judge"}
+            figures["eval/judge"] = self.eval_judge.pop(0)
+        return self._answer("evaluate", figures)[0]
 
     def wait(self, handles, what):
         self.waits.append(list(handles))
@@ -629,7 +638,8 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
     roles = LocalRoles(once, folder)
     prompts = step_prompts(0, 16, 6, once.seed)
     (scores,) = roles.reward.score(roles.generation.generate(cut_units(0, prompts, 2, 12)))
-    telling = [prompt for prompt, (one, other) in zip(prompts, scores.reshape(6, 2), strict=True) if one != other]
+    pairs = scores.total.reshape(6, 2)
+    telling = [prompt for prompt, (one, other) in zip(prompts, pairs, strict=True) if one != other]
     assert 0 < len(telling) < 5, "the case needs some prompts that tell and some that don't"
 
     seen = []
@@ -639,7 +649,7 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
         assemble = roles.assembler.assemble
 
         def spy(rollouts, scores, *rest, assemble=assemble):
-            seen.append(([unit.unit.prompt_indices for unit in rollouts], np.concatenate(scores).reshape(6, 2)))
+            seen.append(([unit.unit.prompt_indices for unit in rollouts], Scores.join(scores).total.reshape(6, 2)))
             return assemble(rollouts, scores, *rest)
 
         roles.assembler.assemble = spy

@@ -36,6 +36,8 @@ EVENTS = 200  # latest events shown
 # key of summary.json: (label, unit or explanation, percent?, which direction is better: 1, -1, or 0 for neither)
 FIGURES = {
     "score": ("Reward-model score", "deviations of the SFT model's scores", False, 1),
+    "disagreement": ("Disagreement", "deviation over the ensemble's reward models", False, 0),
+    "score_length_corr": ("Score with length", "correlation over responses", False, 0),
     "judge": ("Judge's score", "independent of the reward model", False, 1),
     "judge_positive": ("Judged positive", "share above the recipe's threshold", True, 1),
     "perplexity": ("Perplexity, SFT model", "of the responses given their prompts", False, 0),
@@ -54,6 +56,13 @@ QUALITY_NAMES = {  # figures of a reward model's DONE that are its quality; the 
     "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
     "sign_accuracy": "Right side of the mean score",
+    "chosen_longer_accuracy": "Accuracy where the longer was chosen",
+    "chosen_longer_pairs": "Pairs in which the longer was chosen",
+    "chosen_shorter_accuracy": "Accuracy where the shorter was chosen",
+    "chosen_shorter_pairs": "Pairs in which the shorter was chosen",
+    "length_pearson": "Pearson correlation with length",
+    "length_spearman": "Spearman correlation with length",
+    "disagreement": "Disagreement of the members",
     "ece": "Expected calibration error",
     "margin_mean": "Mean margin, chosen over rejected",
     "pearson": "Pearson correlation with people's scores",
@@ -87,6 +96,7 @@ def render(folder: RunFolder) -> str:
         stages=stages,
         verdict=verdict(summary, stages),
         warnings=warnings(summary),
+        ended=_ended(closing["ppo"]),
         cards=_cards(summary),
         rows=_table(summary),
         summary=summary,
@@ -209,7 +219,12 @@ def _cards(summary: dict) -> list[dict]:
 def _table(summary: dict) -> list[dict]:
     """SFT against PPO, one row a figure. `tone`: whether the whole interval of the difference is good or bad news."""
     rows = []
-    for key, (label, unit, as_percent, better) in FIGURES.items():
+    terms = {
+        key: (f"Reward “{key.removeprefix('score/')}”", "before its weight", False, 0)
+        for key in summary.get("ppo", {})
+        if key.startswith("score/")
+    }
+    for key, (label, unit, as_percent, better) in (FIGURES | terms).items():
         sft, ppo = summary.get("sft", {}).get(key), summary.get("ppo", {}).get(key)
         if sft is None or ppo is None:
             continue
@@ -255,6 +270,20 @@ def _quality(closing: dict) -> list[tuple[str, list[str]]]:
         if name.rpartition(".")[2] == key
     }
     return [(label, [_show(name, column.get(name)) for column in columns]) for name, label in names.items()]
+
+
+def _ended(ppo: dict | None) -> str:
+    """Why PPO ended, and which step's policy it left, where that is not simply the last one's."""
+    if not ppo or "model_step" not in ppo or (ppo["model_step"] == ppo["steps"] and ppo["ended_by"] == "steps"):
+        return ""
+    what = "judge's score" if ppo["best_by"] == "judge" else "score"
+    words = f"PPO ended after step {ppo['steps']}"
+    if ppo["ended_by"] == "patience":
+        words += f", because {ppo['worse_since']} evaluations in a row found no better held-out {what}"
+    best = f"{charts.number(ppo['best_score'])} at step {ppo['best_step']}"
+    if ppo["model_step"] == ppo["steps"]:
+        return f"{words}. Its model is that of the last step; the best {what} was {best}."
+    return f"{words}. Its model is that of step {ppo['model_step']}, rolled back to the best held-out {what}: {best}."
 
 
 def _closing(closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:
