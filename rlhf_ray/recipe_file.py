@@ -125,10 +125,13 @@ def _sentence(error: dict[str, Any]) -> str:
 def known_keys(path: tuple) -> list[str]:
     """The keys that the section at `path` has."""
     section: Any = Recipe
+    named = False  # whether the next part is a name that the user gave
     for part in path:
-        if part not in section.model_fields:  # a place in a list, a name in a mapping
+        if named or isinstance(part, int):
+            named = False
             continue
-        section = _section_type(section.model_fields[part].annotation)
+        annotation = section.model_fields[part].annotation
+        section, named = _section_type(annotation), typing.get_origin(annotation) is dict
     return list(section.model_fields)
 
 
