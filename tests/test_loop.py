@@ -402,6 +402,79 @@ def test_the_best_policy_is_kept():
     assert diary.best == [3] and (loop.state.best_step, loop.state.best_score) == (3, 3.0)
 
 
+def run_until(roles, stop_after=None, state=None, **knobs):
+    """(the loop, whether it finished, what it told) of a run of at most 12 steps that evaluates each."""
+    diary = Diary(stop_after=stop_after)
+    loop = scripted_loop(roles, diary, state, **{"steps": 12, "eval_every": 1, "checkpoint_every": 3, **knobs})
+    return loop, loop.run(), diary
+
+
+def test_patience_ends_the_training_and_counts_evaluations_without_a_better_one():
+    """Best at step 2; 3, 4 and 5 are no better (an equal one is not). The last step is checkpointed."""
+    loop, finished, diary = run_until(ScriptedRoles(eval_scores=[0.0, 1.0, 4.0, 3.0, 4.0, 3.9]), patience=3)
+    assert finished and diary.steps() == [0, 1, 2, 3, 4, 5]
+    assert (loop.state.best_step, loop.state.best_score, loop.state.worse_since) == (2, 4.0, 3)
+    assert diary.best == [1, 2] and [state.step for state in diary.saves] == [3, 5]
+    assert [metrics["eval/best_step"] for _, metrics in diary.records] == [0, 1, 2, 2, 2, 2]
+
+
+def test_a_better_policy_gives_patience_back():
+    scores = [0.0, -1.0, -1.0, 1.0, 0.0, 0.0, 2.0, 1.0, 1.0, 1.0, 9.0]
+    loop, finished, diary = run_until(ScriptedRoles(eval_scores=scores), patience=3)
+    assert finished and loop.state.step == 9 and diary.best == [3, 6]
+
+
+def test_without_patience_it_takes_all_steps():
+    loop, finished, _ = run_until(ScriptedRoles(eval_scores=[9.0] + [0.0] * 12))
+    assert finished and loop.state.step == 12 and loop.state.worse_since == 12
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+def test_a_stopped_run_has_as_much_patience_as_an_undisturbed_one(stop_after):
+    scores = [0.0, 1.0, 0.5, 0.5, 0.5]
+    whole = run_until(ScriptedRoles(eval_scores=scores[:]), patience=3, roll_back=True)
+    first = run_until(ScriptedRoles(eval_scores=scores[:]), stop_after, patience=3, roll_back=True)
+    assert first[1] == (stop_after == 4)
+    state = LoopState.from_json(json.loads(json.dumps(first[2].saves[-1].to_json())))
+    # A run that was stopped before its first step evaluates the start model once more.
+    left = scores[stop_after + 1 :] if stop_after > 0 else scores[:]
+    second = run_until(ScriptedRoles(eval_scores=left), None, state, patience=3, roll_back=True)
+    assert second[1] and second[0].state == whole[0].state and whole[0].state.step == 4
+    assert first[2].steps() + second[2].steps()[stop_after == 0 :] == whole[2].steps()
+    assert first[2].best + second[2].best[stop_after == 0 :] == whole[2].best == [0, 1]
+
+
+def test_a_checkpoint_of_a_run_that_ran_out_of_patience_ends_at_once():
+    state = LoopState(kl_coef=0.1, step=5, best_score=4.0, best_step=2, worse_since=3)
+    roles = ScriptedRoles()
+    loop, finished, diary = run_until(roles, None, state, patience=3)
+    assert finished and diary.steps() == [] and "generate" not in roles.verbs()
+    loop, finished, _ = run_until(ScriptedRoles(), None, state, patience=8)
+    assert finished and loop.state.step == 10
+
+
+def test_the_judge_is_asked_in_evaluations_and_may_decide():
+    """The score rises for ever, the judge's falls from step 2 on."""
+    scripts = {"eval_scores": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], "eval_judge": [0.0, 1.0, 3.0, 2.0, 1.0, 0.0]}
+    roles = ScriptedRoles(**{name: values[:] for name, values in scripts.items()})
+    loop, finished, diary = run_until(roles, patience=2, judge_evaluations=True, best_by="judge")
+    assert finished and (loop.state.step, loop.state.best_step, loop.state.best_score) == (4, 2, 3.0)
+    assert [metrics["eval/judge"] for _, metrics in diary.records] == [0.0, 1.0, 3.0, 2.0, 1.0]
+    assert roles.verbs().count("judge") == 5 and diary.best == [1, 2]
+    assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+    roles = ScriptedRoles(**scripts)
+    loop, _, diary = run_until(roles, steps=4, judge_evaluations=True)
+    assert loop.state.best_step == 4 and diary.best == [1, 2, 3, 4], "the score decides unless the recipe says otherwise"
+    assert "judge" not in (roles := ScriptedRoles()).verbs() and run_until(roles)[1] and "judge" not in roles.verbs()
+
+
+def test_the_start_model_is_kept_where_it_may_be_gone_back_to():
+    scores = [5.0, 1.0, 1.0, 1.0]
+    for roll_back, kept in ((True, [0]), (False, [])):
+        loop, _, diary = run_until(ScriptedRoles(eval_scores=scores[:]), steps=3, roll_back=roll_back)
+        assert diary.best == kept and loop.state.best_step == 0
+
+
 def test_the_state_survives_json_before_the_first_evaluation_too():
     for state in (LoopState(kl_coef=0.3), LoopState(step=4, kl_coef=0.1 + 0.2, best_score=1 / 3, best_step=2)):
         assert LoopState.from_json(json.loads(json.dumps(state.to_json(), allow_nan=False))) == state
@@ -682,6 +755,44 @@ def test_the_critic_warms_up_alone(folder):
     rest = Diary()
     real_loop(recipe, roles, rest, diary.saves[-1]).run()
     assert "policy/loss" in rest.records[-1][1]
+
+
+def words(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def test_terms_judge_and_length_are_metrics(folder):
+    """Each figure against one made from the texts themselves."""
+    terms = {
+        "t": {"function": "test_loop:count_t", "weight": 2.0},
+        "words": {"function": "test_loop:words", "weight": -0.5},
+    }
+    recipe = tiny_recipe(
+        ppo={"steps": 1, "rewards": terms, "judge_evaluations": True},
+        evaluation={"judge_function": "test_loop:count_t"},
+    )
+    roles, diary = LocalRoles(recipe, folder), Diary()
+    texts, lengths = [], []
+    score = roles.reward.score
+
+    def spy(rollouts):
+        texts.append([text for rollout in rollouts for _, text in roles.reward.texts(rollout, 99)])
+        lengths.append([n for rollout in rollouts for n in rollout.sequences.response_lengths.tolist()])
+        return score(rollouts)
+
+    roles.reward.score = spy
+    real_loop(recipe, roles, diary).run()
+    held_out, trained, _ = texts
+    evaluated, metrics = diary.records[0][1], diary.records[1][1]
+    for prefix, drawn, found in (("eval", held_out, evaluated), ("objective", trained, metrics)):
+        t, count = (np.mean(function([], drawn)) for function in (count_t, words))
+        assert found[f"{prefix}/score/t"] == pytest.approx(t) and found[f"{prefix}/score/words"] == pytest.approx(count)
+        assert found[f"{prefix}/score"] == pytest.approx(2 * t - 0.5 * count, abs=1e-6)
+    assert evaluated["eval/judge"] == evaluated["eval/score/t"]
+    totals = [2 * t - 0.5 * count for t, count in zip(count_t([], trained), words([], trained), strict=True)]
+    expected = np.corrcoef(totals, lengths[1])[0, 1]
+    assert metrics["objective/score_length_corr"] == pytest.approx(expected, abs=1e-6)
+    assert not any(name.endswith(("timeouts", "disagreement")) for name in metrics)
 
 
 def test_log_probs_that_do_not_repeat_stop_the_run(folder):
