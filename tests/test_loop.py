@@ -464,7 +464,9 @@ def test_the_judge_is_asked_in_evaluations_and_may_decide():
     assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
     roles = ScriptedRoles(**scripts)
     loop, _, diary = run_until(roles, steps=4, judge_evaluations=True)
-    assert loop.state.best_step == 4 and diary.best == [1, 2, 3, 4], "the score decides unless the recipe says otherwise"
+    assert loop.state.best_step == 4 and diary.best == [1, 2, 3, 4], (
+        "the score decides unless the recipe says otherwise"
+    )
     assert "judge" not in (roles := ScriptedRoles()).verbs() and run_until(roles)[1] and "judge" not in roles.verbs()
 
 

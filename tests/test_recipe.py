@@ -149,8 +149,14 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"reward": None}, "nothing scores the responses"),
         ({"reward": None, "ppo": {"reward_function": "a:b"}}, "set ppo.critic_init to 'sft'"),
         ({"sft": None}, "nothing would train the model"),
-        ({"reward": None, "ppo": {"rewards": {"a": {"model": "reward"}}}}, "ppo.rewards.a.model is 'reward' but reward is null"),
-        ({"reward": {"members": 3}, "ppo": {"reward_function": "a:b"}}, "reward.members is 3, but no reward of PPO uses"),
+        (
+            {"reward": None, "ppo": {"rewards": {"a": {"model": "reward"}}}},
+            "ppo.rewards.a.model is 'reward' but reward is null",
+        ),
+        (
+            {"reward": {"members": 3}, "ppo": {"reward_function": "a:b"}},
+            "reward.members is 3, but no reward of PPO uses",
+        ),
         ({"reward": {"members": 3}, "ppo": {"rewards": {"a": {"model": "./m"}}}}, "set reward.members to 1"),
         ({"reward": {"combine": "worst"}}, "reward: combine is 'worst' and members is 1"),
         ({"reward": {"members": 2, "combine_std": -1}}, "'reward.combine_std' is -1"),
@@ -197,7 +203,8 @@ def test_ppo_needs_the_judge_only_where_it_asks_it():
     known = judge | {"evaluation": {"judge_function": "m:f"}}
     assert "judge" not in needs_of(build_recipe(known, [], "x"), "ppo")
     assert "reward" not in needs_of(
-        build_recipe({"name": "x", "reward": None, "ppo": {"reward_function": "m:f", "critic_init": "sft"}}, [], "x"), "ppo"
+        build_recipe({"name": "x", "reward": None, "ppo": {"reward_function": "m:f", "critic_init": "sft"}}, [], "x"),
+        "ppo",
     )
 
 
@@ -209,7 +216,9 @@ def test_a_run_that_ran_out_of_patience_goes_on_with_more_of_it_only():
     assert ppo_goes_on(recipe(patience=4), ended) and ppo_goes_on(recipe(), ended)
     assert not ppo_goes_on(recipe(patience=9, steps=60), ended)
     done = {"steps": 60, "ended_by": "steps", "worse_since": 0}
-    assert ppo_goes_on(recipe(), done) and ppo_goes_on(recipe(), {"steps": 60}) and not ppo_goes_on(recipe(steps=60), done)
+    assert (
+        ppo_goes_on(recipe(), done) and ppo_goes_on(recipe(), {"steps": 60}) and not ppo_goes_on(recipe(steps=60), done)
+    )
 
 
 def test_every_problem_is_told_at_once():

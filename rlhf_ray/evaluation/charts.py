@@ -89,7 +89,7 @@ def path(series: Sequence[Series], x_name: str, steps: Sequence[float]) -> Marku
     for i, one in enumerate(series):
         body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(one.xs, one.ys)))
         for x, y, step in zip(one.xs, one.ys, steps, strict=True):
-            told = f"{one.name}, step {number(step, 6)}: {number(y, 4)} at {x_name} {number(x)}"
+            told = f"{one.name}, step {step:g}: {number(y)} at {x_name} {number(x)}"
             body.append(dot.format(i, _xy(frame.x(x)), _xy(frame.y(y)), told))
     return _svg(body, f"{', '.join(one.name for one in series)} over {x_name}")
 

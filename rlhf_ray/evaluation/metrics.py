@@ -100,8 +100,8 @@ class Resampler:
 
         def of(weights: np.ndarray) -> np.ndarray:
             x, y, xx, yy, xy = (weights @ part.mean(axis=1) / self.prompts for part in (xs, ys, xs**2, ys**2, xs * ys))
-            scale = (xx - x**2) * (yy - y**2)
-            return np.divide(xy - x * y, np.sqrt(scale, where=scale > 0), out=np.full_like(x, np.nan), where=scale > 0)
+            scale = np.sqrt(np.maximum((xx - x**2) * (yy - y**2), 0.0))
+            return np.divide(xy - x * y, scale, out=np.full_like(x, np.nan), where=scale > 0)
 
         return Estimate(float(of(ones)[0]), of(self.weights))
 
