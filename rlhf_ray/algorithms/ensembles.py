@@ -13,8 +13,8 @@ def combine_scores(scores: torch.Tensor, *, combine: Combine, std: float) -> tor
     """Normalised scores of the members [M, B] -> one score for each response [B].
 
     mean             the members' average
-    worst            their lowest: worst-case optimisation (Coste et al. 2023, arXiv 2310.02743, eq. 4)
-    mean_minus_std   mean - std * deviation (Eisenstein et al. 2023, arXiv 2312.09244, section 4; the uncertainty-weighted
+    worst            their lowest: worst-case optimisation (Coste et al. 2023, arXiv 2310.02743)
+    mean_minus_std   mean - std * deviation (Eisenstein et al. 2023, arXiv 2312.09244; the uncertainty-weighted
                      score of Coste et al. subtracts the variance in its place)
     """
     if combine == "worst":
