@@ -444,6 +444,14 @@ def test_a_stopped_run_has_as_much_patience_as_an_undisturbed_one(stop_after):
     assert first[2].best + second[2].best[stop_after == 0 :] == whole[2].best == [0, 1]
 
 
+def test_a_run_stopped_before_its_first_step_loses_no_patience():
+    """The start model, the best one, is evaluated once more when the run goes on."""
+    first = run_until(ScriptedRoles(eval_scores=[2.0]), 0, patience=2)
+    assert first[0].state.worse_since == 0 and first[2].saves[-1].step == 0
+    loop, finished, _ = run_until(ScriptedRoles(eval_scores=[2.0, 1.0, 1.0, 1.0]), None, first[2].saves[-1], patience=2)
+    assert finished and (loop.state.step, loop.state.best_step, loop.state.worse_since) == (2, 0, 2)
+
+
 def test_a_checkpoint_of_a_run_that_ran_out_of_patience_ends_at_once():
     state = LoopState(kl_coef=0.1, step=5, best_score=4.0, best_step=2, worse_since=3)
     roles = ScriptedRoles()
