@@ -6,6 +6,7 @@ reference is generated from these classes, so each field carries its one-line de
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -152,6 +153,20 @@ class RewardConfig(TrainConfig):
     normalise_samples: int = knob(
         256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0
     )
+    members: int = knob(1, "models trained, each with a head and a data order of its own; all score together", gt=0)
+    combine: Literal["mean", "worst", "mean_minus_std"] = knob(
+        "mean", "score of an ensemble: mean of its members, their lowest, or mean - combine_std * deviation"
+    )
+    combine_std: float = knob(1.0, "deviations that mean_minus_std subtracts", ge=0)
+
+    @model_validator(mode="after")
+    def _an_ensemble_has_members(self):
+        if self.members == 1 and self.combine != "mean":
+            raise ValueError(
+                f"combine is '{self.combine}' and members is 1: there is nothing to combine; set members to 2 or more, "
+                "or combine to mean"
+            )
+        return self
 
     @property
     def starts_within_run(self) -> bool:
@@ -232,6 +247,34 @@ class KlConfig(Section):
     horizon: int = knob(10000, "episodes over which the coefficient adapts", gt=0)
 
 
+class RewardTerm(Section):
+    """One of several rewards whose weighted sum is the score."""
+
+    weight: float = knob(1.0, "factor of this term in the sum; negative: a price")
+    function: str | None = knob(None, "package.module:function scoring (prompts, responses); or model")
+    model: str | None = knob(
+        None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; or function"
+    )
+    timeout_s: float | None = knob(
+        None, "longest time of the function for a sample, which it gets one at a time in a process of its own; null: none",
+        gt=0,
+    )  # fmt: skip
+    timeout_score: float | None = knob(None, "score of a sample over the limit, before the weight; null: the run stops")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.function is None) == (self.model is None):
+            has = "neither" if self.function is None else "both"
+            raise ValueError(f"the term has {has} function and model; give it exactly one of the two")
+        if self.timeout_s is not None and self.function is None:
+            raise ValueError(
+                f"timeout_s is {self.timeout_s:g}, but model '{self.model}' is no function; remove timeout_s"
+            )
+        if self.timeout_score is not None and self.timeout_s is None:
+            raise ValueError(f"timeout_score is {self.timeout_score:g}, but there is no timeout_s; set it too")
+        return self
+
+
 #: ppo.advantage that compare the samples of a prompt, so that there have to be several
 COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
 
@@ -297,12 +340,25 @@ class PPOConfig(Section):
     reward_function: str | None = knob(
         None, "package.module:function scoring (prompts, responses) in place of the reward model"
     )
+    reward_timeout_s: float | None = knob(
+        None, "longest time of reward_function for a sample, as timeout_s of a term of rewards", gt=0
+    )
+    reward_timeout_score: float | None = knob(None, "score of a sample over that limit; null: the run stops")
+    rewards: dict[str, RewardTerm] = knob(
+        {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
+    )
     adam_form: Literal["torch", "tensorflow"] = knob(
         "torch", "whether adam_eps stands outside or inside the bias correction"
     )
     precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
     eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
     eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
+    judge_evaluations: bool = knob(False, "these evaluations ask the independent judge too (metric eval/judge)")
+    best_by: Literal["score", "judge"] = knob("score", "whose held-out mean says which policy is the best one")
+    patience: int | None = knob(
+        None, "stop after so many evaluations in a row that find no better policy; null: never", gt=0
+    )
+    roll_back: bool = knob(False, "the stage's model is the best policy, not the last one")
     checkpoint_every: int = knob(20, "steps between checkpoints", gt=0)
     checkpoint_minutes: float = knob(20.0, "longest time between checkpoints", gt=0)
     keep_checkpoints: int = knob(2, "last good checkpoints kept", gt=0)
@@ -316,6 +372,22 @@ class PPOConfig(Section):
     @property
     def has_critic(self) -> bool:
         return self.advantage == "gae"
+
+    @property
+    def terms(self) -> dict[str, RewardTerm]:
+        """What the score is made of, the shorthands written out."""
+        if self.rewards:
+            return self.rewards
+        if self.reward_function is None:
+            return {"reward": RewardTerm(model="reward")}
+        return {"reward": RewardTerm(
+            function=self.reward_function, timeout_s=self.reward_timeout_s, timeout_score=self.reward_timeout_score
+        )}  # fmt: skip
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether a term is the reward stage's model."""
+        return any(term.model == "reward" for term in self.terms.values())
 
     @property
     def whitens_advantages(self) -> bool:
@@ -357,6 +429,31 @@ class PPOConfig(Section):
                 f"ppo.critic_warmup_steps is {self.critic_warmup_steps}, but ppo.advantage {self.advantage} has no critic; "
                 "set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self):
+        if self.rewards and self.reward_function is not None:
+            raise ValueError(
+                f"ppo.rewards and ppo.reward_function ('{self.reward_function}') are both set; make the function a term "
+                "of ppo.rewards"
+            )
+        for name in self.rewards:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(
+                    f"ppo.rewards has a term '{name}'; name it with letters, digits, '_', '.' and '-' only"
+                )
+        if self.reward_timeout_s is not None and self.reward_function is None:
+            raise ValueError(
+                f"ppo.reward_timeout_s is {self.reward_timeout_s:g}, but there is no ppo.reward_function; remove it, or "
+                "set timeout_s of a term of ppo.rewards"
+            )
+        if self.reward_timeout_score is not None and self.reward_timeout_s is None:
+            raise ValueError(
+                f"ppo.reward_timeout_score is {self.reward_timeout_score:g}, but there is no ppo.reward_timeout_s; set it too"
+            )
+        if self.best_by == "judge" and not self.judge_evaluations:
+            raise ValueError("ppo.best_by is 'judge' and ppo.judge_evaluations is false; set it to true")
         return self
 
     @model_validator(mode="after")
@@ -430,7 +527,7 @@ class Recipe(Section):
     model: ModelConfig = knob(ModelConfig(), "the language model")
     data: DataConfig = knob(DataConfig(), "the data")
     sft: SftConfig | None = knob(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
-    reward: RewardConfig | None = knob(RewardConfig(), "reward model; null with ppo.reward_function")
+    reward: RewardConfig | None = knob(RewardConfig(), "reward model; null where PPO is paid by others")
     judge: RewardConfig | None = knob(None, "independent judge, trained on data.judge")
     fluency: SftConfig | None = knob(None, "separately seeded language model for perplexity_independent")
     dpo: DpoConfig | None = knob(None, "DPO on the reward model's pairs, to compare with PPO")
@@ -476,9 +573,24 @@ class Recipe(Section):
                     min(self.generation.chunk_size, ppo.rollouts_per_step),
                     f"resources.{role}.zero_stage is 3, so rollouts a step must divide by generation.chunk_size",
                 )
-        if self.reward is None and ppo.reward_function is None:
+        if self.reward is None and not ppo.rewards and ppo.reward_function is None:
             raise ValueError(
-                "reward is null and ppo.reward_function is not set: nothing scores the responses; set one of them"
+                "reward is null and neither ppo.reward_function nor ppo.rewards is set: nothing scores the responses; "
+                "set one of them"
+            )
+        if self.reward is None and ppo.uses_reward_model:
+            names = [name for name, term in ppo.terms.items() if term.model == "reward"]
+            raise ValueError(
+                f"ppo.rewards.{names[0]}.model is 'reward' but reward is null; set the section reward, or name a folder"
+            )
+        if self.reward is not None and self.reward.members > 1 and not ppo.uses_reward_model:
+            raise ValueError(
+                f"reward.members is {self.reward.members}, but no reward of PPO uses these models; set reward.members to 1, "
+                "or give ppo.rewards a term with model: reward"
+            )
+        if ppo.judge_evaluations and self.judge is None and self.evaluation.judge_function is None:
+            raise ValueError(
+                "ppo.judge_evaluations is true, but there is no judge; set the section judge or evaluation.judge_function"
             )
         if ppo.overlong_buffer > self.generation.max_new_tokens:
             raise ValueError(
@@ -497,6 +609,12 @@ class Recipe(Section):
             raise ValueError(
                 "dpo learns from the reward model's pairs, but reward.objective is 'scores', whose rows have no chosen "
                 "and rejected reply; give pairs and set reward.objective to pairs, or set dpo: null"
+            )
+        threshold = self.evaluation.judge_positive_above
+        if threshold is not None and self.judge is not None and self.judge.members > 1:
+            raise ValueError(
+                f"evaluation.judge_positive_above = {threshold:g} is on the scale of one judge's raw scores, but "
+                f"judge.members is {self.judge.members}; set judge.members to 1, or judge_positive_above to null"
             )
         if self.model.is_from_scratch:
             if self.sft is None:

@@ -27,6 +27,7 @@ class Generation(Protocol):
 
 class Scoring(Protocol):
     def score(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def judge(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
     def texts(self, rollout: Handle, count: int) -> Handle: ...
 
 
@@ -49,7 +50,7 @@ class Assembly(Protocol):
     def assemble(
         self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...
-    def evaluate(self, rollouts, scores, ref_logprobs) -> Handle: ...
+    def evaluate(self, rollouts, scores, ref_logprobs, judged) -> Handle: ...
     def flat(self, scores: Sequence[Handle]) -> Handle: ...
     def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
@@ -256,8 +257,9 @@ class LoopState:
 
     step: int = 0  # steps finished; also the policy's version and the data position
     kl_coef: float
-    best_score: float = float("-inf")
+    best_score: float = float("-inf")  # by the reward or by the judge (ppo.best_by)
     best_step: int = -1
+    worse_since: int = 0  # evaluations since the best one
 
     def to_json(self) -> dict:
         state = asdict(self)
@@ -266,6 +268,18 @@ class LoopState:
     @classmethod
     def from_json(cls, state: dict) -> LoopState:
         return cls(**state | {"best_score": float("-inf") if state["best_score"] is None else state["best_score"]})
+
+
+def judged_best(state: LoopState, value: float) -> LoopState:
+    """The state after an evaluation of its step: whether that is the best policy so far, or how long ago that was."""
+    if value > state.best_score:
+        return replace(state, best_score=value, best_step=state.step, worse_since=0)
+    return replace(state, worse_since=state.worse_since + 1)
+
+
+def out_of_patience(state: LoopState, config: PPOConfig) -> bool:
+    """Whether ppo.patience ends the training: as many evaluations in a row found no better policy."""
+    return config.patience is not None and state.worse_since >= config.patience
 
 
 @dataclass(slots=True, kw_only=True)
@@ -301,15 +315,20 @@ class PPOLoop:
         self._saved_step = state.step or None  # a state that isn't fresh came from its checkpoint
 
     def run(self) -> bool:
-        """True when all steps are done; False when asked to stop, with a checkpoint written either way."""
+        """True when there is no step left to do; False when asked to stop, with a checkpoint written either way."""
         sync_weights(self.roles, self.state.step)
-        if self.state.step == 0:
+        if self.state.step == 0:  # once more, where a run was stopped before its first step
+            self.state = replace(self.state, best_score=float("-inf"), best_step=-1, worse_since=0)
             self._evaluate({})
-        while self.state.step < self.config.steps and not self.hooks.stop_requested():
+        while not self.finished and not self.hooks.stop_requested():
             self._one_step()
         if self._saved_step != self.state.step:
             self._save()
-        return self.state.step >= self.config.steps
+        return self.finished
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.steps or out_of_patience(self.state, self.config)
 
     def _one_step(self) -> None:
         config, step = self.config, self.state.step
@@ -351,7 +370,7 @@ class PPOLoop:
         metrics |= {"time/step_s": seconds, "samples_per_s": config.rollouts_per_step / seconds}
         self.hooks.record(self.state.step, metrics)
         overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
-        if self.state.step < config.steps and (self.state.step % config.checkpoint_every == 0 or overdue):
+        if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue):
             self._save()
 
     def _save(self) -> None:
@@ -360,23 +379,24 @@ class PPOLoop:
 
     def _evaluate(self, metrics: dict[str, float]) -> None:
         """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""
-        clock, step = Clock(), self.state.step
+        clock, step, config = Clock(), self.state.step, self.config
         units = cut_units(step, range(self.eval_prompts), 1, self.chunk_size, evaluation=True)
         rollouts = self.roles.generation.generate(units)
         scores = self.roles.reward.score(rollouts)
+        judged = self.roles.reward.judge(rollouts) if config.judge_evaluations else []
         ref_logprobs = self.roles.reference.logprobs(rollouts)
-        figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs)
+        figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs, judged)
         texts = self.roles.reward.texts(rollouts[0], 3)
         what = f"evaluation (step {step})"
         self.roles.wait(rollouts, what)
-        self.roles.wait([*scores, *ref_logprobs], what)
+        self.roles.wait([*scores, *judged, *ref_logprobs], what)
         figures, texts, first_scores = self.roles.get([figures, texts, scores[0]], what)
         clock.lap("evaluate")
-        metrics |= figures | clock.laps
-        self.hooks.samples(step, texts, [float(score) for score in first_scores[: len(texts)]])
+        self.state = judged_best(self.state, figures[f"eval/{config.best_by}"])
+        metrics |= figures | {"eval/best_step": float(self.state.best_step)} | clock.laps
+        self.hooks.samples(step, texts, [float(score) for score in first_scores.total[: len(texts)]])
         if step == 0:
             self.hooks.record(0, metrics)
-        if figures["eval/score"] > self.state.best_score:
-            self.state = replace(self.state, best_score=figures["eval/score"], best_step=step)
-            if step > 0:
-                self.hooks.save_best(self.state)
+        # The policy of step 0 is the model that PPO started from: a copy is of use only to go back to.
+        if self.state.best_step == step and (step > 0 or config.roll_back):
+            self.hooks.save_best(self.state)

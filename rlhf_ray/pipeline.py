@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import StageStopped, UserError
-from rlhf_ray.recipe_file import check_resume, write_recipe
+from rlhf_ray.recipe_file import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.run_folder import STAGES, RunFolder, StageFolder, write_atomically
 
 Progress = Callable[[dict], None]
@@ -30,6 +30,13 @@ def stages_of(recipe: Recipe) -> list[str]:
     """The stages that this recipe has, in order."""
     optional = {name for name in ("sft", "fluency", "reward", "judge", "dpo") if getattr(recipe, name) is None}
     return [name for name in STAGES if name not in optional]
+
+
+def needs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """The recipe's stages that `stage` reads."""
+    asks_judge = stage == "ppo" and recipe.ppo.judge_evaluations and recipe.evaluation.judge_function is None
+    needed = NEEDS[stage] + (("judge",) if asks_judge else ())
+    return tuple(name for name in needed if name in stages_of(recipe))
 
 
 def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
@@ -51,7 +58,7 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
                 f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
                 f"set it to {done} or more"
             )
-        if recipe.ppo.steps > done:
+        if ppo_goes_on(recipe, ppo.summary()):
             _reopen_evaluation(evaluation)
             ppo.done_file.unlink()
     if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency", "dpo"}:
@@ -85,8 +92,8 @@ def run_stages(
         if stage.done:
             progress({"stage": name, "skipped": True})
             continue
-        for needed in NEEDS[name]:
-            if needed in stages_of(recipe) and not folder.stage(needed).done:
+        for needed in needs_of(recipe, name):
+            if not folder.stage(needed).done:
                 raise UserError(
                     f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
                     f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir"

@@ -45,9 +45,10 @@ class PlainPPO:
 
     def __init__(self, recipe: Recipe, folder: RunFolder):
         ppo, temperature = recipe.ppo, recipe.generation.temperature
-        if ppo.advantage != "gae" or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or ppo.reward_function is not None:
+        paid_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
+        if ppo.advantage != "gae" or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or paid_otherwise:
             raise UserError(
-                "plain_ppo shows PPO with a critic, a reward model and the KL in the reward; the recipe has "
+                "plain_ppo shows PPO with a critic, one reward model and the KL in the reward; the recipe has "
                 f"ppo.advantage {ppo.advantage}, kl_in {ppo.kl_in}; run it with rlhf-ray run"
             )
         self.recipe = recipe
@@ -90,7 +91,7 @@ class PlainPPO:
         sequences = rollout.sequences
 
         # 2. Score the texts. One number a response, [B].
-        scores = torch.from_numpy(self.reward.score(rollout))
+        scores = torch.from_numpy(self.reward.score(rollout).total)
 
         # 3. What the models say about each token before the update, all [B, T]. Rows are padded on the right; what stands
         #    in the padding never counts, because action_mask is False there.

@@ -20,10 +20,10 @@ from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 
 #: Keys that may change when a run folder is picked up again. Others would mix two experiments in one folder.
 SAFE_ON_RESUME = (
-    "name", "ppo.steps", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.anneal",
-    "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every", "ppo.checkpoint_*", "ppo.keep_checkpoints",
-    "ppo.max_mismatch", "ppo.precision", "generation.precision", "resources.*",
-    "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
+    "name", "ppo.steps", "ppo.patience", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate",
+    "ppo.critic_learning_rate", "ppo.anneal", "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every",
+    "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.max_mismatch", "ppo.precision", "generation.precision",
+    "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
     "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker", "*.threads", "*.zero_stage",
 )  # fmt: skip
 
@@ -125,15 +125,18 @@ def _sentence(error: dict[str, Any]) -> str:
 def known_keys(path: tuple) -> list[str]:
     """The keys that the section at `path` has."""
     section: Any = Recipe
+    named = False  # whether the next part is a name that the user gave
     for part in path:
-        if isinstance(part, int):
+        if named or isinstance(part, int):
+            named = False
             continue
-        section = _section_type(section.model_fields[part].annotation)
+        annotation = section.model_fields[part].annotation
+        section, named = _section_type(annotation), typing.get_origin(annotation) is dict
     return list(section.model_fields)
 
 
 def _section_type(annotation: Any) -> Any:
-    """The Section class in `Section`, `Section | None` or `tuple[Section, ...]`."""
+    """The Section class in `Section`, `Section | None`, `tuple[Section, ...]` or `dict[str, Section]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
@@ -152,12 +155,21 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
         section = getattr(recipe, stage)
         if section is not None and not section.starts_within_run:
             yield (stage, "base"), section.base
+    for name, term in recipe.ppo.rewards.items():
+        if term.model not in (None, "reward"):
+            yield ("ppo", "rewards", name, "model"), term.model
     if recipe.data.root is not None:
         yield ("data", "root"), recipe.data.root
     for role in ("sft", "preferences", "judge", "prompts", "eval_prompts"):
         for index, source in enumerate(getattr(recipe.data, role)):
             if recipe.data.root is None or Path(source.path).is_absolute():  # else it is relative to the root
                 yield ("data", role, index, "path"), source.path
+
+
+def function_names(recipe: Recipe) -> list[str]:
+    """The user's functions that score: package.module:function, each."""
+    names = [*(term.function for term in recipe.ppo.terms.values()), recipe.evaluation.judge_function]
+    return [name for name in names if name is not None]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -188,8 +200,11 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     if not folder.stage("data").done:
         return changed  # nothing was made with the old recipe yet
     ppo = folder.stage("ppo")
-    ppo_stays = ppo.done and recipe.ppo.steps <= ppo.summary()["steps"]
+    ppo_stays = ppo.done and not ppo_goes_on(recipe, ppo.summary())
     refused = [key for key in changed if not _may_change(key, folder, ppo_stays)]
+    judging = recipe.ppo.judge_evaluations and ppo.path.exists() and not ppo_stays
+    if judging and "evaluation.judge_function" in changed:
+        refused.append("evaluation.judge_function")  # what one judge liked best is no measure for another
     if refused:
         parts = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in refused)
         raise UserError(
@@ -197,6 +212,14 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
             "set them back, or choose another --run-dir"
         )
     return changed
+
+
+def ppo_goes_on(recipe: Recipe, done: dict) -> bool:
+    """Whether a PPO stage that ended with these closing figures has steps left under this recipe."""
+    if recipe.ppo.steps <= done["steps"]:
+        return False
+    patience = recipe.ppo.patience
+    return done.get("ended_by") != "patience" or patience is None or patience > done["worse_since"]
 
 
 def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:

@@ -25,9 +25,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """One stage's folder: model/ metrics.jsonl checkpoints/ DONE."""
+    """One stage's folder: model/ metrics.jsonl checkpoints/ DONE. Or that of a member of the stage's ensemble."""
 
     path: Path
+    stage: Path | None = None  # of a member: the folder of its stage
+
+    def member(self, number: int) -> StageFolder:
+        """Of an ensemble's model: the first is where a stage's only model would be, the others in member_1/ ..."""
+        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path)
+
+    def member_done(self, number: int) -> Path:
+        """Marks that a member is trained, and holds its figures: the stage's DONE is there when all are."""
+        return self.path / f"member_{number}" / "DONE"
 
     @property
     def model(self) -> Path:
@@ -48,7 +57,7 @@ class StageFolder:
     @property
     def stop_file(self) -> Path:
         """Present while the stage is asked to checkpoint and stop; workers look for it after every step."""
-        return self.path / "STOP"
+        return (self.stage or self.path) / "STOP"
 
     @property
     def done(self) -> bool:
@@ -87,8 +96,12 @@ class RunFolder:
 
     @property
     def best_model(self) -> Path:
-        """The policy with the best held-out score so far."""
+        """The policy with the best held-out score so far, as the newest checkpoint knows it."""
         return self.path / "ppo" / "best"
+
+    def candidate(self, step: int) -> Path:
+        """A policy that was the best one at `step`; it becomes `best_model` with the next checkpoint."""
+        return self.path / "ppo" / f".best_{step:06d}"
 
     @property
     def events(self) -> Path:

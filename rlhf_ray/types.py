@@ -7,7 +7,7 @@ the rows before it (`np.split(flat, np.cumsum(lengths)[:-1])`). Read only: what 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -90,6 +90,41 @@ class RolloutBatch:
     def __post_init__(self):
         assert len(self.rollout_logprobs) == len(self.sequences.response_ids)
         assert len(self.ended) == len(self.sequences) == len(self.unit.prompt_indices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What B responses are worth, and how that came about."""
+
+    total: np.ndarray  # float32 [B]: what PPO is paid, before the missing-EOS penalty and KL
+    terms: dict[str, np.ndarray] = field(default_factory=dict)  # of several rewards: name -> float32 [B], unweighted
+    disagreement: np.ndarray | None = None  # float32 [B]: deviation over the members, of an ensemble of reward models
+    late: np.ndarray | None = None  # bool [B]: over the time limit, of a function that has one
+
+    def __len__(self) -> int:
+        return len(self.total)
+
+    @classmethod
+    def join(cls, parts: Iterable[Scores]) -> Scores:
+        """The scores of several units, one after the other."""
+        parts = list(parts)
+        first = parts[0]
+        return cls(
+            total=np.concatenate([part.total for part in parts]),
+            terms={name: np.concatenate([part.terms[name] for part in parts]) for name in first.terms},
+            disagreement=None
+            if first.disagreement is None
+            else np.concatenate([part.disagreement for part in parts if part.disagreement is not None]),
+            late=None if first.late is None else np.concatenate([part.late for part in parts if part.late is not None]),
+        )
+
+    def rows(self, index: list[int]) -> Scores:
+        return Scores(
+            total=self.total[index],
+            terms={name: values[index] for name, values in self.terms.items()},
+            disagreement=None if self.disagreement is None else self.disagreement[index],
+            late=None if self.late is None else self.late[index],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

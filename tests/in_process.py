@@ -13,7 +13,7 @@ from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.knobs import assemble_settings, policy_knobs
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer
+from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 
 
@@ -71,6 +71,9 @@ class LocalReward(Each):
     def score(self, rollouts):
         return self.each("score", rollouts)
 
+    def judge(self, rollouts):
+        return self.each("judge", rollouts)
+
     def texts(self, rollout, count):
         return self.roles[0].texts(rollout, count)
 
@@ -103,13 +106,12 @@ class LocalRoles:
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, stop=generation.stop
         )
         texts = [read_role(folder, role)["prompt"] for role in ("prompts", "eval_prompts")]
-        scorer = (
-            FunctionScorer(ppo.reward_function) if ppo.reward_function else RewardScorer(folder.stage("reward").model)
-        )
+        models = recipe, folder, torch.float32, "cpu"
+        scorer, judge = reward_scorer(*models), judge_scorer(*models) if ppo.judge_evaluations else None
         self.generation = LocalGeneration(
             *(Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors))
         )
-        self.reward = LocalReward(*(Reward(scorer, start, stop=generation.stop) for _ in range(actors)))
+        self.reward = LocalReward(*(Reward(scorer, start, judge=judge, stop=generation.stop) for _ in range(actors)))
         self.reference = LocalReference(
             *(
                 Reference(

@@ -485,6 +485,7 @@ def test_assemble_by_hand():
         {
             "objective/score": 1.5,
             "objective/score_std": 0.5,
+            "objective/score_length_corr": 1.0,  # the longer of two scores higher
             "objective/kl": 2.0,  # (0 + 4) / 2: summed over a sequence
             "objective/rlhf_reward": 0.8,  # (1.0 + 0.6) / 2
             "objective/kl_coef": 0.1,

@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray import checkpoint
+from rlhf_ray.actors.ppo_stage import closing_figures, copy_model, publish_best
+from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.loop import LoopState
+from rlhf_ray.run_folder import RunFolder
 
 STATE = {"step": 0, "kl_coef": 0.1 + 0.2, "best_score": None, "best_step": -1}
 
@@ -153,3 +157,39 @@ def test_the_manifest_names_every_file(tmp_path):
 def test_bfloat16_state_is_written_as_float32(tmp_path):
     checkpoint.write_rank(tmp_path, "policy", 0, 1, [("weight/a", torch.ones(2, dtype=torch.bfloat16))], 1)
     assert checkpoint.read_role(tmp_path, "policy")[0]["weight/a"].dtype == torch.float32
+
+
+# -- the best policy --------------------------------------------------------------------------------------------------
+
+
+def candidate(folder, step):
+    path = folder.candidate(step)
+    path.mkdir(parents=True)
+    (path / "weights").write_text(f"of step {step}")
+
+
+def test_the_best_policy_is_that_of_the_newest_checkpoint(tmp_path):
+    """What was the best one on the way to a checkpoint that was never written is not the best of this run."""
+    folder = RunFolder(tmp_path)
+    for step in (2, 4):
+        candidate(folder, step)
+    publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
+    assert (folder.best_model / "weights").read_text() == "of step 4"
+    candidate(folder, 8)  # then the run died, and went on from the checkpoint of step 6
+    publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
+    assert (folder.best_model / "weights").read_text() == "of step 4"
+    assert [path.name for path in folder.stage("ppo").path.iterdir()] == ["best"]
+    copy_model(folder.best_model, folder.stage("ppo").model)
+    copy_model(folder.best_model, folder.stage("ppo").model)
+    assert (folder.stage("ppo").model / "weights").read_text() == "of step 4"
+    assert sorted(path.name for path in folder.stage("ppo").path.iterdir()) == ["best", "model"]
+
+
+def test_closing_figures_say_whose_weights_the_model_has():
+    state = LoopState(kl_coef=0.1, step=6, best_score=2.0, best_step=4, worse_since=2)
+    back = closing_figures(state, PPOConfig(steps=10, patience=2, roll_back=True))
+    assert (back["model_step"], back["ended_by"], back["best_by"]) == (4, "patience", "score")
+    stays = closing_figures(state, PPOConfig(steps=6))
+    assert (stays["model_step"], stays["ended_by"], stays["best_step"]) == (6, "steps", 4)
+    never = LoopState(kl_coef=0.1, step=6)  # no evaluation at all
+    assert closing_figures(never, PPOConfig(steps=6, roll_back=True))["model_step"] == 6

@@ -398,6 +398,47 @@ def test_functions_take_the_place_of_models(same_model):
     assert summary["sft"]["judge_positive"]["mean"] == np.mean([len(row["sft"]["response"]) > 10 for row in samples])
 
 
+def count_spaces(prompts, responses):
+    return [float(response.count(" ")) for response in responses]
+
+
+def test_terms_disagreement_and_length_are_figures(same_model):
+    """Of an ensemble of the same model twice: they never disagree, and the sum follows from its terms."""
+    (same_model.stage("reward").path / "member_1").symlink_to(same_model.stage("reward").path)
+    terms = {
+        "model": {"model": "reward", "weight": 0.5},
+        "gaps": {"function": f"{__name__}:count_spaces", "weight": -1},
+    }
+    drawn = {"max_new_tokens": 8, "chunk_size": 4, "stop": ["e"]}  # responses of unlike length
+    changed = recipe(
+        judge=None, fluency=None, reward={"members": 2, "combine": "worst"}, ppo={"rewards": terms}, generation=drawn
+    )
+    summary = evaluate(changed, same_model)
+    samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
+    for model in ("sft", "ppo"):
+        found, rows = summary[model], [row[model] for row in samples]
+        assert found["score/gaps"]["mean"] == np.mean(count_spaces([], [row["response"] for row in rows]))
+        total = 0.5 * found["score/model"]["mean"] - found["score/gaps"]["mean"]
+        assert found["score"]["mean"] == pytest.approx(total, abs=1e-5)
+        assert found["disagreement"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+        scores, lengths = ([row[key] for row in rows] for key in ("score", "tokens"))
+        assert found["score_length_corr"]["mean"] == pytest.approx(np.corrcoef(scores, lengths)[0, 1], abs=1e-4)
+    assert summary["reward"] == "0.5 model + -1 gaps" and "score/gaps" in summary["difference"]
+
+
+def test_a_correlation_and_its_resamples_are_those_of_numpy():
+    rng = np.random.default_rng(3)
+    x = rng.normal(1000.0, 1.0, (7, 3))
+    y = 0.5 * x + rng.normal(size=(7, 3))
+    resampler = Resampler(7, 20, seed=1)
+    found = resampler.correlation(x, y)
+    assert found.point == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    for weights, draw in zip(resampler.weights.astype(int), found.draws, strict=True):
+        rows = np.repeat(np.arange(7), weights)
+        assert draw == pytest.approx(np.corrcoef(x[rows].ravel(), y[rows].ravel())[0, 1])
+    assert resampler.correlation(np.ones((7, 3)), y).figure() is None
+
+
 def test_a_missing_stage_is_named(run_folder, tmp_path):
     (tmp_path / "data").symlink_to(run_folder.path / "data")
     with pytest.raises(UserError, match="run the stage 'sft'"):

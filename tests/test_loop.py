@@ -27,7 +27,7 @@ from rlhf_ray.loop import (
 )
 from rlhf_ray.roles.assembler import cut_shards
 from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.types import Sequences
+from rlhf_ray.types import Scores, Sequences
 
 # -- scripted roles ---------------------------------------------------------------------------------------------------
 
@@ -47,6 +47,7 @@ class ScriptedRoles:
     mismatch: float = 0.0
     kl: float = 1.0
     eval_scores: list[float] = field(default_factory=lambda: [0.0] * 100)
+    eval_judge: list[float] = field(default_factory=list)
     broken: str = ""  # waiting for this verb's handles fails
     events: list[tuple] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
@@ -81,7 +82,11 @@ class ScriptedRoles:
 
     def score(self, rollouts):
         self._log("score")
-        return self._answer("score", *([1.0] for _ in rollouts))
+        return self._answer("score", *(Scores(total=np.ones(1, np.float32)) for _ in rollouts))
+
+    def judge(self, rollouts):
+        self._log("judge")
+        return self._answer("judge", *rollouts)
 
     def texts(self, rollout, count):
         return self._answer("texts", [("prompt", "response")])[0]
@@ -110,9 +115,13 @@ class ScriptedRoles:
         self._log("weights")
         return self._answer("weights", None)
 
-    def evaluate(self, rollouts, scores, ref_logprobs):
+    def evaluate(self, rollouts, scores, ref_logprobs, judged):
         self._log("evaluate")
-        return self._answer("evaluate", {"eval/score": self.eval_scores.pop(0)})[0]
+        figures = {"eval/score": self.eval_scores.pop(0)}
+        if judged:
+            assert {handle.verb for handle in judged} == {"judge"}
+            figures["eval/judge"] = self.eval_judge.pop(0)
+        return self._answer("evaluate", figures)[0]
 
     def wait(self, handles, what):
         self.waits.append(list(handles))
@@ -394,6 +403,89 @@ def test_the_best_policy_is_kept():
     assert diary.best == [3] and (loop.state.best_step, loop.state.best_score) == (3, 3.0)
 
 
+def run_until(roles, stop_after=None, state=None, **knobs):
+    """(the loop, whether it finished, what it told) of a run of at most 12 steps that evaluates each."""
+    diary = Diary(stop_after=stop_after)
+    loop = scripted_loop(roles, diary, state, **{"steps": 12, "eval_every": 1, "checkpoint_every": 3, **knobs})
+    return loop, loop.run(), diary
+
+
+def test_patience_ends_the_training_and_counts_evaluations_without_a_better_one():
+    """Best at step 2; 3, 4 and 5 are no better (an equal one is not). The last step is checkpointed."""
+    loop, finished, diary = run_until(ScriptedRoles(eval_scores=[0.0, 1.0, 4.0, 3.0, 4.0, 3.9]), patience=3)
+    assert finished and diary.steps() == [0, 1, 2, 3, 4, 5]
+    assert (loop.state.best_step, loop.state.best_score, loop.state.worse_since) == (2, 4.0, 3)
+    assert diary.best == [1, 2] and [state.step for state in diary.saves] == [3, 5]
+    assert [metrics["eval/best_step"] for _, metrics in diary.records] == [0, 1, 2, 2, 2, 2]
+
+
+def test_a_better_policy_gives_patience_back():
+    scores = [0.0, -1.0, -1.0, 1.0, 0.0, 0.0, 2.0, 1.0, 1.0, 1.0, 9.0]
+    loop, finished, diary = run_until(ScriptedRoles(eval_scores=scores), patience=3)
+    assert finished and loop.state.step == 9 and diary.best == [3, 6]
+
+
+def test_without_patience_it_takes_all_steps():
+    loop, finished, _ = run_until(ScriptedRoles(eval_scores=[9.0] + [0.0] * 12))
+    assert finished and loop.state.step == 12 and loop.state.worse_since == 12
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+def test_a_stopped_run_has_as_much_patience_as_an_undisturbed_one(stop_after):
+    scores = [0.0, 1.0, 0.5, 0.5, 0.5]
+    whole = run_until(ScriptedRoles(eval_scores=scores[:]), patience=3, roll_back=True)
+    first = run_until(ScriptedRoles(eval_scores=scores[:]), stop_after, patience=3, roll_back=True)
+    assert first[1] == (stop_after == 4)
+    state = LoopState.from_json(json.loads(json.dumps(first[2].saves[-1].to_json())))
+    # A run that was stopped before its first step evaluates the start model once more.
+    left = scores[stop_after + 1 :] if stop_after > 0 else scores[:]
+    second = run_until(ScriptedRoles(eval_scores=left), None, state, patience=3, roll_back=True)
+    assert second[1] and second[0].state == whole[0].state and whole[0].state.step == 4
+    assert first[2].steps() + second[2].steps()[stop_after == 0 :] == whole[2].steps()
+    assert first[2].best + second[2].best[stop_after == 0 :] == whole[2].best == [0, 1]
+
+
+def test_a_run_stopped_before_its_first_step_loses_no_patience():
+    """The start model, the best one, is evaluated once more when the run goes on."""
+    first = run_until(ScriptedRoles(eval_scores=[2.0]), 0, patience=2)
+    assert first[0].state.worse_since == 0 and first[2].saves[-1].step == 0
+    loop, finished, _ = run_until(ScriptedRoles(eval_scores=[2.0, 1.0, 1.0, 1.0]), None, first[2].saves[-1], patience=2)
+    assert finished and (loop.state.step, loop.state.best_step, loop.state.worse_since) == (2, 0, 2)
+
+
+def test_a_checkpoint_of_a_run_that_ran_out_of_patience_ends_at_once():
+    state = LoopState(kl_coef=0.1, step=5, best_score=4.0, best_step=2, worse_since=3)
+    roles = ScriptedRoles()
+    loop, finished, diary = run_until(roles, None, state, patience=3)
+    assert finished and diary.steps() == [] and "generate" not in roles.verbs()
+    loop, finished, _ = run_until(ScriptedRoles(), None, state, patience=8)
+    assert finished and loop.state.step == 10
+
+
+def test_the_judge_is_asked_in_evaluations_and_may_decide():
+    """The score rises for ever, the judge's falls from step 2 on."""
+    scripts = {"eval_scores": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], "eval_judge": [0.0, 1.0, 3.0, 2.0, 1.0, 0.0]}
+    roles = ScriptedRoles(**{name: values[:] for name, values in scripts.items()})
+    loop, finished, diary = run_until(roles, patience=2, judge_evaluations=True, best_by="judge")
+    assert finished and (loop.state.step, loop.state.best_step, loop.state.best_score) == (4, 2, 3.0)
+    assert [metrics["eval/judge"] for _, metrics in diary.records] == [0.0, 1.0, 3.0, 2.0, 1.0]
+    assert roles.verbs().count("judge") == 5 and diary.best == [1, 2]
+    assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+    roles = ScriptedRoles(**scripts)
+    loop, _, diary = run_until(roles, steps=4, judge_evaluations=True)
+    assert loop.state.best_step == 4 and diary.best == [1, 2, 3, 4], (
+        "the score decides unless the recipe says otherwise"
+    )
+    assert "judge" not in (roles := ScriptedRoles()).verbs() and run_until(roles)[1] and "judge" not in roles.verbs()
+
+
+def test_the_start_model_is_kept_where_it_may_be_gone_back_to():
+    scores = [5.0, 1.0, 1.0, 1.0]
+    for roll_back, kept in ((True, [0]), (False, [])):
+        loop, _, diary = run_until(ScriptedRoles(eval_scores=scores[:]), steps=3, roll_back=roll_back)
+        assert diary.best == kept and loop.state.best_step == 0
+
+
 def test_the_state_survives_json_before_the_first_evaluation_too():
     for state in (LoopState(kl_coef=0.3), LoopState(step=4, kl_coef=0.1 + 0.2, best_score=1 / 3, best_step=2)):
         assert LoopState.from_json(json.loads(json.dumps(state.to_json(), allow_nan=False))) == state
@@ -631,7 +723,8 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
     roles = LocalRoles(once, folder)
     prompts = step_prompts(0, 16, 6, once.seed)
     (scores,) = roles.reward.score(roles.generation.generate(cut_units(0, prompts, 2, 12)))
-    telling = [prompt for prompt, (one, other) in zip(prompts, scores.reshape(6, 2), strict=True) if one != other]
+    pairs = scores.total.reshape(6, 2)
+    telling = [prompt for prompt, (one, other) in zip(prompts, pairs, strict=True) if one != other]
     assert 0 < len(telling) < 5, "the case needs some prompts that tell and some that don't"
 
     seen = []
@@ -641,7 +734,7 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
         assemble = roles.assembler.assemble
 
         def spy(rollouts, scores, *rest, assemble=assemble):
-            seen.append(([unit.unit.prompt_indices for unit in rollouts], np.concatenate(scores).reshape(6, 2)))
+            seen.append(([unit.unit.prompt_indices for unit in rollouts], Scores.join(scores).total.reshape(6, 2)))
             return assemble(rollouts, scores, *rest)
 
         roles.assembler.assemble = spy
@@ -674,6 +767,44 @@ def test_the_critic_warms_up_alone(folder):
     rest = Diary()
     real_loop(recipe, roles, rest, diary.saves[-1]).run()
     assert "policy/loss" in rest.records[-1][1]
+
+
+def words(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def test_terms_judge_and_length_are_metrics(folder):
+    """Each figure against one made from the texts themselves."""
+    terms = {
+        "t": {"function": "test_loop:count_t", "weight": 2.0},
+        "words": {"function": "test_loop:words", "weight": -0.5},
+    }
+    recipe = tiny_recipe(
+        ppo={"steps": 1, "rewards": terms, "judge_evaluations": True},
+        evaluation={"judge_function": "test_loop:count_t"},
+    )
+    roles, diary = LocalRoles(recipe, folder), Diary()
+    texts, lengths = [], []
+    score = roles.reward.score
+
+    def spy(rollouts):
+        texts.append([text for rollout in rollouts for _, text in roles.reward.texts(rollout, 99)])
+        lengths.append([n for rollout in rollouts for n in rollout.sequences.response_lengths.tolist()])
+        return score(rollouts)
+
+    roles.reward.score = spy
+    real_loop(recipe, roles, diary).run()
+    held_out, trained, _ = texts
+    evaluated, metrics = diary.records[0][1], diary.records[1][1]
+    for prefix, drawn, found in (("eval", held_out, evaluated), ("objective", trained, metrics)):
+        t, count = (np.mean(function([], drawn)) for function in (count_t, words))
+        assert found[f"{prefix}/score/t"] == pytest.approx(t) and found[f"{prefix}/score/words"] == pytest.approx(count)
+        assert found[f"{prefix}/score"] == pytest.approx(2 * t - 0.5 * count, abs=1e-6)
+    assert evaluated["eval/judge"] == evaluated["eval/score/t"]
+    totals = [2 * t - 0.5 * count for t, count in zip(count_t([], trained), words([], trained), strict=True)]
+    expected = np.corrcoef(totals, lengths[1])[0, 1]
+    assert metrics["objective/score_length_corr"] == pytest.approx(expected, abs=1e-6)
+    assert not any(name.endswith(("timeouts", "disagreement")) for name in metrics)
 
 
 def test_log_probs_that_do_not_repeat_stop_the_run(folder):

@@ -19,11 +19,11 @@ from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
-from rlhf_ray.checkpoint import complete, last_good
+from rlhf_ray.checkpoint import complete, last_good, read_role
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
 
@@ -43,8 +43,10 @@ EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "
 
 @pytest.fixture(scope="module")
 def session():
-    with ray_session(None):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # the actors find user_scores
+        with ray_session(None):
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,41 @@ def test_without_a_critic_and_with_dynamic_sampling(session, new_folder):
     assert not any(name.startswith("value/") for row in rows for name in row)
     files = {path.name for path in complete(folder.stage("ppo").checkpoints)[-1].iterdir()}
     assert not any("critic" in name for name in files)
+
+
+def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, new_folder):
+    """A learning rate that spoils the policy: the judge likes an early one best, and that is what is left."""
+    folder = new_folder("rewards")
+    tokenizer = load_tokenizer(folder.stage("sft").model)
+    member = folder.stage("reward").member(1)
+    member.path.mkdir()
+    other = build_reward_model(folder.stage("sft").model, tokenizer, seed=9)
+    save_model(other, tokenizer, member.model, "another")
+    function = {"function": "user_scores:brevity", "weight": 0.1, "timeout_s": 1.0, "timeout_score": -50.0}
+    recipe = tiny_recipe(
+        reward={"members": 2, "combine": "mean_minus_std"}, evaluation={"judge_function": "user_scores:shortest"},
+        generation={"stop": ()}, ppo={
+            "steps": 6, "eval_every": 1, "eval_prompts": 3, "rollout_batch_size": 4, "judge_evaluations": True,
+            "best_by": "judge", "patience": 1, "roll_back": True, "checkpoint_every": 10, "keep_checkpoints": 1,
+            "rewards": {"model": {"model": "reward"}, "brevity": function},
+        },
+    )  # fmt: skip
+    run_ppo(recipe, folder, ignore)
+    rows, done = read_metrics(folder.stage("ppo").metrics), folder.stage("ppo").summary()
+    for row in rows[1:]:
+        total = row["objective/score/model"] + 0.1 * row["objective/score/brevity"]
+        assert row["objective/score"] == pytest.approx(total, abs=1e-4) and row["objective/disagreement"] > 0
+    assert sum(row.get("objective/timeouts", 0) + row.get("eval/timeouts", 0) for row in rows) > 0
+    judged = [row["eval/judge"] for row in rows]
+    assert done["ended_by"] == "patience" and done["worse_since"] == 1 and done["steps"] == len(judged) - 1 < 6
+    assert done["model_step"] == done["best_step"] == int(np.argmax(judged)) and done["best_score"] == max(judged)
+    assert largest_gap(weights(folder), load_file(folder.best_model / "model.safetensors")) == 0.0
+    trained, _ = read_role(last_good(folder.stage("ppo").checkpoints), "policy")
+    last = {name.removeprefix("weight/model."): value for name, value in trained.items() if name.startswith("weight/")}
+    assert (
+        max(float((last[name] - value).abs().max()) for name, value in weights(folder).items() if name in last) > 1e-4
+    )
+    assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------

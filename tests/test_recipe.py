@@ -6,8 +6,16 @@ from tiny import tiny_recipe
 
 from rlhf_ray.config import Recipe, exact_div
 from rlhf_ray.errors import UserError
-from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
-from rlhf_ray.recipe_file import build_recipe, check_resume, load_recipe, packaged_recipes, read_yaml, write_recipe
+from rlhf_ray.pipeline import needs_of, prepare_folder, run_stages, stages_of
+from rlhf_ray.recipe_file import (
+    build_recipe,
+    check_resume,
+    load_recipe,
+    packaged_recipes,
+    ppo_goes_on,
+    read_yaml,
+    write_recipe,
+)
 from rlhf_ray.run_folder import STAGES, RunFolder
 
 
@@ -32,6 +40,7 @@ def scratch(**sizes):
         ({"resources": {"policy": {"zero_stag": 2}}}, "resources.policy.zero_stag", "zero_stage"),
         ({"data": {"sft": [{"path": "a", "colums": {}}]}}, "data.sft.0.colums", "columns"),
         ({"ppo": {"adaptive_kl": {"targe": 3}}}, "ppo.adaptive_kl.targe", "target"),
+        ({"ppo": {"rewards": {"weight": {"model": "m", "wieght": 1}}}}, "ppo.rewards.weight.wieght", "weight"),
         ({"sft": {"pakcing": True}}, "sft.pakcing", "packing"),
     ],
 )
@@ -144,10 +153,76 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "dpo.label_smoothing is 0.1, but dpo.loss ipo has no"),
         ({"dpo": {"max_length": 300}}, "dpo.max_length = 300 is longer than model.from_scratch.positions = 256"),
         ({"dpo": {"label_smoothing": 0.5}}, "'dpo.label_smoothing' is 0.5: input should be less than 0.5"),
+        (
+            {"reward": None, "ppo": {"rewards": {"a": {"model": "reward"}}}},
+            "ppo.rewards.a.model is 'reward' but reward is null",
+        ),
+        (
+            {"reward": {"members": 3}, "ppo": {"reward_function": "a:b"}},
+            "reward.members is 3, but no reward of PPO uses",
+        ),
+        ({"reward": {"members": 3}, "ppo": {"rewards": {"a": {"model": "./m"}}}}, "set reward.members to 1"),
+        ({"reward": {"combine": "worst"}}, "reward: combine is 'worst' and members is 1"),
+        ({"reward": {"members": 2, "combine_std": -1}}, "'reward.combine_std' is -1"),
+        ({"ppo": {"judge_evaluations": True}}, "there is no judge; set the section judge or evaluation.judge_function"),
+        ({"ppo": {"best_by": "judge"}}, "ppo.judge_evaluations is false; set it to true"),
+        ({"judge": {"members": 2}, "evaluation": {"judge_positive_above": 3}}, "set judge.members to 1"),
     ],
 )
 def test_sections_that_need_each_other(values, part):
     assert part in refusal(values)
+
+
+@pytest.mark.parametrize(
+    "ppo, part",
+    [
+        ({"rewards": {"a": {}}}, "ppo.rewards.a: the term has neither function and model; give it exactly one"),
+        ({"rewards": {"a": {"function": "m:f", "model": "reward"}}}, "the term has both function and model"),
+        ({"rewards": {"a": {"model": "reward", "timeout_s": 2}}}, "timeout_s is 2, but model 'reward' is no function"),
+        ({"rewards": {"a": {"function": "m:f", "timeout_score": 0}}}, "timeout_score is 0, but there is no timeout_s"),
+        ({"rewards": {"a": {"function": "m:f", "timeout_s": 0}}}, "'ppo.rewards.a.timeout_s' is 0"),
+        ({"rewards": {"a/b": {"function": "m:f"}}}, "ppo.rewards has a term 'a/b'; name it with letters"),
+        ({"rewards": {"a": {"function": "m:f"}}, "reward_function": "m:g"}, "make the function a term of ppo.rewards"),
+        ({"reward_timeout_s": 3}, "ppo.reward_timeout_s is 3, but there is no ppo.reward_function"),
+        ({"reward_function": "m:f", "reward_timeout_score": 3}, "there is no ppo.reward_timeout_s; set it too"),
+        ({"patience": 0}, "'ppo.patience' is 0"),
+    ],
+)
+def test_rewards_that_make_no_sense(ppo, part):
+    assert part in refusal({"ppo": ppo})
+
+
+def test_what_the_score_is_made_of():
+    terms = lambda **ppo: build_recipe({"name": "x", "ppo": ppo}, [], "x").ppo.terms  # noqa: E731
+    assert terms()["reward"].model == "reward"
+    made = terms(reward_function="m:f", reward_timeout_s=2, reward_timeout_score=-1)["reward"]
+    assert (made.function, made.timeout_s, made.timeout_score, made.weight) == ("m:f", 2, -1, 1)
+    assert list(terms(rewards={"b": {"model": "reward"}, "a": {"function": "m:f", "weight": -2}})) == ["b", "a"]
+
+
+def test_ppo_needs_the_judge_only_where_it_asks_it():
+    judge = {"name": "x", "judge": {}, "ppo": {"judge_evaluations": True}}
+    assert "judge" in needs_of(build_recipe(judge, [], "x"), "ppo")
+    assert "judge" not in needs_of(build_recipe({"name": "x", "judge": {}}, [], "x"), "ppo")
+    known = judge | {"evaluation": {"judge_function": "m:f"}}
+    assert "judge" not in needs_of(build_recipe(known, [], "x"), "ppo")
+    assert "reward" not in needs_of(
+        build_recipe({"name": "x", "reward": None, "ppo": {"reward_function": "m:f", "critic_init": "sft"}}, [], "x"),
+        "ppo",
+    )
+
+
+def test_a_run_that_ran_out_of_patience_goes_on_with_more_of_it_only():
+    ended = {"steps": 60, "ended_by": "patience", "worse_since": 3}
+    recipe = lambda **ppo: build_recipe({"name": "x", "ppo": {"steps": 100, **ppo}}, [], "x")  # noqa: E731
+    assert not ppo_goes_on(recipe(patience=3), ended)
+    assert not ppo_goes_on(recipe(patience=3, steps=500), ended), "more steps are no more patience"
+    assert ppo_goes_on(recipe(patience=4), ended) and ppo_goes_on(recipe(), ended)
+    assert not ppo_goes_on(recipe(patience=9, steps=60), ended)
+    done = {"steps": 60, "ended_by": "steps", "worse_since": 0}
+    assert (
+        ppo_goes_on(recipe(), done) and ppo_goes_on(recipe(), {"steps": 60}) and not ppo_goes_on(recipe(steps=60), done)
+    )
 
 
 def test_every_problem_is_told_at_once():

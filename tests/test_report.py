@@ -265,6 +265,66 @@ def test_warnings_name_what_went_wrong():
     assert "1.80 times" in warnings(summary(perplexity_independent=interval(1.8)))[0]
 
 
+def test_growing_responses_are_told_where_the_score_goes_with_length():
+    def told(ratio, sft, ppo):
+        whole = summary(length=interval(ratio))
+        for model, value in (("sft", sft), ("ppo", ppo)):
+            whole[model]["score_length_corr"] = None if value is None else interval(value)
+        return [line for line in warnings(whole) if "paid for length" in line]
+
+    (line,) = told(1.4, 0.2, 0.63)
+    assert "1.40 times as long" in line and "correlation 0.63" in line
+    assert told(1.4, 0.7, None), "all of PPO's responses may have the same length"
+    assert not told(1.2, 0.9, 0.9) and not told(1.4, 0.4, 0.5) and not told(1.4, None, -0.9)
+
+
+def evaluations(*points):
+    names = ("step", "eval/kl", "eval/score", "eval/judge")
+    return [dict(zip(names, point, strict=True)) for point in points]
+
+
+def test_score_and_judge_are_drawn_over_the_root_of_the_kl():
+    """KL 0 (an estimate just below it), 1 and 4: the middle point lies in the middle."""
+    rows = evaluations((0, -0.01, 0.0, 5.0), (20, 1.0, 1.0, 6.0), (40, 4.0, 3.0, 4.0))
+    (plot,) = report_curves.over_optimisation([*rows, {"step": 41, "objective/score": 3.0}])
+    assert plot.legend == ["score", "independent judge"] and "√KL" in plot.title
+    lines = re.findall(r'<polyline class="line c(\d)" points="([^"]+)"', str(plot.svg))
+    assert [number for number, _ in lines] == ["0", "1"]
+    score, judge = ([[float(x) for x in point.split(",")] for point in points.split()] for _, points in lines)
+    assert score[1][0] == pytest.approx((score[0][0] + score[2][0]) / 2, abs=0.1) and score[0][0] == judge[0][0]
+    assert score[0][1] > score[1][1] > score[2][1] and judge[1][1] < judge[0][1] < judge[2][1]
+    assert "independent judge, step 20: 6.00 at √KL 1.00" in str(plot.svg)
+    assert report_curves.over_optimisation(rows[:1]) == []
+    assert report_curves.over_optimisation([row | {"eval/judge": None} for row in rows]) == []
+    assert plot.title in [one.title for one in report_curves.of_stage("ppo", rows)[0]]
+
+
+def test_the_report_says_which_steps_policy_is_the_model(folder):
+    ended = {"steps": 80, "ended_by": "patience", "best_by": "judge", "best_step": 40, "best_score": 1.5}
+    ended |= {"worse_since": 2, "model_step": 40}
+    folder.stage("ppo").finish(ended)
+    text = "".join(Page(render(folder)).text)
+    assert "PPO ended after step 80, because 2 evaluations in a row found no better held-out judge's score." in text
+    assert "Its model is that of step 40, rolled back to the best held-out judge's score: 1.50 at step 40." in text
+    folder.stage("ppo").finish(ended | {"model_step": 80, "best_by": "score"})
+    assert "that of the last step; the best score was 1.50 at step 40" in "".join(Page(render(folder)).text)
+    folder.stage("ppo").finish(ended | {"model_step": 80, "ended_by": "steps"})
+    assert "PPO ended after" not in "".join(Page(render(folder)).text)
+
+
+def test_the_report_shows_an_ensemble_and_its_length_bias(folder):
+    figures = {"accuracy": 0.8, "chosen_longer_accuracy": 0.91, "chosen_longer_pairs": 7, "length_pearson": 0.25}
+    done = figures | {"member_1": {"accuracy": 0.7}, "ensemble": {"accuracy": 0.85, "disagreement": 0.3}}
+    folder.stage("reward").finish(done)
+    text = "".join(Page(render(folder)).text)
+    for part in (
+        "Accuracy where the longer was chosen", "91.0 %", "Pearson correlation with length",
+        "Accuracy on held-out pairs (member_1)", "70.0 %", "Accuracy on held-out pairs (ensemble)", "85.0 %",
+        "Disagreement of the members (ensemble)",
+    ):  # fmt: skip
+        assert part in text, part
+
+
 def test_numbers_read_well():
     assert [charts.number(value) for value in (0, 1.0, 0.012345, 1234.5, -2.5, 1.5e-7, 2e6, float("nan"), None)] == [
         "0",

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from rlhf_ray.config import RewardConfig
+from rlhf_ray.supervised.ensemble import ensemble_figures
 from rlhf_ray.supervised.reward_metrics import (
+    accuracy_by_length,
     average_ranks,
     calibration,
     expected_calibration_error,
@@ -80,6 +83,44 @@ def test_pairs_of_scored_rows_are_ordered_different_and_seeded():
     np.testing.assert_array_equal(better, pairs_of_scored(scores, seed=3, pairs=50)[0])
     assert not np.array_equal(better, pairs_of_scored(scores, seed=4, pairs=50)[0])
     assert len(pairs_of_scored(np.ones(5), seed=0, pairs=3)[0]) == 0
+
+
+def test_accuracy_where_the_longer_and_where_the_shorter_was_chosen():
+    # Chosen longer: right, right, wrong: 2 of 3. Chosen shorter: wrong, tie: 0.5 of 2. The last pair is of equal length.
+    margins = np.array([1.0, 2.0, -1.0, -3.0, 0.0, 5.0])
+    chosen, rejected = np.array([5, 9, 4, 2, 1, 3]), np.array([3, 8, 1, 7, 6, 3])
+    assert accuracy_by_length(margins, chosen, rejected) == {
+        "chosen_longer_accuracy": pytest.approx(2 / 3), "chosen_longer_pairs": 3,
+        "chosen_shorter_accuracy": 0.25, "chosen_shorter_pairs": 2,
+    }  # fmt: skip
+    nothing = accuracy_by_length(margins[:1], chosen[:1], rejected[:1])
+    assert nothing["chosen_shorter_accuracy"] is None and nothing["chosen_shorter_pairs"] == 0
+
+
+def test_how_far_a_score_goes_with_length():
+    # Texts of 1, 2 (chosen) and 5, 4 (rejected) tokens score 1, 2, 3, 9: Pearson by numpy, ranks (1,2,3,4) and (1,2,4,3).
+    figures = pair_figures(np.array([1.0, 2.0]), np.array([3.0, 9.0]), np.array([1, 2]), np.array([5, 4]))
+    assert figures["length_pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 9], [1, 2, 5, 4])[0, 1])
+    assert figures["length_spearman"] == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    scored = score_figures(np.array([1.0, 2, 3, 9]), np.arange(4.0), np.array([1, 2, 5, 4]), seed=0, middle=1.5)
+    assert scored["length_spearman"] == pytest.approx(0.8), "of the rows, not of pairs made of them"
+
+
+def test_an_ensemble_is_measured_by_its_normalised_scores():
+    """Member 1 scores in tens, (raw - 5) / 10. The members' margins are 2 and -1, and -0.5 and 0.9 when normalised: the
+    mean has one pair right (0.75, -0.05)."""
+    lengths = {"chosen_lengths": np.array([3, 3]), "rejected_lengths": np.array([2, 2]), "seed": np.array(0)}
+    left = [
+        {"chosen": np.array([2.0, -1.0]), "rejected": np.array([0.0, 0.0]), **lengths},
+        {"chosen": np.array([15.0, 1.0]), "rejected": np.array([20.0, -8.0]), **lengths},
+    ]
+    moments = [(0.0, 1.0), (5.0, 10.0)]
+    mean = ensemble_figures(left, moments, RewardConfig(members=2))
+    assert mean["accuracy"] == 0.5 and mean["eval_rows"] == 2 and "ece" not in mean
+    # chosen: (2, 1) and (-1, -0.4); rejected: (0, 1.5) and (0, -1.3): deviations 0.5, 0.3, 0.75, 0.65
+    assert mean["disagreement"] == pytest.approx((0.5 + 0.3 + 0.75 + 0.65) / 4)
+    # lowest: chosen 1, -1; rejected 0, -1.3: both pairs right
+    assert ensemble_figures(left, moments, RewardConfig(members=2, combine="worst"))["accuracy"] == 1.0
 
 
 def test_figures_hold_every_measure():

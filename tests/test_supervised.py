@@ -409,6 +409,54 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
 
 
 @pytest.mark.ray
+def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, folder, tmp_path):
+    """The run ends between the two members, and goes on with the second."""
+    from rlhf_ray.supervised.launch import run_reward
+
+    run = RunFolder(tmp_path)
+    for name in ("data", "sft"):
+        os.symlink(folder.path / name, run.path / name)
+    reward = STAGE | {"members": 2, "combine": "worst", "epochs": 2, "learning_rate": 1e-3, "normalise_samples": 16}
+    recipe, stage = recipe_of(reward=reward), run.stage("reward")
+    stage.path.mkdir()
+    (stage.path / "member_1").touch()  # a folder can't be made there
+    with pytest.raises(FileExistsError):
+        run_reward(recipe, run)
+    before = os.stat(stage.model / "model.safetensors").st_mtime_ns
+    assert json.loads((stage.path / "member_0" / "DONE").read_text())["steps"] == 20 and not stage.done
+    (stage.path / "member_1").unlink()
+    summary = run_reward(recipe, run)
+    assert os.stat(stage.model / "model.safetensors").st_mtime_ns == before, "the first is not trained again"
+    assert stage.summary() == summary and summary["members"] == 2 and not stage.member(1).checkpoints.exists()
+
+    folders = [stage.member(number).model for number in (0, 1)]
+    assert folders == [stage.path / "model", stage.path / "member_1" / "model"]
+    first, second = (read_metrics(stage.member(number).metrics) for number in (0, 1))
+    assert len(first) == len(second) == 20
+    assert first[0]["tokens"] != second[0]["tokens"], "another order of the data"
+    scores = []
+    rows = Dataset.from_parquet(str(run.data("reward_eval")))
+    for path in folders:
+        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+        def raw(row, side, model=model, tokenizer=tokenizer):
+            ids = tokenizer(row["prompt"]).input_ids + tokenizer(row[side]).input_ids + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                return model(torch.tensor([ids])).logits.item()
+
+        both = [[raw(row, side) for row in rows] for side in ("chosen", "rejected")]
+        scores.append((np.array(both) - model.config.reward_mean) / model.config.reward_std)
+    each = [np.mean(chosen > rejected) for chosen, rejected in scores]
+    chosen, rejected = np.minimum(*scores)
+    assert [summary["accuracy"], summary["member_1"]["accuracy"]] == pytest.approx(each)
+    assert summary["ensemble"]["accuracy"] == pytest.approx(np.mean(chosen > rejected))
+    assert summary["ensemble"]["disagreement"] == pytest.approx(np.mean(abs(scores[0] - scores[1]) / 2), rel=1e-3)
+    lengths = [[len(tokenizer(row[side]).input_ids) + 1 for row in rows] for side in ("chosen", "rejected")]
+    expected = np.corrcoef(np.concatenate([chosen, rejected]), np.concatenate(lengths))[0, 1]
+    assert summary["ensemble"]["length_pearson"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.ray
 def test_regression_to_scores_correlates_with_them(sft, folder):
     from rlhf_ray.supervised.launch import run_reward
 

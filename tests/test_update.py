@@ -19,7 +19,7 @@ from rlhf_ray.algorithms.assemble import AssembleKnobs
 from rlhf_ray.engines.forward import LogprobModel, ValueModel
 from rlhf_ray.roles.assembler import Assembler, AssembleSettings
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyKnobs, PolicyTrainer
-from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit
+from rlhf_ray.types import RolloutBatch, Scores, Sequences, WorkUnit
 
 VOCAB, TEMPERATURE, KL_COEF, LR = 7, 0.7, 0.3, 0.02
 GAMMA, LAMBDA, CLIP, VALUE_CLIP, VF_COEF, EPS, MAX_NORM = 0.9, 0.8, 0.2, 0.1, 0.5, 1e-5, 1.0
@@ -180,7 +180,7 @@ def shards_of(settings, policy, reference, critic):
             unit=unit, policy_version=0, sequences=sequences, ended=np.array([ENDED[row] for row in rows]),
             rollout_logprobs=np.zeros(len(sequences.response_ids), np.float32),
         ))  # fmt: skip
-    scores = [np.array(SCORES[:3], np.float32), np.array(SCORES[3:], np.float32)]
+    scores = [Scores(total=np.array(part, np.float32)) for part in (SCORES[:3], SCORES[3:])]
     old = [policy.logprobs(unit) for unit in units]
     ref = [reference.logprobs(unit) for unit in units]
     values = [critic.values(unit) for unit in units]

@@ -32,7 +32,7 @@ def test_a_name_that_leads_nowhere_is_told(path, says):
 
 def test_a_failure_is_shown_with_the_sample_that_it_raised_on():
     scorer = FunctionScorer(f"{__name__}:fails_on_empty")
-    assert scorer.score(["a", "b"], ["x", "yz"], [True, True]).tolist() == [1.0, 0.5]
+    assert scorer.score(["a", "b"], ["x", "yz"], [True, True]).total.tolist() == [1.0, 0.5]
     with pytest.raises(UserError, match="raised ZeroDivisionError.* on prompt 'c', response ''"):
         scorer.score(["a", "b", "c", "d"], ["x", "yz", "", ""], [True] * 4)
 

@@ -38,7 +38,7 @@ def tiny_recipe(**sections) -> Recipe:
         "tracking": {"tensorboard": False},
     }
     for name, section in sections.items():
-        values[name] = _laid_over(values[name], section) if name in values else section
+        values[name] = _laid_over(values[name], section) if name in values and section is not None else section
     return Recipe.model_validate({"name": "tiny", **values})
 
 

@@ -58,6 +58,9 @@ class RewardGroup(UnitGroup):
     def score(self, rollouts):
         return self._each("score", rollouts)
 
+    def judge(self, rollouts):
+        return self._each("judge", rollouts)
+
     def texts(self, rollout, count: int):
         return self.waiter.track(self.actors[0].texts.remote(rollout, count), "reward actor 0 (texts)")
 
@@ -135,8 +138,8 @@ class AssemblerHandle:
             self.waiter.track(ref, "assembler (pack)", receipt)
         return packed[:chunks], packed[chunks:]
 
-    def evaluate(self, rollouts, scores, ref_logprobs):
-        ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs)
+    def evaluate(self, rollouts, scores, ref_logprobs, judged):
+        ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs, *judged)
         return self.waiter.track(ref, "assembler (evaluation)")
 
 

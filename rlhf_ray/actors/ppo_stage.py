@@ -132,6 +132,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     )
     if last is not None:
         state = LoopState.from_json(checkpoint.read_state(last))
+        publish_best(folder, state)  # where the run died between the two
         if ppo.adaptive_kl is None:
             state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})
     if ppo.has_critic and ppo.critic_init == "reward":
@@ -151,15 +152,53 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         finished = loop.run()
         if not finished:
             raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
-        _save_model(recipe, roles, waiter, stage.model, loop.state)
-    stage.finish(
-        {
-            "steps": loop.state.step,
-            "kl_coef": loop.state.kl_coef,
-            "best_step": loop.state.best_step,
-            "best_score": loop.state.best_score,
-        }
-    )
+        if not rolls_back(loop.state, ppo):
+            _save_model(recipe, roles, waiter, stage.model, loop.state)
+    if rolls_back(loop.state, ppo):
+        copy_model(folder.best_model, stage.model)
+    stage.finish(closing_figures(loop.state, ppo))
+
+
+def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:
+    """Whether the stage's model is that of an earlier step than the last."""
+    return ppo.roll_back and 0 <= state.best_step < state.step
+
+
+def closing_figures(state: LoopState, ppo: PPOConfig) -> dict:
+    """The stage's DONE. `model_step` is the step whose policy the stage's model is."""
+    return {
+        "steps": state.step,
+        "ended_by": "steps" if state.step >= ppo.steps else "patience",
+        "kl_coef": state.kl_coef,
+        "best_step": state.best_step,
+        "best_score": state.best_score,
+        "best_by": ppo.best_by,
+        "worse_since": state.worse_since,
+        "model_step": state.best_step if rolls_back(state, ppo) else state.step,
+    }
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Whole or not at all; what stood at `target` goes."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def publish_best(folder: RunFolder, state: LoopState) -> None:
+    """The best policy that the checkpoint knows becomes ppo/best; other candidates go.
+
+    It waits for the checkpoint, because a run that goes on from an older one, with other knobs perhaps, must not find the
+    best policy of steps that it never took.
+    """
+    chosen = folder.candidate(state.best_step)
+    if chosen.exists():
+        shutil.rmtree(folder.best_model, ignore_errors=True)
+        chosen.rename(folder.best_model)
+    for other in folder.stage("ppo").path.glob(".best_*"):
+        shutil.rmtree(other)
 
 
 def _of_all(roles: RayRoles, method: str, *args) -> list[ray.ObjectRef]:
@@ -209,9 +248,10 @@ def _hooks(
         temporary.mkdir(parents=True)
         waiter.get(_of_all(roles, "save", temporary), "writing a checkpoint")
         checkpoint.publish(checkpoints, state.step, state.to_json(), recipe.ppo.keep_checkpoints)
+        publish_best(folder, state)
 
     def save_best(state: LoopState) -> None:
-        _save_model(recipe, roles, waiter, folder.best_model, state)
+        _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
 
     return LoopHooks(
         record=record, samples=samples, save=save, save_best=save_best, stop_requested=stage.stop_file.exists

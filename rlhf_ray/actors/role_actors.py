@@ -93,20 +93,21 @@ class RewardActor(RoleActor):
     def __init__(self, name, recipe: Recipe, folder, role, start: Path):
         super().__init__(name, recipe, folder, role)
         from rlhf_ray.roles.reward import Reward
-        from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer
+        from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 
-        if recipe.ppo.reward_function is not None:
-            scorer = FunctionScorer(recipe.ppo.reward_function)
-        else:
-            scorer = RewardScorer(
-                folder.stage("reward").model, compute_dtype=self.compute_dtype(recipe.ppo.precision),
-                device=self.device, trust_remote_code=recipe.model.trust_remote_code,
-            )  # fmt: skip
-        self.role = Reward(scorer, start, stop=recipe.generation.stop, trust_remote_code=recipe.model.trust_remote_code)
+        models = recipe, folder, self.compute_dtype(recipe.ppo.precision), self.device
+        self.role = Reward(
+            reward_scorer(*models), start, judge=judge_scorer(*models) if recipe.ppo.judge_evaluations else None,
+            stop=recipe.generation.stop, trust_remote_code=recipe.model.trust_remote_code,
+        )  # fmt: skip
 
     @with_receipt
     def score(self, rollout):
         return self.role.score(rollout)
+
+    @with_receipt
+    def judge(self, rollout):
+        return self.role.judge(rollout)
 
     def texts(self, rollout, count):
         return self.role.texts(rollout, count)
@@ -155,7 +156,8 @@ class AssemblerActor(RoleActor):
         return [*rollouts, *scores]
 
     def evaluate(self, units: int, *parts):
-        return self.role.evaluate(*(list(parts[i : i + units]) for i in range(0, len(parts), units)))
+        """parts: rollouts, scores, ref_logprobs and the judge's scores (if it was asked), `units` of each."""
+        return self.role.evaluate(*(list(parts[i : i + units]) for i in range(0, 4 * units, units)))
 
 
 class TrainerActor(RoleActor):

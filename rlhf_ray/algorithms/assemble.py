@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import end_scores, flat_groups, overlong_penalty, token_rewards
+from rlhf_ray.algorithms.rewards import end_scores, flat_groups, length_correlation, overlong_penalty, token_rewards
 
 #: Advantages of whole responses from the rewards [B] of their group; every token of a response gets the same.
 GROUP_ADVANTAGES = {"rloo": leave_one_out, "grpo": group_standardised, "dr_grpo": group_centred}
@@ -76,6 +76,7 @@ def assemble(
     stats = {
         "objective/score": float(scores.mean()),
         "objective/score_std": float(scores.std(unbiased=False)),
+        "objective/score_length_corr": length_correlation(scores, action_mask.sum(1)),
         "objective/kl": float(kl.sum(1).mean()),
         "objective/rlhf_reward": float((penalised - kl_coef * kl.sum(1)).mean()),
         "objective/kl_coef": kl_coef,

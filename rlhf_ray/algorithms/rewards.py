@@ -56,3 +56,10 @@ def token_rewards(
     """
     rewards = torch.where(action_mask, -kl_coef * kl, 0.0)
     return rewards.scatter_add(1, last_action_index(action_mask)[:, None], scores[:, None].to(rewards.dtype))
+
+
+def length_correlation(scores: torch.Tensor, lengths: torch.Tensor) -> float:
+    """Pearson correlation of scores [B] with lengths [B] in tokens; nan where one of the two does not vary."""
+    x, y = (values.double() - values.double().mean() for values in (scores, lengths))
+    scale = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / scale if scale > 0 else float("nan")

@@ -13,7 +13,7 @@ from rich.table import Table
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.size import parameters
-from rlhf_ray.recipe_file import check_resume, load_recipe
+from rlhf_ray.recipe_file import check_resume, function_names, load_recipe
 
 IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and DeepSpeed weighs before its model
 GB = 1e9
@@ -71,7 +71,8 @@ def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True)
     """
     from rlhf_ray.data.check import check_data, check_model
 
-    problems = (check_data(recipe) if data else []) + check_model(recipe) + _function_problems(recipe)
+    problems = (check_data(recipe) if data else []) + check_model(recipe)
+    problems += _function_problems(recipe) + _reward_problems(recipe)
     return problems + (_precision_problems(recipe) if hardware else [])
 
 
@@ -92,12 +93,27 @@ def _function_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.user_functions import import_function
 
     problems = []
-    for path in (recipe.ppo.reward_function, recipe.evaluation.judge_function):
-        if path is not None:
-            try:
-                import_function(path)
-            except UserError as error:
-                problems.append(str(error))
+    for path in function_names(recipe):
+        try:
+            import_function(path)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _reward_problems(recipe: Recipe) -> list[str]:
+    """Reward models of others that ppo.rewards names: not there, or without a tokenizer. Loads no weights."""
+    from rlhf_ray.models.load import load_config
+    from rlhf_ray.models.tokenizer import load_tokenizer
+
+    problems = []
+    for name, term in recipe.ppo.rewards.items():
+        if term.model not in (None, "reward"):
+            for load in (load_config, load_tokenizer):
+                try:
+                    load(term.model, recipe.model.trust_remote_code)
+                except UserError as error:
+                    problems.append(f"ppo.rewards.{name}.model: {error}")
     return problems
 
 
@@ -134,9 +150,11 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
 def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float]]:
     """(role, actors, CPUs, GPUs, threads, GB of them all) of the PPO stage, its largest."""
     weights = parameters(recipe) * 4 / GB
+    models = {term.model for term in recipe.ppo.terms.values()} - {None}
+    members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
     copies = {
         "generation": 1.0,
-        "reward": 1.0,
+        "reward": float(len(models - {"reward"}) + members),  # as if those of others were as large as the policy
         "reference": 1.0,
         "policy": 4.0,
         "critic": 4.0,

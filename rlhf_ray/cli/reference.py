@@ -27,6 +27,8 @@ WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", di
 BOUNDS = {annotated_types.Gt: (">", "gt"), annotated_types.Ge: (">=", "ge"),
           annotated_types.Lt: ("<", "lt"), annotated_types.Le: ("<=", "le")}  # fmt: skip
 
+PLACES = {tuple: "[]", dict: ".<name>"}  # how a key goes on that holds several sections
+
 
 def reference() -> str:
     """The whole reference."""
@@ -48,7 +50,7 @@ def section_places(kind: type[Section], prefix: str = "") -> dict[type[Section],
         section = section_of(field.annotation)
         if section is None:
             continue
-        key = f"{prefix}{name}" + ("[]" if typing.get_origin(field.annotation) is tuple else "")
+        key = f"{prefix}{name}" + PLACES.get(typing.get_origin(field.annotation), "")
         places.setdefault(section, []).append(key)
         for inner, keys in section_places(section, f"{key}.").items():
             places.setdefault(inner, []).extend(keys)
@@ -56,7 +58,7 @@ def section_places(kind: type[Section], prefix: str = "") -> dict[type[Section],
 
 
 def section_of(annotation: object) -> type[Section] | None:
-    """The section class in `Section`, `Section | None` or `tuple[Section, ...]`."""
+    """The section class in `Section`, `Section | None`, `tuple[Section, ...]` or `dict[str, Section]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     found = (section_of(part) for part in typing.get_args(annotation))
@@ -94,7 +96,7 @@ def _leaves(kind: type[Section]) -> dict[str, FieldInfo]:
     return {
         name: field for name, field in kind.model_fields.items()
         if section_of(field.annotation) is None or type(None) in typing.get_args(field.annotation)
-        or typing.get_origin(field.annotation) is tuple
+        or typing.get_origin(field.annotation) in PLACES
     }  # fmt: skip
 
 

@@ -48,6 +48,12 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         section = getattr(recipe, name)
         if section is not None and not section.starts_within_run:
             changes[name] = section.model_copy(update={"base": _absolute(section.base)})
+    rewards = {
+        name: term if term.model in (None, "reward") else term.model_copy(update={"model": _absolute(term.model)})
+        for name, term in recipe.ppo.rewards.items()
+    }
+    if rewards != recipe.ppo.rewards:
+        changes["ppo"] = recipe.ppo.model_copy(update={"rewards": rewards})
     return recipe.model_copy(update=changes)
 
 

@@ -18,7 +18,7 @@ import yaml
 import rlhf_ray
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe_file import path_fields
+from rlhf_ray.recipe_file import function_names, path_fields
 
 MAX_DATA_MB = 64  # Ray keeps an upload in the head's memory and sends it to every node
 RECIPE_FILE = "recipe.yaml"
@@ -107,7 +107,7 @@ def _copy_data(source: Path, folder: Path, run_dir: str) -> Item:
 
 def _own_modules(recipe: Recipe, here: Path) -> list[Path]:
     """Modules named as package.module:function that lie in `here`: files or package folders, each once."""
-    names = (recipe.data.builder, recipe.ppo.reward_function, recipe.evaluation.judge_function)
+    names = (recipe.data.builder, *function_names(recipe))
     roots = {name.partition(":")[0].partition(".")[0] for name in names if name} - {"rlhf_ray"}
     found = [PathFinder.find_spec(root, [str(here)]) for root in sorted(roots)]
     return [

@@ -77,6 +77,23 @@ def curves(series: Sequence[Series]) -> Markup:
     return _svg(body, ", ".join(one.name for one in series))
 
 
+def path(series: Sequence[Series], x_name: str, steps: Sequence[float]) -> Markup:
+    """Values over something that need not rise with the steps: a line from step to step through a dot each.
+
+    steps: what the points' tooltips call them
+    """
+    ys = np.concatenate([one.ys for one in series])
+    frame = _Frame(*_span(np.concatenate([one.xs for one in series]), pad=0.04), *_span(ys, pad=0.06))
+    body = [frame.axes()]
+    dot = Markup('<circle class="dot c{}" cx="{}" cy="{}" r="2.6"><title>{}</title></circle>')
+    for i, one in enumerate(series):
+        body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(one.xs, one.ys)))
+        for x, y, step in zip(one.xs, one.ys, steps, strict=True):
+            told = f"{one.name}, step {step:g}: {number(y)} at {x_name} {number(x)}"
+            body.append(dot.format(i, _xy(frame.x(x)), _xy(frame.y(y)), told))
+    return _svg(body, f"{', '.join(one.name for one in series)} over {x_name}")
+
+
 def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
     """Areas on each other (running means): the largest `top`, the rest together. Also the names in the order drawn.
 

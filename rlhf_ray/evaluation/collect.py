@@ -24,7 +24,8 @@ from rlhf_ray.run_folder import STAGES, RunFolder, write_atomically
 
 SAMPLES = 40
 FIGURES = {
-    "score": "reward-model score", "judge": "judge's score", "judge_positive": "share the judge calls positive",
+    "score": "reward-model score", "disagreement": "disagreement of the reward models",
+    "judge": "judge's score", "judge_positive": "share the judge calls positive",
     "perplexity": "perplexity, SFT model", "perplexity_independent": "perplexity, separate model",
     "relevance": "relevance, nats a token", "length": "tokens", "eos_rate": "ended by itself",
     "distinct_2": "distinct-2", "repetition": "repetition",

@@ -20,14 +20,17 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import metrics
 from rlhf_ray.evaluation.metrics import Estimate, Resampler
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
-from rlhf_ray.evaluation.scoring import LanguageModel, judge_scorer, reward_scorer, sft_model, stage_model
+from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 from rlhf_ray.roles.scorer import RewardScorer, Scorer
 from rlhf_ray.run_folder import RunFolder, write_atomically
 
 FIGURES = (
     "score",
+    "disagreement",
+    "score_length_corr",
     "judge",
     "judge_positive",
     "perplexity",
@@ -45,6 +48,8 @@ RATIOS = ("perplexity", "perplexity_independent", "length", "distinct_1", "disti
 DEFINITIONS = {
     "score": "The reward's score of a response: (raw - mean) / deviation of the reward model, or the reward function's "
     "own value. EOS is scored only where the response ended by itself.",
+    "disagreement": "Deviation of the normalised scores of an ensemble's reward models for a response, mean over responses.",
+    "score_length_corr": "Pearson correlation of the score with the length of the response over all responses.",
     "judge": "The same under the independent judge, a model trained on data that the reward model never saw, or the "
     "known true utility.",
     "judge_positive": "Share of responses with a raw judge's score above evaluation.judge_positive_above.",
@@ -157,9 +162,7 @@ class _Evaluation:
             self._report(key, 0, 1)
             scorer = make(self.recipe, self.folder, self.dtype, self.device)
             for name, drawn in responses.items():
-                scores[name][key] = None if scorer is None else self._score(scorer, drawn)
-                if scorer is not None:
-                    self.estimates[name][key] = self.resampler.mean(self._table(scores[name][key]))
+                scores[name][key] = None if scorer is None else self._score(scorer, drawn, name, key)
             threshold = self.recipe.evaluation.judge_positive_above
             if key == "judge" and scorer is not None and threshold is not None:
                 # Models give normalised scores, the threshold is on their raw scale; a function has only one.
@@ -171,8 +174,18 @@ class _Evaluation:
             self.missing["judge"] = "The recipe has no independent judge (`judge` or `evaluation.judge_function`)."
         return scores
 
-    def _score(self, scorer: Scorer, drawn: Responses) -> np.ndarray:
-        return scorer.score(self.repeated, drawn.texts, drawn.ended.tolist())
+    def _score(self, scorer: Scorer, drawn: Responses, name: str, key: str) -> np.ndarray:
+        """The model's scores [N]; their means, and what else there is to say of PPO's score, become estimates."""
+        scores, out = scorer.score(self.repeated, drawn.texts, drawn.ended.tolist()), self.estimates[name]
+        out[key] = self.resampler.mean(self._table(scores.total))
+        if key == "score":
+            correlation = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
+            if np.isfinite(correlation.point):  # it is not where the lengths do not vary
+                out["score_length_corr"] = correlation
+            out |= {term_key(term): self.resampler.mean(self._table(part)) for term, part in scores.terms.items()}
+            if scores.disagreement is not None:
+                out["disagreement"] = self.resampler.mean(self._table(scores.disagreement))
+        return scores.total
 
     def _fluency(self, sft: LanguageModel, responses: dict[str, Responses]) -> None:
         self._report("perplexity", 0, 1)
@@ -223,14 +236,18 @@ class _Evaluation:
             for key, scorer in (("reward_model", "score"), ("judge", "judge"))
         }
 
+    def _figures(self) -> tuple[str, ...]:
+        return (*FIGURES, *map(term_key, self.recipe.ppo.rewards))
+
     def _over_sft(self, name: str, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
         """How far the tuned model has gone from the SFT model, and what it gained."""
         sft, tuned = self.estimates["sft"], self.estimates[name]
+        keys = self._figures()
         return {
             "win_rate": self._wins(scores[name], scores["sft"]),
             "kl": kl[name].point,
             "kl_interval": kl[name].figure(),
-            "difference": {key: (tuned[key] - sft[key]).figure() for key in FIGURES if key in sft},
+            "difference": {key: (tuned[key] - sft[key]).figure() for key in keys if key in sft},
             "ratio": {key: (tuned[key] / sft[key]).figure() for key in RATIOS if key in sft},
         }
 
@@ -240,10 +257,11 @@ class _Evaluation:
             dpo["dpo_over_sft"] = self._over_sft("dpo", kl, scores)
             dpo["ppo_over_dpo"] = {"win_rate": self._wins(scores["ppo"], scores["dpo"])}
             definitions = DEFINITIONS | DPO_DEFINITIONS
+        keys = self._figures()
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
             **{
-                name: {key: out[key].figure() if key in out else None for key in FIGURES}
+                name: {key: out[key].figure() if key in out else None for key in keys}
                 for name, out in self.estimates.items()
             },
             **self._over_sft("ppo", kl, scores),
@@ -252,7 +270,7 @@ class _Evaluation:
             "prompts": len(self.prompts),
             "seeds": list(self.seeds),
             "sampling": self.recipe.generation.model_dump(mode="json"),
-            "reward": self.recipe.ppo.reward_function or "reward model",
+            "reward": reward_in_words(self.recipe),
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
             "definitions": definitions | {"relevance": f"{DEFINITIONS['relevance']} Under {model}."},
             "missing": self.missing,
@@ -264,6 +282,21 @@ class _Evaluation:
 
     def _report(self, doing: str, step: int, total: int) -> None:
         self.progress({"stage": "evaluation", "doing": doing, "step": step, "total": total})
+
+
+def term_key(name: str) -> str:
+    """The figure of one of several rewards."""
+    return f"score/{name}"
+
+
+def reward_in_words(recipe: Recipe) -> str:
+    """What PPO was paid by."""
+    ppo, members = recipe.ppo, 1 if recipe.reward is None else recipe.reward.members
+    if ppo.rewards:
+        return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
+    if ppo.reward_function is not None:
+        return ppo.reward_function
+    return "reward model" if members == 1 else f"{members} reward models ({recipe.reward.combine})"
 
 
 def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:

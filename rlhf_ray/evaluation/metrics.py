@@ -91,6 +91,20 @@ class Resampler:
         above, below = self._per_prompt(numerator).sum(axis=1), self._per_prompt(denominator).sum(axis=1)
         return Estimate(float(above.sum()), self.weights @ above) / Estimate(float(below.sum()), self.weights @ below)
 
+    def correlation(self, xs: np.ndarray, ys: np.ndarray) -> Estimate:
+        """Pearson correlation over all responses; NaN where one of the two does not vary."""
+        xs, ys = (self._per_prompt(values) for values in (xs, ys))
+        # Centred before the sums of squares, which would lose the small differences of large values otherwise.
+        xs, ys = xs - xs.mean(), ys - ys.mean()
+        ones = np.ones((1, self.prompts))
+
+        def of(weights: np.ndarray) -> np.ndarray:
+            x, y, xx, yy, xy = (weights @ part.mean(axis=1) / self.prompts for part in (xs, ys, xs**2, ys**2, xs * ys))
+            scale = np.sqrt(np.maximum((xx - x**2) * (yy - y**2), 0.0))
+            return np.divide(xy - x * y, scale, out=np.full_like(x, np.nan), where=scale > 0)
+
+        return Estimate(float(of(ones)[0]), of(self.weights))
+
     def perplexity(self, logprob_sums: np.ndarray, num_tokens: np.ndarray) -> Estimate:
         """exp(-mean log-prob of a token) over all responses together ("corpus level")."""
         mean = self.ratio(logprob_sums, num_tokens)

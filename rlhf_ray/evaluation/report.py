@@ -39,6 +39,8 @@ EVENTS = 200  # latest events shown
 # key of summary.json: (label, unit or explanation, percent?, which direction is better: 1, -1, or 0 for neither)
 FIGURES = {
     "score": ("Reward-model score", "deviations of the SFT model's scores", False, 1),
+    "disagreement": ("Disagreement", "deviation over the ensemble's reward models", False, 0),
+    "score_length_corr": ("Score with length", "correlation over responses", False, 0),
     "judge": ("Judge's score", "independent of the reward model", False, 1),
     "judge_positive": ("Judged positive", "share above the recipe's threshold", True, 1),
     "perplexity": ("Perplexity, SFT model", "of the responses given their prompts", False, 0),
@@ -57,6 +59,13 @@ QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; t
     "accuracy": "Accuracy on held-out pairs",
     "longer_accuracy": "Accuracy of “always the longer”",
     "sign_accuracy": "Right side of the mean score",
+    "chosen_longer_accuracy": "Accuracy where the longer was chosen",
+    "chosen_longer_pairs": "Pairs in which the longer was chosen",
+    "chosen_shorter_accuracy": "Accuracy where the shorter was chosen",
+    "chosen_shorter_pairs": "Pairs in which the shorter was chosen",
+    "length_pearson": "Pearson correlation with length",
+    "length_spearman": "Spearman correlation with length",
+    "disagreement": "Disagreement of the members",
     "ece": "Expected calibration error",
     "margin_mean": "Mean margin, chosen over rejected",
     "pearson": "Pearson correlation with people's scores",
@@ -90,6 +99,7 @@ def render(folder: RunFolder) -> str:
         stages=stages,
         verdict=verdict(summary, stages),
         warnings=warnings(summary),
+        ended=_ended(closing["ppo"]),
         cards=_cards(summary),
         models=[title for name, title in MODELS.items() if name in summary],
         rows=_table(summary),
@@ -224,7 +234,12 @@ def _table(summary: dict) -> list[dict]:
     """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
     compared = {"ppo": summary, "dpo": summary.get("dpo_over_sft", {})}
-    for key, (label, unit, as_percent, better) in FIGURES.items():
+    terms = {
+        key: (f"Reward “{key.removeprefix('score/')}”", "before its weight", False, 0)
+        for key in summary.get("ppo", {})
+        if key.startswith("score/")
+    }
+    for key, (label, unit, as_percent, better) in (FIGURES | terms).items():
         values = {name: summary[name].get(key) for name in MODELS if name in summary}
         if not values or None in values.values():
             continue
@@ -272,6 +287,20 @@ def _quality(closing: dict) -> list[tuple[str, list[str]]]:
         if name.rpartition(".")[2] == key
     }
     return [(label, [_show(name, column.get(name)) for column in columns]) for name, label in names.items()]
+
+
+def _ended(ppo: dict | None) -> str:
+    """Why PPO ended, and which step's policy it left, where that is not simply the last one's."""
+    if not ppo or "model_step" not in ppo or (ppo["model_step"] == ppo["steps"] and ppo["ended_by"] == "steps"):
+        return ""
+    what = "judge's score" if ppo["best_by"] == "judge" else "score"
+    words = f"PPO ended after step {ppo['steps']}"
+    if ppo["ended_by"] == "patience":
+        words += f", because {ppo['worse_since']} evaluations in a row found no better held-out {what}"
+    best = f"{charts.number(ppo['best_score'])} at step {ppo['best_step']}"
+    if ppo["model_step"] == ppo["steps"]:
+        return f"{words}. Its model is that of the last step; the best {what} was {best}."
+    return f"{words}. Its model is that of step {ppo['model_step']}, rolled back to the best held-out {what}: {best}."
 
 
 def _closing(closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -23,6 +23,12 @@ SUPERVISED = {
 }
 PPO = {
     "Score": (("objective/score", "training prompts"), ("eval/score", "held-out prompts")),
+    "Judge, held-out prompts": (("eval/judge", "independent judge"),),
+    "Disagreement of the reward models": (
+        ("objective/disagreement", "training prompts"),
+        ("eval/disagreement", "held-out prompts"),
+    ),
+    "Score and length: correlation": (("objective/score_length_corr", "training prompts"),),
     "KL to SFT, nats a response": (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
     "Reward: score minus KL penalty": (("objective/rlhf_reward", "reward"),),
     "KL coefficient": (("objective/kl_coef", "kl_coef"),),
@@ -61,6 +67,7 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
         used |= {name for name, _ in members}
         if present:
             named.append(_plot(title, present))
+    named += over_optimisation(rows)
     times = [
         Series(name.removeprefix(TIME_PREFIX).removesuffix("_s"), one.xs, one.ys)
         for name, one in series.items()
@@ -72,6 +79,22 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
         named.append(Plot("Seconds a step", "", names, svg))
     others = [_plot(name, [one]) for name, one in series.items() if name not in used]
     return named, others
+
+
+def over_optimisation(rows: list[dict]) -> list[Plot]:
+    """The held-out score and the judge's along sqrt(KL), the axis of Gao et al. 2022 (arXiv 2210.10760), where both are
+    there: what PPO is paid goes on rising when what is wanted falls."""
+    points = np.array([
+        (row["step"], row["eval/kl"], row["eval/score"], row["eval/judge"]) for row in rows
+        if all(row.get(name) is not None for name in ("eval/kl", "eval/score", "eval/judge"))
+    ], dtype=float)  # fmt: skip
+    if len(points) < 2:
+        return []
+    steps, kl, scores, judge = points.T
+    distance = np.sqrt(np.maximum(kl, 0.0))  # an estimate of a KL near zero may be below it
+    series = [Series("score", distance, scores), Series("independent judge", distance, judge)]
+    svg = charts.path(series, "√KL", steps)
+    return [Plot("Score and judge over √KL to SFT, held-out prompts", "", [one.name for one in series], svg)]
 
 
 def _series(rows: list[dict]) -> dict[str, Series]:

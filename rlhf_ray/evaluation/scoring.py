@@ -1,4 +1,4 @@
-"""Scores and log-probabilities of responses under the run's models, loaded one at a time.   N responses."""
+"""The run's language models, and what they say of responses.   N responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.engines.forward import response_logprobs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses
-from rlhf_ray.roles.scorer import FunctionScorer, RewardScorer, Scorer
 from rlhf_ray.run_folder import RunFolder
 
 
@@ -28,27 +27,6 @@ def stage_model(folder: RunFolder, stage: str) -> Path:
 def sft_model(recipe: Recipe, folder: RunFolder) -> Path | str:
     """What PPO started from: the SFT stage's model, or the recipe's own where there is no such stage."""
     return recipe.model.name_or_path if recipe.sft is None else stage_model(folder, "sft")
-
-
-def reward_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: torch.device | str) -> Scorer:
-    """What PPO was trained on: ppo.reward_function if set, else the reward model."""
-    if recipe.ppo.reward_function is not None:
-        return FunctionScorer(recipe.ppo.reward_function)
-    return _model_scorer(recipe, stage_model(folder, "reward"), dtype, device)
-
-
-def judge_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: torch.device | str) -> Scorer | None:
-    """The judge: evaluation.judge_function (the known true utility), else the judge stage's model, else None."""
-    if recipe.evaluation.judge_function is not None:
-        return FunctionScorer(recipe.evaluation.judge_function)
-    if recipe.judge is not None:
-        return _model_scorer(recipe, stage_model(folder, "judge"), dtype, device)
-    return None
-
-
-def _model_scorer(recipe: Recipe, path: Path, dtype: torch.dtype, device: torch.device | str) -> RewardScorer:
-    trust = recipe.model.trust_remote_code
-    return RewardScorer(path, compute_dtype=dtype, device=device, trust_remote_code=trust)
 
 
 class LanguageModel:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 MIN_DISTINCT_RATIO = 0.7
 MAX_PERPLEXITY_RATIO = 1.5
+MAX_LENGTH_RATIO = 1.25
+MAX_LENGTH_CORRELATION = 0.5
 
 
 def verdict(summary: dict, stages: list[dict]) -> str:
@@ -64,9 +66,24 @@ def warnings(summary: dict) -> list[str]:
             f"Fluency fell: the independent perplexity is {perplexity['mean']:.2f} times SFT's "
             f"(above {MAX_PERPLEXITY_RATIO})."
         )
+    length, correlation = ratio.get("length"), length_correlation(summary)
+    if length is not None and length["mean"] > MAX_LENGTH_RATIO and correlation > MAX_LENGTH_CORRELATION:
+        found.append(
+            f"Responses grew: PPO's are {length['mean']:.2f} times as long as SFT's (above {MAX_LENGTH_RATIO}), and the score "
+            f"goes with length (correlation {correlation:.2f}, above {MAX_LENGTH_CORRELATION}): PPO may be paid for length."
+        )
     if judge is None:
         found.append("There is no independent judge in this run: the win rate is the reward model's own opinion.")
     return found
+
+
+def length_correlation(summary: dict) -> float:
+    """Of score and length, the larger of SFT's and PPO's.
+
+    Where PPO has driven every response to the limit, its own lengths hardly vary and say nothing any more; SFT's still do.
+    """
+    found = [(summary[model].get("score_length_corr") or {}).get("mean", 0.0) for model in ("sft", "ppo")]
+    return max(found)
 
 
 def _rate(figure: dict) -> str:

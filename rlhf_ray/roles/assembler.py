@@ -14,6 +14,7 @@ from rlhf_ray.engines.forward import action_mask, pad_tokens
 from rlhf_ray.types import (
     OptimiserStep,
     RolloutBatch,
+    Scores,
     Sequences,
     TokenValues,
     TrainShard,
@@ -44,7 +45,7 @@ class Assembler:
     def assemble(
         self,
         rollouts: list[RolloutBatch],
-        scores: list[np.ndarray],
+        scores: list[Scores],
         ref_logprobs: list[TokenValues],
         old_logprobs: list[TokenValues],
         old_values: list[TokenValues],
@@ -65,8 +66,9 @@ class Assembler:
         logprobs = padded([part.values for part in old_logprobs])
         reference = padded([part.values for part in ref_logprobs])
         values = padded([part.values for part in old_values]) if old_values else None
+        together = Scores.join(scores)
         result = assemble(
-            torch.from_numpy(np.concatenate(scores)),
+            torch.from_numpy(together.total),
             torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
             padded([rollout.rollout_logprobs for rollout in rollouts]),
             logprobs,
@@ -78,11 +80,11 @@ class Assembler:
         )
         tokens = np.array([len(part.values) for part in old_logprobs])
         entropies = np.array([part.entropy for part in old_logprobs])
-        stats = result.stats | {
+        stats = result.stats | score_stats(together, "objective") | {
             "policy/entropy": float((entropies * tokens).sum() / tokens.sum()),
             "rollout/tokens": float(tokens.sum()),
             "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
-        }
+        }  # fmt: skip
         # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
         schedule = minibatch_rows(
             len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
@@ -96,14 +98,14 @@ class Assembler:
         )
         return stats, policy, critic
 
-    def flat(self, scores: list[np.ndarray]) -> list[bool]:
+    def flat(self, scores: list[Scores]) -> list[bool]:
         """For each prompt of the units, in order, whether its samples all score the same."""
-        together = torch.from_numpy(np.concatenate(scores))
+        together = torch.from_numpy(Scores.join(scores).total)
         return flat_groups(together, group_size=self.settings.knobs.group_size).tolist()
 
     def pack(
-        self, rollouts: list[RolloutBatch], scores: list[np.ndarray], prompts: int, chunk_size: int
-    ) -> tuple[list[RolloutBatch], list[np.ndarray]]:
+        self, rollouts: list[RolloutBatch], scores: list[Scores], prompts: int, chunk_size: int
+    ) -> tuple[list[RolloutBatch], list[Scores]]:
         """Units of chunk_size rows with `prompts` prompts: those whose samples differ, filled up with others, in the
         order in which they were drawn."""
         size = self.settings.knobs.group_size
@@ -111,22 +113,40 @@ class Assembler:
         best = np.argsort(flat, kind="stable")[:prompts]  # False before True
         rows = [row for group in sorted(best) for row in range(group * size, (group + 1) * size)]
         parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
-        together = np.concatenate(scores)
-        return [gather(rollouts, part, chunk) for chunk, part in enumerate(parts)], [together[part] for part in parts]
+        together = Scores.join(scores)
+        packed = [gather(rollouts, part, chunk) for chunk, part in enumerate(parts)]
+        return packed, [together.rows(part) for part in parts]
 
     def evaluate(
-        self, rollouts: list[RolloutBatch], scores: list[np.ndarray], ref_logprobs: list[TokenValues]
+        self,
+        rollouts: list[RolloutBatch],
+        scores: list[Scores],
+        ref_logprobs: list[TokenValues],
+        judged: list[Scores],
     ) -> dict[str, float]:
-        """Figures of held-out rollouts. The policy's log-probs are the generator's: no trainer is needed."""
+        """Figures of held-out rollouts; `judged` is empty where no judge was asked. The policy's log-probs are the
+        generator's: no trainer is needed."""
         flat = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
         kl = flat - np.concatenate([part.values for part in ref_logprobs])
         rows = sum(len(rollout.sequences) for rollout in rollouts)
-        return {
-            "eval/score": float(np.concatenate(scores).mean()),
+        together = Scores.join(scores)
+        judge = {"eval/judge": float(Scores.join(judged).total.mean())} if judged else {}
+        return judge | score_stats(together, "eval") | {
+            "eval/score": float(together.total.mean()),
             "eval/kl": float(kl.sum() / rows),
             "eval/response_length": len(flat) / rows,
             "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
-        }
+        }  # fmt: skip
+
+
+def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
+    """What there is to say of a score beside its value: its terms, how far its models are apart, what came too late."""
+    stats = {f"{prefix}/score/{name}": float(values.mean()) for name, values in scores.terms.items()}
+    if scores.disagreement is not None:
+        stats[f"{prefix}/disagreement"] = float(scores.disagreement.mean())
+    if scores.late is not None:
+        stats[f"{prefix}/timeouts"] = float(scores.late.sum())
+    return stats
 
 
 def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.roles.text import decode_sequences
-from rlhf_ray.types import RolloutBatch
+from rlhf_ray.types import RolloutBatch, Scores
 
 
 class Reward:
@@ -20,16 +18,25 @@ class Reward:
         scorer: Scorer,
         policy_folder: str | Path,
         *,
+        judge: Scorer | None = None,
         stop: tuple[str, ...] = (),
         trust_remote_code: bool = False,
     ):
-        self.scorer, self.stop = scorer, stop
+        self.scorer, self.judge_scorer, self.stop = scorer, judge, stop
         self.tokenizer = load_tokenizer(policy_folder, trust_remote_code)
 
-    def score(self, rollout: RolloutBatch) -> np.ndarray:
-        """float32 [B], before the missing-EOS penalty and KL."""
+    def score(self, rollout: RolloutBatch) -> Scores:
+        """Before the missing-EOS penalty and KL."""
+        return self._score(self.scorer, rollout)
+
+    def judge(self, rollout: RolloutBatch) -> Scores:
+        """The same by the independent judge."""
+        assert self.judge_scorer is not None, "only ppo.judge_evaluations asks the judge"
+        return self._score(self.judge_scorer, rollout)
+
+    def _score(self, scorer: Scorer, rollout: RolloutBatch) -> Scores:
         prompts, responses = decode_sequences(self.tokenizer, rollout.sequences, self.stop)
-        return self.scorer.score(prompts, responses, rollout.ended.tolist())
+        return scorer.score(prompts, responses, rollout.ended.tolist())
 
     def texts(self, rollout: RolloutBatch, count: int) -> list[tuple[str, str]]:
         """The first `count` (prompt, response) pairs, to show."""

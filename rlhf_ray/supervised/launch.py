@@ -27,7 +27,8 @@ from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.events import EventLog
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.supervised.ensemble import ensemble_summary
 
 Progress = Callable[[dict], None]
 RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
@@ -42,39 +43,59 @@ def run_sft(recipe: Recipe, folder: RunFolder, stage: str = "sft", on_progress: 
     when the workers failed too often or stand still.
     """
     assert stage in ("sft", "fluency"), stage
-    return _run(recipe, folder, stage, on_progress)
+    return _run(recipe, folder, stage, 1, on_progress)
 
 
 def run_reward(recipe: Recipe, folder: RunFolder, stage: str = "reward", on_progress: Progress | None = None) -> dict:
-    """Train the stage "reward" or "judge" to its end -> its summary. Raises as `run_sft`."""
+    """Train the stage "reward" or "judge" to its end, all members of its ensemble -> its summary. Raises as `run_sft`."""
     assert stage in ("reward", "judge"), stage
-    return _run(recipe, folder, stage, on_progress)
+    config = getattr(recipe, stage)
+    return _run(recipe, folder, stage, 1 if config is None else config.members, on_progress)
 
 
 def run_dpo(recipe: Recipe, folder: RunFolder, stage: str = "dpo", on_progress: Progress | None = None) -> dict:
     """Train the stage "dpo" to its end -> its summary. Raises as `run_sft`."""
     assert stage == "dpo", stage
-    return _run(recipe, folder, stage, on_progress)
+    return _run(recipe, folder, stage, 1, on_progress)
 
 
-def _run(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None) -> dict:
+def _run(recipe: Recipe, folder: RunFolder, stage: str, members: int, on_progress: Progress | None) -> dict:
     target, config = folder.stage(stage), getattr(recipe, stage)
     if target.done:
         return target.summary()
     assert config is not None, f"the recipe has no section '{stage}'"
-    target.path.mkdir(parents=True, exist_ok=True)
     _check_capacity(stage, config)
+    each = []
+    for member in range(members):
+        done = target.member_done(member)
+        if not done.exists():
+            summary = _train(recipe, folder, stage, config, member, on_progress)
+            if members == 1:
+                each.append(summary)
+                break
+            write_atomically(done, json.dumps(summary, indent=2) + "\n")
+        each.append(json.loads(done.read_text()))
+        shutil.rmtree(target.member(member).checkpoints, ignore_errors=True)
+    summary = each[0] if members == 1 else ensemble_summary(each, target, config)
+    target.finish(summary)
+    shutil.rmtree(target.checkpoints, ignore_errors=True)
+    return summary
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
+) -> dict:
+    """Train one model -> its summary."""
+    target = folder.stage(stage).member(member)
+    target.path.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    answer = _fit(recipe, folder, stage, config, on_progress)
+    answer = _fit(recipe, folder, stage, config, member, on_progress)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if answer["ended_by"] == "stop":
         target.stop_file.unlink(missing_ok=True)
         raise StageStopped(f"{stage} stopped; its checkpoint is written")
-    summary = answer | {"seconds": round(time.monotonic() - started, 2)}
-    target.finish(summary)
-    shutil.rmtree(target.checkpoints, ignore_errors=True)
-    return summary
+    return answer | {"seconds": round(time.monotonic() - started, 2)}
 
 
 def _check_capacity(stage: str, config: TrainConfig) -> None:
@@ -90,7 +111,9 @@ def _check_capacity(stage: str, config: TrainConfig) -> None:
             )
 
 
-def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_progress: Progress | None) -> dict:
+def _fit(
+    recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
+) -> dict:
     """Run the worker group to its end, reporting progress -> what rank 0 returned."""
     timeout_s = recipe.resources.start_timeout_s
     # Ray Train reads these here and hands them on. Without a limit on failed starts it would wait for a full cluster
@@ -99,11 +122,16 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; a preempted node is a dead one
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
-    storage = folder.logs / "ray_train"
+    storage, name = folder.logs / "ray_train", f"{stage}_{member}"
     storage.mkdir(parents=True, exist_ok=True)
     trainer = _Trainer(
         _worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder.path), "stage": stage},
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "folder": str(folder.path),
+            "stage": stage,
+            "member": member,
+        },
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -112,7 +140,7 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
             | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}),
         ),
         run_config=RunConfig(
-            name=stage,
+            name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
             callbacks=[_RecordFailures(folder.events, stage)],
@@ -132,8 +160,8 @@ def _fit(recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, on_
     # in the main thread would replace by one that aborts without a checkpoint.
     thread = threading.Thread(target=fit, name=f"{stage} fit", daemon=True)
     thread.start()
-    _report_until_done(thread, recipe, folder, stage, on_progress)
-    shutil.rmtree(storage / stage, ignore_errors=True)
+    _report_until_done(thread, recipe, folder, stage, member, on_progress)
+    shutil.rmtree(storage / name, ignore_errors=True)
     if "error" in box:
         raise _explained(box["error"], folder, stage, config, timeout_s)
     return box["result"].return_value
@@ -153,10 +181,10 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
 
 
 def _report_until_done(
-    thread: threading.Thread, recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None
+    thread: threading.Thread, recipe: Recipe, folder: RunFolder, stage: str, member: int, on_progress: Progress | None
 ) -> None:
     """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
-    metrics, resources = folder.stage(stage).metrics, recipe.resources
+    metrics, resources = folder.stage(stage).member(member).metrics, recipe.resources
     started = reported = changed = time.monotonic()
     last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
     limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
@@ -276,6 +304,6 @@ def _worker(config: dict) -> dict:
             return train_dpo(recipe, folder, stage)
         from rlhf_ray.supervised.reward import train_reward
 
-        return train_reward(recipe, folder, stage)
+        return train_reward(recipe, folder, stage, config["member"])
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}

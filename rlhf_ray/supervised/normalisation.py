@@ -45,7 +45,7 @@ def sample_scores(
     for start in range(0, samples, generation.chunk_size):
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))
         unit = WorkUnit(step=STEP, chunk=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
-        scores.append(reward.score(generator.generate(unit)))
+        scores.append(reward.score(generator.generate(unit)).total)
     return np.concatenate(scores)
 
 

@@ -15,6 +15,7 @@ from trl import RewardTrainer
 
 from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.data.store import COLUMNS, read_role
+from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import (
@@ -26,13 +27,15 @@ from rlhf_ray.models.load import (
 )
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.supervised.ensemble import save_scores
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
-from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
+from rlhf_ray.supervised.reward_metrics import heldout_figures
 from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
 
 SEEDS = {"reward": 2000, "judge": 3000}  # added to the recipe's: the two must not share a head or a data order
+MEMBER_SEED = 10_000  # times the member's number, likewise
 ROW_MAKERS = {"pairs": pair_rows, "scores": score_rows}
 
 
@@ -53,10 +56,13 @@ class ScoreTrainer(StageTrainer, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
-    """The stage "reward" or "judge" on this rank -> its summary (see `stage.train_stage`)."""
+def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0) -> dict:
+    """The stage "reward" or "judge" on this rank -> its summary (see `stage.train_stage`).
+
+    member: which model of the stage's ensemble; they differ in the head's first weights and in the order of the data.
+    """
     config: RewardConfig = getattr(recipe, stage)
-    seed = recipe.seed + SEEDS[stage]
+    seed, target = recipe.seed + SEEDS[stage] + MEMBER_SEED * member, folder.stage(stage).member(member)
     train = _read(folder, stage, "train", config)
     model, tokenizer = _base(recipe, folder, stage, config, seed)
     score_in_float32(fast_attention(model, device_of(config)))
@@ -85,21 +91,23 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         for part in _heldout_parts(folder, stage):
             held_out = _read(folder, stage, part, config)
             held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
-            held_out = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length)
-            found = heldout_figures(trained, tokenizer, held_out, config, dtype=dtype, seed=seed, middle=middle)
+            scores = heldout_scores(trained, tokenizer, held_out, config, dtype=dtype)
+            # The stage's seed: all members are measured on the same pairs of rows.
+            found = heldout_figures(scores, seed=recipe.seed + SEEDS[stage], middle=middle)
             figures |= found if part == "eval" else {part.removeprefix("eval_"): found}
+            if part == "eval" and config.members > 1:
+                save_scores(target, scores, seed=recipe.seed + SEEDS[stage])
         if config.normalise_samples > 0:
-            saved = folder.stage(stage).model
             scores = sample_scores(
-                recipe, folder, saved, samples=config.normalise_samples, dtype=dtype, device=device_of(config)
+                recipe, folder, target.model, samples=config.normalise_samples, dtype=dtype, device=device_of(config)
             )
-            figures |= write_normalisation(saved, scores)
+            figures |= write_normalisation(target.model, scores)
         return figures
 
     return train_stage(
         StageJob(
-            recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
-            trainer=trainer, measure=measure,
+            recipe=recipe, folder=folder, stage=stage, target=target, config=config, seed=seed, tokenizer=tokenizer,
+            rows=rows, trainer=trainer, measure=measure,
             load=lambda saved: score_in_float32(load_reward_model(saved, None, recipe.model.trust_remote_code)),
         )
     )  # fmt: skip
@@ -135,27 +143,28 @@ def standardisation(rows: TokenRows) -> tuple[float, float]:
     return float(scores.mean()), float(scores.std())
 
 
-def heldout_figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: RewardConfig,
-    *, dtype: torch.dtype, seed: int, middle: float,
-) -> dict:  # fmt: skip
-    """The reward model's figures on held-out rows (see `reward_metrics`), and the mean and deviation of its logits."""
-    data = rows.dataset
+def heldout_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, config: RewardConfig,
+    *, dtype: torch.dtype,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The reward model's logits of held-out rows, and the lengths of the responses in tokens, EOS included: `chosen`,
+    `rejected`, `chosen_lengths`, `rejected_lengths`; or `scores`, `human`, `lengths`."""
+    rows = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length).dataset
 
-    def score(column: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = data[:][column]
-        logits = raw_scores(
-            model, ids, pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size
+    def logits(column: str) -> np.ndarray:
+        return raw_scores(
+            model, rows[:][column], pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size
         )
-        return logits, np.array([len(row) for row in ids])
+
+    def lengths(column: str) -> np.ndarray:
+        return np.array([len(ids) + 1 for ids in encode_texts(tokenizer, held_out[:][column])])
 
     if config.objective == "pairs":
-        (chosen, long), (rejected, short) = score("chosen_ids"), score("rejected_ids")
-        figures, logits = pair_figures(chosen, rejected, long, short), np.concatenate([chosen, rejected])
-    else:
-        logits, lengths = score("input_ids")
-        figures = score_figures(logits, np.asarray(data["score"]), lengths, seed=seed, middle=middle)
-    return {"eval_rows": len(data), **figures, "score_mean": float(logits.mean()), "score_std": float(logits.std())}
+        return {
+            "chosen": logits("chosen_ids"), "rejected": logits("rejected_ids"),
+            "chosen_lengths": lengths("chosen"), "rejected_lengths": lengths("rejected"),
+        }  # fmt: skip
+    return {"scores": logits("input_ids"), "human": np.asarray(rows["score"]), "lengths": lengths("response")}
 
 
 @torch.no_grad()

@@ -75,15 +75,36 @@ def pairs_of_scored(scores: np.ndarray, *, seed: int, pairs: int) -> tuple[np.nd
     return np.where(first_better, first, second), np.where(first_better, second, first)
 
 
+def length_bias(scores: np.ndarray, lengths: np.ndarray) -> dict:
+    """How far the score goes with the length of the response (Singhal et al. 2023, arXiv 2310.03716)."""
+    return {"length_pearson": pearson(scores, lengths), "length_spearman": spearman(scores, lengths)}
+
+
+def accuracy_by_length(margins: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> dict:
+    """Accuracy where people chose the longer and where they chose the shorter response, and the number of such pairs.
+
+    A model that pays for length is good at the former and bad at the latter. None where there is no such pair.
+    """
+    longer = np.asarray(chosen_lengths) - np.asarray(rejected_lengths)
+    figures: dict = {}
+    for name, rows in (("chosen_longer", longer > 0), ("chosen_shorter", longer < 0)):
+        figures[f"{name}_accuracy"] = pair_accuracy(np.asarray(margins)[rows]) if rows.any() else None
+        figures[f"{name}_pairs"] = int(rows.sum())
+    return figures
+
+
 def pair_figures(
     chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray
 ) -> dict:
     """The figures of a model on held-out pairs."""
     margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    both, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
     return {
         "pairs": len(margins),
         "accuracy": pair_accuracy(margins),
         "longer_accuracy": longer_accuracy(chosen_lengths, rejected_lengths),
+        **accuracy_by_length(margins, chosen_lengths, rejected_lengths),
+        **length_bias(both, lengths),
         "ece": expected_calibration_error(margins),
         "margin_mean": float(margins.mean()),
         "calibration": calibration(margins),
@@ -103,8 +124,21 @@ def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray,
     """
     better, worse = pairs_of_scored(human, seed=seed, pairs=len(human))
     figures = pair_figures(predicted[better], predicted[worse], lengths[better], lengths[worse]) if len(better) else {}
-    return figures | {
+    return figures | length_bias(predicted, lengths) | {
         "pearson": pearson(predicted, human),
         "spearman": spearman(predicted, human),
         "sign_accuracy": sign_accuracy(predicted, human, middle=middle),
-    }
+    }  # fmt: skip
+
+
+def heldout_figures(scores: dict[str, np.ndarray], *, seed: int, middle: float) -> dict:
+    """All of it for a model's scores of held-out rows (as `reward.heldout_scores` has them)."""
+    if "chosen" in scores:
+        figures = pair_figures(
+            scores["chosen"], scores["rejected"], scores["chosen_lengths"], scores["rejected_lengths"]
+        )
+        rows, logits = len(scores["chosen"]), np.concatenate([scores["chosen"], scores["rejected"]])
+    else:
+        figures = score_figures(scores["scores"], scores["human"], scores["lengths"], seed=seed, middle=middle)
+        rows, logits = len(scores["scores"]), scores["scores"]
+    return {"eval_rows": rows, **figures, "score_mean": float(logits.mean()), "score_std": float(logits.std())}

@@ -72,8 +72,8 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         return heldout_loss(trained, tokenizer, held_out, dtype=dtype, batch_size=config.microbatch_size)
 
     job = StageJob(
-        recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
-        trainer=trainer, measure=measure,
+        recipe=recipe, folder=folder, stage=stage, target=folder.stage(stage), config=config, seed=seed,
+        tokenizer=tokenizer, rows=rows, trainer=trainer, measure=measure,
         load=lambda saved: load_causal_lm(saved, None, recipe.model.trust_remote_code),
     )  # fmt: skip
     return train_stage(job)

@@ -17,7 +17,7 @@ from rlhf_ray.engines.agreement import rank
 from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.load import save_model
-from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.run_folder import RunFolder, StageFolder, write_atomically
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
 
@@ -29,6 +29,7 @@ class StageJob:
     recipe: Recipe
     folder: RunFolder
     stage: str
+    target: StageFolder  # what is trained goes here: the stage's folder, or that of a member of its ensemble
     config: TrainConfig
     seed: int
     tokenizer: PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def train_stage(job: StageJob) -> dict:
 
     Other ranks return {} after training.
     """
-    config, folder = job.config, job.folder.stage(job.stage)
+    config, folder = job.config, job.target
     dtype = resolve_precision(config.precision, device_of(config))
     by_epochs = round(config.epochs * len(job.rows.lengths))
     wanted = config.max_steps * config.batch_size if config.max_steps > 0 else by_epochs

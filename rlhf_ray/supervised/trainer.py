@@ -257,5 +257,11 @@ def _writer(folder: StageFolder, stage: str, tracking: TrackingConfig, found) ->
         tracking.wandb,
         tracking.mlflow,
         resume_step=0 if found is None else found[1].step,
-        run_name=f"{folder.path.parent.name}-{stage}",
+        run_name=_run_name(folder, stage),
     )
+
+
+def _run_name(folder: StageFolder, stage: str) -> str:
+    if folder.stage is None:
+        return f"{folder.path.parent.name}-{stage}"
+    return f"{folder.stage.parent.name}-{stage}-{folder.path.name}"
