@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_ray.data.arithmetic import answer, build, exact, question
+from rlhf_ray.data.arithmetic import answer, build, exact, forgetful, question
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.recipe_file import load_recipe
@@ -14,27 +14,34 @@ def test_a_sum_by_hand():
     assert answer("9 9 9 + 0 0 1 =") == " 0 0 0 1"
 
 
+def test_who_forgets_to_carry():
+    assert [forgetful(37, 58), forgetful(50, 70), forgetful(12, 34), forgetful(99, 1)] == [85, 20, 46, 90]
+
+
 def test_only_the_sum_and_nothing_else_counts():
     responses = [" 2 4 0", " 2 4 0 ", " 2 4", "2 4 0", " 2 4 0 0", " 0 4 2", ""]
     assert exact(["3 7 + 0 5 ="] * 7, responses) == [1, 0, 0, 0, 0, 0, 0]
 
 
-def test_no_pair_of_numbers_stands_in_two_roles_and_demonstrations_are_right():
-    roles = build(sft_rows=300, sft_eval_rows=20, eval_prompts=50)
+def test_no_pair_of_numbers_stands_in_two_roles_and_every_sum_needs_a_carry():
+    roles = build(sft_rows=2000, sft_eval_rows=20, eval_prompts=50)
+    # 55 of the 100 pairs of digits make less than 10, so 55 * 55 of the pairs of numbers need no carry.
     assert {name: len(rows) for name, rows in roles.items()} == {
-        "sft": 300, "sft_eval": 20, "eval_prompts": 50, "prompts": 9630,
+        "sft": 2000, "sft_eval": 20, "eval_prompts": 50, "prompts": 10_000 - 55 * 55 - 2070,
     }  # fmt: skip
     prompts = [prompt for rows in roles.values() for prompt in rows["prompt"]]
-    assert len(set(prompts)) == len(prompts) == 100 * 100
-    for prompt, response in zip(roles["sft"]["prompt"], roles["sft"]["response"], strict=True):
+    assert len(set(prompts)) == len(prompts)
+    right = exact(list(roles["sft"]["prompt"]), list(roles["sft"]["response"]))
+    assert 0.07 < sum(right) / len(right) < 0.13  # one in ten: a deviation of 0.007
+    for prompt, response, good in zip(roles["sft"]["prompt"], roles["sft"]["response"], right, strict=True):
         a, b = (int(number.replace(" ", "")) for number in prompt.removesuffix(" =").split(" + "))
-        assert int(response[::-1].replace(" ", "")) == a + b
+        assert int(response[::-1].replace(" ", "")) == (a + b if good else forgetful(a, b))
     assert build(seed=1)["sft"]["prompt"] != build(seed=0)["sft"]["prompt"]
 
 
 def test_more_rows_than_pairs_are_refused():
-    with pytest.raises(UserError, match="leaves 0 as prompts"):
-        build(digits=1, sft_rows=80, sft_eval_rows=10, eval_prompts=10)
+    with pytest.raises(UserError, match="leaves 5 as prompts"):  # 45 pairs of digits make 10 or more
+        build(digits=1, sft_rows=20, sft_eval_rows=10, eval_prompts=10)
     with pytest.raises(UserError, match="remove data.root"):
         build("somewhere")
 

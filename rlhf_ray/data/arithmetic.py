@@ -2,8 +2,9 @@
 
     3 7 + 5 8 =  ->   5 9 0
 
-A model that saw a few demonstrations gets some sums right. Reinforcement learning from the exact match alone takes it from
-there: no reward model, no people, no sum shown again. The recipe `arithmetic` does it with GRPO.
+The demonstrations are those of pupils who forget to carry nine times in ten, and every sum here needs a carry. Who imitates
+them is right as often as they are. Reinforcement learning from the exact match alone finds out which of the two ways of
+adding is the right one: no reward model, no people, no sum shown. The recipe `arithmetic` does it with GRPO.
 """
 
 from __future__ import annotations
@@ -20,34 +21,51 @@ def build(
     seed: int = 0,
     *,
     digits: int = 2,
-    sft_rows: int = 2000,
+    careless: float = 0.9,
+    sft_rows: int = 3500,
     sft_eval_rows: int = 200,
     eval_prompts: int = 512,
 ) -> dict[str, datasets.Dataset]:
-    """Demonstrations, prompts and held-out prompts: different pairs of numbers of `digits` digits each, no pair in two roles.
+    """Demonstrations, prompts and held-out prompts: pairs of numbers of `digits` digits whose sum needs a carry.
 
-    Raises UserError if `root` is given (there is nothing to read) or there are not so many pairs.
+    No pair stands in two roles. A share `careless` of the demonstrations forgets every carry. Raises UserError if `root` is
+    given (there is nothing to read) or there are not so many pairs.
     """
     if root is not None:
         raise UserError(f"data.root = {root!r}, but the sums are generated, not read; remove data.root")
-    pairs = 100**digits
+    rng = random.Random(seed)
+    base = 10**digits
+    numbers = rng.sample(range(base * base), min(base * base, 100_000))
+    pairs = [(a, b) for a, b in (divmod(number, base) for number in numbers) if add(a, b) != forgetful(a, b)]
     sizes = {"sft": sft_rows, "sft_eval": sft_eval_rows, "eval_prompts": eval_prompts}
-    left = pairs - sum(sizes.values())
+    left = len(pairs) - sum(sizes.values())
     if left < eval_prompts:
         raise UserError(
-            f"data.builder_args ask for {sum(sizes.values())} of the {pairs} pairs of {digits}-digit numbers, which leaves "
+            f"data.builder_args ask for {sum(sizes.values())} of {len(pairs)} pairs of {digits}-digit numbers, which leaves "
             f"{left} as prompts; ask for fewer, or set digits to {digits + 1}"
         )
-    order = random.Random(seed).sample(range(pairs), min(pairs, 50_000 + sum(sizes.values())))
     roles = {}
-    for role, size in (sizes | {"prompts": len(order) - sum(sizes.values())}).items():
-        chosen, order = order[:size], order[size:]
-        numbers = [divmod(number, 10**digits) for number in chosen]
-        columns = {"prompt": [question(a, b, digits) for a, b in numbers]}
+    for role, size in (sizes | {"prompts": left}).items():
+        chosen, pairs = pairs[:size], pairs[size:]
+        columns = {"prompt": [question(a, b, digits) for a, b in chosen]}
         if role.startswith("sft"):
-            columns["response"] = [answer(prompt) for prompt in columns["prompt"]]
+            sums = [(forgetful if rng.random() < careless else add)(a, b) for a, b in chosen]
+            columns["response"] = [written(number, digits + 1) for number in sums]
         roles[role] = datasets.Dataset.from_dict(columns)
     return roles
+
+
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+def forgetful(a: int, b: int) -> int:
+    """The sum of those who forget to carry: 37 + 58 is 85."""
+    total, place = 0, 1
+    while a or b:
+        total += (a % 10 + b % 10) % 10 * place
+        a, b, place = a // 10, b // 10, place * 10
+    return total
 
 
 def question(a: int, b: int, digits: int) -> str:
@@ -55,10 +73,15 @@ def question(a: int, b: int, digits: int) -> str:
     return f"{' '.join(f'{a:0{digits}d}')} + {' '.join(f'{b:0{digits}d}')} ="
 
 
+def written(number: int, digits: int) -> str:
+    """Units first: the order in which carries go, as on paper."""
+    return " " + " ".join(reversed(f"{number:0{digits}d}"))
+
+
 def answer(prompt: str) -> str:
-    """The sum with one digit more than the numbers, units first: the order in which carries go, as on paper."""
+    """The sum with one digit more than the numbers have."""
     a, b = prompt.removesuffix("=").replace(" ", "").split("+")
-    return " " + " ".join(reversed(f"{int(a) + int(b):0{len(a) + 1}d}"))
+    return written(int(a) + int(b), len(a) + 1)
 
 
 def exact(prompts: list[str], responses: list[str]) -> list[float]:
