@@ -61,8 +61,8 @@ def run(folder, tokenizer, tmp_path):  # noqa: F811
 
 
 def recipe_for(run, sft, **sections):
-    recipe = recipe_of(sft=STAGE | {"max_steps": STEPS, "learning_rate": 1e-2} | sft, **sections)
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(run.path.parent / "base")})})
+    model = {"name_or_path": str(run.path.parent / "base")}
+    return recipe_of(model=model, sft=STAGE | {"max_steps": STEPS, "learning_rate": 1e-2} | sft, **sections)
 
 
 def plain_sft(recipe, run):
