@@ -70,7 +70,9 @@ def plain_sft(recipe, run):
     config = recipe.sft
     tokens = AutoTokenizer.from_pretrained(run.tokenizer)
     model = load_causal_lm(recipe.model.name_or_path)
-    train_only_part(model, lora=config.lora, freeze_layers=config.freeze_layers, gradient_checkpointing=False, seed=recipe.seed)
+    train_only_part(
+        model, lora=config.lora, freeze_layers=config.freeze_layers, gradient_checkpointing=False, seed=recipe.seed
+    )
     rows = sft_rows(tokens, Dataset.from_parquet(str(run.data("sft_train"))), max_length=config.max_length)
     order = training_order(rows.lengths, batch_size=config.batch_size, rows=STEPS * config.batch_size, seed=recipe.seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
