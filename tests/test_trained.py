@@ -449,6 +449,7 @@ def test_checkpointed_gradients_are_the_same(start, options):
         model = adapted(start) if "lora" in options else part_of(load_causal_lm(start), **options)
         part_of(model, gradient_checkpointing=checkpointing).train()
         module = LogprobModel(model, temperature=1.0, compute_dtype=torch.float32)
+        assert model.get_input_embeddings()(IDS).requires_grad == (not options), "the backward pass ends at what trains"
         module(IDS, torch.tensor([3]), torch.tensor([5])).sum().backward()
         gradients.append({name: each.grad for name, each in module.named_parameters() if each.requires_grad})
     assert gradients[0].keys() == gradients[1].keys() and all(each is not None for each in gradients[1].values())

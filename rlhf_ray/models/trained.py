@@ -90,11 +90,13 @@ def _blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 def _compute_activations_again(model: PreTrainedModel) -> None:
     """Keep each block's input only, while training; the backward pass runs the block once more (arXiv 1604.06174).
 
-    Not the reentrant form: that gives no gradient where a block's input needs none, as behind frozen embeddings.
+    Not the reentrant form: that gives no gradient where a block's input needs none, as behind frozen embeddings. For its
+    sake transformers gives the embeddings' output a gradient; taken back, the backward pass ends at what trains.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false")
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 # -- low-rank adapters ------------------------------------------------------------------------------------------------
