@@ -97,6 +97,39 @@ class DataConfig(Section):
     drop_duplicates: bool = knob(True, "drop rows that repeat another of the same source exactly")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): they train, the model's own weights stay as they are."""
+
+    rank: int = knob(16, "rows of A and columns of B in W + alpha / rank * B A", gt=0)
+    alpha: float = knob(32.0, "the adapter counts alpha / rank times", gt=0)
+    target_modules: tuple[str, ...] | None = knob(
+        None, "ends of the names of the linear layers that get one, e.g. [q_proj, v_proj]; null: all of the body"
+    )
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _has_targets(self):
+        if self.target_modules is not None and not all(self.target_modules):
+            raise ValueError(
+                "target_modules holds an empty name; name linear layers, or set it to null for all of them"
+            )
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty, so nothing would train; set it to null for all linear layers")
+        return self
+
+
+def check_trained_part(lora: LoraConfig | None, freeze_layers: int, keys: tuple[str, str]) -> None:
+    """ValueError where both are set. keys: what the recipe calls the two."""
+    if lora is not None and freeze_layers > 0:
+        raise ValueError(
+            f"{keys[0]} is set and {keys[1]} is {freeze_layers}: an adapter freezes all layers already; "
+            f"set {keys[1]} to 0, or {keys[0]} to null"
+        )
+
+
 class TrainConfig(Section):
     """What the supervised stages (SFT, reward model, judge, fluency model, DPO) have in common."""
 
@@ -118,6 +151,9 @@ class TrainConfig(Section):
     gpus_per_worker: float = knob(0, "GPUs reserved for each worker", ge=0)
     threads: int = knob(2, "torch threads of each worker", gt=0)
     zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
+    lora: LoraConfig | None = knob(None, "train low-rank adapters, merged into the saved model; null: all weights")
+    freeze_layers: int = knob(0, "the embeddings and so many of the first transformer blocks don't train", ge=0)
+    gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, more time")
 
     @property
     def accumulation_steps(self) -> int:
@@ -127,6 +163,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _batches_divide(self):
         assert self.accumulation_steps > 0
+        return self
+
+    @model_validator(mode="after")
+    def _trains_one_part(self):
+        check_trained_part(self.lora, self.freeze_layers, ("lora", "freeze_layers"))
         return self
 
 
@@ -351,6 +392,15 @@ class PPOConfig(Section):
         "torch", "whether adam_eps stands outside or inside the bias correction"
     )
     precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    lora: LoraConfig | None = knob(
+        None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
+    )
+    critic_lora: LoraConfig | None = knob(None, "train low-rank adapters of the critic, and its value head; null: all")
+    freeze_layers: int = knob(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
+    critic_freeze_layers: int = knob(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
+    gradient_checkpointing: bool = knob(
+        False, "policy and critic compute activations again in the backward pass: less memory, more time"
+    )
     eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
     eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
     judge_evaluations: bool = knob(False, "these evaluations ask the independent judge too (metric eval/judge)")
@@ -457,6 +507,17 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _trains_one_part(self):
+        check_trained_part(self.lora, self.freeze_layers, ("ppo.lora", "ppo.freeze_layers"))
+        check_trained_part(self.critic_lora, self.critic_freeze_layers, ("ppo.critic_lora", "ppo.critic_freeze_layers"))
+        if not self.has_critic and (self.critic_lora is not None or self.critic_freeze_layers > 0):
+            raise ValueError(
+                f"ppo.critic_lora or ppo.critic_freeze_layers is set, but ppo.advantage {self.advantage} has no critic; "
+                "set them to null and 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self):
         assert self.num_minibatches > 0
         exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
@@ -545,6 +606,8 @@ class Recipe(Section):
     def ppo_roles(self) -> dict[str, RoleConfig]:
         """Role -> its actors, for the roles that are Ray actors of the PPO stage."""
         names = ("generation", "reward", "reference", "policy", *(("critic",) if self.ppo.has_critic else ()))
+        if self.ppo.lora is not None:  # the policy with its adapter off is the reference
+            names = tuple(name for name in names if name != "reference")
         return {name: getattr(self.resources, name) for name in names}
 
     @property
@@ -552,6 +615,29 @@ class Recipe(Section):
         """dpo.max_length, or the reward model's."""
         assert self.dpo is not None
         return self.dpo.max_length or (self.reward or RewardConfig()).max_length
+
+    @property
+    def frozen_layers(self) -> dict[str, int]:
+        """Key -> how many blocks it freezes, of those keys that freeze any of the recipe's model."""
+        ppo = self.ppo
+        counts = {"ppo.freeze_layers": ppo.freeze_layers, "ppo.critic_freeze_layers": ppo.critic_freeze_layers}
+        counts |= {f"{name}.freeze_layers": stage.freeze_layers for name, stage in self._stages_on_own_model.items()}
+        return {key: count for key, count in counts.items() if count > 0}
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        """Key -> the adapters that it puts on the recipe's model."""
+        adapters = {"ppo.lora": self.ppo.lora, "ppo.critic_lora": self.ppo.critic_lora}
+        adapters |= {f"{name}.lora": stage.lora for name, stage in self._stages_on_own_model.items()}
+        return {key: lora for key, lora in adapters.items() if lora is not None}
+
+    @property
+    def _stages_on_own_model(self) -> dict[str, TrainConfig]:
+        stages = {name: getattr(self, name) for name in ("sft", "fluency", "reward", "judge", "dpo")}
+        return {
+            name: stage for name, stage in stages.items()
+            if stage is not None and not (isinstance(stage, RewardConfig) and not stage.starts_within_run)
+        }  # fmt: skip
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -617,6 +703,7 @@ class Recipe(Section):
                 f"judge.members is {self.judge.members}; set judge.members to 1, or judge_positive_above to null"
             )
         if self.model.is_from_scratch:
+            self._random_weights_train()
             if self.sft is None:
                 raise ValueError(
                     "model.name_or_path is 'from_scratch' and sft is null: nothing would train the model; set sft"
@@ -635,6 +722,27 @@ class Recipe(Section):
                         f"{self.model.from_scratch.positions}; lower it or raise positions"
                     )
         return self
+
+    def _random_weights_train(self) -> None:
+        """ValueError where a model from scratch would keep weights that nothing ever trained, or has no such layers."""
+        for key, count in self.frozen_layers.items():
+            if count >= self.model.from_scratch.layers:
+                raise ValueError(
+                    f"{key} = {count}, but the model has {self.model.from_scratch.layers} blocks, so none would train; "
+                    f"set it to {self.model.from_scratch.layers - 1} or less"
+                )
+        for name, stage in self._stages_on_own_model.items():
+            if isinstance(stage, RewardConfig) and stage.base != "model":
+                continue
+            for key, is_set, off in (
+                ("lora", stage.lora is not None, "null"),
+                ("freeze_layers", stage.freeze_layers > 0, 0),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"{name}.{key} is set, but {name} starts from random weights, and those that don't train would "
+                        f"stay random; set it to {off}, or name a model in model.name_or_path"
+                    )
 
 
 RecipePath = Annotated[str, "path of a recipe YAML, or the name of a packaged one"]

@@ -121,7 +121,7 @@ def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
 
 def environment() -> dict:
     """Versions, the code's git commit, hardware."""
-    packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "datasets", "numpy")
+    packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "peft", "datasets", "numpy")
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

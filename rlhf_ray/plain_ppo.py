@@ -45,6 +45,11 @@ class PlainPPO:
 
     def __init__(self, recipe: Recipe, folder: RunFolder):
         ppo, temperature = recipe.ppo, recipe.generation.temperature
+        parts = [key for key in (*recipe.adapters, *recipe.frozen_layers) if key.startswith("ppo.")]
+        if parts:
+            raise UserError(
+                f"plain_ppo trains all weights, and the recipe sets {', '.join(parts)}; run it with rlhf-ray run"
+            )
         paid_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
         if ppo.advantage != "gae" or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or paid_otherwise:
             raise UserError(

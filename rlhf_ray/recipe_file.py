@@ -25,6 +25,7 @@ SAFE_ON_RESUME = (
     "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.max_mismatch", "ppo.precision", "generation.precision",
     "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
     "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker", "*.threads", "*.zero_stage",
+    "*.gradient_checkpointing",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from rlhf_ray.engines.forward import LogprobModel, ValueModel
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.trained import train_only_part
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.roles.assembler import Assembler
 from rlhf_ray.roles.generator import Generator
@@ -24,15 +25,18 @@ class TorchEngine:
 
     def __init__(self, module, max_grad_norm=1.0):
         self.module, self.max_grad_norm = module, max_grad_norm
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, eps=1e-5, weight_decay=0.0)
 
     def forward(self, *batch, **options):
+        self.module.eval()
         with torch.no_grad():
             return self.module(*batch, **options)
 
     def step(self, microbatches, loss_of, *, learning_rate):
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()
+        self.module.train()
         for inputs, rest in microbatches:
             loss_of(self.module(*inputs), rest).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
@@ -40,7 +44,7 @@ class TorchEngine:
         return float(norm)
 
     def weights(self):
-        return self.module.named_parameters()
+        return ((name, each) for name, each in self.module.named_parameters() if each.requires_grad)
 
     def sum_over_ranks(self, value):
         return value
@@ -83,6 +87,11 @@ class LocalReference(Each):
         return self.each("logprobs", rollouts)
 
 
+class AdapterOff(Each):
+    def logprobs(self, rollouts):
+        return self.each("reference_logprobs", rollouts)
+
+
 class LocalTrainer(Each):
     def logprobs(self, rollouts):
         return self.each("logprobs", rollouts)
@@ -109,8 +118,14 @@ class LocalRoles:
         models = recipe, folder, torch.float32, "cpu"
         scorer, judge = reward_scorer(*models), judge_scorer(*models) if ppo.judge_evaluations else None
         self.generation = LocalGeneration(
-            *(Generator(start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32) for _ in range(actors))
-        )
+            *(
+                Generator(
+                    start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32,
+                    lora=ppo.lora, freeze_layers=ppo.freeze_layers,
+                )
+                for _ in range(actors)
+            )
+        )  # fmt: skip
         self.reward = LocalReward(*(Reward(scorer, start, judge=judge, stop=generation.stop) for _ in range(actors)))
         self.reference = LocalReference(
             *(
@@ -123,13 +138,24 @@ class LocalRoles:
                 for _ in range(actors)
             )
         )
-        policy = LogprobModel(load_causal_lm(start), temperature=generation.temperature, compute_dtype=torch.float32)
+        model = train_only_part(
+            load_causal_lm(start), lora=ppo.lora, freeze_layers=ppo.freeze_layers,
+            gradient_checkpointing=ppo.gradient_checkpointing, seed=recipe.seed,
+        )  # fmt: skip
+        policy = LogprobModel(model, temperature=generation.temperature, compute_dtype=torch.float32)
         self.policy = LocalTrainer(
             PolicyTrainer(TorchEngine(policy), microbatch_size=ppo.microbatch_size, knobs=policy_knobs(recipe))
         )
+        if ppo.lora is not None:
+            self.reference = AdapterOff(*self.policy.roles)
         self.critic = None
         if ppo.has_critic:
-            critic = ValueModel(build_critic(folder.stage("reward").model, "reward"), compute_dtype=torch.float32)
+            critic = build_critic(folder.stage("reward").model, "reward")
+            train_only_part(
+                critic.backbone, lora=ppo.critic_lora, freeze_layers=ppo.critic_freeze_layers,
+                gradient_checkpointing=ppo.gradient_checkpointing, seed=recipe.seed,
+            )  # fmt: skip
+            critic = ValueModel(critic, compute_dtype=torch.float32)
             self.critic = LocalTrainer(
                 CriticTrainer(
                     TorchEngine(critic),

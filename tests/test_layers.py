@@ -31,6 +31,7 @@ ROOMS = {
     "torch.distributed": ("engines",),
     "transformers": ("models", "data", "engines", "supervised"),
     "trl": ("supervised",),
+    "peft": ("models",),
     "accelerate": (),
     "vllm": ("engines",),
     "typer": ("cli",),

@@ -47,6 +47,8 @@ def test_it_takes_the_same_steps_as_the_loop(folder):
 def test_another_algorithm_is_refused_in_words(folder):
     with pytest.raises(UserError, match="ppo.advantage rloo.*rlhf-ray run"):
         PlainPPO(tiny_recipe(ppo={"advantage": "rloo", "samples_per_prompt": 2}), folder)
+    with pytest.raises(UserError, match="trains all weights, and the recipe sets ppo.lora; run it with"):
+        PlainPPO(tiny_recipe(ppo={"lora": {}}), folder)
 
 
 def test_it_runs_from_a_run_folder(folder):

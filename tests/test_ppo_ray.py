@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import shutil
 import sys
 import time
 
 import numpy as np
 import pytest
 import ray
+import torch
 from differences import saw
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
@@ -20,11 +23,13 @@ from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.checkpoint import complete, last_good, read_role
+from rlhf_ray.cli.export import export_model
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.recipe_file import write_recipe
 from rlhf_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
@@ -64,7 +69,7 @@ def weights(folder):
 
 def largest_gap(one, other):
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +197,42 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
         max(float((last[name] - value).abs().max()) for name, value in weights(folder).items() if name in last) > 1e-4
     )
     assert not list(folder.stage("ppo").path.glob(".best_*"))
+
+
+def test_adapters_alone_train_move_and_are_saved(undisturbed, new_folder):
+    """No reference actor, two generators, a second go from the first checkpoint; the saved model is merged."""
+    recipe = tiny_recipe(
+        ppo={"lora": {"rank": 2}, "critic_freeze_layers": 1, "learning_rate": 1e-2, "gradient_checkpointing": True,
+             "steps": 3, "checkpoint_every": 1, "keep_checkpoints": 3},
+        resources={"generation": {"actors": 2}},
+    )  # fmt: skip
+    whole = new_folder("adapters")
+    write_recipe(recipe, whole.recipe)
+    run_ppo(recipe, whole, ignore)
+    rows, full = (read_metrics(each.stage("ppo").metrics) for each in (whole, undisturbed[0]))
+    assert all("busy/reference_s" not in row and row["policy/mismatch_max"] < 1e-4 for row in rows[1:])
+    assert abs(rows[1]["objective/kl"]) < 1e-6 and abs(rows[3]["objective/kl"]) > 1e-3
+    # 2 (in + out) floats of 4 bytes for each of 8 matrices, against all weights; the rest is log-probs, now twice.
+    adapter, all_weights = 2 * 2 * (128 + 64 + 160 + 160) * 4, 4 * sum(map(torch.numel, weights(whole).values()))
+    logprobs = full[1]["bytes/policy"] - all_weights
+    assert 0 < logprobs < rows[1]["bytes/policy"] - adapter < 4 * logprobs < all_weights / 10
+
+    stage, undisturbed_weights = whole.stage("ppo"), weights(whole)
+    for later in complete(stage.checkpoints)[1:]:
+        shutil.rmtree(later)
+    run_ppo(recipe, whole, ignore)
+    assert largest_gap(weights(whole), undisturbed_weights) == 0.0
+
+    state = load_file(complete(stage.checkpoints)[-1] / "policy-00-of-01.safetensors")
+    assert len(state) == 3 * 2 * 8 and all(".lora_" in name for name in state)
+    start = load_file(whole.stage("sft").model / "model.safetensors")
+    assert largest_gap(weights(whole), start) > 1e-4
+    assert torch.equal(weights(whole)["transformer.wte.weight"], start["transformer.wte.weight"])
+    exported = export_model(complete(stage.checkpoints)[-1], stage.path / "exported", "ppo", "float32", None)
+    assert largest_gap(load_file(exported / "model.safetensors"), weights(whole)) == 0.0
+    theirs = PeftModel.from_pretrained(load_causal_lm(whole.stage("sft").model), stage.path / "adapter").merge_and_unload()
+    merged = dict(load_causal_lm(stage.model).named_parameters())
+    assert largest_gap(dict(theirs.named_parameters()), merged) < 1e-6
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------

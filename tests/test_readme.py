@@ -175,7 +175,7 @@ def test_commands_that_do_not_exist_are_found():
 
 def test_the_readmes_recipes_are_valid():
     recipes = [yaml.safe_load(block) for block in blocks("README.md", "yaml")]
-    assert len(recipes) >= 5
+    assert len(recipes) >= 6
     for values in recipes:
         build_recipe(values, [], "README.md")
 

@@ -167,6 +167,15 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"ppo": {"judge_evaluations": True}}, "there is no judge; set the section judge or evaluation.judge_function"),
         ({"ppo": {"best_by": "judge"}}, "ppo.judge_evaluations is false; set it to true"),
         ({"judge": {"members": 2}, "evaluation": {"judge_positive_above": 3}}, "set judge.members to 1"),
+        ({"ppo": {"lora": {}, "freeze_layers": 2}}, "ppo.lora is set and ppo.freeze_layers is 2"),
+        ({"ppo": {"critic_lora": {}, "critic_freeze_layers": 1}}, "set ppo.critic_freeze_layers to 0"),
+        ({"reward": {"lora": {}, "freeze_layers": 2}}, "reward: lora is set and freeze_layers is 2"),
+        ({"ppo": {"critic_lora": {}, "advantage": "reinforce_pp"}}, "ppo.advantage reinforce_pp has no critic"),
+        ({"ppo": {"lora": {"target_modules": []}}}, "ppo.lora: target_modules is empty"),
+        ({"ppo": {"freeze_layers": 4}}, "ppo.freeze_layers = 4, but the model has 4 blocks"),
+        ({"reward": {"freeze_layers": 5}}, "reward.freeze_layers = 5, but the model has 4 blocks"),
+        ({"sft": {"lora": {}}}, "sft.lora is set, but sft starts from random weights"),
+        ({"reward": {"base": "model", "freeze_layers": 1}}, "reward.freeze_layers is set, but reward starts from random"),
     ],
 )
 def test_sections_that_need_each_other(values, part):
@@ -223,6 +232,14 @@ def test_a_run_that_ran_out_of_patience_goes_on_with_more_of_it_only():
     assert (
         ppo_goes_on(recipe(), done) and ppo_goes_on(recipe(), {"steps": 60}) and not ppo_goes_on(recipe(steps=60), done)
     )
+
+
+def test_what_an_adapter_replaces():
+    """The reference actors; and sections that are not the recipe's model may freeze what they like."""
+    values = {"name": "x", "ppo": {"lora": {"rank": 4, "alpha": 6}}, "reward": {"base": "some/body", "freeze_layers": 30}}
+    recipe = build_recipe(values, ["ppo.freeze_layers=0"], "x")
+    assert list(recipe.ppo_roles) == ["generation", "reward", "policy", "critic"]
+    assert recipe.ppo.lora.scaling == 1.5 and list(recipe.adapters) == ["ppo.lora"] and recipe.frozen_layers == {}
 
 
 def test_every_problem_is_told_at_once():
@@ -371,6 +388,7 @@ def test_the_same_recipe_goes_on(folder):
         ),
         ({"evaluation": {"seeds": [3]}}, ["evaluation.seeds"]),
         ({"name": "other"}, ["name"]),
+        ({"ppo": {"gradient_checkpointing": True}}, ["ppo.gradient_checkpointing"]),
         ({"ppo": {"gamma": 0.9}}, ["ppo.gamma"]),  # PPO has not begun
         ({"reward": {"objective": "scores"}}, ["reward.objective"]),  # nor has the reward model
     ],
@@ -399,6 +417,8 @@ def test_a_begun_stage_is_fixed_but_for_its_safe_keys(folder):
     folder.stage("ppo").path.mkdir()
     with pytest.raises(UserError, match=r"ppo.gamma \(1.0 -> 0.9\)"):
         check_resume(changed(ppo={"gamma": 0.9, "steps": 9}), folder)
+    with pytest.raises(UserError, match="ppo.lora"):
+        check_resume(changed(ppo={"lora": {}}), folder)
     assert check_resume(changed(ppo={"steps": 9}), folder) == ["ppo.steps"]
 
 

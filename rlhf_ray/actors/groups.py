@@ -95,10 +95,13 @@ class TrainerGroup(UnitGroup):
 
 
 class PolicyGroup(TrainerGroup):
-    weight_bytes = 0
+    weight_bytes = 0  # of what trains, in float32
 
     def logprobs(self, rollouts):
         return self._forward("logprobs", rollouts)
+
+    def reference_logprobs(self, rollouts):
+        return self._forward("reference_logprobs", rollouts)
 
     def weights(self) -> list[ray.ObjectRef]:
         """Rank 0's parts, and an empty one of each other rank, which gathers with it under ZeRO-3."""
@@ -107,6 +110,16 @@ class PolicyGroup(TrainerGroup):
         for rank, (first, *_, receipt) in enumerate(answers):
             self.waiter.track(first, f"policy rank {rank} (weights)", receipt)
         return [*answers[0][:-1], *(others[0] for others in answers[1:])]
+
+
+class AdapterOff:
+    """The reference without actors of its own: the policy with its adapter off is the model that PPO started from."""
+
+    def __init__(self, policy: PolicyGroup):
+        self.policy = policy
+
+    def logprobs(self, rollouts):
+        return self.policy.reference_logprobs(rollouts)
 
 
 class CriticGroup(TrainerGroup):
@@ -150,7 +163,7 @@ class RayRoles:
         self,
         generation: GenerationGroup,
         reward: RewardGroup,
-        reference: ReferenceGroup,
+        reference: ReferenceGroup | AdapterOff,
         policy: PolicyGroup,
         critic: CriticGroup | None,
         assembler: AssemblerHandle,

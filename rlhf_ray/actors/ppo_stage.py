@@ -11,6 +11,7 @@ import ray
 
 from rlhf_ray import checkpoint
 from rlhf_ray.actors.groups import (
+    AdapterOff,
     AssemblerHandle,
     CriticGroup,
     GenerationGroup,
@@ -65,7 +66,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
 
         generation = actors(GenerationActor, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
-        reference = actors(ReferenceActor, "reference", resources.reference, start)
+        reference = []
+        if "reference" in recipe.ppo_roles:
+            reference = actors(ReferenceActor, "reference", resources.reference, start)
         policy = actors(PolicyActor, "policy", resources.policy, lambda rank: rank, resources.policy.actors)
         critic = []
         if recipe.ppo.has_critic:
@@ -84,9 +87,10 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             for number in range(len(group))
         ]
         try:
+            policy_group = PolicyGroup("policy", policy, waiter)
             roles = RayRoles(
                 GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
-                ReferenceGroup("reference", reference, waiter), PolicyGroup("policy", policy, waiter),
+                ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
                 CriticGroup("critic", critic, waiter) if critic else None,
                 AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
             )  # fmt: skip
@@ -153,7 +157,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         if not finished:
             raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
         if not rolls_back(loop.state, ppo):
-            _save_model(recipe, roles, waiter, stage.model, loop.state)
+            adapter = stage.path / "adapter" if ppo.lora is not None else None
+            _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
@@ -258,8 +263,10 @@ def _hooks(
     )
 
 
-def _save_model(recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState) -> None:
+def _save_model(
+    recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState, adapter: Path | None = None
+) -> None:
     card = model_card(
         recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score, "best step": state.best_step}
     )
-    waiter.get(roles.policy.call("save_model", target, card), "writing the model")
+    waiter.get(roles.policy.call("save_model", target, card, adapter), "writing the model")

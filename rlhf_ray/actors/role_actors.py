@@ -77,6 +77,8 @@ class GenerationActor(RoleActor):
             dtype=self.compute_dtype(precision),
             device=self.device,
             trust_remote_code=recipe.model.trust_remote_code,
+            lora=recipe.ppo.lora,
+            freeze_layers=recipe.ppo.freeze_layers,
         )  # fmt: skip
 
     @with_receipt
@@ -221,16 +223,21 @@ class PolicyActor(TrainerActor):
     role_name = "policy"
 
     def join(self, start: Path, address: str, port: int) -> int:
-        """Build the policy and meet the other ranks. Returns the bytes of its weights."""
+        """Build the policy and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         from rlhf_ray.engines.forward import LogprobModel
         from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+        from rlhf_ray.models.trained import train_only_part
         from rlhf_ray.roles.knobs import policy_knobs
         from rlhf_ray.roles.trainer import PolicyTrainer
 
         ppo, self.start = self.recipe.ppo, start
         model = fast_attention(load_causal_lm(start, None, self.recipe.model.trust_remote_code), self.device)
         disable_dropout(model)
-        weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+        train_only_part(
+            model, lora=ppo.lora, freeze_layers=ppo.freeze_layers, gradient_checkpointing=ppo.gradient_checkpointing,
+            seed=self.recipe.seed,
+        )  # fmt: skip
+        weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
         self.dtype = self.compute_dtype(ppo.precision)
         module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
         engine = self._engine(module, address, port)
@@ -242,26 +249,34 @@ class PolicyActor(TrainerActor):
         return self.role.logprobs(rollout)
 
     @with_receipt
+    def reference_logprobs(self, rollout):
+        return self.role.reference_logprobs(rollout)
+
+    @with_receipt
     def weights(self, parts: int):
-        """The weights in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
+        """What trains, in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
         from rlhf_ray.models.wire import pack_weights
 
         # A generator that was asked to compute in float32 gets float32.
         dtype = torch.float32 if self.recipe.generation.precision == "float32" else self.dtype
         return pack_weights(self.role.weights(), parts, dtype, keep=self.rank == 0)
 
-    def save_model(self, folder: Path, card: str) -> int:
-        """Write a Hugging Face folder; rank 0 writes, all gather."""
+    def save_model(self, folder: Path, card: str, adapter: Path | None) -> int:
+        """Write a Hugging Face folder, an adapter merged, and the adapter by itself to `adapter`; rank 0 writes, all
+        gather."""
         from rlhf_ray.models.load import load_causal_lm, save_model
         from rlhf_ray.models.tokenizer import load_tokenizer
-        from rlhf_ray.models.wire import load_named
+        from rlhf_ray.models.trained import load_trained, save_adapter
 
+        ppo = self.recipe.ppo
         keep = self.rank == 0
         state = {name: tensor.float().cpu().clone() for name, tensor in self.role.weights() if keep}
         if keep:
             trust = self.recipe.model.trust_remote_code
             model = load_causal_lm(self.start, None, trust)
-            load_named(model, state)
+            if adapter is not None:
+                save_adapter(model, state, ppo.lora, adapter, str(self.start))
+            load_trained(model, state, lora=ppo.lora, freeze_layers=ppo.freeze_layers)
             # Not generation_config.stop_strings: with those a plain `generate` refuses to run without a tokenizer.
             model.config.response_stops = list(self.recipe.generation.stop)
             save_model(model, load_tokenizer(self.start, trust), folder, card)
@@ -277,11 +292,15 @@ class CriticActor(TrainerActor):
         from rlhf_ray.engines.forward import ValueModel
         from rlhf_ray.models.critic import build_critic
         from rlhf_ray.models.load import fast_attention
+        from rlhf_ray.models.trained import train_only_part
         from rlhf_ray.roles.trainer import CriticTrainer
 
         ppo = self.recipe.ppo
         critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)
-        fast_attention(critic.backbone, self.device)
+        train_only_part(
+            fast_attention(critic.backbone, self.device), lora=ppo.critic_lora, freeze_layers=ppo.critic_freeze_layers,
+            gradient_checkpointing=ppo.gradient_checkpointing, seed=self.recipe.seed,
+        )  # fmt: skip
         module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
         engine = self._engine(module, address, port)
         self.role = CriticTrainer(

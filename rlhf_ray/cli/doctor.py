@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.size import parameters
+from rlhf_ray.models.size import parameters, trained_parameters
 from rlhf_ray.recipe_file import check_resume, function_names, load_recipe
 
 IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and DeepSpeed weighs before its model
@@ -136,10 +136,11 @@ def _precision_problems(recipe: Recipe) -> list[str]:
 
 
 def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
-    """Checkpoints hold weights and two moments of policy and critic in float32."""
+    """Checkpoints hold what trains of policy and critic, and its two moments, in float32."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    needed = parameters(recipe) * 4 * (3 * 2 * (recipe.ppo.keep_checkpoints + 1) + 8)
+    checkpoint = 3 * sum(_trained(recipe).values())
+    needed = 4 * (checkpoint * (recipe.ppo.keep_checkpoints + 1) + 8 * parameters(recipe))
     if needed > free:
         return [
             f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"
@@ -152,19 +153,26 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
     weights = parameters(recipe) * 4 / GB
     models = {term.model for term in recipe.ppo.terms.values()} - {None}
     members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
-    copies = {
-        "generation": 1.0,
-        "reward": float(len(models - {"reward"}) + members),  # as if those of others were as large as the policy
-        "reference": 1.0,
-        "policy": 4.0,
-        "critic": 4.0,
-    }  # weights, gradient, moments
+    # As if models of others were as large as the policy.
+    copies = {"reward": float(len(models - {"reward"}) + members)}
+    gradient_and_moments = {name: 3 * count * 4 / GB for name, count in _trained(recipe).items()}
     rows = []
     for name, role in recipe.ppo_roles.items():
-        shared = weights * copies[name]
+        shared = weights * copies.get(name, 1.0) + gradient_and_moments.get(name, 0.0)
+        if name == "generation" and recipe.ppo.lora is not None:
+            shared += weights  # merged weights are computed from what they were before
         per_actor = IMPORTED_GB + (shared / role.actors if getattr(role, "zero_stage", 0) == 3 else shared)
         rows.append((name, role.actors, role.cpus, role.gpus, role.threads, role.actors * per_actor))
     return rows
+
+
+def _trained(recipe: Recipe) -> dict[str, int]:
+    """Trained role -> its weights that train, about."""
+    ppo = recipe.ppo
+    return {
+        "policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers),
+        "critic": trained_parameters(recipe, ppo.critic_lora, ppo.critic_freeze_layers) if ppo.has_critic else 0,
+    }
 
 
 def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:

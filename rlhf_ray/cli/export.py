@@ -18,7 +18,7 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     from rlhf_ray.models.card import model_card
     from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model, save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
-    from rlhf_ray.models.wire import load_named
+    from rlhf_ray.models.trained import load_trained
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
@@ -31,7 +31,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
         recipe, start = _checkpoint_start(source.absolute())
         trust = recipe.model.trust_remote_code
         model, tokenizer = load_causal_lm(start, None, trust), load_tokenizer(start, trust)
-        load_named(model, _checkpoint_weights(source))
+        ppo = recipe.ppo
+        load_trained(model, _checkpoint_weights(source), lora=ppo.lora, freeze_layers=ppo.freeze_layers)
         model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
         card = model_card(recipe, "ppo", {"steps": read_state(source)["step"]})
     else:
@@ -98,6 +99,8 @@ def _checkpoint_start(checkpoint: Path) -> tuple[Recipe, str]:
 
 def _checkpoint_weights(checkpoint: Path) -> dict:
     from rlhf_ray.checkpoint import read_role
+    from rlhf_ray.models.trained import plain_name
 
     state, _ = read_role(checkpoint, "policy")
-    return {name.removeprefix("weight/model."): tensor for name, tensor in state.items() if name.startswith("weight/")}
+    weights = {name.removeprefix("weight/"): tensor for name, tensor in state.items() if name.startswith("weight/")}
+    return {plain_name(name): tensor for name, tensor in weights.items()}

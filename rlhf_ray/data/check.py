@@ -10,8 +10,9 @@ from rlhf_ray.data.formats import detect
 from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import check_positions, load_config
+from rlhf_ray.models.load import check_positions, empty_causal_lm, load_config
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.trained import adapted_layers, check_freeze
 
 
 def check_data(recipe: Recipe) -> list[str]:
@@ -62,10 +63,11 @@ def check_data(recipe: Recipe) -> list[str]:
 
 
 def check_model(recipe: Recipe) -> list[str]:
-    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions. Loads no weights."""
+    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, layers that it has not.
+    Loads no weights."""
     model = recipe.model
     if model.is_from_scratch:
-        return []  # its sizes are checked when the recipe is read
+        return _adapter_problems(recipe)  # its sizes are checked when the recipe is read
     problems = []
     try:
         load_tokenizer(model.name_or_path, model.trust_remote_code)
@@ -90,6 +92,24 @@ def check_model(recipe: Recipe) -> list[str]:
             check_positions(config, longest, what)
         except UserError as error:
             problems.append(str(error))
+    for key, count in recipe.frozen_layers.items():
+        try:
+            check_freeze(count, config.get_text_config().num_hidden_layers, key)
+        except UserError as error:
+            problems.append(str(error))
+    return problems + _adapter_problems(recipe)
+
+
+def _adapter_problems(recipe: Recipe) -> list[str]:
+    """Named target modules that the recipe's model has not."""
+    problems = []
+    for key, lora in recipe.adapters.items():
+        if lora.target_modules is None:
+            continue
+        try:
+            adapted_layers(empty_causal_lm(recipe.model), lora)
+        except UserError as error:
+            problems.append(f"{key}.{error}")
     return problems
 
 

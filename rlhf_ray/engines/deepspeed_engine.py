@@ -43,8 +43,10 @@ class DeepSpeedEngine:
         self.settings = settings
         self.device = device
         module = module.to(device).float()
+        self.module = module
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0
+            trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
@@ -102,18 +104,18 @@ class DeepSpeedEngine:
         return sum_over_ranks(value, self.device)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full float32 tensor on the device) in order. All ranks iterate together; a ZeRO-3 tensor is gathered
-        while it is the current one."""
-        for name, parameter in self.engine.module.named_parameters():
+        """(name, full float32 tensor on the device) of what trains, in order. All ranks iterate together; a ZeRO-3 tensor
+        is gathered while it is the current one."""
+        for name, parameter in self._trained():
             with self._gathered(parameter):
                 yield name, parameter.detach()
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Everything that training depends on, by name: float32 weights and Adam moments, whole, whatever the ZeRO stage.
+        """Everything that training changes, by name: float32 weights and Adam moments, whole, whatever the ZeRO stage.
 
         Whole tensors make a checkpoint loadable at another stage or rank count. All ranks iterate together.
         """
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self._trained():
             for key in ("weight", *ADAM_STATE):
                 yield f"{key}/{name}", self._whole(parameter, key)
 
@@ -122,11 +124,14 @@ class DeepSpeedEngine:
 
         Raises KeyError when a tensor of this model is missing.
         """
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self._trained():
             for key in ("weight", *ADAM_STATE):
                 self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
         self.steps_taken = steps_taken
         self._set_adam_steps()
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     def _adam_eps(self) -> float:
         """Adam's epsilon for the coming step.
@@ -140,7 +145,7 @@ class DeepSpeedEngine:
 
     def _clip(self, optimizer, args, kwargs) -> None:
         limit = self.settings.max_grad_norm or float("inf")
-        self._grad_norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
+        self._grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
 
     # -- where each ZeRO stage keeps things ------------------------------------------------------------------------
 

@@ -7,9 +7,8 @@ An engine belongs to one thread; the number of torch threads is the caller's.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.engines.row_batch import Request, RowBatch
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import Completion, SamplingParams, TokenEvent
+from rlhf_ray.models.wire import as_tensor
 
 
 class GenerationEngine:
@@ -136,12 +136,12 @@ class GenerationEngine:
     # ---- weights
 
     @torch.no_grad()
-    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray]) -> None:
+    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
-        Every weight must be there, by its name in state_dict (tied weights: under one of their names), with its shape;
-        all is checked before anything is copied. Values take the model's dtype. An int16 array is the bits of
-        bfloat16, which numpy doesn't have.
+        Every weight but those in `kept`, which stay, must be there, by its name in state_dict (tied weights: under one of
+        their names), with its shape; all is checked before anything is copied. Values take the model's dtype. An int16
+        array is the bits of bfloat16, which numpy doesn't have.
         """
         if self.num_running or self.num_waiting:
             raise RuntimeError(
@@ -153,7 +153,8 @@ class GenerationEngine:
         for name, target in targets.items():
             storage = (target.data_ptr(), target.shape, target.stride())
             names_of.setdefault(storage if target.numel() else (name,), []).append(name)
-        missing = [names[0] for names in names_of.values() if not any(name in state for name in names)]
+        known = state.keys() | kept
+        missing = [names[0] for names in names_of.values() if known.isdisjoint(names)]
         if missing or not state.keys() <= targets.keys():
             unknown = sorted(state.keys() - targets.keys())
             raise ValueError(f"weights do not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
@@ -162,8 +163,10 @@ class GenerationEngine:
             if given_shape != shape:
                 raise ValueError(f"weight {name} has shape {given_shape}, the model's has {shape}")
         for names in names_of.values():
-            name = next(name for name in names if name in state)
-            targets[name].copy_(_as_tensor(state[name]))
+            name = next((name for name in names if name in state), None)
+            if name is None:
+                continue
+            targets[name].copy_(as_tensor(state[name]))
 
     # ---- inside
 
@@ -184,12 +187,3 @@ class GenerationEngine:
             )
         self.decoder.check_length(len(ids), params.max_new_tokens)
         return Request(request_id=request_id, prompt_ids=ids, seed=int(seed), params=params)
-
-
-def _as_tensor(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
-    if isinstance(weight, torch.Tensor):
-        return weight
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "not writable": it is only read from, here
-        tensor = torch.from_numpy(weight)
-    return tensor.view(torch.bfloat16) if weight.dtype == np.int16 else tensor

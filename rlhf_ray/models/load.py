@@ -81,6 +81,16 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     return model
 
 
+def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
+    """The recipe's model without weights, for the names and kinds of its layers."""
+    if cfg.is_from_scratch:
+        config = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen2": Qwen2Config}[cfg.from_scratch.architecture]()
+    else:
+        config = load_config(cfg.name_or_path, cfg.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+
+
 def load_causal_lm(
     path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:

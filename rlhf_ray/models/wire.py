@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 import torch
@@ -26,11 +27,21 @@ def pack_weights(
     return packed
 
 
-def load_named(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights into a model by name; a tied weight comes under one of its names. Nothing may be missing."""
+def as_tensor(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A weight as it comes off the wire; it may be read-only."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "not writable": it is only read from, here
+        tensor = torch.from_numpy(weight)
+    return tensor.view(torch.bfloat16) if weight.dtype == np.int16 else tensor
+
+
+def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[str] = frozenset()) -> None:
+    """Copy weights into a model by name; a tied weight comes under one of its names. Nothing may be missing but `kept`."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     own = dict(model.named_parameters())
-    absent = [name for name in missing if name in own]
+    absent = [name for name in missing if name in own and name not in kept]
     assert not absent and not unexpected, (absent, unexpected)
 
 

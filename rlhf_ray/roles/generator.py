@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.schedule import draw_seed
+from rlhf_ray.config import LoraConfig
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.trained import MergedLayers, frozen_names
 from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit, flatten
 
 EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
@@ -33,9 +35,16 @@ class Generator:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        lora: LoraConfig | None = None,
+        freeze_layers: int = 0,
     ):
+        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
+        self.kept, self.adapted = frozen_names(model, freeze_layers), None
+        if lora is not None:
+            start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
+            self.adapted = MergedLayers(model.to(device), lora, start)
         self.engine = GenerationEngine(model, self.tokenizer, device=device)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
@@ -60,7 +69,10 @@ class Generator:
         )
 
     def load_weights(self, weights: Mapping[str, np.ndarray], policy_version: int) -> int:
-        """Copy the policy's weights in; returns the version that generates from now on."""
-        self.engine.load_weights(weights)
+        """Copy in what of the policy trains (an adapter is merged); returns the version that generates from now on."""
+        if self.adapted is not None:
+            self.adapted.load(weights)
+        else:
+            self.engine.load_weights(weights, self.kept)
         self.policy_version = policy_version
         return policy_version

@@ -20,6 +20,7 @@ from rlhf_ray.algorithms.losses import (
 )
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.engines.forward import action_mask, pad_rows, pad_tokens
+from rlhf_ray.models.trained import adapter_off, plain_name
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
 
@@ -140,9 +141,15 @@ class PolicyTrainer(Trainer):
         values = flatten(rows, np.float32)
         return TokenValues(values=values, entropy=entropy / len(values))
 
+    def reference_logprobs(self, rollout: RolloutBatch) -> TokenValues:
+        """ref_logprobs of a unit's responses: those of the policy with its adapter off, as `Reference` computes them."""
+        with adapter_off(self.engine.module):
+            rows = [row for logprobs, lengths in self._forward(rollout) for row in _cut(logprobs, lengths)]
+        return TokenValues(values=flatten(rows, np.float32))
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in the Hugging Face model, full tensor), one at a time; all ranks iterate together."""
-        return ((name.removeprefix("model."), tensor) for name, tensor in self.engine.weights())
+        """(`plain_name`, full tensor) of what trains, one at a time; all ranks iterate together."""
+        return ((plain_name(name), tensor) for name, tensor in self.engine.weights())
 
     def _loss(self, output, old, target, reference, mask, step):
         knobs = self.knobs

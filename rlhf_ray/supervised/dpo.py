@@ -25,6 +25,7 @@ from rlhf_ray.engines.forward import response_logprobs
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import build_causal_lm, check_positions, disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.trained import train_only_part
 from rlhf_ray.run_folder import RunFolder, start_model
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, dpo_rows
@@ -69,6 +70,10 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     max_length = recipe.dpo_max_length
     check_positions(model.config, max_length, f"{stage}.max_length asks for sequences that")
     model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
+    train_only_part(
+        model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
     rows = dpo_rows(tokenizer, train, max_length=max_length)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:

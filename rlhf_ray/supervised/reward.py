@@ -26,6 +26,7 @@ from rlhf_ray.models.load import (
     load_reward_model,
 )
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.trained import train_only_part
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.ensemble import save_scores
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
@@ -70,6 +71,10 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         if hasattr(model.config, name):
             delattr(model.config, name)
     check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    train_only_part(
+        model.base_model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:

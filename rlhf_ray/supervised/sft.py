@@ -18,6 +18,7 @@ from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
 from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.trained import train_only_part
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
@@ -49,6 +50,10 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
     check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    train_only_part(
+        model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
     texts = read_role(folder, "sft_train")
     rows = (
         packed_rows(tokenizer, texts, max_length=config.max_length, seed=seed)

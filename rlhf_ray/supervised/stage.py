@@ -17,6 +17,7 @@ from rlhf_ray.engines.agreement import rank
 from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.load import save_model
+from rlhf_ray.models.trained import is_adapter, merged_state
 from rlhf_ray.run_folder import RunFolder, StageFolder, write_atomically
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
@@ -68,9 +69,11 @@ def train_stage(job: StageJob) -> dict:
         "steps": outcome.steps, "ended_by": outcome.ended_by, "train_seconds": round(outcome.seconds, 2),
         "loss": outcome.last_loss, "rows": len(job.rows.lengths), "rows_cut": job.rows.cut,
         "tokens": int(np.sum(tokens_per_step[: outcome.steps])),
-        "parameters": sum(p.numel() if weights is None else p.ds_numel for p in model.parameters()),
+        **_sizes(model, sharded=weights is not None),
         "precision": str(dtype).removeprefix("torch."),
     }  # fmt: skip
+    if config.lora is not None:
+        weights = merged_state(model, model.state_dict() if weights is None else weights)
     save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary), weights)
     del trainer, model, weights
     # Under ZeRO-3 transformers would split every model that this rank loads from here on over all ranks.
@@ -81,3 +84,11 @@ def train_stage(job: StageJob) -> dict:
     summary |= job.measure(trained, dtype)
     write_atomically(folder.model / "README.md", model_card(job.recipe, job.stage, summary))
     return summary | {"measure_seconds": round(time.monotonic() - started, 2)}
+
+
+def _sizes(model: PreTrainedModel, sharded: bool) -> dict:
+    """How many weights the saved model has, and how many trained, where that is another number."""
+    counts = [(name, p.ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+    sizes = {"parameters": sum(count for name, count, _ in counts if not is_adapter(name))}
+    trained = sum(count for _, count, trains in counts if trains)
+    return sizes if trained == sizes["parameters"] else sizes | {"trained_parameters": trained}

@@ -111,7 +111,7 @@ def training_arguments(
         # Without it Accelerate sees a lone process where there is no GPU, whatever the process group says.
         use_cpu=config.gpus_per_worker == 0,
         bf16=False,  # the DeepSpeed config says autocast
-        gradient_checkpointing=False,
+        gradient_checkpointing=False,  # `train_only_part` has told the model, where the recipe wants it
         per_device_train_batch_size=config.microbatch_size,
         gradient_accumulation_steps=config.accumulation_steps,
         num_train_epochs=1,  # the data set is all passes, in order
