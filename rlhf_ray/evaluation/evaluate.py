@@ -172,7 +172,9 @@ class _Evaluation:
         scores, out = scorer.score(self.repeated, drawn.texts, drawn.ended.tolist()), self.estimates[name]
         out[key] = self.resampler.mean(self._table(scores.total))
         if key == "score":
-            out["score_length_corr"] = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
+            correlation = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
+            if correlation.figure() is not None:  # responses of one length have none
+                out["score_length_corr"] = correlation
             out |= {term_key(term): self.resampler.mean(self._table(part)) for term, part in scores.terms.items()}
             if scores.disagreement is not None:
                 out["disagreement"] = self.resampler.mean(self._table(scores.disagreement))
@@ -241,7 +243,7 @@ class _Evaluation:
             "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts),
             "seeds": list(self.seeds),
-            "difference": {key: (ppo[key] - sft[key]).figure() for key in keys if key in sft},
+            "difference": {key: (ppo[key] - sft[key]).figure() for key in keys if key in sft and key in ppo},
             "ratio": {key: (ppo[key] / sft[key]).figure() for key in RATIOS if key in sft},
             "sampling": self.recipe.generation.model_dump(mode="json"),
             "reward": reward_in_words(self.recipe),
