@@ -180,7 +180,7 @@ class _Evaluation:
         out[key] = self.resampler.mean(self._table(scores.total))
         if key == "score":
             correlation = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
-            if np.isfinite(correlation.point):  # it is not where the lengths do not vary
+            if correlation.figure() is not None:  # responses of one length have none
                 out["score_length_corr"] = correlation
             out |= {term_key(term): self.resampler.mean(self._table(part)) for term, part in scores.terms.items()}
             if scores.disagreement is not None:
@@ -247,7 +247,7 @@ class _Evaluation:
             "win_rate": self._wins(scores[name], scores["sft"]),
             "kl": kl[name].point,
             "kl_interval": kl[name].figure(),
-            "difference": {key: (tuned[key] - sft[key]).figure() for key in keys if key in sft},
+            "difference": {key: (tuned[key] - sft[key]).figure() for key in keys if key in sft and key in tuned},
             "ratio": {key: (tuned[key] / sft[key]).figure() for key in RATIOS if key in sft},
         }
 
