@@ -200,7 +200,9 @@ def test_adapters_alone_train_move_and_are_saved(undisturbed, new_folder):
     assert torch.equal(weights(whole)["transformer.wte.weight"], start["transformer.wte.weight"])
     exported = export_model(complete(stage.checkpoints)[-1], stage.path / "exported", "ppo", "float32", None)
     assert largest_gap(load_file(exported / "model.safetensors"), weights(whole)) == 0.0
-    theirs = PeftModel.from_pretrained(load_causal_lm(whole.stage("sft").model), stage.path / "adapter").merge_and_unload()
+    theirs = PeftModel.from_pretrained(
+        load_causal_lm(whole.stage("sft").model), stage.path / "adapter"
+    ).merge_and_unload()
     merged = dict(load_causal_lm(stage.model).named_parameters())
     assert largest_gap(dict(theirs.named_parameters()), merged) < 1e-6
 

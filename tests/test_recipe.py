@@ -148,7 +148,10 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"ppo": {"freeze_layers": 4}}, "ppo.freeze_layers = 4, but the model has 4 blocks"),
         ({"reward": {"freeze_layers": 5}}, "reward.freeze_layers = 5, but the model has 4 blocks"),
         ({"sft": {"lora": {}}}, "sft.lora is set, but sft starts from random weights"),
-        ({"reward": {"base": "model", "freeze_layers": 1}}, "reward.freeze_layers is set, but reward starts from random"),
+        (
+            {"reward": {"base": "model", "freeze_layers": 1}},
+            "reward.freeze_layers is set, but reward starts from random",
+        ),
     ],
 )
 def test_sections_that_need_each_other(values, part):
@@ -157,7 +160,11 @@ def test_sections_that_need_each_other(values, part):
 
 def test_what_an_adapter_replaces():
     """The reference actors; and sections that are not the recipe's model may freeze what they like."""
-    values = {"name": "x", "ppo": {"lora": {"rank": 4, "alpha": 6}}, "reward": {"base": "some/body", "freeze_layers": 30}}
+    values = {
+        "name": "x",
+        "ppo": {"lora": {"rank": 4, "alpha": 6}},
+        "reward": {"base": "some/body", "freeze_layers": 30},
+    }
     recipe = build_recipe(values, ["ppo.freeze_layers=0"], "x")
     assert list(recipe.ppo_roles) == ["generation", "reward", "policy", "critic"]
     assert recipe.ppo.lora.scaling == 1.5 and list(recipe.adapters) == ["ppo.lora"] and recipe.frozen_layers == {}
