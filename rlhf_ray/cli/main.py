@@ -30,7 +30,7 @@ app = typer.Typer(
 )  # fmt: skip
 console, errors = Console(), Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh)")]
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh, arithmetic)")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
 StartFrom = Annotated[
@@ -92,7 +92,13 @@ def _stage_command(name: str, before: list[str], stages: list[str], text: str) -
 
     @app.command(name=name, help=text)
     @in_words
-    def command(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None):
+    def command(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        run_dir: RunDir = None,
+        address: Address = None,
+        start_from: StartFrom = None,
+    ):
         from rlhf_ray.cli.running import closing_words
         from rlhf_ray.cli.running import run as run_recipe
         from rlhf_ray.pipeline import stages_of
@@ -103,7 +109,9 @@ def _stage_command(name: str, before: list[str], stages: list[str], text: str) -
         if not own:
             raise UserError(f"the recipe '{loaded.name}' has no stage '{name}': its section is null")
         needed = [stage for stage in before if stage in stages_of(loaded)]
-        folder = run_recipe(loaded, run_dir, address=address, stages=needed + own, console=console)
+        folder = run_recipe(
+            loaded, run_dir, address=address, stages=needed + own, start_from=start_from, console=console
+        )
         if name == "evaluate":
             closing_words(folder, console)
         else:
