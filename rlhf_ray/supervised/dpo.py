@@ -92,8 +92,8 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 
     return train_stage(
         StageJob(
-            recipe=recipe, folder=folder, stage=stage, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
-            trainer=trainer, measure=measure,
+            recipe=recipe, folder=folder, stage=stage, target=folder.stage(stage), config=config, seed=seed,
+            tokenizer=tokenizer, rows=rows, trainer=trainer, measure=measure,
             load=lambda saved: fast_attention(load_causal_lm(saved, None, recipe.model.trust_remote_code), device_of(config)),
         )
     )  # fmt: skip
