@@ -29,6 +29,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_collection_modifyitems(items):
-    """`make test` shares the tests out over two processes: one for those that start Ray, which waits more than it computes."""
+    """`make test` shares the tests out over two processes, a group at a time; those of Ray wait more than they compute."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else "in process"))
+        group = "in process"
+        if item.get_closest_marker("ray"):
+            group = "supervised stages" if item.path.name in ("test_supervised.py", "test_dpo.py") else "ray"
+        item.add_marker(pytest.mark.xdist_group(group))

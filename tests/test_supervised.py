@@ -265,6 +265,7 @@ def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, fol
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_cluster, folder, tmp_path):
     from rlhf_ray.supervised.launch import run_sft
 
