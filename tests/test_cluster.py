@@ -426,7 +426,7 @@ def test_local_data_is_named_or_refused(tmp_path, monkeypatch):
     items = upload.stage(with_root, Path("out2"), run_dir="/runs/x", data=[Path("mine")])
     assert [item.what for item in items] == ["code", "resolved recipe", "data"]
     assert yaml.safe_load(Path("out2/recipe.yaml").read_text())["data"]["root"] == "/runs/x/uploads/mine"
-    assert Path("out2/uploads/mine/rows.jsonl").is_file() and Path("out2/rlhf_ray/config.py").is_file()
+    assert Path("out2/uploads/mine/rows.jsonl").is_file() and Path("out2/rlhf_ray/config/recipe.py").is_file()
     assert not list(Path("out2").rglob("__pycache__"))
 
     for named, words in ((Path("absent"), "no such file"), (Path("out"), "no field of the recipe names it")):

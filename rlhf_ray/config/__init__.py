@@ -1,0 +1,24 @@
+"""The recipe: every knob of a run, typed, validated before anything starts, and frozen.
+
+A default lives on its field and nowhere else; what follows from other fields is a property. The README's recipe
+reference is generated from these classes, so each field carries its one-line description.
+"""
+
+from rlhf_ray.config.base import Precision, Section, exact_div
+from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig
+from rlhf_ray.config.ppo import GenerationConfig, KlConfig, PPOConfig, RewardTerm
+from rlhf_ray.config.recipe import (
+    EvaluationConfig,
+    GroupConfig,
+    Recipe,
+    ResourcesConfig,
+    RoleConfig,
+    TrackingConfig,
+)
+from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
+
+__all__ = [
+    "DataConfig", "DpoConfig", "EvaluationConfig", "FromScratch", "GenerationConfig", "GroupConfig", "KlConfig",
+    "LoraConfig", "ModelConfig", "PPOConfig", "Precision", "Recipe", "ResourcesConfig", "RewardConfig", "RewardTerm",
+    "RoleConfig", "Section", "SftConfig", "SourceConfig", "TrackingConfig", "TrainConfig", "exact_div",
+]  # fmt: skip

@@ -1,0 +1,292 @@
+"""The sections `generation` and `ppo`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import model_validator
+
+from rlhf_ray.config.base import Precision, Section, exact_div, knob
+from rlhf_ray.config.stages import LoraConfig, check_trained_part
+from rlhf_ray.generation_types import SamplingParams
+
+
+class GenerationConfig(Section):
+    """How responses are drawn, in training and evaluation alike."""
+
+    max_new_tokens: int = knob(48, "longest response in tokens", gt=0)
+    min_new_tokens: int = knob(
+        0, "an EOS before this token does not end the response; max_new_tokens: all are of one length", ge=0
+    )
+    temperature: float = knob(1.0, "divides the logits in sampling and in every log-prob", gt=0)
+    top_k: int = knob(0, "sample from the k likeliest tokens; 0: all", ge=0)
+    top_p: float = knob(1.0, "sample from the smallest set with this probability", gt=0, le=1)
+    min_p: float = knob(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
+    stop: tuple[str, ...] = knob((), "strings that end a response")
+    chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
+    precision: Precision = knob("auto", "auto: as ppo.precision")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """These knobs as the engine takes them."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop=self.stop,
+        )
+
+    @model_validator(mode="after")
+    def _lengths_fit(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"generation.min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; lower it"
+            )
+        return self
+
+
+class KlConfig(Section):
+    """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
+
+    target: float = knob(6.0, "nats a sequence, summed over its tokens", gt=0)
+    horizon: int = knob(10000, "episodes over which the coefficient adapts", gt=0)
+
+
+class RewardTerm(Section):
+    """One of several rewards whose weighted sum is the score."""
+
+    weight: float = knob(1.0, "factor of this term in the sum; negative: a price")
+    function: str | None = knob(None, "package.module:function scoring (prompts, responses); or model")
+    model: str | None = knob(
+        None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; or function"
+    )
+    timeout_s: float | None = knob(
+        None, "longest time of the function for a sample, which it gets one at a time in a process of its own; null: none",
+        gt=0,
+    )  # fmt: skip
+    timeout_score: float | None = knob(None, "score of a sample over the limit, before the weight; null: the run stops")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.function is None) == (self.model is None):
+            has = "neither" if self.function is None else "both"
+            raise ValueError(f"the term has {has} function and model; give it exactly one of the two")
+        if self.timeout_s is not None and self.function is None:
+            raise ValueError(
+                f"timeout_s is {self.timeout_s:g}, but model '{self.model}' is no function; remove timeout_s"
+            )
+        if self.timeout_score is not None and self.timeout_s is None:
+            raise ValueError(f"timeout_score is {self.timeout_score:g}, but there is no timeout_s; set it too")
+        return self
+
+
+#: ppo.advantage that compare the samples of a prompt, so that there have to be several
+COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
+
+
+class PPOConfig(Section):
+    """Proximal policy optimisation with a KL penalty to the SFT model."""
+
+    steps: int = knob(100, "rollout-and-update iterations", gt=0)
+    seed: int | None = knob(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
+    rollout_batch_size: int = knob(64, "prompts a step, whole job", gt=0)
+    samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
+    minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
+    microbatch_size: int = knob(32, "rollouts a forward pass, per rank", gt=0)
+    ppo_epochs: int = knob(4, "passes over each rollout batch", gt=0)
+    learning_rate: float = knob(1e-5, "policy's peak rate", gt=0)
+    critic_learning_rate: float = knob(1e-5, "critic's peak rate", gt=0)
+    anneal: bool = knob(True, "learning rates fall linearly to zero over the steps")
+    adam_eps: float = knob(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: never", ge=0)
+    kl_coef: float = knob(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
+    adaptive_kl: KlConfig | None = knob(None, "adapt kl_coef to a target; null: fixed")
+    gamma: float = knob(1.0, "discount", ge=0, le=1)
+    gae_lambda: float = knob(0.95, "GAE's lambda", ge=0, le=1)
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = knob(
+        "gae", "gae has a critic; the others compare the samples of a prompt, or whiten over the batch"
+    )
+    loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = knob(
+        "token",
+        "mean over all tokens; over responses of their sums; of their means; of sums over max_new_tokens",
+    )
+    kl_in: Literal["reward", "loss"] = knob("reward", "where the KL stands: in each token's reward or in the loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of the KL in the reward or the loss")
+    clip_range: float = knob(0.2, "ratio clip of the policy loss", gt=0)
+    clip_range_high: float | None = knob(None, "upper ratio clip (clip-higher); null: clip_range", gt=0)
+    dual_clip: float | None = knob(None, "caps the loss of negative advantages at this multiple; null: off", gt=1)
+    entropy_coef: float = knob(0.0, "weight of an entropy bonus in the policy loss", ge=0)
+    max_approx_kl: float | None = knob(
+        None, "end a step's policy updates once approx_kl of a minibatch exceeds this; null: never", gt=0
+    )
+    dynamic_sampling_rounds: int = knob(
+        0,
+        "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
+        ge=0,
+    )
+    critic_warmup_steps: int = knob(0, "first steps in which the critic trains alone", ge=0)
+    value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
+    vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
+    whiten_rewards: bool = knob(False, "divide rewards by their deviation over the batch, keeping the mean")
+    whiten_advantages: bool | None = knob(
+        None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
+    )
+    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
+    missing_eos_score: float | None = knob(
+        None, "the score of every response that did not end, in place of its own (OpenAI's -1); null: its own"
+    )
+    score_clip: float | None = knob(None, "scores are cut to between -this and this; null: as they are", gt=0)
+    overlong_buffer: int = knob(
+        0, "a penalty rises from 0 to 1 over this many tokens before max_new_tokens (DAPO); 0: none", ge=0
+    )
+    critic_init: Literal["reward", "sft"] = knob(
+        "reward", "critic starts from the reward model, or from the SFT model with a zero head"
+    )
+    reward_function: str | None = knob(
+        None, "package.module:function scoring (prompts, responses) in place of the reward model"
+    )
+    reward_timeout_s: float | None = knob(
+        None, "longest time of reward_function for a sample, as timeout_s of a term of rewards", gt=0
+    )
+    reward_timeout_score: float | None = knob(None, "score of a sample over that limit; null: the run stops")
+    rewards: dict[str, RewardTerm] = knob(
+        {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
+    )
+    adam_form: Literal["torch", "tensorflow"] = knob(
+        "torch", "whether adam_eps stands outside or inside the bias correction"
+    )
+    precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    lora: LoraConfig | None = knob(
+        None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
+    )
+    critic_lora: LoraConfig | None = knob(None, "train low-rank adapters of the critic, and its value head; null: all")
+    freeze_layers: int = knob(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
+    critic_freeze_layers: int = knob(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
+    gradient_checkpointing: bool = knob(
+        False, "policy and critic compute activations again in the backward pass: less memory, more time"
+    )
+    eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
+    eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
+    judge_evaluations: bool = knob(False, "these evaluations ask the independent judge too (metric eval/judge)")
+    best_by: Literal["score", "judge"] = knob("score", "whose held-out mean says which policy is the best one")
+    patience: int | None = knob(
+        None, "stop after so many evaluations in a row that find no better policy; null: never", gt=0
+    )
+    roll_back: bool = knob(False, "the stage's model is the best policy, not the last one")
+    checkpoint_every: int = knob(20, "steps between checkpoints", gt=0)
+    checkpoint_minutes: float = knob(20.0, "longest time between checkpoints", gt=0)
+    keep_checkpoints: int = knob(2, "last good checkpoints kept", gt=0)
+    max_mismatch: float = knob(
+        0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0
+    )
+    max_first_approx_kl: float = knob(
+        1e-3, "stop if approx_kl of an update's first minibatch, where the policy has not moved, is above", gt=0
+    )
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def terms(self) -> dict[str, RewardTerm]:
+        """What the score is made of, the shorthands written out."""
+        if self.rewards:
+            return self.rewards
+        if self.reward_function is None:
+            return {"reward": RewardTerm(model="reward")}
+        return {"reward": RewardTerm(
+            function=self.reward_function, timeout_s=self.reward_timeout_s, timeout_score=self.reward_timeout_score
+        )}  # fmt: skip
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether a term is the reward stage's model."""
+        return any(term.model == "reward" for term in self.terms.values())
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.advantage in ("gae", "reinforce_pp", "reinforce_pp_baseline")
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.rollout_batch_size * self.samples_per_prompt
+
+    @property
+    def num_minibatches(self) -> int:
+        return exact_div(
+            self.rollouts_per_step,
+            self.minibatch_size,
+            "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size",
+        )
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self):
+        if self.advantage in COMPARES_SAMPLES and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.advantage {self.advantage} compares the samples of a prompt, but samples_per_prompt is "
+                f"{self.samples_per_prompt}; set it to 2 or more, or choose gae or reinforce_pp"
+            )
+        if self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2:
+            raise ValueError(
+                "ppo.dynamic_sampling_rounds looks for prompts whose samples score differently, but samples_per_prompt is "
+                f"{self.samples_per_prompt}; set it to 2 or more"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "ppo.kl_estimator is k1 and kl_in is loss: k1's expected gradient is zero, it would hold nothing back; "
+                "set kl_estimator to k2 or k3"
+            )
+        if self.critic_warmup_steps > 0 and not self.has_critic:
+            raise ValueError(
+                f"ppo.critic_warmup_steps is {self.critic_warmup_steps}, but ppo.advantage {self.advantage} has no critic; "
+                "set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self):
+        if self.rewards and self.reward_function is not None:
+            raise ValueError(
+                f"ppo.rewards and ppo.reward_function ('{self.reward_function}') are both set; make the function a term "
+                "of ppo.rewards"
+            )
+        for name in self.rewards:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(
+                    f"ppo.rewards has a term '{name}'; name it with letters, digits, '_', '.' and '-' only"
+                )
+        if self.reward_timeout_s is not None and self.reward_function is None:
+            raise ValueError(
+                f"ppo.reward_timeout_s is {self.reward_timeout_s:g}, but there is no ppo.reward_function; remove it, or "
+                "set timeout_s of a term of ppo.rewards"
+            )
+        if self.reward_timeout_score is not None and self.reward_timeout_s is None:
+            raise ValueError(
+                f"ppo.reward_timeout_score is {self.reward_timeout_score:g}, but there is no ppo.reward_timeout_s; set it too"
+            )
+        if self.best_by == "judge" and not self.judge_evaluations:
+            raise ValueError("ppo.best_by is 'judge' and ppo.judge_evaluations is false; set it to true")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_one_part(self):
+        check_trained_part(self.lora, self.freeze_layers, ("ppo.lora", "ppo.freeze_layers"))
+        check_trained_part(self.critic_lora, self.critic_freeze_layers, ("ppo.critic_lora", "ppo.critic_freeze_layers"))
+        if not self.has_critic and (self.critic_lora is not None or self.critic_freeze_layers > 0):
+            raise ValueError(
+                f"ppo.critic_lora or ppo.critic_freeze_layers is set, but ppo.advantage {self.advantage} has no critic; "
+                "set them to null and 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        assert self.num_minibatches > 0
+        exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
+        return self
