@@ -68,6 +68,8 @@ def test_the_band_is_over_the_steps_that_all_runs_have():
     np.testing.assert_array_equal(xs, [10, 30])
     np.testing.assert_array_equal([low, mean, high], [[1, 0], [2.5, 1], [4, 2]])
     assert all(len(part) == 0 for part in band([one, []], "x", "y"))
+    start = [{"step": 0, "y": 7.0}, *one]
+    np.testing.assert_array_equal(band([start], "x", "y")[0], [0, 10, 20])
 
 
 def test_ppo_runs_of_one_start_are_told_apart_by_their_own_seed(tmp_path):

@@ -46,7 +46,7 @@ def compare(out: Path, groups: Groups, curves: Sequence[str] = CURVES, against: 
         for run in runs:
             _record(run, out / label / f"seed_{seed_of(run)}")
     plot(out / "curves.png", groups, curves, against)
-    write_atomically(out / "README.md", "\n".join(_readme(out.name, groups)) + "\n")
+    write_atomically(out / "README.md", "\n".join(_readme(out, groups)) + "\n")
     return out / "README.md"
 
 
@@ -91,7 +91,9 @@ def plot(path: Path, groups: Groups, curves: Sequence[str], against: str) -> Non
 
 def band(runs: Sequence[list[dict]], against: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(xs, lowest, mean, highest) of a metric at the steps that all runs have it at."""
-    tables = [{row["step"]: (row[against], row[name]) for row in run if name in row and against in row} for run in runs]
+    # Before its first step a run has had no episode, and says nothing of how many.
+    rows = [[{against: 0.0} | row if row["step"] == 0 else row for row in run] for run in runs]
+    tables = [{row["step"]: (row[against], row[name]) for row in run if name in row and against in row} for run in rows]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     xs = np.array([np.mean([table[step][0] for table in tables]) for step in steps])
     ys = np.array([[table[step][1] for table in tables] for step in steps]).reshape(len(steps), len(tables))
@@ -112,11 +114,12 @@ def _record(run: RunFolder, target: Path) -> None:
             write_atomically(target / name, shorten(file.read_text()))
 
 
-def _readme(name: str, groups: Groups) -> list[str]:
+def _readme(out: Path, groups: Groups) -> list[str]:
     environment = json.loads((next(iter(groups.values()))[0].path / "environment.json").read_text())
     seeds = {label: [seed_of(run) for run in runs] for label, runs in groups.items()}
-    lines = [f"# {name}", "",
-             f"On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in brackets their lowest "
+    script = "To repeat: [run.sh](run.sh). " if (out / "run.sh").exists() else ""
+    lines = [f"# {out.name}", "",
+             f"{script}On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in brackets their lowest "
              "and highest. Curves: the same, over training ([curves.png](curves.png)).", "",
              "| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
     for label, runs in groups.items():
