@@ -276,6 +276,7 @@ def with_dpo(recipe, **changes):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, folder, recipe):
     from rlhf_ray.supervised.launch import run_dpo
 

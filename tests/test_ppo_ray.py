@@ -199,6 +199,7 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
     assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
+@pytest.mark.slow
 def test_adapters_alone_train_move_and_are_saved(undisturbed, new_folder):
     """No reference actor, two generators, a second go from the first checkpoint; the saved model is merged."""
     recipe = tiny_recipe(

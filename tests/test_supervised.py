@@ -410,6 +410,7 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, folder, tmp_path):
     """The run ends between the two members, and goes on with the second."""
     from rlhf_ray.supervised.launch import run_reward
