@@ -31,10 +31,10 @@ from rlhf_ray.actors.role_actors import (
 )
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
+from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.data.store import read_role
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.events import EventLog
-from rlhf_ray.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens

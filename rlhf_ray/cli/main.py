@@ -30,7 +30,9 @@ app = typer.Typer(
 )  # fmt: skip
 console, errors = Console(), Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh, arithmetic)")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh, arithmetic)")
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
 StartFrom = Annotated[

@@ -119,8 +119,8 @@ def _readme(out: Path, groups: Groups) -> list[str]:
     seeds = {label: [seed_of(run) for run in runs] for label, runs in groups.items()}
     script = "To repeat: [run.sh](run.sh). " if (out / "run.sh").exists() else ""
     lines = [f"# {out.name}", "",
-             f"{script}On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in brackets their lowest "
-             "and highest. Curves: the same, over training ([curves.png](curves.png)).", "",
+             f"{script}On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in "
+             "brackets their lowest and highest. Curves: the same, over training ([curves.png](curves.png)).", "",
              "| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
     for label, runs in groups.items():
         files = [run.stage("evaluation").path / "summary.json" for run in runs]
