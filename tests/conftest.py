@@ -28,6 +28,7 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """`make test` shares the tests out over two processes, a group at a time; those of Ray wait more than they compute."""
     for item in items:
