@@ -28,10 +28,10 @@ demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PP
 	$(BIN)/rlhf-ray run demo --run-dir $(RUN_DIR)
 
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-all: $(STAMP)   ## the tests that take minutes too
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
 lint: $(STAMP)       ## ruff
 	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"

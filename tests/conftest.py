@@ -11,6 +11,7 @@ os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not
 import pytest
 import torch
 from differences import table
+from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -28,11 +29,18 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """`make test` shares the tests out over two processes, a group at a time; those of Ray wait more than they compute."""
-    for item in items:
-        group = "in process"
-        if item.get_closest_marker("ray"):
-            group = "supervised stages" if item.path.name in ("test_supervised.py", "test_dpo.py") else "ray"
-        item.add_marker(pytest.mark.xdist_group(group))
+RAY = ("test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py")
+STAGES = ("test_supervised.py", "test_dpo.py")  # Ray too
+
+
+class Groups(LoadScopeScheduling):
+    """`make test` shares the tests out over two processes, a group at a time: two Rays at once would slow each other down."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return "ray" if file in RAY else "supervised stages" if file in STAGES else "in process"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
