@@ -29,16 +29,15 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-RAY = ("test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py")
-STAGES = ("test_supervised.py", "test_dpo.py")  # Ray too
+RAY = ("test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py", "test_supervised.py")
 
 
 class Groups(LoadScopeScheduling):
-    """`make test` shares the tests out over two processes, a group at a time: two Rays at once would slow each other down."""
+    """`make test` shares the tests out over two processes: one for those of Ray, since two of them at once would slow each other."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ray" if file in RAY else "supervised stages" if file in STAGES else "in process"
+        return "ray" if file in RAY else "in process"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,38 +1,19 @@
 """Mistakes are answered in one sentence with the value and the remedy, exit code 2, and no traceback."""
 
-import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from command import rlhf_ray
 
 from rlhf_ray.cli.doctor import recipe_problems
-from rlhf_ray.cli.main import app
 from rlhf_ray.cli.running import absolute_paths
 from rlhf_ray.config import Recipe
 from rlhf_ray.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Answer:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def rlhf_ray(*args, cwd=None) -> Answer:
-    """The command in this process: another one would import everything first."""
-    with contextlib.chdir(cwd or "."):
-        result = CliRunner().invoke(app, list(args))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Answer(result.exit_code, result.stdout, result.stderr)
 
 
 def in_a_process(*args) -> subprocess.CompletedProcess:
@@ -194,9 +175,9 @@ def test_dpo_is_a_stage_of_its_own(tmp_path):
     for name in ("data", "sft", "dpo"):
         run.stage(name).path.mkdir(parents=True)
         run.stage(name).finish({})
-    answer = CliRunner().invoke(app, ["dpo", recipe, "--set", "dpo.beta=0.2", "--run-dir", str(run.path)])
-    assert answer.exit_code == 0, answer.output
+    answer = rlhf_ray("dpo", recipe, "--set", "dpo.beta=0.2", "--run-dir", str(run.path))
+    assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[-1] == str(run.stage("dpo").path)
     assert yaml.safe_load(run.recipe.read_text())["dpo"]["beta"] == 0.2
-    answer = CliRunner().invoke(app, ["dpo", recipe, "--run-dir", str(tmp_path / "other")])
-    assert answer.exit_code == 2 and "has no stage 'dpo': its section is null" in answer.output
+    answer = rlhf_ray("dpo", recipe, "--run-dir", str(tmp_path / "other"))
+    assert answer.returncode == 2 and "has no stage 'dpo': its section is null" in answer.stderr

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import rlhf_ray
 
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.run_folder import RunFolder
@@ -28,9 +29,13 @@ SHORT = {
 }  # fmt: skip
 
 
-def command(verb: str, run_dir: Path, **changes) -> list[str]:
+def arguments(verb: str, run_dir: Path, **changes) -> list[str]:
     settings = [f"--set={key}={value}" for key, value in (SHORT | changes).items()]
-    return [sys.executable, "-m", "rlhf_ray.cli.main", verb, "demo", "--run-dir", str(run_dir), *settings]
+    return [verb, "demo", "--run-dir", str(run_dir), *settings]
+
+
+def command(*args, **changes) -> list[str]:
+    return [sys.executable, "-m", "rlhf_ray.cli.main", *arguments(*args, **changes)]
 
 
 def run(*args, **changes) -> subprocess.CompletedProcess:
@@ -132,16 +137,15 @@ def test_the_same_command_goes_on_to_the_end(interrupted):
         assert isinstance(row[name], float), name
     assert all(abs(row["first_policy/ratio"] - 1) < 1e-3 for row in after[1:])
 
-    changed = run("run", run_dir, **{"ppo.steps": steps, "ppo.gae_lambda": 0.5, "seed": 3})
+    changed = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps, "ppo.gae_lambda": 0.5, "seed": 3}))
     assert changed.returncode == 2
     assert "ppo.gae_lambda" in changed.stderr and "seed" in changed.stderr and "Traceback" not in changed.stderr
-    again = run("run", run_dir, **{"ppo.steps": steps})
+    again = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps}))
     assert again.returncode == 0 and "done before" in again.stdout
 
     target = run_dir.parent / "exported"
     checkpoint = sorted((run_dir / "ppo" / "checkpoints").glob("step_*"))[-1]
-    exported = subprocess.run([sys.executable, "-m", "rlhf_ray.cli.main", "export", str(checkpoint), str(target)],
-                              capture_output=True, text=True, check=False)  # fmt: skip
+    exported = rlhf_ray("export", str(checkpoint), str(target))
     assert exported.returncode == 0, exported.stderr
     from safetensors.torch import load_file
 
