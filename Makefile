@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/demo
 ARGS ?=
 
+# Where it is set, each of the many processes would compile every module that it imports: seconds a process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format clean
 
