@@ -33,7 +33,7 @@ RAY = ("test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py", 
 
 
 class Groups(LoadScopeScheduling):
-    """`make test` shares the tests out over two processes: one for those of Ray, since two of them at once would slow each other."""
+    """`make test` has two processes: one for the tests with Ray, since two Rays at once would slow each other down."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].rpartition("/")[2]
