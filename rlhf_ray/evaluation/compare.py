@@ -109,7 +109,9 @@ def _record(run: RunFolder, target: Path) -> None:
     if not metrics.exists():
         raise UserError(f"{run.path} has no ppo/metrics.jsonl; name a run folder whose PPO has run")
     shorten = path_shortener(run)
-    for name, file in (("recipe.yaml", run.recipe), ("ppo_metrics.jsonl", metrics), ("summary.json", summary)):
+    files = {"recipe.yaml": run.recipe, "timings.json": run.path / "timings.json", "ppo_metrics.jsonl": metrics,
+             "summary.json": summary}  # fmt: skip
+    for name, file in files.items():
         if file.exists():
             write_atomically(target / name, shorten(file.read_text()))
 
