@@ -10,7 +10,8 @@ import yaml
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import charts, report_curves
-from rlhf_ray.evaluation.report import duration, figure, render, write_report
+from rlhf_ray.evaluation.report import render, write_report
+from rlhf_ray.evaluation.report_words import duration, figure
 from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.events import EventLog
 from rlhf_ray.metrics import MetricsWriter

@@ -16,7 +16,7 @@ for seed in 0 1 2 3 4; do
             --set ppo.rollout_batch_size=128 --set ppo.minibatch_size=128 --set ppo.microbatch_size=64 --set ppo.ppo_epochs=4 \
             --set ppo.learning_rate=1e-4 --set ppo.critic_learning_rate=1e-4 --set ppo.critic_init=sft \
             --set ppo.kl_coef=0.15 --set ppo.adaptive_kl.target=6 --set ppo.adaptive_kl.horizon=250 \
-            --set ppo.whiten_rewards=true --set ppo.max_grad_norm=0 --set ppo.precision=float32 \
+            --set ppo.whiten_rewards=true --set ppo.max_grad_norm=0 \
             --set generation.max_new_tokens=24 --set generation.min_new_tokens=24 --set generation.temperature=0.7 \
             --set generation.chunk_size=128 --set ppo.eval_every=65 --set ppo.checkpoint_every=25
     done
