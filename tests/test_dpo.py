@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from test_trained_supervised import train
 from tiny import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig as TrlDpoConfig
@@ -18,6 +19,7 @@ from rlhf_ray.errors import StageStopped
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
+from rlhf_ray.models.trained import MergedLayers, plain_name, train_only_part
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised.dpo import Dpo, heldout_figures, loss_arguments
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
@@ -243,10 +245,18 @@ def plain_dpo(recipe, folder):
     config, start = recipe.dpo, folder.stage("sft").model
     tokenizer = AutoTokenizer.from_pretrained(start)
     model, reference = (AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) for _ in range(2))
+    train_only_part(
+        model,
+        lora=config.lora,
+        freeze_layers=config.freeze_layers,
+        gradient_checkpointing=False,
+        seed=recipe.seed + 4000,
+    )
     rows = dpo_rows(tokenizer, Dataset.from_parquet(str(folder.data("reward_train"))), max_length=config.max_length)
     wanted = round(config.epochs * len(rows.lengths))
     order = training_order(rows.lengths, batch_size=config.batch_size, rows=wanted, seed=recipe.seed + 4000)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0), []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0), []
     steps = len(order) // config.batch_size
     for step in range(steps):
         batch = rows.dataset[order[step * config.batch_size : (step + 1) * config.batch_size]]
@@ -260,10 +270,14 @@ def plain_dpo(recipe, folder):
         )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return model, losses
+    if config.lora is None:
+        return model, losses
+    adapter = {plain_name(f"model.{name}"): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    MergedLayers(reference, config.lora).load(adapter)
+    return reference, losses
 
 
 def assert_same_weights(found, expected, atol):
@@ -273,6 +287,27 @@ def assert_same_weights(found, expected, atol):
 
 def with_dpo(recipe, **changes):
     return recipe.model_validate(recipe.model_dump(mode="json") | {"dpo": STAGE | changes})
+
+
+@pytest.mark.parametrize("part", [{"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2},
+                                  {"freeze_layers": 1, "gradient_checkpointing": True}])  # fmt: skip
+def test_a_part_of_the_weights_trains_as_in_a_plain_loop(folder, recipe, tmp_path, part):
+    run = RunFolder(tmp_path)
+    for name in ("data", "sft"):
+        os.symlink(folder.path / name, run.path / name)
+    run.stage("dpo").path.mkdir()
+    trained, stage = with_dpo(recipe, epochs=1, **part), run.stage("dpo")
+    train(trained, run, "dpo")
+    model, losses = plain_dpo(trained, run)
+    np.testing.assert_allclose([row["loss"] for row in read_metrics(stage.metrics)], losses, atol=1e-4)
+    saved, start = (AutoModelForCausalLM.from_pretrained(at) for at in (stage.model, run.stage("sft").model))
+    assert_same_weights(saved, model, 2e-4)
+    same = {
+        name for name, weight in saved.named_parameters() if torch.equal(weight, dict(start.named_parameters())[name])
+    }
+    frozen = {name for name in same if ".h.0." in name}
+    assert "transformer.wte.weight" in same  # either way
+    assert len(frozen) == (12 if "freeze_layers" in part else 12 - 4) and len(same) < len(list(saved.parameters()))
 
 
 @pytest.mark.ray

@@ -175,6 +175,7 @@ def test_sequences_must_fit_into_the_positions(values, part):
         ({"ppo": {"freeze_layers": 4}}, "ppo.freeze_layers = 4, but the model has 4 blocks"),
         ({"reward": {"freeze_layers": 5}}, "reward.freeze_layers = 5, but the model has 4 blocks"),
         ({"sft": {"lora": {}}}, "sft.lora is set, but sft starts from random weights"),
+        ({"sft": None, "dpo": {"lora": {}}}, "dpo.lora is set, but dpo starts from random weights"),
         (
             {"reward": {"base": "model", "freeze_layers": 1}},
             "reward.freeze_layers is set, but reward starts from random",

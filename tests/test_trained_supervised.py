@@ -27,13 +27,15 @@ def work(rank, world, port, path, values, stages):
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     from rlhf_ray.engines.distributed import join_group
+    from rlhf_ray.supervised.dpo import train_dpo
     from rlhf_ray.supervised.reward import train_reward
     from rlhf_ray.supervised.sft import train_sft
 
     join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=120)
     recipe, run = Recipe.model_validate(values), RunFolder(path)
+    trainers = {"sft": train_sft, "reward": train_reward, "judge": train_reward, "dpo": train_dpo}
     for stage in stages:
-        summary = (train_sft if stage == "sft" else train_reward)(recipe, run, stage)
+        summary = trainers[stage](recipe, run, stage)
         if rank == 0 and summary["ended_by"] != "stop":
             run.stage(stage).finish(summary)
     torch.distributed.barrier()

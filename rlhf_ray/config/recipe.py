@@ -233,8 +233,8 @@ class Recipe(Section):
                     f"set it to {self.model.from_scratch.layers - 1} or less"
                 )
         for name, stage in self._stages_on_own_model.items():
-            if isinstance(stage, RewardConfig) and stage.base != "model":
-                continue
+            if (isinstance(stage, RewardConfig) and stage.base != "model") or (name == "dpo" and self.sft is not None):
+                continue  # it starts from a trained model
             for key, is_set, off in (
                 ("lora", stage.lora is not None, "null"),
                 ("freeze_layers", stage.freeze_layers > 0, 0),
