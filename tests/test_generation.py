@@ -18,7 +18,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_ray.algorithms.sampling import draw, inverse_cdf, tempered_logprobs, truncate
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.engines.kv_cache import ragged_attention
 from rlhf_ray.engines.row_batch import row_uniforms
@@ -300,18 +299,6 @@ def test_stop_strings_are_found_in_text_of_several_byte_characters():
     assert len(stop.encode()) > 1
 
 
-def test_draws_have_the_frequencies_of_the_distribution():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
-    probs = np.exp(logits.double().numpy())
-    probs /= probs.sum()
-    count = 200_000
-    uniforms = torch.from_numpy(row_uniforms(3, count))
-    tokens, logprobs = draw(logits.expand(count, -1), uniforms, temperature=1.0)
-    seen = np.bincount(tokens.numpy(), minlength=5) / count
-    assert (np.abs(seen - probs) < 4 * np.sqrt(probs * (1 - probs) / count)).all()
-    np.testing.assert_allclose(logprobs.numpy(), np.log(probs)[tokens.numpy()], atol=1e-6)
-
-
 def test_the_engine_draws_first_tokens_with_the_models_frequencies():
     model, count = build("llama"), 4000
     params = SamplingParams(max_new_tokens=1, temperature=1.5, top_k=8)
@@ -321,66 +308,6 @@ def test_the_engine_draws_first_tokens_with_the_models_frequencies():
     seen = np.bincount(first, minlength=VOCAB) / count
     assert (seen[probs == 0] == 0).all() and (probs > 0).sum() == 8
     assert (np.abs(seen - probs) < 4 * np.sqrt(probs * (1 - probs) / count) + 1e-12).all()
-
-
-def test_truncation_by_hand():
-    """p = 0.4 0.3 0.2 0.1: the kept sets and what they are renormalised to, worked out by hand."""
-    logprobs = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
-    for knobs, expected in [
-        ({}, [0.2, 0.4, 0.1, 0.3]),
-        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
-        ({"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
-        ({"top_p": 0.39}, [0, 1, 0, 0]),
-        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),  # 0.4 < 0.65, so 0.3 is needed; 0.7 is enough
-        ({"top_p": 0.75}, [2 / 9, 4 / 9, 0, 3 / 9]),
-        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # 0.6 * 0.4 = 0.24
-        ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9 3/9 2/9 the first two make 7/9: top_p after top_k
-        ({"top_k": 3, "top_p": 0.8, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
-    ]:
-        expected = torch.tensor([expected], dtype=torch.float32)
-        torch.testing.assert_close(truncate(logprobs, **knobs).exp(), expected, atol=1e-6, rtol=0)
-        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        vectors = {name: torch.tensor([value, off[name]]) for name, value in knobs.items()}
-        both = truncate(logprobs.expand(2, -1), **vectors).exp()
-        torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)  # the row whose knobs are off
-
-
-def test_ties_with_the_last_kept_token_are_kept():
-    logprobs = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
-    torch.testing.assert_close(truncate(logprobs, top_k=2).exp(), logprobs.exp(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(truncate(logprobs, top_p=0.5).exp(), logprobs.exp(), atol=1e-6, rtol=0)
-
-
-def test_top_p_over_more_tokens_than_the_first_sort():
-    torch.manual_seed(0)
-    logprobs = torch.cat([torch.zeros(1, 3000), torch.randn(1, 3000) * 5]).log_softmax(-1)
-    logprobs[0] += torch.linspace(0, 1e-3, 3000)
-    logprobs = logprobs.log_softmax(-1)
-    kept = (truncate(logprobs, top_p=0.5) > -torch.inf).sum(-1).tolist()
-    for row, count in zip(logprobs.double().exp().numpy(), kept, strict=True):
-        assert abs(count - (np.searchsorted(np.cumsum(-np.sort(-row)), 0.5) + 1)) <= 3  # float32 sums
-    assert kept[0] > 512 > kept[1]
-
-
-def test_inverse_cdf_never_draws_what_has_no_probability():
-    logprobs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().expand(4, -1)
-    uniforms = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
-    assert inverse_cdf(logprobs, uniforms).tolist() == [1, 1, 3, 3]
-
-
-def test_temperature_divides_logits():
-    logits = torch.tensor([[0.0, float(np.log(2.0))]], dtype=torch.float32)
-    for temperature, odds in ((1.0, 2.0), (0.5, 4.0), (2.0, 2**0.5)):
-        logprobs = tempered_logprobs(logits, temperature=temperature)
-        assert float((logprobs[0, 1] - logprobs[0, 0]).exp()) == pytest.approx(odds, rel=1e-6)
-
-
-def test_greedy_rows_tell_the_untempered_logprob():
-    logits = torch.tensor([[0.0, float(np.log(3.0))]])
-    for temperature in (0.0, torch.tensor([0.0])):
-        token, logprob = draw(logits, torch.tensor([0.1]), temperature=temperature)
-        assert token.tolist() == [1] and logprob.item() == pytest.approx(np.log(0.75), abs=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
-from rlhf_ray.algorithms.rewards import length_correlation
+from rlhf_ray.algorithms.rewards import flat_groups, length_correlation
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
@@ -36,6 +36,12 @@ def test_three_ways_to_combine_three_members():
     less = combine_scores(MEMBERS, combine="mean_minus_std", std=0.5).tolist()
     assert less == pytest.approx([3.0 - 0.5 * apart[0], 1.0 - 0.5 * apart[1]])
     assert disagreement(MEMBERS[:1]).tolist() == [0.0, 0.0]
+
+
+def test_a_flat_group_is_one_whose_samples_all_score_the_same():
+    scores = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 0.5])
+    assert flat_groups(scores, group_size=2).tolist() == [True, False, True]
+    assert flat_groups(scores, group_size=3).tolist() == [False, False]
 
 
 def test_the_correlation_with_length_by_hand():

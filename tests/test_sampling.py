@@ -1,0 +1,127 @@
+"""From logits to tokens: truncation, renormalisation and drawing, by hand and by frequency. Tests of `algorithms.sampling`."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.algorithms.sampling import draw, inverse_cdf, tempered_logprobs, truncate
+
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def test_draws_have_the_frequencies_of_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    probs = np.exp(logits.double().numpy())
+    probs /= probs.sum()
+    count = 200_000
+    uniforms = torch.from_numpy(np.random.default_rng(3).random(count, dtype=np.float32))
+    tokens, logprobs = draw(logits.expand(count, -1), uniforms, temperature=1.0)
+    seen = np.bincount(tokens.numpy(), minlength=5) / count
+    assert (np.abs(seen - probs) < 4 * np.sqrt(probs * (1 - probs) / count)).all()
+    np.testing.assert_allclose(logprobs.numpy(), np.log(probs)[tokens.numpy()], atol=1e-6)
+
+
+def test_truncation_by_hand():
+    """p = 0.4 0.3 0.2 0.1: the kept sets and what they are renormalised to, worked out by hand."""
+    logprobs = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
+    for knobs, expected in [
+        ({}, [0.2, 0.4, 0.1, 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
+        ({"top_p": 0.39}, [0, 1, 0, 0]),
+        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),  # 0.4 < 0.65, so 0.3 is needed; 0.7 is enough
+        ({"top_p": 0.75}, [2 / 9, 4 / 9, 0, 3 / 9]),
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # 0.6 * 0.4 = 0.24
+        ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9 3/9 2/9 the first two make 7/9: top_p after top_k
+        ({"top_k": 3, "top_p": 0.8, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+    ]:
+        expected = torch.tensor([expected], dtype=torch.float32)
+        torch.testing.assert_close(truncate(logprobs, **knobs).exp(), expected, atol=1e-6, rtol=0)
+        vectors = {name: torch.tensor([value, OFF[name]]) for name, value in knobs.items()}
+        both = truncate(logprobs.expand(2, -1), **vectors).exp()
+        torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)  # the row whose knobs are off
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+    logprobs = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    torch.testing.assert_close(truncate(logprobs, top_k=2).exp(), logprobs.exp(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(truncate(logprobs, top_p=0.5).exp(), logprobs.exp(), atol=1e-6, rtol=0)
+
+
+def test_top_p_over_more_tokens_than_the_first_sort():
+    torch.manual_seed(0)
+    logprobs = torch.cat([torch.zeros(1, 3000), torch.randn(1, 3000) * 5]).log_softmax(-1)
+    logprobs[0] += torch.linspace(0, 1e-3, 3000)
+    logprobs = logprobs.log_softmax(-1)
+    kept = (truncate(logprobs, top_p=0.5) > -torch.inf).sum(-1).tolist()
+    for row, count in zip(logprobs.double().exp().numpy(), kept, strict=True):
+        assert abs(count - (np.searchsorted(np.cumsum(-np.sort(-row)), 0.5) + 1)) <= 3  # float32 sums
+    assert kept[0] > 512 > kept[1]
+
+
+def test_inverse_cdf_never_draws_what_has_no_probability():
+    logprobs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
+    assert inverse_cdf(logprobs, uniforms).tolist() == [1, 1, 3, 3]
+
+
+def test_temperature_divides_logits():
+    logits = torch.tensor([[0.0, float(np.log(2.0))]], dtype=torch.float32)
+    for temperature, odds in ((1.0, 2.0), (0.5, 4.0), (2.0, 2**0.5)):
+        logprobs = tempered_logprobs(logits, temperature=temperature)
+        assert float((logprobs[0, 1] - logprobs[0, 0]).exp()) == pytest.approx(odds, rel=1e-6)
+
+
+def test_greedy_rows_tell_the_untempered_logprob():
+    logits = torch.tensor([[0.0, float(np.log(3.0))]])
+    for temperature in (0.0, torch.tensor([0.0])):
+        token, logprob = draw(logits, torch.tensor([0.1]), temperature=temperature)
+        assert token.tolist() == [1] and logprob.item() == pytest.approx(np.log(0.75), abs=1e-6)
+
+
+def test_knobs_that_are_off_leave_the_input_alone():
+    logprobs = torch.tensor([[0.4, 0.6]]).log()
+    assert truncate(logprobs) is logprobs and truncate(logprobs, **OFF) is logprobs
+
+
+def test_an_entry_exactly_at_the_edge():
+    """Powers of two are exact in float32: 0.5 of the mass is enough for top_p 0.5, and 0.25 is half of the likeliest."""
+    logprobs = torch.log2(torch.tensor([[0.5, 0.25, 0.125, 0.125]])) * float(np.log(2.0))
+    torch.testing.assert_close(truncate(logprobs, top_p=0.5).exp(), torch.tensor([[1.0, 0, 0, 0]]))
+    even = torch.zeros(1, 4).log_softmax(-1)
+    torch.testing.assert_close(truncate(even, min_p=1.0), even)  # at least the likeliest's share: all of them
+
+
+def test_rows_with_knobs_of_their_own():
+    """top_k 1, off, beyond the vocabulary; and a top_p of 1 keeps even what float32 sums lose sight of."""
+    logprobs = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(3, -1)
+    kept = truncate(logprobs, top_k=torch.tensor([1, 0, 3])) > -torch.inf
+    assert kept.tolist() == [[False, True, False], [True] * 3, [True] * 3]
+    steep = torch.tensor([[0.0, -30.0, -60.0]]).log_softmax(-1).expand(2, -1)
+    kept = truncate(steep, top_p=torch.tensor([0.5, 1.0])) > -torch.inf
+    assert kept.tolist() == [[True, False, False], [True] * 3]
+    kept = truncate(steep, top_k=torch.tensor([0, 0])) > -torch.inf
+    assert kept.all()
+
+
+@pytest.mark.parametrize("knobs", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 5, "top_p": 0.9}])
+def test_any_number_of_dimensions_before_the_vocabulary(knobs):
+    """Each row by itself in float64, from the definition."""
+    logprobs = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    found = truncate(logprobs, **knobs).reshape(-1, 9)
+    for row, mine in zip(logprobs.double().reshape(-1, 9).numpy(), found.double().numpy(), strict=True):
+        probs = np.exp(row)
+        order = np.argsort(-probs)
+        kept = probs * np.isin(np.arange(9), order[: knobs.get("top_k", 9)])
+        kept /= kept.sum()
+        sums = np.cumsum(kept[order])
+        kept[order[np.searchsorted(sums, knobs.get("top_p", 1.0)) + 1 :]] = 0.0
+        kept[kept < knobs.get("min_p", 0.0) * kept.max()] = 0.0
+        np.testing.assert_allclose(np.exp(mine), kept / kept.sum(), atol=1e-6)
+
+
+def test_draws_are_scaled_by_the_sum_that_there_is():
+    """Log-probs of a row that sums to 1/2: u = 0.6 is beyond the first 0.3 / 0.5, u = 0.5 is not."""
+    logprobs = torch.tensor([[0.3, 0.2]]).log().expand(2, -1)
+    assert inverse_cdf(logprobs, torch.tensor([0.5, 0.61])).tolist() == [0, 1]
