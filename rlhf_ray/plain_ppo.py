@@ -23,7 +23,7 @@ from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import read_role
-from rlhf_ray.engines.forward import LogprobModel, ValueModel, action_mask, pad_rows, pad_tokens
+from rlhf_ray.engines.forward import LogprobModel, ValueModel, pad_tokens, token_batch
 from rlhf_ray.errors import UserError
 from rlhf_ray.loop import cut_units, step_prompts
 from rlhf_ray.models.critic import build_critic
@@ -100,11 +100,10 @@ class PlainPPO:
 
         # 3. What the models say about each token before the update, all [B, T]. Rows are padded on the right; what stands
         #    in the padding never counts, because action_mask is False there.
-        batch = pad_rows(sequences.prompts(), sequences.responses(), pad_token_id=0)
-        mask = action_mask(batch[2])
+        batch = token_batch(sequences.prompts(), sequences.responses(), packed=False)
+        mask = batch.action_mask
         with torch.no_grad():
-            old_logprobs, ref_logprobs = self.policy(*batch), self.reference(*batch)
-            old_values = self.critic(*batch)
+            old_logprobs, ref_logprobs, old_values = self.policy(batch), self.reference(batch), self.critic(batch)
 
         # 4. Rewards, advantages and returns: -kl_coef * (log p - log p_ref) at every token and the score at the last one;
         #    GAE; whitening over the batch.
@@ -120,8 +119,9 @@ class PlainPPO:
         anneal = linear_anneal(1.0, step, ppo.steps) if ppo.anneal else 1.0
         seed = draw_seed(recipe.ppo_seed, "minibatches", step)
         for minibatch in minibatch_rows(len(sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
-            part = [tensor[minibatch] for tensor in batch]
-            width = int(part[2].max())  # the longest response of the minibatch
+            rows = sequences.rows(minibatch)
+            part = token_batch(rows.prompts(), rows.responses(), packed=False)
+            width = part.action_mask.shape[1]  # the longest response of the minibatch
             picked = (old_logprobs, targets.advantages, old_values, targets.returns, mask)
             old, advantages, values_before, returns, counts = (tensor[minibatch, :width] for tensor in picked)
             num_tokens = int(counts.sum())
@@ -130,12 +130,12 @@ class PlainPPO:
                 max_new_tokens=recipe.generation.max_new_tokens,
             )  # fmt: skip
             loss, stats = policy_loss(
-                self.policy(*part), old, advantages, counts, weights, clip_range=ppo.clip_range,
+                self.policy(part), old, advantages, counts, weights, clip_range=ppo.clip_range,
                 clip_range_high=ppo.clip_range_high or ppo.clip_range, dual_clip=ppo.dual_clip, num_tokens=num_tokens,
             )  # fmt: skip
             self._descend(loss, self.policy_adam, ppo.learning_rate * anneal)
             loss, value_stats = value_loss(
-                self.critic(*part), values_before, returns, counts, value_clip_range=ppo.value_clip_range,
+                self.critic(part), values_before, returns, counts, value_clip_range=ppo.value_clip_range,
                 num_tokens=num_tokens,
             )  # fmt: skip
             self._descend(ppo.vf_coef * loss, self.critic_adam, ppo.critic_learning_rate * anneal)

@@ -309,7 +309,7 @@ def plain_clipped(ratio, advantage, low, high, dual_clip):
 @pytest.mark.parametrize("high, dual_clip", [(0.28, None), (0.2, 3.0), (0.5, 1.5)])
 def test_clip_higher_and_dual_clip_case_by_case(high, dual_clip):
     ratios = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 1.49, 1.51, 2.9, 3.1, 20.0]
-    for advantage in (1.5, -0.7):
+    for advantage in (1.5, 0.4, -0.7):
         for ratio in ratios:
             log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
             zero, mask = torch.zeros(1, 1, dtype=torch.float64), masks(1)
@@ -430,6 +430,21 @@ def test_linear_anneal_by_hand():
     assert [linear_anneal(8.0, step, 4) for step in range(4)] == [8.0, 6.0, 4.0, 2.0]
 
 
+def test_a_tie_of_clipped_and_unclipped_is_not_clipped():
+    """Inside the range the two are equal."""
+    ratios = floats([1.0, 1.1, 1.3])
+    _, stats = losses("policy", ratios.log(), torch.zeros_like(ratios), torch.ones_like(ratios), masks(3), num_tokens=3)
+    assert float(stats["policy/clip_frac"]) == pytest.approx(1 / 3)
+
+
+def test_each_epochs_minibatches_are_drawn_by_a_key_of_their_own():
+    found = minibatch_rows(12, 4, 2, 77)
+    for epoch in (0, 1):
+        order = epoch_permutation(12, draw_seed(77, "epoch", epoch))
+        parts = [sorted(order[start : start + 4]) for start in (0, 4, 8)]
+        assert [sorted(part) for part in found[3 * epoch : 3 * epoch + 3]] == parts
+
+
 def test_epoch_permutation_depends_on_the_seed_alone():
     torch.manual_seed(5)
     first = epoch_permutation(50, seed=3)
@@ -526,6 +541,15 @@ def test_scores_are_cut_then_lowered_or_replaced_where_the_response_did_not_end(
     assert cut.tolist() == [3.0, -3.0, -1.5, 1.0]
     replaced = end_scores(scores, ended, clip=3.0, penalty=0.0, replacement=-1.0)
     assert replaced.tolist() == [3.0, -3.0, -1.0, -1.0]
+
+
+def test_assemble_cuts_and_replaces_scores():
+    """Of the scores 2 (no EOS) and 1: cut to 0.5 both, less the penalty of 1; or -3 in place of the first."""
+    _, cut = hand_worked(score_clip=0.5)
+    _, replaced = hand_worked(missing_eos_penalty=0.0, missing_eos_score=-3.0)
+    kl = 0.1 * np.array([0, 4])
+    assert cut.stats["objective/rlhf_reward"] == pytest.approx(np.mean([-0.5, 0.5] - kl))
+    assert replaced.stats["objective/rlhf_reward"] == pytest.approx(np.mean([-3.0, 1.0] - kl))
 
 
 def test_the_missing_eos_penalty_is_for_responses_that_did_not_end():

@@ -1,4 +1,6 @@
-"""Log-probs and values in padded batches against the Hugging Face model, one row at a time and unpadded."""
+"""Log-probs and values in padded and packed batches against the Hugging Face model, one row at a time and unpadded."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from differences import saw
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf_ray.engines.forward import LogprobModel, ValueModel, action_mask, pad_rows, pad_tokens, response_logprobs
+from rlhf_ray.engines.forward import LogprobModel, ValueModel, action_mask, pad_tokens, response_logprobs, token_batch
 from rlhf_ray.models.critic import Critic
 
 VOCAB, PAD = 61, 0
@@ -23,6 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["padded", "packed"])
+def packed(request):
+    return request.param
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,12 +80,14 @@ def logprob_module(model, temperature=1.0, compute_dtype=torch.float32):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_and_entropy_are_those_of_each_row_alone(model, rows, temperature):
+def test_logprobs_and_entropy_are_those_of_each_row_alone(model, rows, temperature, packed):
     prompts, responses = rows
-    batch = pad_rows(prompts, responses, pad_token_id=PAD)
+    batch = token_batch(prompts, responses, packed=packed)
+    module = logprob_module(model, temperature)
+    assert module.packed
     with torch.no_grad():
-        logprobs, entropies = logprob_module(model, temperature)(*batch, with_entropy=True)
-        assert torch.equal(logprobs, logprob_module(model, temperature)(*batch))
+        logprobs, entropies = module(batch, with_entropy=True)
+        assert torch.equal(logprobs, module(batch))
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         expected, expected_entropy = expected_logprobs(model, prompt, response, temperature)
         length = len(response)
@@ -99,33 +108,39 @@ def test_response_logprobs_in_any_split(model, rows, microbatch_size):
 
 def test_junk_in_the_padding_changes_nothing(model, rows):
     prompts, responses = rows
-    input_ids, prompt_lengths, response_lengths = pad_rows(prompts, responses, pad_token_id=PAD)
+    batch = token_batch(prompts, responses, packed=False)
+    input_ids = batch.inputs["input_ids"]
     junk = torch.randint(2, VOCAB, input_ids.shape, generator=torch.Generator().manual_seed(1))
-    padding = torch.arange(input_ids.shape[1]) >= (prompt_lengths + response_lengths)[:, None]
-    spoilt = torch.where(padding, junk, input_ids)
+    lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    spoilt = torch.where(torch.arange(input_ids.shape[1]) >= lengths[:, None], junk, input_ids)
     assert not torch.equal(spoilt, input_ids)
     for module in (logprob_module(model), value_module(model)):
         with torch.no_grad():
-            clean = module(input_ids, prompt_lengths, response_lengths)
-            found = module(spoilt, prompt_lengths, response_lengths)
+            clean = module(batch)
+            found = module(replace(batch, inputs={"input_ids": spoilt}))
             assert saw("log-probs, values: junk in the padding", (found - clean).abs().max()) == 0.0
 
 
-def test_the_gradient_is_that_of_each_row_alone(model, rows):
+def test_the_gradient_is_that_of_each_row_alone(model, rows, packed):
+    """Of all weights, by log-probs and entropy; the rows alone go through the model as Hugging Face wrote it."""
     prompts, responses = rows
     module = logprob_module(model)
-    weight = model.get_input_embeddings().weight
-
-    def gradient(picked):
-        model.zero_grad()
-        batch = pad_rows([prompts[i] for i in picked], [responses[i] for i in picked], pad_token_id=PAD)
-        module(*batch).sum().backward()
-        return weight.grad.clone()
-
-    together = gradient(range(len(prompts)))
-    apart = sum(gradient([i]) for i in range(len(prompts)))
-    assert float(apart.abs().max()) > 0.1
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+    model.zero_grad()
+    logprobs, entropies = module(token_batch(prompts, responses, packed=packed), with_entropy=True)
+    (logprobs.sum() + 0.5 * entropies.sum()).backward()
+    together = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    model.set_attn_implementation("eager")
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor(np.concatenate([prompt, response]), dtype=torch.int64)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logits[torch.arange(len(response)), torch.from_numpy(response.astype(np.int64))]
+        (chosen.sum() - 0.5 * (logits.exp() * logits).sum()).backward()
+    for name, weight in model.named_parameters():
+        largest = float(weight.grad.abs().max())
+        gap = float((together[name] - weight.grad).abs().max())
+        assert saw("gradient: padded and packed rows, against each row alone", gap / max(largest, 1.0)) < 1e-4, name
+    assert largest > 0.1
 
 
 def value_module(model):
@@ -137,13 +152,13 @@ def value_module(model):
     return ValueModel(critic, compute_dtype=torch.float32)
 
 
-def test_values_are_of_the_state_before_each_response_token(model, rows):
+def test_values_are_of_the_state_before_each_response_token(model, rows, packed):
     """The first value reads the prompt alone; the last does not see the last token."""
     prompts, responses = rows
     module = value_module(model)
     head = module.model.value_head
     with torch.no_grad():
-        values = module(*pad_rows(prompts, responses, pad_token_id=PAD))
+        values = module(token_batch(prompts, responses, packed=packed))
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             for t in range(len(response)):
                 seen = torch.tensor(np.concatenate([prompt, response[:t]]), dtype=torch.int64)[None]
@@ -153,22 +168,28 @@ def test_values_are_of_the_state_before_each_response_token(model, rows):
             assert (values[row, len(response) :] == 0).all()
 
 
-def test_bfloat16_is_autocast_and_close(model, rows):
+def test_bfloat16_is_autocast_and_close(model, rows, packed):
     prompts, responses = rows
-    batch = pad_rows(prompts, responses, pad_token_id=PAD)
+    batch = token_batch(prompts, responses, packed=packed)
     with torch.no_grad():
-        exact = logprob_module(model)(*batch)
-        rough = logprob_module(model, compute_dtype=torch.bfloat16)(*batch)
+        exact = logprob_module(model)(batch)
+        rough = logprob_module(model, compute_dtype=torch.bfloat16)(batch)
     assert rough.dtype == torch.float32
     assert 0 < float((rough - exact).abs().max()) < 0.2
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_pad_rows_pad_tokens_and_the_mask_by_hand():
+def test_a_batch_the_mask_and_padded_tokens_by_hand():
     prompts, responses = [np.array([5]), np.array([6, 7, 8])], [np.array([1, 2]), np.array([3])]
-    input_ids, prompt_lengths, response_lengths = pad_rows(prompts, responses, pad_token_id=9)
-    assert input_ids.tolist() == [[5, 1, 2, 9], [6, 7, 8, 3]]
-    assert prompt_lengths.tolist() == [1, 3] and response_lengths.tolist() == [2, 1]
-    assert action_mask(response_lengths).tolist() == [[True, True], [True, False]]
-    padded = pad_tokens([np.array([0.5, -1], np.float32), np.array([2], np.float32)])
-    assert padded.tolist() == [[0.5, -1], [2, 0]] and padded.dtype == torch.float32
+    padded, packed = (token_batch(prompts, responses, packed=packed) for packed in (False, True))
+    assert padded.inputs["input_ids"].tolist() == [[5, 1, 2, 0], [6, 7, 8, 3]]
+    assert packed.inputs["input_ids"].tolist() == [[5, 1, 2, 6, 7, 8, 3]]
+    assert packed.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert padded.states.tolist() == [0, 1, 6] and packed.states.tolist() == [0, 1, 5]  # of tokens 5, 1 and 8
+    for batch in (padded, packed):
+        assert batch.targets.tolist() == [1, 2, 3]
+        assert batch.action_mask.tolist() == [[True, True], [True, False]]
+        assert batch.in_rows(torch.tensor([0.5, -1, 2])).tolist() == [[0.5, -1], [2, 0]]
+    assert action_mask(torch.tensor([2, 1])).tolist() == [[True, True], [True, False]]
+    rows = pad_tokens([np.array([0.5, -1], np.float32), np.array([2], np.float32)])
+    assert rows.tolist() == [[0.5, -1], [2, 0]] and rows.dtype == torch.float32

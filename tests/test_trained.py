@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_ray.cli.doctor import IMPORTED_GB, memory_plan
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.data.check import check_model
-from rlhf_ray.engines.forward import LogprobModel, response_logprobs
+from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
 from rlhf_ray.errors import UserError
 from rlhf_ray.loop import cut_units
 from rlhf_ray.models.critic import build_critic
@@ -219,7 +219,7 @@ def test_a_lora_update_is_that_of_the_chain_rule_in_float64():
     for layer in layers:  # Conv1D: weight [in, out]
         a, b = factors[f"{layer}.lora_A"], factors[f"{layer}.lora_B"]
         dense.get_submodule(layer).weight.data += scaling * (b @ a).T
-    inputs = (ids, torch.tensor([2]), torch.tensor([3]))
+    inputs = (token_batch([ids[0, :2].numpy()], [ids[0, 2:].numpy()], packed=True),)
     LogprobModel(dense, temperature=0.7, compute_dtype=torch.float32)(*inputs).sum().backward()
     gradients = {}
     for layer in layers:
@@ -450,7 +450,7 @@ def test_checkpointed_gradients_are_the_same(start, options):
         part_of(model, gradient_checkpointing=checkpointing).train()
         module = LogprobModel(model, temperature=1.0, compute_dtype=torch.float32)
         assert model.get_input_embeddings()(IDS).requires_grad == (not options), "the backward pass ends at what trains"
-        module(IDS, torch.tensor([3]), torch.tensor([5])).sum().backward()
+        module(token_batch([IDS[0, :3].numpy()], [IDS[0, 3:].numpy()], packed=True)).sum().backward()
         gradients.append({name: each.grad for name, each in module.named_parameters() if each.requires_grad})
     assert gradients[0].keys() == gradients[1].keys() and all(each is not None for each in gradients[1].values())
     for name, gradient in gradients[0].items():

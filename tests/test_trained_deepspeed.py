@@ -11,7 +11,7 @@ from rlhf_ray.checkpoint import read_role, write_rank
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
-from rlhf_ray.engines.forward import LogprobModel
+from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.models.trained import adapter_off, train_only_part
 
 pytestmark = pytest.mark.slow
@@ -55,10 +55,16 @@ def make_module(part):
     return LogprobModel(model, temperature=1.0, compute_dtype=torch.float32)
 
 
+def batch_of(rows):
+    prompts = [ROWS[row, : PROMPTS[row]].numpy() for row in rows]
+    responses = [ROWS[row, PROMPTS[row] : PROMPTS[row] + RESPONSES[row]].numpy() for row in rows]
+    return token_batch(prompts, responses, packed=True)
+
+
 def batches(rank, world):
     """This rank's rows, one a microbatch."""
     return [
-        ((ROWS[row : row + 1], PROMPTS[row : row + 1], RESPONSES[row : row + 1]), None)
+        ((batch_of([row]),), None)
         for row in torch.arange(len(ROWS)).chunk(world)[rank].tolist()
     ]
 
@@ -76,7 +82,7 @@ def plain_torch(part):
     module = make_module(part)
     module.model.gradient_checkpointing_disable()
     with torch.no_grad():
-        start = module(ROWS, PROMPTS, RESPONSES)
+        start = module(batch_of(range(4)))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0, eps=1e-5, weight_decay=0)
     for rate in RATES:
@@ -124,7 +130,7 @@ def work(rank, world, port, folder):
             write_rank(checkpoint, "policy", rank, world, engine.state(), engine.steps_taken)
             if PARTS[part]["lora"] is not None:
                 with adapter_off(engine.module):
-                    result["reference"] = engine.forward(ROWS, PROMPTS, RESPONSES).clone()
+                    result["reference"] = engine.forward(batch_of(range(4))).clone()
             train(engine, RATES[2:])
             result["weights"] = clones(engine.weights())
             after = whole(engine)

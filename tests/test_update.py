@@ -30,14 +30,14 @@ SCHEDULE_SEED = 5
 
 
 class Body(torch.nn.Module):
-    """A critic: GPT-2's hidden states and a linear head."""
+    """A critic: GPT-2's hidden states and a linear head, in float64 too."""
 
-    def __init__(self, body, head):
+    def __init__(self, backbone, head):
         super().__init__()
-        self.body, self.head = body, head
+        self.backbone, self.head = backbone, head
 
-    def forward(self, input_ids):
-        return self.head(self.body(input_ids=input_ids, use_cache=False).last_hidden_state).squeeze(-1)
+    def forward(self, input_ids, **inputs):
+        return self.head(self.backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state).squeeze(-1)
 
 
 def models():

@@ -1,17 +1,69 @@
-"""Log-probabilities of given tokens.   B rows, K positions, V vocabulary entries."""
+"""Log-probabilities of given tokens.   N tokens, V vocabulary entries."""
 
 from __future__ import annotations
 
 import torch
 
+# Logits that are worked on at a time, in float32: 1 MiB stays in a core's cache; a GPU wants work for all of its cores.
+PIECE = {"cpu": 2**18, "cuda": 2**27}
+
 
 def selected_logprobs(logits: torch.Tensor, ids: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at ids, in float32.   logits [B, K, V], ids [B, K] -> [B, K]."""
-    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    """log softmax(logits / temperature) at ids, in float32 (float64 of float64).   logits [..., V], ids [...] -> [...]
+
+    No float32 copy of all logits is made, neither here nor for the gradient, which has the dtype of the logits.
+    """
+    flat = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature))
+    return flat.view(ids.shape)
 
 
 def entropy(logits: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """Entropy in nats of softmax(logits / temperature), in float32.   logits [B, K, V] -> [B, K]."""
-    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
+    """Entropy in nats of softmax(logits / temperature), in float32.   logits [..., V] -> [...]"""
+    flat = logits.flatten(0, -2)
+    parts = [_entropy(_tempered(part, temperature)) for part in flat.split(_rows_at_a_time(flat))]
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """With y = logits / temperature: y[id] - logsumexp(y), whose gradient by the logits is (1[id] - softmax(y)) / temperature."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        selected, norms = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(2))
+        for rows in _pieces(logits):
+            tempered = _tempered(logits[rows], temperature)
+            norms[rows] = tempered.logsumexp(-1)
+            selected[rows] = tempered.gather(1, ids[rows, None]).squeeze(1) - norms[rows]
+        ctx.save_for_backward(logits, ids, norms)
+        ctx.temperature = temperature
+        return selected
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        logits, ids, norms = ctx.saved_tensors
+        gradient = (gradient / ctx.temperature)[:, None]
+        result = torch.empty_like(logits)
+        for rows in _pieces(logits):
+            probs = (_tempered(logits[rows], ctx.temperature) - norms[rows, None]).exp_()
+            result[rows] = probs.mul_(-gradient[rows]).scatter_add_(1, ids[rows, None], gradient[rows])
+        return result, None, None
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits / temperature if temperature != 1.0 else logits
+
+
+def _rows_at_a_time(logits: torch.Tensor) -> int:
+    return max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[-1])
+
+
+def _pieces(logits: torch.Tensor):
+    step = _rows_at_a_time(logits)
+    return (slice(start, start + step) for start in range(0, len(logits), step))

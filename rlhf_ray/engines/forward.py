@@ -1,32 +1,69 @@
-"""Log-probs and values of given responses under a model.   B rows, P prompt, T response, S = P + T tokens.
+"""Log-probs and values of given responses under a model.   B rows, P prompt, T response, S = P + T, A action tokens.
 
-Rows are padded on the right and no attention_mask or position_ids are passed: under a causal mask nothing that counts can
-see the padding, positions are 0, 1, 2, ... for every row, and left padding's silent position errors can't happen.
+Rows are packed (`engines.packing`) where the model can read them so, and padded on the right where it can't. Either way no
+token sees another row or any padding, and positions are 0, 1, 2, ... for every row: left padding's silent position errors
+can't happen.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs
+from rlhf_ray.engines.packing import Layout, line_inputs, pack
+from rlhf_ray.models.critic import Critic
 
 
-def pad_rows(
-    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, pad_token_id: int, device="cpu"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids [B, S] padded on the right, prompt_lengths [B], response_lengths [B]."""
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    input_ids = np.full((len(lengths), max(lengths)), pad_token_id, np.int64)
-    for row, prompt, response in zip(input_ids, prompts, responses, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(response)] = response
-    prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
-    response_lengths = torch.tensor([len(r) for r in responses], device=device)
-    return torch.from_numpy(input_ids).to(device), prompt_lengths, response_lengths
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Prompts with their responses, as a module's forward takes them."""
+
+    inputs: dict  # of the model: packed, or padded to [B, S]
+    states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
+    targets: torch.Tensor  # [A] int64, the response tokens
+    response_lengths: torch.Tensor  # [B]
+
+    @cached_property
+    def action_mask(self) -> torch.Tensor:
+        return action_mask(self.response_lengths)
+
+    def in_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """[A] -> [B, T], zeros on the right."""
+        return torch.zeros(self.action_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            self.action_mask, values
+        )
+
+
+def token_batch(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, packed: bool, device: torch.device | str = "cpu"
+) -> TokenBatch:
+    rows = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = np.array([len(row) for row in rows])
+    responded = np.array([len(response) for response in responses])
+    if packed:
+        inputs = line_inputs(rows, Layout.of(lengths, device), device)
+        starts = np.cumsum(lengths) - lengths
+    else:
+        padded = np.zeros((len(rows), lengths.max()), np.int64)
+        for out, row in zip(padded, rows, strict=True):
+            out[: len(row)] = row
+        inputs = {"input_ids": torch.from_numpy(padded).to(device)}
+        starts = np.arange(len(rows)) * lengths.max()
+    before = starts + lengths - responded - 1  # of each row, the prompt's last token
+    states = np.concatenate([first + np.arange(count) for first, count in zip(before, responded, strict=True)])
+    return TokenBatch(
+        inputs=inputs,
+        states=torch.from_numpy(states).to(device),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+        response_lengths=torch.from_numpy(responded).to(device),
+    )
 
 
 def action_mask(response_lengths: torch.Tensor) -> torch.Tensor:
@@ -42,18 +79,11 @@ def pad_tokens(rows: Sequence[np.ndarray], device="cpu") -> torch.Tensor:
     return torch.from_numpy(padded).to(device)
 
 
-def _state_before_token(prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, offset: int) -> torch.Tensor:
-    """Where [B, T] the state before response token t stands: position P + t - 1, counted from `offset`."""
-    steps = torch.arange(int(response_lengths.max()), device=prompt_lengths.device)
-    last = (prompt_lengths + response_lengths - 1)[:, None] - offset
-    return torch.minimum((prompt_lengths - 1)[:, None] + steps - offset, last - 1)
-
-
 class LogprobModel(nn.Module):
     """A causal LM whose forward returns response log-probs [B, T] (and entropy), not logits.
 
-    DeepSpeed needs a module whose forward does the work (ZeRO-3 gathers there). Logits are computed on the response's
-    positions only, in the compute dtype; the softmax is float32.
+    DeepSpeed needs a module whose forward does the work (ZeRO-3 gathers there). Logits are computed for the response's
+    tokens only, in the compute dtype; the softmax is float32.
     """
 
     def __init__(self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype):
@@ -61,35 +91,33 @@ class LogprobModel(nn.Module):
         self.model = model
         self.temperature = temperature
         self.compute_dtype = compute_dtype
+        self.packed = pack(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def forward(self, input_ids, prompt_lengths, response_lengths, with_entropy: bool = False):
-        first = int(prompt_lengths.min()) - 1
-        keep = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
-        with torch.autocast(input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            logits = self.model(input_ids=input_ids, logits_to_keep=keep, use_cache=False).logits
-        at_position = selected_logprobs(logits, input_ids[:, first + 1 :], temperature=self.temperature)
-        index = _state_before_token(prompt_lengths, response_lengths, first)
-        mask = action_mask(response_lengths)
-        logprobs = torch.where(mask, at_position.gather(1, index), 0.0)
-        if not with_entropy:
-            return logprobs
-        per_position = entropy(logits, temperature=self.temperature)
-        return logprobs, torch.where(mask, per_position.gather(1, index), 0.0)
+    def forward(self, batch: TokenBatch, with_entropy: bool = False):
+        device = batch.states.device
+        keep = {"logits_to_keep": batch.states} if "packed" in batch.inputs and self._keeps_logits else {}
+        with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            logits = self.model(**batch.inputs, **keep, use_cache=False).logits
+        logits = logits[0] if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
+        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, temperature=self.temperature))
+        return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
 
 
 class ValueModel(nn.Module):
     """A critic whose forward returns the value [B, T] of the state before each response token."""
 
-    def __init__(self, critic: nn.Module, *, compute_dtype: torch.dtype):
+    def __init__(self, critic: Critic, *, compute_dtype: torch.dtype):
         super().__init__()
         self.model = critic
         self.compute_dtype = compute_dtype
+        self.packed = pack(critic.backbone)
 
-    def forward(self, input_ids, prompt_lengths, response_lengths):
-        with torch.autocast(input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            values = self.model(input_ids).float()
-        index = _state_before_token(prompt_lengths, response_lengths, 0)
-        return torch.where(action_mask(response_lengths), values.gather(1, index), 0.0)
+    def forward(self, batch: TokenBatch):
+        device = batch.states.device
+        with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            values = self.model(**batch.inputs).float()
+        return batch.in_rows(values.flatten()[batch.states])
 
 
 def response_logprobs(
@@ -99,7 +127,6 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     compute_dtype: torch.dtype = torch.float32,
-    pad_token_id: int = 0,
     microbatch_size: int = 32,
 ) -> list[np.ndarray]:
     """Log-probs of each response's tokens given its prompt, float32, one array a row. No gradient."""
@@ -108,8 +135,8 @@ def response_logprobs(
     rows: list[np.ndarray] = []
     for start in range(0, len(prompt_ids), microbatch_size):
         part = slice(start, start + microbatch_size)
-        batch = pad_rows(prompt_ids[part], response_ids[part], pad_token_id=pad_token_id, device=device)
+        batch = token_batch(prompt_ids[part], response_ids[part], packed=module.packed, device=device)
         with torch.no_grad():
-            padded = module(*batch).float().cpu().numpy()
+            padded = module(batch).float().cpu().numpy()
         rows += [row[: len(response)] for row, response in zip(padded, response_ids[part], strict=True)]
     return rows

@@ -40,8 +40,8 @@ class Critic(nn.Module):
         input_ids: torch.Tensor,  # [B, S]
         attention_mask: torch.Tensor | None = None,  # [B, S]; not needed where padding stands on the right
         position_ids: torch.Tensor | None = None,  # [B, S]; follows from attention_mask
+        **extra,  # for the body
     ) -> torch.Tensor:  # [B, S] float32
-        extra = {}
         if position_ids is None and attention_mask is not None:
             position_ids = position_ids_of(attention_mask)
         if position_ids is not None:

@@ -19,7 +19,7 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf_ray.engines.forward import action_mask, pad_rows, pad_tokens
+from rlhf_ray.engines.forward import TokenBatch, pad_tokens, token_batch
 from rlhf_ray.models.trained import adapter_off, plain_name
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
@@ -47,8 +47,11 @@ class Trainer:
         sequences = rollout.sequences
         prompts, responses = sequences.prompts(), sequences.responses()
         for part in microbatches(sequences, self.microbatch_size):
-            batch = pad_rows(prompts[part], responses[part], pad_token_id=0, device=self.engine.device)
-            yield self.engine.forward(*batch, **options), [len(ids) for ids in responses[part]]
+            batch = self._batch(prompts[part], responses[part])
+            yield self.engine.forward(batch, **options), [len(ids) for ids in responses[part]]
+
+    def _batch(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> TokenBatch:
+        return token_batch(prompts, responses, packed=self.engine.module.packed, device=self.engine.device)
 
     def update(self, shard: TrainShard, learning_rate: float) -> dict[str, float]:
         """All optimiser steps of the shard's schedule. Statistics are this rank's share: summing over ranks gives the
@@ -91,11 +94,11 @@ class Trainer:
         for start in range(0, len(rows), self.microbatch_size):
             picked = [data[row] for row in rows[start : start + self.microbatch_size]]
             prompts, responses, *floats = zip(*picked, strict=True)
-            inputs = pad_rows(prompts, responses, pad_token_id=0, device=device)
-            rest = *(pad_tokens(each, device) for each in floats), action_mask(inputs[2])
-            yield (*inputs, *self._extra_inputs), rest
+            batch = self._batch(prompts, responses)
+            rest = *(pad_tokens(each, device) for each in floats), batch.action_mask
+            yield (batch, *self._extra_inputs), rest
 
-    #: what the module's forward takes beside ids and lengths when training
+    #: what the module's forward takes beside the batch when training
     _extra_inputs: tuple = ()
 
     name: str
