@@ -55,6 +55,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] tokens of prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
     def prompts(self) -> list[np.ndarray]:
         return unflatten(self.prompt_ids, self.prompt_lengths)
 

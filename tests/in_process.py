@@ -49,6 +49,9 @@ class TorchEngine:
     def sum_over_ranks(self, value):
         return value
 
+    def most_over_ranks(self, value):
+        return value
+
 
 class Each:
     """Several plain roles of a kind: unit i goes to number i modulo their number."""
@@ -133,7 +136,7 @@ class LocalRoles:
                     start,
                     temperature=generation.temperature,
                     compute_dtype=torch.float32,
-                    microbatch_size=ppo.microbatch_size,
+                    **ppo.microbatches,
                 )
                 for _ in range(actors)
             )
@@ -144,7 +147,7 @@ class LocalRoles:
         )  # fmt: skip
         policy = LogprobModel(model, temperature=generation.temperature, compute_dtype=torch.float32)
         self.policy = LocalTrainer(
-            PolicyTrainer(TorchEngine(policy), microbatch_size=ppo.microbatch_size, knobs=policy_knobs(recipe))
+            PolicyTrainer(TorchEngine(policy), **ppo.microbatches, knobs=policy_knobs(recipe))
         )
         if ppo.lora is not None:
             self.reference = AdapterOff(*self.policy.roles)
@@ -159,7 +162,7 @@ class LocalRoles:
             self.critic = LocalTrainer(
                 CriticTrainer(
                     TorchEngine(critic),
-                    microbatch_size=ppo.microbatch_size,
+                    **ppo.microbatches,
                     value_clip_range=ppo.value_clip_range,
                     vf_coef=ppo.vf_coef,
                 )

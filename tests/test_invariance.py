@@ -72,7 +72,10 @@ class Gradients(TorchEngine):
         return torch.cat([parameter.grad.flatten() for parameter in self.module.parameters()])
 
 
-def gradients(batch, order=None, *, microbatch_size=8, ranks=1, cuts=(), aggregation="token", advantage="gae", kl="k2"):
+def gradients(
+    batch, order=None, *, microbatch_size=8, tokens=None, packed=True, ranks=1, cuts=(), aggregation="token", advantage="gae",
+    kl="k2",
+):  # fmt: skip
     """The gradient of one update over all rows as one minibatch, and the statistics.
 
     order: of the rows, which come as units of work that end at `cuts`.
@@ -85,7 +88,8 @@ def gradients(batch, order=None, *, microbatch_size=8, ranks=1, cuts=(), aggrega
     )  # fmt: skip
     model = copy.deepcopy(START)
     module = LogprobModel(model, temperature=0.9, compute_dtype=torch.float32)
-    trainer = PolicyTrainer(Gradients(module), microbatch_size=microbatch_size, knobs=knobs)
+    module.packed = packed
+    trainer = PolicyTrainer(Gradients(module), microbatch_size=microbatch_size, microbatch_tokens=tokens, knobs=knobs)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < len(order)}), len(order)]
     units = []
     for chunk, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
@@ -150,7 +154,15 @@ def same(one, other, what):
 def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregation):
     """Rows alone have no padding at all, rows together have that of the longest."""
     whole = gradients(batch, aggregation=aggregation)
-    same(whole, gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size), "microbatches and padding")
+    same(whole, gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size), "microbatches")
+    padded = gradients(batch, aggregation=aggregation, microbatch_size=microbatch_size, packed=False)
+    same(whole, padded, "padded or packed")
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=batches(), tokens=st.integers(8, 40), ranks=st.integers(1, 2))
+def test_a_token_budget_changes_nothing(batch, tokens, ranks):
+    same(gradients(batch), gradients(batch, tokens=tokens, ranks=min(ranks, len(batch[0]))), "token budget")
 
 
 @settings(max_examples=30, deadline=None)

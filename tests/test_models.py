@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
 )
 
@@ -358,3 +359,17 @@ def test_the_card_says_what_the_model_is_and_how_it_did():
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
     assert "| accuracy | 0.8765 |" in card and "| rows | 500 |" in card and "seed 7" in card
     assert "base_model: org/name" in model_card(Recipe(name="mine", model={"name_or_path": "org/name"}), "ppo", {})
+
+
+def test_gpt2s_activation_is_one_kernel_with_the_same_values(tmp_path):
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=16, vocab_size=32, activation_function="gelu_new")
+    torch.manual_seed(0)
+    slow = GPT2LMHeadModel(config).eval()
+    for weight in slow.parameters():
+        weight.data *= 10
+    slow.save_pretrained(tmp_path)
+    fast = load_causal_lm(tmp_path)
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(fast(ids).logits, slow(ids).logits, atol=1e-4, rtol=1e-5)
+    assert type(fast.transformer.h[0].mlp.act).__name__ == "GELUTanh"
+    assert fast.config.activation_function == "gelu_new", "what is saved says what it was"

@@ -93,6 +93,15 @@ def test_a_division_with_a_rest_is_told_with_what_would_work(values, parts):
     assert all(part in message for part in parts), message
 
 
+def test_a_token_budget_holds_a_sequence():
+    values = {"name": "x", "data": {"max_prompt_tokens": 64}, "generation": {"max_new_tokens": 100}}
+    assert "ppo.microbatch_tokens = 163 does not hold one sequence, which may have 164 tokens" in refusal(
+        values | {"ppo": {"microbatch_tokens": 163}}
+    )
+    ppo = {"microbatch_tokens": 164, "minibatch_size": 64, "microbatch_size": 24}  # a size that does not divide is not used
+    build_recipe(values | {"ppo": ppo}, [], "x")
+
+
 def test_the_second_divisor_of_a_rank_is_checked_too():
     """12 rollouts a rank don't divide into microbatches of 8."""
     ppo = {"rollout_batch_size": 24, "minibatch_size": 24, "microbatch_size": 8}

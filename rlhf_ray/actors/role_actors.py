@@ -123,7 +123,7 @@ class ReferenceActor(RoleActor):
 
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
-            device=self.device, microbatch_size=recipe.ppo.microbatch_size,
+            device=self.device, **recipe.ppo.microbatches,
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
 
@@ -241,7 +241,7 @@ class PolicyActor(TrainerActor):
         self.dtype = self.compute_dtype(ppo.precision)
         module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
         engine = self._engine(module, address, port)
-        self.role = PolicyTrainer(engine, microbatch_size=ppo.microbatch_size, knobs=policy_knobs(self.recipe))
+        self.role = PolicyTrainer(engine, **ppo.microbatches, knobs=policy_knobs(self.recipe))
         return weight_bytes
 
     @with_receipt
@@ -304,7 +304,7 @@ class CriticActor(TrainerActor):
         module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
         engine = self._engine(module, address, port)
         self.role = CriticTrainer(
-            engine, microbatch_size=ppo.microbatch_size, value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef
+            engine, **ppo.microbatches, value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef
         )
         return 0
 

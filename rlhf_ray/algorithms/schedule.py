@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -34,3 +35,40 @@ def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -
         order = epoch_permutation(rows, draw_seed(seed, "epoch", epoch))
         steps += [sorted(order[i : i + minibatch_size]) for i in range(0, rows, minibatch_size)]
     return steps
+
+
+def cut_microbatches(
+    lengths: Sequence[int], *, size: int, tokens: int | None = None, at_least: int = 1
+) -> list[list[int]]:
+    """Which rows share a forward pass: `size` of them in order, or as many of like length as `tokens` holds.
+
+    lengths: tokens of each row, prompt included. at_least: groups wanted, at most as many as rows (ranks that work together
+    need equally many); the first of the largest is halved until there are so many. A row longer than `tokens` stands alone.
+    """
+    if tokens is None:
+        groups = [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
+    else:
+        groups, room = [], 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if lengths[row] > room:
+                groups.append([])
+                room = tokens
+            groups[-1].append(row)
+            room -= lengths[row]
+    while len(groups) < at_least:
+        largest = max(range(len(groups)), key=lambda number: len(groups[number]))
+        half = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+    return groups
+
+
+def deal_rows(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Rows of a minibatch over ranks: equally many each, and about as many tokens; ascending within a rank.
+
+    The longest first, in rounds that go there and back (0, 1, 1, 0, 0, 1, ...): what one gets too much of, the next evens out.
+    """
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for place, row in enumerate(sorted(rows, key=lambda row: -lengths[row])):
+        turn, seat = divmod(place, ranks)
+        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(row)
+    return [sorted(hand) for hand in hands]

@@ -97,6 +97,9 @@ class PPOConfig(Section):
     samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
     minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
     microbatch_size: int = knob(32, "rollouts a forward pass, per rank", gt=0)
+    microbatch_tokens: int | None = knob(
+        None, "tokens a forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit", gt=0
+    )
     ppo_epochs: int = knob(4, "passes over each rollout batch", gt=0)
     learning_rate: float = knob(1e-5, "policy's peak rate", gt=0)
     critic_learning_rate: float = knob(1e-5, "critic's peak rate", gt=0)
@@ -214,6 +217,11 @@ class PPOConfig(Section):
         return self.advantage in ("gae", "reinforce_pp", "reinforce_pp_baseline")
 
     @property
+    def microbatches(self) -> dict[str, int | None]:
+        """How rollouts are cut for a forward pass."""
+        return {"microbatch_size": self.microbatch_size, "microbatch_tokens": self.microbatch_tokens}
+
+    @property
     def rollouts_per_step(self) -> int:
         return self.rollout_batch_size * self.samples_per_prompt
 
@@ -288,5 +296,6 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _batches_divide(self):
         assert self.num_minibatches > 0
-        exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
+        if self.microbatch_tokens is None:
+            exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
         return self

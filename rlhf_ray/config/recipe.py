@@ -134,11 +134,12 @@ class Recipe(Section):
             per_rank = exact_div(
                 ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors"
             )
-            exact_div(
-                per_rank,
-                min(ppo.microbatch_size, per_rank),
-                f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
-            )
+            if ppo.microbatch_tokens is None:
+                exact_div(
+                    per_rank,
+                    min(ppo.microbatch_size, per_rank),
+                    f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
+                )
             group = getattr(self.resources, role)
             if group.zero_stage == 3 and ranks > 1:
                 # Every forward gathers from all ranks: chunks of unlike size would leave one of them waiting.
@@ -198,6 +199,16 @@ class Recipe(Section):
             raise ValueError(
                 "dpo learns from the reward model's pairs, but reward.objective is 'scores', whose rows have no chosen "
                 "and rejected reply; give pairs and set reward.objective to pairs, or set dpo: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_sequence_fits_the_token_budget(self):
+        longest, budget = self.data.max_prompt_tokens + self.generation.max_new_tokens, self.ppo.microbatch_tokens
+        if budget is not None and budget < longest:
+            raise ValueError(
+                f"ppo.microbatch_tokens = {budget} does not hold one sequence, which may have {longest} tokens "
+                "(data.max_prompt_tokens + generation.max_new_tokens); raise it, or set it to null"
             )
         return self
 

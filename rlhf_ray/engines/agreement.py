@@ -25,6 +25,15 @@ def from_rank_zero(values: Sequence[float], device: torch.device) -> list[float]
     return tensor.tolist()
 
 
+def most_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of each rank's value, on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def sum_over_ranks(value: float, device: torch.device) -> float:
     """The sum of each rank's value, on every rank. Collective."""
     if world_size() == 1:

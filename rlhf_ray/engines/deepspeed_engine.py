@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rlhf_ray.engines.agreement import sum_over_ranks
+from rlhf_ray.engines.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.engines.distributed import prepare_deepspeed
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -98,6 +98,10 @@ class DeepSpeedEngine:
         self.engine.step()
         self.steps_taken += 1
         return self._grad_norm if self.settings.zero_stage == 0 else float(self.engine.get_global_grad_norm())
+
+    def most_over_ranks(self, value: int) -> int:
+        """The largest of each rank's value, on every rank. Collective."""
+        return most_over_ranks(value, self.device)
 
     def sum_over_ranks(self, value: float) -> float:
         """The same number on every rank. Collective."""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs
+from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.engines.packing import Layout, line_inputs, pack
 from rlhf_ray.models.critic import Critic
 
@@ -128,15 +129,19 @@ def response_logprobs(
     temperature: float = 1.0,
     compute_dtype: torch.dtype = torch.float32,
     microbatch_size: int = 32,
+    microbatch_tokens: int | None = None,
 ) -> list[np.ndarray]:
-    """Log-probs of each response's tokens given its prompt, float32, one array a row. No gradient."""
+    """Log-probs of each response's tokens given its prompt, float32, one array a row. No gradient.
+
+    A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
+    """
     module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
     device = next(model.parameters()).device
-    rows: list[np.ndarray] = []
-    for start in range(0, len(prompt_ids), microbatch_size):
-        part = slice(start, start + microbatch_size)
-        batch = token_batch(prompt_ids[part], response_ids[part], packed=module.packed, device=device)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    found: dict[int, np.ndarray] = {}
+    for rows in cut_microbatches(lengths, size=microbatch_size, tokens=microbatch_tokens):
+        prompts, responses = [prompt_ids[row] for row in rows], [response_ids[row] for row in rows]
         with torch.no_grad():
-            padded = module(batch).float().cpu().numpy()
-        rows += [row[: len(response)] for row, response in zip(padded, response_ids[part], strict=True)]
-    return rows
+            padded = module(token_batch(prompts, responses, packed=module.packed, device=device)).float().cpu().numpy()
+        found |= {row: line[: len(response)] for row, line, response in zip(rows, padded, responses, strict=True)}
+    return [found[row] for row in range(len(lengths))]

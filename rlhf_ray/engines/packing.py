@@ -51,19 +51,31 @@ class Layout:
         )
 
 
-class _Move(torch.autograd.Function):
-    """x[places] along the first dimension, whose gradient is a plain gather too, because what `back` leaves out is padding
-    and has none."""
+class _Spread(torch.autograd.Function):
+    """[N, C] -> [R * S, C]. The slots of padding have no gradient (`_Gather` gives them none), so its own is a gather too."""
 
     @staticmethod
-    def forward(ctx, x, places, back):
-        ctx.save_for_backward(back, places)
-        return x.index_select(0, places)
+    def forward(ctx, line, layout):
+        ctx.layout = layout
+        return line.index_select(0, layout.spread)
 
     @staticmethod
     def backward(ctx, gradient):
-        back, places = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
+        return gradient.index_select(0, ctx.layout.gather), None
+
+
+class _Gather(torch.autograd.Function):
+    """[R * S, C] -> [N, C]"""
+
+    @staticmethod
+    def forward(ctx, rows, layout):
+        ctx.layout = layout
+        return rows.index_select(0, layout.gather)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows = gradient.new_zeros(len(ctx.layout.spread), gradient.shape[1])
+        return rows.index_copy_(0, ctx.layout.gather, gradient), None
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packed=None, **kwargs):
@@ -91,7 +103,7 @@ def _as_rows(states: torch.Tensor, layout: Layout) -> torch.Tensor:
     _, heads, tokens, channels = states.shape
     line = states[0].transpose(0, 1).reshape(tokens, heads * channels)
     if layout.spread is not None:
-        line = _Move.apply(line, layout.spread, layout.gather)
+        line = _Spread.apply(line, layout)
     return line.view(layout.rows, layout.longest, heads, channels).transpose(1, 2)
 
 
@@ -100,7 +112,7 @@ def _as_line(states: torch.Tensor, layout: Layout) -> torch.Tensor:
     rows, heads, longest, channels = states.shape
     line = states.transpose(1, 2).reshape(rows * longest, heads * channels)
     if layout.spread is not None:
-        line = _Move.apply(line, layout.gather, layout.spread)
+        line = _Gather.apply(line, layout)
     return line.view(1, -1, heads, channels)
 
 

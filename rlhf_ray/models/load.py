@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
 )
+from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
@@ -277,6 +278,10 @@ def _load(auto, path, dtype, trust_remote_code, new: frozenset | set = frozenset
             f"'{path}' has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''} of "
             f"{type(model).__name__}, they would be random; give a folder of that kind of model"
         )
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(parent, name, GELUTanh())  # the same formula in one kernel instead of seven
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
 from rlhf_ray.algorithms.rewards import flat_groups
-from rlhf_ray.algorithms.schedule import draw_seed, minibatch_rows
+from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.engines.forward import action_mask, pad_tokens
 from rlhf_ray.types import (
     OptimiserStep,
@@ -182,15 +182,16 @@ def cut_shards(
     *,
     reference: torch.Tensor | None = None,  # [B, T]
 ) -> list[TrainShard]:
-    """Rank r takes every ranks-th row of each minibatch; its shard holds the rows it ever needs, once."""
+    """Each rank takes its part of each minibatch; its shard holds the rows it ever needs, once."""
     lengths = sequences.response_lengths
+    dealt = [deal_rows(rows, sequences.lengths, ranks) for rows in schedule]
 
     def flat(padded: torch.Tensor, rows: list[int]) -> np.ndarray:
         return flatten((padded[row, : lengths[row]].numpy() for row in rows), np.float32)
 
     shards = []
     for rank in range(ranks):
-        own = [rows[rank::ranks] for rows in schedule]
+        own = [hands[rank] for hands in dealt]
         needed = sorted({row for rows in own for row in rows})
         place = {row: i for i, row in enumerate(needed)}
         shards.append(

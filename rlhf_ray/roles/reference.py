@@ -22,17 +22,19 @@ class Reference:
         compute_dtype: torch.dtype,
         device: torch.device | str = "cpu",
         microbatch_size: int = 32,
+        microbatch_tokens: int | None = None,
         trust_remote_code: bool = False,
     ):
         self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
         disable_dropout(self.model)
         fast_attention(self.model, device)
-        self.temperature, self.compute_dtype, self.microbatch_size = temperature, compute_dtype, microbatch_size
+        self.temperature, self.compute_dtype = temperature, compute_dtype
+        self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         sequences = rollout.sequences
         rows = response_logprobs(
             self.model, sequences.prompts(), sequences.responses(), temperature=self.temperature,
-            compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size,
+            compute_dtype=self.compute_dtype, **self.microbatches,
         )  # fmt: skip
         return TokenValues(values=flatten(rows, "float32"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,22 +19,19 @@ from rlhf_ray.algorithms.losses import (
     token_weights,
     value_loss,
 )
+from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.engines.forward import TokenBatch, pad_tokens, token_batch
 from rlhf_ray.models.trained import adapter_off, plain_name
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
 
-def microbatches(sequences: Sequences, microbatch_size: int) -> Iterator[slice]:
-    for start in range(0, len(sequences), microbatch_size):
-        yield slice(start, start + microbatch_size)
-
-
 class Trainer:
     """What policy and critic share: forward over a unit of work, and one update over a shard."""
 
-    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int):
-        self.engine, self.microbatch_size = engine, microbatch_size
+    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, microbatch_tokens: int | None = None):
+        """A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds."""
+        self.engine, self.microbatch_size, self.microbatch_tokens = engine, microbatch_size, microbatch_tokens
 
     def _loss(self, output, old, target, reference, mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
         raise NotImplementedError
@@ -42,13 +40,21 @@ class Trainer:
         """Whether to leave out the update's other steps; the same answer on every rank."""
         return False
 
-    def _forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """The module's output and the response lengths of each microbatch."""
-        sequences = rollout.sequences
-        prompts, responses = sequences.prompts(), sequences.responses()
-        for part in microbatches(sequences, self.microbatch_size):
-            batch = self._batch(prompts[part], responses[part])
-            yield self.engine.forward(batch, **options), [len(ids) for ids in responses[part]]
+    def _forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Each microbatch's rows and the module's output."""
+        prompts, responses = rollout.sequences.prompts(), rollout.sequences.responses()
+        for rows in self._microbatches(rollout.sequences.lengths):
+            batch = self._batch([prompts[row] for row in rows], [responses[row] for row in rows])
+            yield rows, self.engine.forward(batch, **options)
+
+    def _microbatches(self, lengths: np.ndarray) -> list[list[int]]:
+        """Rows of each forward pass, equally many passes on every rank: ZeRO-3 gathers in each, gradients meet after the
+        last."""
+        cut = partial(cut_microbatches, lengths.tolist(), size=self.microbatch_size, tokens=self.microbatch_tokens)
+        groups = cut()
+        if self.microbatch_tokens is None:
+            return groups  # by rows: the recipe's sizes divide
+        return cut(at_least=self.engine.most_over_ranks(len(groups)))
 
     def _batch(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> TokenBatch:
         return token_batch(prompts, responses, packed=self.engine.module.packed, device=self.engine.device)
@@ -60,7 +66,7 @@ class Trainer:
         `first_` statistics are those of the first minibatch, where the ratio must still be 1; the others are means over
         the optimiser steps that were taken.
         """
-        data = self._device_rows(shard)
+        data, lengths = self._device_rows(shard), shard.sequences.lengths
         totals: list[dict[str, float]] = []
         norms = []
         for step in shard.schedule:
@@ -71,7 +77,8 @@ class Trainer:
                 stats.append(part)
                 return loss
 
-            norms.append(self.engine.step(self._train_batches(data, step.rows), loss_of, learning_rate=learning_rate))
+            parts = [step.rows[rows] for rows in self._microbatches(lengths[step.rows])]
+            norms.append(self.engine.step(self._train_batches(data, parts), loss_of, learning_rate=learning_rate))
             totals.append({name: float(sum(part[name] for part in stats)) for name in stats[0]})
             if self._is_enough(totals[-1]):
                 break
@@ -88,12 +95,11 @@ class Trainer:
             unflatten(shard.old, lengths), unflatten(shard.target, lengths), unflatten(reference, lengths), strict=True,
         ))  # fmt: skip
 
-    def _train_batches(self, data, rows: np.ndarray) -> Iterator[tuple[tuple, tuple]]:
+    def _train_batches(self, data, parts: list[np.ndarray]) -> Iterator[tuple[tuple, tuple]]:
         """(the module's inputs, (old, target, reference, mask)) of each microbatch."""
         device = self.engine.device
-        for start in range(0, len(rows), self.microbatch_size):
-            picked = [data[row] for row in rows[start : start + self.microbatch_size]]
-            prompts, responses, *floats = zip(*picked, strict=True)
+        for rows in parts:
+            prompts, responses, *floats = zip(*(data[row] for row in rows), strict=True)
             batch = self._batch(prompts, responses)
             rest = *(pad_tokens(each, device) for each in floats), batch.action_mask
             yield (batch, *self._extra_inputs), rest
@@ -123,8 +129,8 @@ class PolicyTrainer(Trainer):
 
     name = "policy"
 
-    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, knobs: PolicyKnobs):
-        super().__init__(engine, microbatch_size=microbatch_size)
+    def __init__(self, engine: DeepSpeedEngine, *, knobs: PolicyKnobs, **microbatches: int | None):
+        super().__init__(engine, **microbatches)
         self.knobs = knobs
         self._kl_coef = 0.0
         if knobs.entropy_coef > 0:
@@ -137,18 +143,17 @@ class PolicyTrainer(Trainer):
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         """old_logprobs of a unit's responses, and the mean entropy a token."""
-        rows, entropy = [], 0.0
-        for (logprobs, entropies), lengths in self._forward(rollout, with_entropy=True):
-            rows += _cut(logprobs, lengths)
+        parts, entropy = [], 0.0
+        for rows, (logprobs, entropies) in self._forward(rollout, with_entropy=True):
+            parts.append((rows, logprobs))
             entropy += float(entropies.sum())
-        values = flatten(rows, np.float32)
+        values = _in_order(parts, rollout.sequences)
         return TokenValues(values=values, entropy=entropy / len(values))
 
     def reference_logprobs(self, rollout: RolloutBatch) -> TokenValues:
         """ref_logprobs of a unit's responses: those of the policy with its adapter off, as `Reference` computes them."""
         with adapter_off(self.engine.module):
-            rows = [row for logprobs, lengths in self._forward(rollout) for row in _cut(logprobs, lengths)]
-        return TokenValues(values=flatten(rows, np.float32))
+            return TokenValues(values=_in_order(self._forward(rollout), rollout.sequences))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(`plain_name`, full tensor) of what trains, one at a time; all ranks iterate together."""
@@ -182,14 +187,15 @@ class CriticTrainer(Trainer):
 
     name = "value"
 
-    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, value_clip_range: float, vf_coef: float):
-        super().__init__(engine, microbatch_size=microbatch_size)
+    def __init__(
+        self, engine: DeepSpeedEngine, *, value_clip_range: float, vf_coef: float, **microbatches: int | None
+    ):
+        super().__init__(engine, **microbatches)
         self.value_clip_range, self.vf_coef = value_clip_range, vf_coef
 
     def values(self, rollout: RolloutBatch) -> TokenValues:
         """old_values: of the state before each response token."""
-        rows = [row for values, lengths in self._forward(rollout) for row in _cut(values, lengths)]
-        return TokenValues(values=flatten(rows, np.float32))
+        return TokenValues(values=_in_order(self._forward(rollout), rollout.sequences))
 
     def _loss(self, output, old, target, reference, mask, step):
         loss, stats = value_loss(
@@ -198,5 +204,10 @@ class CriticTrainer(Trainer):
         return self.vf_coef * loss, stats
 
 
-def _cut(padded: torch.Tensor, lengths: list[int]) -> list[np.ndarray]:
-    return [row[:length] for row, length in zip(padded.float().cpu().numpy(), lengths, strict=True)]
+def _in_order(parts: Iterable[tuple[list[int], torch.Tensor]], sequences: Sequences) -> np.ndarray:
+    """The [b, T] of each microbatch as one flat array in order of rows."""
+    found: dict[int, np.ndarray] = {}
+    for rows, padded in parts:
+        found |= dict(zip(rows, padded.float().cpu().numpy(), strict=True))
+    lengths = sequences.response_lengths
+    return flatten((found[row][: lengths[row]] for row in range(len(sequences))), np.float32)
