@@ -90,12 +90,12 @@ def measure_ppo(
 
 
 def _resources(threads: int) -> dict:
-    """Policy and critic share the cores while they train side by side; the others have the machine to themselves."""
+    """Generation has the machine to itself; the others share the cores: two and two score and train side by side."""
     cores = len(os.sched_getaffinity(0))
     all_cores, half = threads or cores, max(1, (threads or cores) // 2)
-    role = {"cpus": 0.1, "threads": all_cores}
-    return {"generation": role, "reward": role, "reference": role,
-            "policy": role | {"threads": half}, "critic": role | {"threads": half}}  # fmt: skip
+    shared = {"cpus": 0.1, "threads": half}
+    return {"generation": {"cpus": 0.1, "threads": all_cores}, "reward": shared, "reference": shared, "policy": shared,
+            "critic": shared}  # fmt: skip
 
 
 def write_random_run(recipe: Recipe, folder: RunFolder, *, prompts: int, length: int) -> None:
