@@ -8,19 +8,16 @@ imdb=$1 runs=$2
 data=(${3:+--set data.root=$3})
 
 for seed in 0 1 2 3 4; do
-    for adam in tensorflow torch; do
-        steps=195
-        [ $adam = tensorflow ] || steps=4 # the first steps show the difference between the two
-        [ -e "$runs/$adam-$seed/ppo/DONE" ] || rlhf-ray ppo imdb "${data[@]}" --start-from "$imdb" --run-dir "$runs/$adam-$seed" \
-            --set ppo.seed=$seed --set ppo.steps=$steps --set ppo.anneal=true --set ppo.adam_form=$adam --set ppo.adam_eps=1e-5 \
-            --set ppo.rollout_batch_size=128 --set ppo.minibatch_size=128 --set ppo.microbatch_size=64 --set ppo.ppo_epochs=4 \
-            --set ppo.learning_rate=1e-4 --set ppo.critic_learning_rate=1e-4 --set ppo.critic_init=sft \
-            --set ppo.kl_coef=0.15 --set ppo.adaptive_kl.target=6 --set ppo.adaptive_kl.horizon=250 \
-            --set ppo.whiten_rewards=true --set ppo.max_grad_norm=0 \
-            --set generation.max_new_tokens=24 --set generation.min_new_tokens=24 --set generation.temperature=0.7 \
-            --set generation.chunk_size=128 --set ppo.eval_every=65 --set ppo.checkpoint_every=25
-    done
+    [ -e "$runs/tensorflow-$seed/ppo/DONE" ] || rlhf-ray ppo imdb "${data[@]}" --start-from "$imdb" --run-dir "$runs/tensorflow-$seed" \
+        --set ppo.seed=$seed --set ppo.steps=195 --set ppo.anneal=true --set ppo.adam_form=tensorflow --set ppo.adam_eps=1e-5 \
+        --set ppo.rollout_batch_size=128 --set ppo.minibatch_size=128 --set ppo.microbatch_size=64 --set ppo.ppo_epochs=4 \
+        --set ppo.learning_rate=1e-4 --set ppo.critic_learning_rate=1e-4 --set ppo.critic_init=sft \
+        --set ppo.kl_coef=0.15 --set ppo.adaptive_kl.target=6 --set ppo.adaptive_kl.horizon=250 \
+        --set ppo.whiten_rewards=true --set ppo.max_grad_norm=0 \
+        --set generation.max_new_tokens=24 --set generation.min_new_tokens=24 --set generation.temperature=0.7 \
+        --set generation.chunk_size=128 --set ppo.eval_every=65 --set ppo.checkpoint_every=25
 done
+python results/curves/adam.py "$imdb" ${3:-}
 
 python -m rlhf_ray.evaluation.compare results/curves \
     $(for seed in 0 1 2 3 4; do echo "sentiment=$runs/tensorflow-$seed"; done)
