@@ -15,7 +15,9 @@ for seed in 0 1 2 3 4; do
         --set ppo.kl_coef=0.15 --set ppo.adaptive_kl.target=6 --set ppo.adaptive_kl.horizon=250 \
         --set ppo.whiten_rewards=true --set ppo.max_grad_norm=0 \
         --set generation.max_new_tokens=24 --set generation.min_new_tokens=24 --set generation.temperature=0.7 \
-        --set generation.chunk_size=128 --set ppo.eval_every=65 --set ppo.checkpoint_every=25
+        --set generation.chunk_size=128 --set ppo.eval_every=65 --set ppo.checkpoint_every=25 \
+        --set resources.reward.threads=1 --set resources.reference.threads=1 --set resources.policy.threads=1 \
+        --set resources.critic.threads=1
 done
 python results/curves/adam.py "$imdb" ${3:-}
 

@@ -72,6 +72,10 @@ def _holds(node: Amounts, bundle: Amounts) -> bool:
 def _in_words(amounts: Amounts) -> str:
     return " and ".join(f"{value:g} {kind}s" for kind, value in amounts.items() if value > 0)
 
+# Read by libgomp. The generators work while everybody else waits, in thousands of operations too short to fall asleep in
+# between: 0.2 ms of spinning makes them 1.4 times as fast. Roles that share the cores would spin them away from each other.
+ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+
 
 class Placement:
     """Reserves the bundles and hands out actor options, role by role. A context manager: leaving it frees them."""
@@ -90,7 +94,8 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        return {
+        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == "generation" else {}
+        return alone | {
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),

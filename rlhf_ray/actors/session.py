@@ -14,7 +14,6 @@ from rlhf_ray.errors import UserError
 # spinning threads each run five times slower on two cores than with sleeping ones.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
-    "GOMP_SPINCOUNT": "20000",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL's trainers report their use to the hub otherwise
