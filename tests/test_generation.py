@@ -375,14 +375,16 @@ def test_bfloat16_stays_near_the_models_own_forward():
         np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
 
 
-def test_decode_attention_in_pieces_of_rows():
-    """Grouped queries, bf16, keys too many for one piece of float32 copies; against float64 written out."""
+@pytest.mark.parametrize("cached", [torch.float32, torch.bfloat16])  # on CPUs, elsewhere
+def test_decode_attention_of_grouped_queries(cached):
+    """Queries in bf16, rows of different lengths; against float64 written out."""
     torch.manual_seed(0)
     rows, heads, kv_heads, length, channels = 5, 8, 4, 2048, 64
     query = torch.randn(rows, heads, 1, channels).bfloat16()
     key, value = (torch.randn(rows, kv_heads, length, channels).bfloat16() for _ in range(2))
     mask = torch.arange(length) < torch.tensor([1, 700, 2048, 5, 1500])[:, None]
-    output, _ = ragged_attention(torch.nn.Module(), query, key, value, mask[:, None, None], scaling=0.2)
+    stored = key.to(cached), value.to(cached)
+    output, _ = ragged_attention(torch.nn.Module(), query, *stored, mask[:, None, None], scaling=0.2)
     for row in range(rows):
         for head in range(heads):
             k, v = key[row, head // 2, mask[row]].double(), value[row, head // 2, mask[row]].double()

@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-FLOAT32_PIECE = 2**20  # elements
 SLOT_MULTIPLE = 8  # lengths seen by attention are rounded up to this: GPU kernels want aligned masks
 
 
@@ -40,15 +39,17 @@ class RaggedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, write: _Write):
+    def __init__(self, write: _Write, dtype: torch.dtype | None):
         super().__init__()
-        self.write = write
+        self.write, self.stored_dtype = write, dtype
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Zeros, not empty: masked slots are multiplied by a weight of 0, and 0 * NaN is NaN.
         rows, slots = self.write.rows, self.write.slots
         self.keys, self.values = (
-            torch.zeros(rows, slots, states.shape[1], states.shape[3], dtype=states.dtype, device=states.device)
+            torch.zeros(
+                rows, slots, states.shape[1], states.shape[3], dtype=self.stored_dtype or states.dtype, device=states.device
+            )
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -64,7 +65,7 @@ class RaggedLayer(CacheLayerMixin):
             self.values[rows, : key_states.shape[2]] = value_states.transpose(1, 2)
             return key_states, value_states
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored.view(-1, *stored.shape[2:]).index_copy_(0, write.targets, states.squeeze(2))
+            stored.view(-1, *stored.shape[2:]).index_copy_(0, write.targets, states.squeeze(2).to(stored.dtype))
         return self.keys[:n, : write.length].transpose(1, 2), self.values[:n, : write.length].transpose(1, 2)
 
     def grow(self) -> None:
@@ -89,9 +90,10 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, dtype: torch.dtype | None = None):
+        """dtype: of what is stored; None: that of the keys and values."""
         self.write = _Write()
-        super().__init__(layers=[RaggedLayer(self.write) for _ in range(num_layers)])
+        super().__init__(layers=[RaggedLayer(self.write, dtype) for _ in range(num_layers)])
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for that many rows and slots; what is too small at least doubles, so growing stays cheap."""
@@ -133,34 +135,8 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     n, heads, _, channels = query.shape
     query = query.reshape(n, key.shape[1], heads // key.shape[1], channels)
-    if query.device.type == "cpu" and query.dtype != torch.float32:
-        output = _attend_in_float32(query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    else:
-        output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-    return output.reshape(n, 1, heads, value.shape[-1]), None
-
-
-def _attend_in_float32(query, key, value, mask, *, dropout, scaling):
-    """For CPUs, whose bf16 kernel takes five times as long for one query a row as copying to float32 and its kernel do.
-
-    A piece of the rows at a time, so that the copies stay in the processor's cache.
-    """
-    piece = max(1, FLOAT32_PIECE // key[0].numel())
-    masks = None if mask is None else mask.expand(len(query), -1, -1, -1)
-    outputs = []
-    for first in range(0, len(query), piece):
-        rows = slice(first, first + piece)
-        outputs.append(
-            scaled_dot_product_attention(
-                query[rows].float(),
-                key[rows].float(),
-                value[rows].float(),
-                None if masks is None else masks[rows],
-                dropout,
-                scale=scaling,
-            )
-        )
-    return torch.cat(outputs).to(query.dtype)
+    output = scaled_dot_product_attention(query.to(key.dtype), key, value, attention_mask, dropout, scale=scaling)
+    return output.reshape(n, 1, heads, value.shape[-1]).to(query.dtype), None
 
 
 RAGGED = "rlhf_ray_ragged"
