@@ -22,8 +22,8 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "rlhf_ray_packed"
 # Families that the tests compare with plain rows; any other is compared once, when its module is built.
 TESTED_FAMILIES = ("gpt2", "llama", "qwen2")
-# On CPUs plain matrix products are the faster attention up to this length (2,560 tokens of width 256 in bfloat16, forward and
-# backward: 1.6 times as fast as the fused kernel at 80); its memory, which grows with the square, counts beyond.
+# On CPUs plain matrix products are the faster attention up to this length (at 80 tokens a whole forward and backward pass takes
+# 1.3 times as long with the fused kernel: results/bench/trials.py); their memory, which grows with the square, counts beyond.
 PLAIN_LENGTH = 256
 
 
