@@ -79,6 +79,8 @@ class GenerationActor(RoleActor):
             trust_remote_code=recipe.model.trust_remote_code,
             lora=recipe.ppo.lora,
             freeze_layers=recipe.ppo.freeze_layers,
+            engine=generation.engine,
+            rows=generation.chunk_size,
         )  # fmt: skip
 
     @with_receipt

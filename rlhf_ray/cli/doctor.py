@@ -67,13 +67,14 @@ def examine(
 def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
     """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
 
-    hardware: whether the run computes on this machine, so that its hardware says which precisions there are.
+    hardware: whether the run computes on this machine, so that its hardware says which precisions there are, and what is
+    installed here which engines.
     """
     from rlhf_ray.data.check import check_data, check_model
 
     problems = (check_data(recipe) if data else []) + check_model(recipe)
     problems += _function_problems(recipe) + _reward_problems(recipe)
-    return problems + (_precision_problems(recipe) if hardware else [])
+    return problems + (_precision_problems(recipe) + _engine_problems(recipe) if hardware else [])
 
 
 def _nodes(address: str | None) -> list[Mapping[str, float]]:
@@ -135,6 +136,13 @@ def _precision_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _engine_problems(recipe: Recipe) -> list[str]:
+    from rlhf_ray.engines.vllm_engine import vllm_problem
+
+    problem = vllm_problem(recipe.resources.generation.gpus) if recipe.generation.engine == "vllm" else None
+    return [] if problem is None else [problem]
+
+
 def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
     """Checkpoints hold what trains of policy and critic, and its two moments, in float32."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -161,6 +169,8 @@ def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float
         shared = weights * copies.get(name, 1.0) + gradient_and_moments.get(name, 0.0)
         if name == "generation" and recipe.ppo.lora is not None:
             shared += weights  # merged weights are computed from what they were before
+        if name == "generation" and recipe.generation.engine == "vllm":
+            shared += weights  # the copy that its log-probs are compared with
         per_actor = IMPORTED_GB + (shared / role.actors if getattr(role, "zero_stage", 0) == 3 else shared)
         rows.append((name, role.actors, role.cpus, role.gpus, role.threads, role.actors * per_actor))
     return rows

@@ -26,6 +26,7 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = knob((), "strings that end a response")
     chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
     precision: Precision = knob("auto", "auto: as ppo.precision")
+    engine: Literal["torch", "vllm"] = knob("torch", "what draws PPO's rollouts; vllm: needs the extra of that name")
 
     @property
     def sampling(self) -> SamplingParams:
@@ -45,6 +46,15 @@ class GenerationConfig(Section):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"generation.min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_draws_so_cold(self):
+        if self.engine == "vllm" and self.temperature < 0.01:
+            raise ValueError(
+                f"generation.temperature = {self.temperature} is below 0.01, the least that vLLM draws at; raise it, or set "
+                "generation.engine to torch"
             )
         return self
 

@@ -18,7 +18,7 @@ from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.engines.row_batch import Request, RowBatch
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import Completion, SamplingParams, TokenEvent
-from rlhf_ray.models.wire import as_tensor
+from rlhf_ray.models.wire import copy_weights
 
 
 class GenerationEngine:
@@ -139,34 +139,17 @@ class GenerationEngine:
     def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
-        Every weight but those in `kept`, which stay, must be there, by its name in state_dict (tied weights: under one of
-        their names), with its shape; all is checked before anything is copied. Values take the model's dtype. An int16
-        array is the bits of bfloat16, which numpy doesn't have.
+        Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).
         """
         if self.num_running or self.num_waiting:
             raise RuntimeError(
                 f"{self.num_running} rows are running and {self.num_waiting} wait under the old weights; "
                 "let them end or cancel them before load_weights"
             )
-        targets = self.model.state_dict()
-        names_of: dict[tuple, list[str]] = {}
-        for name, target in targets.items():
-            storage = (target.data_ptr(), target.shape, target.stride())
-            names_of.setdefault(storage if target.numel() else (name,), []).append(name)
-        known = state.keys() | kept
-        missing = [names[0] for names in names_of.values() if known.isdisjoint(names)]
-        if missing or not state.keys() <= targets.keys():
-            unknown = sorted(state.keys() - targets.keys())
-            raise ValueError(f"weights do not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
-        for name, given in state.items():
-            given_shape, shape = tuple(given.shape), tuple(targets[name].shape)
-            if given_shape != shape:
-                raise ValueError(f"weight {name} has shape {given_shape}, the model's has {shape}")
-        for names in names_of.values():
-            name = next((name for name in names if name in state), None)
-            if name is None:
-                continue
-            targets[name].copy_(as_tensor(state[name]))
+        copy_weights(self.model, state, kept)
+
+    def model_changed(self) -> None:
+        """Whoever changed the model's weights in place says so. Nothing here is made from them."""
 
     # ---- inside
 

@@ -45,6 +45,36 @@ def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[
     assert not absent and not unexpected, (absent, unexpected)
 
 
+@torch.no_grad()
+def copy_weights(
+    model: nn.Module, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()
+) -> None:
+    """Copy weights as they come off the wire into a model, in place.
+
+    Every weight but those in `kept`, which stay, must be there, by its name in state_dict (tied weights: under one of
+    their names), with its shape; all is checked before anything is copied. Values take the model's dtype. An int16
+    array is the bits of bfloat16, which numpy doesn't have.
+    """
+    targets = model.state_dict()
+    names_of: dict[tuple, list[str]] = {}
+    for name, target in targets.items():
+        storage = (target.data_ptr(), target.shape, target.stride())
+        names_of.setdefault(storage if target.numel() else (name,), []).append(name)
+    known = state.keys() | kept
+    missing = [names[0] for names in names_of.values() if known.isdisjoint(names)]
+    if missing or not state.keys() <= targets.keys():
+        unknown = sorted(state.keys() - targets.keys())
+        raise ValueError(f"weights do not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, given in state.items():
+        given_shape, shape = tuple(given.shape), tuple(targets[name].shape)
+        if given_shape != shape:
+            raise ValueError(f"weight {name} has shape {given_shape}, the model's has {shape}")
+    for names in names_of.values():
+        name = next((name for name in names if name in state), None)
+        if name is not None:
+            targets[name].copy_(as_tensor(state[name]))
+
+
 def _to_array(tensor: torch.Tensor) -> np.ndarray:
     # A copy: the tensor may be the live parameter, which the next update overwrites.
     tensor = tensor.detach().cpu().contiguous()

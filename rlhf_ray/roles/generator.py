@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.engines.vllm_engine import VllmEngine
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -37,17 +39,26 @@ class Generator:
         trust_remote_code: bool = False,
         lora: LoraConfig | None = None,
         freeze_layers: int = 0,
+        engine: Literal["torch", "vllm"] = "torch",
+        rows: int = 32,
     ):
-        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`."""
+        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. rows: of a unit of work."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            self.adapted = MergedLayers(model.to(device), lora, start)
-        self.engine = GenerationEngine(model, self.tokenizer, device=device)
+            self.adapted = MergedLayers(model.to("cpu" if engine == "vllm" else device), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
+        if engine == "torch":
+            self.engine = GenerationEngine(model, self.tokenizer, device=device)
+        else:
+            everything = [*self.prompt_ids, *self.eval_prompt_ids]
+            self.engine = VllmEngine(
+                folder, model, self.tokenizer, longest=max(map(len, everything)) + sampling.max_new_tokens, rows=rows,
+                probes=everything, device=device, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         self.sampling, self.seed = sampling, seed
         self.policy_version = 0
 
@@ -72,6 +83,7 @@ class Generator:
         """Copy in what of the policy trains (an adapter is merged); returns the version that generates from now on."""
         if self.adapted is not None:
             self.adapted.load(weights)
+            self.engine.model_changed()
         else:
             self.engine.load_weights(weights, self.kept)
         self.policy_version = policy_version
