@@ -126,7 +126,7 @@ class LocalRoles:
             *(
                 Generator(
                     start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32,
-                    lora=ppo.lora, freeze_layers=ppo.freeze_layers,
+                    lora=ppo.lora, freeze_layers=ppo.freeze_layers, engine=generation.engine, rows=generation.chunk_size,
                 )
                 for _ in range(actors)
             )

@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+#: On CPUs it would compile a handful of small functions with g++: half a minute at every start, for nothing that counts.
+ENVIRONMENT_CPU = ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def vllm_problem(gpus: float) -> str | None:
@@ -120,11 +122,11 @@ class VllmEngine:
         self._rehearse()
 
     def _build(self, folder: str | Path, rows: int, trust_remote_code: bool):
-        for name, value in ENVIRONMENT.items():
+        on_gpu = self.device.type == "cuda"
+        for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT_CPU).items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
-        on_gpu = self.device.type == "cuda"
         return LLM(
             str(folder),
             dtype=self.model.dtype,
@@ -150,7 +152,9 @@ class VllmEngine:
     ) -> list[Completion]:
         """One response to each prompt. Row b draws with seeds[b] (and params[b], if several)."""
         each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else params
-        prompts = [self._checked(place, ids, one) for place, (ids, one) in enumerate(zip(prompt_ids, each, strict=True))]
+        prompts = [
+            self._checked(place, ids, one) for place, (ids, one) in enumerate(zip(prompt_ids, each, strict=True))
+        ]
         if not prompts:
             return []
         # What ran before must not matter: a prompt whose keys are cached takes another path through the kernels.
@@ -203,7 +207,9 @@ class VllmEngine:
         tokens = np.array(output.token_ids, np.int32)
         logprobs = np.array([at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)])
         if not np.isfinite(logprobs).all():
-            raise FloatingPointError(f"log-prob {int(np.flatnonzero(~np.isfinite(logprobs))[0])} of a response is not finite")
+            raise FloatingPointError(
+                f"log-prob {int(np.flatnonzero(~np.isfinite(logprobs))[0])} of a response is not finite"
+            )
         reason = output.finish_reason
         if reason == "stop" and not isinstance(output.stop_reason, str):
             reason = "eos"
