@@ -3,6 +3,7 @@
 import torch
 
 from rlhf_ray.data.store import read_role
+from rlhf_ray.engines.deepspeed_engine import Forwarded
 from rlhf_ray.engines.forward import LogprobModel, ValueModel
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.critic import build_critic
@@ -28,9 +29,9 @@ class TorchEngine:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, eps=1e-5, weight_decay=0.0)
 
-    def forward(self, *batch, **options):
-        self.module.eval()
-        with torch.no_grad():
+    def forward(self, *batch, keep_graph=False, **options):
+        self.module.train(keep_graph)
+        with torch.set_grad_enabled(keep_graph):
             return self.module(*batch, **options)
 
     def step(self, microbatches, loss_of, *, learning_rate):
@@ -38,7 +39,8 @@ class TorchEngine:
         self.optimizer.zero_grad()
         self.module.train()
         for inputs, rest in microbatches:
-            loss_of(self.module(*inputs), rest).backward()
+            output = inputs.output if isinstance(inputs, Forwarded) else self.module(*inputs)
+            loss_of(output, rest).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         self.optimizer.step()
         return float(norm)
@@ -147,7 +149,9 @@ class LocalRoles:
         )  # fmt: skip
         policy = LogprobModel(model, temperature=generation.temperature, compute_dtype=torch.float32)
         self.policy = LocalTrainer(
-            PolicyTrainer(TorchEngine(policy), **ppo.microbatches, knobs=policy_knobs(recipe))
+            PolicyTrainer(
+                TorchEngine(policy), **ppo.microbatches, reuse_forward=ppo.reuse_forward, knobs=policy_knobs(recipe)
+            )
         )
         if ppo.lora is not None:
             self.reference = AdapterOff(*self.policy.roles)
@@ -163,6 +167,7 @@ class LocalRoles:
                 CriticTrainer(
                     TorchEngine(critic),
                     **ppo.microbatches,
+                    reuse_forward=ppo.reuse_forward,
                     value_clip_range=ppo.value_clip_range,
                     vf_coef=ppo.vf_coef,
                 )

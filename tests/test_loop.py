@@ -577,6 +577,32 @@ def test_the_first_minibatch_has_ratio_one_exactly_at_equal_padding(folder):
         assert metrics["policy/approx_kl"] > 0.0  # the second epoch sees another policy
 
 
+@pytest.mark.parametrize("knobs", [{}, {"microbatch_tokens": 60, "entropy_coef": 0.05}, {"critic_warmup_steps": 1}])
+def test_a_first_step_from_the_forward_passes_that_are_there_is_the_same_step(folder, knobs):
+    """Two chunks of four in microbatches of two: equal weights, as many forward passes fewer, and no approx_kl at all."""
+    ends, passes = [], []
+    for reuse in (False, True):
+        ppo = {"steps": 2, "minibatch_size": 8, "reuse_forward": reuse} | knobs
+        recipe = tiny_recipe(ppo=ppo)
+        roles, diary = LocalRoles(recipe, folder), Diary()
+        count = [0, 0]
+        for number, role in enumerate((roles.policy, roles.critic)):
+            role.roles[0].engine.module.register_forward_hook(
+                lambda *_, number=number, count=count: count.__setitem__(number, count[number] + 1)
+            )
+        assert real_loop(recipe, roles, diary).run()
+        ends.append([dict(role.roles[0].engine.weights()) for role in (roles.policy, roles.critic)])
+        passes.append(count)
+        if reuse:
+            assert all(metrics.get("first_policy/approx_kl", 0.0) == 0.0 for _, metrics in diary.records[1:])
+    for one, other in zip(*ends, strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    if not knobs:  # 2 steps of 4 microbatches: once for the old ones and once each epoch
+        assert passes == [[2 * 4 * 3] * 2, [2 * 4 * 2] * 2]
+    assert passes[1][0] < passes[0][0] and passes[1][1] < passes[0][1]
+
+
 def test_the_first_minibatch_has_ratio_one_to_rounding_at_unequal_padding(folder):
     _, diary = run_real(tiny_recipe(ppo={"steps": 2}), folder)
     lengths = {metrics["objective/response_length"] for _, metrics in diary.records[1:]}

@@ -102,6 +102,15 @@ def test_a_token_budget_holds_a_sequence():
     build_recipe(values | {"ppo": ppo}, [], "x")
 
 
+def test_kept_forward_passes_meet_the_policy_that_made_them():
+    several = {"ppo": {"reuse_forward": True, "rollout_batch_size": 64, "minibatch_size": 32}}
+    assert "ppo.reuse_forward is true, but ppo.minibatch_size = 32 cuts a step's 64 rollouts into 2" in refusal(several)
+    ranks = {"ppo": {"reuse_forward": True}, "resources": {"critic": {"actors": 2}}}
+    assert "ppo.reuse_forward is true, but resources.critic.actors = 2" in refusal(ranks)
+    whole = {"ppo": {"reuse_forward": True}, "resources": {"policy": {"zero_stage": 3}}}
+    assert "ppo.reuse_forward is true, but resources.policy.zero_stage is 3" in refusal(whole)
+
+
 def test_the_second_divisor_of_a_rank_is_checked_too():
     """12 rollouts a rank don't divide into microbatches of 8."""
     ppo = {"rollout_batch_size": 24, "minibatch_size": 24, "microbatch_size": 8}

@@ -254,9 +254,14 @@ class PolicyActor(TrainerActor):
         )  # fmt: skip
         weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
         self.dtype = self.compute_dtype(ppo.precision)
-        module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
+        module = LogprobModel(
+            model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype,
+            entropy_gradient=ppo.entropy_coef > 0,
+        )  # fmt: skip
         engine = self._engine(module, address, port)
-        self.role = PolicyTrainer(engine, **ppo.microbatches, knobs=policy_knobs(self.recipe))
+        self.role = PolicyTrainer(
+            engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, knobs=policy_knobs(self.recipe)
+        )
         return weight_bytes
 
     @with_receipt
@@ -319,8 +324,9 @@ class CriticActor(TrainerActor):
         module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
         engine = self._engine(module, address, port)
         self.role = CriticTrainer(
-            engine, **ppo.microbatches, value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef
-        )
+            engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, value_clip_range=ppo.value_clip_range,
+            vf_coef=ppo.vf_coef,
+        )  # fmt: skip
         return 0
 
     @with_receipt

@@ -46,7 +46,7 @@ def measure_ppo(
         "data": {"max_prompt_tokens": prompt},
         "generation": {"max_new_tokens": response, "chunk_size": batch},
         "ppo": {"rollout_batch_size": batch, "minibatch_size": batch, "microbatch_size": min(microbatch, batch),
-                "ppo_epochs": epochs, "precision": precision, "max_mismatch": 100.0},
+                "ppo_epochs": epochs, "precision": precision, "max_mismatch": 100.0, "reuse_forward": True},
         "resources": _resources(threads),
     })  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_bench_") as path:

@@ -102,6 +102,11 @@ class PPOConfig(Section):
         "tokens a forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
         gt=0,
     )
+    reuse_forward: bool = knob(
+        False,
+        "the first optimiser step starts from the passes that gave old log-probs and values: less time, more memory "
+        "(the activations of a whole step)",
+    )
     ppo_epochs: int = knob(4, "passes over each rollout batch", gt=0)
     learning_rate: float = knob(1e-5, "policy's peak rate", gt=0)
     critic_learning_rate: float = knob(1e-5, "critic's peak rate", gt=0)
@@ -317,6 +322,12 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _batches_divide(self):
         assert self.num_minibatches > 0
+        if self.reuse_forward and self.num_minibatches > 1:
+            raise ValueError(
+                f"ppo.reuse_forward is true, but ppo.minibatch_size = {self.minibatch_size} cuts a step's "
+                f"{self.rollouts_per_step} rollouts into {self.num_minibatches} minibatches, and all but the first meet a "
+                "policy that has moved; set it to false, or minibatch_size to all rollouts"
+            )
         if self.microbatch_tokens is None:
             exact_div(self.minibatch_size, self.microbatch_size, "ppo.minibatch_size must divide by microbatch_size")
         return self

@@ -141,6 +141,16 @@ class Recipe(Section):
                     f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
                 )
             group = getattr(self.resources, role)
+            if ppo.reuse_forward and ranks > 1:
+                raise ValueError(
+                    f"ppo.reuse_forward is true, but resources.{role}.actors = {ranks}, and ranks score other rollouts than "
+                    "they train on; set it to false, or actors to 1"
+                )
+            if ppo.reuse_forward and group.zero_stage == 3:
+                raise ValueError(
+                    f"ppo.reuse_forward is true, but resources.{role}.zero_stage is 3, whose backward pass has to follow its "
+                    "forward pass; set it to false, or zero_stage to 2 or less"
+                )
             if group.zero_stage == 3 and ranks > 1:
                 # Every forward gathers from all ranks: chunks of unlike size would leave one of them waiting.
                 exact_div(

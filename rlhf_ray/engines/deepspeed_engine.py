@@ -30,6 +30,13 @@ class OptimiserSettings:
     adam_betas: tuple[float, float] = (0.9, 0.999)
 
 
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """An output of `DeepSpeedEngine.forward` that kept its graph."""
+
+    output: torch.Tensor | tuple[torch.Tensor, ...]
+
+
 class DeepSpeedEngine:
     """A module under DeepSpeed on one rank. The process group must exist (`engines.distributed.join_group`).
 
@@ -74,10 +81,12 @@ class DeepSpeedEngine:
             config["zero_optimization"] |= {"overlap_comm": False}
         return config
 
-    def forward(self, *batch, **options):
-        """The module's output, no gradient."""
-        self.engine.eval()
-        with torch.no_grad():
+    def forward(self, *batch, keep_graph: bool = False, **options):
+        """The module's output: without gradient, or with its graph, for a `step` that starts from it."""
+        # Measured: with two graphs waiting, ZeRO-3 gives each the gradients of something else, without a word.
+        assert not (keep_graph and self.settings.zero_stage == 3), "ZeRO-3 can't keep graphs"
+        self.engine.train(keep_graph)
+        with torch.set_grad_enabled(keep_graph):
             return self.engine(*batch, **options)
 
     def step(
@@ -85,15 +94,16 @@ class DeepSpeedEngine:
     ) -> float:
         """One optimiser step; returns the gradient norm before clipping.
 
-        `loss_of(output, microbatch)` gives this rank's share of a loss already divided by the global token count.
-        DeepSpeed averages over ranks, so the share is multiplied by their number. Every rank brings equally many
-        microbatches (ZeRO-3 gathers parameters in each forward).
+        A microbatch is (the module's inputs, rest), or (Forwarded, rest). `loss_of(output, rest)` gives this rank's share of a
+        loss already divided by the global token count. DeepSpeed averages over ranks, so the share is multiplied by their
+        number. Every rank brings equally many microbatches (ZeRO-3 gathers parameters in each forward).
         """
         for group in self.optimizer.param_groups:
             group["lr"], group["eps"] = learning_rate, self._adam_eps()
         self.engine.train()
         for inputs, rest in microbatches:
-            loss = loss_of(self.engine(*inputs), rest)
+            output = inputs.output if isinstance(inputs, Forwarded) else self.engine(*inputs)
+            loss = loss_of(output, rest)
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self.engine.step()
         self.steps_taken += 1

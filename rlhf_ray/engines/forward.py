@@ -87,12 +87,16 @@ class LogprobModel(nn.Module):
     tokens only, in the compute dtype; the softmax is float32.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype):
+    def __init__(
+        self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+    ):
+        """entropy_gradient: whether entropies are for a loss, too."""
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.packed = pack(model)
+        self.entropy_gradient = entropy_gradient
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
@@ -102,7 +106,10 @@ class LogprobModel(nn.Module):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
         logits = logits[0] if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
         logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, temperature=self.temperature))
-        return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
+        if not with_entropy:
+            return logprobs
+        logits = logits if self.entropy_gradient else logits.detach()
+        return logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))
 
 
 class ValueModel(nn.Module):

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
 )
-from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.activation import fast_activation
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
@@ -73,7 +73,8 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     if cfg.is_from_scratch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(scratch_config(cfg.from_scratch, tokenizer), dtype=torch.float32)
+            config = scratch_config(cfg.from_scratch, tokenizer)
+            model = fast_activation(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     else:
         model = load_causal_lm(cfg.name_or_path, trust_remote_code=cfg.trust_remote_code)
         fit_embeddings(model, tokenizer)
@@ -111,7 +112,7 @@ def build_reward_model(
         config = type(source.config).from_dict(source.config.to_dict() | ONE_OUTPUT)
         model = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype)
         model.base_model.load_state_dict(source.base_model.state_dict())
-        model.eval()
+        fast_activation(model).eval()
     else:
         model = _load(
             AutoModelForSequenceClassification, source, None, trust_remote_code, new={"score.weight"}, **ONE_OUTPUT
@@ -278,11 +279,7 @@ def _load(auto, path, dtype, trust_remote_code, new: frozenset | set = frozenset
             f"'{path}' has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''} of "
             f"{type(model).__name__}, they would be random; give a folder of that kind of model"
         )
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(parent, name, GELUTanh())  # the same formula in one kernel instead of seven
-    return model.eval()
+    return fast_activation(model).eval()
 
 
 def _cannot_load(path: str | Path, error: BaseException) -> str:

