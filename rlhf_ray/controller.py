@@ -185,7 +185,7 @@ class PPOLoop:
         if self.ahead is not None:
             # These are drawn with the policy's own weights, where training steps have older samples: the gate is here.
             own = self.roles.policy.logprobs(rollouts)
-            gaps = [self.roles.assembler.mismatch(rollouts, own)]
+            gaps = [self.roles.assembler.own_mismatch(rollouts, own)]
             self.ahead.fill(step)
             self.ahead.settle(step)
         self.roles.wait(rollouts, what)

@@ -145,8 +145,8 @@ class AssemblerHandle:
         self.waiter.track(stats, "assembler", receipt)
         return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
 
-    def mismatch(self, rollouts, logprobs):
-        ref = self.actor.mismatch.remote(len(rollouts), *rollouts, *logprobs)
+    def own_mismatch(self, rollouts, logprobs):
+        ref = self.actor.own_mismatch.remote(len(rollouts), *rollouts, *logprobs)
         return self.waiter.track(ref, "assembler (mismatch)")
 
     def flat(self, scores):

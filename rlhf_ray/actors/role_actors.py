@@ -160,9 +160,9 @@ class AssemblerActor(RoleActor):
         stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
         return [stats, *policy, *critic]
 
-    def mismatch(self, units: int, *parts):
+    def own_mismatch(self, units: int, *parts):
         """parts: rollouts and the policy's log-probs, `units` of each."""
-        return self.role.mismatch(list(parts[:units]), list(parts[units:]))
+        return self.role.own_mismatch(list(parts[:units]), list(parts[units:]))
 
     def flat(self, *scores):
         return self.role.flat(list(scores))

@@ -109,7 +109,7 @@ class Assembler:
         )
         return stats, policy, critic
 
-    def mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
+    def own_mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
         """How far generator and policy are apart, of rollouts that both have the same weights for."""
         flats = [rollout.rollout_logprobs for rollout in rollouts], [part.values for part in logprobs]
         drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
