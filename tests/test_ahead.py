@@ -22,6 +22,7 @@ from rlhf_ray.loop import MismatchError, ppo_step, sync_weights
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.plain_ppo import PlainPPO
 from rlhf_ray.recipe_file import build_recipe
+from rlhf_ray.roles.trainer import PolicyTrainer
 from rlhf_ray.run_folder import RunFolder
 
 NAN = float("nan")
@@ -126,7 +127,7 @@ def test_no_sample_is_older_than_the_steps_ahead_and_none_is_left_out(steps_ahea
 
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_it_drops_no_handle_and_waits_for_causes_first(in_flight):
-    roles, _, _ = run_queueing(steps_ahead=2, weights_in_flight=in_flight)
+    roles, _, _ = run_queueing(steps_ahead=2, weights_in_flight=in_flight, eval_every=9)
     assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
     block = {}
     for number, handles in enumerate(roles.waits):
@@ -395,15 +396,17 @@ def test_posted_weights_are_taken_before_the_next_unit(folder):
     assert generator.generate(unit).policy_version == 2
 
 
-def test_evaluations_leave_nothing_behind_for_an_update_that_reuses_forward_passes(folder):
-    """The gate asks the policy for log-probs of held-out responses; a step's own passes are those that it starts from."""
-    shape = {"steps": 3, "steps_ahead": 1, "eval_every": 1, "minibatch_size": 8, "microbatch_size": 8}
-    weights = []
+def test_an_update_starts_from_the_forward_passes_of_its_own_rollouts(folder, monkeypatch):
+    """The gate asks the policy for log-probs of held-out responses too, three chunks of them where a step has two."""
+    shape = {"steps": 3, "steps_ahead": 1, "eval_every": 1, "rollout_batch_size": 4}
+    weights, reused = [], []
+    kept = PolicyTrainer._kept_batches
+    monkeypatch.setattr(PolicyTrainer, "_kept_batches", lambda *args: reused.append(1) or kept(*args))
     for reuse in (False, True):
         recipe = tiny_recipe(ppo=shape | {"reuse_forward": reuse}, generation={"chunk_size": 2})
         weights.append(run_real(recipe, folder)[0].weights())
-    gaps = [float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]]
-    assert max(gaps) < 1e-5
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+    assert len(reused) == 3
 
 
 def test_the_one_file_loop_refuses(folder):
