@@ -16,7 +16,7 @@ LAYERS = (
     ("algorithms", "recipe_file"),
     ("engines", "models", "data"),
     ("roles", "supervised", "checkpoint", "metrics", "events"),
-    ("loop", "controller", "pipeline", "adopt", "evaluation", "plain_ppo"),
+    ("loop", "ahead", "controller", "pipeline", "adopt", "evaluation", "plain_ppo"),
     ("cli", "actors", "serving"),
 )
 #: modules that stand in another layer than their folder
