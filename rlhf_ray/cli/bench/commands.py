@@ -111,9 +111,9 @@ def bench_sync(
     from rlhf_ray.cli.bench.sync import measure_sync, show_sync
 
     sizes = megabytes or [17.0, 100.0, 500.0]
-    if min(sizes) < 2:
+    if min(sizes) < 8:
         raise UserError(
-            f"--megabytes {min(sizes):g} is smaller than the smallest model of this benchmark; give 2 or more"
+            f"--megabytes {min(sizes):g} is smaller than the smallest model of this benchmark; give 8 or more"
         )
     result = measure_sync(sizes, generators=generators, repeats=repeats, precision=_precision(precision))
     show_sync(result, as_json=json_output)

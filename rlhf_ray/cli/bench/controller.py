@@ -195,27 +195,25 @@ def _figures(watch: Watch, crowd: Crowd, steps: int) -> dict:
 def show_controller(result: dict, *, as_json: bool) -> None:
     work = result["work"]
 
-    def line(name: str, key: str) -> tuple[str, str]:
-        found, each = result[key], result[key]["per_step"]
-        per_step = ", ".join(f"{each[part] / 1e3:+.1f}" for part in ("mean", "low", "high"))
-        return (
-            name,
-            f"{found['first'] / 1e6:.1f} -> {found['last'] / 1e6:.1f} MB; kB a step, and its interval: {per_step}",
-        )
-
     rows = [
         ("chunks a second", f"{result['chunks_per_s']:,.0f}"),
         ("calls a second", f"{result['calls_per_s']:,.0f}"),
+        ("share of bare calls' speed", in_brackets(result["ratio"])),
         ("seconds a step", in_brackets(result["step_s"], 3)),
-        ("controller's CPU seconds a step", in_brackets(result["cpu_s_per_step"], 3)),
+        ("controller's CPU s a step", in_brackets(result["cpu_s_per_step"], 3)),
         ("MB put into the store a step", f"{result['put_bytes_per_step'] / 1e6:.1f}"),
-        line("controller's memory (RSS)", "rss_bytes"),
-        line("object store in use", "store_bytes"),
-        ("speed as a share of bare Ray calls", in_brackets(result["ratio"])),
     ]
     lines = [
+        _drift(result["rss_bytes"], "controller's memory (RSS)"),
+        _drift(result["store_bytes"], "object store in use between steps"),
         f"{work['generators']} generation actors, pretended by {work['processes']} processes that answer at once; real: loop, "
         f"groups, waits, assembler, store. {work['chunks']} chunks of {work['rows']} x ({work['prompt_tokens']} + "
-        f"{work['response_tokens']}) tokens and {work['calls']} calls a step, {work['steps']} steps ({on_hardware(result)})"
+        f"{work['response_tokens']}) tokens and {work['calls']} calls a step, {work['steps']} steps ({on_hardware(result)})",
     ]
-    show(result, lines, as_json=as_json, columns=("", ""), rows=rows)
+    show(result, lines, as_json=as_json, columns=("", "median (least to most)"), rows=rows)
+
+
+def _drift(found: dict, name: str) -> str:
+    each = {part: value / 1e3 for part, value in found["per_step"].items()}
+    return (f"{name}: {found['first'] / 1e6:.1f} to {found['last'] / 1e6:.1f} MB, slope {each['mean']:+.1f} kB a step "
+            f"(95 %: {each['low']:+.1f} to {each['high']:+.1f})")  # fmt: skip

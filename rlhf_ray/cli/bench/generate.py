@@ -25,10 +25,7 @@ Runner = Callable[[], None]
 
 def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, precision: Precision) -> dict:
     """Tokens a second of each way; ratios are of the repeats of one round, which follow one another."""
-    # As generation actors have it; libgomp reads it when torch is loaded, so before that.
-    os.environ.update(ALONE_ENVIRONMENT)
-    import torch
-
+    torch = _torch_as_in_generation_actors()
     threads = threads or cores()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -50,6 +47,20 @@ def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, pr
                  "threads": threads, "repeats": repeats},
         "hardware": hardware(),
     }  # fmt: skip
+
+
+def _torch_as_in_generation_actors():
+    """libgomp reads their environment once, when torch is loaded; whoever loaded it earlier has chosen otherwise."""
+    before = {name: os.environ.get(name) for name in ALONE_ENVIRONMENT}
+    os.environ.update(ALONE_ENVIRONMENT)
+    import torch
+
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return torch
 
 
 def _interleaved(runners: dict[str, Runner], tokens: int, repeats: int) -> dict[str, list[float]]:

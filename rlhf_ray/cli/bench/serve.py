@@ -69,7 +69,6 @@ def _one_number(url: str, engine, prompts: list[list[int]], response: int, clien
     for number in range(repeats + 1):
         over_http = http_round(url, prompts, response, clients)
         by_engine = engine_round(engine, prompts, response, clients)
-        assert over_http.tokens == by_engine.tokens, "the same seeds give the same tokens"
         if number > 0:
             served.append(over_http)
             alone.append(by_engine)
