@@ -71,15 +71,13 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
     from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
 
     processes = [
-        Fakes.options(num_cpus=0, max_concurrency=THREADS).remote(
-            crowd.work.prompt, crowd.work.response, crowd.weight_bytes
-        )
-        for _ in range(crowd.processes)
+        Fakes.options(num_cpus=0, max_concurrency=THREADS).remote(crowd.work.prompt, crowd.work.response, weight_bytes)
+        for weight_bytes in [crowd.weight_bytes] * crowd.processes + [0]
     ]
     assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
     waiter = Waiter(600, "look at what else runs on this machine")
     waiter.wait([waiter.track(one.nothing.remote(), "pretended actor (start)") for one in processes], "start")
-    watch = Watch(processes, crowd.calls, max(1, steps // SAMPLES), waiter)
+    watch = Watch(processes[:-1], crowd.calls, max(1, steps // SAMPLES), waiter)
     hooks = LoopHooks(record=watch.record, samples=_ignore, save=_ignore, save_best=_ignore)
     every = {"steps": steps, "eval_every": steps + 1, "checkpoint_every": steps + 1, "checkpoint_minutes": 1e6}
     loop = PPOLoop(
@@ -97,14 +95,17 @@ def _ignore(*args) -> None:
 
 
 def _roles(processes: list, assembler, crowd: Crowd, waiter):
-    """The real groups; number i of a role is process i modulo their number."""
+    """The real groups; number i of a role is process i modulo their number. The last process is the policy's other ranks,
+    which have no weights to send."""
     from rlhf_ray.actors import groups
+
+    *processes, without_weights = processes
 
     def actors(count: int) -> list:
         return [processes[number % len(processes)] for number in range(count)]
 
     scorers = max(1, crowd.generators // 8)  # a scorer reads eight chunks in the time in which a generator draws one
-    policy = groups.PolicyGroup("policy", actors(crowd.ranks), waiter)
+    policy = groups.PolicyGroup("policy", [processes[0], *[without_weights] * (crowd.ranks - 1)], waiter)
     policy.weight_bytes = crowd.weight_bytes
     return groups.RayRoles(
         groups.GenerationGroup(actors(crowd.generators), waiter),
@@ -160,7 +161,10 @@ def rss_bytes() -> int:
 
 
 def store_bytes() -> tuple[int, int]:
-    """(in use, put so far) of this node's object store. Ray has no public call for it."""
+    """(in use, put so far) of this node's object store. Ray has no public call for it.
+
+    In use may be what a second's steps put: Ray frees in batches, once a second.
+    """
     import ray
     from ray._private.internal_api import node_stats
 
