@@ -169,6 +169,10 @@ def test_seconds_of_a_sync_by_hand():
     assert scale.sync_seconds(ONE, {"policy": 16, "generation": 16}, GPU, RATES) == pytest.approx(8 + 4 + 9 + 12 + 4)
 
 
+def test_seconds_of_a_broadcast_by_hand():
+    assert scale.broadcast_seconds(ONE, GPU) == pytest.approx(2 * 108 / 27)
+
+
 def test_what_does_not_fit_is_named():
     work = Work(rows=8, prompt=1, response=1, epochs=1)
     h100 = scale.GPUS["h100"]

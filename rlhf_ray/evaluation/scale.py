@@ -123,6 +123,12 @@ def sync_seconds(shape: Shape, gpus: dict[str, float], gpu: Gpu, rates: Rates) -
     return sum(ways) + size / split / rates.host_copy_per_s
 
 
+def broadcast_seconds(shape: Shape, gpu: Gpu) -> float:
+    """The sync that this design does not have: ranks gather layer by layer, and one collective over the trainers' and the
+    generators' GPUs carries each layer on. Twice over the network in bfloat16, whatever their number."""
+    return 2 * model_bytes(shape) / gpu.network_per_s
+
+
 def misfit_of(shape: Shape, gpus: dict[str, float], gpu: Gpu) -> str:
     """Why the roles can't hold the model; "" where they can."""
     size, split = model_bytes(shape), split_of(shape, gpu)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from rlhf_ray.cli.bench.results import show
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.flops import Work
-from rlhf_ray.evaluation.scale import GPUS, MODELS, Rates, iteration
+from rlhf_ray.evaluation.scale import GPUS, MODELS, Rates, broadcast_seconds, iteration
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512)
 PHASES = ("generate", "score", "assemble", "update", "sync", "calls")
@@ -21,7 +21,10 @@ def compute_scale(work: Work, *, gpu: str, chunk_size: int) -> dict:
     for name, shape in MODELS.items():
         for count in COUNTS:
             found = iteration(shape, work, count, GPUS[gpu], rates, chunk_size=chunk_size)
-            rows.append({"model": name, "gpus": count, "seconds": found.seconds, **asdict(found)})
+            broadcast = broadcast_seconds(shape, GPUS[gpu])
+            rows.append(
+                {"model": name, "gpus": count, "seconds": found.seconds, "broadcast": broadcast, **asdict(found)}
+            )
     return {"gpu": gpu, "rows": rows, "work": asdict(work) | {"chunk_size": chunk_size}, "rates": asdict(rates)}
 
 
@@ -33,17 +36,18 @@ def show_scale(result: dict, *, as_json: bool) -> None:
             misfits.append(f"{name}: {row['misfit']}")
             continue
         cells = [f"{row['phases'][phase]:.1f}" for phase in PHASES]
-        rows.append([name, *cells, f"{row['seconds']:.0f}", f"{row['peak_share']:.0%}"])
+        rows.append([name, *cells, f"{row['seconds']:.0f}", f"{row['peak_share']:.0%}", f"{row['broadcast']:.1f}"])
     work = result["work"]
     lines = [
         *misfits,
         *(f"{model}: one generator stands on {split} GPUs, so it takes an engine that splits a model (the in-process one "
           "does not)" for model, split in _splits(result).items()),
+        "seconds; peak: share of all GPUs' arithmetic; sync*: as one collective over the GPUs, which this design has not",
         f"a model of costs, no measurement: {work['rows']} prompts of {work['prompt']} tokens, {work['response']} new ones "
         f"each, {work['epochs']} epoch(s), {result['gpu'].upper()}s, nodes of 8; assumptions in "
         "rlhf_ray/evaluation/scale.py:Rates",
     ]  # fmt: skip
-    columns = (f"{result['gpu'].upper()}s", *PHASES, "seconds", "of peak")
+    columns = (f"{result['gpu'].upper()}s", *PHASES, "all", "peak", "sync*")
     show(result, lines, as_json=as_json, columns=columns, rows=rows)
 
 
