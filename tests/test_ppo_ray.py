@@ -222,7 +222,7 @@ def test_one_step_ahead_with_weights_in_flight(session, new_folder):
 def test_the_longer_phase_hides_the_shorter():
     """Sleeping roles on two hosts: n steps take about n * max(generate, train), and alternating n * (generate + train)."""
     script = Path(__file__).parents[1] / "results/overlap/sleeping.py"
-    command = [sys.executable, str(script), "--steps", "8", "--seconds", "1.0", "--json"]
+    command = [sys.executable, str(script), "--steps", "8", "--seconds", "0.6", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290, check=True)
     for row in json.loads(done.stdout):
         both = (row["generate"] + row["train"]) / max(row["generate"], row["train"])
