@@ -23,7 +23,9 @@ from rlhf_ray.run_folder import RunFolder
 
 THREADS = 32  # calls that one pretending process runs at once
 SAMPLES = 100  # places at which memory is looked at
-WARM_UP = 0.1  # share of the steps in which Ray's and Python's pools still fill
+# Share of the steps in which Ray's and Python's pools still fill. The bare calls belong there too: they alone let a process
+# grow, so none is made while its memory is watched.
+WARM_UP = 0.1
 MIN_STEPS = 5
 
 
@@ -77,7 +79,7 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
     assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
     waiter = Waiter(600, "look at what else runs on this machine")
     waiter.wait([waiter.track(one.nothing.remote(), "pretended actor (start)") for one in processes], "start")
-    watch = Watch(processes[:-1], crowd.calls, max(1, steps // SAMPLES), waiter)
+    watch = Watch(processes[:-1], crowd.calls, max(1, steps // SAMPLES), max(2, int(WARM_UP * steps)), waiter)
     hooks = LoopHooks(record=watch.record, samples=_ignore, save=_ignore, save_best=_ignore)
     every = {"steps": steps, "eval_every": steps + 1, "checkpoint_every": steps + 1, "checkpoint_minutes": 1e6}
     loop = PPOLoop(
@@ -124,7 +126,8 @@ class Watch:
 
     processes: list
     calls: int
-    every: int
+    every: int  # steps between two looks at memory
+    warm_up: int  # steps
     waiter: object
     seconds: list[float] = field(default_factory=list)  # of each step
     cpu_s: list[float] = field(default_factory=list)  # this process's, all threads
@@ -141,9 +144,10 @@ class Watch:
             self.seconds.append(metrics["time/step_s"] - metrics.get("time/evaluate_s", 0.0))
             self.phases.append({name: value for name, value in metrics.items() if name.startswith("time/")})
             self.waiter.take_totals()
-            if step % self.every == 0:
-                self.memory.append((step, rss_bytes(), *store_bytes()))
+            if step <= self.warm_up:
                 self.pairs.append((self.seconds[-1], bare_calls(self.processes, self.calls)))
+            elif step % self.every == 0:
+                self.memory.append((step, rss_bytes(), *store_bytes()))
         self._cpu = time.process_time()
 
 
@@ -174,8 +178,7 @@ def store_bytes() -> tuple[int, int]:
 
 
 def _figures(watch: Watch, crowd: Crowd, steps: int) -> dict:
-    settled = [row for row in watch.memory if row[0] > WARM_UP * steps]
-    places, rss, store, put = zip(*settled, strict=True)
+    places, rss, store, put = zip(*watch.memory, strict=True)
     chunks = -(-crowd.work.rows // crowd.rows)
     took, bare = zip(*watch.pairs, strict=True)
     phases = {name: statistics.median(step[name] for step in watch.phases) for name in watch.phases[0]}
