@@ -5,7 +5,8 @@
 # What follows the folder is --set for every run, for a short one for example
 #     SEEDS=0 OUT=runs/overlap-short/compared results/overlap/run.sh runs/overlap-short \
 #         sft.max_steps=20 fluency.max_steps=10 reward.max_steps=10 ppo.steps=4 evaluation.prompts=16
-# Finished runs are skipped; a stopped one goes on. OUT (results/overlap) and SEEDS ("0 1 2") may be set in the environment.
+# Finished runs are skipped; a stopped one goes on. In the environment may be set OUT (results/overlap), SEEDS ("0 1 2") and
+# ALGORITHMS: a folder of results/algorithms/run.sh, whose runs of PPO are then the synchronous ones.
 set -euo pipefail
 runs=$1
 shift
@@ -21,12 +22,13 @@ run() { # label seed [option ...]
         rlhf-ray run demo --set "seed=$seed" --run-dir "$runs/$label-$seed" ${common[@]+"${common[@]}"} "$@"
 }
 
+synchronous=${ALGORITHMS:+$ALGORITHMS/ppo}
+synchronous=${synchronous:-$runs/synchronous}
 for seed in $seeds; do
-    run synchronous "$seed"
-    run 1_ahead "$seed" --start-from "$runs/synchronous-$seed" --set ppo.steps_ahead=1
+    [ -n "${ALGORITHMS:-}" ] || run synchronous "$seed"
+    run 1_ahead "$seed" --start-from "$synchronous-$seed" --set ppo.steps_ahead=1
 done
 
 python -m rlhf_ray.evaluation.compare "$out" \
-    $(for label in synchronous 1_ahead; do
-        for seed in $seeds; do echo "$label=$runs/$label-$seed"; done
-    done) --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac,time/step_s,rollout/importance_mean,rollout/importance_capped_frac,rollout/off_policy_kl
+    $(for seed in $seeds; do echo "synchronous=$synchronous-$seed" "1_ahead=$runs/1_ahead-$seed"; done) \
+    --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac,time/step_s,rollout/importance_mean,rollout/importance_capped_frac,rollout/off_policy_kl
