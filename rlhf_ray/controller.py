@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
+from rlhf_ray.ahead import Ahead
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import linear_anneal
 from rlhf_ray.config import PPOConfig
@@ -14,12 +15,14 @@ from rlhf_ray.loop import (
     Redraw,
     Roles,
     StepKnobs,
+    check_mismatch,
     cut_units,
     other_prompts,
     ppo_step,
     step_prompts,
     sync_weights,
 )
+from rlhf_ray.types import WorkUnit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,11 @@ class PPOLoop:
         self.roles, self.config, self.hooks, self.state = roles, config, hooks, state
         self.prompts, self.eval_prompts = prompts, eval_prompts
         self.chunk_size, self.seed = chunk_size, seed
+        self.ahead: Ahead | None = None
+        if config.steps_ahead > 0:
+            self.ahead = Ahead(
+                roles, self._units, steps_ahead=config.steps_ahead, steps=config.steps, in_flight=config.weights_in_flight
+            )  # fmt: skip
         self._last_save = time.monotonic()
         self._saved_step = state.step or None  # a state that isn't fresh came from its checkpoint
 
@@ -103,24 +111,18 @@ class PPOLoop:
 
     def _one_step(self) -> None:
         config, step = self.config, self.state.step
-        prompts = step_prompts(step, self.prompts, config.rollout_batch_size, self.seed)
-        units = cut_units(step, prompts, config.samples_per_prompt, self.chunk_size)
         anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
-        redraw = None
-        if config.dynamic_sampling_rounds > 0:
-            others = other_prompts(step, self.prompts, prompts, self.seed)
-            redraw = Redraw(
-                units=lambda start, count: cut_units(
-                    step, others[start : start + count], config.samples_per_prompt, self.chunk_size
-                ),
-                rounds=config.dynamic_sampling_rounds, prompts=config.rollout_batch_size, chunk_size=self.chunk_size,
-            )  # fmt: skip
-        started = time.perf_counter()
-        metrics = ppo_step(self.roles, units, StepKnobs(
+        knobs = StepKnobs(
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
             max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
-        ), redraw)  # fmt: skip
+            steps_ahead=config.steps_ahead,
+        )  # fmt: skip
+        started = time.perf_counter()
+        if self.ahead is None:
+            metrics = ppo_step(self.roles, self._units(step), knobs, self._redraw(step))
+        else:
+            metrics = self.ahead.step(knobs)
         kl_coef = self.state.kl_coef
         if config.adaptive_kl is not None:
             kl_coef = adapt_kl_coef(
@@ -137,12 +139,32 @@ class PPOLoop:
         }
         if self.state.step % config.eval_every == 0 or self.state.step == config.steps:
             self._evaluate(metrics)
+        elif self.ahead is not None:
+            self.ahead.fill(self.state.step)  # before a checkpoint is written: generators need not wait for that
         seconds = time.perf_counter() - started
         metrics |= {"time/step_s": seconds, "samples_per_s": config.rollouts_per_step / seconds}
         self.hooks.record(self.state.step, metrics)
         overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
         if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue):
             self._save()
+
+    def _units(self, step: int) -> list[WorkUnit]:
+        prompts = step_prompts(step, self.prompts, self.config.rollout_batch_size, self.seed)
+        return cut_units(step, prompts, self.config.samples_per_prompt, self.chunk_size)
+
+    def _redraw(self, step: int) -> Redraw | None:
+        """Dynamic sampling, where the recipe has it."""
+        config = self.config
+        if config.dynamic_sampling_rounds == 0:
+            return None
+        prompts = step_prompts(step, self.prompts, config.rollout_batch_size, self.seed)
+        others = other_prompts(step, self.prompts, prompts, self.seed)
+        return Redraw(
+            units=lambda start, count: cut_units(
+                step, others[start : start + count], config.samples_per_prompt, self.chunk_size
+            ),
+            rounds=config.dynamic_sampling_rounds, prompts=config.rollout_batch_size, chunk_size=self.chunk_size,
+        )  # fmt: skip
 
     def _save(self) -> None:
         self.hooks.save(self.state)
@@ -159,9 +181,19 @@ class PPOLoop:
         figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs, judged)
         texts = self.roles.reward.texts(rollouts[0], 3)
         what = f"evaluation (step {step})"
+        own, gaps = [], []
+        if self.ahead is not None:
+            # These are drawn with the policy's own weights, where training steps have older samples: the gate is here.
+            own = self.roles.policy.logprobs(rollouts)
+            gaps = [self.roles.assembler.own_mismatch(rollouts, own)]
+            self.ahead.fill(step)
+            self.ahead.settle(step)
         self.roles.wait(rollouts, what)
-        self.roles.wait([*scores, *judged, *ref_logprobs], what)
-        figures, texts, first_scores = self.roles.get([figures, texts, scores[0]], what)
+        self.roles.wait([*scores, *judged, *ref_logprobs, *own], what)
+        figures, texts, first_scores, *gaps = self.roles.get([figures, texts, scores[0], *gaps], what)
+        for gap in gaps:
+            check_mismatch(gap, config.max_mismatch)
+            figures = figures | gap
         clock.lap("evaluate")
         self.state = judged_best(self.state, figures[f"eval/{config.best_by}"])
         metrics |= figures | {"eval/best_step": float(self.state.best_step)} | clock.laps

@@ -5,6 +5,7 @@ A handle is what a verb returns before its result is there: an ObjectRef over ac
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Assembly(Protocol):
         self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...
     def evaluate(self, rollouts, scores, ref_logprobs, judged) -> Handle: ...
+    def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
     def flat(self, scores: Sequence[Handle]) -> Handle: ...
     def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
@@ -83,6 +85,7 @@ class StepKnobs:
     max_mismatch: float
     max_first_approx_kl: float
     trains_policy: bool = True  # False: a step that warms the critic up
+    steps_ahead: int = 0  # by how many versions the samples may be older than the policy
 
 
 class MismatchError(RunFailed):
@@ -99,6 +102,16 @@ def ppo_step(
     drawn: dict[str, float] = {}
     if redraw is not None:
         rollouts, scores, drawn = draw_again(roles, rollouts, scores, redraw, knobs.step)
+    metrics = train_on(roles, rollouts, scores, knobs, clock)
+    sync_weights(roles, knobs.step + 1)
+    clock.lap("sync")
+    return metrics | drawn | clock.laps
+
+
+def train_on(
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], knobs: StepKnobs, clock: Clock
+) -> dict[str, float]:
+    """What an iteration does with its samples: targets and update. Returns its metrics."""
     ref_logprobs = roles.reference.logprobs(rollouts)
     old_logprobs = roles.policy.logprobs(rollouts)
     old_values = roles.critic.values(rollouts) if roles.critic is not None else []
@@ -111,7 +124,10 @@ def ppo_step(
     clock.lap("score")
     metrics = roles.get([stats], f"assembling (step {knobs.step})")[0]
     clock.lap("assemble")
-    check_mismatch(metrics, knobs.max_mismatch)
+    if knobs.steps_ahead == 0:
+        check_mismatch(metrics, knobs.max_mismatch)
+    else:
+        check_off_policy(metrics, knobs.steps_ahead, knobs.max_mismatch)
 
     updates = {}
     if knobs.trains_policy:
@@ -122,9 +138,7 @@ def ppo_step(
         metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {knobs.step})"))
     clock.lap("update")
     check_first_minibatch(metrics, knobs.max_first_approx_kl)
-    sync_weights(roles, knobs.step + 1)
-    clock.lap("sync")
-    return metrics | drawn | clock.laps
+    return metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,10 +177,16 @@ def draw_again(
 
 def sync_weights(roles: Roles, policy_version: int) -> None:
     """The generators get the policy's weights; from now on they stamp what they make with this version."""
+    synced = send_weights(roles, policy_version)
+    roles.wait(synced, f"weight sync (version {policy_version})")
+
+
+def send_weights(roles: Roles, policy_version: int) -> list[Handle]:
+    """Waits until the policy has given its weights, not until the generators have taken them: that is what it returns."""
     weights = roles.policy.weights()
     synced = roles.generation.load_weights(weights, policy_version)
     roles.wait(weights, f"weight sync (version {policy_version})")
-    roles.wait(synced, f"weight sync (version {policy_version})")
+    return synced
 
 
 def check_mismatch(metrics: dict[str, float], limit: float) -> None:
@@ -177,6 +197,27 @@ def check_mismatch(metrics: dict[str, float], limit: float) -> None:
             f"generator and policy differ by {gap:.3f} in the log-prob of a sampled token, above ppo.max_mismatch = "
             f"{limit}; set generation.precision and ppo.precision to float32, or raise ppo.max_mismatch"
         )
+
+
+def check_off_policy(metrics: dict[str, float], steps_ahead: int, max_mismatch: float) -> None:
+    """The same gate where samples may be older than the policy, whose log-probs then differ by design.
+
+    It holds samples of the policy's own version to `max_mismatch`, where there are any; each evaluation does too, on responses
+    of the newest weights (`controller`). A lost sync shows here as an age that the order of calls does not allow.
+    """
+    age = metrics["rollout/age_max"]
+    if not age <= steps_ahead:
+        raise MismatchError(
+            f"a sample is {age:.0f} policy versions old, above ppo.steps_ahead = {steps_ahead}: a weight sync got lost; look "
+            "in the run folder's logs/ of the generation actors, then run the same command again"
+        )
+    if not math.isfinite(metrics["rollout/importance_mean"]):
+        raise MismatchError(
+            "the log-prob of a sampled token is not a number; set generation.precision and ppo.precision to float32, or "
+            "lower ppo.learning_rate"
+        )
+    if "policy/mismatch_max" in metrics:
+        check_mismatch(metrics, max_mismatch)
 
 
 def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:

@@ -50,6 +50,11 @@ class PlainPPO:
             raise UserError(
                 f"plain_ppo trains all weights, and the recipe sets {', '.join(parts)}; run it with rlhf-ray run"
             )
+        if ppo.steps_ahead > 0:
+            raise UserError(
+                f"plain_ppo draws and trains in turn, and ppo.steps_ahead is {ppo.steps_ahead}; set it to 0, or run it with "
+                "rlhf-ray run"
+            )
         paid_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
         if ppo.advantage != "gae" or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or paid_otherwise:
             raise UserError(

@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-RAY = ("test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py", "test_supervised.py")
+RAY = ("test_bench.py", "test_cluster.py", "test_demo.py", "test_ppo_ray.py", "test_serving.py", "test_supervised.py")
 
 
 class Groups(LoadScopeScheduling):

@@ -402,6 +402,27 @@ def test_selected_logprobs_and_entropy_of_two_tokens(temperature, first):
     assert entropy(logits, temperature=temperature).flatten().tolist() == pytest.approx([expected] * 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_selected_logprobs_in_many_pieces(dtype, atol):
+    """More logits than one piece holds, in [B, K, V]; values and gradient against torch's own log-softmax in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(3, 50, 4096, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    ids = torch.randint(4096, (3, 50), generator=generator)
+    weights = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    found = selected_logprobs(logits, ids, temperature=0.7)
+    assert found.shape == ids.shape and found.dtype == torch.promote_types(dtype, torch.float32)
+    (found * weights).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = (exact / 0.7).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=max(atol / 100, 1e-12), rtol=1e-5)
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=atol, rtol=0)
+    probs = (exact.detach() / 0.7).softmax(-1)
+    plain = -(probs * probs.log()).sum(-1)
+    torch.testing.assert_close(entropy(logits, temperature=0.7).double(), plain, atol=1e-4, rtol=1e-4)
+
+
 def test_selected_logprobs_are_float32_and_hold_for_large_logits():
     logits = torch.tensor([[[1000.0, 0.0, -1000.0]]], dtype=torch.bfloat16)
     logprobs = selected_logprobs(logits, torch.tensor([[1]]), temperature=1.0)

@@ -134,7 +134,9 @@ def work(rank, world, port, folder):
             result["sum"] = start.sum_over_ranks(1.5 + rank)
             continue
         kept = make_engine(stage)
-        parts = [(Forwarded(kept.forward(*inputs, keep_graph=True)), rest) for inputs, rest in microbatches(rank, world)]
+        parts = [
+            (Forwarded(kept.forward(*inputs, keep_graph=True)), rest) for inputs, rest in microbatches(rank, world)
+        ]
         result["kept_norm"] = kept.step(parts, loss_of, learning_rate=RATES[0])
         result["kept"] = clones(kept.weights())
         result["sum"] = start.sum_over_ranks(1.5 + rank)

@@ -16,7 +16,7 @@ LAYERS = (
     ("algorithms", "recipe_file"),
     ("engines", "models", "data"),
     ("roles", "supervised", "checkpoint", "metrics", "events"),
-    ("loop", "controller", "pipeline", "adopt", "evaluation", "plain_ppo"),
+    ("loop", "ahead", "controller", "pipeline", "adopt", "evaluation", "plain_ppo"),
     ("cli", "actors", "serving"),
 )
 #: modules that stand in another layer than their folder
@@ -29,11 +29,11 @@ ROOMS = {
     "ray": ("actors", "cli", "serving", "supervised/launch"),
     "deepspeed": ("engines",),
     "torch.distributed": ("engines",),
-    "transformers": ("models", "data", "engines", "supervised"),
-    "trl": ("supervised",),
+    "transformers": ("models", "data", "engines", "supervised", "cli/bench/yardsticks"),
+    "trl": ("supervised", "cli/bench/yardsticks"),
     "peft": ("models",),
     "accelerate": (),
-    "vllm": ("engines",),
+    "vllm": ("engines", "cli/bench/yardsticks"),
     "typer": ("cli",),
     "rich": ("cli",),
     "fastapi": ("serving",),

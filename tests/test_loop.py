@@ -597,7 +597,9 @@ def test_a_first_step_from_the_forward_passes_that_are_there_is_the_same_step(fo
             assert all(metrics.get("first_policy/approx_kl", 0.0) == 0.0 for _, metrics in diary.records[1:])
     for one, other in zip(*ends, strict=True):
         for name, tensor in one.items():
-            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                other[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
     if not knobs:  # 2 steps of 4 microbatches: once for the old ones and once each epoch
         assert passes == [[2 * 4 * 3] * 2, [2 * 4 * 2] * 2]
     assert passes[1][0] < passes[0][0] and passes[1][1] < passes[0][1]

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.checkpoint import complete, last_good, read_role
 from rlhf_ray.cli.export import export_model
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.loop import cut_units
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -199,6 +203,35 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
     assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
+def test_one_step_ahead_with_weights_in_flight(session, new_folder):
+    """Two generators: no sample is older than a version, generator and policy agree where both have the same weights."""
+    recipe = tiny_recipe(ppo={"steps_ahead": 1, "weights_in_flight": True}, resources={"generation": {"actors": 2}})
+    folder = new_folder("ahead")
+    run_ppo(recipe, folder, ignore)
+    rows = read_metrics(folder.stage("ppo").metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows[1:]:
+        assert row["rollout/age_max"] <= 1 and row["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row.keys() >= EVERY_STEP - {"policy/mismatch_max", "policy/mismatch_kl"}
+    assert rows[1]["rollout/age_max"] == 0
+    assert [row["policy/mismatch_max"] < 1e-5 for row in rows if row.keys() >= EVALUATED] == [True] * 3
+    assert largest_gap(weights(folder), load_file(folder.stage("sft").model / "model.safetensors")) > 1e-4
+
+
+@pytest.mark.slow
+def test_the_longer_phase_hides_the_shorter():
+    """Sleeping roles on two hosts: n steps take about n * max(generate, train), and alternating n * (generate + train)."""
+    script = Path(__file__).parents[1] / "results/overlap/sleeping.py"
+    command = [sys.executable, str(script), "--steps", "8", "--seconds", "0.6", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290, check=True)
+    for row in json.loads(done.stdout):
+        both = (row["generate"] + row["train"]) / max(row["generate"], row["train"])
+        if row["mode"] == "alternating":
+            assert row["over_max"] > 0.95 * both and row["age"] == 0
+        else:
+            assert row["over_max"] < 1 + 0.5 * (both - 1) and 0 < row["age"] <= 2, row
+
+
 @pytest.mark.slow
 def test_adapters_alone_train_move_and_are_saved(undisturbed, new_folder):
     """No reference actor, two generators, a second go from the first checkpoint; the saved model is merged."""
@@ -266,6 +299,23 @@ class Toy:
 
     def logprobs(self, rollout):
         return rollout, Receipt(0.5, 8)
+
+
+@ray.remote(num_cpus=0, concurrency_groups={MAIL: 1})
+class SlowGenerator:
+    """Says of each unit how many syncs came before it."""
+
+    version = 0
+
+    def generate(self, unit):
+        version = self.version
+        time.sleep(0.5)
+        return version, Receipt(0.5, 8)
+
+    def load_weights(self, version, *parts):
+        self.version = version
+
+    post_weights = load_weights
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -347,6 +397,20 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
     results = PolicyGroup("policy", ranks, waiting).logprobs([rollout])
     with pytest.raises(ActorDied, match=r"policy actor 1 \(chunk 1\) died"):
         waiting.wait(results, "log-probs")
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session, in_flight):
+    actor, waiting = SlowGenerator.remote(), waiter()
+    group = GenerationGroup([actor], waiting, in_flight)
+    units = cut_units(1, range(4), 1, 1)
+    rollouts = group.generate(units)
+    waiting.wait(rollouts[:1], "the first")
+    waiting.wait(group.load_weights([ray.put("weights")], 1), "weights")
+    versions = waiting.get(rollouts, "the others")
+    assert (versions[0], versions[-1]) == (0, 1 if in_flight else 0), versions
+    assert waiting.get(group.generate(units[:1]), "one more") == [1]
+    ray.kill(actor)
 
 
 def test_a_start_that_takes_too_long_names_its_own_knob(session):

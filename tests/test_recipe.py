@@ -98,7 +98,11 @@ def test_a_token_budget_holds_a_sequence():
     assert "ppo.microbatch_tokens = 163 does not hold one sequence, which may have 164 tokens" in refusal(
         values | {"ppo": {"microbatch_tokens": 163}}
     )
-    ppo = {"microbatch_tokens": 164, "minibatch_size": 64, "microbatch_size": 24}  # a size that does not divide is not used
+    ppo = {
+        "microbatch_tokens": 164,
+        "minibatch_size": 64,
+        "microbatch_size": 24,
+    }  # a size that does not divide is not used
     build_recipe(values | {"ppo": ppo}, [], "x")
 
 

@@ -125,3 +125,33 @@ def test_draws_are_scaled_by_the_sum_that_there_is():
     """Log-probs of a row that sums to 1/2: u = 0.6 is beyond the first 0.3 / 0.5, u = 0.5 is not."""
     logprobs = torch.tensor([[0.3, 0.2]]).log().expand(2, -1)
     assert inverse_cdf(logprobs, torch.tensor([0.5, 0.61])).tolist() == [0, 1]
+
+
+def test_temperatures_of_their_own_divide_their_row():
+    logits = torch.tensor([[0.0, float(np.log(2.0))]]).expand(3, -1)
+    logprobs = tempered_logprobs(logits, temperature=torch.tensor([1.0, 0.5, 2.0]))
+    odds = (logprobs[:, 1] - logprobs[:, 0]).exp()
+    np.testing.assert_allclose(odds, [2.0, 4.0, 2**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_draw_is_from_the_truncated_distribution(vector):
+    """p = 0.1 0.2 0.3 0.4 and u = 0.05: the first token, unless a knob has cut it off."""
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    temperature = torch.tensor([1.0]) if vector else 1.0
+    for knobs, token, prob in (
+        ({}, 0, 0.1),
+        ({"top_k": 2}, 2, 3 / 7),
+        ({"top_p": 0.85}, 1, 2 / 9),
+        ({"min_p": 0.8}, 3, 1.0),  # 0.8 * 0.4 = 0.32
+    ):
+        tokens, logprobs = draw(logits, torch.tensor([0.05]), temperature=temperature, **knobs)
+        assert tokens.tolist() == [token] and logprobs.item() == pytest.approx(np.log(prob), abs=1e-6), knobs
+
+
+def test_a_greedy_row_beside_one_that_is_drawn():
+    logits = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]).log()
+    tokens, logprobs = draw(logits, torch.full((3,), 0.95), temperature=torch.tensor([0.0, 1.0, 0.0]))
+    assert tokens.tolist() == [2, 2, 1]
+    np.testing.assert_allclose(logprobs.exp(), [0.7, 0.1, 0.5], atol=1e-6)
+    assert draw(logits, torch.zeros(3), temperature=0.0)[0].tolist() == [2, 0, 1]

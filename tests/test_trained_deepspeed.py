@@ -63,10 +63,7 @@ def batch_of(rows):
 
 def batches(rank, world):
     """This rank's rows, one a microbatch."""
-    return [
-        ((batch_of([row]),), None)
-        for row in torch.arange(len(ROWS)).chunk(world)[rank].tolist()
-    ]
+    return [((batch_of([row]),), None) for row in torch.arange(len(ROWS)).chunk(world)[rank].tolist()]
 
 
 def loss_of(output, _):

@@ -15,12 +15,15 @@ from test_generation import reference_distribution
 from test_loop import Diary, real_loop
 from tiny import tiny_recipe, write_start
 
+from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.session import ray_session
 from rlhf_ray.cli.doctor import recipe_problems
 from rlhf_ray.config import Recipe
 from rlhf_ray.engines import vllm_engine
 from rlhf_ray.engines.vllm_engine import GATE, VllmEngine, vllm_problem
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights
@@ -264,6 +267,20 @@ def test_ppo_with_rollouts_from_vllm(tmp_path, ppo):
     assert moved > 0.01
     steps = [metrics for _, metrics in diary.records if "policy/mismatch_max" in metrics]
     assert len(steps) == 2 and all(metrics["policy/mismatch_max"] < 1e-4 for metrics in steps)
+
+
+@needs_vllm
+@pytest.mark.ray
+def test_actors_draw_with_vllm(tmp_path):
+    """Three steps over real actors; the generation actor's weights come through the object store."""
+    generation = {"engine": "vllm", "temperature": 0.9}
+    ppo = {"steps": 3, "learning_rate": 0.02, "eval_every": 3, "checkpoint_every": 3}
+    recipe, folder, _ = start_of("llama", tmp_path / "run", generation=generation, ppo=ppo)
+    with ray_session(None):
+        run_ppo(recipe, folder, lambda event: None)
+    steps = [row for row in read_metrics(folder.stage("ppo").metrics) if "policy/mismatch_max" in row]
+    assert len(steps) == 3 and all(row["policy/mismatch_max"] < 1e-4 for row in steps)
+    assert folder.stage("ppo").done
 
 
 # -- without a fitting vLLM -------------------------------------------------------------------------------------------

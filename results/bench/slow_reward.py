@@ -22,7 +22,7 @@ def main(steps: int) -> None:
     from rlhf_ray.actors.ppo_stage import ray_roles
     from rlhf_ray.actors.session import ray_session
     from rlhf_ray.actors.wait import Waiter
-    from rlhf_ray.cli.bench import write_random_run
+    from rlhf_ray.cli.bench.random_run import write_random_run
     from rlhf_ray.config import Recipe
     from rlhf_ray.loop import StepKnobs, cut_units, ppo_step, sync_weights
     from rlhf_ray.run_folder import RunFolder

@@ -9,7 +9,7 @@ data=(${3:+--set data.root=$3})
 for seed in 0 1; do
     for price in 0.12 0.04 0; do
         [ -e "$runs/kl$price-$seed/ppo/DONE" ] || rlhf-ray ppo imdb "${data[@]}" --start-from "$imdb" --run-dir "$runs/kl$price-$seed" \
-            --set ppo.seed=$seed --set ppo.kl_coef=$price --set ppo.steps=120 --set ppo.anneal=false \
+            --set ppo.seed=$seed --set ppo.kl_coef=$price --set ppo.steps=80 --set ppo.anneal=false \
             --set ppo.judge_evaluations=true --set ppo.eval_every=10 --set ppo.eval_prompts=256
     done
 done

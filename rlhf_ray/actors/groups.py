@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 
+from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.types import WorkUnit
 
@@ -16,8 +17,9 @@ WEIGHT_PART_BYTES = 256 * 1024**2
 class GenerationGroup:
     """Unit i goes to actor i modulo their number; what comes back does not depend on which that is."""
 
-    def __init__(self, actors: Sequence, waiter: Waiter):
-        self.actors, self.waiter = actors, waiter
+    def __init__(self, actors: Sequence, waiter: Waiter, in_flight: bool = False):
+        """in_flight: the actors take new weights between two units of what they were asked, not behind all of it."""
+        self.actors, self.waiter, self.in_flight = actors, waiter, in_flight
 
     def generate(self, units: Sequence[WorkUnit]) -> list[ray.ObjectRef]:
         handles = []
@@ -31,11 +33,14 @@ class GenerationGroup:
     def load_weights(self, weights: Sequence[ray.ObjectRef], policy_version: int) -> list[ray.ObjectRef]:
         return [
             self.waiter.track(
-                actor.load_weights.remote(policy_version, *weights),
+                self._taking(actor).remote(policy_version, *weights),
                 f"generation actor {number} (weights of version {policy_version})",
             )
             for number, actor in enumerate(self.actors)
         ]
+
+    def _taking(self, actor):
+        return actor.post_weights.options(concurrency_group=MAIL) if self.in_flight else actor.load_weights
 
 
 class UnitGroup:
@@ -139,6 +144,10 @@ class AssemblerHandle:
         )
         self.waiter.track(stats, "assembler", receipt)
         return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
+
+    def own_mismatch(self, rollouts, logprobs):
+        ref = self.actor.own_mismatch.remote(len(rollouts), *rollouts, *logprobs)
+        return self.waiter.track(ref, "assembler (mismatch)")
 
     def flat(self, scores):
         return self.waiter.track(self.actor.flat.remote(*scores), "assembler (prompts that tell)")

@@ -72,6 +72,7 @@ def _holds(node: Amounts, bundle: Amounts) -> bool:
 def _in_words(amounts: Amounts) -> str:
     return " and ".join(f"{value:g} {kind}s" for kind, value in amounts.items() if value > 0)
 
+
 # Read by libgomp. The generators work while everybody else waits, in thousands of operations too short to fall asleep in
 # between: 0.2 ms of spinning makes them 1.4 times as fast. Roles that share the cores would spin them away from each other.
 ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
@@ -80,7 +81,11 @@ ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 class Placement:
     """Reserves the bundles and hands out actor options, role by role. A context manager: leaving it frees them."""
 
-    def __init__(self, roles: Roles, waiter: Waiter, *, strategy: str, timeout_s: float):
+    def __init__(
+        self, roles: Roles, waiter: Waiter, *, strategy: str, timeout_s: float, alone: str | None = "generation"
+    ):
+        """alone: the role that works while everybody else waits."""
+        self.alone = alone
         check_fits(roles, nodes_alive(), strategy)
         self._bundles: list[dict[str, float]] = []
         self._first: dict[str, int] = {}
@@ -94,7 +99,7 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == "generation" else {}
+        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == self.alone else {}
         return alone | {
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),

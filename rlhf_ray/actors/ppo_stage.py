@@ -25,6 +25,7 @@ from rlhf_ray.actors.role_actors import (
     AssemblerActor,
     CriticActor,
     GenerationActor,
+    MailedGenerationActor,
     PolicyActor,
     ReferenceActor,
     RewardActor,
@@ -49,8 +50,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
     with Placement(
-        recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s
-    ) as placement:
+        recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s,
+        alone="generation" if recipe.ppo.steps_ahead == 0 else None,
+    ) as placement:  # fmt: skip
 
         def actors(kind, role: str, config: RoleConfig, *args):
             return [
@@ -64,7 +66,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 for number in range(config.actors)
             ]
 
-        generation = actors(GenerationActor, "generation", resources.generation, start)
+        in_flight = recipe.ppo.weights_in_flight
+        generator = MailedGenerationActor if in_flight else GenerationActor
+        generation = actors(generator, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
         reference = []
         if "reference" in recipe.ppo_roles:
@@ -89,7 +93,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
             roles = RayRoles(
-                GenerationGroup(generation, waiter), RewardGroup("reward", reward, waiter),
+                GenerationGroup(generation, waiter, in_flight), RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
                 CriticGroup("critic", critic, waiter) if critic else None,
                 AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,

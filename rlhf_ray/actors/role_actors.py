@@ -59,8 +59,9 @@ class RoleActor:
         return self.device.type
 
 
-@ray.remote
-class GenerationActor(RoleActor):
+class Generation(RoleActor):
+    """Not an actor itself: there are two kinds, below."""
+
     def __init__(self, name, recipe: Recipe, folder, role, start: Path):
         super().__init__(name, recipe, folder, role)
         from rlhf_ray.data.store import read_role
@@ -90,6 +91,16 @@ class GenerationActor(RoleActor):
     def load_weights(self, policy_version, *parts):
         weights = {name: array for part in parts for name, array in part.items()}
         return self.role.load_weights(weights, policy_version)
+
+    def post_weights(self, policy_version, *parts):
+        weights = {name: array for part in parts for name, array in part.items()}
+        return self.role.post_weights(weights, policy_version)
+
+
+GenerationActor = ray.remote(Generation)
+#: one that takes post while it generates: a thread of its own, which calls of this concurrency group run in
+MAIL = "mail"
+MailedGenerationActor = ray.remote(concurrency_groups={MAIL: 1})(Generation)
 
 
 @ray.remote
@@ -150,6 +161,10 @@ class AssemblerActor(RoleActor):
         groups = [list(parts[i : i + units]) for i in range(0, 5 * units, units)]  # no critic: the last one is empty
         stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
         return [stats, *policy, *critic]
+
+    def own_mismatch(self, units: int, *parts):
+        """parts: rollouts and the policy's log-probs, `units` of each."""
+        return self.role.own_mismatch(list(parts[:units]), list(parts[units:]))
 
     def flat(self, *scores):
         return self.role.flat(list(scores))

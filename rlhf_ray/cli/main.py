@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -19,16 +18,15 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a GPU and warns
 
 import typer
-from rich.console import Console
 
-from rlhf_ray.cli.interrupt import EXIT_CODE
-from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.cli.bench.commands import bench_app
+from rlhf_ray.cli.words import console, in_words
+from rlhf_ray.errors import UserError
 
 app = typer.Typer(
     name="rlhf-ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="From human preferences to a served, aligned language model: SFT, reward model, PPO, evaluation, on Ray.",
 )  # fmt: skip
-console, errors = Console(), Console(stderr=True)
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh, arithmetic)")
@@ -44,29 +42,6 @@ StartFrom = Annotated[
 Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")
 ]
-
-
-def in_words(command):
-    """User's mistakes: one sentence each on stderr, exit code 2. Ctrl-C: 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            for line in str(error).splitlines():
-                errors.print(f"rlhf-ray: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        except RunFailed as failure:
-            errors.print(f"rlhf-ray: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except StageStopped as stopped:
-            console.print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
-            raise typer.Exit(EXIT_CODE) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(EXIT_CODE) from None
-
-    return wrapped
 
 
 @app.command()
@@ -288,45 +263,7 @@ def export(
     console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measured in one run.")
 app.add_typer(bench_app, name="bench")
-
-
-@bench_app.command("ppo")
-@in_words
-def bench_ppo(
-    layers: int = 4,
-    width: int = 256,
-    heads: int = 4,
-    vocab: int = 4096,
-    batch: int = 64,
-    prompt: int = 32,
-    response: int = 48,
-    epochs: int = 4,
-    microbatch: int = 32,
-    iterations: int = 5,
-    threads: int = 0,
-    precision: str = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-):
-    """Samples a second of whole PPO iterations on random prompts of fixed length (the standard work)."""
-    from rlhf_ray.cli.bench import measure_ppo, show
-
-    result = measure_ppo(
-        layers=layers,
-        width=width,
-        heads=heads,
-        vocab=vocab,
-        batch=batch,
-        prompt=prompt,
-        response=response,
-        epochs=epochs,
-        microbatch=microbatch,
-        iterations=iterations,
-        threads=threads,
-        precision=precision,
-    )
-    show(result, console, as_json=json_output)
 
 
 def main() -> None:

@@ -148,6 +148,15 @@ class PPOConfig(Section):
         "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
         ge=0,
     )
+    steps_ahead: int = knob(
+        0, "generation runs up to so many steps ahead of training, on older weights; 0: each waits for the other", ge=0
+    )
+    importance_cap: float = knob(
+        2.0, "with steps_ahead: highest importance weight of a token that an older policy drew", gt=0
+    )
+    weights_in_flight: bool = knob(
+        False, "with steps_ahead: generators take new weights between chunks, not only between steps"
+    )
     critic_warmup_steps: int = knob(0, "first steps in which the critic trains alone", ge=0)
     value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
     vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
@@ -261,6 +270,16 @@ class PPOConfig(Section):
             raise ValueError(
                 "ppo.dynamic_sampling_rounds looks for prompts whose samples score differently, but samples_per_prompt is "
                 f"{self.samples_per_prompt}; set it to 2 or more"
+            )
+        if self.steps_ahead > 0 and self.dynamic_sampling_rounds > 0:
+            raise ValueError(
+                f"ppo.steps_ahead is {self.steps_ahead} and dynamic_sampling_rounds is {self.dynamic_sampling_rounds}: which "
+                "prompts are drawn again depends on scores that are not there when a later step is drawn; set one of them to 0"
+            )
+        if self.weights_in_flight and self.steps_ahead == 0:
+            raise ValueError(
+                "ppo.weights_in_flight is true and steps_ahead is 0: nothing is drawn while weights move; set steps_ahead to 1 "
+                "or more, or weights_in_flight to false"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(

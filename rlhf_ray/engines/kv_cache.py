@@ -48,7 +48,12 @@ class RaggedLayer(CacheLayerMixin):
         rows, slots = self.write.rows, self.write.slots
         self.keys, self.values = (
             torch.zeros(
-                rows, slots, states.shape[1], states.shape[3], dtype=self.stored_dtype or states.dtype, device=states.device
+                rows,
+                slots,
+                states.shape[1],
+                states.shape[3],
+                dtype=self.stored_dtype or states.dtype,
+                device=states.device,
             )
             for states in (key_states, value_states)
         )

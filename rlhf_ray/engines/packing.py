@@ -179,9 +179,9 @@ def _reads_packed_lines(model: PreTrainedModel) -> bool:
     was_training = model.training
     model.eval()
     try:
-        line = model(
-            **line_inputs(rows, Layout.of(np.array([5, 2, 9]), model.device), model.device), use_cache=False
-        )[0][0]
+        line = model(**line_inputs(rows, Layout.of(np.array([5, 2, 9]), model.device), model.device), use_cache=False)[
+            0
+        ][0]
         alone = [model(torch.from_numpy(row[None]).to(model.device), use_cache=False)[0][0] for row in rows]
     except (TypeError, ValueError):  # a layer that does not know the layout
         return False

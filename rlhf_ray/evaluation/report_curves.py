@@ -44,6 +44,11 @@ PPO = {
     ),
     "Share that ended by itself": (("objective/eos_rate", "training prompts"), ("eval/eos_rate", "held-out prompts")),
     "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_max", "largest gap")),
+    "Samples of older policies: age in versions": (("rollout/age_mean", "mean"), ("rollout/age_max", "oldest")),
+    "Samples of older policies: importance": (
+        ("rollout/importance_mean", "mean weight"),
+        ("rollout/importance_capped_frac", "capped share"),
+    ),
     "Learning rate": (("policy/learning_rate", "policy"),),
 }
 TIME_PREFIX, TOTALS = "time/", ("time/step_s",)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
+from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.rewards import flat_groups
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.engines.forward import action_mask, pad_tokens
@@ -34,6 +35,7 @@ class AssembleSettings:
     policy_ranks: int
     critic_ranks: int  # 0: no critic
     seed: int
+    importance_cap: float | None = None  # of samples of older policies; None: there are none
 
 
 class Assembler:
@@ -66,11 +68,12 @@ class Assembler:
         logprobs = padded([part.values for part in old_logprobs])
         reference = padded([part.values for part in ref_logprobs])
         values = padded([part.values for part in old_values]) if old_values else None
+        drawn = padded([rollout.rollout_logprobs for rollout in rollouts])
         together = Scores.join(scores)
         result = assemble(
             torch.from_numpy(together.total),
             torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
-            padded([rollout.rollout_logprobs for rollout in rollouts]),
+            drawn,
             logprobs,
             reference,
             values,
@@ -85,18 +88,32 @@ class Assembler:
             "rollout/tokens": float(tokens.sum()),
             "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
         }  # fmt: skip
+        advantages = result.advantages
+        if settings.importance_cap is not None:
+            # A factor of the loss that is never negative passes through its maxima and minima into the advantages.
+            cap = settings.importance_cap
+            importance = truncated_importance(logprobs, drawn, mask, cap=cap)
+            advantages = advantages * importance
+            stats = {name: value for name, value in stats.items() if not name.startswith("policy/mismatch_")}
+            stats |= off_policy_stats(importance, logprobs, drawn, ages_of(rollouts), mask, cap=cap)
         # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
         schedule = minibatch_rows(
             len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
         )
         policy = cut_shards(
-            step, sequences, logprobs, result.advantages, schedule, settings.policy_ranks,
+            step, sequences, logprobs, advantages, schedule, settings.policy_ranks,
             reference=None if settings.knobs.kl_in_reward else reference,
         )  # fmt: skip
         critic = (
             cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks) if old_values else []
         )
         return stats, policy, critic
+
+    def own_mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
+        """How far generator and policy are apart, of rollouts that both have the same weights for."""
+        flats = [rollout.rollout_logprobs for rollout in rollouts], [part.values for part in logprobs]
+        drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
+        return mismatch(own, drawn, torch.ones_like(own, dtype=torch.bool))
 
     def flat(self, scores: list[Scores]) -> list[bool]:
         """For each prompt of the units, in order, whether its samples all score the same."""
@@ -137,6 +154,13 @@ class Assembler:
             "eval/response_length": len(flat) / rows,
             "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
         }  # fmt: skip
+
+
+def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:
+    """[B] policy versions between the weights that drew a row and those it is trained on, whose version is the step."""
+    ages = torch.tensor([rollout.unit.step - rollout.policy_version for rollout in rollouts])
+    assert (ages >= 0).all(), "drawn by weights that are not there yet"
+    return ages.repeat_interleave(torch.tensor([len(rollout.sequences) for rollout in rollouts]))
 
 
 def score_stats(scores: Scores, prefix: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -61,8 +62,11 @@ class Generator:
             )  # fmt: skip
         self.sampling, self.seed = sampling, seed
         self.policy_version = 0
+        self._posted: deque[tuple[Mapping[str, np.ndarray], int]] = deque(maxlen=1)  # an older one is of no use
 
     def generate(self, unit: WorkUnit) -> RolloutBatch:
+        if self._posted:
+            self.load_weights(*self._posted.popleft())
         source = self.eval_prompt_ids if unit.evaluation else self.prompt_ids
         prompts = [source[index] for index in unit.prompt_indices]
         step = EVALUATION_STEP if unit.evaluation else unit.step
@@ -87,4 +91,9 @@ class Generator:
         else:
             self.engine.load_weights(weights, self.kept)
         self.policy_version = policy_version
+        return policy_version
+
+    def post_weights(self, weights: Mapping[str, np.ndarray], policy_version: int) -> int:
+        """As `load_weights`, but the next `generate` copies them in. May be called while another thread generates."""
+        self._posted.append((weights, policy_version))
         return policy_version

@@ -63,7 +63,7 @@ class Trainer:
 
     def _first_forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
         """As `_forward`, of what the update will start from."""
-        if not self.reuse_forward:
+        if not self.reuse_forward or rollout.unit.evaluation:  # nothing is trained on that
             yield from self._forward(rollout, **options)
             return
         if rollout.unit.step != self._kept_step:

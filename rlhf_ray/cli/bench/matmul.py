@@ -1,0 +1,50 @@
+"""How fast this machine multiplies the matrices of a shape: the peak that the benchmarks' arithmetic is held against."""
+
+from __future__ import annotations
+
+import time
+
+from rlhf_ray.evaluation.flops import Shape
+
+ROUNDS = 7
+
+
+def products(shape: Shape, tokens: int, logits: int) -> list[tuple[int, int, int, int]]:
+    """(times, rows, inputs, outputs) of a forward pass over `tokens` tokens with the head at `logits` of them."""
+    width, inner = shape.width, shape.feed_forward or 4 * shape.width
+    return [
+        (shape.layers, tokens, width, width + 2 * shape.key_value_width),
+        (shape.layers, tokens, width, width),
+        (shape.layers * (2 if shape.gated else 1), tokens, width, inner),
+        (shape.layers, tokens, inner, width),
+        (1, logits, width, shape.vocabulary),
+    ]
+
+
+def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int) -> dict:
+    """FLOP a second over a forward pass's products, each at the best of its repeats, on `threads` threads.
+
+    In bfloat16 where the CPU multiplies in it, else float32.
+    """
+    import torch
+
+    from rlhf_ray.engines.precision import resolve_precision
+
+    dtype, before = resolve_precision("auto", "cpu"), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        flop = seconds = 0.0
+        for times, rows, inputs, outputs in products(shape, tokens, logits):
+            left = torch.randn(rows, inputs).to(dtype)
+            right = torch.randn(outputs, inputs).to(dtype)
+            flop += times * 2.0 * rows * inputs * outputs
+            seconds += times * min(_timed(torch.nn.functional.linear, left, right) for _ in range(ROUNDS))
+    finally:
+        torch.set_num_threads(before)
+    return {"flop_per_s": flop / seconds, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+
+
+def _timed(function, *args) -> float:
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started

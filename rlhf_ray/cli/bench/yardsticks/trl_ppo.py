@@ -1,0 +1,85 @@
+"""The yardstick of `rlhf-ray bench ppo --against-trl`: the same work with TRL's PPOTrainer. Prints one JSON object.
+
+It runs in an environment of its own (`cli/bench/trl.py` makes it) and imports nothing of rlhf_ray. By hand:
+    python3 -m venv trl && trl/bin/pip install 'torch==2.13.*' 'trl==1.11.*' 'transformers<5.20' datasets accelerate rich
+    trl/bin/python -P rlhf_ray/cli/bench/yardsticks/trl_ppo.py [--bf16]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(vocabulary - 2)} | {"<eos>": vocabulary - 2, "<pad>": vocabulary - 1}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    for name, default in (
+        ("layers", 4), ("width", 256), ("heads", 4), ("vocabulary", 4096), ("batch", 64), ("prompt", 32),
+        ("response", 48), ("epochs", 4), ("iterations", 5), ("microbatch", 16), ("threads", 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = read_arguments()
+    batch, microbatch, vocabulary = given.batch, math.gcd(given.microbatch, given.batch), given.vocabulary
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    shape = GPT2Config(
+        n_layer=given.layers, n_head=given.heads, n_embd=given.width, vocab_size=vocabulary,
+        n_positions=max(512, given.prompt + given.response), attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 2, pad_token_id=vocabulary - 1, num_labels=1,
+    )  # fmt: skip
+    policy, reference = GPT2LMHeadModel(shape), GPT2LMHeadModel(shape)
+    reference.load_state_dict(policy.state_dict())
+    ids = torch.randint(
+        0, vocabulary - 2, (batch * (given.iterations + 1), given.prompt), generator=torch.Generator().manual_seed(0)
+    )
+    prompts = Dataset.from_dict({"input_ids": ids.tolist()})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = PPOConfig(
+            output_dir=folder, report_to="none", save_strategy="no", use_cpu=True, bf16=given.bf16, logging_steps=1,
+            per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch,
+            num_mini_batches=1, num_ppo_epochs=given.epochs, total_episodes=batch * (given.iterations + 1),
+            response_length=given.response,
+            stop_token=None, local_rollout_forward_batch_size=batch, num_sample_generations=0, learning_rate=1e-5,
+            temperature=1.0,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            args=settings, processing_class=word_tokenizer(vocabulary), model=policy, ref_model=reference,
+            reward_model=GPT2ForSequenceClassification(shape), value_model=GPT2ForSequenceClassification(shape),
+            train_dataset=prompts, eval_dataset=prompts.select(range(min(8, batch))),
+        )  # fmt: skip
+        ends: list[float] = []
+        log = trainer.log
+
+        def timed_log(*args, **kwargs):
+            ends.append(time.perf_counter())
+            return log(*args, **kwargs)
+
+        trainer.log = timed_log  # TRL logs once an iteration
+        trainer.train()
+    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    print(json.dumps({"samples_per_s": batch / statistics.median(seconds), "iteration_s": seconds,
+                      "precision": "bf16 autocast" if given.bf16 else "float32", "threads": torch.get_num_threads()}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

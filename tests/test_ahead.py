@@ -1,0 +1,431 @@
+"""Generation ahead of training: the order of things on scripted roles, the weights of older samples, the real roles."""
+
+import copy
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from in_process import LocalRoles
+from test_loop import Diary, ScriptedRoles, count_t, differing, knobs, real_loop, run_real, scripted_loop
+from tiny import tiny_recipe, write_start
+
+from rlhf_ray.ahead import Ahead
+from rlhf_ray.algorithms.off_policy import off_policy_stats, truncated_importance
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.controller import LoopState
+from rlhf_ray.errors import UserError
+from rlhf_ray.loop import MismatchError, ppo_step, sync_weights
+from rlhf_ray.models.wire import pack_weights
+from rlhf_ray.plain_ppo import PlainPPO
+from rlhf_ray.recipe_file import build_recipe
+from rlhf_ray.roles.trainer import PolicyTrainer
+from rlhf_ray.run_folder import RunFolder
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("ahead")))
+
+
+# -- the order of things ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class QueueingRoles(ScriptedRoles):
+    """Generators that do what they are asked in order: a rollout is (its unit, the version that was sent before it)."""
+
+    version: int = 0
+    trained: list[tuple] = field(default_factory=list)  # (unit, version) of each update
+    own_gap: float = 0.0
+    importance: float = 1.0
+    causes: list[tuple] = field(default_factory=list)  # (handle, those that it needs)
+    synced: list = field(default_factory=list)
+
+    def generate(self, units):
+        self._log("generate", units[0].step, "evaluation" if units[0].evaluation else "training")
+        rollouts = self._answer("generate", *((unit, self.version) for unit in units))
+        self.causes += [(rollout, self.synced) for rollout in rollouts]
+        return rollouts
+
+    def load_weights(self, weights, policy_version):
+        self.version = policy_version
+        self.synced = super().load_weights(weights, policy_version)
+        self.causes += [(handle, weights) for handle in self.synced]
+        return self.synced
+
+    def assemble(self, rollouts, *rest):
+        handle, *shards = super().assemble(rollouts, *rest)
+        self.causes.append((handle, [*rollouts, *(each for part in rest[:-1] for each in part)]))
+        drawn = [rollout.value for rollout in rollouts]
+        self.trained += drawn
+        ages = [unit.step - version for unit, version in drawn]
+        handle.value |= {"rollout/age_max": float(max(ages)), "rollout/importance_mean": self.importance}
+        if max(ages) > 0:
+            del handle.value["policy/mismatch_max"]
+        return handle, *shards
+
+    def own_mismatch(self, rollouts, logprobs):
+        self._log("own_mismatch")
+        assert {handle.verb for handle in logprobs} == {"logprobs"}
+        assert all(unit.evaluation and version == unit.step for unit, version in (each.value for each in rollouts))
+        return self._answer("own_mismatch", {"policy/mismatch_max": self.own_gap})[0]
+
+
+def run_queueing(diary=None, state=None, **knobs):
+    roles, diary = QueueingRoles(kl=3.0), diary or Diary()
+    finished = scripted_loop(roles, diary, state, **{"steps_ahead": 1, **knobs}).run()
+    return roles, diary, finished
+
+
+def test_a_later_step_is_asked_for_before_an_earlier_one_is_trained_on():
+    roles, _, _ = run_queueing(steps=3, eval_every=3)
+    told = [event for event in roles.events if event[0] in ("generate", "load_weights", "update", "evaluate")]
+    assert [(verb, *what[:2]) for verb, *what in told] == [
+        ("load_weights", 0), ("generate", 0, "evaluation"), ("evaluate",),
+        ("generate", 0, "training"), ("generate", 1, "training"),
+        ("update", "policy shard", pytest.approx(1e-5)), ("update", "critic shard", pytest.approx(1e-5)),
+        ("load_weights", 1), ("generate", 2, "training"),
+        ("update", "policy shard", pytest.approx(1e-5 * 2 / 3)), ("update", "critic shard", pytest.approx(1e-5 * 2 / 3)),
+        ("load_weights", 2),
+        ("update", "policy shard", pytest.approx(1e-5 / 3)), ("update", "critic shard", pytest.approx(1e-5 / 3)),
+        ("load_weights", 3), ("generate", 3, "evaluation"), ("evaluate",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize("steps_ahead", [1, 2, 5, 9])
+def test_no_sample_is_older_than_the_steps_ahead_and_none_is_left_out(steps_ahead, in_flight):
+    """7 steps of 4 of 10 prompts, an epoch of 8. All of a step are drawn by weights that were sent steps_ahead before."""
+    roles, diary, finished = run_queueing(steps_ahead=steps_ahead, weights_in_flight=in_flight)
+    assert finished and diary.steps() == list(range(8))
+    assert [version for unit, version in roles.trained] == [
+        max(0, unit.step - steps_ahead) for unit, _ in roles.trained
+    ]
+    ages = [metrics["rollout/age_max"] for _, metrics in diary.records[1:]]
+    assert ages == [min(step, steps_ahead) for step in range(7)]
+    counts = Counter((unit.step, prompt) for unit, _ in roles.trained for prompt in unit.prompt_indices)
+    assert len(counts) == 28 and set(counts.values()) == {1}
+    synchronous = ScriptedRoles()
+    scripted_loop(synchronous, Diary()).run()
+    units = [unit for verb, *what in synchronous.events if verb == "generate" for unit in what[0]]
+    assert [unit for unit, _ in roles.trained] == [unit for unit in units if not unit.evaluation]
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_it_drops_no_handle_and_waits_for_causes_first(in_flight):
+    roles, _, _ = run_queueing(steps_ahead=2, weights_in_flight=in_flight, eval_every=9)
+    assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
+    block = {}
+    for number, handles in enumerate(roles.waits):
+        for handle in handles:
+            block.setdefault(id(handle), number)
+    assert len(roles.causes) > 30
+    for handle, causes in roles.causes:
+        assert all(block[id(cause)] < block[id(handle)] for cause in causes), handle.verb
+
+
+def test_a_sync_waits_for_the_generators_only_where_they_take_weights_between_units():
+    """Behind all that they were asked, an answer would come after the next step's generation: nothing would overlap."""
+    for in_flight in (False, True):
+        roles, _, _ = run_queueing(steps=2, eval_every=9, weights_in_flight=in_flight)
+        waits = [[handle.verb for handle in handles] for handles in roles.waits]
+        first = waits.index(["weights"], 2)  # after the sync before the first step
+        assert (waits[first + 1] == ["load_weights"]) == in_flight
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
+@pytest.mark.parametrize("steps_ahead", [1, 3])
+def test_a_stopped_run_trains_on_each_prompt_once(stop_after, steps_ahead):
+    """What was drawn ahead is drawn anew, by the newer weights: prompts follow from the step, and the step is in the state."""
+    whole, _, _ = run_queueing(steps_ahead=steps_ahead)
+    before, first, finished = run_queueing(Diary(stop_after=stop_after), steps_ahead=steps_ahead)
+    assert not finished
+    state = LoopState.from_json(json.loads(json.dumps(first.saves[-1].to_json())))
+    after, rest, finished = run_queueing(Diary(), state, steps_ahead=steps_ahead)
+    assert finished and state.step == stop_after
+    assert [unit for unit, _ in before.trained + after.trained] == [unit for unit, _ in whole.trained]
+    assert [version for _, version in after.trained[:2]] == [stop_after] * 2, "two units a step, of the newest weights"
+    assert all(0 <= unit.step - version <= steps_ahead for unit, version in after.trained)
+    assert rest.steps() == [step for step in range(8) if step > stop_after or step == stop_after == 0]
+
+
+def test_a_crash_after_a_checkpoint_loses_and_repeats_nothing():
+    """It died in step 5, with 6 and 7 asked for: on from the checkpoint of step 4."""
+    before = Diary(stop_after=5)
+    run_queueing(before, steps_ahead=2, checkpoint_every=4)
+    (state,) = (state for state in before.saves if state.step == 4)
+    after, _, _ = run_queueing(Diary(), state, steps_ahead=2)
+    whole, _, _ = run_queueing(steps_ahead=2)
+    assert [unit for unit, _ in after.trained] == [unit for unit, _ in whole.trained if unit.step >= 4]
+
+
+def test_generators_that_lose_weights_stop_the_run():
+    """The next sync would be taken by nobody either; the third step finds samples two versions old."""
+    roles = QueueingRoles()
+    roles.load_weights = lambda weights, policy_version: roles._answer("load_weights", policy_version)
+    with pytest.raises(MismatchError, match=r"2 policy versions old, above ppo.steps_ahead = 1"):
+        scripted_loop(roles, Diary(), steps_ahead=1, eval_every=9).run()
+    assert len([event for event in roles.events if event[0] == "assemble"]) == 3
+    assert len([event for event in roles.events if event[0] == "update"]) == 4, "two of each, before"
+
+
+@pytest.mark.parametrize("gap", [0.51, math.inf, NAN])
+def test_the_mismatch_gate_stands_at_each_evaluation(gap):
+    with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
+        scripted_loop(QueueingRoles(own_gap=gap), Diary(), steps_ahead=1).run()
+    _, diary, _ = run_queueing()
+    gaps = {step: metrics["policy/mismatch_max"] for step, metrics in diary.records if "policy/mismatch_max" in metrics}
+    assert gaps == dict.fromkeys((0, 1, 3, 6, 7), 0.0), (
+        "evaluations, and the first step, whose samples are of its policy"
+    )
+
+
+def test_the_gate_holds_samples_of_the_current_policy_too():
+    with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
+        scripted_loop(QueueingRoles(mismatch=0.6), Diary(), steps_ahead=1).run()
+
+
+def test_a_log_prob_that_is_no_number_stops_the_run():
+    with pytest.raises(MismatchError, match="not a number"):
+        scripted_loop(QueueingRoles(importance=NAN), Diary(), steps_ahead=1).run()
+
+
+@pytest.mark.parametrize("verb", ["generate", "score", "logprobs", "assemble", "update", "weights", "load_weights"])
+def test_a_failure_of_any_verb_ends_the_run(verb):
+    with pytest.raises(UserError, match=f"{verb} failed"):
+        scripted_loop(QueueingRoles(broken=verb), Diary(), steps_ahead=1).run()
+
+
+def test_what_does_not_go_together_is_refused_in_words():
+    for override, told in (
+        (["ppo.dynamic_sampling_rounds=2", "ppo.samples_per_prompt=2"], "steps_ahead is 1 and dynamic_sampling_rounds is 2"),
+        (["ppo.steps_ahead=0", "ppo.weights_in_flight=true"], "steps_ahead is 0: nothing is drawn while weights move"),
+        (["ppo.steps_ahead=-1"], "'ppo.steps_ahead' is -1"),
+        (["ppo.importance_cap=0"], "'ppo.importance_cap' is 0"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            build_recipe({"name": "x", "ppo": {"steps_ahead": 1}}, override, "x")
+    assert PPOConfig().steps_ahead == 0
+
+
+# -- weights of older samples -----------------------------------------------------------------------------------------
+
+
+def floats(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+OLD = floats([-1.0, -1.0, -2.0], [-0.5, -1.0, NAN])
+DRAWN = floats([-1.5, -3.0, -1.0], [-0.5, -1.25, 7.0])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def test_truncated_importance_by_hand():
+    """e^0.5, e^2 cut to 2, e^-1; 1, e^0.25; nothing in the padding."""
+    weights = truncated_importance(OLD, DRAWN, MASK, cap=2.0)
+    expected = [[math.exp(0.5), 2.0, math.exp(-1)], [1.0, math.exp(0.25), 0.0]]
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert truncated_importance(OLD, OLD, MASK, cap=1.0)[MASK].tolist() == [1.0] * 5
+    assert torch.isnan(truncated_importance(OLD, DRAWN + NAN, MASK, cap=2.0)[MASK]).all(), "no number stays none"
+
+
+def test_what_is_said_of_older_samples_by_hand():
+    """Row 0 is two versions old, row 1 of the current one: its gaps alone, 0 and -0.25, are a mismatch."""
+    weights, ages = truncated_importance(OLD, DRAWN, MASK, cap=2.0), torch.tensor([2, 0])
+    stats = off_policy_stats(weights, OLD, DRAWN, ages, MASK, cap=2.0)
+    assert stats == pytest.approx({
+        "rollout/age_mean": 1.0, "rollout/age_max": 2.0, "rollout/importance_capped_frac": 0.2,
+        "rollout/importance_mean": (math.exp(0.5) + 2 + math.exp(-1) + 1 + math.exp(0.25)) / 5,
+        "rollout/off_policy_kl": (-0.5 - 2 + 1 + 0 - 0.25) / 5,
+        "policy/mismatch_max": 0.25, "policy/mismatch_kl": -0.125,
+    })  # fmt: skip
+    assert not any("mismatch" in name for name in off_policy_stats(weights, OLD, DRAWN, ages + 1, MASK, cap=2.0))
+
+
+def test_untruncated_weights_make_an_older_policys_samples_those_of_the_current_one():
+    """Summed over a whole vocabulary in float64: E_drawn[w A grad log pi] is E_pi[A grad log pi]; the cap takes from it."""
+    generator = torch.Generator().manual_seed(0)
+    logits, older, advantages = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    own, drawn = logits.log_softmax(0), older.log_softmax(0)
+    weights = [truncated_importance(*(x[None] for x in (own, drawn, drawn < 1)), cap=cap)[0] for cap in (1e9, 1.0)]
+    score = torch.eye(9, dtype=torch.float64) - own.exp()  # row a: the gradient of log pi(a) in the logits
+    wanted, found, cut = (
+        sum(p[a] * advantages[a] * score[a] for a in range(9))
+        for p in (own.exp(), drawn.exp() * weights[0], drawn.exp() * weights[1])
+    )
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(drawn.exp() * weights[1], torch.minimum(own.exp(), drawn.exp()), rtol=0, atol=1e-12)
+    assert float((cut - wanted).abs().max()) > 0.01
+
+
+# -- the real roles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def synchronous(folder):
+    return run_real(tiny_recipe(), folder)
+
+
+def test_zero_steps_ahead_is_the_synchronous_loop_bit_for_bit(folder, synchronous):
+    """Against its steps written out one after the other, without a controller."""
+    recipe = tiny_recipe(ppo={"steps_ahead": 0, "importance_cap": 1e-6})
+    roles = LocalRoles(recipe, folder)
+    loop = real_loop(recipe, roles, Diary())
+    assert loop.ahead is None and roles.assembler.settings.importance_cap is None
+    sync_weights(roles, 0)
+    for step in range(4):
+        rate = 1e-3 * (1 - step / 4)
+        ppo_step(roles, loop._units(step), knobs(
+            step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate
+        ))  # fmt: skip
+    assert differing(roles.weights(), synchronous[0].weights()) == []
+    assert not any(
+        name.startswith(("rollout/importance", "rollout/age")) for _, row in synchronous[1].records for name in row
+    )
+
+
+def test_the_step_of_the_asynchronous_loop_is_that_of_the_synchronous_one(folder, synchronous):
+    """Never ahead, it draws, trains and syncs the same; without a cap near it a sample of the policy's own weighs 1."""
+    recipe = tiny_recipe()
+    roles = LocalRoles(recipe, folder)
+    units = real_loop(recipe, roles, Diary())._units
+    ahead = Ahead(roles, units, steps_ahead=0, steps=4, in_flight=False)
+    sync_weights(roles, 0)
+    for step in range(4):
+        rate = 1e-3 * (1 - step / 4)
+        ahead.step(knobs(step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate))
+    assert differing(roles.weights(), synchronous[0].weights()) == []
+
+
+def test_older_samples_are_weighed_and_the_first_ratio_is_still_one(folder, synchronous):
+    recipe = tiny_recipe(ppo={"steps_ahead": 1, "learning_rate": 5e-3, "steps": 5, "importance_cap": 1.05})
+    roles, diary = run_real(recipe, folder)
+    rows = [metrics for _, metrics in diary.records[1:]]
+    assert [row["rollout/age_max"] for row in rows] == [0, 1, 1, 1, 1] == [row["rollout/age_mean"] for row in rows]
+    for row in rows:
+        assert row["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert abs(row["first_policy/approx_kl"]) < 1e-6
+        assert row["rollout/importance_mean"] <= 1.05
+    assert rows[0]["rollout/importance_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["rollout/importance_capped_frac"] == 0.0
+    assert all(row["rollout/importance_capped_frac"] > 0.05 for row in rows[1:]), "the policy moved in between"
+    gaps = {step: row["policy/mismatch_max"] for step, row in diary.records if "policy/mismatch_max" in row}
+    assert set(gaps) == {0, 1, 2, 4, 5} and max(gaps.values()) < 1e-5, "where both have the same weights"
+    assert len(differing(roles.weights(), synchronous[0].weights())) == len(roles.weights())
+
+
+def test_a_generator_on_other_weights_than_it_says_stops_the_run_at_the_next_evaluation(folder):
+    recipe = tiny_recipe(ppo={"steps_ahead": 1, "max_mismatch": 1e-3, "learning_rate": 3e-2})
+    roles, diary = LocalRoles(recipe, folder), Diary()
+    load = roles.generation.load_weights
+
+    def lose_them(weights, policy_version):
+        for role in roles.generation.roles:
+            role.policy_version = policy_version
+        return load(weights, policy_version) if policy_version == 0 else [policy_version]
+
+    roles.generation.load_weights = lose_them
+    with pytest.raises(MismatchError, match="max_mismatch = 0.001"):
+        real_loop(recipe, roles, diary).run()
+    assert diary.steps() == [0, 1], "the evaluation after step 2"
+
+
+def test_a_stopped_run_goes_on_with_all_prompts(folder):
+    recipe = tiny_recipe(ppo={"steps_ahead": 2, "steps": 6})
+    trained = []
+
+    def watched():
+        roles = LocalRoles(recipe, folder)
+        assemble = roles.assembler.assemble
+
+        def spy(rollouts, *rest):
+            trained.extend(
+                (rollout.unit.step, prompt) for rollout in rollouts for prompt in rollout.unit.prompt_indices
+            )
+            return assemble(rollouts, *rest)
+
+        roles.assembler.assemble = spy
+        return roles
+
+    before, diary = watched(), Diary(stop_after=3)
+    assert not real_loop(recipe, before, diary).run()
+    after, rest = watched(), Diary()
+    for old, new in zip(before.engines, after.engines, strict=True):
+        new.module.load_state_dict(old.module.state_dict())
+        new.optimizer.load_state_dict(copy.deepcopy(old.optimizer.state_dict()))
+    assert real_loop(recipe, after, rest, diary.saves[-1]).run()
+    assert diary.steps() + rest.steps() == list(range(7))
+    for epoch in range(3):  # 16 prompts, 8 a step
+        assert sorted(prompt for step, prompt in trained if step // 2 == epoch) == list(range(16))
+    assert [row["rollout/age_max"] for _, row in rest.records] == [0, 1, 2]
+
+
+def test_posted_weights_are_taken_before_the_next_unit(folder):
+    recipe = tiny_recipe()
+    roles, other = LocalRoles(recipe, folder), LocalRoles(recipe, folder)
+    (generator,), (straight,) = roles.generation.roles, other.generation.roles
+    (unit, *_) = real_loop(recipe, roles, Diary())._units(3)
+    start = generator.generate(unit)
+
+    def moved(by):
+        weights = ((name, tensor + by) for name, tensor in roles.policy.roles[0].weights())
+        return {name: array for part in pack_weights(weights, 2, torch.float32) for name, array in part.items()}
+
+    assert generator.post_weights(moved(0.5), 1) == 1
+    assert generator.policy_version == 0, "not while a unit may be at work"
+    generator.post_weights(moved(0.02), 2)
+    straight.load_weights(moved(0.02), 2)
+    found, wanted = generator.generate(unit), straight.generate(unit)
+    assert found.policy_version == wanted.policy_version == 2, "the newest, none between"
+    assert np.array_equal(found.rollout_logprobs, wanted.rollout_logprobs)
+    assert not np.array_equal(found.rollout_logprobs, start.rollout_logprobs)
+    assert generator.generate(unit).policy_version == 2
+
+
+def test_an_update_starts_from_the_forward_passes_of_its_own_rollouts(folder, monkeypatch):
+    """The gate asks the policy for log-probs of held-out responses too, three chunks of them where a step has two."""
+    shape = {"steps": 3, "steps_ahead": 1, "eval_every": 1, "rollout_batch_size": 4}
+    weights, reused = [], []
+    kept = PolicyTrainer._kept_batches
+    monkeypatch.setattr(PolicyTrainer, "_kept_batches", lambda *args: reused.append(1) or kept(*args))
+    for reuse in (False, True):
+        recipe = tiny_recipe(ppo=shape | {"reuse_forward": reuse}, generation={"chunk_size": 2})
+        weights.append(run_real(recipe, folder)[0].weights())
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+    assert len(reused) == 3
+
+
+def test_the_one_file_loop_refuses(folder):
+    with pytest.raises(UserError, match="draws and trains in turn, and ppo.steps_ahead is 2"):
+        PlainPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"advantage": "grpo"}], ids=["ppo", "grpo"])
+def test_the_score_rises_ahead_too(folder, algorithm):
+    recipe = tiny_recipe(
+        generation={"stop": (), "chunk_size": 16},
+        ppo={
+            "steps": 25, "rollout_batch_size": 16, "samples_per_prompt": 2, "minibatch_size": 32, "microbatch_size": 32,
+            "ppo_epochs": 3, "learning_rate": 5e-3, "critic_learning_rate": 5e-3, "kl_coef": 0.01, "missing_eos_penalty": 0,
+            "eval_every": 25, "checkpoint_every": 100, "reward_function": "test_loop:count_t", "steps_ahead": 2,
+            **algorithm,
+        },
+    )  # fmt: skip
+    assert count_t([], ["tot"]) == [2]
+    _, diary = run_real(recipe, folder)
+    scores = [metrics["objective/score"] for _, metrics in diary.records[1:]]
+    assert sum(scores[-5:]) / 5 > 4 * max(sum(scores[:5]) / 5, 0.1), scores

@@ -1,0 +1,308 @@
+"""Benchmarks: what they count and compute against numbers worked by hand, and each command once at a tiny size."""
+
+import ast
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from command import rlhf_ray
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf_ray.cli.bench import trl
+from rlhf_ray.cli.bench.controller import Crowd
+from rlhf_ray.cli.bench.results import ratios
+from rlhf_ray.cli.bench.serve import quantile
+from rlhf_ray.cli.bench.sync import shape_of_weights
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation import flops, scale
+from rlhf_ray.evaluation.flops import SIZES, Shape, Work
+from rlhf_ray.evaluation.trend import slope
+
+TINY = Shape(layers=2, width=8, heads=2, vocabulary=10)
+WORK = Work(rows=5, prompt=2, response=2, epochs=3)
+
+
+# -- arithmetic, worked by hand
+
+
+def test_flop_of_the_phases_by_hand():
+    """A block has 12 x 8 x 8 = 768 weights. Three tokens: 2 x 768 x 3 + 4 x 8 x (1 + 2 + 3) = 4,800 a block; four: 6,464.
+    A token's logits: 2 x 8 x 10 = 160."""
+    assert TINY.block_weights == 768
+    assert flops.blocks(TINY, 3) == 2 * 4800 and flops.blocks(TINY, 4) == 2 * 6464
+    assert flops.head(TINY, 2) == 320
+    found = flops.phases(TINY, WORK)
+    assert found["generate"] == 5 * (9600 + 320)  # three tokens are fed, two drawn
+    assert found["score"] == 2 * 5 * (12928 + 320) + 2 * 5 * 12928
+    assert found["update"] == 3 * 3 * (5 * (12928 + 320) + 5 * 12928)
+    assert found["assemble"] == found["sync"] == 0
+
+
+def test_flop_of_a_forward_pass_against_torchs_own_counter():
+    """torch counts attention's products whole; the causal half of them is never needed."""
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10, n_positions=16, attn_implementation="eager")
+    tokens = 7
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        GPT2LMHeadModel(config)(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    hidden = 2 * 4 * 8 * (tokens * tokens - tokens * (tokens + 1) // 2)
+    assert counter.get_total_flops() == flops.blocks(TINY, tokens) + flops.head(TINY, tokens) + hidden
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [
+        (SIZES["124m"], 124_439_808),  # GPT-2, with positions, biases and norms
+        (scale.MODELS["7B"], 6_738_415_616),  # Llama 2, with a head of its own
+        (scale.MODELS["70B"], 68_976_648_192),
+    ],
+)
+def test_weights_are_those_of_the_published_models(shape, published):
+    assert shape.weights == pytest.approx(published, rel=0.02)
+
+
+def test_shares_of_peak_by_hand():
+    rows = flops.peak_shares({"a": 2.0, "b": 1.0, "c": 0.0}, {"a": 10, "b": 20, "c": 0}, 20.0)
+    assert [(row.phase, row.peak_share) for row in rows] == [("a", 0.25), ("b", 1.0), ("c", 0.0), ("iteration", 0.5)]
+
+
+def test_options_lie_over_a_named_size():
+    shape = flops.shape_of("14m", layers=None, width=None, heads=None, vocabulary=None)
+    assert (shape.layers, shape.width, shape.heads, shape.vocabulary) == (6, 384, 6, 8192)
+    shape = flops.shape_of("14m", layers=2, width=None, heads=None, vocabulary=300)
+    assert (shape.layers, shape.width, shape.vocabulary) == (2, 384, 300)
+    with pytest.raises(UserError, match="--size '1b' is none of 4m, 14m, 124m"):
+        flops.shape_of("1b", layers=None, width=None, heads=None, vocabulary=None)
+
+
+@pytest.mark.parametrize("millions", [2.0, 4.25, 25, 125, 250])
+def test_a_model_of_so_many_weights(millions):
+    shape = shape_of_weights(millions * 1e6)
+    assert shape.weights == pytest.approx(millions * 1e6, rel=0.2)
+    assert shape.width % shape.heads == 0
+
+
+# -- statistics, worked by hand
+
+
+def test_slope_and_interval_by_hand():
+    """Places 0 1 2 3, values 0 1 1 2: slope 3/5. Residuals -0.1 0.3 -0.3 0.1, their squares 0.2, over 2 degrees of freedom
+    0.1, over the places' squares (5) 0.02; Student's t with 2 degrees is 4.303."""
+    found = slope([0, 1, 2, 3], [0, 1, 1, 2])
+    assert found.mean == pytest.approx(0.6)
+    assert found.high - found.mean == pytest.approx(4.303 * math.sqrt(0.02))
+    assert found.mean - found.low == pytest.approx(4.303 * math.sqrt(0.02))
+
+
+def test_a_slope_is_not_surer_for_values_that_repeat():
+    places, values = np.arange(20) * 10 + 4.5, np.random.default_rng(0).normal(size=20)
+    once, often = slope(places, values), slope(np.arange(200), np.repeat(values, 10))
+    assert (often.mean, often.low, often.high) == pytest.approx((once.mean, once.low, once.high))
+
+
+def test_the_interval_of_a_slope_holds_it_as_often_as_it_says():
+    """2,000 noisy lines of slope 1/2."""
+    draws, places = np.random.default_rng(1), np.arange(20.0)
+    held = [found.low <= 0.5 <= found.high for found in (slope(places, 0.5 * places + draws.normal(size=20))
+                                                         for _ in range(2000))]  # fmt: skip
+    assert 0.935 < np.mean(held) < 0.965
+
+
+def test_quantiles_are_values_that_occurred():
+    ordered = [float(each) for each in range(1, 21)]
+    assert (quantile(ordered, 0.5), quantile(ordered, 0.95), quantile(ordered, 1.0)) == (10.0, 19.0, 20.0)
+    assert quantile([3.0], 0.5) == quantile([3.0], 0.95) == 3.0
+
+
+def test_ratios_are_of_pairs():
+    assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_calls_of_a_step_by_hand():
+    """Ten rows in chunks of 4 are 3 chunks: 15 calls; assembling 1; updates 2 x 2, weights 2; three generators load."""
+    crowd = Crowd(generators=3, processes=1, rows=4, work=Work(rows=10, prompt=1, response=1, epochs=1), weight_bytes=8,
+                  ranks=2)  # fmt: skip
+    assert crowd.calls == 15 + 1 + 4 + 2 + 3
+
+
+# -- the cost model, worked by hand
+
+ONE = Shape(layers=1, width=2, heads=1, vocabulary=3)  # 12 x 4 + 3 x 2 = 54 weights, 108 bytes
+GPU = scale.Gpu(flop_per_s=1000, memory=1000, memory_per_s=100, link_per_s=54, network_per_s=27)
+RATES = scale.Rates(
+    training=0.5, forward=0.5, decode=0.5, launch_s=0.0, all_reduce_s=0.0, host_copy_per_s=27, store_per_s=12,
+    pull_per_s=18, call_s=0.5, assemble_token_s=0.25, microbatch_tokens=6,
+)  # fmt: skip
+
+
+def test_seconds_of_generation_by_hand():
+    """A token caches 2 x 2 x 1 x 2 = 8 bytes. Two rows a replica: a step reads 108 + 2 x 8 x (1 + 1) = 140 bytes at 50 a
+    second, 2.8 s; its arithmetic, 2 rows x 120 FLOP at 500 a second, hides behind that."""
+    work = Work(rows=4, prompt=1, response=2, epochs=1)
+    assert scale.split_of(ONE, GPU) == 1
+    assert scale.generate_seconds(ONE, work, 2, GPU, RATES) == pytest.approx(2 * 2.8)
+    small = scale.Gpu(flop_per_s=1000, memory=181, memory_per_s=100)  # 0.9 x 181 - 108 = 54.9 bytes: two rows of 24
+    assert scale.generate_seconds(ONE, work, 1, small, RATES) == pytest.approx(2 * 2 * 2.8)
+    slow = scale.Gpu(flop_per_s=100, memory=1000, memory_per_s=100)  # 240 FLOP a step at 50 a second
+    assert scale.generate_seconds(ONE, work, 2, slow, RATES) == pytest.approx(2 * 4.8)
+    late = scale.Rates(decode=0.5, forward=0.5, launch_s=0.1, kernels=4)
+    assert scale.generate_seconds(ONE, work, 2, GPU, late) == pytest.approx(2 * (2.8 + 0.4))
+
+
+def test_seconds_of_scoring_and_update_by_hand():
+    """Three tokens: 2 x 48 x 3 + 4 x 2 x 6 = 336 FLOP; two logits more: 24. Four rows: 1,344 and 1,440."""
+    work = Work(rows=4, prompt=1, response=2, epochs=2)
+    gpus = {"reward": 1, "reference": 2, "policy": 2, "critic": 4}
+    assert scale.score_seconds(ONE, work, gpus, GPU, RATES) == pytest.approx(1344 / 500)  # the reward model's
+    # arithmetic 3 x 2 x 1440 / (2 x 500) = 8.64; wire: 2 epochs x 12 / 2 / 6 passes x 3 x 108 x 1/2 / 54 = 6
+    assert scale.update_seconds(ONE, work, 2, GPU, RATES) == pytest.approx(8.64)
+    # on 16 ranks: 0.54 < one pass an epoch at least, 2 x 3 x 108 x 15/16 over 27
+    assert scale.update_seconds(ONE, work, 16, GPU, RATES) == pytest.approx(2 * 3 * 108 * 15 / 16 / 27)
+
+
+def test_seconds_of_a_sync_by_hand():
+    """Gathering in float32 216/54, to the host 108/27, into the store 108/12, into the generator 108/27."""
+    assert scale.sync_seconds(ONE, {"policy": 2, "generation": 2}, GPU, RATES) == pytest.approx(4 + 4 + 9 + 4)
+    # two nodes of generators: over the network 216/27, and two rounds of pulls 108/18
+    assert scale.sync_seconds(ONE, {"policy": 16, "generation": 16}, GPU, RATES) == pytest.approx(8 + 4 + 9 + 12 + 4)
+
+
+def test_seconds_of_a_broadcast_by_hand():
+    assert scale.broadcast_seconds(ONE, GPU) == pytest.approx(2 * 108 / 27)
+
+
+def test_what_does_not_fit_is_named():
+    work = Work(rows=8, prompt=1, response=1, epochs=1)
+    h100 = scale.GPUS["h100"]
+    found = scale.iteration(scale.MODELS["70B"], work, 8, h100, scale.Rates(), chunk_size=8)
+    assert found.misfit == "generation does not fit" and found.phases == {}  # on 2 GPUs of 80 GB, 140 GB and a cache
+    for count, misfit in ((56, "training state does not fit"), (64, "")):  # 16 bytes x 68.7e9 over 14, over 16 GPUs
+        found = scale.iteration(scale.MODELS["70B"], work, count, h100, scale.Rates(), chunk_size=8)
+        assert found.misfit == misfit  # 78.5 and 68.7 GB each, beside 10 of 80
+    found = scale.iteration(scale.MODELS["7B"], work, 8, h100, scale.Rates(), chunk_size=8)
+    assert found.misfit == "" and found.split == 1
+
+
+# -- TRL's environment
+
+
+def test_the_trl_script_needs_nothing_of_ours():
+    """It runs in an environment without rlhf_ray, so an import anywhere in it would fail there."""
+    tree = ast.parse(trl.SCRIPT.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "trl.experimental.ppo" in names
+    assert not [name for name in names if name.startswith("rlhf_ray")]
+
+
+def test_an_environment_that_is_there_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = trl.environment_folder()
+    assert folder.is_relative_to(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / ".installed").write_text("\n".join(trl.PACKAGES))
+    assert trl.trl_python(folder, say=pytest.fail) == folder / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_without_a_package_index_the_refusal_is_one_sentence(tmp_path, monkeypatch):
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path)), ("PIP_CONFIG_FILE", "/dev/null")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="could not be made in .*leave out --against-trl"):
+        trl.trl_python(tmp_path / "trl")
+
+
+# -- the commands, once each
+
+MODEL = ("--layers", "1", "--width", "32", "--heads", "2", "--vocab", "260")
+LENGTHS = ("--prompt", "6", "--response", "5")
+
+
+def answered(*arguments) -> dict:
+    answer = rlhf_ray("bench", *arguments, "--json")
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout.strip().splitlines()[-1])
+
+
+def test_bench_scale_prints_a_row_a_size():
+    found = answered("scale", "--gpu", "h100")
+    assert [row["gpus"] for row in found["rows"]] == [8, 16, 32, 64, 128, 256, 512] * 2
+    for row in found["rows"]:
+        assert row["seconds"] == pytest.approx(sum(row["phases"].values()))
+    answer = rlhf_ray("bench", "scale")
+    assert "7B on 512" in answer.stdout and "70B on 8: training state does not fit" in answer.stdout
+    refused = rlhf_ray("bench", "scale", "--gpu", "k80")
+    assert refused.returncode == 2 and "'k80' is none of h100, h200" in refused.stderr
+
+
+def test_bench_generate_compares_ways_on_the_same_work():
+    found = answered("generate", *MODEL, *LENGTHS, "--batch", "40", "--repeats", "1", "--precision", "float32")
+    ways = {way["way"]: way for way in found["ways"]}
+    engine, plain = ways["engine"]["tokens_per_s"]["median"], ways["model.generate, float32"]
+    assert plain["ratio"]["median"] == pytest.approx(engine / plain["tokens_per_s"]["median"])
+    assert found["work"]["response_tokens"] == 5
+    shown = rlhf_ray("bench", "generate", *MODEL, *LENGTHS, "--batch", "2", "--repeats", "1")
+    assert "model.generate" in shown.stdout
+    assert ("vLLM is not installed here" in shown.stdout) == (not found["vllm_installed"])
+
+
+@pytest.mark.ray
+def test_bench_controller_counts_what_passes():
+    found = answered("controller", "--generators", "3", "--processes", "1", "--ranks", "1", "--rows", "2",
+                     "--weight-mb", "1", "--steps", "6", *LENGTHS)  # fmt: skip
+    assert found["work"]["chunks"] == 3 and found["work"]["calls"] == 5 * 3 + 1 + 2 + 1 + 3
+    assert found["put_bytes_per_step"] >= 1 << 20  # the weights of each sync
+    assert found["put_bytes_per_step"] <= found["store_bytes"]["last"]
+    assert found["cpu_s_per_step"]["median"] > 0 and found["ratio"]["median"] > 0
+    refused = rlhf_ray("bench", "controller", "--steps", "2")
+    assert refused.returncode == 2 and "give at least 5" in refused.stderr
+
+
+@pytest.mark.ray
+def test_bench_ppo_holds_its_phases_against_their_arithmetic():
+    found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--precision",
+                     "float32", "--threads", "1")  # fmt: skip
+    assert found["response_tokens"] == 5.0 and found["mismatch_max"] < 1e-4
+    work = Work(rows=4, prompt=6, response=5, epochs=1)
+    counted = flops.phases(Shape(layers=1, width=32, heads=2, vocabulary=260), work)
+    rows = {row["phase"]: row for row in found["floor"]}
+    assert {name: rows[name]["flop"] for name in counted} == counted
+    assert rows["iteration"]["flop"] == sum(counted.values())
+    assert 0 < rows["update"]["peak_share"] < 1 and found["matmul"]["threads"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_sync_moves_the_models_bytes():
+    found = answered("sync", "--megabytes", "9", "--repeats", "1", "--precision", "float32")
+    (size,) = found["sizes"]
+    assert size["megabytes"] * 1e6 == pytest.approx(4 * size["weights"])
+    assert size["gb_per_s"]["median"] == pytest.approx(size["megabytes"] / 1e3 / size["seconds"]["median"])
+    assert 0 < size["ratio"]["median"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_serve_has_a_row_for_each_number_of_clients():
+    found = answered("serve", *MODEL, *LENGTHS, "--requests", "6", "--clients", "1", "--clients", "3", "--repeats", "1",
+                     "--precision", "float32")  # fmt: skip
+    assert [row["clients"] for row in found["clients"]] == [1, 3]
+    for row in found["clients"]:
+        assert 0 < row["latency_p50_s"] <= row["latency_p95_s"]
+        assert 0 < row["ratio"]["median"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (trl.environment_folder() / ".installed").exists(),
+    reason="`rlhf-ray bench ppo --against-trl` makes TRL's environment",
+)
+def test_bench_ppo_against_trl():
+    found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--against-trl")[
+        "trl"
+    ]
+    best = max(run["samples_per_s"] for run in found["runs"])
+    assert found["best"]["samples_per_s"] == best and found["ratio"] > 0
