@@ -112,7 +112,7 @@ class LocalTrainer(Each):
 
 
 class LocalRoles:
-    """All of a recipe's roles, in float32; `actors` generators, reward models and references."""
+    """All of a recipe's roles, in float32 (generation: if the recipe says so, in bfloat16); `actors` generators, reward models and references."""
 
     def __init__(self, recipe, folder, actors=1):
         ppo, generation, start = recipe.ppo, recipe.generation, folder.stage("sft").model
@@ -120,12 +120,13 @@ class LocalRoles:
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, stop=generation.stop
         )
         texts = [read_role(folder, role)["prompt"] for role in ("prompts", "eval_prompts")]
+        drawn_in = torch.bfloat16 if generation.precision == "bfloat16" else torch.float32
         models = recipe, folder, torch.float32, "cpu"
         scorer, judge = reward_scorer(*models), judge_scorer(*models) if ppo.judge_evaluations else None
         self.generation = LocalGeneration(
             *(
                 Generator(
-                    start, *texts, sampling=sampling, seed=recipe.seed, dtype=torch.float32,
+                    start, *texts, sampling=sampling, seed=recipe.seed, dtype=drawn_in,
                     lora=ppo.lora, freeze_layers=ppo.freeze_layers, engine=generation.engine, rows=generation.chunk_size,
                 )
                 for _ in range(actors)

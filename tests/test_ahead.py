@@ -311,6 +311,22 @@ def test_the_step_of_the_asynchronous_loop_is_that_of_the_synchronous_one(folder
     assert differing(roles.weights(), synchronous[0].weights()) == []
 
 
+def test_samples_of_another_precision_are_weighed_if_the_recipe_says_so(folder):
+    """The generator computes in bfloat16, the policy in float32: same weights, other log-probs."""
+    rows, weights = {}, {}
+    for corrects in (False, True):
+        ppo = {"steps": 1, "importance_correction": corrects, "importance_cap": 1.001}
+        roles, diary = run_real(tiny_recipe(ppo=ppo, generation={"precision": "bfloat16"}), folder)
+        rows[corrects], weights[corrects] = diary.records[1][1], roles.weights()
+    assert not any(name.startswith("rollout/importance") for name in rows[False])
+    corrected = rows[True]
+    assert corrected["policy/mismatch_max"] == rows[False]["policy/mismatch_max"] > 1e-4, "measured and gated either way"
+    assert corrected["rollout/age_max"] == 0 and corrected["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert 0.99 < corrected["rollout/importance_mean"] < 1.001
+    assert 0.0 < corrected["rollout/importance_capped_frac"] < 1.0
+    assert differing(weights[True], weights[False]), "the weights of the tokens reach the update"
+
+
 def test_older_samples_are_weighed_and_the_first_ratio_is_still_one(folder, synchronous):
     recipe = tiny_recipe(ppo={"steps_ahead": 1, "learning_rate": 5e-3, "steps": 5, "importance_cap": 1.05})
     roles, diary = run_real(recipe, folder)

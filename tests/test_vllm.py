@@ -283,6 +283,26 @@ def test_actors_draw_with_vllm(tmp_path):
     assert folder.stage("ppo").done
 
 
+@needs_vllm
+@pytest.mark.gpu
+def test_a_sleeping_engine_gives_its_memory_back_and_wakes_for_work(tmp_path):
+    _, _, start = start_of("llama", tmp_path / "run", model={"from_scratch": {
+        "architecture": "llama", "width": 1024, "layers": 8, "heads": 8, "positions": 512}})  # fmt: skip
+    model, params = load_causal_lm(start, torch.bfloat16), SamplingParams(max_new_tokens=8)
+    engine = VllmEngine(
+        start, model, load_tokenizer(start), longest=64, rows=64, probes=PROMPTS, device="cuda", eos_token_ids=()
+    )
+    before = engine.generate(PROMPTS, SEEDS, params)
+    awake = torch.cuda.mem_get_info()[0]
+    engine.sleep()
+    engine.sleep()  # twice is once
+    assert torch.cuda.mem_get_info()[0] - awake > sum(p.numel() for p in model.parameters())  # half of its bytes, at least
+    after = engine.generate(PROMPTS, SEEDS, params)
+    assert [each.response_ids.tolist() for each in after] == [each.response_ids.tolist() for each in before]
+    engine.sleep()
+    engine.load_weights(dict(load_causal_lm(start, torch.bfloat16).named_parameters()))  # wakes it, and holds the gate
+
+
 # -- without a fitting vLLM -------------------------------------------------------------------------------------------
 
 

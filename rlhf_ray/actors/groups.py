@@ -17,15 +17,19 @@ WEIGHT_PART_BYTES = 256 * 1024**2
 class GenerationGroup:
     """Unit i goes to actor i modulo their number; what comes back does not depend on which that is."""
 
-    def __init__(self, actors: Sequence, waiter: Waiter, in_flight: bool = False):
-        """in_flight: the actors take new weights between two units of what they were asked, not behind all of it."""
-        self.actors, self.waiter, self.in_flight = actors, waiter, in_flight
+    def __init__(self, actors: Sequence, waiter: Waiter, in_flight: bool = False, rests: bool = False):
+        """in_flight: the actors take new weights between two units of what they were asked, not behind all of it.
+
+        rests: an actor gives its GPU memory back when the last unit that it was asked for is drawn.
+        """
+        self.actors, self.waiter, self.in_flight, self.rests = actors, waiter, in_flight, rests
 
     def generate(self, units: Sequence[WorkUnit]) -> list[ray.ObjectRef]:
         handles = []
         for i, unit in enumerate(units):
             number = i % len(self.actors)
-            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(unit)
+            last = (True,) if self.rests and i + len(self.actors) >= len(units) else ()
+            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(unit, *last)
             name = f"generation actor {number} (step {unit.step}, chunk {unit.chunk})"
             handles.append(self.waiter.track(rollout, name, receipt))
         return handles

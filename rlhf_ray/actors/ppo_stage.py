@@ -67,6 +67,8 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ]
 
         in_flight = recipe.ppo.weights_in_flight
+        # Where others compute on the same GPU once everything is drawn.
+        rests = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
         generator = MailedGenerationActor if in_flight else GenerationActor
         generation = actors(generator, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
@@ -93,7 +95,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
             roles = RayRoles(
-                GenerationGroup(generation, waiter, in_flight), RewardGroup("reward", reward, waiter),
+                GenerationGroup(generation, waiter, in_flight, rests=rests), RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
                 CriticGroup("critic", critic, waiter) if critic else None,
                 AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,

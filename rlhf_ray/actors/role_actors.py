@@ -85,8 +85,8 @@ class Generation(RoleActor):
         )  # fmt: skip
 
     @with_receipt
-    def generate(self, unit):
-        return self.role.generate(unit)
+    def generate(self, unit, last=False):
+        return self.role.generate(unit, last)
 
     def load_weights(self, policy_version, *parts):
         weights = {name: array for part in parts for name, array in part.items()}

@@ -152,7 +152,10 @@ class PPOConfig(Section):
         0, "generation runs up to so many steps ahead of training, on older weights; 0: each waits for the other", ge=0
     )
     importance_cap: float = knob(
-        2.0, "with steps_ahead: highest importance weight of a token that an older policy drew", gt=0
+        2.0, "with steps_ahead or importance_correction: highest importance weight of a token", gt=0
+    )
+    importance_correction: bool = knob(
+        False, "a token counts by its probability under the policy over the generator's, up to importance_cap; with steps_ahead: always"
     )
     weights_in_flight: bool = knob(
         False, "with steps_ahead: generators take new weights between chunks, not only between steps"
@@ -219,6 +222,10 @@ class PPOConfig(Section):
     @property
     def has_critic(self) -> bool:
         return self.advantage == "gae"
+
+    @property
+    def corrects_importance(self) -> bool:
+        return self.importance_correction or self.steps_ahead > 0
 
     @property
     def terms(self) -> dict[str, RewardTerm]:

@@ -151,6 +151,9 @@ class GenerationEngine:
     def model_changed(self) -> None:
         """Whoever changed the model's weights in place says so. Nothing here is made from them."""
 
+    def sleep(self) -> None:
+        """Give memory back until there is work again. The cache is one of each batch, so there is nothing to give."""
+
     # ---- inside
 
     def _new_batch(self) -> RowBatch:

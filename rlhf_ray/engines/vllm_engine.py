@@ -118,7 +118,7 @@ class VllmEngine:
         self.model, self.eos_token_ids, self.longest = model.cpu().eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
-        self.llm = self._build(folder, rows, trust_remote_code)
+        self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
         self._rehearse()
 
     def _build(self, folder: str | Path, rows: int, trust_remote_code: bool):
@@ -157,6 +157,7 @@ class VllmEngine:
         ]
         if not prompts:
             return []
+        self._wake()
         # What ran before must not matter: a prompt whose keys are cached takes another path through the kernels.
         self.llm.reset_prefix_cache()
         outputs = self.llm.generate(
@@ -243,6 +244,7 @@ class VllmEngine:
             )
 
     def _write(self) -> None:
+        self._wake()
         # vLLM's own way: layer by layer it loads by the names of a checkpoint and repeats what follows loading.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _untied(self.model)})
         self.llm.apply_model(_pack_embeddings_again)
@@ -276,13 +278,15 @@ class VllmEngine:
     # ---- memory
 
     def sleep(self) -> None:
-        """Give back the GPU's memory (weights to the host, cache dropped) until `wake`. CPUs: nothing to give back to."""
-        if self.device.type == "cuda":
+        """Give back the GPU's memory (weights to the host, cache dropped) until there is work. CPUs: nothing to give."""
+        if self.device.type == "cuda" and not self.asleep:
             self.llm.sleep(level=1)
+            self.asleep = True
 
-    def wake(self) -> None:
-        if self.device.type == "cuda":
+    def _wake(self) -> None:
+        if self.asleep:
             self.llm.wake_up()
+            self.asleep = False
 
 
 def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:

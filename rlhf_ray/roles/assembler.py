@@ -35,7 +35,7 @@ class AssembleSettings:
     policy_ranks: int
     critic_ranks: int  # 0: no critic
     seed: int
-    importance_cap: float | None = None  # of samples of older policies; None: there are none
+    importance_cap: float | None = None  # of tokens that another policy drew; None: none did
 
 
 class Assembler:

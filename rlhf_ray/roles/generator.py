@@ -64,7 +64,8 @@ class Generator:
         self.policy_version = 0
         self._posted: deque[tuple[Mapping[str, np.ndarray], int]] = deque(maxlen=1)  # an older one is of no use
 
-    def generate(self, unit: WorkUnit) -> RolloutBatch:
+    def generate(self, unit: WorkUnit, last: bool = False) -> RolloutBatch:
+        """last: nothing more is asked for until other roles have worked; an engine that can gives its GPU memory back."""
         if self._posted:
             self.load_weights(*self._posted.popleft())
         source = self.eval_prompt_ids if unit.evaluation else self.prompt_ids
@@ -75,6 +76,8 @@ class Generator:
             for prompt, sample in zip(unit.prompt_indices, unit.sample_indices, strict=True)
         ]
         completions = self.engine.generate(prompts, seeds, self.sampling)
+        if last:
+            self.engine.sleep()
         return RolloutBatch(
             unit=unit,
             policy_version=self.policy_version,

@@ -21,7 +21,7 @@ def assemble_settings(recipe: Recipe) -> AssembleSettings:
     return AssembleSettings(
         knobs=knobs, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
         policy_ranks=resources.policy.actors, critic_ranks=resources.critic.actors if ppo.has_critic else 0,
-        seed=recipe.ppo_seed, importance_cap=ppo.importance_cap if ppo.steps_ahead > 0 else None,
+        seed=recipe.ppo_seed, importance_cap=ppo.importance_cap if ppo.corrects_importance else None,
     )  # fmt: skip
 
 
