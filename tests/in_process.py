@@ -112,7 +112,10 @@ class LocalTrainer(Each):
 
 
 class LocalRoles:
-    """All of a recipe's roles, in float32 (generation: if the recipe says so, in bfloat16); `actors` generators, reward models and references."""
+    """All of a recipe's roles, in float32 (generation in bfloat16 if the recipe says so).
+
+    actors: number of generators, reward models and references.
+    """
 
     def __init__(self, recipe, folder, actors=1):
         ppo, generation, start = recipe.ppo, recipe.generation, folder.stage("sft").model

@@ -155,7 +155,8 @@ class PPOConfig(Section):
         2.0, "with steps_ahead or importance_correction: highest importance weight of a token", gt=0
     )
     importance_correction: bool = knob(
-        False, "a token counts by its probability under the policy over the generator's, up to importance_cap; with steps_ahead: always"
+        False,
+        "a token counts by its probability under the policy over the generator's, at most importance_cap; always with steps_ahead",
     )
     weights_in_flight: bool = knob(
         False, "with steps_ahead: generators take new weights between chunks, not only between steps"
