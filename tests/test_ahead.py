@@ -320,7 +320,9 @@ def test_samples_of_another_precision_are_weighed_if_the_recipe_says_so(folder):
         rows[corrects], weights[corrects] = diary.records[1][1], roles.weights()
     assert not any(name.startswith("rollout/importance") for name in rows[False])
     corrected = rows[True]
-    assert corrected["policy/mismatch_max"] == rows[False]["policy/mismatch_max"] > 1e-4, "measured and gated either way"
+    assert corrected["policy/mismatch_max"] == rows[False]["policy/mismatch_max"] > 1e-4, (
+        "measured and gated either way"
+    )
     assert corrected["rollout/age_max"] == 0 and corrected["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert 0.99 < corrected["rollout/importance_mean"] < 1.001
     assert 0.0 < corrected["rollout/importance_capped_frac"] < 1.0

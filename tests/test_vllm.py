@@ -296,7 +296,9 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_for_work(tmp_path):
     awake = torch.cuda.mem_get_info()[0]
     engine.sleep()
     engine.sleep()  # twice is once
-    assert torch.cuda.mem_get_info()[0] - awake > sum(p.numel() for p in model.parameters())  # half of its bytes, at least
+    assert torch.cuda.mem_get_info()[0] - awake > sum(
+        p.numel() for p in model.parameters()
+    )  # half of its bytes, at least
     after = engine.generate(PROMPTS, SEEDS, params)
     assert [each.response_ids.tolist() for each in after] == [each.response_ids.tolist() for each in before]
     engine.sleep()
