@@ -9,6 +9,8 @@ import ray
 
 from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
+from rlhf_ray.actors.weight_transport import Transport, choose_transport
+from rlhf_ray.config import ResourcesConfig
 from rlhf_ray.types import WorkUnit
 
 WEIGHT_PART_BYTES = 256 * 1024**2
@@ -23,6 +25,7 @@ class GenerationGroup:
         rests: an actor gives its GPU memory back when the last unit that it was asked for is drawn.
         """
         self.actors, self.waiter, self.in_flight, self.rests = actors, waiter, in_flight, rests
+        self.by_channel = False  # `connect_weights`
 
     def generate(self, units: Sequence[WorkUnit]) -> list[ray.ObjectRef]:
         handles = []
@@ -37,14 +40,17 @@ class GenerationGroup:
     def load_weights(self, weights: Sequence[ray.ObjectRef], policy_version: int) -> list[ray.ObjectRef]:
         return [
             self.waiter.track(
-                self._taking(actor).remote(policy_version, *weights),
+                self._take(actor, policy_version, weights),
                 f"generation actor {number} (weights of version {policy_version})",
             )
             for number, actor in enumerate(self.actors)
         ]
 
-    def _taking(self, actor):
-        return actor.post_weights.options(concurrency_group=MAIL) if self.in_flight else actor.load_weights
+    def _take(self, actor, policy_version: int, weights: Sequence[ray.ObjectRef]) -> ray.ObjectRef:
+        if self.by_channel:
+            return actor.take_weights.remote(policy_version)  # while the policy sends, which `weights` is the end of
+        taking = actor.post_weights.options(concurrency_group=MAIL) if self.in_flight else actor.load_weights
+        return taking.remote(policy_version, *weights)
 
 
 class UnitGroup:
@@ -105,6 +111,7 @@ class TrainerGroup(UnitGroup):
 
 class PolicyGroup(TrainerGroup):
     weight_bytes = 0  # of what trains, in float32
+    transport: Transport = "object_store"  # `connect_weights`
 
     def logprobs(self, rollouts):
         return self._forward("logprobs", rollouts)
@@ -113,12 +120,53 @@ class PolicyGroup(TrainerGroup):
         return self._forward("reference_logprobs", rollouts)
 
     def weights(self) -> list[ray.ObjectRef]:
-        """Rank 0's parts, and an empty one of each other rank, which gathers with it under ZeRO-3."""
-        parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
-        answers = [actor.weights.options(num_returns=parts + 1).remote(parts) for actor in self.actors]
+        """Rank 0's parts, and an empty one of each other rank, which gathers with it under ZeRO-3.
+
+        Over a channel nothing but the end of the sending: the generators have to take while the policy sends.
+        """
+        if self.transport == "object_store":
+            parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
+            answers = [actor.weights.options(num_returns=parts + 1).remote(parts) for actor in self.actors]
+        elif self.transport == "ipc":
+            answers = [actor.shared_weights.options(num_returns=2).remote(1) for actor in self.actors]
+        else:
+            answers = [actor.send_weights.options(num_returns=2).remote() for actor in self.actors]
         for rank, (first, *_, receipt) in enumerate(answers):
             self.waiter.track(first, f"policy rank {rank} (weights)", receipt)
         return [*answers[0][:-1], *(others[0] for others in answers[1:])]
+
+
+def connect_weights(
+    policy: PolicyGroup, generation: GenerationGroup, resources: ResourcesConfig, *, waits: bool
+) -> None:
+    """Choose how weights travel (`actors.weight_transport`) and, for a broadcast, let its members meet.
+
+    waits: each sync is waited for before the policy trains on.
+    """
+    waiter, everyone = policy.waiter, [policy.actors[0], *generation.actors]
+
+    def answers(handles: list[ray.ObjectRef], what: str) -> list:
+        return waiter.get(handles, what, resources.start_timeout_s, START_REMEDY)
+
+    what = "where policy and generation compute"
+    places = answers([waiter.track(actor.place.remote(), what) for actor in everyone], what)
+    policy.transport = choose_transport(resources.weight_transport, places[0], places[1:], waits=waits)
+    generation.by_channel = policy.transport == "collective"
+    if not generation.by_channel:
+        return
+    layout, dtype = answers(policy.call("weight_layout"), "the names of the policy's weights")[0]
+    address = waiter.track(policy.actors[0].address.remote(), "policy rank 0 (address)")
+    (where,) = answers([address], "the policy's address")
+    timeout_s = resources.call_timeout_s
+    meeting = policy.call("open_channel", len(everyone), *where, layout, timeout_s)
+    meeting += [
+        waiter.track(
+            actor.open_channel.remote(rank, len(everyone), *where, layout, dtype, timeout_s),
+            f"generation actor {rank - 1} (channel for weights)",
+        )
+        for rank, actor in enumerate(generation.actors, start=1)
+    ]
+    answers(meeting, "policy and generation to meet")
 
 
 class AdapterOff:

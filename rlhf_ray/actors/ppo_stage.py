@@ -19,6 +19,7 @@ from rlhf_ray.actors.groups import (
     RayRoles,
     ReferenceGroup,
     RewardGroup,
+    connect_weights,
 )
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.role_actors import (
@@ -94,8 +95,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         ]
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
+            generation_group = GenerationGroup(generation, waiter, in_flight, rests=rests)
             roles = RayRoles(
-                GenerationGroup(generation, waiter, in_flight, rests=rests), RewardGroup("reward", reward, waiter),
+                generation_group, RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
                 CriticGroup("critic", critic, waiter) if critic else None,
                 AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
@@ -106,6 +108,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ]
             roles.join(Path(start), Path(critic_start), resources.start_timeout_s)
             waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
+            connect_weights(policy_group, generation_group, resources, waits=recipe.ppo.steps_ahead == 0)
             yield roles
         finally:
             for actor in everyone:

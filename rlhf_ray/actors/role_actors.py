@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.actors.wait import Receipt
+from rlhf_ray.actors.receipt import with_receipt
+from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.run_folder import RunFolder
-
-
-def nbytes(value: Any) -> int:
-    """Bytes of the arrays in a result."""
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if is_dataclass(value):
-        return sum(nbytes(getattr(value, part.name)) for part in fields(value))
-    if isinstance(value, dict):
-        return sum(map(nbytes, value.values()))
-    return sum(map(nbytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def with_receipt(method: Callable) -> Callable:
-    """Return (result, Receipt), or (*results, Receipt) of a method that returns a list."""
-
-    @wraps(method)
-    def wrapped(self, *args):
-        started = time.perf_counter()
-        result = method(self, *args)
-        receipt = Receipt(time.perf_counter() - started, nbytes(result))
-        return (*result, receipt) if isinstance(result, list) else (result, receipt)
-
-    return wrapped
 
 
 class RoleActor:
@@ -58,8 +29,14 @@ class RoleActor:
     def ready(self) -> str:
         return self.device.type
 
+    def place(self) -> Place:
+        from rlhf_ray.models.shared_gpu import gpu_id
 
-class Generation(RoleActor):
+        gpu = gpu_id(torch.cuda.current_device()) if self.device.type == "cuda" else None
+        return Place(node=ray.get_runtime_context().get_node_id(), gpu=gpu)
+
+
+class Generation(RoleActor, GenerationEnd):
     """Not an actor itself: there are two kinds, below."""
 
     def __init__(self, name, recipe: Recipe, folder, role, start: Path):
@@ -87,14 +64,6 @@ class Generation(RoleActor):
     @with_receipt
     def generate(self, unit, last=False):
         return self.role.generate(unit, last)
-
-    def load_weights(self, policy_version, *parts):
-        weights = {name: array for part in parts for name, array in part.items()}
-        return self.role.load_weights(weights, policy_version)
-
-    def post_weights(self, policy_version, *parts):
-        weights = {name: array for part in parts for name, array in part.items()}
-        return self.role.post_weights(weights, policy_version)
 
 
 GenerationActor = ray.remote(Generation)
@@ -236,7 +205,7 @@ class TrainerActor(RoleActor):
 
 
 @ray.remote
-class PolicyActor(TrainerActor):
+class PolicyActor(TrainerActor, PolicyEnd):
     role_name = "policy"
 
     def join(self, start: Path, address: str, port: int) -> int:
@@ -273,15 +242,6 @@ class PolicyActor(TrainerActor):
     @with_receipt
     def reference_logprobs(self, rollout):
         return self.role.reference_logprobs(rollout)
-
-    @with_receipt
-    def weights(self, parts: int):
-        """What trains, in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
-        from rlhf_ray.models.wire import pack_weights
-
-        # A generator that was asked to compute in float32 gets float32.
-        dtype = torch.float32 if self.recipe.generation.precision == "float32" else self.dtype
-        return pack_weights(self.role.weights(), parts, dtype, keep=self.rank == 0)
 
     def save_model(self, folder: Path, card: str, adapter: Path | None) -> int:
         """Write a Hugging Face folder, an adapter merged, and the adapter by itself to `adapter`; rank 0 writes, all

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors import SafetensorError
 
+from rlhf_ray.actors.receipt import Receipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed
 
 POLL_S = 1.0
@@ -27,14 +28,6 @@ class Deadline(RunFailed):
 
 class ActorDied(RunFailed):
     """A process of the run ended. The run stops with its cause; the same command goes on from the last checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a call says about itself."""
-
-    seconds: float  # of computing, without waiting for arguments
-    bytes: int  # of what it returned
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,11 @@ class ResourcesConfig(Section):
     policy: GroupConfig = knob(GroupConfig(), "policy ranks")
     critic: GroupConfig = knob(GroupConfig(), "critic ranks")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = knob("PACK", "Ray placement-group strategy")
+    weight_transport: Literal["auto", "object_store", "collective", "ipc"] = knob(
+        "auto",
+        "how new weights reach the generation actors: through Ray's object store; by one broadcast, each on a GPU of its own (or "
+        "all on CPUs); as handles of one GPU's memory, which policy and generation share; auto: the latter two where GPUs allow",
+    )
     start_timeout_s: float = knob(300.0, "longest wait for actors or workers to start", gt=0)
     call_timeout_s: float = knob(
         1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
@@ -158,6 +163,26 @@ class Recipe(Section):
                     min(self.generation.chunk_size, ppo.rollouts_per_step),
                     f"resources.{role}.zero_stage is 3, so rollouts a step must divide by generation.chunk_size",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_travel_so(self):
+        way, gpus = self.resources.weight_transport, (self.resources.policy.gpus, self.resources.generation.gpus)
+        if way in ("collective", "ipc") and self.ppo.steps_ahead > 0:
+            raise ValueError(
+                f"resources.weight_transport is {way} and ppo.steps_ahead is {self.ppo.steps_ahead}: generators take weights when "
+                "they have drawn what they were asked for, and the policy would wait for them; set it to object_store or auto"
+            )
+        if way == "ipc" and not all(0 < share < 1 for share in gpus):
+            raise ValueError(
+                f"resources.weight_transport is ipc, for policy and generation on one GPU, but policy.gpus is {gpus[0]:g} and "
+                f"generation.gpus is {gpus[1]:g}; give each a share of one (below 1), or set it to auto"
+            )
+        if way == "collective" and (gpus[0] > 0) != (gpus[1] > 0):
+            raise ValueError(
+                f"resources.weight_transport is collective, but policy.gpus is {gpus[0]:g} and generation.gpus is {gpus[1]:g}: "
+                "one broadcast reaches either GPUs or CPUs; set it to auto"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
 
 The same two verbs as `engines.generation`, in this process: `generate` and `load_weights`. A second copy of the model, a
-plain Hugging Face one on the CPU, says what the weights are; vLLM's are written from it, in place, and after every
+plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
 writing the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
 An engine belongs to one thread. Its result depends on (weights, prompts, seeds, params), the whole batch included: in
@@ -90,7 +90,7 @@ class VllmEngine:
     """Draws responses with vLLM.
 
     folder: the Hugging Face folder (or hub name) of `model`, for vLLM to build its own from. model: the copy, in the dtype
-    that vLLM computes in; taken over, kept on the CPU. longest: tokens of the longest prompt with its response; rows: how
+    that vLLM computes in; taken over, kept on `device`. longest: tokens of the longest prompt with its response; rows: how
     many decode at a time (the cache holds so many of the longest). probes: prompts that the gate draws from.
     """
 
@@ -115,7 +115,7 @@ class VllmEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = [tokenizer.eos_token_id]
-        self.model, self.eos_token_ids, self.longest = model.cpu().eval(), tuple(eos_token_ids), longest
+        self.model, self.eos_token_ids, self.longest = model.to(self.device).eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
         self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
@@ -256,8 +256,9 @@ class VllmEngine:
         params, largest = SamplingParams(max_new_tokens=self.probe_tokens), 0.0
         for ids, drawn in zip(self.probes, self.generate(self.probes, range(len(self.probes)), params), strict=True):
             response = torch.from_numpy(drawn.response_ids).long()
-            logits = self.model(torch.cat([torch.tensor(ids), response])[None, :-1]).logits[0, len(ids) - 1 :]
-            expected = logits.float().log_softmax(-1).gather(-1, response[:, None])[:, 0]
+            sequence = torch.cat([torch.tensor(ids), response]).to(self.device)
+            logits = self.model(sequence[None, :-1]).logits[0, len(ids) - 1 :].float().cpu()
+            expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
             # Not max(): Python's drops a NaN.
             largest = float(torch.tensor([largest, *(expected - torch.from_numpy(drawn.logprobs)).abs()]).max())
         return largest

@@ -1,4 +1,4 @@
-"""Model weights as numpy arrays, which travel through the object store without a copy."""
+"""Model weights on their way: numpy arrays, which the object store hands on without a copy, or handles of a GPU's memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf_ray.models.shared_gpu import SharedTensor
+
+Weight = torch.Tensor | np.ndarray | SharedTensor
+
 
 def pack_weights(
     weights: Iterable[tuple[str, torch.Tensor]], parts: int, dtype: torch.dtype, *, keep: bool = True
@@ -17,7 +21,7 @@ def pack_weights(
 
     keep=False iterates (other ranks gather with us) and returns empty dicts.
     """
-    arrays = {name: _to_array(tensor.to(dtype)) for name, tensor in weights if keep}
+    arrays = {name: _to_array(tensor, dtype) for name, tensor in weights if keep}
     packed: list[dict[str, np.ndarray]] = [{} for _ in range(parts)]
     share = max(sum(array.nbytes for array in arrays.values()) / parts, 1)
     filled = 0
@@ -27,10 +31,12 @@ def pack_weights(
     return packed
 
 
-def as_tensor(weight: torch.Tensor | np.ndarray) -> torch.Tensor:
+def as_tensor(weight: Weight) -> torch.Tensor:
     """A weight as it comes off the wire; it may be read-only."""
     if isinstance(weight, torch.Tensor):
         return weight
+    if isinstance(weight, SharedTensor):
+        return weight.open()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "not writable": it is only read from, here
         tensor = torch.from_numpy(weight)
@@ -46,9 +52,7 @@ def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[
 
 
 @torch.no_grad()
-def copy_weights(
-    model: nn.Module, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()
-) -> None:
+def copy_weights(model: nn.Module, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
     """Copy weights as they come off the wire into a model, in place.
 
     Every weight but those in `kept`, which stay, must be there, by its name in state_dict (tied weights: under one of
@@ -75,8 +79,7 @@ def copy_weights(
             targets[name].copy_(as_tensor(state[name]))
 
 
-def _to_array(tensor: torch.Tensor) -> np.ndarray:
-    # A copy: the tensor may be the live parameter, which the next update overwrites.
-    tensor = tensor.detach().cpu().contiguous()
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return bits.numpy().copy()
+def _to_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    # A copy, and only one: the tensor may be the live parameter, which the next update overwrites.
+    copied = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    return (copied.view(torch.int16) if dtype == torch.bfloat16 else copied).numpy()

@@ -49,7 +49,7 @@ class Generator:
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            self.adapted = MergedLayers(model.to("cpu" if engine == "vllm" else device), lora, start)
+            self.adapted = MergedLayers(model.to(device), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
         if engine == "torch":

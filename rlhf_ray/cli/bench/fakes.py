@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import ray
 
-from rlhf_ray.actors.role_actors import with_receipt
+from rlhf_ray.actors.receipt import with_receipt
 from rlhf_ray.types import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit, flatten
 
 

@@ -1,0 +1,132 @@
+"""New weights, from the policy's rank 0 to the generation actors: which way is possible, and the actors' ends of it.
+
+- object_store: numpy arrays through Ray's object store; everywhere.
+- collective: one broadcast (`engines.weight_channel`), each on a GPU of its own, or all on CPUs.
+- ipc: handles of one GPU's memory, which policy and generation share (`models.shared_gpu`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from rlhf_ray.actors.receipt import Receipt, with_receipt
+from rlhf_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_ray.engines.weight_channel import Layout, WeightChannel
+
+Transport = Literal["object_store", "collective", "ipc"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an actor computes."""
+
+    node: str
+    gpu: str | None  # which one, in all processes the same; None: on the CPU
+
+
+def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *, waits: bool) -> Transport:
+    """The way that the recipe's `setting` asks for. waits: the policy leaves its weights alone until all have taken them.
+
+    Raises UserError for a way that these places don't allow.
+    """
+    places = [policy, *generators]
+    on_gpus = all(place.gpu is not None for place in places)
+    on_cpus = all(place.gpu is None for place in places)
+    possible = ["object_store"]
+    if waits and (on_cpus or (on_gpus and len({place.gpu for place in places}) == len(places))):
+        possible.insert(0, "collective")
+    if waits and on_gpus and len(set(places)) == 1:
+        possible.insert(0, "ipc")
+    if setting == "auto":
+        return possible[0] if on_gpus else "object_store"
+    if setting not in possible:
+        devices = ", ".join(sorted({place.gpu or "the CPU" for place in places}))
+        raise UserError(
+            f"resources.weight_transport is {setting}, but policy and generation compute on {devices}, which allows "
+            f"{' or '.join(possible)}; set it to auto"
+        )
+    return setting
+
+
+class PolicyEnd:
+    """Of a policy actor: every rank makes these calls, since ZeRO-3 gathers; rank 0 gives."""
+
+    channel: WeightChannel | None = None
+
+    def weight_dtype(self) -> torch.dtype:
+        """A generator that was asked to compute in float32 gets float32."""
+        return torch.float32 if self.recipe.generation.precision == "float32" else self.dtype
+
+    def weight_layout(self) -> tuple[Layout, torch.dtype]:
+        return [(name, tuple(tensor.shape)) for name, tensor in self.role.weights()], self.weight_dtype()
+
+    @with_receipt
+    def weights(self, parts: int):
+        """What trains, in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
+        from rlhf_ray.models.wire import pack_weights
+
+        return pack_weights(self.role.weights(), parts, self.weight_dtype(), keep=self.rank == 0)
+
+    @with_receipt
+    def shared_weights(self, parts: int):
+        """The same, as handles of this GPU's memory, which stays as it is until the next call."""
+        from rlhf_ray.models.shared_gpu import share_weights
+
+        mine = ((name, tensor) for name, tensor in self.role.weights() if self.rank == 0)
+        self.kept, handles = share_weights(mine, self.weight_dtype())
+        return [handles, *({} for _ in range(parts - 1))]
+
+    def open_channel(self, size: int, address: str, port: int, layout: Layout, timeout_s: float) -> None:
+        from rlhf_ray.engines.weight_channel import WeightChannel
+
+        self.layout = layout
+        if self.rank == 0:
+            self.channel = WeightChannel(
+                rank=0, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
+            )
+
+    def send_weights(self):
+        """(None, Receipt): what trains, to whoever is in the channel."""
+        started, sent = time.perf_counter(), 0
+        if self.channel is not None:
+            sent = self.channel.send(self.role.weights(), self.layout, self.weight_dtype())
+        else:
+            for _ in self.role.weights():
+                pass  # rank 0 gathers with us
+        return None, Receipt(time.perf_counter() - started, sent)
+
+
+class GenerationEnd:
+    """Of a generation actor."""
+
+    def load_weights(self, policy_version, *parts):
+        weights = {name: weight for part in parts for name, weight in part.items()}
+        version = self.role.load_weights(weights, policy_version)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the policy may overwrite what it shared once this returns
+        return version
+
+    def post_weights(self, policy_version, *parts):
+        weights = {name: weight for part in parts for name, weight in part.items()}
+        return self.role.post_weights(weights, policy_version)
+
+    def open_channel(
+        self, rank: int, size: int, address: str, port: int, layout: Layout, dtype: torch.dtype, timeout_s: float
+    ) -> None:
+        from rlhf_ray.engines.weight_channel import WeightChannel
+
+        self.layout, self.sent_as = layout, dtype
+        self.channel = WeightChannel(
+            rank=rank, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
+        )
+
+    def take_weights(self, policy_version):
+        """As `load_weights`, from the channel."""
+        return self.load_weights(policy_version, dict(self.channel.receive(self.layout, self.sent_as)))

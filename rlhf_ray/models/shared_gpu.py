@@ -1,0 +1,44 @@
+"""A tensor of one process, opened by another on the same GPU (CUDA IPC): a handle travels, not the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """Good for as long as the process that made it keeps the tensor, whose numbers it must leave alone meanwhile."""
+
+    shape: tuple[int, ...]
+    gpu: str
+    rebuild: tuple[Any, tuple]  # a function of torch's and its arguments, as torch.multiprocessing sends them
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> SharedTensor:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        return cls(tuple(tensor.shape), gpu_id(tensor.device), reduce_tensor(tensor))
+
+    def open(self) -> torch.Tensor:
+        """The same memory in this process, whose number for the GPU may be another."""
+        device = torch.cuda.current_device()
+        assert gpu_id(device) == self.gpu, f"shared on GPU {self.gpu}, opened on {gpu_id(device)}"
+        function, arguments = self.rebuild
+        return function(*arguments[:DEVICE_ARGUMENT], device, *arguments[DEVICE_ARGUMENT + 1 :])
+
+
+def gpu_id(device: torch.device | int) -> str:
+    """What names a GPU in every process, whatever CUDA_VISIBLE_DEVICES makes of its number."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def share_weights(weights, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, SharedTensor]]:
+    """Copies of (name, tensor) pairs in `dtype`, which the caller keeps while others read, and their handles."""
+    kept = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in weights}
+    torch.cuda.synchronize()
+    return kept, {name: SharedTensor.of(tensor) for name, tensor in kept.items()}
