@@ -61,6 +61,13 @@ def test_a_dpo_model_has_a_line_of_its_own(tmp_path):
     assert "| DPO | 0 | 0.75 | – | 7 | 5 | 1 | 4.5 | – | 20 |" in page
 
 
+def test_runs_without_an_evaluation_have_no_table(tmp_path):
+    run = finished(tmp_path / "run", 3, [1, 2], kl=1.0)
+    (run.stage("evaluation").path / "summary.json").unlink()
+    page = compare(tmp_path / "out", {"ppo": [run]}).read_text()
+    assert "|" not in page and page.endswith("Runs of PPO without an evaluation of their models. ppo: seeds 3.\n")
+
+
 def test_the_band_is_over_the_steps_that_all_runs_have():
     one = [{"step": 1, "x": 10, "y": 1.0}, {"step": 2, "x": 20, "y": 2.0}, {"step": 3, "x": 30}]
     other = [{"step": 1, "x": 10, "y": 4.0}, {"step": 2, "x": 40, "y": 0.0}]

@@ -120,10 +120,17 @@ def _readme(out: Path, groups: Groups) -> list[str]:
     environment = json.loads((next(iter(groups.values()))[0].path / "environment.json").read_text())
     seeds = {label: [seed_of(run) for run in runs] for label, runs in groups.items()}
     script = "To repeat: [run.sh](run.sh). " if (out / "run.sh").exists() else ""
-    lines = [f"# {out.name}", "",
-             f"{script}On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in "
-             "brackets their lowest and highest. Curves: the same, over training ([curves.png](curves.png)).", "",
-             "| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
+    lines = [
+        f"# {out.name}",
+        "",
+        f"{script}On {environment['cpus']} cores of {environment['cpu']}. Mean over the runs of a line, and in "
+        "brackets their lowest and highest. Curves: the same, over training ([curves.png](curves.png)).",
+        "",
+    ]
+    if not any((run.stage("evaluation").path / "summary.json").exists() for runs in groups.values() for run in runs):
+        runs = (f"{label}: seeds {', '.join(map(str, numbers))}" for label, numbers in seeds.items())
+        return [*lines, f"Runs of PPO without an evaluation of their models. {'; '.join(runs)}."]
+    lines += ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
     for label, runs in groups.items():
         files = [run.stage("evaluation").path / "summary.json" for run in runs]
         summaries = [json.loads(file.read_text()) for file in files if file.exists()]
