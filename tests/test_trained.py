@@ -13,7 +13,6 @@ from test_loop import Diary, real_loop
 from tiny import tiny_recipe, write_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.cli.doctor import IMPORTED_GB, memory_plan
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.data.check import check_model
 from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
@@ -410,19 +409,6 @@ def test_layers_that_the_model_has_not_are_told_at_start_up(family, start):
         ", ".join(sorted(LAYERS[family]))
     )
     assert check_model(recipe_for(family, ppo={"lora": ppo["lora"]})) == [adapter], "from scratch too"
-
-
-def test_the_memory_plan_counts_gradients_and_moments_of_what_trains_only():
-    """Twelve blocks of width 1,000: 144 M weights in them, 11 M in the embeddings; adapters of rank 10 have 2.16 M numbers."""
-    scratch = {"layers": 12, "width": 1000, "heads": 10, "positions": 1000, "vocab_size": 10_000}
-
-    def plan(**ppo):
-        rows = memory_plan(tiny_recipe(model={"from_scratch": scratch}, ppo=ppo))
-        return {name: round(row[-1] - IMPORTED_GB, 3) for name, *row in rows}
-
-    assert plan() == {"generation": 0.62, "reward": 0.62, "reference": 0.62, "policy": 2.48, "critic": 2.48}
-    adapters = plan(lora={"rank": 10}, critic_freeze_layers=6)  # 155 M + 3 x 2.16 M; 155 M + 3 x 72 M
-    assert adapters == {"generation": 1.24, "reward": 0.62, "policy": 0.646, "critic": 1.484}
 
 
 # -- gradient checkpointing -------------------------------------------------------------------------------------------

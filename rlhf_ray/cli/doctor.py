@@ -12,11 +12,9 @@ from rich.table import Table
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.size import parameters, trained_parameters
+from rlhf_ray.models.memory import GB, IMPORTED, memory_plan, memory_problems, trained_by_role
+from rlhf_ray.models.size import parameters
 from rlhf_ray.recipe_file import check_resume, function_names, load_recipe
-
-IMPORTED_GB = 0.44  # what a process that has imported torch, transformers and DeepSpeed weighs before its model
-GB = 1e9
 
 
 def examine(
@@ -52,13 +50,6 @@ def examine(
     if nodes:
         problems += cluster_problems(recipe, stages_of(recipe), nodes)
     _print_plan(recipe, altogether(nodes), console)
-    memory_gb = sum(row[-1] for row in memory_plan(recipe))
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    if address is None and memory_gb > there:
-        problems.append(
-            f"the actors need about {memory_gb:.1f} GB of memory, this machine has {there:.1f} GB; "
-            "use fewer actors, a smaller model, or a cluster"
-        )
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
@@ -67,14 +58,16 @@ def examine(
 def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
     """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
 
-    hardware: whether the run computes on this machine, so that its hardware says which precisions there are, and what is
-    installed here which engines.
+    hardware: whether the run computes on this machine, so that its hardware says which precisions there are and what fits,
+    and what is installed here which engines.
     """
     from rlhf_ray.data.check import check_data, check_model
 
     problems = (check_data(recipe) if data else []) + check_model(recipe)
     problems += _function_problems(recipe) + _reward_problems(recipe)
-    return problems + (_precision_problems(recipe) + _engine_problems(recipe) if hardware else [])
+    if not hardware:
+        return problems
+    return problems + _precision_problems(recipe) + _engine_problems(recipe) + _memory_problems(recipe)
 
 
 def _nodes(address: str | None) -> list[Mapping[str, float]]:
@@ -143,46 +136,35 @@ def _engine_problems(recipe: Recipe) -> list[str]:
     return [] if problem is None else [problem]
 
 
+def _memory_problems(recipe: Recipe) -> list[str]:
+    import torch
+
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return memory_problems(recipe, host=host, gpus=gpus, itemsize=_itemsize(recipe, "cpu"))
+
+
+def _itemsize(recipe: Recipe, kind: str) -> int:
+    """Bytes of what PPO's roles compute in; a precision that this machine has not is another problem's."""
+    from rlhf_ray.engines.precision import resolve_precision
+
+    try:
+        return resolve_precision(recipe.ppo.precision, kind).itemsize
+    except UserError:
+        return 4
+
+
 def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
     """Checkpoints hold what trains of policy and critic, and its two moments, in float32."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    checkpoint = 3 * sum(_trained(recipe).values())
+    checkpoint = 3 * sum(trained_by_role(recipe).values())
     needed = 4 * (checkpoint * (recipe.ppo.keep_checkpoints + 1) + 8 * parameters(recipe))
     if needed > free:
         return [
             f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"
         ]
     return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
-
-
-def memory_plan(recipe: Recipe) -> list[tuple[str, int, float, float, int, float]]:
-    """(role, actors, CPUs, GPUs, threads, GB of them all) of the PPO stage, its largest."""
-    weights = parameters(recipe) * 4 / GB
-    models = {term.model for term in recipe.ppo.terms.values()} - {None}
-    members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
-    # As if models of others were as large as the policy.
-    copies = {"reward": float(len(models - {"reward"}) + members)}
-    gradient_and_moments = {name: 3 * count * 4 / GB for name, count in _trained(recipe).items()}
-    rows = []
-    for name, role in recipe.ppo_roles.items():
-        shared = weights * copies.get(name, 1.0) + gradient_and_moments.get(name, 0.0)
-        if name == "generation" and recipe.ppo.lora is not None:
-            shared += weights  # merged weights are computed from what they were before
-        if name == "generation" and recipe.generation.engine == "vllm":
-            shared += weights  # the copy that its log-probs are compared with
-        per_actor = IMPORTED_GB + (shared / role.actors if getattr(role, "zero_stage", 0) == 3 else shared)
-        rows.append((name, role.actors, role.cpus, role.gpus, role.threads, role.actors * per_actor))
-    return rows
-
-
-def _trained(recipe: Recipe) -> dict[str, int]:
-    """Trained role -> its weights that train, about."""
-    ppo = recipe.ppo
-    return {
-        "policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers),
-        "critic": trained_parameters(recipe, ppo.critic_lora, ppo.critic_freeze_layers) if ppo.has_critic else 0,
-    }
 
 
 def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:
@@ -193,6 +175,9 @@ def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
         table.add_column(column, justify="left" if column == "PPO role" else "right")
-    for name, actors, cpus, gpus, threads, memory in memory_plan(recipe):
-        table.add_row(name, str(actors), f"{cpus:g}", f"{gpus:g}", str(threads), f"{memory:.1f} GB")
+    for row in memory_plan(recipe, itemsize=_itemsize(recipe, "cpu")):
+        role, memory = row.config, row.config.actors * (IMPORTED + row.model)
+        table.add_row(
+            row.role, str(role.actors), f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads), f"{memory / GB:.1f} GB"
+        )
     console.print(table)

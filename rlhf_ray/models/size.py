@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rlhf_ray.config import LoraConfig, Recipe
 from rlhf_ray.errors import UserError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    layers: int
+    width: int
+    vocabulary: int
+    embeddings: int  # weights of them
+    key_value_width: int
+    gated: bool  # the feed-forward layer has three matrices
+
+
 def parameters(recipe: Recipe) -> int:
     """Weights of the policy, about; 0 where its config can't be read."""
-    layers, width, embeddings = _shape(recipe)
-    return 12 * layers * width**2 + embeddings
+    shape = shape_of_model(recipe)
+    return 12 * shape.layers * shape.width**2 + shape.embeddings
 
 
 def trained_parameters(recipe: Recipe, lora: LoraConfig | None, freeze_layers: int) -> int:
     """How many of them train, about, or how many stand in the adapters that train in their place."""
-    layers, width, embeddings = _shape(recipe)
+    shape = shape_of_model(recipe)
     if lora is None:
-        return 12 * (layers - freeze_layers) * width**2 + (0 if freeze_layers > 0 else embeddings)
+        return 12 * (shape.layers - freeze_layers) * shape.width**2 + (0 if freeze_layers > 0 else shape.embeddings)
     # Inputs and outputs of a block's matrices: four of width x width, two of width x 4 width.
-    return lora.rank * 18 * layers * width
+    return lora.rank * 18 * shape.layers * shape.width
 
 
-def _shape(recipe: Recipe) -> tuple[int, int, int]:
-    """(blocks, width, weights of the embeddings)."""
+def shape_of_model(recipe: Recipe) -> ModelShape:
+    """All zeros where the model's config can't be read."""
     if recipe.model.is_from_scratch:
         shape = recipe.model.from_scratch
-        return shape.layers, shape.width, (shape.vocab_size + shape.positions) * shape.width
+        return ModelShape(
+            layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.width,
+            embeddings=(shape.vocab_size + shape.positions) * shape.width, gated=shape.architecture != "gpt2",
+        )  # fmt: skip
     from rlhf_ray.models.load import load_config
 
     try:
         config = load_config(recipe.model.name_or_path, recipe.model.trust_remote_code).get_text_config()
     except UserError:
-        return 0, 0, 0
-    return config.num_hidden_layers, config.hidden_size, config.vocab_size * config.hidden_size
+        return ModelShape(layers=0, width=0, vocabulary=0, embeddings=0, key_value_width=0, gated=False)
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(
+        layers=config.num_hidden_layers, width=config.hidden_size, vocabulary=config.vocab_size,
+        embeddings=config.vocab_size * config.hidden_size, gated=config.model_type != "gpt2",
+        key_value_width=head_width * (getattr(config, "num_key_value_heads", None) or heads),
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""How much memory the PPO stage takes, its largest, before anything of it exists.   Bytes, about.
+
+Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, and the cache of keys and values. Not
+counted: allocators' slack, rollouts, the object store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
+
+GB = 1e9
+IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpeed, before its model
+#: Kept for the backward pass, bytes a token, channel and block, by bytes of the compute dtype: measured on GPT-2's blocks and on
+#: gated ones (Llama, Qwen2) without dropout (tests/test_memory.py). Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count
+#: 34 in 16 bits with dropout's masks.
+KEPT = {2: (38, 60), 4: (67, 89)}
+KEPT_AT_CHECKPOINTS = 4  # the float32 input of each block
+KEPT_AT_THE_END = 10  # the last norm's, whatever the blocks keep
+PASSING = 24  # without a backward pass, at any one time: a block's widest tensors in float32
+
+
+@dataclass(frozen=True, slots=True)
+class RoleMemory:
+    """Of one actor of a role."""
+
+    role: str
+    config: RoleConfig
+    state: float  # weights, gradients, moments: there all the time
+    work: float  # what a forward or backward pass or a batch of generation adds
+
+    @property
+    def model(self) -> float:
+        return self.state + self.work
+
+
+def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
+    """A row for each role of the PPO stage. itemsize: bytes of the dtype that the roles compute in."""
+    ppo, generation = recipe.ppo, recipe.generation
+    weights = 4.0 * parameters(recipe)
+    models = {term.model for term in ppo.terms.values()} - {None}
+    members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
+    # As if models of others were as large as the policy.
+    copies = {"reward": float(len(models - {"reward"}) + members)}
+    trained = trained_by_role(recipe)
+    rows = []
+    for name, role in recipe.ppo_roles.items():
+        state = weights * copies.get(name, 1.0)
+        if name == "generation" and (ppo.lora is not None or generation.engine == "vllm"):
+            state += weights  # what merged weights are computed from; the copy that vLLM's log-probs are compared with
+        sharded = getattr(role, "zero_stage", 0) == 3
+        state += 3.0 * 4 * trained.get(name, 0)
+        state = state / role.actors if sharded else state
+        if name in trained:
+            work = training_bytes(recipe, ranks=role.actors, itemsize=itemsize, head=name == "policy")
+        elif name == "generation":
+            work = generation_bytes(recipe, itemsize=itemsize)
+        else:
+            work = scoring_bytes(recipe, itemsize=itemsize, head=name == "reference")
+        rows.append(RoleMemory(name, role, state, work))
+    return rows
+
+
+def trained_by_role(recipe: Recipe) -> dict[str, int]:
+    """Trained role -> its weights that train, about."""
+    ppo = recipe.ppo
+    found = {"policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers)}
+    if ppo.has_critic:
+        found["critic"] = trained_parameters(recipe, ppo.critic_lora, ppo.critic_freeze_layers)
+    return found
+
+
+def training_bytes(recipe: Recipe, *, ranks: int, itemsize: int, head: bool) -> float:
+    """A forward pass with what it keeps, where every sequence is as long as the recipe allows."""
+    ppo, shape = recipe.ppo, shape_of_model(recipe)
+    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
+    if ppo.reuse_forward:
+        tokens = ppo.minibatch_size // ranks * longest  # the passes of a whole step wait for their backward
+    else:
+        tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
+    block = tokens * shape.width * KEPT[itemsize][shape.gated]
+    if ppo.gradient_checkpointing:
+        kept = tokens * shape.width * shape.layers * KEPT_AT_CHECKPOINTS + block
+    else:
+        kept = block * shape.layers
+    copied = shape.embeddings if ppo.gradient_checkpointing else parameters(recipe)
+    cast = 2.0 * copied if itemsize == 2 else 0.0  # autocast's copies; those of a block last as long as its activations
+    kept += tokens * shape.width * KEPT_AT_THE_END
+    if not head:
+        return kept + cast
+    logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize
+    return kept + cast + 2 * logits  # and their gradient
+
+
+def scoring_bytes(recipe: Recipe, *, itemsize: int, head: bool) -> float:
+    """A forward pass alone."""
+    ppo, shape = recipe.ppo, shape_of_model(recipe)
+    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
+    tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
+    logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize if head else 0.0
+    return tokens * shape.width * PASSING + logits
+
+
+def generation_bytes(recipe: Recipe, *, itemsize: int) -> float:
+    """Keys and values of a chunk of the longest sequences, in float32 on CPUs, and a step's logits and their probabilities."""
+    shape, rows = shape_of_model(recipe), recipe.generation.chunk_size
+    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
+    size = 4 if recipe.resources.generation.gpus == 0 else itemsize
+    return 2.0 * shape.layers * shape.key_value_width * rows * longest * size + 3.0 * 4 * rows * shape.vocabulary
+
+
+def memory_problems(
+    recipe: Recipe, *, host: float, gpus: Sequence[float], itemsize: int = 4, gpu_itemsize: int = 2
+) -> list[str]:
+    """What cannot fit into `host` bytes of memory, or into GPUs of so many bytes, in a sentence with the remedy."""
+    problems = []
+    on_cpu = [row for row in memory_plan(recipe, itemsize=itemsize) if row.config.gpus == 0]
+    everyone = sum(role.actors for role in recipe.ppo_roles.values())
+    needed = everyone * IMPORTED + sum(row.config.actors * row.model for row in on_cpu)
+    if needed > host:
+        problems.append(_too_much(needed, f"this machine has {host / GB:.1f} GB", on_cpu))
+    on_gpu = [row for row in memory_plan(recipe, itemsize=gpu_itemsize) if row.config.gpus > 0]
+    needed = sum(row.config.actors * row.model for row in on_gpu)
+    if on_gpu and gpus and needed > sum(gpus):
+        problems.append(_too_much(needed, f"the {len(gpus)} GPU(s) here have {sum(gpus) / GB:.1f} GB", on_gpu))
+    return problems
+
+
+def _too_much(needed: float, there: str, rows: Sequence[RoleMemory]) -> str:
+    largest = max(rows, key=lambda row: row.config.actors * row.model)
+    of_it = f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is the {largest.role}'s: "
+    if largest.work <= largest.state:
+        return (
+            f"{of_it}{largest.state / GB:.1f} GB of weights an actor; use a smaller model, fewer actors, or a cluster"
+        )
+    remedy = {
+        "generation": "lower generation.chunk_size or generation.max_new_tokens",
+        "policy": "lower ppo.microbatch_size, or set ppo.gradient_checkpointing to true and ppo.reuse_forward to false",
+    }
+    remedy["critic"] = remedy["policy"]
+    return f"{of_it}{largest.work / GB:.1f} GB for a batch; {remedy.get(largest.role, 'lower ppo.microbatch_size')}"
