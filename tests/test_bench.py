@@ -3,6 +3,10 @@
 import ast
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +17,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.cli.bench import trl
 from rlhf_ray.cli.bench.controller import Crowd
+from rlhf_ray.cli.bench.random_run import bench_recipe
 from rlhf_ray.cli.bench.results import ratios
 from rlhf_ray.cli.bench.serve import quantile
 from rlhf_ray.cli.bench.sync import shape_of_weights
+from rlhf_ray.cli.bench.yardsticks.pss import tree_pss
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import flops, scale
 from rlhf_ray.evaluation.flops import SIZES, Shape, Work
 from rlhf_ray.evaluation.trend import slope
+from rlhf_ray.models.load import build_causal_lm
+from rlhf_ray.models.tokenizer import word_tokenizer
 
 TINY = Shape(layers=2, width=8, heads=2, vocabulary=10)
 WORK = Work(rows=5, prompt=2, response=2, epochs=3)
@@ -63,6 +71,34 @@ def test_weights_are_those_of_the_published_models(shape, published):
     assert shape.weights == pytest.approx(published, rel=0.02)
 
 
+def test_the_llama_of_the_benchmark_is_the_one_that_is_built():
+    shape = flops.shape_of("1b", layers=2, width=96, heads=2, vocabulary=500)
+    recipe = bench_recipe(
+        shape, Work(rows=2, prompt=2, response=2, epochs=1), microbatch=2, precision="auto", resources={}
+    )
+    model = build_causal_lm(recipe.model, word_tokenizer(500), 0)
+    assert model.config.model_type == "llama"
+    norms = (2 * 2 + 1) * 96
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.weights + norms
+    assert SIZES["1b"].weights == pytest.approx(1e9, rel=0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell")
+def test_memory_of_a_tree_of_processes():
+    """A child that has written 200 MB; this process itself; one that never was."""
+    before = tree_pss(os.getpid())
+    script = "import time; kept = bytes(range(256)) * 800_000; print('ready', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"ready\n"
+        assert 2.04e8 < tree_pss(child.pid) < 2.5e8
+        assert tree_pss(os.getpid()) - before > 1.9e8
+    finally:
+        child.kill()
+        child.wait()
+    assert tree_pss(2**22 + 1) is None
+
+
 def test_shares_of_peak_by_hand():
     rows = flops.peak_shares({"a": 2.0, "b": 1.0, "c": 0.0}, {"a": 10, "b": 20, "c": 0}, 20.0)
     assert [(row.phase, row.peak_share) for row in rows] == [("a", 0.25), ("b", 1.0), ("c", 0.0), ("iteration", 0.5)]
@@ -73,8 +109,8 @@ def test_options_lie_over_a_named_size():
     assert (shape.layers, shape.width, shape.heads, shape.vocabulary) == (6, 384, 6, 8192)
     shape = flops.shape_of("14m", layers=2, width=None, heads=None, vocabulary=300)
     assert (shape.layers, shape.width, shape.vocabulary) == (2, 384, 300)
-    with pytest.raises(UserError, match="--size '1b' is none of 4m, 14m, 124m"):
-        flops.shape_of("1b", layers=None, width=None, heads=None, vocabulary=None)
+    with pytest.raises(UserError, match="--size '2b' is none of 4m, 14m, 124m, 1b"):
+        flops.shape_of("2b", layers=None, width=None, heads=None, vocabulary=None)
 
 
 @pytest.mark.parametrize("millions", [2.0, 4.25, 25, 125, 250])
@@ -271,6 +307,7 @@ def test_bench_ppo_holds_its_phases_against_their_arithmetic():
     assert {name: rows[name]["flop"] for name in counted} == counted
     assert rows["iteration"]["flop"] == sum(counted.values())
     assert 0 < rows["update"]["peak_share"] < 1 and found["matmul"]["threads"] == 1
+    assert 1.0 < found["pss_gb"] < 6.0  # nine processes, most of them with torch
 
 
 @pytest.mark.ray
@@ -306,3 +343,17 @@ def test_bench_ppo_against_trl():
     ]
     best = max(run["samples_per_s"] for run in found["runs"])
     assert found["best"]["samples_per_s"] == best and found["ratio"] > 0
+    assert all(0.2 < run["pss_gb"] < 3.0 for run in found["runs"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told():
+    answer = rlhf_ray("bench", "ppo", "--gpu")
+    assert answer.returncode == 2 and "--gpu needs a GPU, and torch finds none here" in answer.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.ray
+def test_bench_ppo_on_a_gpu():
+    found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--gpu")
+    assert found["matmul"]["device"] == "cuda" and found["response_tokens"] == 5.0

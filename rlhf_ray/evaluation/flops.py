@@ -40,11 +40,24 @@ class Shape:
         return self.layers * self.block_weights + self.vocabulary * self.width
 
 
+def llama_from_scratch(*, layers: int, width: int, heads: int, vocabulary: int) -> Shape:
+    """As `model.from_scratch` builds a Llama: as many key-value heads as heads, three matrices of 8/3 of the width."""
+    return Shape(
+        layers=layers,
+        width=width,
+        heads=heads,
+        vocabulary=vocabulary,
+        gated=True,
+        feed_forward=-(-width * 8 // 96) * 32,
+    )
+
+
 #: name -> shape, for `--size`. 124m is GPT-2's.
 SIZES = {
     "4m": Shape(layers=4, width=256, heads=4, vocabulary=4096),
     "14m": Shape(layers=6, width=384, heads=6, vocabulary=8192),
     "124m": Shape(layers=12, width=768, heads=12, vocabulary=50257),
+    "1b": llama_from_scratch(layers=18, width=2048, heads=16, vocabulary=32000),
 }
 
 
@@ -53,12 +66,11 @@ def shape_of(size: str, *, layers: int | None, width: int | None, heads: int | N
     if size not in SIZES:
         raise UserError(f"--size {size!r} is none of {', '.join(SIZES)}")
     base = SIZES[size]
-    return Shape(
-        layers=layers or base.layers,
-        width=width or base.width,
-        heads=heads or base.heads,
-        vocabulary=vocabulary or base.vocabulary,
-    )
+    own = {
+        "layers": layers or base.layers, "width": width or base.width, "heads": heads or base.heads,
+        "vocabulary": vocabulary or base.vocabulary,
+    }  # fmt: skip
+    return llama_from_scratch(**own) if base.gated else Shape(**own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

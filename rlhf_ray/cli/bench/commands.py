@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,10 @@ from rlhf_ray.evaluation.flops import Work, shape_of
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measured in one run.")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Size = Annotated[str, typer.Option(help="4m, 14m or 124m (GPT-2); --layers, --width, --heads, --vocab lay over it")]
+Size = Annotated[
+    str,
+    typer.Option(help="4m, 14m, 124m (GPT-2) or 1b (Llama's blocks); --layers, --width, --heads, --vocab lay over it"),
+]
 Layers = Annotated[int | None, typer.Option(help="transformer blocks", min=1)]
 Width = Annotated[int | None, typer.Option(help="hidden size", min=1)]
 Heads = Annotated[int | None, typer.Option(help="attention heads", min=1)]
@@ -29,6 +33,13 @@ def _precision(value: str):
     if value not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {value!r} is none of auto, float32, bfloat16")
     return value
+
+
+def _gpu_or_refuse() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--gpu needs a GPU, and torch finds none here; leave it out, or install torch with CUDA")
 
 
 def _say(line: str) -> None:
@@ -55,20 +66,27 @@ def bench_ppo(
     against_trl: Annotated[
         bool, typer.Option("--against-trl", help="also TRL's PPOTrainer, in an environment that is made once")
     ] = False,
+    trl_python: Annotated[
+        Path | None, typer.Option("--trl-python", help="an interpreter that has TRL 1.11, in place of that environment")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="all roles on one GPU, and TRL on it too")] = False,
     json_output: Json = False,
 ):
     """Whole PPO iterations on random prompts of fixed length, against their arithmetic and, if asked, against TRL."""
     from rlhf_ray.cli.bench import ppo, trl
+    from rlhf_ray.engines.precision import has_bfloat16
+
+    if gpu:
+        _gpu_or_refuse()
 
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     work = Work(rows=batch, prompt=prompt, response=response, epochs=epochs)
-    python = trl.trl_python(trl.environment_folder(), _say) if against_trl else None
-    settings = {"iterations": iterations, "threads": threads}
+    python = trl_python or (trl.trl_python(trl.environment_folder(), _say) if against_trl else None)
+    settings = {"iterations": iterations, "threads": threads, "gpu": gpu}
     result = ppo.measure_ppo(shape, work, microbatch=microbatch, precision=_precision(precision), **settings)
     if python is not None:
-        from rlhf_ray.engines.precision import has_bfloat16
-
-        found = trl.measure_trl(shape, work, bfloat16=has_bfloat16("cpu"), python=python, **settings)
+        bfloat16 = has_bfloat16("cuda" if gpu else "cpu")
+        found = trl.measure_trl(shape, work, bfloat16=bfloat16, python=python, **settings)
         result["trl"] = found | {"ratio": result["samples_per_s"] / found["best"]["samples_per_s"]}
     ppo.show_ppo(result, as_json=json_output)
 

@@ -21,30 +21,41 @@ def products(shape: Shape, tokens: int, logits: int) -> list[tuple[int, int, int
     ]
 
 
-def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int) -> dict:
-    """FLOP a second over a forward pass's products, each at the best of its repeats, on `threads` threads.
+def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device: str = "cpu") -> dict:
+    """FLOP a second over a forward pass's products, each at the best of its repeats, on `threads` threads of a CPU, or on a GPU.
 
-    In bfloat16 where the CPU multiplies in it, else float32.
+    In bfloat16 where the device multiplies in it, else float32.
     """
     import torch
 
     from rlhf_ray.engines.precision import resolve_precision
 
-    dtype, before = resolve_precision("auto", "cpu"), torch.get_num_threads()
+    dtype, before = resolve_precision("auto", device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         flop = seconds = 0.0
         for times, rows, inputs, outputs in products(shape, tokens, logits):
-            left = torch.randn(rows, inputs).to(dtype)
-            right = torch.randn(outputs, inputs).to(dtype)
+            left = torch.randn(rows, inputs, device=device).to(dtype)
+            right = torch.randn(outputs, inputs, device=device).to(dtype)
             flop += times * 2.0 * rows * inputs * outputs
-            seconds += times * min(_timed(torch.nn.functional.linear, left, right) for _ in range(ROUNDS))
+            seconds += times * min(_timed(device, torch.nn.functional.linear, left, right) for _ in range(ROUNDS))
     finally:
         torch.set_num_threads(before)
-    return {"flop_per_s": flop / seconds, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+    return {
+        "flop_per_s": flop / seconds,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        "device": device,
+    }
 
 
-def _timed(function, *args) -> float:
+def _timed(device: str, function, *args) -> float:
+    import torch
+
+    again = 1 if device == "cpu" else 20  # a launch takes longer than a small product
     started = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - started
+    for _ in range(again):
+        function(*args)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / again

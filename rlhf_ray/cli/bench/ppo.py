@@ -5,6 +5,7 @@ Yardsticks: the iteration's arithmetic at the matmul rate of the same machine, a
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from rlhf_ray.cli.bench.matmul import matmul_rate
 from rlhf_ray.cli.bench.random_run import bench_recipe, cores, write_random_run
 from rlhf_ray.cli.bench.results import hardware, on_hardware, show
+from rlhf_ray.cli.bench.yardsticks.pss import tree_pss
 from rlhf_ray.config import Precision
 from rlhf_ray.evaluation.flops import Shape, Work, peak_shares, phases
 from rlhf_ray.run_folder import RunFolder
@@ -22,15 +24,16 @@ PHASES = ("generate", "score", "assemble", "update", "sync")
 
 
 def measure_ppo(
-    shape: Shape, work: Work, *, microbatch: int, iterations: int, threads: int, precision: Precision
+    shape: Shape, work: Work, *, microbatch: int, iterations: int, threads: int, precision: Precision, gpu: bool = False
 ) -> dict:
     """Time `iterations` iterations after one to warm up, and the machine's matmul rate before and after them."""
     threads = threads or cores()
-    recipe = bench_recipe(shape, work, microbatch=microbatch, precision=precision, resources=_resources(threads))
+    recipe = bench_recipe(shape, work, microbatch=microbatch, precision=precision, resources=_resources(threads, gpu))
     rows = recipe.ppo.microbatch_size
-    rate = {"shape": shape, "tokens": rows * (work.prompt + work.response), "logits": rows * work.response}
+    rate = {"shape": shape, "tokens": rows * (work.prompt + work.response), "logits": rows * work.response,
+            "device": "cuda" if gpu else "cpu"}  # fmt: skip
     peaks = [matmul_rate(**rate, threads=threads)]
-    start_s, runs = _run(recipe, work, iterations)
+    start_s, runs, pss = _run(recipe, work, iterations)
     peaks.append(matmul_rate(**rate, threads=threads))
     peak = max(peaks, key=lambda found: found["flop_per_s"])
     seconds = statistics.median(run["seconds"] for run in runs)
@@ -44,6 +47,7 @@ def measure_ppo(
         "response_tokens": statistics.mean(run["rollout/tokens"] for run in runs) / work.rows,
         "mismatch_max": max(run["policy/mismatch_max"] for run in runs),
         "start_s": start_s,
+        "pss_gb": pss,
         "work": {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
                  "prompts": work.rows, "prompt_tokens": work.prompt, "response_tokens": work.response,
                  "ppo_epochs": work.epochs, "minibatches": 1, "precision": precision},
@@ -51,8 +55,8 @@ def measure_ppo(
     }  # fmt: skip
 
 
-def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict]]:
-    """(seconds to start, metrics of each iteration but the first)."""
+def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float | None]:
+    """(seconds to start, metrics of each iteration but the first, memory at the end of them in GB)."""
     from rlhf_ray.actors.ppo_stage import ray_roles
     from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
     from rlhf_ray.actors.wait import Waiter
@@ -78,14 +82,18 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict]]:
                 began = time.perf_counter()
                 metrics = ppo_step(roles, units, knobs)
                 runs.append(metrics | {"seconds": time.perf_counter() - began} | waiter.take_totals())
-    return start_s, runs[1:]
+            pss = tree_pss(os.getpid())
+    return start_s, runs[1:], pss and pss / 1e9
 
 
-def _resources(threads: int) -> dict:
-    """Generation has the machine to itself; the others share the cores: two and two score and train side by side."""
-    shared = {"cpus": 0.1, "threads": max(1, threads // 2)}
-    roles = dict.fromkeys(("reward", "reference", "policy", "critic"), shared)
-    return {"generation": {"cpus": 0.1, "threads": threads}, **roles}
+def _resources(threads: int, gpu: bool) -> dict:
+    """Generation has the machine to itself; the others share the cores: two and two score and train side by side.
+
+    gpu: all five share one GPU.
+    """
+    share = {"cpus": 0.1} | ({"gpus": 0.2} if gpu else {})
+    roles = dict.fromkeys(("reward", "reference", "policy", "critic"), share | {"threads": max(1, threads // 2)})
+    return {"generation": share | {"threads": threads}, **roles}
 
 
 def show_ppo(result: dict, *, as_json: bool) -> None:
@@ -100,10 +108,12 @@ def show_ppo(result: dict, *, as_json: bool) -> None:
         f"[bold]{result['samples_per_s']:.1f} samples a second[/] (median of {len(result['iteration_s'])} iterations, "
         f"start-up {result['start_s']:.0f} s, {on_hardware(result)})",
         f"peak: {peak['flop_per_s'] / 1e9:,.0f} GFLOP/s, {peak['dtype']} products of this model's shapes on "
-        f"{peak['threads']} threads",
+        + (f"{peak['threads']} threads" if peak["device"] == "cpu" else "the GPU"),
     ]
+    if result["pss_gb"] is not None:
+        lines.append(f"memory of all processes together: {result['pss_gb']:.2f} GB (proportional set size)")
     if "trl" in result:
-        lines += [f"TRL's PPOTrainer, {run['precision']}: {run['samples_per_s']:.1f} samples a second"
+        lines += [f"TRL's PPOTrainer, {run['precision']}: {run['samples_per_s']:.1f} samples a second, {run['pss_gb']:.2f} GB"
                   for run in result["trl"]["runs"]]  # fmt: skip
         lines += [f"[bold]{result['trl']['ratio']:.2f} times TRL's better precision[/]"]
     show(result, lines, as_json=as_json, columns=("phase", "seconds", "share", "GFLOP", "of peak"), rows=rows)

@@ -44,10 +44,12 @@ def trl_python(folder: Path, say=lambda line: None) -> Path:
     return python
 
 
-def measure_trl(shape: Shape, work: Work, *, iterations: int, threads: int, bfloat16: bool, python: Path) -> dict:
-    """The runs in both precisions (in float32 alone where the CPU has no bfloat16), and the better one."""
-    runs = []
-    for flags in ([], ["--bf16"]) if bfloat16 else ([],):
+def measure_trl(
+    shape: Shape, work: Work, *, iterations: int, threads: int, bfloat16: bool, python: Path, gpu: bool = False
+) -> dict:
+    """The runs in both precisions (in float32 alone where the device has no bfloat16), and the better one."""
+    runs, device = [], ["--gpu"] if gpu else []
+    for flags in (device, [*device, "--bf16"]) if bfloat16 else (device,):
         # -P: the script's folder is not searched for modules
         command = [str(python), "-P", str(SCRIPT), *arguments(shape, work, iterations, threads), *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
@@ -61,7 +63,8 @@ def arguments(shape: Shape, work: Work, iterations: int, threads: int) -> list[s
     values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
               "batch": work.rows, "prompt": work.prompt, "response": work.response, "epochs": work.epochs,
               "iterations": iterations, "threads": threads}  # fmt: skip
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return [*given, "--llama"] if shape.gated else given
 
 
 def _clean_environment() -> dict[str, str]:

@@ -8,15 +8,27 @@ It runs in an environment of its own (`cli/bench/trl.py` makes it) and imports n
 import argparse
 import json
 import math
+import os
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+sys.path.append(str(Path(__file__).parent))  # -P leaves it out
+from pss import tree_pss  # noqa: E402
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -29,6 +41,8 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    parser.add_argument("--llama", action="store_true", help="Llama's blocks, with an inner width of 8/3 of the width")
     for name, default in (
         ("layers", 4), ("width", 256), ("heads", 4), ("vocabulary", 4096), ("batch", 64), ("prompt", 32),
         ("response", 48), ("epochs", 4), ("iterations", 5), ("microbatch", 16), ("threads", 0),
@@ -37,17 +51,32 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def config_of(given: argparse.Namespace) -> GPT2Config | LlamaConfig:
+    shared = {
+        "vocab_size": given.vocabulary, "bos_token_id": given.vocabulary - 2, "eos_token_id": given.vocabulary - 2,
+        "pad_token_id": given.vocabulary - 1, "num_labels": 1,
+    }  # fmt: skip
+    positions = max(512, given.prompt + given.response)
+    if given.llama:
+        return LlamaConfig(
+            num_hidden_layers=given.layers, hidden_size=given.width, num_attention_heads=given.heads,
+            intermediate_size=math.ceil(given.width * 8 / 3 / 32) * 32, max_position_embeddings=positions,
+            tie_word_embeddings=True, **shared,
+        )  # fmt: skip
+    return GPT2Config(
+        n_layer=given.layers, n_head=given.heads, n_embd=given.width, n_positions=positions, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, **shared,
+    )  # fmt: skip
+
+
 def main() -> None:
     given = read_arguments()
     batch, microbatch, vocabulary = given.batch, math.gcd(given.microbatch, given.batch), given.vocabulary
     if given.threads:
         torch.set_num_threads(given.threads)
-    shape = GPT2Config(
-        n_layer=given.layers, n_head=given.heads, n_embd=given.width, vocab_size=vocabulary,
-        n_positions=max(512, given.prompt + given.response), attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 2, pad_token_id=vocabulary - 1, num_labels=1,
-    )  # fmt: skip
-    policy, reference = GPT2LMHeadModel(shape), GPT2LMHeadModel(shape)
+    shape = config_of(given)
+    policy, reference = AutoModelForCausalLM.from_config(shape), AutoModelForCausalLM.from_config(shape)
+    scoring = [AutoModelForSequenceClassification.from_config(shape) for _ in range(2)]
     reference.load_state_dict(policy.state_dict())
     ids = torch.randint(
         0, vocabulary - 2, (batch * (given.iterations + 1), given.prompt), generator=torch.Generator().manual_seed(0)
@@ -55,7 +84,7 @@ def main() -> None:
     prompts = Dataset.from_dict({"input_ids": ids.tolist()})
     with tempfile.TemporaryDirectory() as folder:
         settings = PPOConfig(
-            output_dir=folder, report_to="none", save_strategy="no", use_cpu=True, bf16=given.bf16, logging_steps=1,
+            output_dir=folder, report_to="none", save_strategy="no", use_cpu=not given.gpu, bf16=given.bf16, logging_steps=1,
             per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch,
             num_mini_batches=1, num_ppo_epochs=given.epochs, total_episodes=batch * (given.iterations + 1),
             response_length=given.response,
@@ -64,7 +93,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = PPOTrainer(
             args=settings, processing_class=word_tokenizer(vocabulary), model=policy, ref_model=reference,
-            reward_model=GPT2ForSequenceClassification(shape), value_model=GPT2ForSequenceClassification(shape),
+            reward_model=scoring[0], value_model=scoring[1],
             train_dataset=prompts, eval_dataset=prompts.select(range(min(8, batch))),
         )  # fmt: skip
         ends: list[float] = []
@@ -76,9 +105,11 @@ def main() -> None:
 
         trainer.log = timed_log  # TRL logs once an iteration
         trainer.train()
+        pss = tree_pss(os.getpid())
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     print(json.dumps({"samples_per_s": batch / statistics.median(seconds), "iteration_s": seconds,
-                      "precision": "bf16 autocast" if given.bf16 else "float32", "threads": torch.get_num_threads()}))  # fmt: skip
+                      "precision": "bf16 autocast" if given.bf16 else "float32", "threads": torch.get_num_threads(),
+                      "pss_gb": pss and pss / 1e9}))  # fmt: skip
 
 
 if __name__ == "__main__":
