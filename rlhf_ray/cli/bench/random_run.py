@@ -18,7 +18,8 @@ def bench_recipe(
     return build_recipe({
         "name": "bench",
         "model": {"from_scratch": {
-            "architecture": "llama" if shape.gated else "gpt2", "layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocab_size": shape.vocabulary,
+            "architecture": "llama" if shape.gated else "gpt2",
+            "layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocab_size": shape.vocabulary,
             "positions": max(512, work.prompt + work.response),
         }},
         "data": {"max_prompt_tokens": work.prompt},
