@@ -42,9 +42,11 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
 
 
 def _differing(ours: Recipe, theirs: Recipe, sections: set[str]) -> list[str]:
-    """key (theirs -> ours) of what is not the same in the sections."""
+    """key (theirs -> ours) of what is not the same in the sections; threads are the machine's."""
     old, new = (flatten(one.model_dump(mode="json", include=sections)) for one in (theirs, ours))
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    keys = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.endswith(".threads")
+    )
     return [f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in keys]
 
 

@@ -188,14 +188,19 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: values}
 
 
+def recorded_recipe(folder: RunFolder) -> Recipe | None:
+    """The recipe that the run folder was last used with. A key that a newer version of the package added has its default."""
+    if not folder.recipe.exists():
+        return None
+    return build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe))
+
+
 def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     """The keys that changed since the run folder was started. UserError names those that may not."""
-    if not folder.recipe.exists():
+    recorded = recorded_recipe(folder)
+    if recorded is None:
         return []
-    # Validated first: a key that a newer version of the package added then has its default on both sides.
-    old = flatten(
-        build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe)).model_dump(mode="json")
-    )
+    old = flatten(recorded.model_dump(mode="json"))
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if not folder.stage("data").done:

@@ -64,7 +64,7 @@ def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -
 
     resources = recipe.resources
     waiter = Waiter(resources.call_timeout_s, "raise resources.call_timeout_s", on_wait)
-    cpus = min(float(resources.generation.threads), ray.cluster_resources().get("CPU", 1.0))
+    cpus = min(float(resources.generation.threads or 1), ray.cluster_resources().get("CPU", 1.0))
     task = _evaluate.options(num_cpus=cpus, num_gpus=resources.generation.gpus).remote(
         recipe, folder, resources.generation.threads, resources.generation.gpus
     )
@@ -73,7 +73,7 @@ def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -
 
 
 @ray.remote(max_retries=0)
-def _evaluate(recipe: Recipe, folder: RunFolder, threads: int, gpus: float) -> None:
+def _evaluate(recipe: Recipe, folder: RunFolder, threads: int | None, gpus: float) -> None:
     device = set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
     from rlhf_ray.evaluation.evaluate import evaluate
 

@@ -15,6 +15,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.memory import GB, IMPORTED, memory_plan, memory_problems, trained_by_role
 from rlhf_ray.models.size import parameters
 from rlhf_ray.recipe_file import check_resume, function_names, load_recipe
+from rlhf_ray.threads import role_shares
 
 
 def examine(
@@ -49,7 +50,9 @@ def examine(
 
     if nodes:
         problems += cluster_problems(recipe, stages_of(recipe), nodes)
-    _print_plan(recipe, altogether(nodes), console)
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
+    threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
+    _print_plan(recipe, altogether(nodes), threads, console)
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
@@ -167,7 +170,7 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
     return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
 
 
-def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> None:
+def _print_plan(recipe: Recipe, cluster: dict[str, float], threads: Mapping[str, int], console: Console) -> None:
     console.print(
         f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
         f"the cluster has {cluster['CPU']:g} CPUs and {cluster['GPU']:g} GPUs"
@@ -177,7 +180,6 @@ def _print_plan(recipe: Recipe, cluster: dict[str, float], console: Console) -> 
         table.add_column(column, justify="left" if column == "PPO role" else "right")
     for row in memory_plan(recipe, itemsize=_itemsize(recipe, "cpu")):
         role, memory = row.config, row.config.actors * (IMPORTED + row.model)
-        table.add_row(
-            row.role, str(role.actors), f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads), f"{memory / GB:.1f} GB"
-        )
+        numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[row.role])
+        table.add_row(row.role, str(role.actors), *numbers, f"{memory / GB:.1f} GB")
     console.print(table)

@@ -21,8 +21,9 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed
 from rlhf_ray.events import EventLog
 from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
-from rlhf_ray.recipe_file import check_resume
+from rlhf_ray.recipe_file import check_resume, recorded_recipe
 from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.threads import settle_threads
 
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
@@ -91,7 +92,6 @@ def run(
     with held(folder), Display(console) as display:
         if start_from is not None:
             adopt_stages(recipe, folder, RunFolder(Path(start_from).absolute()))
-        prepare_folder(recipe, folder)
 
         def progress(event: dict) -> None:
             if event.get("started") or event.get("done"):
@@ -100,9 +100,12 @@ def run(
 
         left = [name for name in (stages or stages_of(recipe)) if not folder.stage(name).done]
         with ExitStack() as stack:
-            if left and left != ["data"]:
+            connected = bool(left) and left != ["data"]
+            if connected:
                 stack.enter_context(ray_session(address, object_store_bytes=object_store_bytes(recipe)))
                 check_cluster(recipe, left)
+            recipe = settle_threads(recipe, recorded_recipe(folder), **cores_to_share(address if connected else None))
+            prepare_folder(recipe, folder)
 
             def at_once() -> None:
                 display.close()
@@ -113,6 +116,16 @@ def run(
             with failures_recorded(folder, lambda: running[0]):
                 run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
     return folder
+
+
+def cores_to_share(address: str | None) -> dict[str, int]:
+    """What `settle_threads` wants to know of this machine, or of the cluster that this process is connected to."""
+    if address is None:
+        return {"cores": len(os.sched_getaffinity(0))}
+    from rlhf_ray.actors.placement import nodes_alive
+
+    cpus = [int(node["CPU"]) for node in nodes_alive() if node.get("CPU", 0.0) >= 1.0]
+    return {"cores": min(cpus, default=1), "nodes": max(1, len(cpus))}
 
 
 @contextmanager

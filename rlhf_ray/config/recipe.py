@@ -36,7 +36,11 @@ class RoleConfig(Section):
     actors: int = knob(1, "Ray actors of this role", gt=0)
     cpus: float = knob(0.3, "CPUs reserved for each", ge=0)
     gpus: float = knob(0.0, "GPUs reserved for each", ge=0)
-    threads: int = knob(2, "torch threads of each; results are bit-equal only for a fixed number", gt=0)
+    threads: int | None = knob(
+        None,
+        "torch threads of each, on which bits depend; null: a share of the node's cores, kept in the run's recipe.yaml",
+        gt=0,
+    )
 
 
 class GroupConfig(RoleConfig):

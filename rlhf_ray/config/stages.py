@@ -61,7 +61,7 @@ class TrainConfig(Section):
     workers: int = knob(1, "Ray Train workers (data-parallel ranks)", gt=0)
     cpus_per_worker: float = knob(1, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = knob(0, "GPUs reserved for each worker", ge=0)
-    threads: int = knob(2, "torch threads of each worker", gt=0)
+    threads: int | None = knob(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
     zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
     lora: LoraConfig | None = knob(None, "train low-rank adapters, merged into the saved model; null: all weights")
     freeze_layers: int = knob(0, "the embeddings and so many of the first transformer blocks don't train", ge=0)

@@ -172,12 +172,13 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     for what is local."""
     on_gpu = config.gpus_per_worker > 0
     return {
-        "OMP_NUM_THREADS": str(config.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "true" if config.threads > 1 else "false",
+        "TOKENIZERS_PARALLELISM": "false" if config.threads == 1 else "true",
         "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
         "ACCELERATE_USE_DEEPSPEED": "true",
-    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (
+        {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    )  # fmt: skip
 
 
 def _report_until_done(
