@@ -4,7 +4,8 @@
 
 The same rollouts, seed by seed, and two epochs of 128 episodes as one minibatch; then the k3 estimate of the KL to the policy
 that drew them, and the share of clipped tokens. runs/imdb is a finished run of the recipe imdb (DATA: its data.root). Writes
-adam.json beside this file; a setting that is there is not done again. Huang et al. 2024 ("The N implementation details of RLHF with PPO") print 2.37e-3 against 3.75e-4 and 2.02 % against 0.52 % for GPT-2.
+adam.json beside this file; a setting that is there is not done again. Huang et al. 2024 ("The N implementation details of
+RLHF with PPO") print 2.37e-3 against 3.75e-4 and 2.02 % against 0.52 % for GPT-2.
 """
 
 import json
