@@ -31,4 +31,4 @@ done
 
 python -m rlhf_ray.evaluation.compare "$out" \
     $(for seed in $seeds; do echo "synchronous=$synchronous-$seed" "1_ahead=$runs/1_ahead-$seed"; done) \
-    --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac,time/step_s,rollout/importance_mean,rollout/importance_capped_frac,rollout/off_policy_kl
+    --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac,rollout/importance_mean,rollout/importance_capped_frac,rollout/off_policy_kl

@@ -71,21 +71,24 @@ def plot(path: Path, groups: Groups, curves: Sequence[str], against: str) -> Non
     lines = -(-len(found) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False)
     for axis, name in zip(axes.flat, found, strict=False):
-        for label, runs in rows.items():
+        for number, runs in enumerate(rows.values()):
             xs, low, mean, high = band(runs, against, name)
             if len(xs):
-                (line,) = axis.plot(xs, mean, linewidth=1.4, label=label)
-                axis.fill_between(xs, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+                axis.plot(xs, mean, linewidth=1.4, color=f"C{number}")
+                axis.fill_between(xs, low, high, alpha=0.2, color=f"C{number}", linewidth=0)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(against, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     for axis in list(axes.flat)[len(found) :]:
         axis.axis("off")
-    if len(groups) > 1:
-        axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    if len(groups) > 1:  # one for all panels, above them
+        lines = [plt.Line2D([], [], color=f"C{number}") for number in range(len(groups))]
+        figure.legend(
+            lines, list(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=min(len(groups), 4), fontsize=9
+        )
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
