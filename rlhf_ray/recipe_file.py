@@ -203,6 +203,8 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     old = flatten(recorded.model_dump(mode="json"))
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    # Threads that the recipe leaves open are what is recorded (`threads.settle_threads`).
+    changed = [key for key in changed if not (key.endswith(".threads") and None in (old.get(key), new.get(key)))]
     if not folder.stage("data").done:
         return changed  # nothing was made with the old recipe yet
     ppo = folder.stage("ppo")

@@ -45,7 +45,7 @@ PAIRS = [{"prompt": f"Question {i}?", "chosen": f"A good answer {i}.", "rejected
         (["demo", "--set", "generation.max_new_tokens=500"], "longer than"),
         (["demo", "--set", "ppo.steps"], "write key=value"),
         (["imdb", "--set", "data.root=/nowhere"], "'/nowhere' is not there"),
-        (["demo", "--set", "resources.generation.actors=64"], "the cluster has"),
+        (["demo", "--set", "resources.generation.cpus=1000"], "the cluster has"),
         (["demo", "--run-dir", "s3://bucket/run"], "is a URI"),
     ],
 )

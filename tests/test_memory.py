@@ -79,7 +79,9 @@ def test_all_that_fits_is_no_problem():
 @pytest.mark.parametrize(
     "sections, host, gpus, says",
     [
-        ({}, 1e9, [], ["need about 2.2 GB of memory, this machine has 1.0 GB", "use a smaller model"]),
+        ({}, 1e9, [], ["need about 2.2 GB of memory, this machine has 1.0 GB", "what 5 processes take", "use fewer actors"]),
+        ({"model": {"from_scratch": {"layers": 24, "width": 1024, "heads": 16, "positions": 64, "vocab_size": 30_000}}},
+         8e9, [], ["GB of weights an actor; use a smaller model"]),
         ({"ppo": {"microbatch_size": 4, "minibatch_size": 4}, "generation": {"max_new_tokens": 40_000},
           "model": {"from_scratch": {"layers": 2, "width": 32, "heads": 2, "positions": 50_000, "vocab_size": 40_000}}},
          8e9, [], ["most of it is the policy's", "GB for a batch; lower ppo.microbatch_size"]),
@@ -89,7 +91,7 @@ def test_all_that_fits_is_no_problem():
           "resources": {"policy": {"gpus": 0.5}, "critic": {"gpus": 0.5}}},
          1e12, [24e9], ["the 1 GPU(s) here have 24.0 GB", "of weights an actor"]),
     ],
-    ids=["weights", "logits", "cache", "gpu"],
+    ids=["processes", "weights", "logits", "cache", "gpu"],
 )  # fmt: skip
 def test_what_cannot_fit_is_told_before_the_start(sections, host, gpus, says):
     (problem,) = memory_problems(tiny_recipe(**sections), host=host, gpus=gpus)

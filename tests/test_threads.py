@@ -4,6 +4,8 @@ import pytest
 from tiny import tiny_recipe
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.recipe_file import check_resume, recorded_recipe, write_recipe
+from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.threads import role_shares, settle_threads, stage_shares
 
 OPEN = {"name": "t", "sft": {"workers": 2, "microbatch_size": 16}}
@@ -46,6 +48,17 @@ def test_what_is_given_stays_and_what_is_recorded_comes_before_the_machine():
     asked = {"critic": {"threads": 3}, "policy": {"threads": 2}}
     changed = recipe(resources=asked, judge={"threads": 7, "base": "fluency"}, fluency={})
     assert settle_threads(changed, first, cores=16).resources.policy.threads == 2, "but what is asked for wins"
+
+
+def test_a_run_folder_goes_on_with_the_threads_it_has(tmp_path):
+    """Numbers are recorded, the recipe still leaves them open; what is done stays done."""
+    folder = RunFolder(tmp_path)
+    write_recipe(settle_threads(recipe(), None, cores=16), folder.recipe)
+    for stage in ("data", "sft"):
+        folder.stage(stage).path.mkdir()
+        folder.stage(stage).finish({})
+    assert check_resume(recipe(), folder) == []
+    assert settle_threads(recipe(), recorded_recipe(folder), cores=2).sft.threads == 8
 
 
 def test_a_recipe_with_all_numbers_is_left_alone():

@@ -121,7 +121,14 @@ def memory_problems(
     everyone = sum(role.actors for role in recipe.ppo_roles.values())
     needed = everyone * IMPORTED + sum(row.config.actors * row.model for row in on_cpu)
     if needed > host:
-        problems.append(_too_much(needed, f"this machine has {host / GB:.1f} GB", on_cpu))
+        there = f"this machine has {host / GB:.1f} GB"
+        if everyone * IMPORTED > needed / 2:
+            problems.append(
+                f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is what {everyone} processes take "
+                "before their models; use fewer actors"
+            )
+        else:
+            problems.append(_too_much(needed, there, on_cpu))
     on_gpu = [row for row in memory_plan(recipe, itemsize=gpu_itemsize) if row.config.gpus > 0]
     needed = sum(row.config.actors * row.model for row in on_gpu)
     if on_gpu and gpus and needed > sum(gpus):
