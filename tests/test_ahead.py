@@ -28,14 +28,6 @@ from rlhf_ray.run_folder import RunFolder
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("ahead")))

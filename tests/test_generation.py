@@ -28,15 +28,6 @@ VOCAB, EOS = 61, 1
 ENDS = (1, 11, 21, 31, 41)  # several EOS tokens: random models rarely draw one, and rows must end at different steps
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and wait for it where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class LetterTokenizer:
     """Token t is the letter chr(97 + t % 26), so every text is easy to predict."""
 

@@ -30,14 +30,6 @@ CONFIG = GPT2Config(
 AGGREGATIONS = ("token", "sequence_sum", "sequence_mean", "constant")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @st.composite
 def batches(draw):
     """(prompts, responses, what the other roles say about them) of 2 to 8 rows in groups of two."""

@@ -529,14 +529,6 @@ def test_the_ranks_together_hold_each_row_of_each_minibatch_once(ranks):
 # -- the real roles ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("loop")))

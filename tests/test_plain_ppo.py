@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from differences import saw
 from in_process import LocalRoles
 from test_loop import Diary, real_loop
@@ -13,14 +12,6 @@ from tiny import tiny_recipe, write_start
 from rlhf_ray.errors import UserError
 from rlhf_ray.plain_ppo import PlainPPO
 from rlhf_ray.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

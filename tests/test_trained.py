@@ -41,14 +41,6 @@ LAYERS = {"gpt2": {"c_attn", "c_proj", "c_fc"}, "llama": {"q_proj", "k_proj", "v
 IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 250, 19]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recipe_for(family, **sections):
     shape = {"architecture": family, "layers": 3}
     return tiny_recipe(**({"model": {"from_scratch": shape}} | sections))

@@ -209,14 +209,6 @@ def critic_trainer(critic, microbatch_size):
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 EXTRAS = {
     "ppo": {"kl_loss": None, "aggregation": "token", "entropy_coef": 0.0, "cap": None},
     "kl in the loss, means of means, entropy": {

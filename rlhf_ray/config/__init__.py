@@ -6,7 +6,8 @@ reference is generated from these classes, so each field carries its one-line de
 
 from rlhf_ray.config.base import Precision, Section, exact_div
 from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig
-from rlhf_ray.config.ppo import GenerationConfig, KlConfig, PPOConfig, RewardTerm
+from rlhf_ray.config.generation import GenerationConfig
+from rlhf_ray.config.ppo import KlConfig, PPOConfig, RewardTerm
 from rlhf_ray.config.recipe import (
     EvaluationConfig,
     GroupConfig,

@@ -1,4 +1,4 @@
-"""The sections `generation` and `ppo`."""
+"""The section `ppo`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,6 @@ from pydantic import model_validator
 
 from rlhf_ray.config.base import Precision, Section, exact_div, knob
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
-from rlhf_ray.generation_types import SamplingParams
-
-
-class GenerationConfig(Section):
-    """How responses are drawn, in training and evaluation alike."""
-
-    max_new_tokens: int = knob(48, "longest response in tokens", gt=0)
-    min_new_tokens: int = knob(
-        0, "an EOS before this token does not end the response; max_new_tokens: all are of one length", ge=0
-    )
-    temperature: float = knob(1.0, "divides the logits in sampling and in every log-prob", gt=0)
-    top_k: int = knob(0, "sample from the k likeliest tokens; 0: all", ge=0)
-    top_p: float = knob(1.0, "sample from the smallest set with this probability", gt=0, le=1)
-    min_p: float = knob(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
-    stop: tuple[str, ...] = knob((), "strings that end a response")
-    chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
-    precision: Precision = knob("auto", "auto: as ppo.precision")
-    engine: Literal["torch", "vllm"] = knob("torch", "what draws PPO's rollouts; vllm: needs the extra of that name")
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """These knobs as the engine takes them."""
-        return SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            stop=self.stop,
-        )
-
-    @model_validator(mode="after")
-    def _lengths_fit(self):
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"generation.min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; lower it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _engine_draws_so_cold(self):
-        if self.engine == "vllm" and self.temperature < 0.01:
-            raise ValueError(
-                f"generation.temperature = {self.temperature} is below 0.01, the least that vLLM draws at; raise it, or set "
-                "generation.engine to torch"
-            )
-        return self
 
 
 class KlConfig(Section):

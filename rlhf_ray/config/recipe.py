@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from rlhf_ray.config.base import Section, exact_div, knob
 from rlhf_ray.config.data import DataConfig, ModelConfig
-from rlhf_ray.config.ppo import GenerationConfig, PPOConfig
+from rlhf_ray.config.generation import GenerationConfig
+from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 
 
