@@ -22,4 +22,4 @@ done
 
 python -m rlhf_ray.evaluation.compare results/overoptimisation \
     $(for label in kl0.2 kl0.05 kl0 stopped; do for seed in 0 1; do echo "$label=$runs/$label-$seed"; done; done) \
-    --curves eval/score,eval/judge --against eval/kl
+    --curves eval/score,eval/judge --against eval/kl --root

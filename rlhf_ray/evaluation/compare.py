@@ -39,13 +39,15 @@ COLUMNS: dict[str, Callable[[dict, dict, dict], float | None]] = {
 }
 
 
-def compare(out: Path, groups: Groups, curves: Sequence[str] = CURVES, against: str = "episodes") -> Path:
+def compare(
+    out: Path, groups: Groups, curves: Sequence[str] = CURVES, against: str = "episodes", root: bool = False
+) -> Path:
     """Write OUT and return its README.md. Raises UserError for a run without PPO metrics."""
     out.mkdir(parents=True, exist_ok=True)
     for label, runs in groups.items():
         for run in runs:
             _record(run, out / label / f"seed_{seed_of(run)}")
-    plot(out / "curves.png", groups, curves, against)
+    plot(out / "curves.png", groups, curves, against, root)
     write_atomically(out / "README.md", "\n".join(_readme(out, groups)) + "\n")
     return out / "README.md"
 
@@ -56,8 +58,8 @@ def seed_of(run: RunFolder) -> int:
     return recipe["seed"] if own is None else own
 
 
-def plot(path: Path, groups: Groups, curves: Sequence[str], against: str) -> None:
-    """One panel a metric that the runs have."""
+def plot(path: Path, groups: Groups, curves: Sequence[str], against: str, root: bool = False) -> None:
+    """One panel a metric that the runs have; `root`: over the square root of `against` (Gao et al., 2210.10760, of the KL)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +79,9 @@ def plot(path: Path, groups: Groups, curves: Sequence[str], against: str) -> Non
                 axis.plot(xs, mean, linewidth=1.4, color=f"C{number}")
                 axis.fill_between(xs, low, high, alpha=0.2, color=f"C{number}", linewidth=0)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel(against, fontsize=8)
+        axis.set_xlabel(f"{against}, axis by its square root" if root else against, fontsize=8)
+        if root:
+            axis.set_xscale("function", functions=(_signed_root, _signed_square))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     for axis in list(axes.flat)[len(found) :]:
@@ -90,6 +94,14 @@ def plot(path: Path, groups: Groups, curves: Sequence[str], against: str) -> Non
         )
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def _signed_root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _signed_square(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.square(values)
 
 
 def band(runs: Sequence[list[dict]], against: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -166,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR")
     parser.add_argument("--curves", default=",".join(CURVES), help="metrics to plot, with commas between")
     parser.add_argument("--against", default="episodes", help="metric on the horizontal axis")
+    parser.add_argument("--root", action="store_true", help="space that axis by its square root")
     given = parser.parse_args(arguments)
     groups: Groups = {}
     try:
@@ -176,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not (Path(path) / "recipe.yaml").exists():
                 raise UserError(f"{path} is no run folder (it has no recipe.yaml)")
             groups.setdefault(label, []).append(RunFolder(Path(path).absolute()))
-        print(compare(given.out, groups, given.curves.split(","), given.against))
+        print(compare(given.out, groups, given.curves.split(","), given.against, given.root))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
