@@ -23,7 +23,8 @@ from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import read_role
-from rlhf_ray.engines.forward import LogprobModel, ValueModel, pad_tokens, token_batch
+from rlhf_ray.engines.forward import LogprobModel, ValueModel, token_batch
+from rlhf_ray.engines.padding import pad_tokens
 from rlhf_ray.errors import UserError
 from rlhf_ray.loop import cut_units, step_prompts
 from rlhf_ray.models.critic import build_critic

@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_ray.algorithms.assemble import AssembleKnobs
 from rlhf_ray.engines.forward import LogprobModel
 from rlhf_ray.roles.assembler import Assembler, AssembleSettings
-from rlhf_ray.roles.trainer import PolicyKnobs, PolicyTrainer
+from rlhf_ray.roles.knobs import PolicyKnobs
+from rlhf_ray.roles.trainer import PolicyTrainer
 from rlhf_ray.types import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit
 
 VOCAB, LONGEST = 11, 6

@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_ray.algorithms.assemble import AssembleKnobs
 from rlhf_ray.engines.forward import LogprobModel, ValueModel
 from rlhf_ray.roles.assembler import Assembler, AssembleSettings
-from rlhf_ray.roles.trainer import CriticTrainer, PolicyKnobs, PolicyTrainer
+from rlhf_ray.roles.knobs import PolicyKnobs
+from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 from rlhf_ray.types import RolloutBatch, Scores, Sequences, WorkUnit
 
 VOCAB, TEMPERATURE, KL_COEF, LR = 7, 0.7, 0.3, 0.02

@@ -53,7 +53,7 @@ class DeepSpeedEngine:
         self.module = module
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0
+            trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
@@ -230,4 +230,4 @@ class DeepSpeedEngine:
     def _set_adam_steps(self) -> None:
         """Adam's own step count, which bias correction uses."""
         for state in self._adam().state.values():
-            state["step"] = torch.tensor(float(self.steps_taken))
+            state["step"] = torch.tensor(float(self.steps_taken), device=self.device)  # where the fused step wants it

@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs
+from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
+from rlhf_ray.engines.last_block import last_feed_forward, only_at
 from rlhf_ray.engines.packing import Layout, line_inputs, pack
+from rlhf_ray.engines.padding import action_mask
 from rlhf_ray.models.critic import Critic
 
 
@@ -67,19 +69,6 @@ def token_batch(
     )
 
 
-def action_mask(response_lengths: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool, True on the response's tokens, T the longest response."""
-    return torch.arange(int(response_lengths.max()), device=response_lengths.device) < response_lengths[:, None]
-
-
-def pad_tokens(rows: Sequence[np.ndarray], device="cpu") -> torch.Tensor:
-    """Rows of floats, one a response token, as [B, T] with zeros on the right."""
-    padded = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for out, row in zip(padded, rows, strict=True):
-        out[: len(row)] = row
-    return torch.from_numpy(padded).to(device)
-
-
 class LogprobModel(nn.Module):
     """A causal LM whose forward returns response log-probs [B, T] (and entropy), not logits.
 
@@ -97,19 +86,22 @@ class LogprobModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.packed = pack(model)
         self.entropy_gradient = entropy_gradient
+        self._only_at = partial(only_at, last_feed_forward(model))  # hidden in there: it is no module of this one
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
         device = batch.states.device
         keep = {"logits_to_keep": batch.states} if "packed" in batch.inputs and self._keeps_logits else {}
-        with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        with autocast, self._only_at(batch.states):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
-        logits = logits[0] if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
-        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, temperature=self.temperature))
-        if not with_entropy:
-            return logprobs
-        logits = logits if self.entropy_gradient else logits.detach()
-        return logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))
+        logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
+        asked = logits, batch.targets
+        if with_entropy and not self.entropy_gradient:
+            both = selected_logprobs_and_entropy(*asked, temperature=self.temperature)
+            return tuple(batch.in_rows(each) for each in both)
+        logprobs = batch.in_rows(selected_logprobs(*asked, temperature=self.temperature))
+        return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
 
 
 class ValueModel(nn.Module):
@@ -120,10 +112,12 @@ class ValueModel(nn.Module):
         self.model = critic
         self.compute_dtype = compute_dtype
         self.packed = pack(critic.backbone)
+        self._only_at = partial(only_at, last_feed_forward(critic.backbone))
 
     def forward(self, batch: TokenBatch):
         device = batch.states.device
-        with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        with autocast, self._only_at(batch.states):
             values = self.model(**batch.inputs).float()
         return batch.in_rows(values.flatten()[batch.states])
 

@@ -55,10 +55,7 @@ class RaggedDecoder:
         return self.config.vocab_size
 
     def new_cache(self) -> RaggedCache:
-        # A CPU's bfloat16 attention takes five times as long for one query a row as the float32 one: there the cache holds
-        # the same numbers as float32, twice the memory.
-        widened = self.device.type == "cpu" and self.model.config._attn_implementation == RAGGED
-        return RaggedCache(self.num_layers, torch.float32 if widened else None)
+        return RaggedCache(self.num_layers)
 
     def check_length(self, prompt_length: int, max_new_tokens: int) -> None:
         """UserError if prompt and response together may not fit the model."""
@@ -87,6 +84,8 @@ class RaggedDecoder:
         """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V]."""
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
+        if self.device.type == "cpu" and cache.write.slots <= 2 * length:
+            length = cache.write.slots  # its products copy what does not lie in one piece, and masked slots are cheaper
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
         mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]

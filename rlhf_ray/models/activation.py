@@ -16,7 +16,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = SLOPE * 0.044715
-PIECE = 2**17  # numbers worked on at a time, in float32: they stay in a core's cache
+PIECE = 2**17  # numbers worked on at a time, in float32: they stay near a core
 
 
 class SigmoidGELU(nn.Module):
@@ -35,16 +35,18 @@ class _SigmoidGELU(torch.autograd.Function):
     def forward(ctx, x):
         flat, result = x.view(-1), torch.empty_like(x)
         derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        slope = torch.tensor(SLOPE, dtype=torch.promote_types(x.dtype, torch.float32))
         for start in range(0, len(flat), PIECE):
             piece = slice(start, start + PIECE)
-            value = flat[piece].to(torch.promote_types(x.dtype, torch.float32))
+            value = flat[piece].to(slope.dtype)
             square = value * value
-            share = torch.mul(square, CUBE).add_(SLOPE).mul_(value).sigmoid_()
+            share = torch.add(slope, square, alpha=CUBE).mul_(value).sigmoid_()
             value = value * share
             result.view(-1)[piece] = value
             if derivative is not None:  # share + x share (1 - share) du/dx
-                inner = square.mul_(3 * CUBE).add_(SLOPE)
-                derivative.view(-1)[piece] = torch.addcmul(value, value, share, value=-1).mul_(inner).add_(share)
+                inner = torch.add(slope, square, alpha=3 * CUBE, out=square)
+                rest = torch.addcmul(value, value, share, value=-1)
+                derivative.view(-1)[piece] = torch.addcmul(share, rest, inner, out=inner)
         ctx.save_for_backward(derivative)
         return result
 

@@ -50,11 +50,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token a word t0, t1, ...: a prompt's length in tokens is its length in words. For benchmarks."""
+    """One token a word t0, t1, ...; their text has blanks between them and encodes to the same ids. For benchmarks."""
     vocabulary = {f"t{i}": i for i in range(vocab_size - 2)} | {EOS: vocab_size - 2, PAD: vocab_size - 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 

@@ -11,7 +11,7 @@ from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.rewards import flat_groups
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
-from rlhf_ray.engines.forward import action_mask, pad_tokens
+from rlhf_ray.engines.padding import action_mask, pad_tokens
 from rlhf_ray.types import (
     OptimiserStep,
     RolloutBatch,

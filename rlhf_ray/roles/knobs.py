@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from rlhf_ray.algorithms.assemble import AssembleKnobs
+from rlhf_ray.algorithms.losses import Aggregation
 from rlhf_ray.config import Recipe
 from rlhf_ray.roles.assembler import AssembleSettings
-from rlhf_ray.roles.trainer import PolicyKnobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyKnobs:
+    """What the policy's update minimises, and when it stops early."""
+
+    clip_range: float
+    clip_range_high: float
+    dual_clip: float | None
+    aggregation: Aggregation
+    max_new_tokens: int
+    kl_loss: Literal["k1", "k2", "k3"] | None  # estimator; None: the KL is in the reward
+    entropy_coef: float
+    max_approx_kl: float | None
 
 
 def assemble_settings(recipe: Recipe) -> AssembleSettings:

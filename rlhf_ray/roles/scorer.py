@@ -14,6 +14,7 @@ import torch
 
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
 from rlhf_ray.data.tokens import encode_pairs
+from rlhf_ray.engines.last_block import last_feed_forward, only_at
 from rlhf_ray.engines.packing import Layout, line_inputs, pack
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
@@ -62,6 +63,7 @@ class RewardScorer:
         self.packed = type(self.model).__name__.removesuffix(
             "ForSequenceClassification"
         ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        self._last_feed_forward = last_feed_forward(self.model)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
@@ -93,7 +95,8 @@ class RewardScorer:
         last = np.array([np.flatnonzero(row != self.pad_token_id).max(initial=0) for row in rows])
         places = torch.from_numpy(lengths.cumsum() - lengths + last).to(self.device)
         inputs = line_inputs(rows, Layout.of(lengths, self.device), self.device)
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        with only_at(self._last_feed_forward, places):
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         return score_head(self.model)(hidden[places])
 
     def _padded_logits(self, token_ids: list[list[int]]) -> torch.Tensor:

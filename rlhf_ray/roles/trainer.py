@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 
 from rlhf_ray.algorithms.losses import (
-    Aggregation,
     Stats,
     entropy_bonus,
     kl_loss,
@@ -21,8 +18,10 @@ from rlhf_ray.algorithms.losses import (
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, Forwarded
-from rlhf_ray.engines.forward import TokenBatch, action_mask, pad_tokens, token_batch
+from rlhf_ray.engines.forward import TokenBatch, token_batch
+from rlhf_ray.engines.padding import action_mask, pad_tokens
 from rlhf_ray.models.trained import adapter_off, plain_name
+from rlhf_ray.roles.knobs import PolicyKnobs
 from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
 
 
@@ -157,20 +156,6 @@ class Trainer:
     _extra_inputs: tuple = ()
 
     name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyKnobs:
-    """What the policy's update minimises, and when it stops early."""
-
-    clip_range: float
-    clip_range_high: float
-    dual_clip: float | None
-    aggregation: Aggregation
-    max_new_tokens: int
-    kl_loss: Literal["k1", "k2", "k3"] | None  # estimator; None: the KL is in the reward
-    entropy_coef: float
-    max_approx_kl: float | None
 
 
 class PolicyTrainer(Trainer):

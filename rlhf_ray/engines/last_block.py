@@ -1,0 +1,71 @@
+"""The last block's feed-forward where its output is read, and nowhere else.   N tokens, A of them read, D hidden size.
+
+A policy's or critic's loss reads the states before the response's tokens only, a reward model's score one state a row. Every
+block but the last needs all tokens, for the keys and values of the next; in the last one the feed-forward, two thirds of a
+block's weights, may leave out the others. No number that is read changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Their feed-forward works on each token by itself; tests/test_forward.py compares them with the whole block.
+FAMILIES = ("gpt2", "llama", "qwen2")
+
+
+class _Select(torch.autograd.Function):
+    """[N, D] -> [A, D]: index_select, whose own gradient on CPUs adds row by row, as if places could occur twice."""
+
+    @staticmethod
+    def forward(ctx, line, places):
+        ctx.save_for_backward(places)
+        ctx.tokens = len(line)
+        return line.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.tokens, gradient.shape[1]).index_copy_(0, places, gradient), None
+
+
+def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
+    """That of the last block, for `only_at`; None: of a family that is not known, or recomputed in the backward pass.
+
+    model: a causal LM or a body, adapters or not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in FAMILIES or model.is_gradient_checkpointing:
+        return None
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [stack[-1] for stack in stacks if len(stack) == config.num_hidden_layers and hasattr(stack[-1], "mlp")]
+    return blocks[0].mlp if len(blocks) == 1 else None
+
+
+@contextmanager
+def only_at(feed_forward: nn.Module | None, places: torch.Tensor) -> Iterator[None]:
+    """Meanwhile feed_forward works on the tokens at places [A] (all different, on the flat [N, D]) and gives 0 elsewhere."""
+    if feed_forward is None:
+        yield
+        return
+
+    shape = torch.Size()
+
+    def select(_, inputs):
+        nonlocal shape
+        shape = inputs[0].shape
+        return (_Select.apply(inputs[0].flatten(0, 1), places)[None],)
+
+    def spread(_, inputs, output):
+        return output.new_zeros(shape.numel() // shape[-1], shape[-1]).index_copy(0, places, output[0]).view(shape)
+
+    hooks = [feed_forward.register_forward_pre_hook(select), feed_forward.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
