@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.advantages import group_centred, group_standardised, le
 from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
 from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
-from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs
+from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.losses import (
     entropy_bonus,
     explained_variance,
@@ -400,6 +400,8 @@ def test_selected_logprobs_and_entropy_of_two_tokens(temperature, first):
     assert logprobs.exp().flatten().tolist() == pytest.approx([first, 1 - first], abs=1e-6)
     expected = -first * math.log(first) - (1 - first) * math.log(1 - first)
     assert entropy(logits, temperature=temperature).flatten().tolist() == pytest.approx([expected] * 2, abs=1e-6)
+    both = selected_logprobs_and_entropy(logits, torch.tensor([[0, 1]]), temperature=temperature)
+    assert torch.equal(both[0], logprobs) and both[1].flatten().tolist() == pytest.approx([expected] * 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -421,6 +423,11 @@ def test_selected_logprobs_in_many_pieces(dtype, atol):
     probs = (exact.detach() / 0.7).softmax(-1)
     plain = -(probs * probs.log()).sum(-1)
     torch.testing.assert_close(entropy(logits, temperature=0.7).double(), plain, atol=1e-4, rtol=1e-4)
+    both = selected_logprobs_and_entropy(logits, ids, temperature=0.7)
+    assert torch.equal(both[0], found) and not both[1].requires_grad
+    torch.testing.assert_close(both[1].double(), plain, atol=1e-4, rtol=1e-4)
+    (gradient,) = torch.autograd.grad((both[0] * weights).sum(), logits)
+    assert torch.equal(gradient, logits.grad)
 
 
 def test_selected_logprobs_are_float32_and_hold_for_large_logits():
@@ -428,6 +435,7 @@ def test_selected_logprobs_are_float32_and_hold_for_large_logits():
     logprobs = selected_logprobs(logits, torch.tensor([[1]]), temperature=1.0)
     assert logprobs.dtype == torch.float32 and float(logprobs) == -1000.0
     assert float(entropy(logits, temperature=1.0)) == 0.0
+    assert float(selected_logprobs_and_entropy(logits, torch.tensor([[1]]), temperature=1.0)[1]) == 0.0
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

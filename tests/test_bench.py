@@ -22,6 +22,7 @@ from rlhf_ray.cli.bench.results import ratios
 from rlhf_ray.cli.bench.serve import quantile
 from rlhf_ray.cli.bench.sync import shape_of_weights
 from rlhf_ray.cli.bench.yardsticks.pss import tree_pss
+from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import flops, scale
 from rlhf_ray.evaluation.flops import SIZES, Shape, Work
@@ -47,6 +48,24 @@ def test_flop_of_the_phases_by_hand():
     assert found["score"] == 2 * 5 * (12928 + 320) + 2 * 5 * 12928
     assert found["update"] == 3 * 3 * (5 * (12928 + 320) + 5 * 12928)
     assert found["assemble"] == found["sync"] == 0
+
+
+def test_flop_that_are_left_by_hand():
+    """A feed-forward layer has 2 x 8 x 32 = 512 weights: 5,120 operations for a token of each of the five rows. The last one
+    leaves out the prompt's two tokens, for the reward model three of the four. An update starts from a forward pass."""
+    found = flops.computed(TINY, WORK)
+    language, value, reward = 66_240 - 2 * 5120, 64_640 - 2 * 5120, 64_640 - 3 * 5120
+    assert found["score"] == 2 * language + value + reward == 215_680
+    assert found["update"] == (3 * 3 - 1) * (language + value) == 883_200
+    assert found["generate"] == flops.phases(TINY, WORK)["generate"]
+
+
+def test_the_benchmarks_reward_model_reads_whole_responses():
+    """Its text has to come back as the ids that it was: as one unknown word, a response would cost one token."""
+    tokenizer = word_tokenizer(500)
+    prompt, response = [3, 497, 1], [0, 12, 345, 6]
+    texts = [tokenizer.decode(ids) for ids in (prompt, response)]
+    assert encode_pairs(tokenizer, texts[:1], texts[1:]) == [([*prompt, *response, tokenizer.eos_token_id], 3)]
 
 
 def test_flop_of_a_forward_pass_against_torchs_own_counter():

@@ -366,7 +366,9 @@ def test_bfloat16_stays_near_the_models_own_forward():
         np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("kv_heads", [8, 4, 1])
 def test_decode_attention_of_rows_with_different_lengths(dtype, near, kv_heads):
     """A head of its own for each query head, shared ones, and one for all; against float64 written out."""

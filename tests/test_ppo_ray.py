@@ -45,6 +45,7 @@ EVERY_STEP = {
     "first_policy/approx_kl", "value/loss", "value/clip_frac", "value/explained_variance", "value/grad_norm",
     "rollout/tokens", "rollout/policy_version_min", "episodes", "samples_per_s", "time/generate_s", "time/score_s",
     "time/assemble_s", "time/update_s", "time/sync_s", "time/step_s", "busy/generation_s", "busy/policy_s",
+    "busy/policy_update_s",
     "bytes/generation", "bytes/policy", "bytes/assembler",
 }  # fmt: skip
 EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "time/evaluate_s"}

@@ -7,14 +7,17 @@ tokens. Prints one line a trial: milliseconds of both, their ratio, and whether 
 import statistics
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.engines import packing
+from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.engines import kv_cache, packing
 from rlhf_ray.engines.forward import LogprobModel, token_batch
+from rlhf_ray.engines.last_block import only_at
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
 
@@ -65,8 +68,6 @@ def head() -> None:
         logits = logits.float()
         return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    from rlhf_ray.algorithms.logprobs import selected_logprobs
-
     def pieces(logits):
         return selected_logprobs(logits, ids, temperature=1.0)
 
@@ -103,25 +104,64 @@ def attention() -> None:
 
 
 def decode_attention() -> None:
+    """64 rows at 80 tokens, the caches of four layers in turn: as in a model, one does not stay near the core."""
     torch.set_num_threads(2)
-    query, key, value = torch.randn(64, 4, 1, 64), *(torch.randn(64, 4, 80, 64) for _ in range(2))
     mask = (torch.arange(80) < torch.randint(40, 81, (64, 1)))[:, None, None]
-    bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).expand(64, 4, 1, 80).flatten(0, 1)
-    short = [each.bfloat16() for each in (query, key, value)]
+    query = torch.randn(64, 4, 1, 64).bfloat16()
+    caches = [[torch.randn(64, 80, 4, 64).bfloat16() for _ in range(2)] for _ in range(4)]
+    wide = [[states.float() for states in cache] for cache in caches]
 
-    def converting():
-        F.scaled_dot_product_attention(*(each.float() for each in short), mask, scale=0.125).bfloat16()
+    def fused(caches, dtype):
+        for keys, values in caches:
+            heads = keys.transpose(1, 2), values.transpose(1, 2)
+            F.scaled_dot_product_attention(query.to(dtype), *heads, mask, scale=0.125)
 
-    def fused():
-        F.scaled_dot_product_attention(query, key, value, mask, scale=0.125)
+    def lines():
+        for keys, values in caches:
+            kv_cache._block_attention(query, keys.transpose(1, 2), values.transpose(1, 2), mask, 0.125)
 
-    def products():
-        scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=0.125)
-        torch.bmm(scores.softmax(-1), value.flatten(0, 1))
-
-    trial("a decode step's attention over a float32 cache (2 threads)", "kept", converting, fused)
-    trial("... by two products (2 threads)", "whole generation no faster: not used", fused, products)
+    name = "four layers' decode attention by two products a row"
+    trial(f"{name}, for fused (2 threads)", "kept", lambda: fused(caches, torch.bfloat16), lines)
+    trial("... for fused over a float32 cache (2 threads)", "kept", lambda: fused(wide, torch.float32), lines)
     torch.set_num_threads(1)
+
+
+def last_feed_forward() -> None:
+    generator = np.random.default_rng(0)
+    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
+    model, batch = module(), token_batch(*rows, packed=True)
+    where_read = model._only_at
+
+    def with_hooks(hooks):
+        def run():
+            model._only_at = hooks
+            model(batch).sum().backward()
+
+        return run
+
+    trial("last feed-forward where it is read", "kept", with_hooks(partial(only_at, None)), with_hooks(where_read))
+
+
+def entropy_beside_logprobs() -> None:
+    logits, ids = torch.randn(ROWS * RESPONSE, VOCABULARY).bfloat16(), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
+
+    def apart():
+        selected_logprobs(logits, ids, temperature=1.0)
+        entropy(logits, temperature=1.0)
+
+    trial("entropy in the log-probs' reading of the logits", "kept", apart,
+          lambda: selected_logprobs_and_entropy(logits, ids, temperature=1.0))  # fmt: skip
+
+
+def adam() -> None:
+    steps = []
+    for fused in (False, True):
+        weights = list(module().parameters())
+        optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=fused)
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        steps.append(optimizer.step)
+    trial("Adam in one pass over each weight", "kept", *steps)
 
 
 def packed_weights() -> None:
@@ -157,7 +197,9 @@ def compiled() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for part in (activation, head, rows_of_unlike_length, attention, decode_attention, packed_weights):
+    tried = (activation, head, entropy_beside_logprobs, rows_of_unlike_length, attention, last_feed_forward, adam,
+             decode_attention, packed_weights)  # fmt: skip
+    for part in tried:
         part()
     if "--compile" in sys.argv:
         compiled()

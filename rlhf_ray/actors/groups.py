@@ -97,10 +97,12 @@ class TrainerGroup(UnitGroup):
         return results
 
     def update(self, shards: Sequence[ray.ObjectRef], *rates: float) -> list[ray.ObjectRef]:
-        return [
-            self.waiter.track(actor.update.remote(shard, *rates), f"{self.role} rank {rank} (update)")
-            for rank, (actor, shard) in enumerate(zip(self.actors, shards, strict=True))
-        ]
+        handles = []
+        for rank, (actor, shard) in enumerate(zip(self.actors, shards, strict=True)):
+            stats, receipt = actor.update.options(num_returns=2).remote(shard, *rates)
+            name = f"{self.role} rank {rank} (update)"
+            handles.append(self.waiter.track(stats, name, receipt, account=f"{self.role}_update"))
+        return handles
 
     def call(self, method: str, *args) -> list[ray.ObjectRef]:
         return [

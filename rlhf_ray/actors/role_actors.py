@@ -185,6 +185,7 @@ class TrainerActor(RoleActor):
         )  # fmt: skip
         return DeepSpeedEngine(module, settings, device=self.device)
 
+    @with_receipt
     def update(self, shard, *rates):
         return self.role.update(shard, *rates)
 

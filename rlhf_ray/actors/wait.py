@@ -34,6 +34,7 @@ class ActorDied(RunFailed):
 class Tracked:
     name: str  # "reward actor 1 (step 17, chunk 3)"
     receipt: ray.ObjectRef | None  # None: the result itself is small and is looked at
+    account: str  # what the receipt's seconds and bytes are added to
 
 
 class Waiter:
@@ -41,13 +42,16 @@ class Waiter:
 
     def __init__(self, deadline_s: float, remedy: str, on_wait: Callable[[str, float], None] = lambda what, s: None):
         self.deadline_s, self.remedy, self.on_wait = deadline_s, remedy, on_wait
-        self.busy_s: dict[str, float] = {}  # role -> compute seconds since `take_totals`
+        self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
         self._tracked: dict[ray.ObjectRef, Tracked] = {}
         self._beside: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
 
-    def track(self, ref: ray.ObjectRef, name: str, receipt: ray.ObjectRef | None = None) -> ray.ObjectRef:
-        self._tracked[ref] = Tracked(name, receipt)
+    def track(
+        self, ref: ray.ObjectRef, name: str, receipt: ray.ObjectRef | None = None, account: str | None = None
+    ) -> ray.ObjectRef:
+        """name: begins with the role, whose account it is if no other is given."""
+        self._tracked[ref] = Tracked(name, receipt, account or name.split()[0])
         return ref
 
     def put_beside(self, refs: list[ray.ObjectRef], other: ray.ObjectRef) -> None:
@@ -90,7 +94,7 @@ class Waiter:
         return _fetch(list(refs), what, remedy or self.remedy)
 
     def take_totals(self) -> dict[str, float]:
-        """busy/<role>_s and bytes/<role> since the last call."""
+        """busy/<account>_s and bytes/<account> since the last call."""
         totals = {f"busy/{role}_s": seconds for role, seconds in self.busy_s.items()}
         totals |= {f"bytes/{role}": float(count) for role, count in self.bytes.items()}
         self.busy_s, self.bytes = {}, {}
@@ -99,9 +103,8 @@ class Waiter:
     def _look_at(self, ref: ray.ObjectRef, tracked: Tracked, remedy: str) -> None:
         value = _fetch(ref, tracked.name, remedy)
         if isinstance(value, Receipt):
-            role = tracked.name.split()[0]
-            self.busy_s[role] = self.busy_s.get(role, 0.0) + value.seconds
-            self.bytes[role] = self.bytes.get(role, 0) + value.bytes
+            self.busy_s[tracked.account] = self.busy_s.get(tracked.account, 0.0) + value.seconds
+            self.bytes[tracked.account] = self.bytes.get(tracked.account, 0) + value.bytes
 
 
 def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) -> Any:

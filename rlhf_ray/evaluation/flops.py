@@ -31,8 +31,11 @@ class Shape:
     @property
     def block_weights(self) -> int:
         """Weights of one block's matrices: query and output, key and value, feed-forward."""
-        attention = 2 * self.width**2 + 2 * self.width * self.key_value_width
-        return attention + (3 if self.gated else 2) * self.width * (self.feed_forward or 4 * self.width)
+        return 2 * self.width**2 + 2 * self.width * self.key_value_width + self.feed_forward_weights
+
+    @property
+    def feed_forward_weights(self) -> int:
+        return (3 if self.gated else 2) * self.width * (self.feed_forward or 4 * self.width)
 
     @property
     def weights(self) -> int:
@@ -119,6 +122,17 @@ def phases(shape: Shape, work: Work) -> dict[str, int]:
         "update": 3 * work.epochs * (language + value),
         "sync": 0,
     }
+
+
+def computed(shape: Shape, work: Work) -> dict[str, int]:
+    """What is left of `phases` here, with ppo.reuse_forward: the first epoch starts from the forward passes of the old log-probs
+    and values, and the last block's feed-forward works where its output is read (`engines.last_block`)."""
+    feed_forward = 2 * shape.feed_forward_weights * work.rows
+    unread = feed_forward * work.prompt  # of the states before the response's tokens
+    language, value = language_forward(shape, work) - unread, value_forward(shape, work) - unread
+    reward = value_forward(shape, work) - feed_forward * (work.prompt + work.response - 1)  # one state a row
+    score, update = 2 * language + value + reward, (3 * work.epochs - 1) * (language + value)
+    return phases(shape, work) | {"score": score, "update": update}
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def bench_ppo(
     prompt: Prompt = 32,
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
-    microbatch: Annotated[int, typer.Option(help="rollouts a forward pass", min=1)] = 16,
+    microbatch: Annotated[int, typer.Option(help="rollouts a forward pass, TRL's too", min=1)] = 32,
     iterations: Annotated[int, typer.Option(help="after one to warm up", min=1)] = 5,
     threads: Threads = 0,
     precision: Precision = "auto",
@@ -86,7 +86,7 @@ def bench_ppo(
     result = ppo.measure_ppo(shape, work, microbatch=microbatch, precision=_precision(precision), **settings)
     if python is not None:
         bfloat16 = has_bfloat16("cuda" if gpu else "cpu")
-        found = trl.measure_trl(shape, work, bfloat16=bfloat16, python=python, **settings)
+        found = trl.measure_trl(shape, work, microbatch=microbatch, bfloat16=bfloat16, python=python, **settings)
         result["trl"] = found | {"ratio": result["samples_per_s"] / found["best"]["samples_per_s"]}
     ppo.show_ppo(result, as_json=json_output)
 

@@ -52,6 +52,7 @@ class Fakes:
         responses = rollout.sequences.responses()
         return TokenValues(values=flatten((np.linspace(0, 1, len(row)) for row in responses), np.float32))
 
+    @with_receipt
     def update(self, shard, *rates: float) -> dict[str, float]:
         return {"first_policy/approx_kl": 0.0, "tokens": float(len(shard.old))}
 

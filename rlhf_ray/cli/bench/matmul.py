@@ -37,8 +37,10 @@ def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device:
         for times, rows, inputs, outputs in products(shape, tokens, logits):
             left = torch.randn(rows, inputs, device=device).to(dtype)
             right = torch.randn(outputs, inputs, device=device).to(dtype)
-            flop += times * 2.0 * rows * inputs * outputs
-            seconds += times * min(_timed(device, torch.nn.functional.linear, left, right) for _ in range(ROUNDS))
+            of_one = 2.0 * rows * inputs * outputs
+            flop += times * of_one
+            linear = torch.nn.functional.linear
+            seconds += times * min(_timed(device, of_one, linear, left, right) for _ in range(ROUNDS))
     finally:
         torch.set_num_threads(before)
     return {
@@ -49,10 +51,11 @@ def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device:
     }
 
 
-def _timed(device: str, function, *args) -> float:
+def _timed(device: str, flop: float, function, *args) -> float:
+    """Seconds a call, over as many as take some milliseconds: a single one pays for waking the threads, or for a launch."""
     import torch
 
-    again = 1 if device == "cpu" else 20  # a launch takes longer than a small product
+    again = max(1, round(5e9 / flop)) if device == "cpu" else 20
     started = time.perf_counter()
     for _ in range(again):
         function(*args)

@@ -17,7 +17,7 @@ from rlhf_ray.cli.bench.random_run import bench_recipe, cores, write_random_run
 from rlhf_ray.cli.bench.results import hardware, on_hardware, show
 from rlhf_ray.cli.bench.yardsticks.pss import tree_pss
 from rlhf_ray.config import Precision
-from rlhf_ray.evaluation.flops import Shape, Work, peak_shares, phases
+from rlhf_ray.evaluation.flops import Shape, Work, computed, peak_shares, phases
 from rlhf_ray.run_folder import RunFolder
 
 PHASES = ("generate", "score", "assemble", "update", "sync")
@@ -44,6 +44,8 @@ def measure_ppo(
         "seconds_per_phase": of_phases,
         "matmul": peak,
         "floor": [asdict(row) for row in peak_shares(of_phases, phases(shape, work), peak["flop_per_s"])],
+        "computed": [asdict(row) for row in peak_shares(of_phases, computed(shape, work), peak["flop_per_s"])],
+        "waiting": _waiting(runs),
         "response_tokens": statistics.mean(run["rollout/tokens"] for run in runs) / work.rows,
         "mismatch_max": max(run["policy/mismatch_max"] for run in runs),
         "start_s": start_s,
@@ -86,6 +88,21 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
     return start_s, runs[1:], pss and pss / 1e9
 
 
+def _waiting(runs: list[dict]) -> dict[str, float]:
+    """By phase: the share of an iteration in which even its slowest role does not compute, but Ray serialises, schedules and
+    stores, or the controller waits. The sync is all of it: packing is no computing. Median over the iterations."""
+    roles = {"generate": ("generation",), "score": ("reward", "reference", "policy", "critic"), "assemble": ("assembler",),
+             "update": ("policy_update", "critic_update"), "sync": ()}  # fmt: skip
+    shares = [
+        {phase: (run[f"time/{phase}_s"] - max((run[f"busy/{role}_s"] for role in of), default=0)) / run["seconds"]
+         for phase, of in roles.items()}
+        for run in runs
+    ]  # fmt: skip
+    return {phase: statistics.median(share[phase] for share in shares) for phase in roles} | {
+        "iteration": statistics.median(sum(share.values()) for share in shares)
+    }
+
+
 def _resources(threads: int, gpu: bool) -> dict:
     """Generation has the machine to itself; the others share the cores: two and two score and train side by side.
 
@@ -109,6 +126,12 @@ def show_ppo(result: dict, *, as_json: bool) -> None:
         f"start-up {result['start_s']:.0f} s, {on_hardware(result)})",
         f"peak: {peak['flop_per_s'] / 1e9:,.0f} GFLOP/s, {peak['dtype']} products of this model's shapes on "
         + (f"{peak['threads']} threads" if peak["device"] == "cpu" else "the GPU"),
+    ]
+    done, waiting = result["computed"][-1], result["waiting"]["iteration"]
+    lines += [
+        f"computed: {done['flop'] / 1e9:,.0f} GFLOP, {done['peak_share']:.0%} of peak (the first epoch's forward pass is there "
+        "already, the last feed-forward works where it is read)",
+        f"Ray's share: {waiting:.1%} of an iteration beyond the slowest role's computing, weight sync included",
     ]
     if result["pss_gb"] is not None:
         lines.append(f"memory of all processes together: {result['pss_gb']:.2f} GB (proportional set size)")

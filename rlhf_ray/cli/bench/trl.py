@@ -45,13 +45,21 @@ def trl_python(folder: Path, say=lambda line: None) -> Path:
 
 
 def measure_trl(
-    shape: Shape, work: Work, *, iterations: int, threads: int, bfloat16: bool, python: Path, gpu: bool = False
+    shape: Shape,
+    work: Work,
+    *,
+    microbatch: int,
+    iterations: int,
+    threads: int,
+    bfloat16: bool,
+    python: Path,
+    gpu: bool = False,
 ) -> dict:
     """The runs in both precisions (in float32 alone where the device has no bfloat16), and the better one."""
     runs, device = [], ["--gpu"] if gpu else []
     for flags in (device, [*device, "--bf16"]) if bfloat16 else (device,):
         # -P: the script's folder is not searched for modules
-        command = [str(python), "-P", str(SCRIPT), *arguments(shape, work, iterations, threads), *flags]
+        command = [str(python), "-P", str(SCRIPT), *arguments(shape, work, microbatch, iterations, threads), *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
         if done.returncode != 0:
             raise RunFailed(f"TRL's run failed: {(done.stderr.strip() or 'no words').splitlines()[-1]}")
@@ -59,10 +67,10 @@ def measure_trl(
     return {"runs": runs, "best": max(runs, key=lambda run: run["samples_per_s"])}
 
 
-def arguments(shape: Shape, work: Work, iterations: int, threads: int) -> list[str]:
+def arguments(shape: Shape, work: Work, microbatch: int, iterations: int, threads: int) -> list[str]:
     values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
               "batch": work.rows, "prompt": work.prompt, "response": work.response, "epochs": work.epochs,
-              "iterations": iterations, "threads": threads}  # fmt: skip
+              "microbatch": min(microbatch, work.rows), "iterations": iterations, "threads": threads}  # fmt: skip
     given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     return [*given, "--llama"] if shape.gated else given
 
