@@ -186,3 +186,53 @@ def test_a_batch_the_mask_and_padded_tokens_by_hand():
     assert action_mask(torch.tensor([2, 1])).tolist() == [[True, True], [True, False]]
     rows = pad_tokens([np.array([0.5, -1], np.float32), np.array([2], np.float32)])
     assert rows.tolist() == [[0.5, -1], [2, 0]] and rows.dtype == torch.float32
+
+
+def tokens_of_the_last_feed_forward(model, run):
+    """How many tokens the feed-forward layers of the last block and of the one before it saw, and what `run` gave."""
+    seen = {}
+    config = model.config.get_text_config()
+    blocks = next(
+        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers
+    )
+    norms = [getattr(block, "ln_2", None) or block.post_attention_layernorm for block in blocks[-2:]]
+    inner = [next(m for m in block.mlp.modules() if not list(m.children())) for block in blocks[-2:]]
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, key=key: seen.__setitem__(key, inputs[0].shape[:-1].numel())
+        )
+        for key, module in zip(("norm before", "norm last", "before", "last"), [*norms, *inner], strict=True)
+    ]
+    try:
+        result = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen["norm before"] == seen["norm last"] == seen["before"]
+    return seen["before"], seen["last"], result
+
+
+@pytest.mark.parametrize("of_policy", [True, False], ids=["policy", "critic"])
+def test_the_last_feed_forward_runs_where_it_is_read(model, rows, packed, of_policy):
+    """At the 20 states before a response token, of 46 tokens (60 with padding); twice, and then the model is as it was."""
+    module = logprob_module(model) if of_policy else value_module(model)
+    batch = token_batch(*rows, packed=packed)
+    for _ in range(2):
+        everywhere, read, result = tokens_of_the_last_feed_forward(model, lambda: module(batch))
+        assert (everywhere, read) == (46 if packed else 65, 20)
+        result.sum().backward()
+    ids = torch.ones(1, 7, dtype=torch.long)
+    assert tokens_of_the_last_feed_forward(model, lambda: model(ids, use_cache=False))[:2] == (7, 7)
+
+
+def test_what_a_backward_pass_computes_again_is_computed_everywhere(rows):
+    """The second forward pass of checkpointing comes when nobody says any more which tokens are read."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = LlamaForCausalLM(config).train()
+    model.gradient_checkpointing_enable()
+    everywhere, read, _ = tokens_of_the_last_feed_forward(
+        model, lambda: logprob_module(model)(token_batch(*rows, packed=True))
+    )
+    assert everywhere == read == 46

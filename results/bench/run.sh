@@ -8,14 +8,21 @@ out=results/bench
 generate=(rlhf-ray)
 [ -z "${1:-}" ] || generate=("$1" -m rlhf_ray.cli.main)
 
-rlhf-ray bench ppo --iterations 8 --against-trl --json > $out/ppo_4m.json
-rlhf-ray bench ppo --size 14m --iterations 6 --against-trl --json > $out/ppo_14m.json
-rlhf-ray bench ppo --size 124m --batch 16 --microbatch 8 --iterations 2 --against-trl --json > $out/ppo_124m.json
-"${generate[@]}" bench generate --json > $out/generate_4m.json
-"${generate[@]}" bench generate --size 14m --json > $out/generate_14m.json
-"${generate[@]}" bench generate --size 124m --repeats 2 --json > $out/generate_124m.json
-rlhf-ray bench sync --megabytes 17 --megabytes 100 --megabytes 500 --json > $out/sync.json
-rlhf-ray bench controller --generators 256 --steps 100 --json > $out/controller.json
-rlhf-ray bench serve --json > $out/serve.json
-OMP_WAIT_POLICY=active python $out/trials.py > $out/trials.txt
+keep() { # NAME COMMAND...: its output as NAME.json, once it has ended well
+    "${@:2}" > "$out/$1.partial"
+    mv "$out/$1.partial" "$out/$1.json"
+}
+
+keep ppo_4m rlhf-ray bench ppo --iterations 8 --against-trl --json
+keep ppo_14m rlhf-ray bench ppo --size 14m --iterations 6 --against-trl --json
+keep ppo_124m rlhf-ray bench ppo --size 124m --batch 16 --microbatch 8 --iterations 2 --against-trl --json
+keep generate_4m "${generate[@]}" bench generate --json
+keep generate_14m "${generate[@]}" bench generate --size 14m --json
+keep generate_124m "${generate[@]}" bench generate --size 124m --repeats 2 --json
+keep sync rlhf-ray bench sync --megabytes 17 --megabytes 100 --megabytes 500 --json
+keep controller rlhf-ray bench controller --generators 256 --steps 100 --json
+keep serve rlhf-ray bench serve --json
+# Spinning, as a generation actor's threads do.
+OMP_WAIT_POLICY=active python $out/trials.py --compile > $out/trials.partial
+mv $out/trials.partial $out/trials.txt
 python $out/tables.py

@@ -30,7 +30,9 @@ def ppo_lines(runs: dict[str, dict]) -> list[str]:
     ]
     for size, run in runs.items():
         trl = {each["precision"]: each for each in run["trl"]["runs"]}
-        rates = run["samples_per_s"], *(trl[name]["samples_per_s"] for name in ("float32", "bf16 autocast"))
+        rates = [run["samples_per_s"]] + [
+            trl[name]["samples_per_s"] if name in trl else float("nan") for name in ("float32", "bf16 autocast")
+        ]
         lines.append(
             f"| {size}, {run['work']['prompts']} prompts | "
             + " | ".join(f"{rate:.1f}" for rate in rates)

@@ -134,7 +134,7 @@ class PolicyGroup(TrainerGroup):
         else:
             answers = [actor.send_weights.options(num_returns=2).remote() for actor in self.actors]
         for rank, (first, *_, receipt) in enumerate(answers):
-            self.waiter.track(first, f"policy rank {rank} (weights)", receipt)
+            self.waiter.track(first, f"policy rank {rank} (weights)", receipt, account="policy_sync")
         return [*answers[0][:-1], *(others[0] for others in answers[1:])]
 
 

@@ -52,6 +52,8 @@ class DeepSpeedEngine:
         module = module.to(device).float()
         self.module = module
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
+            parameter.data = parameter.data.contiguous()
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
         )
@@ -185,7 +187,7 @@ class DeepSpeedEngine:
         import deepspeed.utils as ds
 
         if self.settings.zero_stage == 0 and key != "weight":
-            self.optimizer.state[parameter][key] = value.clone()
+            self.optimizer.state[parameter][key].copy_(value)
         elif self.settings.zero_stage == 3:
             part = self._own_part(value)
             if key == "weight":

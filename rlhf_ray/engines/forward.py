@@ -86,7 +86,7 @@ class LogprobModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.packed = pack(model)
         self.entropy_gradient = entropy_gradient
-        self._only_at = partial(only_at, last_feed_forward(model))  # hidden in there: it is no module of this one
+        self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):

@@ -123,15 +123,17 @@ class RaggedCache(Cache):
 def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Transformers' sdpa attention, except for a single query token a row: the decode step.
 
-    There the query heads of a key-value head become its rows of queries, so grouped-query attention copies no keys.
-    query [n, heads, q, D], key and value [n, H, length, D] -> [n, q, heads, D].
+    There the query heads of a key-value head become its rows of queries, so grouped-query attention copies no keys; for CPUs in
+    bfloat16 see `_block_attention`. Other callers may give no mask (nothing is hidden from one token), or numbers to be added.
+    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n, 1, q, length] bool -> [n, q, heads, D].
     """
     if query.shape[2] != 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     n, heads, _, channels = query.shape
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    masked = attention_mask is not None and attention_mask.dtype == torch.bool
+    if masked and query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _block_attention(query, key, value, attention_mask, scaling), None
     query = query.reshape(n, key.shape[1], heads // key.shape[1], channels)
     output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
@@ -143,7 +145,8 @@ def _block_attention(query, key, value, mask, scaling: float | None) -> torch.Te
 
     Each query head becomes a line of H * D channels, zero outside its key-value head's, so a row's keys are read as they
     lie, all heads at once. H times the arithmetic, and several times as fast as many products of one line (measured:
-    results/bench/trials.py).   -> [n, 1, heads, D]
+    results/bench/trials.py).
+    query [n, heads, 1, D], key and value [n, H, length, D], mask [n, 1, 1, length] bool -> [n, 1, heads, D]
     """
     n, heads, _, channels = query.shape
     groups, length = key.shape[1], key.shape[2]
@@ -151,11 +154,14 @@ def _block_attention(query, key, value, mask, scaling: float | None) -> torch.Te
     lines = query.new_zeros(n, heads, groups, channels)
     lines[:, torch.arange(heads), own] = query[:, :, 0]
     keys, values = (states.transpose(1, 2).reshape(n, length, -1) for states in (key, value))
-    hidden = torch.zeros(n, 1, length, dtype=query.dtype).masked_fill_(~mask[:, 0], -torch.inf)
-    scores = torch.baddbmm(
-        hidden.expand(n, heads, length), lines.flatten(2), keys.transpose(1, 2),
-        alpha=channels**-0.5 if scaling is None else scaling,
-    )  # fmt: skip
+    lines, scaling = lines.flatten(2), channels**-0.5 if scaling is None else scaling
+    # The product adds its first argument before it rounds. Keys with a bias give all scores of a row a common part, which the
+    # softmax ignores and bfloat16 would spend its digits on: taken off with the mean of every eighth key that is seen.
+    seen = mask[:, 0, :, ::8].transpose(1, 2)
+    mean = keys[:, ::8].masked_fill(~seen, 0.0).sum(1, dtype=torch.float32) / seen.sum(1)
+    common = scaling * torch.bmm(lines.float(), mean[:, :, None])  # [n, heads, 1]
+    offsets = torch.where(mask[:, 0], -common, -torch.inf).to(query.dtype)
+    scores = torch.baddbmm(offsets, lines, keys.transpose(1, 2), alpha=scaling)
     mixed = torch.bmm(scores.softmax(-1), values).view(n, heads, groups, value.shape[-1])
     return mixed[:, torch.arange(heads), own][:, None]
 

@@ -42,6 +42,8 @@ class RaggedDecoder:
         if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
             model.set_attn_implementation(RAGGED)
         self.additive_mask = model.config._attn_implementation == "eager"
+        in_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16
+        self.reads_blocks = in_bfloat16 and model.config._attn_implementation == RAGGED  # `kv_cache._block_attention`
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         if self.config.model_type not in TESTED_FAMILIES:
             self._compare_with_plain_forward()
@@ -84,8 +86,8 @@ class RaggedDecoder:
         """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V]."""
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
-        if self.device.type == "cpu" and cache.write.slots <= 2 * length:
-            length = cache.write.slots  # its products copy what does not lie in one piece, and masked slots are cheaper
+        if self.reads_blocks and cache.write.slots <= 2 * length:
+            length = cache.write.slots  # the block products copy a part of a row's slots, and masked ones are cheaper
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
         mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]

@@ -125,8 +125,8 @@ def phases(shape: Shape, work: Work) -> dict[str, int]:
 
 
 def computed(shape: Shape, work: Work) -> dict[str, int]:
-    """What is left of `phases` here, with ppo.reuse_forward: the first epoch starts from the forward passes of the old log-probs
-    and values, and the last block's feed-forward works where its output is read (`engines.last_block`)."""
+    """What is still needed of `phases` here, with ppo.reuse_forward: the first epoch starts from the forward passes of the old
+    log-probs and values, and the last block's feed-forward works where its output is read (`engines.last_block`)."""
     feed_forward = 2 * shape.feed_forward_weights * work.rows
     unread = feed_forward * work.prompt  # of the states before the response's tokens
     language, value = language_forward(shape, work) - unread, value_forward(shape, work) - unread

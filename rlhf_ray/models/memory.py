@@ -105,11 +105,10 @@ def scoring_bytes(recipe: Recipe, *, itemsize: int, head: bool) -> float:
 
 
 def generation_bytes(recipe: Recipe, *, itemsize: int) -> float:
-    """Keys and values of a chunk of the longest sequences, in float32 on CPUs, and a step's logits and their probabilities."""
+    """Keys and values of a chunk of the longest sequences, and a step's logits and their probabilities."""
     shape, rows = shape_of_model(recipe), recipe.generation.chunk_size
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
-    size = 4 if recipe.resources.generation.gpus == 0 else itemsize
-    return 2.0 * shape.layers * shape.key_value_width * rows * longest * size + 3.0 * 4 * rows * shape.vocabulary
+    return 2.0 * shape.layers * shape.key_value_width * rows * longest * itemsize + 3.0 * 4 * rows * shape.vocabulary
 
 
 def memory_problems(

@@ -1,4 +1,7 @@
-"""The recipe's algorithm as the flat knobs of the roles that carry it out."""
+"""The recipe's algorithm as the flat knobs of the roles that carry it out.
+
+`PolicyKnobs` stands here and not beside its role, whose module loads transformers: the assembler needs this one and not that.
+"""
 
 from __future__ import annotations
 

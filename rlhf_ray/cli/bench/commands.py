@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,9 @@ def bench_ppo(
     prompt: Prompt = 32,
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
-    microbatch: Annotated[int, typer.Option(help="rollouts a forward pass, TRL's too", min=1)] = 32,
+    microbatch: Annotated[
+        int, typer.Option(help="rollouts a forward pass, TRL's too; cut to a divisor of --batch", min=1)
+    ] = 32,
     iterations: Annotated[int, typer.Option(help="after one to warm up", min=1)] = 5,
     threads: Threads = 0,
     precision: Precision = "auto",
@@ -82,11 +85,12 @@ def bench_ppo(
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     work = Work(rows=batch, prompt=prompt, response=response, epochs=epochs)
     python = trl_python or (trl.trl_python(trl.environment_folder(), _say) if against_trl else None)
-    settings = {"iterations": iterations, "threads": threads, "gpu": gpu}
-    result = ppo.measure_ppo(shape, work, microbatch=microbatch, precision=_precision(precision), **settings)
+    microbatch = math.gcd(microbatch, batch)
+    settings = {"microbatch": microbatch, "iterations": iterations, "threads": threads, "gpu": gpu}
+    result = ppo.measure_ppo(shape, work, precision=_precision(precision), **settings)
     if python is not None:
         bfloat16 = has_bfloat16("cuda" if gpu else "cpu")
-        found = trl.measure_trl(shape, work, microbatch=microbatch, bfloat16=bfloat16, python=python, **settings)
+        found = trl.measure_trl(shape, work, bfloat16=bfloat16, python=python, **settings)
         result["trl"] = found | {"ratio": result["samples_per_s"] / found["best"]["samples_per_s"]}
     ppo.show_ppo(result, as_json=json_output)
 

@@ -90,7 +90,8 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
 
 def _waiting(runs: list[dict]) -> dict[str, float]:
     """By phase: the share of an iteration in which even its slowest role does not compute, but Ray serialises, schedules and
-    stores, or the controller waits. The sync is all of it: packing is no computing. Median over the iterations."""
+    stores, or the controller waits. The sync is all of it: packing is no computing. Median over the iterations. For one actor
+    a role: the accounts add up over actors."""
     roles = {"generate": ("generation",), "score": ("reward", "reference", "policy", "critic"), "assemble": ("assembler",),
              "update": ("policy_update", "critic_update"), "sync": ()}  # fmt: skip
     shares = [
@@ -129,8 +130,8 @@ def show_ppo(result: dict, *, as_json: bool) -> None:
     ]
     done, waiting = result["computed"][-1], result["waiting"]["iteration"]
     lines += [
-        f"computed: {done['flop'] / 1e9:,.0f} GFLOP, {done['peak_share']:.0%} of peak (the first epoch's forward pass is there "
-        "already, the last feed-forward works where it is read)",
+        f"of these are needed: {done['flop'] / 1e9:,.0f} GFLOP, {done['peak_share']:.0%} of peak (the first epoch's forward pass "
+        "is there already, the last feed-forward works where it is read)",
         f"Ray's share: {waiting:.1%} of an iteration beyond the slowest role's computing, weight sync included",
     ]
     if result["pss_gb"] is not None:

@@ -89,11 +89,11 @@ def _timed(roles, waiter, repeats: int) -> dict:
         started = time.perf_counter()
         sync_weights(roles, version)
         took, totals = time.perf_counter() - started, waiter.take_totals()
-        moved = int(totals["bytes/policy"])
+        moved = int(totals["bytes/policy_sync"])
         copied = copy_seconds(moved)
         if version > 0:
             seconds.append(took)
-            packing.append(totals["busy/policy_s"])
+            packing.append(totals["busy/policy_sync_s"])
             copies.append(copied)
     return {
         "megabytes": moved / 1e6,

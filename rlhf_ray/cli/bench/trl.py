@@ -70,7 +70,7 @@ def measure_trl(
 def arguments(shape: Shape, work: Work, microbatch: int, iterations: int, threads: int) -> list[str]:
     values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
               "batch": work.rows, "prompt": work.prompt, "response": work.response, "epochs": work.epochs,
-              "microbatch": min(microbatch, work.rows), "iterations": iterations, "threads": threads}  # fmt: skip
+              "microbatch": microbatch, "iterations": iterations, "threads": threads}  # fmt: skip
     given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     return [*given, "--llama"] if shape.gated else given
 
