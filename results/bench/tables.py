@@ -35,7 +35,7 @@ def ppo_lines(runs: dict[str, dict]) -> list[str]:
         ]
         lines.append(
             f"| {size}, {run['work']['prompts']} prompts | "
-            + " | ".join(f"{rate:.1f}" for rate in rates)
+            + " | ".join(f"{rate:.3g}" for rate in rates)
             + f" | {run['trl']['ratio']:.2f} | {run['pss_gb']:.2f} | {run['trl']['best']['pss_gb']:.2f} |"
         )
     lines += [

@@ -122,7 +122,12 @@ def decode_attention() -> None:
 
     name = "four layers' decode attention by two products a row"
     trial(f"{name}, for fused (2 threads)", "kept", lambda: fused(caches, torch.bfloat16), lines)
-    trial("... for fused over a float32 cache (2 threads)", "kept", lambda: fused(wide, torch.float32), lines)
+    trial(
+        "... for fused over a float32 cache (2 threads)",
+        "kept: half the memory",
+        lambda: fused(wide, torch.float32),
+        lines,
+    )
     torch.set_num_threads(1)
 
 

@@ -113,11 +113,13 @@ def bench_generate(
 ):
     """Tokens a second of the generation engine, against model.generate of transformers and, where installed, vLLM."""
     from rlhf_ray.cli.bench.generate import measure_generate, show_generate
+    from rlhf_ray.cli.bench.results import take_stdout
 
+    out = take_stdout() if json_output else None
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     work = Work(rows=batch, prompt=prompt, response=response, epochs=1)
     result = measure_generate(shape, work, repeats=repeats, threads=threads, precision=_precision(precision))
-    show_generate(result, as_json=json_output)
+    show_generate(result, as_json=json_output, out=out)
 
 
 @bench_app.command("sync")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_ray.actors.placement import ALONE_ENVIRONMENT
 from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, write_random_run
@@ -21,6 +21,7 @@ from rlhf_ray.evaluation.flops import Shape, Work
 from rlhf_ray.run_folder import RunFolder
 
 Runner = Callable[[], None]
+PAUSE_S = 1.0  # before each round: threads that spin after their work (vLLM's, in a process of its own) have gone to sleep by then
 
 
 def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, precision: Precision) -> dict:
@@ -68,6 +69,7 @@ def _interleaved(runners: dict[str, Runner], tokens: int, repeats: int) -> dict[
     rates: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(repeats + 1):
         for name, run in runners.items():
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             run()
             if number > 0:
@@ -133,7 +135,7 @@ def _transformers(model, prompts: list[list[int]], new_tokens: int) -> Runner:
     return run
 
 
-def show_generate(result: dict, *, as_json: bool) -> None:
+def show_generate(result: dict, *, as_json: bool, out: TextIO | None = None) -> None:
     rows = [
         (way["way"], f"{way['tokens_per_s']['median']:,.0f}", in_brackets(way["ratio"]) if way["ratio"] else "")
         for way in result["ways"]
@@ -145,4 +147,5 @@ def show_generate(result: dict, *, as_json: bool) -> None:
     ]
     if not result["vllm_installed"]:
         lines.append("vLLM is not installed here, so it is not compared with")
-    show(result, lines, as_json=as_json, columns=("", "tokens a second", "engine is so many times as fast"), rows=rows)
+    show(result, lines, as_json=as_json, columns=("", "tokens a second", "engine is so many times as fast"), rows=rows,
+         out=out)  # fmt: skip

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich.table import Table
 
@@ -38,12 +41,27 @@ def in_brackets(found: dict[str, float], digits: int = 2) -> str:
     return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
 
 
+def take_stdout() -> TextIO:
+    """What stdout was; from here to the end of the process, whatever else is printed there goes to stderr. vLLM and the processes
+    it starts print as they like, and --json promises one object."""
+    sys.stdout.flush()
+    taken = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return taken
+
+
 def show(
-    result: dict, lines: Iterable[str], *, as_json: bool, columns: Sequence[str], rows: Iterable[Sequence[str]]
+    result: dict,
+    lines: Iterable[str],
+    *,
+    as_json: bool,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    out: TextIO | None = None,
 ) -> None:
-    """The first column is text, the others are numbers."""
+    """The first column is text, the others are numbers. out: where the JSON goes; None: stdout."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), file=out, flush=True)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
