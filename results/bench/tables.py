@@ -40,7 +40,7 @@ def ppo_lines(runs: dict[str, dict]) -> list[str]:
         )
     lines += [
         "", "| seconds (share of the matmul rate's arithmetic, all of it) | " + " | ".join(PHASES) + " | iteration | "
-        "of what is computed | Ray's share |", "|---|" + "---|" * (len(PHASES) + 3),
+        "of what is needed | Ray's share |", "|---|" + "---|" * (len(PHASES) + 3),
     ]  # fmt: skip
     for size, run in runs.items():
         cells = [
@@ -103,6 +103,8 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
             middle.bar(place, share, 0.5, bottom=bottom, color=f"C{number + 3}")
             bottom += share
         middle.hlines(run["floor"][-1]["peak_share"], place - 0.3, place + 0.3, color="black", linewidth=2)
+    left.set_ylim(top=1.3 * max(run["trl"]["ratio"] for run in ppo.values()))
+    middle.set_ylim(top=1.35)
     left.set_title("samples a second over TRL's better precision", fontsize=10)
     left.legend(
         [plt.Rectangle((0, 0), 1, 1, color=f"C{number}") for number in range(3)],
@@ -111,7 +113,7 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
     middle.set_title("share of an iteration; line: arithmetic at the matmul rate", fontsize=10)
     middle.legend(
         [plt.Rectangle((0, 0), 1, 1, color=f"C{number + 3}") for number in range(3)],
-        ["generate", "score", "update"], fontsize=8, loc="lower right",
+        ["generate", "score", "update"], fontsize=8, loc="upper right",
     )  # fmt: skip
     for axis in (left, middle):
         axis.set_xticks(range(len(ppo)), list(ppo))
