@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -115,7 +116,7 @@ def bench_generate(
     from rlhf_ray.cli.bench.generate import measure_generate, show_generate
     from rlhf_ray.cli.bench.results import take_stdout
 
-    out = take_stdout() if json_output else None
+    out = take_stdout() if json_output and find_spec("vllm") is not None else None
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     work = Work(rows=batch, prompt=prompt, response=response, epochs=1)
     result = measure_generate(shape, work, repeats=repeats, threads=threads, precision=_precision(precision))
