@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.cli.bench import trl
 from rlhf_ray.cli.bench.controller import Crowd
+from rlhf_ray.cli.bench.ppo import _waiting
 from rlhf_ray.cli.bench.random_run import bench_recipe
 from rlhf_ray.cli.bench.results import ratios
 from rlhf_ray.cli.bench.serve import quantile
@@ -58,6 +59,17 @@ def test_flop_that_are_left_by_hand():
     assert found["score"] == 2 * language + value + reward == 215_680
     assert found["update"] == (3 * 3 - 1) * (language + value) == 883_200
     assert found["generate"] == flops.phases(TINY, WORK)["generate"]
+
+
+def test_rays_share_by_hand():
+    """Of 2 s: 0.1 s beyond the generator, 0.05 beyond the slowest scorer, 0.02 beyond the slower update, and all of the sync."""
+    busy = {"generation": 0.4, "reward": 0.1, "reference": 0.2, "policy": 0.35, "critic": 0.3, "assembler": 0.01,
+            "policy_update": 1.08, "critic_update": 0.9, "policy_sync": 0.004}  # fmt: skip
+    took = {"generate": 0.5, "score": 0.4, "assemble": 0.01, "update": 1.1, "sync": 0.03}
+    run = {"seconds": 2.0} | {f"busy/{name}_s": value for name, value in busy.items()}
+    found = _waiting([run | {f"time/{phase}_s": value for phase, value in took.items()}])
+    expected = {"generate": 0.05, "score": 0.025, "assemble": 0.0, "update": 0.01, "sync": 0.015, "iteration": 0.1}
+    assert found == pytest.approx(expected)
 
 
 def test_the_benchmarks_reward_model_reads_whole_responses():

@@ -404,7 +404,7 @@ def test_the_model_stays_right_for_other_callers(dtype, near):
         make_engine(model)
         padded = model(ids, attention_mask=mask, position_ids=positions).logits[0, -1]
         plain = model.generate(ids[:, 2:], do_sample=False, max_new_tokens=5, pad_token_id=0)
-    torch.testing.assert_close(padded, alone, atol=near, rtol=near)
+    torch.testing.assert_close(padded, alone, atol=near, rtol=0 if dtype == torch.float32 else near)
     greedy = make_engine(model, [EOS]).generate([[5, 6, 7]], [0], SamplingParams(max_new_tokens=5, temperature=0.0))
     assert plain[0, 3:].tolist() == greedy[0].response_ids.tolist()
 
