@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.kv_cache import ragged_attention
+from rlhf_ray.engines.kv_cache import RaggedCache, ragged_attention
+from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.engines.row_batch import row_uniforms
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation_types import SamplingParams
@@ -380,8 +381,16 @@ def test_decode_attention_of_rows_with_different_lengths(dtype, near, kv_heads, 
     if bias:
         query[..., 0], key[..., 0] = 4.0, key[..., 0] + bias
     query, key, value = (states.to(dtype) for states in (query, key, value))
-    mask = torch.arange(length) < torch.tensor([1, 700, 2048, 5, 1500])[:, None]
-    output, _ = ragged_attention(torch.nn.Module(), query, key, value, mask[:, None, None], scaling=0.2)
+    lengths = torch.tensor([1, 700, 2048, 5, 1500])
+    mask = torch.arange(length) < lengths[:, None]
+    cache = RaggedCache(1, centred=dtype == torch.bfloat16)
+    cache.reserve(rows, length)
+    cache.begin_prefill(0, (lengths - 1).clamp(min=1))
+    cache.layers[0].update(key, value)
+    cache.begin_decode(lengths - 1, length)
+    last = (torch.arange(rows), slice(None), lengths - 1)
+    stored = cache.layers[0].update(key[last][:, :, None], value[last][:, :, None])
+    output, _ = ragged_attention(torch.nn.Module(), query, *stored, mask[:, None, None], scaling=0.2)
     assert output.shape == (rows, 1, heads, channels)
     for row in range(rows):
         for head in range(heads):
@@ -389,6 +398,67 @@ def test_decode_attention_of_rows_with_different_lengths(dtype, near, kv_heads, 
             k, v = key[row, own, mask[row]].double(), value[row, own, mask[row]].double()
             expected = torch.softmax(k @ query[row, head, 0].double() * 0.2, 0) @ v
             torch.testing.assert_close(output[row, 0, head].double(), expected, atol=near, rtol=near)
+
+
+def test_keys_are_stored_from_their_rows_centre():
+    """Which moves with its row, and is the mean of the prompt's own keys, not of padding."""
+    torch.manual_seed(0)
+    cache = RaggedCache(1, centred=True)
+    cache.reserve(3, 8)
+    key, value, new = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5), torch.randn(2, 2, 1, 5)
+    cache.begin_prefill(0, torch.tensor([4, 1, 3]))
+    cache.layers[0].update(key, value)
+    cache.move_rows(torch.tensor([2]), torch.tensor([0]), 3)
+    cache.begin_decode(torch.tensor([3, 1]), 8)
+    layer = cache.layers[0]
+    keys, values = layer.update(new, new)
+    for row, before, length in ((0, 2, 3), (1, 1, 1)):
+        centre = key[before, :, :length].mean(1, keepdim=True)
+        expected = torch.cat((key[before, :, :length], new[row]), 1) - centre
+        torch.testing.assert_close(keys[row, :, : length + 1], expected)
+        torch.testing.assert_close(values[row, :, : length + 1], torch.cat((value[before, :, :length], new[row]), 1))
+
+
+def test_a_prompt_of_one_token_has_a_centre():
+    decoder = RaggedDecoder(build("gpt2", torch.bfloat16))
+    cache = decoder.new_cache()
+    cache.reserve(2, 1)
+    with torch.inference_mode():
+        decoder.prefill(cache, 0, [np.array([3]), np.array([4])])
+    assert cache.layers[0].centres.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.inference_mode()
+def test_the_written_out_step_is_the_models_forward(family, tied):
+    model = build(family, tie_word_embeddings=tied)
+    decoder = RaggedDecoder(model)
+    assert decoder.step is not None
+    prompts = [np.array(ids) for ids in ragged_prompts()]
+    found = []
+    for step in (decoder.step, None):
+        decoder.step, cache = step, decoder.new_cache()
+        cache.reserve(len(prompts), 9)
+        decoder.prefill(cache, 0, prompts)
+        ends = np.array([len(ids) for ids in prompts])
+        first = decoder.decode(cache, np.array([ids[-1] for ids in prompts]), ends - 1)
+        found.append((first, decoder.decode(cache, np.arange(3, 12), ends)))
+    for written_out, forward in zip(*found, strict=True):
+        torch.testing.assert_close(written_out, forward, atol=1e-5, rtol=1e-5)
+
+
+def test_families_without_a_written_out_step():
+    """A class of one's own, and a family that is not known, go through forward."""
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    for family in ("mistral", "gpt_neox"):
+        assert make_engine(build(family)).decoder.step is None
+    mine = build("llama")
+    mine.__class__ = Mine
+    assert make_engine(mine).decoder.step is None
 
 
 @pytest.mark.parametrize(
@@ -410,7 +480,7 @@ def test_the_model_stays_right_for_other_callers(dtype, near):
 
 
 def test_a_family_that_is_compared_when_it_is_built_may_be_in_bfloat16():
-    assert make_engine(build("mistral", torch.bfloat16, initializer_range=0.05)).decoder.reads_blocks
+    assert make_engine(build("mistral", torch.bfloat16, initializer_range=0.05)).decoder.reads_all_slots
 
 
 def test_refusals_name_the_value_and_the_remedy():

@@ -66,6 +66,42 @@ def test_inverse_cdf_never_draws_what_has_no_probability():
     assert inverse_cdf(logprobs, uniforms).tolist() == [1, 1, 3, 3]
 
 
+@pytest.mark.parametrize(("vocab_size", "count"), [(256, 128), (300, 128), (128, 64), (70, 32)])
+def test_inverse_cdf_over_pieces_of_the_vocabulary(vocab_size, count):
+    """Every second of the first tokens has probability 1 / count, a power of two: sums of such numbers are exact in float32."""
+    drawable = torch.arange(1, 2 * count, 2)
+    probs = torch.zeros(256, vocab_size)
+    probs[:, drawable] = 1 / count
+    uniforms = torch.arange(256) / 256
+    expected = drawable[(uniforms * count).long()]
+    assert inverse_cdf(probs.log(), uniforms).tolist() == expected.tolist()
+    below = (uniforms + 1 / 256).nextafter(torch.tensor(0.0))
+    assert inverse_cdf(probs.log(), below).tolist() == expected.tolist()
+
+
+def test_a_draw_at_the_end_of_a_piece_does_not_leave_it():
+    """63 equal parts of 1: their sum comes out differently in one order than in another."""
+    probs = torch.zeros(1, 127)
+    probs[0, 1:126:2] = 1 / 63
+    assert inverse_cdf(probs.log(), torch.tensor([1 - 2**-24])).tolist() == [125]
+
+
+def test_inverse_cdf_draws_as_often_as_probabilities_say():
+    """Against one scan in float64, with gaps: the same token but where rounding decides, and never one without probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, 1000, generator=generator)
+    logits[torch.rand(40, 1000, generator=generator) < 0.5] = -torch.inf
+    logprobs, uniforms = logits.log_softmax(-1), torch.rand(200, 40, generator=generator)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    differ = 0
+    for draws in uniforms:
+        found = inverse_cdf(logprobs, draws)
+        wanted = torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+        differ += int((found != wanted).sum())
+        assert logprobs.gather(1, found[:, None]).isfinite().all()
+    assert differ < 10  # of 8,000
+
+
 def test_temperature_divides_logits():
     logits = torch.tensor([[0.0, float(np.log(2.0))]], dtype=torch.float32)
     for temperature, odds in ((1.0, 2.0), (0.5, 4.0), (2.0, 2**0.5)):

@@ -37,22 +37,32 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """With y = logits / temperature: y[id] - logsumexp(y), whose gradient by the logits is (1[id] - softmax(y)) / temperature."""
+    """With y = logits / temperature: y[id] - logsumexp(y), whose gradient by the logits is (1[id] - softmax(y)) / temperature.
+
+    For the gradient of 16-bit logits the softmax is kept, in their dtype and in their place: it is rounded to that anyway, and
+    exponentials are most of the work.
+    """
 
     @staticmethod
     def forward(ctx, logits, ids, temperature, with_entropy):
         dtype = torch.promote_types(logits.dtype, torch.float32)
+        keeps_shares = ctx.needs_input_grad[0] and dtype != logits.dtype
+        kept = torch.empty_like(logits) if keeps_shares else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
         for rows in _pieces(logits):
             tempered = _tempered(logits[rows], temperature)
             top = tempered.amax(-1, keepdim=True)
             shares = (tempered - top).exp_()
             total = shares.sum(-1)
+            if keeps_shares:
+                kept[rows] = shares.mul_(1 / total[:, None])
             norms[rows] = total.log() + top.squeeze(-1)
             selected[rows] = tempered.gather(1, ids[rows, None]).squeeze(1) - norms[rows]
             if with_entropy:
-                entropies[rows] = norms[rows] - shares.mul_(tempered).sum(-1) / total
-        ctx.save_for_backward(logits, ids, norms)
+                mean = shares.mul_(tempered).sum(-1)
+                entropies[rows] = norms[rows] - (mean if keeps_shares else mean / total)
+        ctx.save_for_backward(kept, ids, norms)
+        ctx.keeps_shares = keeps_shares
         ctx.mark_non_differentiable(entropies)
         ctx.temperature = temperature
         return selected, entropies
@@ -62,6 +72,9 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(ctx, gradient, _):
         logits, ids, norms = ctx.saved_tensors
         gradient = (gradient / ctx.temperature)[:, None]
+        if ctx.keeps_shares:
+            gradient = gradient.to(logits.dtype)
+            return (logits * -gradient).scatter_add_(1, ids[:, None], gradient), None, None, None
         result = torch.empty_like(logits)
         for rows in _pieces(logits):
             probs = (_tempered(logits[rows], ctx.temperature) - norms[rows, None]).exp_()

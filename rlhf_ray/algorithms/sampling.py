@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 Knob = float | int | torch.Tensor
+PIECE = 128  # of the vocabulary
 
 
 def tempered_logprobs(logits: torch.Tensor, *, temperature: Knob) -> torch.Tensor:
@@ -46,16 +47,26 @@ def truncate(logprobs: torch.Tensor, *, top_k: Knob = 0, top_p: Knob = 1.0, min_
 def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first token whose cumulative probability exceeds uniforms.   logprobs [n, V], uniforms [n] in [0, 1) -> [n].
 
-    A token of probability zero is never drawn: it does not raise the sum. The draw is scaled by the sum's own last
-    element, so rounding in the sum never leaves a draw beyond the last token.
+    A token of probability zero is never drawn: it does not raise the sum. The draw is scaled by the sum of them all, so
+    rounding in the sum never leaves a draw beyond the last token.
     """
-    # A parallel scan on a GPU adds in another order for each entry; float64 keeps it monotone where it matters. The
-    # CPU's scan is sequential and adds in double anyway.
+    # A parallel scan on a GPU adds in another order for each entry; float64 keeps it monotone where it matters.
     dtype = torch.float64 if logprobs.is_cuda else torch.float32
-    cumulative = logprobs.exp().cumsum(-1, dtype=dtype)
-    targets = uniforms.to(dtype)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return tokens.clamp_(max=logprobs.shape[-1] - 1)  # only a row of NaN goes beyond; its log-prob tells
+    probs, vocab_size = logprobs.exp(), logprobs.shape[-1]
+    # First the piece that holds it, then the token in the piece: sums take a part of the time of a scan of the vocabulary.
+    whole = vocab_size - vocab_size % PIECE
+    sums = probs[:, :whole].unflatten(1, (-1, PIECE)).sum(-1, dtype=dtype)
+    rest = probs[:, whole:].sum(-1, keepdim=True, dtype=dtype)
+    ends = torch.cat((sums, rest), 1).cumsum(1)
+    targets = uniforms.to(dtype)[:, None] * ends[:, -1:]
+    pieces = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[1] - 1)
+    targets = targets - ends.gather(1, (pieces - 1).clamp(min=0)).where(pieces > 0, 0.0)
+    places = pieces * PIECE + torch.arange(PIECE, device=probs.device)
+    inside = probs.gather(1, places.clamp(max=vocab_size - 1)).where(places < vocab_size, 0.0).cumsum(1, dtype=dtype)
+    # The two ways of adding round differently: a draw at a piece's very end must not leave it.
+    targets = torch.minimum(targets, inside[:, -1:].nextafter(torch.zeros((), dtype=dtype, device=probs.device)))
+    tokens = (pieces * PIECE + torch.searchsorted(inside, targets, right=True)).squeeze(1)
+    return tokens.clamp_(max=vocab_size - 1)  # only a row of NaN goes beyond; its log-prob tells
 
 
 def draw(

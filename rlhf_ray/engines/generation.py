@@ -66,9 +66,6 @@ class GenerationEngine:
         if not requests:
             return []
         batch = self._new_batch()
-        batch.cache.reserve(
-            len(requests), max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
-        )
         batch.add(requests)
         results: dict[int, Completion] = {}
         while len(batch):

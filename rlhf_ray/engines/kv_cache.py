@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-SLOT_MULTIPLE = 8  # lengths seen by attention are rounded up to this: GPU kernels want aligned masks
+PLAIN_LENGTH = 256  # of a prompt: the fused kernel's memory does not grow with the square, which counts beyond
+SLOT_MULTIPLE = 16  # of capacities, and of the lengths seen by attention: GPU kernels want aligned masks
 
 
 def round_up(length: int) -> int:
@@ -30,26 +31,34 @@ class _Write:
     rows: int = 0  # R, capacity
     slots: int = 0  # C, capacity
     first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
-    targets: torch.Tensor | None = None  # decode: [n] index b * C + len_b of each row's new token; None: prefill
+    lengths: torch.Tensor | None = (
+        None  # prefill: [n] tokens of each row that are its own, at least 1; the rest is padding
+    )
+    rows_of: torch.Tensor | None = None  # decode: [n] 0, 1, ..., n - 1
+    targets: torch.Tensor | None = None  # decode: [n] slot len_b of each row's new token; None: prefill
     length: int = 0  # decode: slots of each row that attention sees
 
 
 class RaggedLayer(CacheLayerMixin):
-    """One layer's keys and values, [R, C, H, D] each, so that one token of one row is one contiguous block."""
+    """One layer's keys and values, [R, H, C, D] each, so that one head of one row is one contiguous block.
+
+    centred: keys are stored less the mean of those of the row's prompt. That changes all scores of a row by the same, which the
+    softmax ignores; but where keys have much in common (a bias, say), 16-bit keys and scores would spend their digits on that.
+    """
 
     is_sliding = False
 
-    def __init__(self, write: _Write):
+    def __init__(self, write: _Write, centred: bool):
         super().__init__()
-        self.write = write
+        self.write, self.centred = write, centred
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Zeros, not empty: masked slots are multiplied by a weight of 0, and 0 * NaN is NaN.
         rows, slots = self.write.rows, self.write.slots
         self.keys, self.values = (
-            torch.zeros(rows, slots, states.shape[1], states.shape[3], dtype=states.dtype, device=states.device)
-            for states in (key_states, value_states)
+            states.new_zeros(rows, states.shape[1], slots, states.shape[3]) for states in (key_states, value_states)
         )
+        self.centres = key_states.new_zeros(rows, key_states.shape[1], 1, key_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -58,22 +67,31 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         n, write = len(key_states), self.write
         if write.targets is None:
-            rows = slice(write.first_row, write.first_row + n)
-            self.keys[rows, : key_states.shape[2]] = key_states.transpose(1, 2)
-            self.values[rows, : key_states.shape[2]] = value_states.transpose(1, 2)
+            rows, length = slice(write.first_row, write.first_row + n), key_states.shape[2]
+            if self.centred:
+                own = (torch.arange(length, device=key_states.device) < write.lengths[:, None])[:, None, :, None]
+                self.centres[rows] = (key_states * own).sum(2, keepdim=True) / write.lengths[:, None, None, None]
+            self.keys[rows, :, :length] = key_states - self.centres[rows]
+            self.values[rows, :, :length] = value_states
             return key_states, value_states
-        for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored.view(-1, *stored.shape[2:]).index_copy_(0, write.targets, states.squeeze(2))
-        return self.keys[:n, : write.length].transpose(1, 2), self.values[:n, : write.length].transpose(1, 2)
+        if self.centred:
+            key_states = key_states - self.centres[:n]
+        self.keys[write.rows_of, :, write.targets] = key_states.squeeze(2)
+        self.values[write.rows_of, :, write.targets] = value_states.squeeze(2)
+        return self.keys[:n, :, : write.length], self.values[:n, :, : write.length]
 
     def grow(self) -> None:
         if not self.is_initialized:
             return
-        for name in ("keys", "values"):
+        for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
             old = getattr(self, name)
-            new = torch.zeros(self.write.rows, self.write.slots, *old.shape[2:], dtype=old.dtype, device=old.device)
-            new[: old.shape[0], : old.shape[1]] = old
+            new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old
             setattr(self, name, new)
+
+    def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        for states in (self.keys[:, :, :length], self.values[:, :, :length], self.centres):
+            states[target] = states[source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.write.targets is None else self.write.length), 0
@@ -88,82 +106,80 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, *, centred: bool = False):
         self.write = _Write()
-        super().__init__(layers=[RaggedLayer(self.write) for _ in range(num_layers)])
+        super().__init__(layers=[RaggedLayer(self.write, centred) for _ in range(num_layers)])
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for that many rows and slots; what is too small at least doubles, so growing stays cheap."""
+        """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least:
+        growing stays cheap, and on CPUs attention reads all slots of a row."""
         write = self.write
         if rows <= write.rows and slots <= write.slots:
             return
         if rows > write.rows:
             write.rows = max(rows, 2 * write.rows)
         if slots > write.slots:
-            write.slots = round_up(max(slots, 2 * write.slots))
+            write.slots = round_up(max(slots, write.slots + write.slots // 8))
         for layer in self.layers:
             layer.grow()
 
-    def begin_prefill(self, first_row: int) -> None:
-        """The next forward pass writes its rows from slot 0, starting at row first_row."""
-        self.write.first_row, self.write.targets = first_row, None
+    def begin_prefill(self, first_row: int, lengths: torch.Tensor) -> None:
+        """The next forward pass writes rows of these lengths [n], and padding, from slot 0, starting at row first_row."""
+        self.write.first_row, self.write.lengths, self.write.targets = first_row, lengths, None
 
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
         """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
-        first_slots = torch.arange(len(positions), device=positions.device) * self.write.slots
-        self.write.targets, self.write.length = first_slots + positions, length
+        self.write.rows_of = torch.arange(len(positions), device=positions.device)
+        self.write.targets, self.write.length = positions, length
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Copy the first length slots of rows source [m] over rows target [m] (no row in both)."""
         for layer in self.layers:
-            layer.keys[target, :length] = layer.keys[source, :length]
-            layer.values[target, :length] = layer.values[source, :length]
+            layer.move_rows(source, target, length)
 
 
 def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Transformers' sdpa attention, except for a single query token a row: the decode step.
+    """Transformers' sdpa attention, except for short prompts on CPUs and a single query token a row, the decode step.
 
-    There the query heads of a key-value head become its rows of queries, so grouped-query attention copies no keys; for CPUs in
-    bfloat16 see `_block_attention`. Other callers may give no mask (nothing is hidden from one token), or numbers to be added.
-    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n, 1, q, length] bool -> [n, q, heads, D].
+    There the query heads of a key-value head become its lines of queries, so grouped-query attention copies no keys. Other
+    callers may give no mask (nothing is hidden from one token), or numbers to be added.
+    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool -> [n, q, heads, D].
     """
-    if query.shape[2] != 1:
+    n, heads, tokens, channels = query.shape
+    masked = attention_mask is not None and attention_mask.dtype == torch.bool
+    plain = masked and query.device.type == "cpu" and tokens <= PLAIN_LENGTH and dropout == 0.0
+    if tokens != 1 and not plain:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    n, heads, _, channels = query.shape
-    masked = attention_mask is not None and attention_mask.dtype == torch.bool
-    if masked and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return _block_attention(query, key, value, attention_mask, scaling), None
-    query = query.reshape(n, key.shape[1], heads // key.shape[1], channels)
-    output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-    return output.reshape(n, 1, heads, value.shape[-1]), None
+    query = query.reshape(n, key.shape[1], heads // key.shape[1] * tokens, channels)
+    if plain:
+        mask = attention_mask.expand(n, -1, -1, -1)
+        offsets = score_offsets(mask, key.shape[1], key.dtype, lines=query.shape[2] // tokens)
+        output = plain_products(query, key, value, offsets, channels**-0.5 if scaling is None else scaling)
+    else:
+        output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return output.reshape(n, heads, tokens, value.shape[-1]).transpose(1, 2), None
 
 
-def _block_attention(query, key, value, mask, scaling: float | None) -> torch.Tensor:
-    """The decode step's attention as two matrix products a row, for CPUs in bfloat16.
+def score_offsets(mask: torch.Tensor, groups: int, dtype: torch.dtype, lines: int = 1) -> torch.Tensor:
+    """For `plain_products`: 0 where a slot is seen, else so low that it gets no weight (a token that sees nothing stays finite).
 
-    Each query head becomes a line of H * D channels, zero outside its key-value head's, so a row's keys are read as they
-    lie, all heads at once. H times the arithmetic, and several times as fast as many products of one line (measured:
-    results/bench/trials.py).
-    query [n, heads, 1, D], key and value [n, H, length, D], mask [n, 1, 1, length] bool -> [n, 1, heads, D]
+    mask [n, 1, q, length] bool, for H groups of that many lines -> [n * H, lines * q, length]
     """
-    n, heads, _, channels = query.shape
-    groups, length = key.shape[1], key.shape[2]
-    own = torch.arange(heads).div(heads // groups, rounding_mode="floor")  # the key-value head of each query head
-    lines = query.new_zeros(n, heads, groups, channels)
-    lines[:, torch.arange(heads), own] = query[:, :, 0]
-    keys, values = (states.transpose(1, 2).reshape(n, length, -1) for states in (key, value))
-    lines, scaling = lines.flatten(2), channels**-0.5 if scaling is None else scaling
-    # The product adds its first argument before it rounds. Keys with a bias give all scores of a row a common part, which the
-    # softmax ignores and bfloat16 would spend its digits on: taken off with the mean of every eighth key that is seen.
-    seen = mask[:, 0, :, ::8].transpose(1, 2)
-    mean = keys[:, ::8].masked_fill(~seen, 0.0).sum(1, dtype=torch.float32) / seen.sum(1)
-    common = scaling * torch.bmm(lines.float(), mean[:, :, None])  # [n, heads, 1]
-    offsets = torch.where(mask[:, 0], -common, -torch.inf).to(query.dtype)
-    scores = torch.baddbmm(offsets, lines, keys.transpose(1, 2), alpha=scaling)
-    mixed = torch.bmm(scores.softmax(-1), values).view(n, heads, groups, value.shape[-1])
-    return mixed[:, torch.arange(heads), own][:, None]
+    offsets = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return offsets[:, :, None].expand(-1, groups, lines, -1, -1).flatten(2, 3).flatten(0, 1)
+
+
+def plain_products(query, key, value, offsets, scaling: float) -> torch.Tensor:
+    """Softmax attention as two batches of matrix products, for CPUs: several times as fast as the fused kernel where a row has
+    one query and its keys lie together, and faster for short prompts (measured: results/bench/trials.py).
+
+    query [n, H, g, D], key and value [n, H, length, D], offsets [n * H, 1 or g, length] -> [n * H, g, D]
+    """
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    scores = torch.baddbmm(offsets, query, key.transpose(1, 2), alpha=scaling)
+    return torch.bmm(scores.softmax(-1), value)
 
 
 RAGGED = "rlhf_ray_ragged"

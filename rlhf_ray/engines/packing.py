@@ -120,12 +120,13 @@ def _plain_attention(query, key, value, dropout: float, scaling: float | None) -
     """softmax(q k^T / sqrt(D) + causal) v, each product by itself.   [R, heads, S, D], [R, H, S, D] -> [R, heads, S, D]"""
     rows, heads, longest, channels = query.shape
     groups = key.shape[1]
-    query = query.reshape(rows, groups, heads // groups, longest, channels)
-    key, value = key[:, :, None], value[:, :, None]
-    scores = query @ key.transpose(-1, -2) * (channels**-0.5 if scaling is None else scaling)
-    hidden = torch.full((longest, longest), -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    weights = torch.dropout((scores + hidden).softmax(-1), dropout, train=dropout > 0)
-    return (weights @ value).reshape(rows, heads, longest, channels)
+    query = query.reshape(rows * groups, heads // groups * longest, channels)
+    key, value = (states.reshape(rows * groups, longest, channels) for states in (key, value))
+    hidden = torch.full((longest, longest), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+    hidden = hidden.repeat(heads // groups, 1)
+    scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=channels**-0.5 if scaling is None else scaling)
+    weights = torch.dropout(scores.softmax(-1), dropout, train=dropout > 0)
+    return torch.bmm(weights, value).view(rows, heads, longest, channels)
 
 
 AttentionInterface.register(PACKED, packed_attention)

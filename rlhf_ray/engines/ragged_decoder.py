@@ -10,7 +10,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from rlhf_ray.engines.decode_step import decode_step_of
 from rlhf_ray.engines.kv_cache import RAGGED, RaggedCache, round_up
+from rlhf_ray.engines.last_block import last_feed_forward, only_at
+from rlhf_ray.engines.packed_linear import pack_linears
 from rlhf_ray.errors import UserError
 
 # Families that the tests compare with a plain forward pass; any other is compared once, when its engine is built.
@@ -41,9 +44,14 @@ class RaggedDecoder:
             )
         if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
             model.set_attn_implementation(RAGGED)
+        self._last_feed_forward = last_feed_forward(model)
         self.additive_mask = model.config._attn_implementation == "eager"
-        in_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16
-        self.reads_blocks = in_bfloat16 and model.config._attn_implementation == RAGGED  # `kv_cache._block_attention`
+        # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
+        self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
+        self.step = decode_step_of(model) if self.reads_all_slots else None
+        if model.dtype == torch.bfloat16:
+            pack_linears(model)
+        self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         if self.config.model_type not in TESTED_FAMILIES:
             self._compare_with_plain_forward()
@@ -57,7 +65,7 @@ class RaggedDecoder:
         return self.config.vocab_size
 
     def new_cache(self) -> RaggedCache:
-        return RaggedCache(self.num_layers)
+        return RaggedCache(self.num_layers, centred=self.centred)
 
     def check_length(self, prompt_length: int, max_new_tokens: int) -> None:
         """UserError if prompt and response together may not fit the model."""
@@ -75,22 +83,29 @@ class RaggedDecoder:
         position only. Rows are padded on the right with their last token; what that stores is masked until overwritten.
         """
         longest = max(len(ids) for ids in prompts) - 1
+        if self.centred:
+            longest = max(longest, 1)  # a row's keys need a centre: that of one token is its own
         if longest == 0:
             return
         padded = np.stack([np.pad(ids[:-1], (0, longest + 1 - len(ids)), constant_values=ids[-1]) for ids in prompts])
         causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()[None, None]
-        cache.begin_prefill(first_row)
-        self._forward(cache, torch.from_numpy(padded), torch.arange(longest)[None].expand(len(prompts), -1), causal)
+        lengths = torch.tensor([max(len(ids) - 1, 1) for ids in prompts], device=self.device)
+        cache.begin_prefill(first_row, lengths)
+        nowhere = torch.empty(0, dtype=torch.int64, device=self.device)
+        with only_at(self._last_feed_forward, nowhere):  # keys and values are all that is wanted
+            self._forward(cache, torch.from_numpy(padded), torch.arange(longest)[None].expand(len(prompts), -1), causal)
 
     def decode(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V]."""
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
-        if self.reads_blocks and cache.write.slots <= 2 * length:
-            length = cache.write.slots  # the block products copy a part of a row's slots, and masked ones are cheaper
+        if self.reads_all_slots:
+            length = cache.write.slots
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
         mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]
+        if self.step is not None:
+            return self.step(self.model, cache, inputs[0], inputs[1], mask)
         return self._forward(cache, inputs[0, :, None], inputs[1, :, None], mask)
 
     def _forward(self, cache, input_ids, position_ids, mask) -> torch.Tensor:

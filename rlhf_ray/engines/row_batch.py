@@ -115,7 +115,7 @@ class RowBatch:
         arrays.positions[:n] += 1
         arrays.counts[:n] += 1
 
-        at_eos = np.isin(tokens, self.eos_token_ids) & (arrays.counts[:n] >= arrays.minima[:n])
+        at_eos = (tokens[:, None] == self.eos_token_ids).any(1) & (arrays.counts[:n] >= arrays.minima[:n])
         ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos)}
         for row in self._stop_windows:
             if row not in ended and self._is_stopped(row):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.engines.forward import response_logprobs
+from rlhf_ray.engines.packed_linear import pack_linears
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.types import RolloutBatch, TokenValues, flatten
 
@@ -28,6 +29,8 @@ class Reference:
         self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
         disable_dropout(self.model)
         fast_attention(self.model, device)
+        if compute_dtype == torch.bfloat16:
+            pack_linears(self.model, frozen=True, fused=False)  # fused kernels round otherwise than the policy's
         self.temperature, self.compute_dtype = temperature, compute_dtype
         self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
 

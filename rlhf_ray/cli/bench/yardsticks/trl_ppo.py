@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -42,6 +43,11 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    parser.add_argument(
+        "--models", type=Path, help="a run folder to read policy and reward model from; else they are random"
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--llama", action="store_true", help="Llama's blocks, with an inner width of 8/3 of the width")
     for name, default in (
         ("layers", 4), ("width", 256), ("heads", 4), ("vocabulary", 4096), ("batch", 64), ("prompt", 32),
@@ -69,18 +75,37 @@ def config_of(given: argparse.Namespace) -> GPT2Config | LlamaConfig:
     )  # fmt: skip
 
 
+def build_models(given: argparse.Namespace) -> list:
+    """Policy, reference, reward model and critic."""
+    if given.models:
+        read = {"torch_dtype": torch.float32}
+        policies = [AutoModelForCausalLM.from_pretrained(given.models / "sft" / "model", **read) for _ in range(2)]
+        scoring = [
+            AutoModelForSequenceClassification.from_pretrained(given.models / "reward" / "model", num_labels=1, **read)
+            for _ in range(2)
+        ]
+        return [*policies, *scoring]
+    shape = config_of(given)
+    policies = [AutoModelForCausalLM.from_config(shape) for _ in range(2)]
+    policies[1].load_state_dict(policies[0].state_dict())
+    return [*policies, *(AutoModelForSequenceClassification.from_config(shape) for _ in range(2))]
+
+
 def main() -> None:
     given = read_arguments()
     batch, microbatch, vocabulary = given.batch, math.gcd(given.microbatch, given.batch), given.vocabulary
     if given.threads:
         torch.set_num_threads(given.threads)
-    shape = config_of(given)
-    policy, reference = AutoModelForCausalLM.from_config(shape), AutoModelForCausalLM.from_config(shape)
-    scoring = [AutoModelForSequenceClassification.from_config(shape) for _ in range(2)]
-    reference.load_state_dict(policy.state_dict())
-    ids = torch.randint(
-        0, vocabulary - 2, (batch * (given.iterations + 1), given.prompt), generator=torch.Generator().manual_seed(0)
+    torch.manual_seed(given.seed)
+    policy, reference, *scoring = build_models(given)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(given.models / "sft" / "model") if given.models else word_tokenizer(vocabulary)
     )
+    tokenizer.padding_side = "left"
+    ids = torch.randint(
+        0, vocabulary - 2, (batch * (given.iterations + 1), given.prompt),
+        generator=torch.Generator().manual_seed(given.seed),
+    )  # fmt: skip
     prompts = Dataset.from_dict({"input_ids": ids.tolist()})
     with tempfile.TemporaryDirectory() as folder:
         settings = PPOConfig(
@@ -88,20 +113,24 @@ def main() -> None:
             per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch,
             num_mini_batches=1, num_ppo_epochs=given.epochs, total_episodes=batch * (given.iterations + 1),
             response_length=given.response,
-            stop_token=None, local_rollout_forward_batch_size=batch, num_sample_generations=0, learning_rate=1e-5,
-            temperature=1.0,
+            stop_token=None, local_rollout_forward_batch_size=batch, num_sample_generations=0,
+            learning_rate=given.learning_rate, temperature=1.0, seed=given.seed,
         )  # fmt: skip
         trainer = PPOTrainer(
-            args=settings, processing_class=word_tokenizer(vocabulary), model=policy, ref_model=reference,
+            args=settings, processing_class=tokenizer, model=policy, ref_model=reference,
             reward_model=scoring[0], value_model=scoring[1],
             train_dataset=prompts, eval_dataset=prompts.select(range(min(8, batch))),
         )  # fmt: skip
         ends: list[float] = []
+        curve: dict[str, list[float]] = {"score": [], "kl": []}
         log = trainer.log
 
-        def timed_log(*args, **kwargs):
+        def timed_log(metrics, *args, **kwargs):
             ends.append(time.perf_counter())
-            return log(*args, **kwargs)
+            if "objective/scores" in metrics:
+                curve["score"].append(metrics["objective/scores"])
+                curve["kl"].append(metrics["objective/kl"])
+            return log(metrics, *args, **kwargs)
 
         trainer.log = timed_log  # TRL logs once an iteration
         trainer.train()
@@ -109,7 +138,7 @@ def main() -> None:
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     print(json.dumps({"samples_per_s": batch / statistics.median(seconds), "iteration_s": seconds,
                       "precision": "bf16 autocast" if given.bf16 else "float32", "threads": torch.get_num_threads(),
-                      "pss_gb": pss and pss / 1e9}))  # fmt: skip
+                      "pss_gb": pss and pss / 1e9, "curve": curve}))  # fmt: skip
 
 
 if __name__ == "__main__":
