@@ -107,18 +107,19 @@ import resource, sys, torch
 from rlhf_ray.actors.process import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for _ in range(3):
+for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(8 * 2**20, dtype=torch.uint8)
+    activations = [torch.ones(4 * 2**20, dtype=torch.uint8) for _ in range(16)]
+    del activations
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the knobs are glibc's")
 def test_freed_memory_is_used_again():
-    """8 MiB are 2,048 pages of 4 KiB; without the knobs each comes anew from the kernel (fewer where it gives larger ones)."""
+    """64 MiB are 16,384 pages of 4 KiB; without the knobs most come anew from the kernel (fewer where it gives larger ones)."""
     faults = {}
     for way in ("kept", "returned"):
         command = [sys.executable, "-c", FREED_AND_ASKED_AGAIN, way]
         faults[way] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert faults["kept"] < 10 < faults["returned"]
+    assert faults["kept"] < 0.1 * faults["returned"]
