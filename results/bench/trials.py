@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.sampling import inverse_cdf
 from rlhf_ray.engines import kv_cache, packing
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.last_block import only_at
+from rlhf_ray.engines.packed_linear import pack_linears
+from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
 
@@ -108,26 +111,56 @@ def decode_attention() -> None:
     torch.set_num_threads(2)
     mask = (torch.arange(80) < torch.randint(40, 81, (64, 1)))[:, None, None]
     query = torch.randn(64, 4, 1, 64).bfloat16()
-    caches = [[torch.randn(64, 80, 4, 64).bfloat16() for _ in range(2)] for _ in range(4)]
-    wide = [[states.float() for states in cache] for cache in caches]
+    caches = [[torch.randn(64, 4, 80, 64).bfloat16() for _ in range(2)] for _ in range(4)]
+    by_token = [[states.transpose(1, 2).contiguous().transpose(1, 2) for states in cache] for cache in caches]
+    offsets = kv_cache.score_offsets(mask, 4, torch.bfloat16)
 
-    def fused(caches, dtype):
-        for keys, values in caches:
-            heads = keys.transpose(1, 2), values.transpose(1, 2)
-            F.scaled_dot_product_attention(query.to(dtype), *heads, mask, scale=0.125)
+    def fused():
+        for cache in caches:
+            F.scaled_dot_product_attention(query, *cache, mask, scale=0.125)
 
-    def lines():
-        for keys, values in caches:
-            kv_cache._block_attention(query, keys.transpose(1, 2), values.transpose(1, 2), mask, 0.125)
+    def products(caches):
+        for cache in caches:
+            kv_cache.plain_products(query, *cache, offsets, 0.125)
 
-    name = "four layers' decode attention by two products a row"
-    trial(f"{name}, for fused (2 threads)", "kept", lambda: fused(caches, torch.bfloat16), lines)
+    name = "four layers' decode attention by two batches of products"
+    trial(f"{name}, for fused", "kept", fused, lambda: products(caches))
     trial(
-        "... for fused over a float32 cache (2 threads)",
-        "kept: half the memory",
-        lambda: fused(wide, torch.float32),
-        lines,
+        "... heads apart in the cache, for tokens apart", "kept", lambda: products(by_token), lambda: products(caches)
     )
+    torch.set_num_threads(1)
+
+
+def generation() -> None:
+    """A decode step of 64 rows at 60 tokens, two threads."""
+    torch.set_num_threads(2)
+    decoders = {}
+    for way in ("forward", "written out", "packed"):
+        model = module().model.bfloat16()
+        model.set_attn_implementation("sdpa")
+        decoder = decoders[way] = RaggedDecoder(model)
+        if way != "packed":
+            for layer in model.modules():
+                layer.__dict__.pop("forward", None)  # what packing has put there
+        if way == "forward":
+            decoder.step = None
+    steps = {}
+    for way, decoder in decoders.items():
+        cache, ids = decoder.new_cache(), np.random.default_rng(0).integers(0, VOCABULARY, (64, 61))
+        cache.reserve(64, 61)
+        with torch.inference_mode():
+            decoder.prefill(cache, 0, list(ids))
+        decode = torch.inference_mode()(decoder.decode)
+        steps[way] = partial(decode, cache, ids[:, -1], np.full(64, 60))
+    trial("decode step written out, for the model's forward", "kept", steps["forward"], steps["written out"])
+    trial("... with linear layers packed, activations in them", "kept", steps["written out"], steps["packed"])
+    logprobs, uniforms = torch.randn(64, 50257).log_softmax(-1), torch.rand(64)
+
+    def scan():
+        cumulative = logprobs.exp().cumsum(-1)
+        torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+
+    trial("64 draws from 50,257 by pieces, for one scan", "kept", scan, lambda: inverse_cdf(logprobs, uniforms))
     torch.set_num_threads(1)
 
 
@@ -169,19 +202,16 @@ def adam() -> None:
     trial("Adam in one pass over each weight", "kept", *steps)
 
 
-def packed_weights() -> None:
-    x, weight, bias = (
-        torch.randn(64, WIDTH).bfloat16(),
-        torch.randn(4 * WIDTH, WIDTH).bfloat16(),
-        torch.randn(4 * WIDTH).bfloat16(),
-    )
-    ready = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-
-    def prepacked():
-        torch.ops.mkldnn._linear_pointwise(x, ready, bias, "none", [], "")
-
-    trial("weights laid out for the kernel once (64 rows)", "a few per cent of generation: not used",
-          lambda: F.linear(x, weight, bias), prepacked)  # fmt: skip
+def frozen_forward() -> None:
+    """A reference's pass, and a reward model's, where activations may round otherwise than the policy's."""
+    generator = np.random.default_rng(0)
+    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
+    batch, models = token_batch(*rows, packed=True), [module().eval() for _ in range(3)]
+    pack_linears(models[1].model, frozen=True, fused=False)
+    pack_linears(models[2].model, frozen=True)
+    plain, packed, fused = (partial(torch.no_grad()(model), batch) for model in models)
+    trial("frozen model's pass with linear layers packed", "kept", plain, packed)
+    trial("... and activations in them", "kept for rewards", packed, fused)
 
 
 def compiled() -> None:
@@ -203,7 +233,7 @@ def compiled() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tried = (activation, head, entropy_beside_logprobs, rows_of_unlike_length, attention, last_feed_forward, adam,
-             decode_attention, packed_weights)  # fmt: skip
+             decode_attention, generation, frozen_forward)  # fmt: skip
     for part in tried:
         part()
     if "--compile" in sys.argv:
