@@ -321,7 +321,7 @@ def test_bench_controller_counts_what_passes():
                      "--weight-mb", "1", "--steps", "6", *LENGTHS)  # fmt: skip
     assert found["work"]["chunks"] == 3 and found["work"]["calls"] == 5 * 3 + 1 + 2 + 1 + 3
     assert found["put_bytes_per_step"] >= 1 << 20  # the weights of each sync
-    assert found["put_bytes_per_step"] <= found["store_bytes"]["last"]
+    assert found["put_bytes_per_step"] <= max(found["store_bytes"]["first"], found["store_bytes"]["last"])
     assert found["cpu_s_per_step"]["median"] > 0 and found["ratio"]["median"] > 0
     refused = rlhf_ray("bench", "controller", "--steps", "2")
     assert refused.returncode == 2 and "give at least 5" in refused.stderr
