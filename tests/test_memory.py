@@ -1,9 +1,5 @@
 """The memory plan against arithmetic by hand, and against what autograd keeps."""
 
-import platform
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -100,26 +96,3 @@ def test_all_that_fits_is_no_problem():
 def test_what_cannot_fit_is_told_before_the_start(sections, host, gpus, says):
     (problem,) = memory_problems(tiny_recipe(**sections), host=host, gpus=gpus)
     assert all(part in problem for part in says), problem
-
-
-FREED_AND_ASKED_AGAIN = """
-import resource, sys, torch
-from rlhf_ray.actors.process import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.ones(4 * 2**20, dtype=torch.uint8) for _ in range(16)]
-    del activations
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the knobs are glibc's")
-def test_freed_memory_is_used_again():
-    """64 MiB are 16,384 pages of 4 KiB; without the knobs most come anew from the kernel (fewer where it gives larger ones)."""
-    faults = {}
-    for way in ("kept", "returned"):
-        command = [sys.executable, "-c", FREED_AND_ASKED_AGAIN, way]
-        faults[way] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert faults["kept"] < 0.1 * faults["returned"]
