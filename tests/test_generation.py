@@ -419,6 +419,24 @@ def test_keys_are_stored_from_their_rows_centre():
         torch.testing.assert_close(values[row, :, : length + 1], torch.cat((value[before, :, :length], new[row]), 1))
 
 
+def test_slots_of_long_rows_go_when_they_have_left():
+    """A busy server's batch never empties: one long request must not slow all later ones down."""
+    engine = make_engine(build("gpt2", max_position_embeddings=512), [])
+    params = SamplingParams(max_new_tokens=30, min_new_tokens=30)
+    alone = engine.generate([[7, 8, 9]], [5], params)[0]
+    engine.submit([3] * 400, 1, SamplingParams(max_new_tokens=2))
+    engine.submit([7, 8, 9], 5, params)
+    engine.step()
+    assert engine._open.cache.write.slots >= 400
+    completions, slots = [], []
+    while engine.num_running:
+        slots.append(engine._open.cache.write.slots)
+        completions += [event.completion for event in engine.step() if event.completion is not None]
+    assert slots[0] >= 400 and slots[-1] <= 64
+    assert completions[-1].response_ids.tolist() == alone.response_ids.tolist()
+    np.testing.assert_allclose(completions[-1].logprobs, alone.logprobs, atol=1e-5)
+
+
 def test_a_prompt_of_one_token_has_a_centre():
     decoder = RaggedDecoder(build("gpt2", torch.bfloat16))
     cache = decoder.new_cache()

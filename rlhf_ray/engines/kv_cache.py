@@ -31,9 +31,7 @@ class _Write:
     rows: int = 0  # R, capacity
     slots: int = 0  # C, capacity
     first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
-    lengths: torch.Tensor | None = (
-        None  # prefill: [n] tokens of each row that are its own, at least 1; the rest is padding
-    )
+    lengths: torch.Tensor | None = None  # prefill: [n] each row's own tokens, at least 1; the rest is padding
     rows_of: torch.Tensor | None = None  # decode: [n] 0, 1, ..., n - 1
     targets: torch.Tensor | None = None  # decode: [n] slot len_b of each row's new token; None: prefill
     length: int = 0  # decode: slots of each row that attention sees
@@ -80,13 +78,13 @@ class RaggedLayer(CacheLayerMixin):
         self.values[write.rows_of, :, write.targets] = value_states.squeeze(2)
         return self.keys[:n, :, : write.length], self.values[:n, :, : write.length]
 
-    def grow(self) -> None:
+    def resize(self) -> None:
         if not self.is_initialized:
             return
         for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
             old = getattr(self, name)
             new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
-            new[: old.shape[0], :, : old.shape[2]] = old
+            new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
             setattr(self, name, new)
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
@@ -120,8 +118,17 @@ class RaggedCache(Cache):
             write.rows = max(rows, 2 * write.rows)
         if slots > write.slots:
             write.slots = round_up(max(slots, write.slots + write.slots // 8))
+        self._resize()
+
+    def shrink(self, slots: int) -> None:
+        """Keep room for that many slots, if there is more than twice as much: long rows have left."""
+        if self.write.slots > 2 * round_up(slots):
+            self.write.slots = round_up(slots)
+            self._resize()
+
+    def _resize(self) -> None:
         for layer in self.layers:
-            layer.grow()
+            layer.resize()
 
     def begin_prefill(self, first_row: int, lengths: torch.Tensor) -> None:
         """The next forward pass writes rows of these lengths [n], and padding, from slot 0, starting at row first_row."""

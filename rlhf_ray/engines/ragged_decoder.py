@@ -100,6 +100,7 @@ class RaggedDecoder:
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
         if self.reads_all_slots:
+            cache.shrink(length)
             length = cache.write.slots
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
