@@ -7,6 +7,8 @@ results/bench/trials.py). The price is a second copy of the weights, or none whe
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -102,6 +104,10 @@ def pack_linears(model: PreTrainedModel, *, frozen: bool = False, fused: bool = 
         for module in model.modules():
             if _can_fuse(module):
                 module.forward = PackedFeedForward(module)
+    # The weights given up lie between others that are still there, and glibc returns such memory only when it is asked to.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if frozen and trim is not None:
+        trim(0)
 
 
 def _can_fuse(module: nn.Module) -> bool:
