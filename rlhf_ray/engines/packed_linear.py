@@ -1,7 +1,7 @@
 """Linear layers that keep their weights in the order in which the CPU's kernel for bfloat16 products reads them.
 
-Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes as long as the
-product, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
+Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
+the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
 results/bench/trials.py). The price is a second copy of the weights, or none where they never change again.
 """
 
