@@ -1,8 +1,11 @@
 """Mistakes are answered in one sentence with the value and the remedy, exit code 2, and no traceback."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import torch
 import yaml
 from command import rlhf_ray
 
+from rlhf_ray.actors.session import ray_session
 from rlhf_ray.cli.doctor import recipe_problems
 from rlhf_ray.cli.running import absolute_paths
 from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
 from rlhf_ray.run_folder import RunFolder
 
 
@@ -75,6 +80,19 @@ def test_doctor_names_what_is_wrong_with_the_data(rows, says, tmp_path):
     assert answer.returncode == 2
     assert says in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:99999", "no-address"])
+def test_a_cluster_that_is_not_there_is_told_at_once(address):
+    """Ray itself goes on trying for more than ten minutes where a port is closed."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        address = address.format(port=closed.getsockname()[1])
+        started = time.monotonic()
+        says = f"no Ray cluster answers at '{re.escape(address)}'.*leave out --address"
+        with pytest.raises(UserError, match=says), ray_session(address):
+            pass
+    assert time.monotonic() - started < 15
 
 
 def test_doctor_names_every_problem_at_once(tmp_path):

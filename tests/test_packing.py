@@ -105,6 +105,21 @@ def test_both_kinds_of_attention_are_the_models_own(monkeypatch, plain_length, k
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("columns", [5, 64, 80])
+def test_attention_weights_of_16_bits_are_those_of_float64_rounded(columns):
+    torch.manual_seed(columns)
+    hidden = torch.full((columns, columns), -torch.inf).triu(1)
+    scores = (3 * torch.randn(4, columns, columns) + hidden).bfloat16().requires_grad_()
+    exact = scores.detach().double().requires_grad_()
+    weights, expected = packing._Softmax.apply(scores), torch.exp(exact - exact.logsumexp(-1, keepdim=True))
+    assert weights.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.double(), expected, atol=1e-7, rtol=2**-8)
+    upstream = torch.randn(4, columns, columns).bfloat16()
+    weights.backward(upstream)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(scores.grad.double(), exact.grad, atol=5e-3, rtol=2**-6)
+
+
 def test_a_packed_model_stays_right_for_other_callers():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ WORKER_ENVIRONMENT = {
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 OBJECT_STORE_BYTES = 512 * 1024**2
+ANSWER_S = 10  # within which a cluster's port takes a connection
 
 
 def worker_environment() -> dict[str, str]:
@@ -43,6 +45,7 @@ def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_B
             "num_cpus": int(os.environ.get("RLHF_RAY_NUM_CPUS", len(os.sched_getaffinity(0)))),
         }
     else:
+        _check_answers(address)
         options["address"] = address
         # A job that was submitted with environment variables of its own has them merged with ours, not refused.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
@@ -50,11 +53,26 @@ def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_B
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address"
-        ) from error
+    except (ConnectionError, ValueError) as error:  # Value: an address that is none
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """UserError where host:port takes no connection: Ray would try again for more than ten minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto", say, which Ray looks up at once
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str | None, error: Exception) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address"
+    )

@@ -36,17 +36,18 @@ class _SigmoidGELU(torch.autograd.Function):
         flat, result = x.view(-1), torch.empty_like(x)
         derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         slope = torch.tensor(SLOPE, dtype=torch.promote_types(x.dtype, torch.float32))
+        buffers = torch.empty(4, min(PIECE, len(flat)), dtype=slope.dtype)
         for start in range(0, len(flat), PIECE):
             piece = slice(start, start + PIECE)
-            value = flat[piece].to(slope.dtype)
-            square = value * value
-            share = torch.add(slope, square, alpha=CUBE).mul_(value).sigmoid_()
-            value = value * share
-            result.view(-1)[piece] = value
+            value, square, share, inner = buffers[:, : len(flat[piece])]
+            value.copy_(flat[piece])
+            torch.mul(value, value, out=square)
+            torch.add(slope, square, alpha=CUBE, out=share).mul_(value).sigmoid_()
+            result.view(-1)[piece] = value.mul_(share)
             if derivative is not None:  # share + x share (1 - share) du/dx
-                inner = torch.add(slope, square, alpha=3 * CUBE, out=square)
-                rest = torch.addcmul(value, value, share, value=-1)
-                derivative.view(-1)[piece] = torch.addcmul(share, rest, inner, out=inner)
+                torch.add(slope, square, alpha=3 * CUBE, out=inner)
+                value.addcmul_(value, share, value=-1)
+                derivative.view(-1)[piece] = torch.addcmul(share, value, inner, out=inner)
         ctx.save_for_backward(derivative)
         return result
 

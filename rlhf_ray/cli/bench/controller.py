@@ -187,6 +187,7 @@ def _figures(watch: Watch, crowd: Crowd, steps: int) -> dict:
         "calls_per_s": crowd.calls / statistics.median(watch.seconds),
         "step_s": spread(watch.seconds),
         "cpu_s_per_step": spread(watch.cpu_s),
+        "cpu_s_trend": asdict(slope(range(watch.warm_up, steps), watch.cpu_s[watch.warm_up :])),
         "seconds_per_phase": phases,
         "ratio": ratios([1 / each for each in took], [1 / each for each in bare]),
         "rss_bytes": {"first": rss[0], "last": rss[-1], "per_step": asdict(slope(places, rss))},
@@ -210,7 +211,9 @@ def show_controller(result: dict, *, as_json: bool) -> None:
         ("controller's CPU s a step", in_brackets(result["cpu_s_per_step"], 3)),
         ("MB put into the store a step", f"{result['put_bytes_per_step'] / 1e6:.1f}"),
     ]
+    cpu = {part: value * 1e6 for part, value in result["cpu_s_trend"].items()}
     lines = [
+        f"controller's CPU time a step: slope {cpu['mean']:+.1f} us a step (95 %: {cpu['low']:+.1f} to {cpu['high']:+.1f})",
         _drift(result["rss_bytes"], "controller's memory (RSS)"),
         _drift(result["store_bytes"], "object store in use between steps"),
         f"{work['generators']} generation actors, pretended by {work['processes']} processes that answer at once; real: loop, "
