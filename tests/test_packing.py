@@ -111,7 +111,7 @@ def test_attention_weights_of_16_bits_are_those_of_float64_rounded(columns):
     hidden = torch.full((columns, columns), -torch.inf).triu(1)
     scores = (3 * torch.randn(4, columns, columns) + hidden).bfloat16().requires_grad_()
     exact = scores.detach().double().requires_grad_()
-    weights, expected = packing._Softmax.apply(scores), torch.exp(exact - exact.logsumexp(-1, keepdim=True))
+    weights, expected = packing.softmax(scores), torch.exp(exact - exact.logsumexp(-1, keepdim=True))
     assert weights.dtype == torch.bfloat16
     torch.testing.assert_close(weights.double(), expected, atol=1e-7, rtol=2**-8)
     upstream = torch.randn(4, columns, columns).bfloat16()

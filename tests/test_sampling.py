@@ -102,6 +102,22 @@ def test_inverse_cdf_draws_as_often_as_probabilities_say():
     assert differ < 10  # of 8,000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_a_draw_from_the_whole_vocabulary_is_that_of_float64(temperature, dtype):
+    """Logits about 100, whose exponentials no float32 holds; one row with a single token, whose log-prob is 0."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 100 + 3 * torch.randn(400, 1000, generator=generator)
+    logits[0, 1:] = -torch.inf
+    logits, uniforms = logits.to(dtype), torch.rand(400, generator=generator)
+    tokens, logprobs = draw(logits, uniforms, temperature=temperature)
+    exact = (logits.double() / temperature).log_softmax(-1)
+    wanted = torch.searchsorted(exact.exp().cumsum(-1), uniforms.double()[:, None], right=True).squeeze(1)
+    assert int((tokens != wanted).sum()) < 3 and tokens[0] == 0 and logprobs[0] == 0
+    assert logprobs.dtype == torch.float32 and bool((logprobs <= 0).all())
+    torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None]).squeeze(1), atol=2e-5, rtol=0)
+
+
 def test_temperature_divides_logits():
     logits = torch.tensor([[0.0, float(np.log(2.0))]], dtype=torch.float32)
     for temperature, odds in ((1.0, 2.0), (0.5, 4.0), (2.0, 2**0.5)):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.sampling import inverse_cdf
 from rlhf_ray.engines import kv_cache, packing
 from rlhf_ray.engines.forward import LogprobModel, token_batch
@@ -75,6 +75,43 @@ def head() -> None:
         return selected_logprobs(logits, ids, temperature=1.0)
 
     trial("log-softmax in pieces with its own gradient", "kept", both_ways(plain, logits), both_ways(pieces, logits))
+
+
+def gradient_at_one_column() -> None:
+    """Of the log-probs' gradient by the logits."""
+    shares, ids = torch.rand(ROWS * RESPONSE, VOCABULARY).bfloat16(), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
+    gradient = torch.randn(len(ids), 1).bfloat16()
+    trial(
+        "a gradient's one column by its index, for scatter_add_",
+        "kept",
+        lambda: (shares * -gradient).scatter_add_(1, ids[:, None], gradient),
+        lambda: add_at(shares * -gradient, ids, gradient),
+    )
+
+
+def attention_weights() -> None:
+    scores = torch.randn(4 * ROWS, PROMPT + RESPONSE, PROMPT + RESPONSE).bfloat16()
+    scores += torch.full(scores.shape[1:], -torch.inf).triu(1).bfloat16()
+    trial("attention's softmax by way of float32", "kept", lambda: scores.softmax(-1), lambda: packing.softmax(scores))
+
+
+def weights_in_16_bits() -> None:
+    """Four passes of 4 rows: autocast makes the 16-bit weights in each, or once for all."""
+    generator = np.random.default_rng(0)
+    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(4)] for length in (PROMPT, RESPONSE)]
+    run = both_ways(module(), token_batch(*rows, packed=True))
+
+    def each():
+        for _ in range(4):
+            run()
+
+    def once():
+        torch.autocast_increment_nesting()
+        each()
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+
+    trial("autocast's weights made once for four passes", "kept", each, once)
 
 
 def rows_of_unlike_length() -> None:
@@ -232,8 +269,9 @@ def compiled() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tried = (activation, head, entropy_beside_logprobs, rows_of_unlike_length, attention, last_feed_forward, adam,
-             decode_attention, generation, frozen_forward)  # fmt: skip
+    tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
+             attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
+             frozen_forward)  # fmt: skip
     for part in tried:
         part()
     if "--compile" in sys.argv:

@@ -74,15 +74,15 @@ class _SelectedLogprobs(torch.autograd.Function):
         gradient = (gradient / ctx.temperature)[:, None]
         if ctx.keeps_shares:
             gradient = gradient.to(logits.dtype)
-            return _add_at(logits * -gradient, ids, gradient), None, None, None
+            return add_at(logits * -gradient, ids, gradient), None, None, None
         result = torch.empty_like(logits)
         for rows in _pieces(logits):
             probs = (_tempered(logits[rows], ctx.temperature) - norms[rows, None]).exp_()
-            result[rows] = _add_at(probs.mul_(-gradient[rows]), ids[rows], gradient[rows])
+            result[rows] = add_at(probs.mul_(-gradient[rows]), ids[rows], gradient[rows])
         return result, None, None, None
 
 
-def _add_at(values: torch.Tensor, columns: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+def add_at(values: torch.Tensor, columns: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
     """amounts [N, 1] added to values [N, V] in place, in each row at its column [N]. On CPUs scatter_add_ copies all of them,
     twice."""
     values[torch.arange(len(values), device=values.device), columns] += amounts.squeeze(1)

@@ -18,12 +18,14 @@ PIECE = 128  # of the vocabulary
 
 def tempered_logprobs(logits: torch.Tensor, *, temperature: Knob) -> torch.Tensor:
     """log softmax(logits / temperature) in float32.   logits [..., V]; temperature above 0."""
+    return _tempered(logits, temperature).log_softmax(-1)
+
+
+def _tempered(logits: torch.Tensor, temperature: Knob) -> torch.Tensor:
     logits = logits.float()
     if isinstance(temperature, torch.Tensor):
-        logits = logits / temperature[..., None]
-    elif temperature != 1.0:
-        logits = logits / temperature
-    return logits.log_softmax(-1)
+        return logits / temperature[..., None]
+    return logits / temperature if temperature != 1.0 else logits
 
 
 def truncate(logprobs: torch.Tensor, *, top_k: Knob = 0, top_p: Knob = 1.0, min_p: Knob = 0.0) -> torch.Tensor:
@@ -45,14 +47,18 @@ def truncate(logprobs: torch.Tensor, *, top_k: Knob = 0, top_p: Knob = 1.0, min_
 
 
 def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulative probability exceeds uniforms.   logprobs [n, V], uniforms [n] in [0, 1) -> [n].
+    """The first token whose cumulative probability exceeds uniforms.   logprobs [n, V], uniforms [n] in [0, 1) -> [n]."""
+    return _inverse_cdf(logprobs.exp(), uniforms)[0]
+
+
+def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for probabilities [n, V] up to a factor a row, and their sum [n].
 
     A token of probability zero is never drawn: it does not raise the sum. The draw is scaled by the sum of them all, so
     rounding in the sum never leaves a draw beyond the last token.
     """
     # A parallel scan on a GPU adds in another order for each entry; float64 keeps it monotone where it matters.
-    dtype = torch.float64 if logprobs.is_cuda else torch.float32
-    probs, vocab_size = logprobs.exp(), logprobs.shape[-1]
+    dtype, vocab_size = torch.float64 if probs.is_cuda else torch.float32, probs.shape[-1]
     # First the piece that holds it, then the token in the piece: sums take a part of the time of a scan of the vocabulary.
     whole = vocab_size - vocab_size % PIECE
     sums = probs[:, :whole].unflatten(1, (-1, PIECE)).sum(-1, dtype=dtype)
@@ -66,7 +72,7 @@ def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # The two ways of adding round differently: a draw at a piece's very end must not leave it.
     targets = torch.minimum(targets, inside[:, -1:].nextafter(torch.zeros((), dtype=dtype, device=probs.device)))
     tokens = (pieces * PIECE + torch.searchsorted(inside, targets, right=True)).squeeze(1)
-    return tokens.clamp_(max=vocab_size - 1)  # only a row of NaN goes beyond; its log-prob tells
+    return tokens.clamp_(max=vocab_size - 1), ends[:, -1]  # only a row of NaN goes beyond; its log-prob tells
 
 
 def draw(
@@ -88,10 +94,22 @@ def draw(
     if temperature == 0:
         logprobs = tempered_logprobs(logits, temperature=1.0)
         tokens = logprobs.argmax(-1)
-    else:
+    elif _is_on(top_k, 0) or _is_on(top_p, 1.0) or _is_on(min_p, 0.0):
         logprobs = truncate(tempered_logprobs(logits, temperature=temperature), top_k=top_k, top_p=top_p, min_p=min_p)
         tokens = inverse_cdf(logprobs, uniforms)
+    else:
+        return _draw_from_all(logits, uniforms, temperature)
     return tokens, _at(logprobs, tokens)
+
+
+def _draw_from_all(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw` where no token is cut off: each exponential is taken once, and only the drawn token's log-prob made."""
+    logits = _tempered(logits, temperature)
+    top = logits.amax(-1, keepdim=True)
+    tokens, total = _inverse_cdf((logits - top).exp_(), uniforms)
+    return tokens, (_at(logits, tokens) - top.squeeze(-1) - total.log()).float()
 
 
 def _at(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
