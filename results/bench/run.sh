@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All CPU benchmarks into this folder, one after the other, then the table and the plot: about half an hour on two idle cores.
+# All CPU benchmarks into this folder, one after the other, then the table and the plot: about three quarters of an hour on two idle cores.
 #     results/bench/run.sh [PYTHON]
 # PYTHON: an interpreter that has vLLM's CPU build (`make test-vllm` makes .venv-vllm/bin/python); without it generation is held
 # against model.generate alone.
@@ -20,7 +20,7 @@ keep generate_4m "${generate[@]}" bench generate --json
 keep generate_14m "${generate[@]}" bench generate --size 14m --json
 keep generate_124m "${generate[@]}" bench generate --size 124m --repeats 2 --json
 keep sync rlhf-ray bench sync --megabytes 17 --megabytes 100 --megabytes 500 --json
-keep controller rlhf-ray bench controller --generators 256 --steps 100 --json
+keep controller rlhf-ray bench controller --generators 256 --steps 1000 --json
 keep serve rlhf-ray bench serve --json
 # Spinning, as a generation actor's threads do.
 OMP_WAIT_POLICY=active python $out/trials.py --compile > $out/trials.partial

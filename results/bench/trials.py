@@ -111,7 +111,7 @@ def weights_in_16_bits() -> None:
         torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
 
-    trial("autocast's weights made once for four passes", "kept", each, once)
+    trial("autocast's weights made once for four passes", "not used", each, once)
 
 
 def rows_of_unlike_length() -> None:

@@ -7,7 +7,6 @@ where DeepSpeed's own bf16 mode would add them up in bf16, and it is as fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,11 +103,10 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"], group["eps"] = learning_rate, self._adam_eps()
         self.engine.train()
-        with self._casts_kept():
-            for inputs, rest in microbatches:
-                output = inputs.output if isinstance(inputs, Forwarded) else self.engine(*inputs)
-                loss = loss_of(output, rest)
-                self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        for inputs, rest in microbatches:
+            output = inputs.output if isinstance(inputs, Forwarded) else self.engine(*inputs)
+            loss = loss_of(output, rest)
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self.engine.step()
         self.steps_taken += 1
         return self._grad_norm if self.settings.zero_stage == 0 else float(self.engine.get_global_grad_norm())
@@ -160,25 +158,6 @@ class DeepSpeedEngine:
         if self.settings.adam_form == "torch":
             return self.settings.adam_eps
         return self.settings.adam_eps / (1 - self.settings.adam_betas[1] ** (self.steps_taken + 1)) ** 0.5
-
-    @contextmanager
-    def _casts_kept(self) -> Iterator[None]:
-        """Autocast's 16-bit weights outlive a microbatch: they are made once an optimiser step, and freed before it.
-
-        Not where layers are computed again in the backward pass, at first without gradient: autocast would keep weights that
-        give none. Not with ZeRO-3, whose full weights come and go.
-        """
-        if self.settings.zero_stage == 3 or any(
-            getattr(part, "gradient_checkpointing", False) for part in self.module.modules()
-        ):
-            yield
-            return
-        torch.autocast_increment_nesting()
-        try:
-            yield
-        finally:
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
 
     def _clip(self, optimizer, args, kwargs) -> None:
         limit = self.settings.max_grad_norm or float("inf")
