@@ -53,7 +53,11 @@ def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_B
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError) as error:  # Value: an address that is none
+    except ConnectionError as error:
+        raise _no_cluster(address, error) from error
+    except ValueError as error:
+        if address is None:  # about something else than the address
+            raise
         raise _no_cluster(address, error) from error
     try:
         yield
