@@ -1,6 +1,6 @@
 """GPT-2's activation on CPUs: 0.5 x (1 + tanh(u / 2)) = x sigmoid(u), with u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 
-Torch's kernel for it spends its time in tanh: forward and backward of 1.3 M bfloat16 numbers take 1.4 times as long
+Torch's kernel for it spends its time in tanh: forward and backward of 1.3 M bfloat16 numbers take 1.6 times as long
 (results/bench/trials.py).
 """
 
