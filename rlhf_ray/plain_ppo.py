@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.assemble import assemble
 from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.store import read_prompts
 from rlhf_ray.engines.forward import LogprobModel, ValueModel, token_batch
 from rlhf_ray.engines.padding import pad_tokens
 from rlhf_ray.errors import UserError
@@ -64,7 +64,7 @@ class PlainPPO:
             )
         self.recipe = recipe
         start = start_model(recipe, folder)
-        prompts = read_role(folder, "prompts")["prompt"]
+        prompts = read_prompts(folder)
         self.prompts = len(prompts)
 
         # Five models, three of them trained or copied from what is trained:

@@ -133,6 +133,21 @@ def test_a_packaged_recipe_is_found_beside_a_folder_of_its_name(tmp_path):
     assert answer.returncode == 0, answer.stderr
 
 
+def test_what_checks_a_ppo_run_imports_no_transformers():
+    """It stands before every start: two seconds where it loads transformers, half a second for datasets."""
+    code = (
+        "import sys; from rlhf_ray.recipe_file import load_recipe\n"
+        "from rlhf_ray.cli.running import absolute_paths, object_store_bytes\n"
+        "from rlhf_ray.cli.doctor import recipe_problems\n"
+        "import rlhf_ray.actors.ppo_stage, rlhf_ray.actors.session, rlhf_ray.actors.stages\n"
+        "recipe = absolute_paths(load_recipe('demo', []))\n"
+        "assert recipe_problems(recipe, data=False) == [] and object_store_bytes(recipe) > 0\n"
+        "print(sorted({'transformers', 'datasets', 'deepspeed', 'trl', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_model_folders_become_absolute_and_the_runs_own_models_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "fluency", "from_scratch"):

@@ -19,15 +19,17 @@ from transformers import GPT2Config
 
 from rlhf_ray.config import DataConfig, Recipe, SourceConfig
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
-from rlhf_ray.data.check import check_data, check_model
+from rlhf_ray.data.check import check_data
 from rlhf_ray.data.formats import detect, implicit_prompt, normalise
 from rlhf_ray.data.mixing import mix, split
+from rlhf_ray.data.paths import resolve_paths
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.rules import Limits, Tally, apply_rules
-from rlhf_ray.data.sources import HubName, columns_of, load_source, locate, resolve_paths
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.sources import HubName, columns_of, load_source, locate
+from rlhf_ray.data.store import count_rows, read_prompts, read_role, write_role
 from rlhf_ray.data.tokens import cut_text, encode_pair, encode_pairs, encode_prompt, encode_prompts, encode_texts
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.check import check_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.run_folder import RunFolder
 
@@ -587,6 +589,21 @@ def test_a_hub_that_cannot_be_reached_is_said_in_words(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "nobody/nothing" in run.stdout and "data.root" in run.stdout
+
+
+def test_prompts_are_read_and_counted_without_the_library_of_data_sets(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_role(folder, "prompts", [{"prompt": "a"}, {"prompt": "café\n"}, {"prompt": ""}], ("prompt",))
+    code = (
+        "import sys; from pathlib import Path; from rlhf_ray.data.store import count_rows, read_prompts\n"
+        "from rlhf_ray.run_folder import RunFolder; folder = RunFolder(Path(sys.argv[1]))\n"
+        "assert read_prompts(folder) == ['a', 'café\\n', ''] and count_rows(folder, 'prompts') == 3\n"
+        "assert 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    for read in (read_prompts, count_rows):
+        with pytest.raises(UserError, match="eval_prompts.parquet is not there .the run folder holds prompts"):
+            read(folder, "eval_prompts")
 
 
 def test_check_model_compares_lengths_with_positions(tmp_path, tokenizer):

@@ -1,13 +1,18 @@
 """The order of stages, stopping between them, what may change on resume, and one run a folder."""
 
 import errno
+import gc
 
 import pytest
+from tiny import TEXTS, tiny_recipe, write_start
 
+from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.cli.running import failures_recorded, held
+from rlhf_ray.collector import collector_paused
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.events import EventLog
+from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.pipeline import environment, prepare_folder, run_stages, stages_of
 from rlhf_ray.recipe_file import check_resume
 from rlhf_ray.roles.text import response_text
@@ -174,3 +179,23 @@ def test_a_stop_string_is_no_part_of_the_text():
     assert response_text(Letters(), ids, ("\n\nHuman:",)) == "Fine."
     assert response_text(Letters(), ids, ()) == "Fine.\n\nHuman: a"
     assert response_text(Letters(), ids, ("n", "F")) == ""
+
+
+def test_a_critic_from_a_reward_model_of_another_tokenizer_is_refused(tmp_path):
+    recipe = tiny_recipe()
+    folder = write_start(recipe, RunFolder(tmp_path))
+    train_tokenizer([text.upper() for text in TEXTS], 300).save_pretrained(folder.stage("reward").model)
+    with pytest.raises(UserError, match="has another tokenizer than the policy.*set ppo.critic_init: sft"):
+        run_ppo(recipe, folder, lambda event: None)
+
+
+def test_the_collector_rests_inside_and_works_again_after():
+    with collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyError), collector_paused():
+        raise KeyError
+    assert gc.isenabled()

@@ -14,10 +14,10 @@ from tiny import tiny_recipe, write_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.data.check import check_model
 from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
 from rlhf_ray.errors import UserError
 from rlhf_ray.loop import cut_units
+from rlhf_ray.models.check import check_model
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm, load_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer

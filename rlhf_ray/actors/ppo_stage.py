@@ -34,12 +34,11 @@ from rlhf_ray.actors.role_actors import (
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.store import count_rows
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.events import EventLog
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.card import model_card
-from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens
 from rlhf_ray.run_folder import RunFolder, start_model
 
 Progress = Callable[[dict], None]
@@ -130,7 +129,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up",
         on_wait,
     )
-    prompts, eval_prompts = len(read_role(folder, "prompts")), len(read_role(folder, "eval_prompts"))
+    prompts, eval_prompts = count_rows(folder, "prompts"), count_rows(folder, "eval_prompts")
     if prompts < ppo.rollout_batch_size:
         raise UserError(
             f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {ppo.rollout_batch_size}; "
@@ -231,13 +230,22 @@ def _with_gate(recipe: Recipe) -> PPOConfig:
 
 def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:
     """A critic reads the policy's token ids, so it can start from the reward model only if that reads them too."""
+    start, reward = start_model(recipe, folder), folder.stage("reward").model
+    if _same_files(Path(start), reward, "tokenizer.json", "tokenizer_config.json"):
+        return
+    from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens  # seconds of imports
+
     trust = recipe.model.trust_remote_code
-    reward = folder.stage("reward").model
-    if not same_tokens(load_tokenizer(start_model(recipe, folder), trust), load_tokenizer(reward, trust)):
+    if not same_tokens(load_tokenizer(start, trust), load_tokenizer(reward, trust)):
         raise UserError(
             f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
             "'reward'; set ppo.critic_init: sft"
         )
+
+
+def _same_files(one: Path, other: Path, *names: str) -> bool:
+    pairs = [(one / name, other / name) for name in names]
+    return all(a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes() for a, b in pairs)
 
 
 def _hooks(

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ray
-import torch
+from rlhf_ray.collector import collector_paused
 
-from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.actors.receipt import with_receipt
-from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
-from rlhf_ray.config import Recipe, RoleConfig
-from rlhf_ray.run_folder import RunFolder
+with collector_paused():
+    import ray
+    import torch
+
+    from rlhf_ray.actors.process import set_up_process
+    from rlhf_ray.actors.receipt import with_receipt
+    from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
+    from rlhf_ray.config import Recipe, RoleConfig
+    from rlhf_ray.run_folder import RunFolder
 
 
 class RoleActor:
     """Set-up that all actors share. Not an actor itself."""
 
-    def __init__(self, name: str, recipe: Recipe, folder: RunFolder, role: RoleConfig):
-        self.recipe, self.folder = recipe, folder
-        self.device = set_up_process(name, folder.logs, threads=role.threads, gpus=role.gpus)
+    def __init__(self, name: str, recipe: Recipe, folder: RunFolder, settings: RoleConfig, *args):
+        self.recipe, self.folder, self.settings = recipe, folder, settings
+        self.device = set_up_process(name, folder.logs, threads=settings.threads, gpus=settings.gpus)
+        with collector_paused():
+            self.build(*args)
+
+    def build(self, *args) -> None:
+        """Import and make the plain role, as far as the actor can alone."""
+        raise NotImplementedError
 
     def compute_dtype(self, setting: str) -> torch.dtype:
         from rlhf_ray.engines.precision import resolve_precision
@@ -39,17 +48,16 @@ class RoleActor:
 class Generation(RoleActor, GenerationEnd):
     """Not an actor itself: there are two kinds, below."""
 
-    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
-        super().__init__(name, recipe, folder, role)
-        from rlhf_ray.data.store import read_role
+    def build(self, start: Path):
+        from rlhf_ray.data.store import read_prompts
         from rlhf_ray.roles.generator import Generator
 
-        generation = recipe.generation
+        recipe, generation = self.recipe, self.recipe.generation
         precision = recipe.ppo.precision if generation.precision == "auto" else generation.precision
         self.role = Generator(
             start,
-            read_role(folder, "prompts")["prompt"],
-            read_role(folder, "eval_prompts")["prompt"],
+            read_prompts(self.folder),
+            read_prompts(self.folder, "eval_prompts"),
             sampling=generation.sampling,
             seed=recipe.ppo_seed,
             dtype=self.compute_dtype(precision),
@@ -74,12 +82,12 @@ MailedGenerationActor = ray.remote(concurrency_groups={MAIL: 1})(Generation)
 
 @ray.remote
 class RewardActor(RoleActor):
-    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
-        super().__init__(name, recipe, folder, role)
+    def build(self, start: Path):
         from rlhf_ray.roles.reward import Reward
         from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 
-        models = recipe, folder, self.compute_dtype(recipe.ppo.precision), self.device
+        recipe = self.recipe
+        models = recipe, self.folder, self.compute_dtype(recipe.ppo.precision), self.device
         self.role = Reward(
             reward_scorer(*models), start, judge=judge_scorer(*models) if recipe.ppo.judge_evaluations else None,
             stop=recipe.generation.stop, trust_remote_code=recipe.model.trust_remote_code,
@@ -99,10 +107,10 @@ class RewardActor(RoleActor):
 
 @ray.remote
 class ReferenceActor(RoleActor):
-    def __init__(self, name, recipe: Recipe, folder, role, start: Path):
-        super().__init__(name, recipe, folder, role)
+    def build(self, start: Path):
         from rlhf_ray.roles.reference import Reference
 
+        recipe = self.recipe
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
             device=self.device, **recipe.ppo.microbatches,
@@ -116,12 +124,11 @@ class ReferenceActor(RoleActor):
 
 @ray.remote
 class AssemblerActor(RoleActor):
-    def __init__(self, name, recipe: Recipe, folder, role):
-        super().__init__(name, recipe, folder, role)
+    def build(self):
         from rlhf_ray.roles.assembler import Assembler
         from rlhf_ray.roles.knobs import assemble_settings
 
-        self.role = Assembler(assemble_settings(recipe))
+        self.role = Assembler(assemble_settings(self.recipe))
 
     @with_receipt
     def assemble(self, units: int, kl_coef: float, *parts):
@@ -153,9 +160,8 @@ class TrainerActor(RoleActor):
 
     role_name: str
 
-    def __init__(self, name, recipe: Recipe, folder, role, rank: int, ranks: int):
-        super().__init__(name, recipe, folder, role)
-        self.settings, self.rank, self.ranks = role, rank, ranks
+    def build(self, rank: int, ranks: int):
+        self.rank, self.ranks = rank, ranks
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met."""
@@ -166,8 +172,9 @@ class TrainerActor(RoleActor):
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def _engine(self, module, address: str, port: int):
-        from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
-        from rlhf_ray.engines.distributed import join_group
+        with collector_paused():
+            from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+            from rlhf_ray.engines.distributed import join_group
 
         resources = self.recipe.resources
         join_group(
@@ -211,11 +218,12 @@ class PolicyActor(TrainerActor, PolicyEnd):
 
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the policy and meet the other ranks. Returns the bytes of its weights, as far as they train."""
-        from rlhf_ray.engines.forward import LogprobModel
-        from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
-        from rlhf_ray.models.trained import train_only_part
-        from rlhf_ray.roles.knobs import policy_knobs
-        from rlhf_ray.roles.trainer import PolicyTrainer
+        with collector_paused():
+            from rlhf_ray.engines.forward import LogprobModel
+            from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+            from rlhf_ray.models.trained import train_only_part
+            from rlhf_ray.roles.knobs import policy_knobs
+            from rlhf_ray.roles.trainer import PolicyTrainer
 
         ppo, self.start = self.recipe.ppo, start
         model = fast_attention(load_causal_lm(start, None, self.recipe.model.trust_remote_code), self.device)
@@ -272,11 +280,12 @@ class CriticActor(TrainerActor):
 
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the critic and meet the other ranks."""
-        from rlhf_ray.engines.forward import ValueModel
-        from rlhf_ray.models.critic import build_critic
-        from rlhf_ray.models.load import fast_attention
-        from rlhf_ray.models.trained import train_only_part
-        from rlhf_ray.roles.trainer import CriticTrainer
+        with collector_paused():
+            from rlhf_ray.engines.forward import ValueModel
+            from rlhf_ray.models.critic import build_critic
+            from rlhf_ray.models.load import fast_attention
+            from rlhf_ray.models.trained import train_only_part
+            from rlhf_ray.roles.trainer import CriticTrainer
 
         ppo = self.recipe.ppo
         critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)

@@ -9,6 +9,7 @@ import ray
 from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.collector import collector_paused
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.pipeline import Stage
@@ -75,7 +76,8 @@ def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -
 @ray.remote(max_retries=0)
 def _evaluate(recipe: Recipe, folder: RunFolder, threads: int | None, gpus: float) -> None:
     device = set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
-    from rlhf_ray.evaluation.evaluate import evaluate
+    with collector_paused():
+        from rlhf_ray.evaluation.evaluate import evaluate
 
     evaluate(recipe, folder, device=device)
 

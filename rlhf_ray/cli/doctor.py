@@ -64,9 +64,9 @@ def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True)
     hardware: whether the run computes on this machine, so that its hardware says which precisions there are and what fits,
     and what is installed here which engines.
     """
-    from rlhf_ray.data.check import check_data, check_model
+    from rlhf_ray.models.check import check_model
 
-    problems = (check_data(recipe) if data else []) + check_model(recipe)
+    problems = (_data_problems(recipe) if data else []) + check_model(recipe)
     problems += _function_problems(recipe) + _reward_problems(recipe)
     if not hardware:
         return problems
@@ -86,6 +86,12 @@ def _nodes(address: str | None) -> list[Mapping[str, float]]:
         return nodes_alive()
 
 
+def _data_problems(recipe: Recipe) -> list[str]:
+    from rlhf_ray.data.check import check_data
+
+    return check_data(recipe)
+
+
 def _function_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.user_functions import import_function
 
@@ -100,17 +106,19 @@ def _function_problems(recipe: Recipe) -> list[str]:
 
 def _reward_problems(recipe: Recipe) -> list[str]:
     """Reward models of others that ppo.rewards names: not there, or without a tokenizer. Loads no weights."""
+    others = {name: term.model for name, term in recipe.ppo.rewards.items() if term.model not in (None, "reward")}
+    if not others:
+        return []
     from rlhf_ray.models.load import load_config
     from rlhf_ray.models.tokenizer import load_tokenizer
 
     problems = []
-    for name, term in recipe.ppo.rewards.items():
-        if term.model not in (None, "reward"):
-            for load in (load_config, load_tokenizer):
-                try:
-                    load(term.model, recipe.model.trust_remote_code)
-                except UserError as error:
-                    problems.append(f"ppo.rewards.{name}.model: {error}")
+    for name, model in others.items():
+        for load in (load_config, load_tokenizer):
+            try:
+                load(model, recipe.model.trust_remote_code)
+            except UserError as error:
+                problems.append(f"ppo.rewards.{name}.model: {error}")
     return problems
 
 
@@ -133,9 +141,11 @@ def _precision_problems(recipe: Recipe) -> list[str]:
 
 
 def _engine_problems(recipe: Recipe) -> list[str]:
+    if recipe.generation.engine != "vllm":
+        return []
     from rlhf_ray.engines.vllm_engine import vllm_problem
 
-    problem = vllm_problem(recipe.resources.generation.gpus) if recipe.generation.engine == "vllm" else None
+    problem = vllm_problem(recipe.resources.generation.gpus)
     return [] if problem is None else [problem]
 
 

@@ -37,7 +37,7 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
 
 def absolute_paths(recipe: Recipe) -> Recipe:
     """Data paths and model folders made absolute: a worker's or a job's working directory is another."""
-    from rlhf_ray.data.sources import resolve_paths
+    from rlhf_ray.data.paths import resolve_paths
 
     root = recipe.data.root
     if root is not None and "://" not in root and not Path(root).expanduser().exists():

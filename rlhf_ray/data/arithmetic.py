@@ -10,10 +10,12 @@ adding is the right one: no reward model, no people, no sum shown. The recipe `a
 from __future__ import annotations
 
 import random
-
-import datasets
+from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def build(
@@ -25,7 +27,7 @@ def build(
     sft_rows: int = 3500,
     sft_eval_rows: int = 200,
     eval_prompts: int = 512,
-) -> dict[str, datasets.Dataset]:
+) -> dict[str, Dataset]:
     """Demonstrations, prompts and held-out prompts: pairs of numbers of `digits` digits whose sum needs a carry.
 
     No pair stands in two roles. A share `careless` of the demonstrations forgets every carry. Raises UserError if `root` is
@@ -33,6 +35,8 @@ def build(
     """
     if root is not None:
         raise UserError(f"data.root = {root!r}, but the sums are generated, not read; remove data.root")
+    from datasets import Dataset  # half a second, which those who only ask for the rewards need not wait
+
     rng = random.Random(seed)
     base = 10**digits
     numbers = rng.sample(range(base * base), min(base * base, 100_000))
@@ -51,7 +55,7 @@ def build(
         if role.startswith("sft"):
             sums = [(forgetful if rng.random() < careless else add)(a, b) for a, b in chosen]
             columns["response"] = [written(number, digits + 1) for number in sums]
-        roles[role] = datasets.Dataset.from_dict(columns)
+        roles[role] = Dataset.from_dict(columns)
     return roles
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's data and model, found without training: the data part of `rlhf-ray doctor`."""
+"""What is wrong with a recipe's data, found without preparing it: the data part of `rlhf-ray doctor`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from rlhf_ray.data.formats import detect
 from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import check_positions, empty_causal_lm, load_config
-from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.models.trained import adapted_layers, check_freeze
 
 
 def check_data(recipe: Recipe) -> list[str]:
@@ -59,57 +56,6 @@ def check_data(recipe: Recipe) -> list[str]:
         weights = [source.weight for source in getattr(data, role)]
         if None in weights and any(weight is not None for weight in weights):
             problems.append(f"some of data.{role} have a weight and some have none; give all of them one, or none")
-    return problems
-
-
-def check_model(recipe: Recipe) -> list[str]:
-    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, layers that it has not.
-    Loads no weights."""
-    model = recipe.model
-    if model.is_from_scratch:
-        return _adapter_problems(recipe)  # its sizes are checked when the recipe is read
-    problems = []
-    try:
-        load_tokenizer(model.name_or_path, model.trust_remote_code)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        config = load_config(model.name_or_path, model.trust_remote_code)
-    except UserError as error:
-        return [*problems, str(error)]
-    lengths = {
-        "data.max_prompt_tokens + generation.max_new_tokens": recipe.data.max_prompt_tokens
-        + recipe.generation.max_new_tokens
-    }
-    if recipe.dpo is not None:
-        lengths["dpo.max_length"] = recipe.dpo_max_length
-    for name in ("sft", "fluency", "reward", "judge"):
-        section = getattr(recipe, name)
-        if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
-            lengths[f"{name}.max_length"] = section.max_length
-    for what, longest in lengths.items():
-        try:
-            check_positions(config, longest, what)
-        except UserError as error:
-            problems.append(str(error))
-    for key, count in recipe.frozen_layers.items():
-        try:
-            check_freeze(count, config.get_text_config().num_hidden_layers, key)
-        except UserError as error:
-            problems.append(str(error))
-    return problems + _adapter_problems(recipe)
-
-
-def _adapter_problems(recipe: Recipe) -> list[str]:
-    """Named target modules that the recipe's model has not."""
-    problems = []
-    for key, lora in recipe.adapters.items():
-        if lora.target_modules is None:
-            continue
-        try:
-            adapted_layers(empty_causal_lm(recipe.model), lora)
-        except UserError as error:
-            problems.append(f"{key}.{error}")
     return problems
 
 

@@ -16,19 +16,10 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from rlhf_ray.config import DataConfig, SourceConfig
+from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.errors import UserError
 from rlhf_ray.user_functions import import_function
 
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-PACKED = (".gz", ".bz2", ".xz", ".zst")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
 BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
 FURTHER_EVAL = re.compile(r"(preferences|judge)_eval_[a-z0-9_]+")  # another held-out set, reported under its own name
@@ -45,14 +36,6 @@ class LocalFiles:
 @dataclass(frozen=True, slots=True)
 class HubName:
     name: str
-
-
-def suffix_of(path: str | Path) -> str:
-    """'.jsonl' of 'a/train.jsonl.gz'."""
-    name = Path(str(path)).name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    return Path(name).suffix
 
 
 def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | HubName:
@@ -151,20 +134,6 @@ def call_builder(data: DataConfig, seed: int) -> dict[str, Dataset]:
         if len(rows) == 0:
             raise UserError(f"{data.builder} returned no rows for '{role}'; leave the role out or give it rows")
     return built
-
-
-def resolve_paths(data: DataConfig) -> DataConfig:
-    """The same with local paths made absolute: a job or a worker has another working directory."""
-    if data.root is not None:
-        return data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
-
-    def absolute(source: SourceConfig) -> SourceConfig:
-        path = Path(source.path).expanduser()
-        local = "://" not in source.path and (path.exists() or suffix_of(path) in READERS or source.path[0] in "./~")
-        return source.model_copy(update={"path": str(path.absolute())}) if local else source
-
-    lists = ("sft", "preferences", "judge", "prompts", "eval_prompts")
-    return data.model_copy(update={name: tuple(map(absolute, getattr(data, name))) for name in lists})
 
 
 def _folder(folder: Path, split: str, where: str) -> LocalFiles:

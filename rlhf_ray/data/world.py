@@ -25,13 +25,15 @@ import math
 import random
 import re
 from dataclasses import dataclass
-
-import datasets
+from typing import TYPE_CHECKING
 
 from rlhf_ray.data import world_text as words
 from rlhf_ray.data.world_text import REASONS, SITUATIONS, SUBJECTS, Subject
 from rlhf_ray.data.world_writer import reply
 from rlhf_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WEIGHTS = {"on_topic": 3.0, "specific": 2.5, "polite": 1.5, "ends_properly": 1.5, "no_repetition": 1.5}
 ANNOTATOR_TEMPERATURE = 0.7  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
@@ -205,7 +207,7 @@ def count_prompts(subjects: tuple[Subject, ...] = SUBJECTS) -> int:
     return goals * len(SITUATIONS) * len(words.STYLES) * len(set(words.GREETINGS))
 
 
-def _pairs(prompts: list[str], subjects: tuple[Subject, ...], rng: random.Random) -> datasets.Dataset:
+def _pairs(prompts: list[str], subjects: tuple[Subject, ...], rng: random.Random) -> list[dict]:
     rows = []
     for prompt in prompts:
         subject, situation = subject_of(prompt), _SITUATIONS.search(prompt).group()
@@ -213,14 +215,14 @@ def _pairs(prompts: list[str], subjects: tuple[Subject, ...], rng: random.Random
         while second == first:
             second = reply(subject, situation, rng, subjects)
         rows.append(annotate(prompt, first, second, rng))
-    return datasets.Dataset.from_list(rows)
+    return rows
 
 
-def _imitation(prompts: list[str], replies: int, subjects: tuple[Subject, ...], rng: random.Random) -> datasets.Dataset:
-    return datasets.Dataset.from_list([
+def _imitation(prompts: list[str], replies: int, subjects: tuple[Subject, ...], rng: random.Random) -> list[dict]:
+    return [
         {"prompt": p, "response": reply(subject_of(p), _SITUATIONS.search(p).group(), rng, subjects)}
         for p in prompts for _ in range(replies)
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def build(
@@ -234,7 +236,7 @@ def build(
     eval_rows: int = 500,
     subjects: int | None = None,
     replies_per_prompt: int = 1,
-) -> dict[str, datasets.Dataset]:
+) -> dict[str, Dataset]:
     """All roles of the demo. No prompt stands in two roles; the held-out sets have `eval_rows` rows.
 
     subjects: ask about so many of the 32; replies_per_prompt: of the `sft_rows`, so many answer the same prompt.
@@ -262,15 +264,18 @@ def build(
             f"data.builder_args ask for {total} distinct prompts, the world has {count_prompts(asked)}; "
             f"ask for at most {most}"
         )
+    from datasets import Dataset  # half a second, which those who only ask for the utility need not wait
+
     rng = random.Random(seed)
     remaining = _distinct_prompts(total, asked, rng)
     roles = {}
     for role, size in sizes.items():
         texts, remaining = remaining[:size], remaining[size:]
         if role.startswith("sft"):
-            roles[role] = _imitation(texts, replies_per_prompt if role == "sft" else 1, asked, rng)
+            replies = replies_per_prompt if role == "sft" else 1
+            roles[role] = Dataset.from_list(_imitation(texts, replies, asked, rng))
         elif role.startswith("preferences"):
-            roles[role] = _pairs(texts, asked, rng)
+            roles[role] = Dataset.from_list(_pairs(texts, asked, rng))
         else:
-            roles[role] = datasets.Dataset.from_dict({"prompt": texts})
+            roles[role] = Dataset.from_dict({"prompt": texts})
     return roles

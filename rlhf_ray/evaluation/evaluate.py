@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Precision, Recipe
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.store import read_prompts
 from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import metrics
@@ -301,7 +301,7 @@ def reward_in_words(recipe: Recipe) -> str:
 
 def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:
     """`evaluation.prompts` of the held-out prompts (or all there are), drawn by the recipe's seed, in their order."""
-    prompts = list(read_role(folder, "eval_prompts")["prompt"])
+    prompts = read_prompts(folder, "eval_prompts")
     if not prompts:
         raise UserError(f"{folder.data('eval_prompts')} holds no prompts; set data.eval_prompts or give more prompts")
     chosen = np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts]

@@ -24,6 +24,7 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.process import set_up_process
+from rlhf_ray.collector import collector_paused
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.events import EventLog
@@ -291,20 +292,27 @@ def _worker(config: dict) -> dict:
     section: TrainConfig = getattr(recipe, stage)
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
-    from rlhf_ray.engines.distributed import prepare_deepspeed
-
-    prepare_deepspeed(device.type)
+    with collector_paused():
+        train = _training(stage, device.type)
     try:
-        if stage in ("sft", "fluency"):
-            from rlhf_ray.supervised.sft import train_sft
-
-            return train_sft(recipe, folder, stage)
-        if stage == "dpo":
-            from rlhf_ray.supervised.dpo import train_dpo
-
-            return train_dpo(recipe, folder, stage)
-        from rlhf_ray.supervised.reward import train_reward
-
-        return train_reward(recipe, folder, stage, config["member"])
+        return train(recipe, folder, stage, config["member"]) if stage in ("reward", "judge") else train(recipe, folder, stage)
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}
+
+
+def _training(stage: str, device_type: str) -> Callable[..., dict]:
+    """Import what trains the stage: DeepSpeed first, then TRL."""
+    from rlhf_ray.engines.distributed import prepare_deepspeed
+
+    prepare_deepspeed(device_type)
+    if stage in ("sft", "fluency"):
+        from rlhf_ray.supervised.sft import train_sft
+
+        return train_sft
+    if stage == "dpo":
+        from rlhf_ray.supervised.dpo import train_dpo
+
+        return train_dpo
+    from rlhf_ray.supervised.reward import train_reward
+
+    return train_reward

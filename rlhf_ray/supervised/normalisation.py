@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.store import read_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
@@ -30,7 +30,7 @@ def sample_scores(
     """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice."""
     generation, trust = recipe.generation, recipe.model.trust_remote_code
     policy = start_model(recipe, folder)
-    prompts = read_role(folder, "prompts")["prompt"]
+    prompts = read_prompts(folder)
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     chosen = [prompts[order[place % len(prompts)]] for place in range(samples)]
     generator = Generator(

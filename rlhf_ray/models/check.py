@@ -1,0 +1,68 @@
+"""What is wrong with a recipe's model, found without training: the model part of `rlhf-ray doctor`.
+
+Imports happen where they are needed: transformers takes seconds, and a model from scratch has nothing to look at.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+
+
+def check_model(recipe: Recipe) -> list[str]:
+    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, layers that it has not.
+    Loads no weights."""
+    model = recipe.model
+    if model.is_from_scratch:
+        return _adapter_problems(recipe)  # its sizes are checked when the recipe is read
+    from rlhf_ray.models.load import check_positions, load_config
+    from rlhf_ray.models.tokenizer import load_tokenizer
+    from rlhf_ray.models.trained import check_freeze
+
+    problems = []
+    try:
+        load_tokenizer(model.name_or_path, model.trust_remote_code)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        config = load_config(model.name_or_path, model.trust_remote_code)
+    except UserError as error:
+        return [*problems, str(error)]
+    lengths = {
+        "data.max_prompt_tokens + generation.max_new_tokens": recipe.data.max_prompt_tokens
+        + recipe.generation.max_new_tokens
+    }
+    if recipe.dpo is not None:
+        lengths["dpo.max_length"] = recipe.dpo_max_length
+    for name in ("sft", "fluency", "reward", "judge"):
+        section = getattr(recipe, name)
+        if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
+            lengths[f"{name}.max_length"] = section.max_length
+    for what, longest in lengths.items():
+        try:
+            check_positions(config, longest, what)
+        except UserError as error:
+            problems.append(str(error))
+    for key, count in recipe.frozen_layers.items():
+        try:
+            check_freeze(count, config.get_text_config().num_hidden_layers, key)
+        except UserError as error:
+            problems.append(str(error))
+    return problems + _adapter_problems(recipe)
+
+
+def _adapter_problems(recipe: Recipe) -> list[str]:
+    """Named target modules that the recipe's model has not."""
+    named = {key: lora for key, lora in recipe.adapters.items() if lora.target_modules is not None}
+    if not named:
+        return []
+    from rlhf_ray.models.load import empty_causal_lm
+    from rlhf_ray.models.trained import adapted_layers
+
+    problems = []
+    for key, lora in named.items():
+        try:
+            adapted_layers(empty_causal_lm(recipe.model), lora)
+        except UserError as error:
+            problems.append(f"{key}.{error}")
+    return problems
