@@ -1,5 +1,8 @@
 """Packed linear layers against the plain ones and against float64 written out."""
 
+import gc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +192,19 @@ def test_the_reward_model_scores_as_in_float32(tmp_path):
         for dtype in (torch.float32, torch.bfloat16)
     )
     np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_a_packed_reference_lets_go_of_its_file(tmp_path):
+    """Pages that were read count as the process's for as long as one small weight is a view into the file."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not tell what a process has mapped")
+    folder = tmp_path / "model"
+    save_model(build(dtype=torch.float32), word_tokenizer(VOCAB), folder, "")
+    plain = Reference(folder, temperature=1.0, compute_dtype=torch.float32)
+    assert str(folder) in maps.read_text(), "weights are no views into their file any more: clone them no longer"
+    del plain
+    gc.collect()
+    packed = Reference(folder, temperature=1.0, compute_dtype=torch.bfloat16)
+    assert str(folder) not in maps.read_text()
+    assert packed.model.lm_head.weight is packed.model.get_input_embeddings().weight, "tied as before"

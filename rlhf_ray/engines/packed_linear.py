@@ -104,9 +104,17 @@ def pack_linears(model: PreTrainedModel, *, frozen: bool = False, fused: bool = 
         for module in model.modules():
             if _can_fuse(module):
                 module.forward = PackedFeedForward(module)
-    # The weights given up lie between others that are still there, and glibc returns such memory only when it is asked to.
+    if frozen:
+        _let_go_of_the_rest(model)
+
+
+def _let_go_of_the_rest(model: PreTrainedModel) -> None:
+    """Give back what the weights that were given up stood in."""
+    for parameter in model.parameters():
+        # A loaded model's weights are views into its file, which stays in memory, all that was read, while one of them does.
+        parameter.data = parameter.data.clone()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if frozen and trim is not None:
+    if trim is not None:  # glibc returns memory between other memory only when it is asked to
         trim(0)
 
 

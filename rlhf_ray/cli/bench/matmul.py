@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from rlhf_ray.evaluation.flops import Shape
 
@@ -24,25 +26,27 @@ def products(shape: Shape, tokens: int, logits: int) -> list[tuple[int, int, int
 def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device: str = "cpu") -> dict:
     """FLOP a second over a forward pass's products, each at the best of its repeats, on `threads` threads of a CPU, or on a GPU.
 
-    In bfloat16 where the device multiplies in it, else float32.
+    In bfloat16 where the device multiplies in it, else float32. In a process of its own: its memory is not the job's.
     """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_matmul_rate, shape, tokens, logits, threads, device).result()
+
+
+def _matmul_rate(shape: Shape, tokens: int, logits: int, threads: int, device: str) -> dict:
     import torch
 
     from rlhf_ray.engines.precision import resolve_precision
 
-    dtype, before = resolve_precision("auto", device), torch.get_num_threads()
+    dtype = resolve_precision("auto", device)
     torch.set_num_threads(threads)
-    try:
-        flop = seconds = 0.0
-        for times, rows, inputs, outputs in products(shape, tokens, logits):
-            left = torch.randn(rows, inputs, device=device).to(dtype)
-            right = torch.randn(outputs, inputs, device=device).to(dtype)
-            of_one = 2.0 * rows * inputs * outputs
-            flop += times * of_one
-            linear = torch.nn.functional.linear
-            seconds += times * min(_timed(device, of_one, linear, left, right) for _ in range(ROUNDS))
-    finally:
-        torch.set_num_threads(before)
+    flop = seconds = 0.0
+    for times, rows, inputs, outputs in products(shape, tokens, logits):
+        left = torch.randn(rows, inputs, device=device).to(dtype)
+        right = torch.randn(outputs, inputs, device=device).to(dtype)
+        of_one = 2.0 * rows * inputs * outputs
+        flop += times * of_one
+        linear = torch.nn.functional.linear
+        seconds += times * min(_timed(device, of_one, linear, left, right) for _ in range(ROUNDS))
     return {
         "flop_per_s": flop / seconds,
         "dtype": str(dtype).removeprefix("torch."),
