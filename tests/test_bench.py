@@ -323,6 +323,8 @@ def test_bench_controller_counts_what_passes():
     assert found["put_bytes_per_step"] >= 1 << 20  # the weights of each sync
     assert found["put_bytes_per_step"] <= max(found["store_bytes"]["first"], found["store_bytes"]["last"])
     assert found["cpu_s_per_step"]["median"] > 0 and found["ratio"]["median"] > 0
+    trend = found["cpu_s_trend"]
+    assert trend["low"] <= trend["mean"] <= trend["high"] and abs(trend["mean"]) < found["cpu_s_per_step"]["high"]
     refused = rlhf_ray("bench", "controller", "--steps", "2")
     assert refused.returncode == 2 and "give at least 5" in refused.stderr
 

@@ -92,6 +92,14 @@ def train(engine, rank, world, steps=STEPS, start=0):
     return states, norms
 
 
+def count_reductions(engine, rank, world):
+    """Calls with which DeepSpeed copies a plain group's gradients into buckets, reduces them and copies them back."""
+    found, reduce = [], engine.engine.buffered_allreduce_fallback
+    engine.engine.buffered_allreduce_fallback = lambda **kwargs: (found.append(1), reduce(**kwargs))
+    train(engine, rank, world, steps=2)
+    return len(found)
+
+
 def work(rank, world, port, folder):
     """One rank: everything that this world size is asked, at each stage; results go to a file."""
     torch.set_num_threads(1)
@@ -126,6 +134,7 @@ def work(rank, world, port, folder):
         start = anew
         start.load_state(fresh, 0)
         result["from_start"] = train(start, rank, world)[0][-1]
+        result["reductions"] = count_reductions(make_engine(stage), rank, world)
         result["unclipped"] = train(make_engine(stage, clip=0.0), rank, world, steps=2)
         result["tensorflow"] = train(make_engine(stage, adam_form="tensorflow", adam_eps=TF_EPS), rank, world)[0]
         if stage == 3:
@@ -239,6 +248,10 @@ def test_a_loaded_state_goes_on_bit_for_bit(results, world, stage, way):
 def test_a_state_from_before_the_first_step_loads(results, world, stage):
     for result in results[world]:
         assert gap(result[stage]["from_start"], result[stage]["states"][-1]) == 0.0
+
+
+def test_one_rank_reduces_nothing_and_two_once_a_step(results):
+    assert [results[world][0][0]["reductions"] for world in (1, 2)] == [0, 2]
 
 
 @each

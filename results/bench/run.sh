@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# All CPU benchmarks into this folder, one after the other, then the table and the plot: about three quarters of an hour on two idle cores.
-#     results/bench/run.sh [PYTHON]
+# All CPU benchmarks, one after the other, then the table and the plot: about an hour on two idle cores.
+#     OUT=FOLDER results/bench/run.sh [PYTHON]
+# OUT: where to, this folder if it is not set.
 # PYTHON: an interpreter that has vLLM's CPU build (`make test-vllm` makes .venv-vllm/bin/python); without it generation is held
 # against model.generate alone.
 set -euo pipefail
-out=results/bench
+out=${OUT:-results/bench}
+mkdir -p "$out"
 generate=(rlhf-ray)
 [ -z "${1:-}" ] || generate=("$1" -m rlhf_ray.cli.main)
 
@@ -23,6 +25,6 @@ keep sync rlhf-ray bench sync --megabytes 17 --megabytes 100 --megabytes 500 --j
 keep controller rlhf-ray bench controller --generators 256 --steps 1000 --json
 keep serve rlhf-ray bench serve --json
 # Spinning, as a generation actor's threads do.
-OMP_WAIT_POLICY=active python $out/trials.py --compile > $out/trials.partial
-mv $out/trials.partial $out/trials.txt
-python $out/tables.py
+OMP_WAIT_POLICY=active python results/bench/trials.py --compile > "$out/trials.partial"
+mv "$out/trials.partial" "$out/trials.txt"
+python results/bench/tables.py "$out"

@@ -1,6 +1,7 @@
-"""The JSON of `results/bench/run.sh` as the tables of table.md and as plot.png: python results/bench/tables.py"""
+"""The JSON of `results/bench/run.sh` as the tables of table.md and as plot.png: python results/bench/tables.py [FOLDER]"""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +9,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
 SIZES = ("4m", "14m", "124m")
 PHASES = ("generate", "score", "assemble", "update", "sync")
 
 
 def load(name: str) -> dict | None:
-    path = HERE / f"{name}.json"
+    path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -133,14 +134,14 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
         axis.grid(axis="y", alpha=0.25)
         axis.set_axisbelow(True)
     figure.tight_layout()
-    figure.savefig(HERE / "plot.png", dpi=110)
+    figure.savefig(FOLDER / "plot.png", dpi=110)
 
 
 def main() -> None:
     ppo = {size: run for size in SIZES if (run := load(f"ppo_{size}"))}
     generate = {size: run for size in SIZES if (run := load(f"generate_{size}"))}
     lines = [*ppo_lines(ppo), "", *generate_lines(generate), "", *other_lines()]
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    (FOLDER / "table.md").write_text("\n".join(lines) + "\n")
     plot(ppo, generate)
     print("\n".join(lines))
 
