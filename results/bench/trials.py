@@ -1,10 +1,13 @@
 """What was tried to make a step faster on CPUs, each against what it would replace: python results/bench/trials.py [--compile]
 
 One thread unless said otherwise, bfloat16, GPT-2 of 4.3 M parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48
-tokens. Prints one line a trial: milliseconds of both, their ratio, and whether it was kept. Median of 15, taken in turns.
+tokens. Prints one line a trial: milliseconds of both, their ratio, and whether it was kept. Median of 15 (imports: of 5), in
+turns.
 """
 
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -12,11 +15,14 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.sampling import inverse_cdf
 from rlhf_ray.engines import kv_cache, packing
+from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+from rlhf_ray.engines.distributed import join_group
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.last_block import only_at
 from rlhf_ray.engines.packed_linear import pack_linears
@@ -27,9 +33,9 @@ from rlhf_ray.models.load import disable_dropout
 ROWS, PROMPT, RESPONSE, VOCABULARY, WIDTH = 16, 32, 48, 4096, 256
 
 
-def trial(name: str, verdict: str, before, after) -> None:
+def trial(name: str, verdict: str, before, after, *, repeats: int = 15) -> None:
     times: dict = {before: [], after: []}
-    for repeat in range(17):
+    for repeat in range(repeats + 2):
         for run in (before, after):
             started = time.perf_counter()
             run()
@@ -239,6 +245,34 @@ def adam() -> None:
     trial("Adam in one pass over each weight", "kept", *steps)
 
 
+def gradient_bucket() -> None:
+    """An optimiser step of 25 M weights by DeepSpeed on one rank, with and without its reduction over ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    join_group(rank=0, world_size=1, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
+    layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))
+    settings = OptimiserSettings(adam_eps=1e-5, max_grad_norm=1.0, zero_stage=0)
+    engine, x = DeepSpeedEngine(layers, settings, device=torch.device("cpu")), torch.randn(64, 1024)
+
+    def step(reduces: bool) -> None:
+        engine.engine.enable_backward_allreduce = reduces
+        engine.step([((x,), None)], lambda output, _: output.square().mean(), learning_rate=1e-6)
+
+    trial("one rank's gradients not through a bucket", "kept", partial(step, True), partial(step, False))
+
+
+def imports() -> None:
+    """What every role imports, in a process of its own."""
+
+    def process(first: str) -> None:
+        code = f"{first}; import ray, torch, rlhf_ray.models.load"
+        subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+    plain, paused = partial(process, "pass"), partial(process, "import gc; gc.disable()")
+    trial("imports of a role without garbage collection", "kept", plain, paused, repeats=5)
+
+
 def frozen_forward() -> None:
     """A reference's pass, and a reward model's, where activations may round otherwise than the policy's."""
     generator = np.random.default_rng(0)
@@ -271,7 +305,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward)  # fmt: skip
+             frozen_forward, gradient_bucket, imports)  # fmt: skip
     for part in tried:
         part()
     if "--compile" in sys.argv:
