@@ -23,6 +23,7 @@ from rlhf_ray.algorithms.sampling import inverse_cdf
 from rlhf_ray.engines import kv_cache, packing
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
+from rlhf_ray.engines.embedding_gradient import add_in_place
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.last_block import only_at
 from rlhf_ray.engines.packed_linear import pack_linears
@@ -262,6 +263,16 @@ def gradient_bucket() -> None:
     trial("one rank's gradients not through a bucket", "kept", partial(step, True), partial(step, False))
 
 
+def embedding_gradient() -> None:
+    """GPT-2's own embedding, 640 tokens, and the second microbatch of an optimiser step."""
+    ids, plain, rows = torch.randint(50257, (1, 640)), nn.Embedding(50257, 768), nn.Embedding(50257, 768)
+    add_in_place(rows)
+    ways = [both_ways(layer, ids) for layer in (plain, rows)]
+    for way in ways:
+        way()
+    trial("embedding's gradient added to the rows looked up", "kept", *ways)
+
+
 def imports() -> None:
     """What every role imports, in a process of its own."""
 
@@ -305,7 +316,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, imports)  # fmt: skip
+             frozen_forward, gradient_bucket, embedding_gradient, imports)  # fmt: skip
     for part in tried:
         part()
     if "--compile" in sys.argv:

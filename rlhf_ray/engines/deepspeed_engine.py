@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf_ray.engines.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.engines.distributed import prepare_deepspeed
+from rlhf_ray.engines.embedding_gradient import add_in_place
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -54,6 +55,8 @@ class DeepSpeedEngine:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
             parameter.data = parameter.data.contiguous()
+        if settings.zero_stage == 0:
+            add_in_place(module)
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
         )
