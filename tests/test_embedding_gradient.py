@@ -40,7 +40,11 @@ def test_by_hand_and_only_the_first_pass_makes_a_gradient_of_the_whole_size():
     add_in_place(layer)
     whole = []
     layer.weight.register_hook(lambda gradient: None if gradient is None else whole.append(gradient.shape))
-    for ids, gradient in (([1, 3, 1], [[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]), ([3], [[0.5, 0.25]]), ([0], [[7.0, 8.0]])):
+    for ids, gradient in (
+        ([1, 3, 1], [[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]),
+        ([3], [[0.5, 0.25]]),
+        ([0], [[7.0, 8.0]]),
+    ):
         layer(torch.tensor(ids)).backward(torch.tensor(gradient))
     assert layer.weight.grad.tolist() == [[7.0, 8.0], [11.0, 22.0], [0.0, 0.0], [3.5, 4.25], [0.0, 0.0]]
     assert whole == [(5, 2)]

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -293,14 +294,14 @@ def _worker(config: dict) -> dict:
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
     with collector_paused():
-        train = _training(stage, device.type)
+        train = _training(stage, config["member"], device.type)
     try:
-        return train(recipe, folder, stage, config["member"]) if stage in ("reward", "judge") else train(recipe, folder, stage)
+        return train(recipe, folder, stage)
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}
 
 
-def _training(stage: str, device_type: str) -> Callable[..., dict]:
+def _training(stage: str, member: int, device_type: str) -> Callable[[Recipe, RunFolder, str], dict]:
     """Import what trains the stage: DeepSpeed first, then TRL."""
     from rlhf_ray.engines.distributed import prepare_deepspeed
 
@@ -315,4 +316,4 @@ def _training(stage: str, device_type: str) -> Callable[..., dict]:
         return train_dpo
     from rlhf_ray.supervised.reward import train_reward
 
-    return train_reward
+    return partial(train_reward, member=member)
