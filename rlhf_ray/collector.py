@@ -12,7 +12,7 @@ def collector_paused() -> Iterator[None]:
     """No garbage collection inside the `with`.
 
     Importing torch and transformers makes objects by the hundred thousand, none of them garbage, and the collector goes over
-    them again and again: a sixth of the time that a worker takes to start.
+    them again and again: a seventh of the time that imports take (results/bench/trials.py).
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
         if self.world_size == 1 and settings.zero_stage == 0:
-            # It would copy all gradients into one buffer and back: a tenth of an update at 124 M weights.
+            # It would copy all gradients into one buffer and back (results/bench/trials.py).
             self.engine.enable_backward_allreduce = False
         self.steps_taken = 0
         self._grad_norm = float("nan")
