@@ -24,6 +24,8 @@ NEEDS = {
     "dpo": ("data", "sft"), "ppo": ("data", "sft", "reward"),
     "evaluation": ("sft", "fluency", "reward", "judge", "dpo", "ppo"),
 }  # fmt: skip
+#: the command that runs a stage, where it has another name
+COMMANDS = {"data": "sft", "fluency": "reward", "judge": "reward"}
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -96,7 +98,7 @@ def run_stages(
             if not folder.stage(needed).done:
                 raise UserError(
                     f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
-                    f"run it first: rlhf-ray run (or {needed}) with the same recipe and --run-dir"
+                    f"run it first: rlhf-ray run (or {COMMANDS.get(needed, needed)}) with the same recipe and --run-dir"
                 )
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)

@@ -189,6 +189,15 @@ def test_a_critic_from_a_reward_model_of_another_tokenizer_is_refused(tmp_path):
         run_ppo(recipe, folder, lambda event: None)
 
 
+def test_what_is_missing_is_named_with_a_command_that_there_is(tmp_path):
+    folder, log = RunFolder(tmp_path), []
+    for missing, command in (("data", "sft"), ("sft", "sft"), ("reward", "reward")):
+        with pytest.raises(UserError, match=rf"needs '{missing}'.*rlhf-ray run \(or {command}\)"):
+            run_stages(Recipe(name="r"), folder, stages(folder, log), lambda event: None, ["ppo"])
+        folder.stage(missing).path.mkdir(parents=True, exist_ok=True)
+        folder.stage(missing).finish({})
+
+
 def test_the_collector_rests_inside_and_works_again_after():
     with collector_paused():
         assert not gc.isenabled()

@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--address", help="a running Ray, 'auto' or HOST:PORT; without it each repeat starts its own")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if not (options.run_dir / "reward" / "DONE").exists():
+        parser.error(f"{options.run_dir} holds no finished reward stage; make it with rlhf-ray reward")
     seconds = [seconds_to_first_row(options.run_dir, options.recipe, options.address) for _ in range(options.repeats)]
     result = {"address": options.address, "seconds": [round(value, 2) for value in seconds]}
     print(json.dumps(result | {"median": round(statistics.median(seconds), 2)}))
