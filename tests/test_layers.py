@@ -12,7 +12,17 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in R
 
 #: layer -> folders and modules
 LAYERS = (
-    ("types", "config", "errors", "collector", "run_folder", "generation_types", "user_functions", "function_worker"),
+    (
+        "types",
+        "config",
+        "errors",
+        "collector",
+        "kernels",
+        "run_folder",
+        "generation_types",
+        "user_functions",
+        "function_worker",
+    ),
     ("algorithms", "recipe_file", "threads"),
     ("engines", "models", "data"),
     ("roles", "supervised", "checkpoint", "metrics", "events"),

@@ -1,0 +1,101 @@
+"""Loops over tensors that torch would make in many passes, in C: compiled on each machine once, by its own C compiler.
+
+Without a compiler, on other devices and for dtypes that a function does not take, callers use torch's operations; the numbers
+differ in rounding only. `RLHF_RAY_KERNELS=off` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
+# Not -ffast-math: it treats NaN as impossible, and linked with it a library flushes small numbers to zero for the whole process.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+WIDE = "-mprefer-vector-width=512"  # compilers choose half of it by themselves
+COMPILE_TIMEOUT_S = 120
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they are switched off or can't be compiled."""
+    if os.environ.get("RLHF_RAY_KERNELS", "on") == "off":
+        return None
+    try:
+        path = _compiled()
+        return None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", None) or error
+        log.warning("the C functions could not be compiled, so torch's operations do their work: %s", words)
+        return None
+
+
+def kernel(name: str, *tensors: torch.Tensor | None):
+    """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work."""
+    for tensor in tensors:
+        if tensor is not None and not (tensor.device.type == "cpu" and tensor.is_contiguous()):
+            return None
+    compiled = library()
+    return None if compiled is None else functools.partial(_call, getattr(compiled, name))
+
+
+def _call(function, *arguments) -> None:
+    """Tensors by where their numbers are (None: nowhere), whole numbers as int64, others as float; then the threads."""
+    function(*map(_in_c, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _in_c(argument):
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def _compiled() -> Path | None:
+    """The library for this machine and these sources, made if it is not there."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    flags = [*FLAGS, WIDE] if platform.machine() in ("x86_64", "AMD64") else [*FLAGS]
+    made_of = hashlib.sha256(repr((compiler, flags, platform.machine(), _cpu())).encode())
+    for file in (*SOURCES, *HEADERS):
+        made_of.update(file.read_bytes())
+    path = _folder() / f"kernels-{made_of.hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")  # several processes may start at once
+        command = [compiler, *flags, "-o", str(part), *map(str, SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(part, path)
+    return path
+
+
+def _folder() -> Path:
+    """For files that can be made again; of this user, since code is loaded from it."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.access(home if os.path.isdir(home) else os.path.dirname(home), os.W_OK):
+        return Path(home) / "rlhf_ray"
+    return Path(tempfile.mkdtemp(prefix="rlhf_ray_"))
+
+
+def _cpu() -> str:
+    """What -march=native looks at: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model", "Features", "CPU part"))}))
