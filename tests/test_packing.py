@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf_ray.algorithms.schedule import cut_microbatches, deal_rows
-from rlhf_ray.engines import packing
+from rlhf_ray.engines import packed_attention, packing
 from rlhf_ray.engines.forward import response_logprobs
 from rlhf_ray.engines.packing import PACKED, Layout, pack
 
@@ -40,7 +40,9 @@ def test_a_layout_by_hand():
     assert (layout.rows, layout.longest) == (3, 3)
     assert layout.spread.tolist() == [0, 1, 2, 3, 3, 3, 4, 5, 5]
     assert layout.gather.tolist() == [0, 1, 2, 3, 6, 7]
-    assert Layout.of(np.array([2, 2])) == Layout(2, 2, None, None)
+    assert (layout.starts.tolist(), layout.lengths.tolist(), layout.tokens) == ([0, 3, 4], [3, 1, 2], 6)
+    even = Layout.of(np.array([2, 2]))
+    assert (even.rows, even.longest, even.spread, even.gather, even.tokens) == (2, 2, None, None, 4)
 
 
 def rows_of(lengths):
@@ -88,7 +90,7 @@ def test_a_model_whose_layers_do_something_else_is_found_out(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_both_kinds_of_attention_are_the_models_own(monkeypatch, plain_length, kv_heads):
     """With grouped keys and values too; outputs and gradients."""
-    monkeypatch.setattr(packing, "PLAIN_LENGTH", plain_length)
+    monkeypatch.setattr(packed_attention, "PLAIN_LENGTH", plain_length)
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES | {"intermediate_size": 48, "num_key_value_heads": kv_heads})
     model = LlamaForCausalLM(config).eval()
@@ -111,7 +113,7 @@ def test_attention_weights_of_16_bits_are_those_of_float64_rounded(columns):
     hidden = torch.full((columns, columns), -torch.inf).triu(1)
     scores = (3 * torch.randn(4, columns, columns) + hidden).bfloat16().requires_grad_()
     exact = scores.detach().double().requires_grad_()
-    weights, expected = packing.softmax(scores), torch.exp(exact - exact.logsumexp(-1, keepdim=True))
+    weights, expected = packed_attention.softmax(scores), torch.exp(exact - exact.logsumexp(-1, keepdim=True))
     assert weights.dtype == torch.bfloat16
     torch.testing.assert_close(weights.double(), expected, atol=1e-7, rtol=2**-8)
     upstream = torch.randn(4, columns, columns).bfloat16()

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.sampling import inverse_cdf
-from rlhf_ray.engines import kv_cache, packing
+from rlhf_ray.engines import kv_cache, packed_attention
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
 from rlhf_ray.engines.embedding_gradient import add_in_place
@@ -99,7 +99,7 @@ def gradient_at_one_column() -> None:
 def attention_weights() -> None:
     scores = torch.randn(4 * ROWS, PROMPT + RESPONSE, PROMPT + RESPONSE).bfloat16()
     scores += torch.full(scores.shape[1:], -torch.inf).triu(1).bfloat16()
-    trial("attention's softmax by way of float32", "kept", lambda: scores.softmax(-1), lambda: packing.softmax(scores))
+    trial("attention's softmax by way of float32", "kept", lambda: scores.softmax(-1), lambda: packed_attention.softmax(scores))
 
 
 def weights_in_16_bits() -> None:
@@ -141,13 +141,13 @@ def attention() -> None:
 
     def with_length(longest):
         def run():
-            packing.PLAIN_LENGTH = longest
+            packed_attention.PLAIN_LENGTH = longest
             model(batch).sum().backward()
 
         return run
 
     trial("fused attention at 80 tokens, for plain products", "not used", with_length(256), with_length(0))
-    packing.PLAIN_LENGTH = 256
+    packed_attention.PLAIN_LENGTH = 256
 
 
 def decode_attention() -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_ray import kernels
+
 # Logits that are worked on at a time, in float32: 1 MiB stays in a core's cache; a GPU wants work for all of its cores.
 PIECE = {"cpu": 2**18, "cuda": 2**27}
 
 
-def selected_logprobs(logits: torch.Tensor, ids: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def selected_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float, overwrite: bool = False
+) -> torch.Tensor:
     """log softmax(logits / temperature) at ids, in float32 (float64 of float64).   logits [..., V], ids [...] -> [...]
 
-    No float32 copy of all logits is made, neither here nor for the gradient, which has the dtype of the logits.
+    No float32 copy of all logits is made, neither here nor for the gradient, which has the dtype of the logits. overwrite: nobody
+    reads the logits again, so what the gradient needs may take their place.
     """
-    flat, _ = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), False)
+    flat, _ = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), False, overwrite)
     return flat.view(ids.shape)
 
 
 def selected_logprobs_and_entropy(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float, overwrite: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `selected_logprobs` and `entropy`, in one reading of the logits; the entropy has no gradient."""
-    both = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), True)
+    both = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), True, overwrite)
     return both[0].view(ids.shape), both[1].view(ids.shape)
 
 
@@ -44,11 +49,19 @@ class _SelectedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, ids, temperature, with_entropy):
+    def forward(ctx, logits, ids, temperature, with_entropy, overwrite):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         keeps_shares = ctx.needs_input_grad[0] and dtype != logits.dtype
-        kept = torch.empty_like(logits) if keeps_shares else logits
+        kept = torch.empty_like(logits) if keeps_shares and not overwrite else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
+        ctx.save_for_backward(kept, ids, norms)
+        ctx.keeps_shares, ctx.temperature = keeps_shares, temperature
+        ctx.mark_non_differentiable(entropies)
+        in_c = kernels.kernel("logprobs_forward", logits, ids) if logits.dtype == torch.bfloat16 else None
+        if in_c is not None:
+            wanted = entropies if with_entropy else None, kept if keeps_shares else None
+            in_c(logits, ids, selected, *wanted, *logits.shape, temperature)
+            return selected, entropies
         for rows in _pieces(logits):
             tempered = _tempered(logits[rows], temperature)
             top = tempered.amax(-1, keepdim=True)
@@ -61,25 +74,26 @@ class _SelectedLogprobs(torch.autograd.Function):
             if with_entropy:
                 mean = shares.mul_(tempered).sum(-1)
                 entropies[rows] = norms[rows] - (mean if keeps_shares else mean / total)
-        ctx.save_for_backward(kept, ids, norms)
-        ctx.keeps_shares = keeps_shares
-        ctx.mark_non_differentiable(entropies)
-        ctx.temperature = temperature
         return selected, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         logits, ids, norms = ctx.saved_tensors
+        in_c = kernels.kernel("logprobs_backward", logits, ids) if ctx.keeps_shares else None
+        if in_c is not None and logits.dtype == torch.bfloat16:
+            in_c(logits, ids, gradient.contiguous(), *logits.shape, ctx.temperature)
+            torch.autograd.graph.increment_version(logits)  # a second backward pass would be told
+            return logits, None, None, None, None
         gradient = (gradient / ctx.temperature)[:, None]
         if ctx.keeps_shares:
             gradient = gradient.to(logits.dtype)
-            return add_at(logits * -gradient, ids, gradient), None, None, None
+            return add_at(logits * -gradient, ids, gradient), None, None, None, None
         result = torch.empty_like(logits)
         for rows in _pieces(logits):
             probs = (_tempered(logits[rows], ctx.temperature) - norms[rows, None]).exp_()
             result[rows] = add_at(probs.mul_(-gradient[rows]), ids[rows], gradient[rows])
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def add_at(values: torch.Tensor, columns: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:

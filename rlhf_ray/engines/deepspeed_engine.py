@@ -15,7 +15,7 @@ from torch import nn
 
 from rlhf_ray.engines.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.engines.distributed import prepare_deepspeed
-from rlhf_ray.engines.embedding_gradient import add_in_place
+from rlhf_ray.engines.trained_layers import train_in_place
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
             parameter.data = parameter.data.contiguous()
         if settings.zero_stage == 0:
-            add_in_place(module)
+            train_in_place(module)
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
         )
@@ -166,8 +166,12 @@ class DeepSpeedEngine:
         return self.settings.adam_eps / (1 - self.settings.adam_betas[1] ** (self.steps_taken + 1)) ** 0.5
 
     def _clip(self, optimizer, args, kwargs) -> None:
+        """The fused step divides by grad_scale what it reads: no pass over all gradients for that alone."""
+        gradients = [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
+        self._grad_norm = float(nn.utils.get_total_norm(gradients))
         limit = self.settings.max_grad_norm or float("inf")
-        self._grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        excess = (self._grad_norm + 1e-6) / limit  # as torch.nn.utils.clip_grad_norm_ has it
+        optimizer.grad_scale = torch.tensor(max(1.0, excess), device=self.device)
 
     # -- where each ZeRO stage keeps things ------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import nn
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.engines.last_block import last_feed_forward, only_at
-from rlhf_ray.engines.packing import Layout, line_inputs, pack
+from rlhf_ray.engines.packing import TESTED_FAMILIES, Layout, line_inputs, pack
 from rlhf_ray.engines.padding import action_mask
 from rlhf_ray.models.critic import Critic
 
@@ -87,6 +87,8 @@ class LogprobModel(nn.Module):
         self.packed = pack(model)
         self.entropy_gradient = entropy_gradient
         self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
+        # Their logits are a product's result, which no backward pass reads.
+        self._overwrites = model.config.get_text_config(decoder=True).model_type in TESTED_FAMILIES
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
@@ -96,11 +98,14 @@ class LogprobModel(nn.Module):
         with autocast, self._only_at(batch.states):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
         logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
-        asked = logits, batch.targets
+        given = {
+            "temperature": self.temperature,
+            "overwrite": self._overwrites and not (with_entropy and self.entropy_gradient),
+        }
         if with_entropy and not self.entropy_gradient:
-            both = selected_logprobs_and_entropy(*asked, temperature=self.temperature)
+            both = selected_logprobs_and_entropy(logits, batch.targets, **given)
             return tuple(batch.in_rows(each) for each in both)
-        logprobs = batch.in_rows(selected_logprobs(*asked, temperature=self.temperature))
+        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, **given))
         return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
 
 

@@ -14,6 +14,8 @@ from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 
+from rlhf_ray import kernels
+
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = SLOPE * 0.044715
 PIECE = 2**17  # numbers worked on at a time, in float32: they stay near a core
@@ -35,6 +37,11 @@ class _SigmoidGELU(torch.autograd.Function):
     def forward(ctx, x):
         flat, result = x.view(-1), torch.empty_like(x)
         derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(derivative)
+        in_c = kernels.kernel("gelu_forward", x) if x.dtype == torch.bfloat16 else None
+        if in_c is not None:
+            in_c(x, result, derivative, x.numel(), SLOPE, CUBE)
+            return result
         slope = torch.tensor(SLOPE, dtype=torch.promote_types(x.dtype, torch.float32))
         buffers = torch.empty(4, min(PIECE, len(flat)), dtype=slope.dtype)
         for start in range(0, len(flat), PIECE):
@@ -48,14 +55,18 @@ class _SigmoidGELU(torch.autograd.Function):
                 torch.add(slope, square, alpha=3 * CUBE, out=inner)
                 value.addcmul_(value, share, value=-1)
                 derivative.view(-1)[piece] = torch.addcmul(share, value, inner, out=inner)
-        ctx.save_for_backward(derivative)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (derivative,) = ctx.saved_tensors
-        return gradient * derivative
+        in_c = kernels.kernel("multiply", derivative, gradient) if gradient.dtype == torch.bfloat16 else None
+        if in_c is None:
+            return gradient * derivative
+        in_c(derivative, gradient, gradient.numel())
+        torch.autograd.graph.increment_version(derivative)  # a second backward pass would be told
+        return derivative
 
 
 def fast_activation(model: PreTrainedModel) -> PreTrainedModel:

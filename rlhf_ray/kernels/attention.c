@@ -1,0 +1,71 @@
+// Causal attention's steps between its matrix products, for sequences that stand one after the other on a line of tokens.
+
+#include "numbers.h"
+
+// Rows of S slots for each of R sequences and H heads, [R, H, S, D], from tokens and heads that stand `token` and `head` numbers
+// apart. Slots behind a sequence's end hold zeros.
+void attention_rows(const bf16 *line, bf16 *rows, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H, int64_t S,
+                    int64_t D, int64_t token, int64_t head, int threads) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t h = 0; h < H; h++) {
+            bf16 *to = rows + (r * H + h) * S * D;
+            for (int64_t s = 0; s < lengths[r]; s++)
+                memcpy(to + s * D, line + (starts[r] + s) * token + h * head, D * sizeof(bf16));
+            memset(to + lengths[r] * D, 0, (S - lengths[r]) * D * sizeof(bf16));
+        }
+}
+
+// The inverse; what stood behind a sequence's end goes nowhere.
+void attention_line(const bf16 *rows, bf16 *line, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H, int64_t S,
+                    int64_t D, int64_t token, int64_t head, int threads) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t s = 0; s < lengths[r]; s++)
+                memcpy(line + (starts[r] + s) * token + h * head, rows + ((r * H + h) * S + s) * D, D * sizeof(bf16));
+}
+
+// In place, of lines of S scores, number i of S the first i + 1: softmax(scaling x scores), and 0 beyond.
+void causal_softmax(bf16 *scores, int64_t lines, int64_t S, float scaling, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float wide[S];  // S is at most PLAIN_LENGTH of engines/packed_attention.py
+#pragma omp for schedule(static)
+        for (int64_t line = 0; line < lines; line++) {
+            bf16 *at = scores + line * S;
+            int64_t seen = line % S + 1;
+            float top = -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < seen; i++) {
+                wide[i] = scaling * from_bf16(at[i]);
+                top = wide[i] > top ? wide[i] : top;
+            }
+#pragma omp simd reduction(+ : total)
+            for (int64_t i = 0; i < seen; i++) {
+                wide[i] = exp_of(wide[i] - top);
+                total += wide[i];
+            }
+            float share = 1 / total;
+#pragma omp simd
+            for (int64_t i = 0; i < seen; i++) at[i] = to_bf16(wide[i] * share);
+            memset(at + seen, 0, (S - seen) * sizeof(bf16));
+        }
+    }
+}
+
+// The gradient by the weights becomes that by the scores, in place.
+void causal_softmax_backward(bf16 *gradient, const bf16 *weights, int64_t lines, int64_t S, float scaling, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t line = 0; line < lines; line++) {
+        bf16 *at = gradient + line * S;
+        const bf16 *weight = weights + line * S;
+        int64_t seen = line % S + 1;
+        float mean = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int64_t i = 0; i < seen; i++) mean += from_bf16(at[i]) * from_bf16(weight[i]);
+#pragma omp simd
+        for (int64_t i = 0; i < seen; i++) at[i] = to_bf16(scaling * from_bf16(weight[i]) * (from_bf16(at[i]) - mean));
+        memset(at + seen, 0, (S - seen) * sizeof(bf16));
+    }
+}

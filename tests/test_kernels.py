@@ -1,0 +1,195 @@
+"""The functions in C against float64, and what happens without a compiler."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm
+
+from rlhf_ray import kernels
+from rlhf_ray.algorithms.logprobs import selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.engines import packed_attention
+from rlhf_ray.engines.packed_attention import Layout
+from rlhf_ray.models.activation import CUBE, SLOPE, SigmoidGELU
+
+HALF_A_DIGIT = 2**-8  # of bfloat16, which has 8 bits: the most that rounding to the nearest moves a number
+in_c = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@in_c
+@pytest.mark.parametrize("vocabulary", [3, 16, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_logprobs_entropies_and_gradients(threads, vocabulary, temperature, overwrite):
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(7, vocabulary)).bfloat16()
+    logits[2] -= 40.0  # a line far from 0
+    ids, upstream = torch.randint(vocabulary, (7,)), torch.randn(7)
+    exact = logits.double().requires_grad_()
+    every = (exact / temperature).log_softmax(-1)
+    expected = every.gather(1, ids[:, None]).squeeze(1)
+    entropies = -(every.exp() * every).sum(-1)
+    expected.backward(upstream.double())
+    leaf = logits.clone().requires_grad_()
+    found, entropy = selected_logprobs_and_entropy(leaf * 1, ids, temperature=temperature, overwrite=overwrite)
+    torch.testing.assert_close(found.double(), expected.detach(), atol=1e-5, rtol=5e-6)
+    torch.testing.assert_close(entropy.double(), entropies.detach(), atol=2e-5, rtol=2e-5)
+    found.backward(upstream)
+    scale = upstream.abs().double()[:, None] / temperature
+    assert bool(
+        (
+            (leaf.grad - exact.grad).abs()
+            <= 2 * HALF_A_DIGIT * scale * every.exp() + 1e-6 + HALF_A_DIGIT * exact.grad.abs()
+        ).all()
+    )
+
+
+@in_c
+def test_logits_stay_unless_they_may_be_overwritten():
+    logits, ids = torch.randn(4, 9).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    given = logits.clone().requires_grad_() * 1
+    selected_logprobs(given, ids, temperature=1.0)
+    assert torch.equal(given, logits)
+    selected_logprobs(given, ids, temperature=1.0, overwrite=True)
+    torch.testing.assert_close(given.detach().float(), logits.float().softmax(-1), atol=0, rtol=HALF_A_DIGIT)
+
+
+@in_c
+def test_a_nan_is_not_hidden_and_minus_infinity_has_no_share():
+    logits = torch.tensor([[1.0, torch.nan, 2.0], [0.0, -torch.inf, 0.0]]).bfloat16()
+    found, entropy = selected_logprobs_and_entropy(logits, torch.tensor([0, 0]), temperature=1.0)
+    assert torch.isnan(found[0]) and torch.isnan(entropy[0])
+    assert found[1].item() == pytest.approx(-np.log(2)) and entropy[1].item() == pytest.approx(np.log(2))
+
+
+@in_c
+def test_a_second_backward_pass_over_what_the_first_has_used_up_is_refused():
+    logits = torch.randn(2, 5).bfloat16().requires_grad_()
+    found = selected_logprobs(logits * 1, torch.tensor([0, 1]), temperature=1.0).sum()
+    x = torch.randn(2**17).bfloat16().requires_grad_()
+    for result in (found, SigmoidGELU()(x).sum()):
+        result.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+
+
+@in_c
+def test_gelu_and_its_derivative(threads):
+    x = torch.cat([torch.linspace(-40, 40, 5001), torch.tensor([0.0, -1e-30, 3e4, -3e4])]).bfloat16()
+    exact = x.double().requires_grad_()
+    expected = gelu(exact, approximate="tanh")
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    result, derivative = torch.empty_like(x), torch.empty_like(x)
+    kernels.kernel("gelu_forward", x)(x, result, derivative, x.numel(), SLOPE, CUBE)
+    torch.testing.assert_close(result.double(), expected.detach(), atol=1e-6, rtol=1.1 * HALF_A_DIGIT)
+    torch.testing.assert_close(derivative.double(), slope, atol=1e-6, rtol=1.1 * HALF_A_DIGIT)
+    gradient = torch.randn(len(x)).bfloat16()
+    by_x = derivative.clone()
+    kernels.kernel("multiply", by_x, gradient)(by_x, gradient, x.numel())
+    assert torch.equal(by_x, (gradient.float() * derivative.float()).bfloat16())
+
+
+@in_c
+@pytest.mark.parametrize("width", [5, 64, 100])
+def test_layer_norm_and_its_gradients(threads, width):
+    torch.manual_seed(width)
+    x, weight, bias = 3 * torch.randn(9, width) + 1, torch.randn(width), torch.randn(width)
+    gradient = torch.randn(9, width).bfloat16()
+    exact = [each.double().requires_grad_() for each in (x, weight, bias)]
+    expected = layer_norm(exact[0], (width,), *exact[1:], 1e-5)
+    expected.backward(gradient.double())
+    result, means, scales = torch.empty(9, width, dtype=torch.bfloat16), torch.empty(9), torch.empty(9)
+    kernels.kernel("layer_norm_forward")(x, weight, bias, result, means, scales, 9, width, 1e-5)
+    torch.testing.assert_close(result.double(), expected.detach(), atol=1e-5, rtol=HALF_A_DIGIT)
+    by_x, by_weight, by_bias = torch.empty_like(x), torch.ones(width), torch.ones(width)  # the last two are added to
+    call = kernels.kernel("layer_norm_backward")
+    call(gradient, x, weight, means, scales, by_x, by_weight, by_bias, 9, width)
+    for found, leaf in zip((by_x, by_weight - 1, by_bias - 1), exact, strict=True):
+        torch.testing.assert_close(found.double(), leaf.grad, atol=2e-5, rtol=1e-5)
+
+
+@in_c
+def test_sums_of_gradients(threads):
+    part = torch.randn(7, 100).bfloat16()
+    total, columns = torch.randn(7, 100), torch.randn(100)
+    expected = total + part.float(), columns + part.float().sum(0)
+    kernels.kernel("accumulate")(total, part, part.numel())
+    kernels.kernel("accumulate_lines")(columns, part, 7, 100)
+    assert torch.equal(total, expected[0])
+    torch.testing.assert_close(columns, expected[1])
+
+
+@in_c
+@pytest.mark.parametrize("lengths", [[5, 1, 40], [33, 33], [1]])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
+def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups):
+    """Each sequence by itself in float64, as the definition has it; queries, keys and values in one tensor, as a projection
+    leaves them."""
+    torch.manual_seed(0)
+    tokens, channels = sum(lengths), 8
+    line = torch.randn(1, tokens, heads + 2 * groups, channels).bfloat16().requires_grad_()
+    upstream = torch.randn(1, tokens, heads, channels).bfloat16()
+    exact = line.detach().double().requires_grad_()
+    parts, start = [], 0
+    for length in lengths:
+        q, k, v = exact[0, start : start + length].split([heads, groups, groups], 1)
+        k, v = (each.repeat_interleave(heads // groups, 1) for each in (k, v))
+        scores = torch.einsum("ihc,jhc->hij", q, k) * channels**-0.5
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        parts.append(torch.einsum("hij,jhc->ihc", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+        start += length
+    expected = torch.cat(parts)[None]
+    expected.backward(upstream.double())
+    query, key, value = (each.transpose(1, 2) for each in line.split([heads, groups, groups], 2))
+    found, _ = packed_attention.packed_attention(None, query, key, value, None, packed=Layout.of(np.array(lengths)))
+    assert type(found.grad_fn).__name__ == "_CausalAttentionBackward" and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected.detach(), atol=0.03, rtol=0.02)
+    found.backward(upstream)
+    torch.testing.assert_close(line.grad.double(), exact.grad, atol=0.06, rtol=0.03)
+    error, size = (line.grad - exact.grad).norm(), exact.grad.norm()
+    assert error < 0.01 * size
+
+
+def without_a_compiler(tmp_path, code, **environment):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+SHOW = "from rlhf_ray import kernels; print(kernels.library(), kernels.kernel('multiply'))"
+
+
+def test_without_a_compiler_torch_does_the_work(tmp_path):
+    told = without_a_compiler(tmp_path, SHOW)
+    assert told.stdout == "None None\n" and told.stderr == ""
+
+
+def test_a_compiler_that_fails_is_told_of_and_torch_does_the_work(tmp_path):
+    (tmp_path / "cc").write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    told = without_a_compiler(tmp_path, SHOW, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert told.stdout == "None None\n"
+    assert "no such header" in told.stderr and "torch's operations do their work" in told.stderr
+    assert not [*tmp_path.rglob("*.so")]
+
+
+@in_c
+def test_they_are_compiled_once_and_can_be_switched_off(tmp_path):
+    code = "from rlhf_ray import kernels; print(kernels.library() is not None)"
+    here = {"PATH": os.environ["PATH"]}
+    assert without_a_compiler(tmp_path, code, **here).stdout == "True\n"
+    (made,) = (tmp_path / "rlhf_ray").iterdir()
+    when = made.stat().st_mtime_ns
+    assert without_a_compiler(tmp_path, code, **here).stdout == "True\n"
+    assert made.stat().st_mtime_ns == when
+    assert without_a_compiler(tmp_path, code, RLHF_RAY_KERNELS="off", **here).stdout == "False\n"

@@ -1,0 +1,129 @@
+"""Layers that add to their weights' gradients themselves, against torch's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray import kernels
+from rlhf_ray.engines.trained_layers import train_in_place
+
+IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
+
+
+def gradients(model, passes=IDS):
+    """Each parameter's gradient after a backward pass for each of `passes`, added up."""
+    for number, ids in enumerate(passes, start=1):
+        (model(input_ids=ids).logits.square().sum() * number).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def gpt2(**options):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0,
+                        attn_pdrop=0.0, initializer_range=0.5, **options)  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_in_float64_are_those_of_plain_layers(tied):
+    plain = gpt2(tie_word_embeddings=tied).double()
+    model = copy.deepcopy(plain)
+    train_in_place(model)
+    found, expected = gradients(model), gradients(plain)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS[0]).logits, plain(input_ids=IDS[0]).logits)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["in C", "by torch"])
+@pytest.mark.parametrize("kind", ["gpt2, tied", "gpt2", "llama"])
+def test_under_autocast_they_are_as_near_to_float64_as_plain_layers_are(monkeypatch, kind, compiled):
+    """Twice over the same passes, with a step between them: the second time sums and 16-bit weights stand where they stood."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    if kind == "llama":
+        torch.manual_seed(0)
+        plain = LlamaForCausalLM(LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                                             num_attention_heads=2, max_position_embeddings=8))  # fmt: skip
+    else:
+        plain = gpt2(tie_word_embeddings=kind.endswith("tied"))
+    exact, model = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    train_in_place(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, by_torch = gradients(model), gradients(plain)
+        for name, expected in gradients(exact).items():
+            error, usual = ((grads[name] - expected).norm() / expected.norm() for grads in (found, by_torch))
+            assert error < 1.5 * usual + 2**-9, (name, float(error), float(usual))
+            assert found[name].dtype == torch.float32
+        for each in (exact, model, plain):
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter.sub_(parameter, alpha=0.5)
+            each.zero_grad()
+
+
+def test_sums_and_copies_stand_where_they_stood():
+    """What a step makes anew is memory from the system, page by page."""
+    layer = nn.Linear(4, 3)
+    train_in_place(layer)
+    x, places = torch.randn(5, 4), []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                layer(x).float().square().sum().backward()
+        places.append((layer.weight.grad.data_ptr(), layer.bias.grad.data_ptr(), layer.forward.copies()[0].data_ptr()))
+        with torch.no_grad():
+            layer.weight -= 0.1 * layer.weight.grad
+        layer.zero_grad()
+    assert len(set(places)) == 1
+
+
+def test_a_weight_that_was_changed_or_moved_is_copied_anew():
+    layer = Conv1D(3, 4)
+    train_in_place(layer)
+    x = torch.randn(2, 4)
+
+    def result():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    before = result()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(result(), 2 * before)  # its bias is 0
+    layer.weight.data = 2 * layer.weight.data
+    assert torch.equal(result(), 4 * before)
+
+
+def test_an_embeddings_gradient_by_hand_and_none_goes_through_autograd():
+    layer = nn.Embedding(5, 2)
+    train_in_place(layer)
+    whole = []
+    layer.weight.register_hook(lambda gradient: None if gradient is None else whole.append(gradient.shape))
+    for ids, gradient in (
+        ([1, 3, 1], [[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]),
+        ([3], [[0.5, 0.25]]),
+        ([0], [[7.0, 8.0]]),
+    ):
+        layer(torch.tensor(ids)).backward(torch.tensor(gradient))
+    assert layer.weight.grad.tolist() == [[7.0, 8.0], [11.0, 22.0], [0.0, 0.0], [3.5, 4.25], [0.0, 0.0]]
+    assert whole == []
+
+
+def test_layers_that_do_more_or_do_not_train_stay_as_they_are():
+    frozen, half_frozen = nn.Embedding(5, 2), nn.Linear(2, 3)
+    frozen.weight.requires_grad_(False)
+    half_frozen.weight.requires_grad_(False)
+    for layer in (frozen, half_frozen, nn.Embedding(5, 2, padding_idx=0), nn.Embedding(5, 2, max_norm=1.0),
+                  nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Embedding(5, 2, sparse=True)):  # fmt: skip
+        train_in_place(layer)
+        assert "forward" not in vars(layer)
