@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from rlhf_ray.engines.kv_cache import RaggedCache, plain_products, score_offsets
+from rlhf_ray.engines.kv_cache import RaggedCache
+from rlhf_ray.kernels import kernel
 
-# (model, cache, tokens [n], positions [n], mask [n, 1, 1, C] bool) -> logits [n, V]
-DecodeStep = Callable[[PreTrainedModel, RaggedCache, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (model, cache, tokens [n], positions [n]) -> logits [n, V]
+DecodeStep = Callable[[PreTrainedModel, RaggedCache, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def decode_step_of(model: PreTrainedModel) -> DecodeStep | None:
@@ -27,38 +29,52 @@ def decode_step_of(model: PreTrainedModel) -> DecodeStep | None:
     return None
 
 
-def gpt2_step(model, cache, tokens, positions, mask) -> torch.Tensor:
+def gpt2_step(model, cache, tokens, positions) -> torch.Tensor:
     body, n = model.transformer, len(tokens)
-    hidden = body.wte(tokens) + body.wpe(positions)
-    offsets = score_offsets(mask, model.config.num_attention_heads, hidden.dtype)
+    hidden, change = body.wte(tokens) + body.wpe(positions), None
+    first = body.h[0].attn
+    attend = cache.decode_attention(hidden.dtype, first.num_heads, first.head_dim)
     for block, layer in zip(body.h, cache.layers, strict=True):
         attention = block.attn
-        lines = attention.c_attn(block.ln_1(hidden)).view(n, 3, attention.num_heads, 1, attention.head_dim)
-        query, key, value = lines.unbind(1)  # [n, H, 1, D] each
-        mixed = plain_products(query, *layer.update(key, value), offsets, attention.scaling)
-        hidden = hidden + attention.c_proj(mixed.view(n, -1))
-        hidden = hidden + block.mlp(block.ln_2(hidden))
-    return model.lm_head(body.ln_f(hidden))
+        lines = attention.c_attn(_add_and_normalise(hidden, change, block.ln_1))
+        query, key, value = lines.view(n, 3, attention.num_heads, attention.head_dim).unbind(1)
+        change = attention.c_proj(attend(layer, query, key, value, attention.scaling))
+        change = block.mlp(_add_and_normalise(hidden, change, block.ln_2))
+    return model.lm_head(_add_and_normalise(hidden, change, body.ln_f))
 
 
-def llama_step(model, cache, tokens, positions, mask) -> torch.Tensor:
+def llama_step(model, cache, tokens, positions) -> torch.Tensor:
     """Qwen2's too: its projections have biases."""
     body, n = model.model, len(tokens)
-    hidden = body.embed_tokens(tokens)
+    hidden, change = body.embed_tokens(tokens), None
     cos, sin = body.rotary_emb(hidden, positions[:, None])  # [n, 1, D]
-    offsets = score_offsets(mask, model.config.num_key_value_heads, hidden.dtype)
+    attend = cache.decode_attention(hidden.dtype, model.config.num_key_value_heads, cos.shape[-1])
     for block, layer in zip(body.layers, cache.layers, strict=True):
-        attention, normed = block.self_attn, block.input_layernorm(hidden)
+        attention, normed = block.self_attn, _add_and_normalise(hidden, change, block.input_layernorm)
         query, key, value = (
             project(normed).view(n, -1, attention.head_dim)  # [n, heads, D]; key and value: [n, H, D]
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        key, value = layer.update(_turned(key, cos, sin)[:, :, None], value[:, :, None])
-        query = _turned(query, cos, sin).view(n, key.shape[1], -1, attention.head_dim)
-        mixed = plain_products(query, key, value, offsets, attention.scaling)
-        hidden = hidden + attention.o_proj(mixed.view(n, -1))
-        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-    return model.lm_head(body.norm(hidden))
+        mixed = attend(layer, _turned(query, cos, sin), _turned(key, cos, sin), value, attention.scaling)
+        change = attention.o_proj(mixed)
+        change = block.mlp(_add_and_normalise(hidden, change, block.post_attention_layernorm))
+    return model.lm_head(_add_and_normalise(hidden, change, body.norm))
+
+
+def _add_and_normalise(hidden: torch.Tensor, change: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:
+    """norm(hidden) after the change, if there is one, is added to hidden, in place."""
+    weight, bias = norm.weight, getattr(norm, "bias", None)  # RMS norms have none
+    run = (
+        kernel("add_and_normalise", hidden, change, weight, bias)
+        if hidden.dtype == weight.dtype == torch.bfloat16
+        else None
+    )
+    if run is None:
+        return norm(hidden if change is None else hidden.add_(change))
+    result = torch.empty_like(hidden)
+    eps = norm.variance_epsilon if bias is None else norm.eps
+    run(hidden, change, weight, bias, result, *hidden.shape, eps)
+    return result
 
 
 def _turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_ray.kernels import kernel
+
 PLAIN_LENGTH = 256  # of a prompt: the fused kernel's memory does not grow with the square, which counts beyond
 SLOT_MULTIPLE = 16  # of capacities, and of the lengths seen by attention: GPU kernels want aligned masks
 
@@ -32,7 +34,6 @@ class _Write:
     slots: int = 0  # C, capacity
     first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
     lengths: torch.Tensor | None = None  # prefill: [n] each row's own tokens, at least 1; the rest is padding
-    rows_of: torch.Tensor | None = None  # decode: [n] 0, 1, ..., n - 1
     targets: torch.Tensor | None = None  # decode: [n] slot len_b of each row's new token; None: prefill
     length: int = 0  # decode: slots of each row that attention sees
 
@@ -74,9 +75,27 @@ class RaggedLayer(CacheLayerMixin):
             return key_states, value_states
         if self.centred:
             key_states = key_states - self.centres[:n]
-        self.keys[write.rows_of, :, write.targets] = key_states.squeeze(2)
-        self.values[write.rows_of, :, write.targets] = value_states.squeeze(2)
+        rows = torch.arange(n, device=key_states.device)
+        self.keys[rows, :, write.targets] = key_states.squeeze(2)
+        self.values[rows, :, write.targets] = value_states.squeeze(2)
         return self.keys[:n, :, : write.length], self.values[:n, :, : write.length]
+
+    def attend(self, query, key, value, scaling: float) -> torch.Tensor:
+        """`update` for a decode step and the attention over what it returns, in C.
+
+        query [n, heads, D], key and value [n, H, D] (apart by the same step) -> [n, heads * D]
+        """
+        (n, heads, channels), groups = query.shape, key.shape[1]
+        if not self.is_initialized:
+            self.lazy_initialization(key[:, :, None], value[:, :, None])
+        centres = self.centres if self.centred else None
+        mixed = query.new_empty(n, heads * channels)
+        run = kernel("decode_attention", self.keys, self.values, centres, self.write.targets)
+        run(
+            query, key, value, self.keys, self.values, centres, self.write.targets, mixed, n, groups, heads // groups,
+            channels // 2, self.keys.shape[2], query.stride(0) // 2, key.stride(0) // 2, scaling,
+        )  # fmt: skip
+        return mixed
 
     def resize(self) -> None:
         if not self.is_initialized:
@@ -136,8 +155,25 @@ class RaggedCache(Cache):
 
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
         """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
-        self.write.rows_of = torch.arange(len(positions), device=positions.device)
         self.write.targets, self.write.length = positions, length
+
+    def decode_attention(self, dtype: torch.dtype, groups: int, channels: int):
+        """How the decode step that has begun attends, the same in every layer of H groups and D channels.
+
+        -> (layer, query [n, heads, D], key and value [n, H, D], scaling) -> [n, heads * D]
+        """
+        targets, length = self.write.targets, self.write.length
+        if dtype == torch.bfloat16 and channels % 2 == 0 and kernel("decode_attention", targets) is not None:
+            return RaggedLayer.attend
+        mask = (torch.arange(length, device=targets.device) <= targets[:, None])[:, None, None]
+        offsets = score_offsets(mask, groups, dtype)
+
+        def attend(layer, query, key, value, scaling):
+            keys, values = layer.update(key[:, :, None], value[:, :, None])
+            query = query.reshape(len(query), groups, -1, channels)
+            return plain_products(query, keys, values, offsets, scaling).view(len(query), -1)
+
+        return attend
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Copy the first length slots of rows source [m] over rows target [m] (no row in both)."""

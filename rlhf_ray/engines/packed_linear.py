@@ -2,12 +2,15 @@
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
 the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
-results/bench/trials.py). The price is a second copy of the weights, or none where they never change again.
+results/bench/trials.py). The price is a second copy of the weights, or none where they never change again; and a third one for
+products of few rows in C.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,48 +21,75 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ray.kernels import kernel, library
 from rlhf_ray.models.activation import SigmoidGELU
 
 ROWS = 64  # that the order is chosen for; it is the faster one from 1 row to hundreds
-NOTHING, GELU, SILU = ("none", [], ""), ("gelu", [], "tanh"), ("swish", [], "")  # the kernel's names
+FEW_ROWS = 256  # up to these, the product in C is the faster one
+NOTHING, GELU, SILU, TIMES = range(4)  # what follows a product, in the same kernel; numbered as in kernels/linear.c
+NAMES = {NOTHING: ("none", [], ""), GELU: ("gelu", [], "tanh"), SILU: ("swish", [], "")}  # torch's
 
 
 class PackedForward:
     """The forward of a linear layer where there is no gradient and products are in bfloat16; else the layer's own.
 
     It packs anew when the weight has changed, which torch counts. frozen: it never does, and the weight itself is given up.
+    tiled: products of few rows are made in C where the processor has a matrix unit, from one more copy of the weight.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool):
-        self.layer = layer
+    def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool, tiled: bool = False):
+        self.layer, self.tiled = layer, tiled and has_tiles()
         self._of: tuple[torch.Tensor, int] | None = None  # weight and version that are packed
+        self._packed: dict = {}  # by the function that puts it in order
         if frozen:
-            self._pack()
+            self._weight(_blocked)
             layer.weight.data = layer.weight.new_empty(0)  # tied ones are not frozen, so this is nobody else's
             self._of = layer.weight, layer.weight._version
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x, NOTHING) if packs(x) else type(self.layer).forward(self.layer, x)
 
-    def run(self, x: torch.Tensor, activation: tuple) -> torch.Tensor:
-        """activation(x W + b) in one kernel."""
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *self._weights(), *activation)
+    def run(self, x: torch.Tensor, after: int, other: torch.Tensor | None = None) -> torch.Tensor:
+        """x W + b, then the activation, or times the other, in one kernel."""
+        x, bias = x.bfloat16(), self.layer.bias
+        bias = None if bias is None else bias.bfloat16()
+        K = x.shape[-1]
+        if self.tiled and x.numel() <= FEW_ROWS * K and K % 32 == 0:
+            product = kernel("linear", x, bias, other)
+            if product is not None:
+                result = x.new_empty(*x.shape[:-1], self.layer.weight.shape[isinstance(self.layer, Conv1D)])
+                weight = self._weight(_tiles)
+                product(x, weight, bias, other, result, x.numel() // K, K, result.shape[-1], after)
+                return result
+        if after == TIMES:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight(_blocked), bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight(_blocked), bias, *NAMES[after])
 
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """(x W + b) * other in one kernel."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x.bfloat16(), other, *self._weights(), "mul")
-
-    def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = self.layer.weight, self.layer.bias
-        if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
-            self._pack()
-        return self._packed, None if bias is None else bias.bfloat16()
-
-    def _pack(self) -> None:
+    def _weight(self, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         weight = self.layer.weight
-        straight = weight.detach().bfloat16()
-        straight = straight.t() if isinstance(self.layer, Conv1D) else straight
-        self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(straight, ROWS), (weight, weight._version)
+        if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
+            self._packed, self._of = {}, (weight, weight._version)
+        if order not in self._packed:
+            straight = weight.detach().bfloat16()
+            self._packed[order] = order(straight.t() if isinstance(self.layer, Conv1D) else straight)
+        return self._packed[order]
+
+
+def _blocked(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def _tiles(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32."""
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % 32))
+    return weight.view(-1, 16, weight.shape[1] // 32, 16, 2).permute(0, 2, 3, 1, 4).contiguous()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether products can be made in C: the processor has a unit for them, and the system lets us use it."""
+    compiled = library()
+    return compiled is not None and bool(compiled.has_tiles())
 
 
 class PackedFeedForward:
@@ -73,8 +103,9 @@ class PackedFeedForward:
         if not packs(x):
             return type(module).forward(module, x)
         if isinstance(module, GPT2MLP):
-            return module.dropout(module.c_proj(module.c_fc.forward.run(x, GELU)))
-        return module.down_proj(module.up_proj.forward.times(x, module.gate_proj.forward.run(x, SILU)))
+            result = module.c_proj(module.c_fc.forward.run(x, GELU))
+            return module.dropout(result) if module.training else result
+        return module.down_proj(module.up_proj.forward.run(x, TIMES, module.gate_proj.forward.run(x, SILU)))
 
 
 def packs(x: torch.Tensor) -> bool:
@@ -99,7 +130,7 @@ def pack_linears(model: PreTrainedModel, *, frozen: bool = False, fused: bool = 
     tied = model.get_input_embeddings().weight
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference():
-            module.forward = PackedForward(module, frozen=frozen and module.weight is not tied)
+            module.forward = PackedForward(module, frozen=frozen and module.weight is not tied, tiled=not frozen)
     if fused:
         for module in model.modules():
             if _can_fuse(module):

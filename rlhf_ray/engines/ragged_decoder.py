@@ -104,9 +104,9 @@ class RaggedDecoder:
             length = cache.write.slots
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
-        mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]
         if self.step is not None:
-            return self.step(self.model, cache, inputs[0], inputs[1], mask)
+            return self.step(self.model, cache, inputs[0], inputs[1])
+        mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]
         return self._forward(cache, inputs[0, :, None], inputs[1, :, None], mask)
 
     def _forward(self, cache, input_ids, position_ids, mask) -> torch.Tensor:
