@@ -78,7 +78,7 @@ def test_a_second_backward_pass_over_what_the_first_has_used_up_is_refused():
     logits = torch.randn(2, 5).bfloat16().requires_grad_()
     found = selected_logprobs(logits * 1, torch.tensor([0, 1]), temperature=1.0).sum()
     x = torch.randn(2**17).bfloat16().requires_grad_()
-    for result in (found, SigmoidGELU()(x).sum()):
+    for result in (found, (SigmoidGELU()(x) * torch.ones(2**17)).sum()):
         result.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             result.backward()

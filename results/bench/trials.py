@@ -99,7 +99,12 @@ def gradient_at_one_column() -> None:
 def attention_weights() -> None:
     scores = torch.randn(4 * ROWS, PROMPT + RESPONSE, PROMPT + RESPONSE).bfloat16()
     scores += torch.full(scores.shape[1:], -torch.inf).triu(1).bfloat16()
-    trial("attention's softmax by way of float32", "kept", lambda: scores.softmax(-1), lambda: packed_attention.softmax(scores))
+    trial(
+        "attention's softmax by way of float32",
+        "kept",
+        lambda: scores.softmax(-1),
+        lambda: packed_attention.softmax(scores),
+    )
 
 
 def weights_in_16_bits() -> None:
