@@ -15,8 +15,6 @@ from rlhf_ray.engines.packed_linear import (
     SILU,
     TIMES,
     PackedForward,
-    _blocked,
-    _tiles,
     has_tiles,
 )
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
@@ -206,7 +204,7 @@ def test_products_of_few_rows(after, width, outputs, bias):
     forward, many = PackedForward(layer, frozen=False, tiled=True), torch.randn(257, width).bfloat16() * 3
     others = torch.randn(257, outputs).bfloat16() if after == TIMES else None
     found = forward.run(many[:100], after, None if others is None else others[:100])
-    assert _tiles in forward._packed and _blocked not in forward._packed
+    assert forward.tiled
     u = many.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     expected = {
         NOTHING: lambda: u,
@@ -219,7 +217,6 @@ def test_products_of_few_rows(after, width, outputs, bias):
         some = forward.run(many[rows], after, None if others is None else others[rows])
         assert torch.equal(some, found[rows])
     torch.testing.assert_close(forward.run(many, after, others).double(), expected, rtol=2**-7, atol=1e-2)
-    assert _blocked in forward._packed
 
 
 @torch.no_grad()
@@ -227,8 +224,10 @@ def test_tiles_follow_the_weight():
     layer, x = torch.nn.Linear(64, 40, bias=False).bfloat16(), torch.eye(64).bfloat16()
     layer.forward = PackedForward(layer, frozen=False, tiled=True)
     assert torch.equal(layer(x), layer.weight.T)
+    where = layer.forward._packed.data_ptr()
     layer.weight.mul_(2.0)
     assert torch.equal(layer(x), layer.weight.T)
+    assert layer.forward._packed.data_ptr() == where  # memory that is new comes page by page
 
 
 @pytest.mark.parametrize("family", FAMILIES)

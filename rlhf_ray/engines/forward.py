@@ -19,6 +19,7 @@ from torch import nn
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.engines.last_block import last_feed_forward, only_at
+from rlhf_ray.engines.norms import norms_in_c
 from rlhf_ray.engines.packing import TESTED_FAMILIES, Layout, line_inputs, pack
 from rlhf_ray.engines.padding import action_mask
 from rlhf_ray.models.critic import Critic
@@ -85,6 +86,7 @@ class LogprobModel(nn.Module):
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.packed = pack(model)
+        norms_in_c(model)
         self.entropy_gradient = entropy_gradient
         self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
         # Their logits are a product's result, which no backward pass reads.
@@ -117,6 +119,7 @@ class ValueModel(nn.Module):
         self.model = critic
         self.compute_dtype = compute_dtype
         self.packed = pack(critic.backbone)
+        norms_in_c(critic.backbone)
         self._only_at = partial(only_at, last_feed_forward(critic.backbone))
 
     def forward(self, batch: TokenBatch):

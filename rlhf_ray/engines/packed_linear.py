@@ -2,15 +2,13 @@
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
 the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
-results/bench/trials.py). The price is a second copy of the weights, or none where they never change again; and a third one for
-products of few rows in C.
+results/bench/trials.py). The price is a second copy of the weights, or none where they never change again.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -34,15 +32,17 @@ class PackedForward:
     """The forward of a linear layer where there is no gradient and products are in bfloat16; else the layer's own.
 
     It packs anew when the weight has changed, which torch counts. frozen: it never does, and the weight itself is given up.
-    tiled: products of few rows are made in C where the processor has a matrix unit, from one more copy of the weight.
+    tiled: where the processor has a matrix unit, packed for products of few rows in C; many rows read the weight as it is.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool, tiled: bool = False):
-        self.layer, self.tiled = layer, tiled and has_tiles()
+        self.layer = layer
+        self.outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+        self.tiled = tiled and inputs % 32 == 0 and has_tiles()
         self._of: tuple[torch.Tensor, int] | None = None  # weight and version that are packed
-        self._packed: dict = {}  # by the function that puts it in order
+        self._packed: torch.Tensor | None = None
         if frozen:
-            self._weight(_blocked)
+            self._weight()
             layer.weight.data = layer.weight.new_empty(0)  # tied ones are not frozen, so this is nobody else's
             self._of = layer.weight, layer.weight._version
 
@@ -52,37 +52,44 @@ class PackedForward:
     def run(self, x: torch.Tensor, after: int, other: torch.Tensor | None = None) -> torch.Tensor:
         """x W + b, then the activation, or times the other, in one kernel."""
         x, bias = x.bfloat16(), self.layer.bias
-        bias = None if bias is None else bias.bfloat16()
-        K = x.shape[-1]
-        if self.tiled and x.numel() <= FEW_ROWS * K and K % 32 == 0:
-            product = kernel("linear", x, bias, other)
-            if product is not None:
-                result = x.new_empty(*x.shape[:-1], self.layer.weight.shape[isinstance(self.layer, Conv1D)])
-                weight = self._weight(_tiles)
-                product(x, weight, bias, other, result, x.numel() // K, K, result.shape[-1], after)
-                return result
+        bias, inputs = None if bias is None else bias.bfloat16(), x.shape[-1]
+        product = kernel("linear", x, bias, other) if self.tiled and x.numel() <= FEW_ROWS * inputs else None
+        if product is not None:
+            result = x.new_empty(*x.shape[:-1], self.outputs)
+            product(x, self._weight(), bias, other, result, x.numel() // inputs, inputs, self.outputs, after)
+            return result
+        weight = self._straight() if self.tiled else self._weight()
         if after == TIMES:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight(_blocked), bias, "mul")
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight(_blocked), bias, *NAMES[after])
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *NAMES[after])
 
-    def _weight(self, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _straight(self) -> torch.Tensor:
+        """[outputs, inputs]"""
+        weight = self.layer.weight.detach().bfloat16()
+        return weight.t() if isinstance(self.layer, Conv1D) else weight
+
+    def _weight(self) -> torch.Tensor:
         weight = self.layer.weight
         if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
-            self._packed, self._of = {}, (weight, weight._version)
-        if order not in self._packed:
-            straight = weight.detach().bfloat16()
-            self._packed[order] = order(straight.t() if isinstance(self.layer, Conv1D) else straight)
-        return self._packed[order]
+            straight = self._straight()
+            if self.tiled:
+                self._packed = _tiles(straight, self._packed)
+            else:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(straight, ROWS)
+            self._of = weight, weight._version
+        return self._packed
 
 
-def _blocked(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+def _tiles(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> torch.Tensor:
+    """[N, K] -> [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32.
 
-
-def _tiles(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] -> [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32."""
-    weight = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % 32))
-    return weight.view(-1, 16, weight.shape[1] // 32, 16, 2).permute(0, 2, 3, 1, 4).contiguous()
+    tiles: earlier ones, to be written over.
+    """
+    outputs, inputs = weight.shape
+    if tiles is None:
+        tiles = weight.new_empty(-(-outputs // 32) * 2, inputs // 32, 16, 16, 2)
+    kernel("linear_tiles")(weight, tiles, inputs, outputs, weight.stride(1), weight.stride(0))
+    return tiles
 
 
 @functools.cache

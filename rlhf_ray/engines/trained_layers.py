@@ -10,15 +10,13 @@ For modules whose gradients add up in `.grad` until the optimiser steps: not und
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.nn.functional import embedding
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray import kernels
+from rlhf_ray.engines.norms import autocasts
 
 _NO_ACTIVATION = ("none", [], "")  # the product kernel's names
 
@@ -30,11 +28,6 @@ def train_in_place(module: nn.Module) -> None:
             child.forward = _Embedding(child)
         elif type(child) in (nn.Linear, Conv1D) and _trains(child):
             child.forward = _Linear(child)
-        elif type(child) is GPT2Block:
-            for norm in (child.ln_1, child.ln_2):  # in front of linear layers
-                _replace_norm(norm)
-        elif type(child) is GPT2LMHeadModel:
-            _replace_norm(child.transformer.ln_f)
 
 
 def _trains(layer: nn.Module) -> bool:
@@ -114,7 +107,7 @@ class _Linear:
         self.outputs_first = isinstance(layer, nn.Linear)  # weight [D, C]; a Conv1D's is [C, D]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not _autocasts():
+        if not autocasts():
             return type(self.layer).forward(self.layer, x)
         return _Product.apply(x, self.layer.weight, self.layer.bias, self)
 
@@ -179,41 +172,3 @@ def _room(shape: torch.Size) -> torch.Tensor:
 
 
 _memory = torch.empty(0, dtype=torch.bfloat16)
-
-
-def _replace_norm(norm: nn.Module) -> None:
-    if type(norm) is nn.LayerNorm and _trains(norm) and kernels.library() is not None:
-        norm.forward = partial(_normalise, norm, [_Sum(norm.weight), _Sum(norm.bias)])
-
-
-def _normalise(norm: nn.LayerNorm, gradients: list[_Sum], x: torch.Tensor) -> torch.Tensor:
-    """In bfloat16, as the linear layer behind it reads it, where that is what autocast would make of it."""
-    if not (_autocasts() and x.dtype == torch.float32 and x.is_contiguous()):
-        return nn.LayerNorm.forward(norm, x)
-    return _LayerNorm.apply(x, norm.weight, norm.bias, norm.eps, gradients)
-
-
-class _LayerNorm(torch.autograd.Function):
-    """[..., C] float32 -> [..., C] bfloat16, computed in float32"""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, gradients):
-        lines, result = x.numel() // x.shape[-1], torch.empty_like(x, dtype=torch.bfloat16)
-        means, scales = torch.empty(2, lines)
-        kernels.kernel("layer_norm_forward")(x, weight, bias, result, means, scales, lines, x.shape[-1], eps)
-        ctx.save_for_backward(x, weight, means, scales)
-        ctx.gradients = gradients
-        return result
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        x, weight, means, scales = ctx.saved_tensors
-        by_x, gradient = torch.empty_like(x), gradient.contiguous()
-        sums = [total.zeros() for total in ctx.gradients]
-        kernels.kernel("layer_norm_backward")(gradient, x, weight, means, scales, by_x, *sums, len(means), x.shape[-1])
-        return by_x, None, None, None, None
-
-
-def _autocasts() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16

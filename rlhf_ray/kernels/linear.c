@@ -48,6 +48,22 @@ static inline void block(const bf16 *x, int64_t apart, const uint32_t *weights, 
     _tile_stored(3, sums + TILE * SIDE + TILE, SIDE * sizeof(float));
 }
 
+// [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, from weights whose inputs and outputs stand `input` and `output`
+// numbers apart; columns of zeros up to a multiple of 32.
+void linear_tiles(const bf16 *weights, uint32_t *tiles, int64_t K, int64_t N, int64_t input, int64_t output, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t column = 0; column < (N + SIDE - 1) / SIDE * SIDE; column += TILE) {
+        int64_t columns = N - column < 0 ? 0 : N - column < TILE ? N - column : TILE;
+        uint32_t *to = tiles + column * K / 2;
+        if (columns < TILE) memset(to, 0, K / 2 * TILE * sizeof(uint32_t));
+        for (int64_t k = 0; k < K; k += 2) {
+            const bf16 *from = weights + k * input + column * output;
+            for (int64_t j = 0; j < columns; j++)
+                to[k / 2 * TILE + j] = from[j * output] | (uint32_t)from[j * output + input] << 16;
+        }
+    }
+}
+
 // x times the sigmoid of slope x + cube x^3: GELU by tanh, or SiLU.
 static inline float gated(float x, float slope, float cube) { return x / (1 + exp_of(-x * fmaf(cube * x, x, slope))); }
 

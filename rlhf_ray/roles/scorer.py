@@ -15,6 +15,7 @@ import torch
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.engines.last_block import last_feed_forward, only_at
+from rlhf_ray.engines.norms import norms_in_c
 from rlhf_ray.engines.packed_linear import pack_linears
 from rlhf_ray.engines.packing import Layout, line_inputs, pack
 from rlhf_ray.errors import UserError
@@ -65,6 +66,7 @@ class RewardScorer:
             "ForSequenceClassification"
         ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
         self._last_feed_forward = last_feed_forward(self.model)
+        norms_in_c(self.model)
         if compute_dtype == torch.bfloat16:
             pack_linears(self.model, frozen=True)
 
