@@ -102,21 +102,30 @@ def test_gelu_and_its_derivative(threads):
 
 @in_c
 @pytest.mark.parametrize("width", [5, 64, 100])
-def test_layer_norm_and_its_gradients(threads, width):
+@pytest.mark.parametrize("with_change", [False, True])
+def test_layer_norm_and_its_gradients(threads, width, with_change):
     torch.manual_seed(width)
+    change = torch.randn(9, width).bfloat16()
     x, weight, bias = 3 * torch.randn(9, width) + 1, torch.randn(width), torch.randn(width)
     gradient = torch.randn(9, width).bfloat16()
     exact = [each.double().requires_grad_() for each in (x, weight, bias)]
     expected = layer_norm(exact[0], (width,), *exact[1:], 1e-5)
     expected.backward(gradient.double())
     result, means, scales = torch.empty(9, width, dtype=torch.bfloat16), torch.empty(9), torch.empty(9)
-    kernels.kernel("layer_norm_forward")(x, weight, bias, result, means, scales, 9, width, 1e-5)
+    before = x - change.float() if with_change else x
+    added, hidden = (change, torch.empty_like(x)) if with_change else (None, x)
+    call = kernels.kernel("layer_norm_forward")
+    call(before, added, weight, bias, hidden, result, means, scales, 9, width, 1e-5)
+    torch.testing.assert_close(hidden, x)
     torch.testing.assert_close(result.double(), expected.detach(), atol=1e-5, rtol=HALF_A_DIGIT)
     by_x, by_weight, by_bias = torch.empty_like(x), torch.ones(width), torch.ones(width)  # the last two are added to
+    further, by_change = (torch.randn(9, width), torch.empty_like(gradient)) if with_change else (None, None)
     call = kernels.kernel("layer_norm_backward")
-    call(gradient, x, weight, means, scales, by_x, by_weight, by_bias, 9, width)
+    call(gradient, further, x, weight, means, scales, by_x, by_change, by_weight, by_bias, 9, width)
     for found, leaf in zip((by_x, by_weight - 1, by_bias - 1), exact, strict=True):
-        torch.testing.assert_close(found.double(), leaf.grad, atol=2e-5, rtol=1e-5)
+        more = further.double() if with_change and found is by_x else 0.0
+        torch.testing.assert_close(found.double(), leaf.grad + more, atol=2e-5, rtol=1e-5)
+    assert not with_change or torch.equal(by_change, by_x.bfloat16())
 
 
 @in_c

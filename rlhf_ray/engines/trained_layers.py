@@ -16,13 +16,14 @@ from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray import kernels
-from rlhf_ray.engines.norms import autocasts
+from rlhf_ray.engines.norms import autocasts, sums_in_norms
 
 _NO_ACTIVATION = ("none", [], "")  # the product kernel's names
 
 
 def train_in_place(module: nn.Module) -> None:
     """Let the plain layers that train on a CPU work so, in place; weights and their names stay."""
+    sums_in_norms(module)
     for child in module.modules():
         if type(child) is nn.Embedding and _trains(child) and not _does_more(child):
             child.forward = _Embedding(child)

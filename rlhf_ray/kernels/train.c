@@ -71,13 +71,19 @@ void multiply(bf16 *derivative, const bf16 *gradient, int64_t count, int threads
     for (int64_t i = 0; i < count; i++) derivative[i] = to_bf16(from_bf16(derivative[i]) * from_bf16(gradient[i]));
 }
 
-// Layer normalisation of float32 lines into bfloat16 ones, in front of a linear layer that computes in these.
-void layer_norm_forward(const float *x, const float *weight, const float *bias, bf16 *result, float *means, float *scales,
-                        int64_t lines, int64_t C, float eps, int threads) {
+// Layer normalisation of float32 lines into bfloat16 ones, in front of a linear layer that computes in these. Where there is a
+// change, it is added first: hidden = x + change; else hidden is not written.
+void layer_norm_forward(const float *x, const bf16 *change, const float *weight, const float *bias, float *hidden, bf16 *result,
+                        float *means, float *scales, int64_t lines, int64_t C, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t line = 0; line < lines; line++) {
         const float *from = x + line * C;
         float mean = 0, square = 0;
+        if (change != NULL) {
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) hidden[line * C + i] = from[i] + from_bf16(change[line * C + i]);
+            from = hidden + line * C;
+        }
 #pragma omp simd reduction(+ : mean)
         for (int64_t i = 0; i < C; i++) mean += from[i];
         mean /= C;
@@ -91,9 +97,11 @@ void layer_norm_forward(const float *x, const float *weight, const float *bias, 
     }
 }
 
-// by_x is set; by_weight and by_bias are added to, thread after thread, so that the sum's order is that of the lines.
-void layer_norm_backward(const bf16 *gradient, const float *x, const float *weight, const float *means, const float *scales,
-                         float *by_x, float *by_weight, float *by_bias, int64_t lines, int64_t C, int threads) {
+// by_x is set, to the gradient by what was normalised plus by_hidden, if there is one, and by_change, if there is one, to the
+// same; by_weight and by_bias are added to, thread after thread, so that the sum's order is that of the lines.
+void layer_norm_backward(const bf16 *gradient, const float *by_hidden, const float *x, const float *weight, const float *means,
+                         const float *scales, float *by_x, bf16 *by_change, float *by_weight, float *by_bias, int64_t lines,
+                         int64_t C, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *own = calloc(2 * C, sizeof(float));
@@ -117,6 +125,12 @@ void layer_norm_backward(const bf16 *gradient, const float *x, const float *weig
 #pragma omp simd
             for (int64_t i = 0; i < C; i++)
                 to[i] = scale * (from_bf16(by[i]) * weight[i] - sum - (from[i] - mean) * scale * along);
+            if (by_hidden != NULL)
+#pragma omp simd
+                for (int64_t i = 0; i < C; i++) to[i] += by_hidden[line * C + i];
+            if (by_change != NULL)
+#pragma omp simd
+                for (int64_t i = 0; i < C; i++) by_change[line * C + i] = to_bf16(to[i]);
         }
 #pragma omp for ordered schedule(static, 1)
         for (int thread = 0; thread < threads; thread++)
