@@ -171,7 +171,9 @@ def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups
 
 
 def without_a_compiler(tmp_path, code, **environment):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)} | environment
+    environment = (
+        os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path), "RLHF_RAY_KERNELS": "on"} | environment
+    )
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 

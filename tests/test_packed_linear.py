@@ -1,5 +1,6 @@
 """Packed linear layers against the plain ones and against float64 written out."""
 
+import copy
 import gc
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray.engines.forward import response_logprobs
+from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.engines.packed_linear import PackedForward, pack_linears
+from rlhf_ray.engines.trained_layers import train_in_place
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.float_head import Float32Linear
-from rlhf_ray.models.load import fit_embeddings, save_model
+from rlhf_ray.models.load import disable_dropout, fit_embeddings, save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.scorer import RewardScorer
@@ -172,6 +174,12 @@ def test_the_reference_computes_as_the_policy_and_holds_one_copy(tmp_path):
     expected = response_logprobs(model, batch.sequences.prompts(), batch.sequences.responses(), **settings)
     reference = Reference(tmp_path / "model", **settings)
     assert reference.logprobs(batch).values.tolist() == np.concatenate(expected).tolist()
+    policy = LogprobModel(copy.deepcopy(model), **settings).train()
+    disable_dropout(policy)
+    train_in_place(policy)
+    tokens = token_batch(batch.sequences.prompts(), batch.sequences.responses(), packed=policy.packed)
+    trained = policy(tokens)[tokens.action_mask]
+    assert trained.requires_grad and trained.tolist() == np.concatenate(expected).tolist()
     held = sum(weight.numel() for weight in reference.model.parameters())
     blocks = sum(weight.numel() for weight in model.transformer.h.parameters() if weight.ndim == 2)
     assert held == sum(weight.numel() for weight in model.parameters()) - blocks

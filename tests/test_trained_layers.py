@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray import kernels
+from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.trained_layers import train_in_place
 
 IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
@@ -127,3 +129,28 @@ def test_layers_that_do_more_or_do_not_train_stay_as_they_are():
                   nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Embedding(5, 2, sparse=True)):  # fmt: skip
         train_in_place(layer)
         assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["in C", "by torch"])
+def test_a_policys_log_probs_and_gradients_in_both_ways(monkeypatch, compiled):
+    """Of responses of unlike length, against float64; logits overwritten where that may be."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    model, generator = gpt2(), np.random.default_rng(0)
+    sizes = ((1, 3), (4, 2), (2, 6))
+    prompts, responses = ([generator.integers(0, 7, pair[at]) for pair in sizes] for at in (0, 1))
+    exact = LogprobModel(copy.deepcopy(model).double(), temperature=0.8, compute_dtype=torch.float32)
+    policy = LogprobModel(model, temperature=0.8, compute_dtype=torch.bfloat16)
+    train_in_place(policy)
+    results = []
+    for each in (exact, policy):
+        batch = token_batch(prompts, responses, packed=each.packed)
+        for _ in range(2):
+            result = each(batch)
+            (result[batch.action_mask] * torch.arange(11)).sum().backward()
+        results.append(result.detach())
+    torch.testing.assert_close(results[1].double(), results[0], atol=0.1, rtol=0.03)
+    for (name, one), other in zip(policy.named_parameters(), exact.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() < 0.05 * other.grad.norm(), name

@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlhf_ray import kernels
 from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
-from rlhf_ray.algorithms.sampling import inverse_cdf
+from rlhf_ray.algorithms.sampling import draw, inverse_cdf
 from rlhf_ray.engines import kv_cache, packed_attention
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
-from rlhf_ray.engines.embedding_gradient import add_in_place
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.last_block import only_at
 from rlhf_ray.engines.packed_linear import pack_linears
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
+from rlhf_ray.engines.trained_layers import train_in_place
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
 
@@ -46,13 +47,29 @@ def trial(name: str, verdict: str, before, after, *, repeats: int = 15) -> None:
     print(f"{name:58} {old:8.2f} ms -> {new:8.2f} ms   {old / new:5.2f} times as fast   {verdict}", flush=True)
 
 
-def module(**options) -> LogprobModel:
+def module(width: int = WIDTH) -> LogprobModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=4, n_head=4, n_embd=WIDTH, vocab_size=VOCABULARY, n_positions=512,
+    config = GPT2Config(n_layer=4, n_head=width // 64, n_embd=width, vocab_size=VOCABULARY, n_positions=512,
                         activation_function="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0)  # fmt: skip
     model = GPT2LMHeadModel(config)
     disable_dropout(model)
     return LogprobModel(model.train(), temperature=1.0, compute_dtype=torch.bfloat16)
+
+
+def switch(on: bool) -> None:
+    """Whether the functions in C are there."""
+    kernels.library = COMPILED if on else lambda: None
+
+
+COMPILED = kernels.library
+
+
+def switched(on: bool, run):
+    def switched_run():
+        switch(on)
+        run()
+
+    return switched_run
 
 
 def both_ways(function, *inputs):
@@ -271,7 +288,7 @@ def gradient_bucket() -> None:
 def embedding_gradient() -> None:
     """GPT-2's own embedding, 640 tokens, and the second microbatch of an optimiser step."""
     ids, plain, rows = torch.randint(50257, (1, 640)), nn.Embedding(50257, 768), nn.Embedding(50257, 768)
-    add_in_place(rows)
+    train_in_place(rows)
     ways = [both_ways(layer, ids) for layer in (plain, rows)]
     for way in ways:
         way()
@@ -301,6 +318,59 @@ def frozen_forward() -> None:
     trial("... and activations in them", "kept for rewards", packed, fused)
 
 
+def trained_layers() -> None:
+    """A pass of 8 rows, not the first of an optimiser step, at the width of GPT-2 and of the small model."""
+    for width in (WIDTH, 768):
+        generator = np.random.default_rng(0)
+        rows = [[generator.integers(0, VOCABULARY, length) for _ in range(8)] for length in (PROMPT, RESPONSE)]
+        batch, models = token_batch(*rows, packed=True), [module(width), module(width)]
+        train_in_place(models[1])
+        ways = [both_ways(model, batch) for model in models]
+        trial(f"layers that add to their gradients themselves, width {width}", "kept", *ways)
+
+
+def in_c() -> None:
+    """The same by torch's operations and by the functions in C."""
+    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).bfloat16().requires_grad_()
+    pair("activation in C, forward and backward", both_ways(SigmoidGELU(), x))
+    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).bfloat16().requires_grad_()
+    ids = torch.randint(VOCABULARY, (len(logits),))
+    pair(
+        "log-probs in C, forward and backward", both_ways(partial(selected_logprobs, ids=ids, temperature=1.0), logits)
+    )
+    generator = np.random.default_rng(0)
+    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
+    batch, modules = token_batch(*rows, packed=True), []
+    for on in (False, True):
+        switch(on)
+        modules.append(module())
+        train_in_place(modules[-1])
+    plain, norms = (both_ways(each, batch) for each in modules)
+    pair("attention, activation and log-probs of a pass in C", plain)
+    trial("... and norms and sums", "kept", switched(True, plain), switched(True, norms))
+    torch.set_num_threads(2)
+    steps = []
+    for on in (False, True):
+        switch(on)
+        model = module().model.bfloat16()
+        model.set_attn_implementation("sdpa")
+        decoder = RaggedDecoder(model)
+        cache, ids = decoder.new_cache(), generator.integers(0, VOCABULARY, (64, 61))
+        cache.reserve(64, 61)
+        with torch.inference_mode():
+            decoder.prefill(cache, 0, list(ids))
+        decode = torch.inference_mode()(decoder.decode)
+        steps.append(switched(on, partial(decode, cache, ids[:, -1], np.full(64, 60))))
+    trial("decode step of 64 rows in C, two threads", "kept", *steps)
+    logits, uniforms = torch.randn(64, 50257).bfloat16(), torch.rand(64)
+    pair("64 draws from 50,257 in C, two threads", partial(draw, logits, uniforms, temperature=1.0))
+    torch.set_num_threads(1)
+
+
+def pair(name: str, run) -> None:
+    trial(name, "kept", switched(False, run), switched(True, run))
+
+
 def compiled() -> None:
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
@@ -319,10 +389,12 @@ def compiled() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    switch(False)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, imports)  # fmt: skip
+             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, imports)  # fmt: skip
     for part in tried:
         part()
     if "--compile" in sys.argv:
+        switch(False)
         compiled()

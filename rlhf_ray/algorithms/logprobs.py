@@ -52,12 +52,13 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(ctx, logits, ids, temperature, with_entropy, overwrite):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         keeps_shares = ctx.needs_input_grad[0] and dtype != logits.dtype
-        kept = torch.empty_like(logits) if keeps_shares and not overwrite else logits
+        in_c = kernels.kernel("logprobs_forward", logits, ids) if logits.dtype == torch.bfloat16 else None
+        in_place = overwrite and in_c is not None  # torch's operations would refuse what is a view
+        kept = torch.empty_like(logits) if keeps_shares and not in_place else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
         ctx.save_for_backward(kept, ids, norms)
         ctx.keeps_shares, ctx.temperature = keeps_shares, temperature
         ctx.mark_non_differentiable(entropies)
-        in_c = kernels.kernel("logprobs_forward", logits, ids) if logits.dtype == torch.bfloat16 else None
         if in_c is not None:
             wanted = entropies if with_entropy else None, kept if keeps_shares else None
             in_c(logits, ids, selected, *wanted, *logits.shape, temperature)
