@@ -1,5 +1,5 @@
 # `make demo` and `make test` work on a bare clone: they make .venv/ and install into it.
-# Needed on the system: Python >= 3.11 with venv, make. Nothing is compiled.
+# Needed on the system: Python >= 3.11 with venv, make. With a C compiler (cc) CPUs are faster; nothing else is compiled.
 
 PYTHON ?= python3
 VENV := .venv

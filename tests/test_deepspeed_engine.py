@@ -2,14 +2,17 @@
 
 import socket
 
+import numpy as np
 import pytest
 import torch
 from differences import saw
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.checkpoint import read_role, write_rank
 from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
+from rlhf_ray.engines.forward import LogprobModel, token_batch
 
 STAGES = (0, 1, 2, 3)
 STEPS, ROWS, CLIP = 5, 8, 0.1
@@ -92,6 +95,30 @@ def train(engine, rank, world, steps=STEPS, start=0):
     return states, norms
 
 
+def make_language_model(dtype):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
+                        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+    return LogprobModel(GPT2LMHeadModel(config), temperature=1.0, compute_dtype=dtype)
+
+
+TEXTS = [np.random.default_rng(row).integers(0, 11, 3 + row) for row in range(ROWS)]
+
+
+def mean_logprob(output, _=None):
+    return output.sum() / ROWS
+
+
+def language_model_norms(stage, rank, world):
+    """Gradient norms of four steps in bfloat16, each rank with its rows in two microbatches."""
+    settings = OptimiserSettings(adam_eps=1e-3, max_grad_norm=1.0, zero_stage=stage)
+    engine = DeepSpeedEngine(make_language_model(torch.bfloat16), settings, device=CPU)
+    texts = TEXTS[rank::world]
+    parts = [texts[:1], texts[1:]]
+    batches = [token_batch([row[:2] for row in part], [row[2:] for row in part], packed=True) for part in parts]
+    return [engine.step([((batch,), None) for batch in batches], mean_logprob, learning_rate=1e-3) for _ in range(4)]
+
+
 def count_reductions(engine, rank, world):
     """Calls with which DeepSpeed copies a plain group's gradients into buckets, reduces them and copies them back."""
     found, reduce = [], engine.engine.buffered_allreduce_fallback
@@ -136,6 +163,7 @@ def work(rank, world, port, folder):
         result["from_start"] = train(start, rank, world)[0][-1]
         result["reductions"] = count_reductions(make_engine(stage), rank, world)
         result["unclipped"] = train(make_engine(stage, clip=0.0), rank, world, steps=2)
+        result["language_model"] = language_model_norms(stage, rank, world)
         result["tensorflow"] = train(make_engine(stage, adam_form="tensorflow", adam_eps=TF_EPS), rank, world)[0]
         if stage == 3:
             with pytest.raises(AssertionError, match="ZeRO-3"):
@@ -207,6 +235,22 @@ def test_weights_and_norms_are_those_of_plain_torch(results, expected, world, st
         largest = max(gap(one, other) for one, other in zip(result["states"], states, strict=True))
         assert saw(f"weights after an update: {world} rank(s), ZeRO {stage}, against plain torch", largest) < 1e-6
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@each
+def test_a_language_models_gradients_in_bfloat16_are_those_of_float32(results, world, stage):
+    """Its layers add to their gradients themselves where there is no ZeRO, and its norms read weights that ZeRO-3 gathers."""
+    module = make_language_model(torch.float32)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, eps=1e-3, weight_decay=0)
+    batch = token_batch([row[:2] for row in TEXTS], [row[2:] for row in TEXTS], packed=True)
+    norms = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        mean_logprob(module(batch)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 1.0)))
+        optimizer.step()
+    for rank in range(world):
+        assert results[world][rank][stage]["language_model"] == pytest.approx(norms, rel=0.02)
 
 
 @each

@@ -73,6 +73,8 @@ class DeepSpeedEngine:
         if settings.zero_stage == 0:
             # DeepSpeed clips plain float32 optimizers without telling the norm, so the hook does both.
             optimizer.register_step_pre_hook(self._clip)
+            # Torch counts a weight's changes, but not those of the fused step; copies of weights are made anew by that count.
+            optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._create_adam_state()
 
     def _config(self) -> dict:

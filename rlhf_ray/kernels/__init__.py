@@ -1,7 +1,7 @@
 """Loops over tensors that torch would make in many passes, in C: compiled on each machine once, by its own C compiler.
 
-Without a compiler, on other devices and for dtypes that a function does not take, callers use torch's operations; the numbers
-differ in rounding only. `RLHF_RAY_KERNELS=off` asks for that.
+Without a compiler, on other systems than Linux, on other devices and for dtypes that a function does not take, callers use torch's
+operations; the numbers differ in rounding only. `RLHF_RAY_KERNELS=off` asks for that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they are switched off or can't be compiled."""
-    if os.environ.get("RLHF_RAY_KERNELS", "on") == "off":
+    if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
         return None
     try:
         path = _compiled()
