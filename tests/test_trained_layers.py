@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray import kernels
 from rlhf_ray.engines.forward import LogprobModel, token_batch
+from rlhf_ray.engines.norms import norms_in_c
 from rlhf_ray.engines.trained_layers import train_in_place
 
 IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
@@ -154,3 +155,14 @@ def test_a_policys_log_probs_and_gradients_in_both_ways(monkeypatch, compiled):
     torch.testing.assert_close(results[1].double(), results[0], atol=0.1, rtol=0.03)
     for (name, one), other in zip(policy.named_parameters(), exact.parameters(), strict=True):
         assert (one.grad - other.grad).norm() < 0.05 * other.grad.norm(), name
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+def test_a_norm_that_is_asked_for_another_sum_than_it_holds_computes_that():
+    model = gpt2()
+    norms_in_c(model)
+    norm, (x, other) = model.transformer.h[0].ln_1, torch.randn(2, 1, 3, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = norm(other)
+        norm.forward.sum(x, torch.ones(1, 3, 8).bfloat16())
+        assert torch.equal(norm(other), expected)
