@@ -15,7 +15,6 @@ from rlhf_ray.engines.packed_linear import (
     SILU,
     TIMES,
     PackedForward,
-    has_tiles,
 )
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 
@@ -33,12 +32,12 @@ def off(monkeypatch):
     def switch():
         monkeypatch.setenv("RLHF_RAY_KERNELS", "off")
         kernels.library.cache_clear()
-        has_tiles.cache_clear()
+        kernels.has_blocks.cache_clear()
 
     yield switch
     monkeypatch.undo()
     kernels.library.cache_clear()
-    has_tiles.cache_clear()
+    kernels.has_blocks.cache_clear()
 
 
 def filled_cache(lengths, groups, channels, slots, *, centred):
@@ -191,7 +190,7 @@ def test_norms_after_a_sum(rms, width):
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.skipif(not has_tiles(), reason="this processor has no unit for products of matrices")
+@pytest.mark.skipif(not kernels.has_blocks(), reason="this processor has no unit for products of matrices")
 @pytest.mark.parametrize("after", [NOTHING, GELU, SILU, TIMES])
 @pytest.mark.parametrize(("width", "outputs", "bias"), [(64, 96, True), (32, 50, False), (1056, 17, True)])
 @torch.no_grad()
@@ -201,7 +200,7 @@ def test_products_of_few_rows(after, width, outputs, bias):
     layer = torch.nn.Linear(width, outputs, bias=bias).bfloat16()
     if bias:
         torch.nn.init.normal_(layer.bias)
-    forward, many = PackedForward(layer, frozen=False, tiled=True), torch.randn(257, width).bfloat16() * 3
+    forward, many = PackedForward(layer, frozen=False), torch.randn(257, width).bfloat16() * 3
     others = torch.randn(257, outputs).bfloat16() if after == TIMES else None
     found = forward.run(many[:100], after, None if others is None else others[:100])
     assert forward.tiled
@@ -219,10 +218,11 @@ def test_products_of_few_rows(after, width, outputs, bias):
     torch.testing.assert_close(forward.run(many, after, others).double(), expected, rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.skipif(not kernels.has_blocks(), reason="this processor has no unit for products of matrices")
 @torch.no_grad()
 def test_tiles_follow_the_weight():
     layer, x = torch.nn.Linear(64, 40, bias=False).bfloat16(), torch.eye(64).bfloat16()
-    layer.forward = PackedForward(layer, frozen=False, tiled=True)
+    layer.forward = PackedForward(layer, frozen=False)
     assert torch.equal(layer(x), layer.weight.T)
     where = layer.forward._packed.data_ptr()
     layer.weight.mul_(2.0)

@@ -18,6 +18,7 @@ from rlhf_ray import kernels
 # On CPUs plain matrix products are the faster attention up to this length (at 80 tokens a whole forward and backward pass takes
 # 1.3 times as long with the fused kernel: results/bench/trials.py); their memory, which grows with the square, counts beyond.
 PLAIN_LENGTH = 256
+BLOCKS_LENGTH = 1024  # of a whole attention in C: a thread keeps three numbers for each of a sequence's scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,12 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout == 0.0 and packed.longest <= PLAIN_LENGTH and _in_c(query, key, value):
-        return _CausalAttention.apply(query, key, value, packed, scaling or query.shape[-1] ** -0.5), None
+    if dropout == 0.0 and _in_c(query, key, value):
+        scaling = scaling or query.shape[-1] ** -0.5
+        if packed.longest <= BLOCKS_LENGTH and query.shape[-1] % 32 == 0 and kernels.has_blocks():
+            return _BlockAttention.apply(query, key, value, packed, scaling), None
+        if packed.longest <= PLAIN_LENGTH:
+            return _CausalAttention.apply(query, key, value, packed, scaling), None
     query, key, value = (_as_rows(states, packed) for states in (query, key, value))
     if query.device.type == "cpu" and packed.longest <= PLAIN_LENGTH:
         output = _plain_attention(query, key, value, dropout, scaling)
@@ -155,6 +160,37 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx, gradient):
         (weights,) = ctx.saved_tensors
         return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Causal attention from line to line, all of it in C: query [1, heads, N, D], key and value [1, H, N, D] -> [1, N, heads, D] in
+    bfloat16. Gradients are laid out as the projections' output is, so that no step behind copies them."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scaling):
+        query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+        _, heads, tokens, channels = query.shape
+        output = query.new_empty(1, tokens, heads, channels)
+        norms = query.new_empty(heads, tokens, dtype=torch.float32)
+        sizes = layout.rows, tokens, heads, heads // key.shape[1], layout.longest, channels
+        ctx.arguments = layout.starts, layout.lengths, *sizes, scaling
+        kernels.kernel("attention_forward")(*_placed(query, key, value), output, norms, *ctx.arguments)
+        ctx.save_for_backward(query, key, value, output, norms)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, output, norms = ctx.saved_tensors
+        by = [each.new_empty(1, each.shape[2], each.shape[1], each.shape[3]) for each in (query, key, value)]
+        given = *_placed(query, key, value), output, gradient.contiguous(), norms, *by, *ctx.arguments
+        kernels.kernel("attention_backward")(*given)
+        return *(each.transpose(1, 2) for each in by), None, None
+
+
+def _placed(*states: torch.Tensor) -> list:
+    """Each with the numbers between its tokens and between its heads."""
+    return [part for each in states for part in (each, each.stride(2), each.stride(1))]
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -8,7 +8,6 @@ results/bench/trials.py). The price is a second copy of the weights, or none whe
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import nn
@@ -19,26 +18,27 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray.kernels import kernel, library
+from rlhf_ray import kernels
 from rlhf_ray.models.activation import SigmoidGELU
 
 ROWS = 64  # that the order is chosen for; it is the faster one from 1 row to hundreds
-FEW_ROWS = 256  # up to these, the product in C is the faster one
-NOTHING, GELU, SILU, TIMES = range(4)  # what follows a product, in the same kernel; numbered as in kernels/linear.c
+NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE = range(
+    5
+)  # what follows a product, in the same kernel; numbered as in kernels/linear.c
 NAMES = {NOTHING: ("none", [], ""), GELU: ("gelu", [], "tanh"), SILU: ("swish", [], "")}  # torch's
 
 
 class PackedForward:
     """The forward of a linear layer where there is no gradient and products are in bfloat16; else the layer's own.
 
-    It packs anew when the weight has changed, which torch counts. frozen: it never does, and the weight itself is given up.
-    tiled: where the processor has a matrix unit, packed for products of few rows in C; many rows read the weight as it is.
+    It packs anew when the weight has changed, which torch counts. frozen: it never does, and is itself given up. tiled: products
+    are in C where the processor has a unit for them; else by torch's kernel.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool, tiled: bool = False):
+    def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool, tiled: bool = True):
         self.layer = layer
         self.outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        self.tiled = tiled and inputs % 32 == 0 and has_tiles()
+        self.tiled = tiled and inputs % 32 == 0 and kernels.has_blocks()
         self._of: tuple[torch.Tensor, int] | None = None  # weight and version that are packed
         self._packed: torch.Tensor | None = None
         if frozen:
@@ -52,51 +52,57 @@ class PackedForward:
     def run(self, x: torch.Tensor, after: int, other: torch.Tensor | None = None) -> torch.Tensor:
         """x W + b, then the activation, or times the other, in one kernel."""
         x, bias = x.bfloat16(), self.layer.bias
-        bias, inputs = None if bias is None else bias.bfloat16(), x.shape[-1]
-        product = kernel("linear", x, bias, other) if self.tiled and x.numel() <= FEW_ROWS * inputs else None
-        if product is not None:
-            result = x.new_empty(*x.shape[:-1], self.outputs)
-            product(x, self._weight(), bias, other, result, x.numel() // inputs, inputs, self.outputs, after)
-            return result
-        weight = self._straight() if self.tiled else self._weight()
+        bias = None if bias is None else bias.bfloat16()
+        if self.tiled:
+            return product(x.contiguous(), self._weight(), bias, self.outputs, after, other=other)
         if after == TIMES:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "mul")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *NAMES[after])
-
-    def _straight(self) -> torch.Tensor:
-        """[outputs, inputs]"""
-        weight = self.layer.weight.detach().bfloat16()
-        return weight.t() if isinstance(self.layer, Conv1D) else weight
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight(), bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight(), bias, *NAMES[after])
 
     def _weight(self) -> torch.Tensor:
         weight = self.layer.weight
         if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
-            straight = self._straight()
+            straight = weight.detach().t() if isinstance(self.layer, Conv1D) else weight.detach()  # [outputs, inputs]
             if self.tiled:
-                self._packed = _tiles(straight, self._packed)
+                self._packed = tiles_of(straight, self._packed)
             else:
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(straight, ROWS)
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(straight.bfloat16(), ROWS)
             self._of = weight, weight._version
         return self._packed
 
 
-def _tiles(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> torch.Tensor:
+def tiles_of(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> torch.Tensor:
     """[N, K] -> [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32.
 
-    tiles: earlier ones, to be written over.
+    weight: in float32 or bfloat16. tiles: earlier ones, to be written over.
     """
     outputs, inputs = weight.shape
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.bfloat16()
+    if 1 not in weight.stride():
+        weight = weight.contiguous()
     if tiles is None:
-        tiles = weight.new_empty(-(-outputs // 32) * 2, inputs // 32, 16, 16, 2)
-    kernel("linear_tiles")(weight, tiles, inputs, outputs, weight.stride(1), weight.stride(0))
+        tiles = torch.empty(-(-outputs // 32) * 2, inputs // 32, 16, 16, 2, dtype=torch.bfloat16)
+    sources = (weight, None) if weight.dtype == torch.float32 else (None, weight)
+    kernels.kernel("linear_tiles")(*sources, tiles, inputs, outputs, weight.stride(1), weight.stride(0))
     return tiles
 
 
-@functools.cache
-def has_tiles() -> bool:
-    """Whether products can be made in C: the processor has a unit for them, and the system lets us use it."""
-    compiled = library()
-    return compiled is not None and bool(compiled.has_tiles())
+def product(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+    after: int = NOTHING,
+    *,
+    other: torch.Tensor | None = None,
+    slope: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K] W + b -> [..., N] and what comes after, all contiguous in bfloat16. slope: for the activation's derivative."""
+    result = x.new_empty(*x.shape[:-1], outputs)
+    inputs = x.shape[-1]
+    kernels.kernel("linear")(x, tiles, bias, other, result, slope, x.numel() // inputs, inputs, outputs, after)
+    return result
 
 
 class PackedFeedForward:
@@ -126,22 +132,23 @@ def packs(x: torch.Tensor) -> bool:
     )
 
 
-def pack_linears(model: PreTrainedModel, *, frozen: bool = False, fused: bool = True) -> None:
+def pack_linears(model: PreTrainedModel, *, frozen: bool = False, trained: bool | None = None) -> None:
     """Let linear layers on a CPU with a kernel for bfloat16 run packed, in place; those of classes of their own stay.
 
     frozen: the weights will not change, nor be read from the model, nor used with gradients: one copy is enough. A tied one
-    stays. fused: activations in the kernels too, which round once less.
+    stays. trained: round just as the same layers do in training, with (True) or without (False) `trained_layers`; None: as is best.
     """
     if model.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     tied = model.get_input_embeddings().weight
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference():
-            module.forward = PackedForward(module, frozen=frozen and module.weight is not tied, tiled=not frozen)
-    if fused:
-        for module in model.modules():
-            if _can_fuse(module):
-                module.forward = PackedFeedForward(module)
+            module.forward = PackedForward(
+                module, frozen=frozen and module.weight is not tied, tiled=trained is not False
+            )
+    for module in model.modules():
+        if _can_fuse(module) and (trained is None or (trained and trains_fused(module))):
+            module.forward = PackedFeedForward(module)
     if frozen:
         _let_go_of_the_rest(model)
 
@@ -154,6 +161,16 @@ def _let_go_of_the_rest(model: PreTrainedModel) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc returns memory between other memory only when it is asked to
         trim(0)
+
+
+def trains_fused(module: nn.Module) -> bool:
+    """Whether `trained_layers` makes one step of this feed-forward."""
+    return (
+        type(module) is GPT2MLP
+        and isinstance(module.act, SigmoidGELU)
+        and kernels.has_blocks()
+        and all(type(layer) is Conv1D and layer.nx % 32 == 0 for layer in (module.c_fc, module.c_proj))
+    )
 
 
 def _can_fuse(module: nn.Module) -> bool:

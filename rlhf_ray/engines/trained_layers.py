@@ -10,15 +10,17 @@ For modules whose gradients add up in `.grad` until the optimiser steps: not und
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import embedding
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray import kernels
 from rlhf_ray.engines.norms import autocasts, sums_in_norms
-
-_NO_ACTIVATION = ("none", [], "")  # the product kernel's names
+from rlhf_ray.engines.packed_linear import GELU, GELU_AND_SLOPE, NAMES, NOTHING, product, tiles_of, trains_fused
 
 
 def train_in_place(module: nn.Module) -> None:
@@ -29,6 +31,9 @@ def train_in_place(module: nn.Module) -> None:
             child.forward = _Embedding(child)
         elif type(child) in (nn.Linear, Conv1D) and _trains(child):
             child.forward = _Linear(child)
+    for child in module.modules():
+        if trains_fused(child) and all(isinstance(layer.forward, _Linear) for layer in (child.c_fc, child.c_proj)):
+            child.forward = _FeedForward(child)
 
 
 def _trains(layer: nn.Module) -> bool:
@@ -62,6 +67,11 @@ class _Sum:
             total.add_(part)
         else:
             add(total, part, part.numel())
+
+    def room(self) -> tuple[torch.Tensor, int]:
+        """Where the sum is, and whether there is one yet."""
+        more = self.parameter.grad is not None
+        return (self.parameter.grad if more else self._start()), int(more)
 
     def zeros(self) -> torch.Tensor:
         """The sum so far, to add to."""
@@ -103,36 +113,78 @@ class _Linear:
 
     def __init__(self, layer: nn.Linear | Conv1D):
         self.layer = layer
-        self.gradients = [_Sum(parameter) for parameter in (layer.weight, layer.bias) if parameter is not None]
-        self._copies = [_Copy(parameter) for parameter in (layer.weight, layer.bias) if parameter is not None]
         self.outputs_first = isinstance(layer, nn.Linear)  # weight [D, C]; a Conv1D's is [C, D]
+        self.outputs, inputs = layer.weight.shape if self.outputs_first else reversed(layer.weight.shape)
+        self.tiled = inputs % 32 == 0 and layer.weight.dtype == torch.float32 and kernels.has_blocks()
+        self._weight = _Copy(layer.weight, self._tiles if self.tiled else self._straight)
+        self._bias = None if layer.bias is None else _Copy(layer.bias, _narrow)
+        self.by_weight = _Sum(layer.weight)
+        self.by_bias = None if layer.bias is None else _Sum(layer.bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not autocasts():
             return type(self.layer).forward(self.layer, x)
         return _Product.apply(x, self.layer.weight, self.layer.bias, self)
 
-    def copies(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """weight [D, C] and bias [D], in bfloat16."""
-        weight, *bias = (copy() for copy in self._copies)
-        return (weight if self.outputs_first else weight.t()), (bias[0] if bias else None)
+    def product(self, lines: torch.Tensor, after: int = NOTHING, slope: torch.Tensor | None = None) -> torch.Tensor:
+        """lines [N, C] -> [N, D]"""
+        weight, bias = self._weight(), None if self._bias is None else self._bias()
+        if self.tiled:
+            return product(lines, weight, bias, self.outputs, after, slope=slope)
+        return torch.ops.mkldnn._linear_pointwise(lines, weight, bias, *NAMES[after])
+
+    def by_input(self, gradient: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
+        """gradient [N, D] -> [N, C], times slope [N, C]"""
+        if not self.tiled:
+            return torch.mm(gradient, self._weight())
+        lines, inputs = len(gradient), self.layer.weight.numel() // self.outputs
+        result = gradient.new_empty(lines, inputs)
+        kernels.kernel("linear_by_input")(gradient, self._weight(), slope, result, lines, inputs, self.outputs)
+        return result
+
+    def add_gradients(self, lines: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Of lines [N, C] and their outputs' gradient [N, D]."""
+        factors = (gradient, lines) if self.outputs_first else (lines, gradient)
+        if self.tiled:
+            total, more = self.by_weight.room()
+            kernels.kernel("linear_by_weight")(*factors, total, len(lines), *total.shape, more)
+        else:
+            self.by_weight.add(torch.mm(factors[0].t(), factors[1], out=_room(self.layer.weight.shape)))
+        if self.by_bias is not None:
+            total = self.by_bias.zeros()
+            add = kernels.kernel("accumulate_lines", total, gradient)
+            if add is None:
+                total.add_(gradient.sum(0, dtype=total.dtype))
+            else:
+                add(total, gradient, *gradient.shape)
+
+    def _straight(self, weight: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+        """[D, C] in bfloat16"""
+        narrow = weight if self.outputs_first else weight.t()
+        return narrow.bfloat16() if earlier is None else earlier.copy_(narrow)
+
+    def _tiles(self, weight: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+        return tiles_of(weight if self.outputs_first else weight.t(), earlier)
 
 
 class _Copy:
-    """A parameter in bfloat16, made anew when the parameter has changed, which torch counts."""
+    """A parameter as products read it, made anew when the parameter has changed, which torch counts."""
 
-    def __init__(self, parameter: nn.Parameter):
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, make: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]):
+        self.parameter, self.make = parameter, make
         self._of: tuple[int, int] | None = None  # where the parameter stood, and its version
+        self._copy: torch.Tensor | None = None
 
     def __call__(self) -> torch.Tensor:
         now = self.parameter.data_ptr(), self.parameter._version
-        if self._of is None:
-            self._copy = self.parameter.detach().bfloat16()
-        elif self._of != now:
-            self._copy.copy_(self.parameter.detach())
-        self._of = now
+        if self._of != now:
+            self._copy = self.make(self.parameter.detach(), self._copy)
+            self._of = now
         return self._copy
+
+
+def _narrow(parameter: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+    return parameter.bfloat16() if earlier is None else earlier.copy_(parameter)
 
 
 class _Product(torch.autograd.Function):
@@ -141,27 +193,63 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
-        lines, (weight, bias) = x.flatten(0, -2).bfloat16(), layer.copies()
-        ctx.save_for_backward(lines, weight)
-        return torch.ops.mkldnn._linear_pointwise(lines, weight, bias, *_NO_ACTIVATION).view(*x.shape[:-1], -1)
+        lines = x.flatten(0, -2).bfloat16().contiguous()
+        ctx.save_for_backward(lines)
+        return layer.product(lines).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        lines, weight = ctx.saved_tensors
+        (lines,) = ctx.saved_tensors
         shape, gradient = gradient.shape[:-1], gradient.flatten(0, -2).contiguous()
-        by_weight, *by_bias = ctx.layer.gradients
-        factors = (gradient.t(), lines) if ctx.layer.outputs_first else (lines.t(), gradient)
-        by_weight.add(torch.mm(*factors, out=_room(by_weight.parameter.shape)))
-        if by_bias:
-            total = by_bias[0].zeros()
-            add = kernels.kernel("accumulate_lines", total, gradient)
-            if add is None:
-                total.add_(gradient.sum(0, dtype=total.dtype))
-            else:
-                add(total, gradient, *gradient.shape)
-        by_x = torch.mm(gradient, weight).view(*shape, -1).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return by_x, None, None, None
+        ctx.layer.add_gradients(lines, gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return ctx.layer.by_input(gradient).view(*shape, -1).to(ctx.dtype), None, None, None
+
+
+class _FeedForward:
+    """GPT-2's, its activation and what that does to the gradient within the products beside it."""
+
+    def __init__(self, module: GPT2MLP):
+        self.module = module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        module = self.module
+        if not autocasts():
+            return type(module).forward(module, x)
+        first, second = module.c_fc.forward, module.c_proj.forward
+        if torch.is_grad_enabled():
+            parameters = module.c_fc.weight, module.c_fc.bias, module.c_proj.weight, module.c_proj.bias
+            result = _GeluBetween.apply(x, *parameters, first, second)
+        else:
+            lines = x.flatten(0, -2).bfloat16().contiguous()
+            result = second.product(first.product(lines, GELU)).view(x.shape)
+        return module.dropout(result)
+
+
+class _GeluBetween(torch.autograd.Function):
+    """Two linear layers with GELU between them: x [..., C] -> [..., C] in bfloat16"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, second_weight, second_bias, first, second):
+        ctx.layers, ctx.dtype = (first, second), x.dtype
+        lines = x.flatten(0, -2).bfloat16().contiguous()
+        slope = lines.new_empty(len(lines), first.outputs)
+        inner = first.product(lines, GELU_AND_SLOPE, slope)
+        ctx.save_for_backward(lines, inner, slope)
+        return second.product(inner).view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (first, second), (lines, inner, slope) = ctx.layers, ctx.saved_tensors
+        shape, gradient = gradient.shape, gradient.flatten(0, -2).contiguous()
+        second.add_gradients(inner, gradient)
+        by_inner = second.by_input(gradient, slope)
+        first.add_gradients(lines, by_inner)
+        by_x = first.by_input(by_inner).view(shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return by_x, *[None] * 6
 
 
 def _room(shape: torch.Size) -> torch.Tensor:

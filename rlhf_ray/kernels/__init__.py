@@ -44,6 +44,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@functools.cache
+def has_blocks() -> bool:
+    """Whether products can be made in C: the processor has a unit for them, and the system lets us use it."""
+    compiled = library()
+    return compiled is not None and bool(compiled.has_blocks())
+
+
 def kernel(name: str, *tensors: torch.Tensor | None):
     """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work."""
     for tensor in tensors:

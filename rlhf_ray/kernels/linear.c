@@ -1,115 +1,254 @@
-// Linear layers of few rows, by the matrix unit of x86 processors that have one (AMX).
+// Linear layers and their gradients, by blocks of products.
 //
-// Libraries' kernels take tens of microseconds around each product: more than the product of a decode step of a small model does.
-// A row's result depends on that row alone.
+// Libraries' kernels put a factor into the matrix unit's order on every call and take tens of microseconds around it. Here a
+// weight's order is kept between calls, pieces stay in the cache nearest to the unit, and what follows a product is done to each
+// block where it was summed. Every sum is in the order of its terms, so that a row's result depends on that row alone, whatever
+// stands beside it and however many threads work.
 
 #include <stdlib.h>
 
-#include "numbers.h"
+#include "blocks.h"
+#include "vectors.h"
 
-#ifdef __AMX_BF16__
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef HAS_BLOCKS
 
-enum { TILE = 16, DEPTH = 32, SIDE = 2 * TILE };  // a tile: 16 lines of 32 numbers, or 16 pairs of lines of 16
-enum { NOTHING, GELU, SILU, TIMES };
+enum { LINES = 256, COLUMNS = 256, PANEL = 512 };  // of a piece's sums; of the left factor that stays in the first cache
+enum { TOKENS = 1024 };                            // of a weight's gradient, at once
+enum { NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE };
 
-int64_t has_tiles(void) {  // Linux gives the unit's registers to processes that ask
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+// Where sums go, and what happens to them on the way.
+typedef struct {
+    bf16 *result, *slope;  // [n, N]
+    const bf16 *bias, *other;
+    int64_t N, after;
+} ending;
+
+static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // of GELU by tanh: 2 sqrt(2 / pi), and 0.044715 of it
+
+static inline __attribute__((always_inline)) vec ended(vec sum, ending end, int64_t at, int64_t left, int after) {
+    vec slope;
+    if (after == TIMES) sum *= load_bf16(end.other + at, left);
+    if (after == SILU) sum *= inverse(exp_roughly(-sum) + 1.0f);
+    if (after == GELU || after == GELU_AND_SLOPE) sum = sigmoid_gelu(sum, SLOPE, CUBE, &slope);
+    if (after == GELU_AND_SLOPE) store_bf16(end.slope + at, slope, left);
+    return sum;
 }
 
-static void start_tiles(void) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t lines[16]; } config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 64, config.lines[tile] = TILE;
-    _tile_loadconfig(&config);
-}
-
-// 32 x 32 of the product: x [32, K] at a step of `apart` numbers, weights two columns of tiles.
-static inline void block(const bf16 *x, int64_t apart, const uint32_t *weights, int64_t K, float *sums) {
-    const uint32_t *other = weights + K / 2 * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < K; k += DEPTH) {
-        _tile_loadd(6, weights + k / 2 * TILE, 64);
-        _tile_loadd(4, x + k, apart * sizeof(bf16));
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, other + k / 2 * TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + TILE * apart + k, apart * sizeof(bf16));
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, SIDE * sizeof(float));
-    _tile_stored(1, sums + TILE, SIDE * sizeof(float));
-    _tile_stored(2, sums + TILE * SIDE, SIDE * sizeof(float));
-    _tile_stored(3, sums + TILE * SIDE + TILE, SIDE * sizeof(float));
-}
-
-// [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, from weights whose inputs and outputs stand `input` and `output`
-// numbers apart; columns of zeros up to a multiple of 32.
-void linear_tiles(const bf16 *weights, uint32_t *tiles, int64_t K, int64_t N, int64_t input, int64_t output, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t column = 0; column < (N + SIDE - 1) / SIDE * SIDE; column += TILE) {
-        int64_t columns = N - column < 0 ? 0 : N - column < TILE ? N - column : TILE;
-        uint32_t *to = tiles + column * K / 2;
-        if (columns < TILE) memset(to, 0, K / 2 * TILE * sizeof(uint32_t));
-        for (int64_t k = 0; k < K; k += 2) {
-            const bf16 *from = weights + k * input + column * output;
-            for (int64_t j = 0; j < columns; j++)
-                to[k / 2 * TILE + j] = from[j * output] | (uint32_t)from[j * output + input] << 16;
+static inline __attribute__((always_inline)) void finish_lines(ending end, int64_t line, int64_t column, int64_t lines,
+                                                               int64_t columns, const float *sums, int64_t step, int after) {
+    for (int64_t j = 0; j < columns; j += SIDE) {
+        int64_t left = columns - j;
+        vec bias[2] = {{0}, {0}};
+        if (end.bias != NULL) {
+            bias[0] = load_bf16(end.bias + column + j, left);
+            if (left > LANES) bias[1] = load_bf16(end.bias + column + j + LANES, left - LANES);
+        }
+        for (int64_t i = 0; i < lines; i++) {
+            const float *sum = sums + i * step + j;
+            int64_t at = (line + i) * end.N + column + j;
+            vec first = ended(load(sum, LANES) + bias[0], end, at, left, after);
+            if (left <= LANES) {
+                store_bf16(end.result + at, first, left);
+                continue;
+            }
+            vec second = ended(load(sum + LANES, LANES) + bias[1], end, at + LANES, left - LANES, after);
+            if (left >= SIDE) {
+                _mm512_storeu_si512(end.result + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+                continue;
+            }
+            store_bf16(end.result + at, first, LANES);
+            store_bf16(end.result + at + LANES, second, left - LANES);
         }
     }
 }
 
-// x times the sigmoid of slope x + cube x^3: GELU by tanh, or SiLU.
-static inline float gated(float x, float slope, float cube) { return x / (1 + exp_of(-x * fmaf(cube * x, x, slope))); }
-
-// result [n, N] = activation(x [n, K] weights + bias), or that product times `other` [n, N]. weights: [N / 16, K / 32] tiles, with
-// columns of zeros up to a multiple of 32; K is one of 32.
-void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16 *other, bf16 *result, int64_t n, int64_t K,
-            int64_t N, int64_t activation, int threads) {
-    int64_t whole = n / SIDE * SIDE;
-    bf16 *rest = NULL;  // the last rows, with lines of zeros up to 32
-    if (whole < n) {
-        rest = calloc(SIDE * K, sizeof(bf16));
-        memcpy(rest, x + whole * K, (n - whole) * K * sizeof(bf16));
+static void finish(ending end, int64_t line, int64_t column, int64_t lines, int64_t columns, const float *sums, int64_t step) {
+    switch (end.after) {
+#define CASE(after) \
+    case after: finish_lines(end, line, column, lines, columns, sums, step, after); break
+        CASE(NOTHING);
+        CASE(GELU);
+        CASE(SILU);
+        CASE(TIMES);
+        CASE(GELU_AND_SLOPE);
     }
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
-        start_tiles();
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < N; column += SIDE)
-            for (int64_t row = 0; row < n; row += SIDE) {
-                int64_t rows = n - row < SIDE ? n - row : SIDE, columns = N - column < SIDE ? N - column : SIDE;
-                block(row < whole ? x + row * K : rest, K, weights + column * K / 2, K, sums);
-                for (int64_t i = 0; i < rows; i++) {
-                    float *line = sums + i * SIDE;
-                    int64_t at = (row + i) * N + column;
-                    if (bias != NULL)
-#pragma omp simd
-                        for (int64_t j = 0; j < columns; j++) line[j] += from_bf16(bias[column + j]);
-                    if (activation == GELU)
-#pragma omp simd
-                        for (int64_t j = 0; j < SIDE; j++) line[j] = gated(line[j], 1.59576912f, 0.0713548163f);
-                    if (activation == SILU)
-#pragma omp simd
-                        for (int64_t j = 0; j < SIDE; j++) line[j] = gated(line[j], 1, 0);
-                    if (activation == TIMES)
-#pragma omp simd
-                        for (int64_t j = 0; j < columns; j++) line[j] *= from_bf16(other[at + j]);
-#pragma omp simd
-                    for (int64_t j = 0; j < columns; j++) result[at + j] = to_bf16(line[j]);
-                }
-            }
-        _tile_release();
-    }
-    free(rest);
 }
 
-#else
-int64_t has_tiles(void) { return 0; }
+// [lines, count] of lines that stand `apart` -> [32, PANEL], zeros around.
+static void copy_panel(const bf16 *from, int64_t apart, int64_t lines, int64_t count, bf16 *to) {
+    int64_t whole = whole_sides(count);
+    for (int64_t i = 0; i < SIDE; i++) {
+        int64_t here = i < lines ? count : 0;
+        memcpy(to + i * PANEL, from + i * apart, here * sizeof(bf16));
+        memset(to + i * PANEL + here, 0, (whole - here) * sizeof(bf16));
+    }
+}
+
+// Where a block's sums stand: all of a piece's if they wait for more of K, else two blocks' in turns.
+static float *room_of(float *sums, int64_t line, int64_t column, int64_t K) {
+    int64_t number = K > PANEL ? (line * COLUMNS / SIDE + column) / SIDE : column / SIDE % 2;
+    return sums + number * SIDE * SIDE;
+}
+
+// Lines `line` on and columns `column` on of left [n, K] x right, up to `lines` and `columns` of them. right: columns of K pairs
+// from the first of these on. sums: room for [LINES, COLUMNS]; panel: [32, PANEL].
+static void multiply(const bf16 *left, const uint32_t *right, int64_t line, int64_t column, int64_t lines, int64_t columns,
+                     int64_t K, ending end, float *sums, bf16 *panel) {
+    int64_t pairs = whole_sides(K) / 2 * TILE;
+    for (int64_t k = 0; k < K; k += PANEL) {
+        int64_t count = K - k < PANEL ? K - k : PANEL;
+        for (int64_t i = 0; i < lines; i += SIDE) {
+            int64_t here = lines - i < SIDE ? lines - i : SIDE, apart = K;
+            const bf16 *part = left + (line + i) * K + k;
+            if (here < SIDE || K % SIDE) {
+                copy_panel(part, K, here, count, panel);
+                part = panel;
+                apart = PANEL;
+            }
+            int last = k + PANEL >= K;
+            int64_t before = -1;  // the block whose sums wait to be finished, while the unit works on the next one's
+            for (int64_t j = 0; j < columns; j += SIDE) {
+                float *at = room_of(sums, i, j, K);
+                block(part, apart, right + j / TILE * pairs + k / 2 * TILE, pairs, whole_sides(count), at, SIDE, k > 0);
+                if (last && before >= 0) finish(end, line + i, column + before, here, SIDE, room_of(sums, i, before, K), SIDE);
+                before = j;
+            }
+            if (last) finish(end, line + i, column + before, here, columns - before, room_of(sums, i, before, K), SIDE);
+        }
+    }
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns of a piece: fewer where there are fewer pieces of lines than threads.
+static int64_t piece(int64_t n, int64_t N, int threads) {
+    return (n + LINES - 1) / LINES >= threads ? COLUMNS : least(COLUMNS, whole_sides((N + threads - 1) / threads));
+}
+
+// [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, from weights whose inputs and outputs stand `input` and `output`
+// numbers apart, one of them 1, in float32 or bfloat16; zeros up to a multiple of 32 outputs. K is one of 32.
+void linear_tiles(const float *wide, const bf16 *narrow, uint32_t *tiles, int64_t K, int64_t N, int64_t input, int64_t output,
+                  int threads) {
+    int64_t column = K / 2 * TILE;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < N; n += SIDE)
+        for (int64_t k = 0; k < K; k += SIDE) {
+            bf16 piece[SIDE * SIDE] __attribute__((aligned(64)));
+            int64_t outputs = least(SIDE, N - n), lines = input == 1 ? outputs : SIDE, numbers = input == 1 ? SIDE : outputs;
+            for (int64_t i = 0; i < SIDE; i++)
+                for (int64_t j = 0; j < SIDE; j += LANES) {
+                    int64_t from = k * input + n * output + i * (input == 1 ? output : input) + j;
+                    vec value = {0};
+                    if (i < lines && j < numbers)
+                        value = wide == NULL ? load_bf16(narrow + from, numbers - j) : load(wide + from, numbers - j);
+                    store_bf16(piece + i * SIDE + j, value, LANES);
+                }
+            uint32_t *to = tiles + n / TILE * column + k / 2 * TILE;
+            if (input == 1) {
+                exchange((uint32_t *)piece, TILE, to, TILE);
+                exchange((uint32_t *)piece + TILE * TILE, TILE, to + column, TILE);
+            } else
+                pair_lines(piece, SIDE, SIDE, SIDE, to, column, TILE);
+        }
+}
+
+// result [n, N] = x [n, K] weights + bias, and what comes after: an activation, also with its derivative, `slope`; or the product
+// with `other`, all [n, N]. weights: tiles, see above; K is a multiple of 32.
+void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16 *other, bf16 *result, bf16 *slope, int64_t n,
+            int64_t K, int64_t N, int64_t after, int threads) {
+    ending end = {.result = result, .slope = slope, .bias = bias, .other = other, .N = N, .after = after};
+    int64_t wide = piece(n, N, threads);
+#pragma omp parallel num_threads(threads)
+    {
+        float *sums = aligned_alloc(64, LINES * COLUMNS * sizeof(float));
+        bf16 *panel = aligned_alloc(64, SIDE * PANEL * sizeof(bf16));  // of lines that are fewer than 32, or end within a tile
+        start_blocks();
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t line = 0; line < n; line += LINES)
+            for (int64_t column = 0; column < N; column += wide)
+                multiply(x, weights + column * K / 2, line, column, least(LINES, n - line), least(wide, N - column), K, end, sums,
+                         panel);
+        end_blocks();
+        free(panel);
+        free(sums);
+    }
+}
+
+// by_x [n, K] = gradient [n, N] weights^T, times `slope` [n, K], if there is one; weights as above.
+void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *slope, bf16 *by_x, int64_t n, int64_t K, int64_t N, int threads) {
+    ending end = {.result = by_x, .other = slope, .N = K, .after = slope == NULL ? NOTHING : TIMES};
+    int64_t wide = least(COLUMNS, whole_sides((K + threads - 1) / threads)), whole = whole_sides(N);
+#pragma omp parallel num_threads(threads)
+    {
+        float *sums = aligned_alloc(64, LINES * COLUMNS * sizeof(float));
+        bf16 *panel = aligned_alloc(64, SIDE * PANEL * sizeof(bf16));
+        uint32_t *lines = aligned_alloc(64, SIDE * TILE * sizeof(uint32_t));  // 32 outputs' pairs of inputs
+        uint32_t *right = aligned_alloc(64, wide * whole / 2 * sizeof(uint32_t));  // columns of inputs, pairs of outputs
+        start_blocks();
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < K; column += wide) {
+            int64_t columns = least(wide, K - column);
+            for (int64_t output = 0; output < whole; output += SIDE)
+                for (int64_t input = 0; input < columns; input += SIDE) {
+                    for (int64_t i = 0; i < SIDE; i += TILE)
+                        exchange(weights + (output + i) * K / 2 + (column + input) / 2 * TILE, TILE, lines + i * TILE, TILE);
+                    pair_lines((bf16 *)lines, SIDE, SIDE, SIDE, right + input / TILE * (whole / 2 * TILE) + output / 2 * TILE,
+                               whole / 2 * TILE, TILE);
+                }
+            for (int64_t line = 0; line < n; line += LINES)
+                multiply(gradient, right, line, column, least(LINES, n - line), columns, N, end, sums, panel);
+        }
+        end_blocks();
+        free(right);
+        free(lines);
+        free(panel);
+        free(sums);
+    }
+}
+
+// sums [M, N] = left [n, M]^T right [n, N], plus what they held, if `more`.
+void linear_by_weight(const bf16 *left, const bf16 *right, float *sums, int64_t n, int64_t M, int64_t N, int64_t more,
+                      int threads) {
+    int64_t most = least(whole_sides(n), TOKENS);
+    uint32_t *paired = aligned_alloc(64, whole_sides(N) * most / 2 * sizeof(uint32_t));
+    for (int64_t token = 0; token < n; token += TOKENS, more = 1) {
+        int64_t tokens = least(n - token, TOKENS), whole = whole_sides(tokens);
+#pragma omp parallel num_threads(threads)
+        {
+            uint32_t *pairs = aligned_alloc(64, SIDE * whole / 2 * sizeof(uint32_t));
+            uint32_t *panel = aligned_alloc(64, SIDE * whole / 2 * sizeof(uint32_t));
+            float part[SIDE * SIDE] __attribute__((aligned(64)));
+            start_blocks();
+#pragma omp for schedule(static)
+            for (int64_t column = 0; column < N; column += SIDE)
+                pair_lines(right + token * N + column, N, tokens, least(SIDE, N - column), paired + column * whole / 2,
+                           whole / 2 * TILE, TILE);
+#pragma omp for schedule(static)
+            for (int64_t line = 0; line < M; line += SIDE) {
+                int64_t lines = least(SIDE, M - line);
+                pair_lines(left + token * M + line, M, tokens, lines, pairs, TILE, SIDE);
+                for (int64_t i = 0; i < SIDE; i += TILE)
+                    for (int64_t t = 0; t < whole / 2; t += TILE)
+                        exchange(pairs + t * SIDE + i, SIDE, panel + i * whole / 2 + t, whole / 2);
+                for (int64_t column = 0; column < N; column += SIDE) {
+                    const uint32_t *factor = paired + column * whole / 2;
+                    float *to = sums + line * N + column;
+                    int64_t columns = least(SIDE, N - column);
+                    if (lines == SIDE && columns == SIDE) {
+                        block((bf16 *)panel, whole, factor, whole / 2 * TILE, whole, to, N, more);
+                        continue;
+                    }
+                    block((bf16 *)panel, whole, factor, whole / 2 * TILE, whole, part, SIDE, 0);
+                    for (int64_t i = 0; i < lines; i++)
+                        for (int64_t j = 0; j < columns; j++)
+                            to[i * N + j] = part[i * SIDE + j] + (more ? to[i * N + j] : 0);
+                }
+            }
+            end_blocks();
+            free(panel);
+            free(pairs);
+        }
+    }
+    free(paired);
+}
 #endif

@@ -2,42 +2,38 @@
 
 #include <stdlib.h>
 
-#include "numbers.h"
+#include "vectors.h"
 
 // Of each line of logits: log softmax(logits / temperature) at its id, and, where wanted, the entropy and the softmax.
 // shares may be the logits themselves.
 void logprobs_forward(const bf16 *logits, const int64_t *ids, float *selected, float *entropies, bf16 *shares, int64_t lines,
                       int64_t V, float temperature, int threads) {
-    float inverse = 1 / temperature;
+    float cold = 1 / temperature;
 #pragma omp parallel num_threads(threads)
     {
-        float *wide = malloc(2 * V * sizeof(float)), *exps = wide + V;
+        float *exps = malloc(V * sizeof(float));
 #pragma omp for schedule(static)
         for (int64_t line = 0; line < lines; line++) {
             const bf16 *from = logits + line * V;
-            float top = -INFINITY, total = 0, mean = 0;
-#pragma omp simd reduction(max : top)
-            for (int64_t i = 0; i < V; i++) {
-                wide[i] = from_bf16(from[i]) * inverse;
-                top = wide[i] > top ? wide[i] : top;
+            float chosen = from_bf16(from[ids[line]]) * cold, top = -INFINITY;
+            int64_t i = 0, most = V / LANES * LANES;
+            vec tops = all(-INFINITY), totals = {0}, means = {0};
+            for (; i < most; i += LANES) tops = larger(tops, load_bf16(from + i, LANES));
+            for (; i < V; i++) top = from_bf16(from[i]) > top ? from_bf16(from[i]) : top;
+            top = fmaxf(top, largest_of(tops)) * cold;
+            for (i = 0; i < V; i += LANES) {
+                vec wide = load_bf16(from + i, V - i) * cold, each = upto(exp_each(wide - top), V - i);
+                totals += each;
+                if (entropies != NULL) means += each * larger(wide, all(-1e30f));  // of minus infinity, a share of 0
+                store(exps + i, each, V - i);
             }
-#pragma omp simd reduction(+ : total)
-            for (int64_t i = 0; i < V; i++) {
-                exps[i] = exp_of(wide[i] - top);
-                total += exps[i];
-            }
-            float norm = top + logf(total), share = 1 / total;
-            selected[line] = wide[ids[line]] - norm;
-            if (entropies != NULL) {
-#pragma omp simd reduction(+ : mean)
-                for (int64_t i = 0; i < V; i++) mean += exps[i] > 0 ? exps[i] * wide[i] : 0.0f;
-                entropies[line] = norm - mean * share;
-            }
+            float total = sum_of(totals), norm = top + logf(total), share = 1 / total;
+            selected[line] = chosen - norm;
+            if (entropies != NULL) entropies[line] = norm - sum_of(means) * share;
             if (shares != NULL)
-#pragma omp simd
-                for (int64_t i = 0; i < V; i++) shares[line * V + i] = to_bf16(exps[i] * share);
+                for (i = 0; i < V; i += LANES) store_bf16(shares + line * V + i, load(exps + i, V - i) * share, V - i);
         }
-        free(wide);
+        free(exps);
     }
 }
 
@@ -48,27 +44,26 @@ void logprobs_backward(bf16 *shares, const int64_t *ids, const float *amounts, i
     for (int64_t line = 0; line < lines; line++) {
         bf16 *to = shares + line * V;
         float amount = amounts[line] / temperature, chosen = from_bf16(to[ids[line]]);
-#pragma omp simd
-        for (int64_t i = 0; i < V; i++) to[i] = to_bf16(-amount * from_bf16(to[i]));
+        for (int64_t i = 0; i < V; i += LANES) store_bf16(to + i, load_bf16(to + i, V - i) * -amount, V - i);
         to[ids[line]] = to_bf16(amount * (1 - chosen));
     }
 }
 
 // x sigmoid(u) with u = slope x + cube x^3, and where wanted its derivative.
 void gelu_forward(const bf16 *x, bf16 *result, bf16 *derivative, int64_t count, float slope, float cube, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) {
-        float value = from_bf16(x[i]), square = value * value;
-        float share = 1 / (1 + exp_of(-value * fmaf(cube, square, slope)));
-        result[i] = to_bf16(value * share);
-        if (derivative != NULL) derivative[i] = to_bf16(share + value * share * (1 - share) * fmaf(3 * cube, square, slope));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec value = load_bf16(x + i, count - i), slopes, gelu = sigmoid_gelu(value, slope, cube, &slopes);
+        store_bf16(result + i, gelu, count - i);
+        if (derivative != NULL) store_bf16(derivative + i, slopes, count - i);
     }
 }
 
 // derivative becomes gradient x derivative.
 void multiply(bf16 *derivative, const bf16 *gradient, int64_t count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) derivative[i] = to_bf16(from_bf16(derivative[i]) * from_bf16(gradient[i]));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES)
+        store_bf16(derivative + i, load_bf16(derivative + i, count - i) * load_bf16(gradient + i, count - i), count - i);
 }
 
 // Layer normalisation of float32 lines into bfloat16 ones, in front of a linear layer that computes in these. Where there is a
@@ -78,20 +73,27 @@ void layer_norm_forward(const float *x, const bf16 *change, const float *weight,
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t line = 0; line < lines; line++) {
         const float *from = x + line * C;
-        float mean = 0, square = 0;
+        vec sums = {0}, squares = {0};
         if (change != NULL) {
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++) hidden[line * C + i] = from[i] + from_bf16(change[line * C + i]);
-            from = hidden + line * C;
+            float *to = hidden + line * C;
+            for (int64_t i = 0; i < C; i += LANES) {
+                vec each = load(from + i, C - i) + load_bf16(change + line * C + i, C - i);
+                store(to + i, each, C - i);
+                sums += each;
+            }
+            from = to;
+        } else
+            for (int64_t i = 0; i < C; i += LANES) sums += load(from + i, C - i);
+        float mean = sum_of(sums) / C;
+        for (int64_t i = 0; i < C; i += LANES) {
+            vec apart = upto(load(from + i, C - i) - mean, C - i);
+            squares += apart * apart;
         }
-#pragma omp simd reduction(+ : mean)
-        for (int64_t i = 0; i < C; i++) mean += from[i];
-        mean /= C;
-#pragma omp simd reduction(+ : square)
-        for (int64_t i = 0; i < C; i++) square += (from[i] - mean) * (from[i] - mean);
-        float scale = 1 / sqrtf(square / C + eps);
-#pragma omp simd
-        for (int64_t i = 0; i < C; i++) result[line * C + i] = to_bf16((from[i] - mean) * scale * weight[i] + bias[i]);
+        float scale = 1 / sqrtf(sum_of(squares) / C + eps);
+        for (int64_t i = 0; i < C; i += LANES) {
+            vec unit = (load(from + i, C - i) - mean) * scale;
+            store_bf16(result + line * C + i, unit * load(weight + i, C - i) + load(bias + i, C - i), C - i);
+        }
         means[line] = mean;
         scales[line] = scale;
     }
@@ -104,33 +106,29 @@ void layer_norm_backward(const bf16 *gradient, const float *by_hidden, const flo
                          int64_t C, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        float *own = calloc(2 * C, sizeof(float));
-        float *restrict own_weight = own, *restrict own_bias = own + C;
+        float *own_weight = calloc(2 * C, sizeof(float)), *own_bias = own_weight + C;
 #pragma omp for schedule(static)
         for (int64_t line = 0; line < lines; line++) {
             const float *from = x + line * C;
             const bf16 *by = gradient + line * C;
-            float *to = by_x + line * C;
-            float mean = means[line], scale = scales[line], sum = 0, along = 0;
-#pragma omp simd reduction(+ : sum, along)
-            for (int64_t i = 0; i < C; i++) {
-                float g = from_bf16(by[i]), unit = (from[i] - mean) * scale;
-                own_weight[i] += g * unit;
-                own_bias[i] += g;
-                sum += g * weight[i];
-                along += g * weight[i] * unit;
+            float mean = means[line], scale = scales[line];
+            vec sums = {0}, alongs = {0};
+            for (int64_t i = 0; i < C; i += LANES) {
+                vec g = load_bf16(by + i, C - i), unit = (load(from + i, C - i) - mean) * scale;
+                store(own_weight + i, load(own_weight + i, C - i) + g * unit, C - i);
+                store(own_bias + i, load(own_bias + i, C - i) + g, C - i);
+                g *= load(weight + i, C - i);
+                sums += g;
+                alongs += g * unit;
             }
-            sum /= C;
-            along /= C;
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++)
-                to[i] = scale * (from_bf16(by[i]) * weight[i] - sum - (from[i] - mean) * scale * along);
-            if (by_hidden != NULL)
-#pragma omp simd
-                for (int64_t i = 0; i < C; i++) to[i] += by_hidden[line * C + i];
-            if (by_change != NULL)
-#pragma omp simd
-                for (int64_t i = 0; i < C; i++) by_change[line * C + i] = to_bf16(to[i]);
+            float sum = sum_of(sums) / C, along = sum_of(alongs) / C;
+            for (int64_t i = 0; i < C; i += LANES) {
+                vec g = load_bf16(by + i, C - i) * load(weight + i, C - i), unit = (load(from + i, C - i) - mean) * scale;
+                vec to = scale * (g - sum - unit * along);
+                if (by_hidden != NULL) to += load(by_hidden + line * C + i, C - i);
+                store(by_x + line * C + i, to, C - i);
+                if (by_change != NULL) store_bf16(by_change + line * C + i, to, C - i);
+            }
         }
 #pragma omp for ordered schedule(static, 1)
         for (int thread = 0; thread < threads; thread++)
@@ -139,24 +137,35 @@ void layer_norm_backward(const bf16 *gradient, const float *by_hidden, const flo
                 by_weight[i] += own_weight[i];
                 by_bias[i] += own_bias[i];
             }
-        free(own);
+        free(own_weight);
     }
 }
 
 // A gradient in bfloat16 added to its sum in float32.
 void accumulate(float *total, const bf16 *part, int64_t count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) total[i] += from_bf16(part[i]);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) store(total + i, load(total + i, count - i) + load_bf16(part + i, count - i), count - i);
 }
 
-// Sums of each column, added to total: a bias's gradient.
+// Sums of each column, added to total: a bias's gradient. The first one: of `vectors` vectors, in registers.
+static inline __attribute__((always_inline)) void add_columns(float *total, const bf16 *part, int64_t lines, int64_t C, int vectors,
+                                                              int64_t left) {
+    vec sums[8];
+    for (int j = 0; j < vectors; j++) sums[j] = load(total + j * LANES, left - j * LANES);
+    for (int64_t line = 0; line < lines; line++)
+        for (int j = 0; j < vectors; j++) sums[j] += load_bf16(part + line * C + j * LANES, left - j * LANES);
+    for (int j = 0; j < vectors; j++) store(total + j * LANES, sums[j], left - j * LANES);
+}
+
 void accumulate_lines(float *total, const bf16 *part, int64_t lines, int64_t C, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t first = 0; first < C; first += 64) {
-        int64_t end = first + 64 < C ? first + 64 : C;
-        for (int64_t line = 0; line < lines; line++)
-#pragma omp simd
-            for (int64_t i = first; i < end; i++) total[i] += from_bf16(part[line * C + i]);
+    for (int64_t first = 0; first < C; first += 8 * LANES) {
+        int64_t i = first, end = first + 8 * LANES < C ? first + 8 * LANES : C;
+        if (end - i == 8 * LANES) {
+            add_columns(total + i, part + i, lines, C, 8, end - i);
+            continue;
+        }
+        for (; i < end; i += LANES) add_columns(total + i, part + i, lines, C, 1, end - i);
     }
 }
 

@@ -13,7 +13,10 @@ from rlhf_ray.types import RolloutBatch, TokenValues, flatten
 
 
 class Reference:
-    """Log-probs of a unit's responses under the SFT model, computed just as the policy computes its own."""
+    """Log-probs of a unit's responses under the SFT model, computed just as the policy computes its own.
+
+    zero_stage: the policy's.
+    """
 
     def __init__(
         self,
@@ -24,13 +27,14 @@ class Reference:
         device: torch.device | str = "cpu",
         microbatch_size: int = 32,
         microbatch_tokens: int | None = None,
+        zero_stage: int = 0,
         trust_remote_code: bool = False,
     ):
         self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
         disable_dropout(self.model)
         fast_attention(self.model, device)
         if compute_dtype == torch.bfloat16:
-            pack_linears(self.model, frozen=True, fused=False)  # fused kernels round otherwise than the policy's
+            pack_linears(self.model, frozen=True, trained=zero_stage == 0)  # so that it rounds as the policy does
         self.temperature, self.compute_dtype = temperature, compute_dtype
         self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
 
