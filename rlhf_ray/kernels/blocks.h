@@ -29,10 +29,8 @@ static inline void start_blocks(void) {
 
 static inline void end_blocks(void) { _tile_release(); }
 
-// sums [32, 32] at a step of `step` = left [32, K] at a step of `apart` x two columns of pairs, `column` pairs apart; plus what
-// sums held, if `more`. K is a multiple of 32.
-static inline void block(const bf16 *left, int64_t apart, const uint32_t *right, int64_t column, int64_t K, float *sums,
-                         int64_t step, int more) {
+static inline void block_of(const bf16 *left, const bf16 *lower, int64_t apart, int64_t ahead, const uint32_t *right,
+                            int64_t column, int64_t K, float *sums, int64_t step, int more) {
     if (more) {
         _tile_loadd(0, sums, step * sizeof(float));
         _tile_loadd(1, sums + TILE, step * sizeof(float));
@@ -46,13 +44,15 @@ static inline void block(const bf16 *left, int64_t apart, const uint32_t *right,
     }
     for (int64_t k = 0; k < K; k += DEPTH) {
         _tile_loadd(6, right + k / 2 * TILE, 64);
-        _tile_loadd(4, left + k, apart * sizeof(bf16));
+        _tile_loadd(4, left, apart * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, right + column + k / 2 * TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + TILE * apart + k, apart * sizeof(bf16));
+        _tile_loadd(5, lower, apart * sizeof(bf16));
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        left += ahead;
+        lower += ahead;
     }
     _tile_stored(0, sums, step * sizeof(float));
     _tile_stored(1, sums + TILE, step * sizeof(float));
@@ -68,15 +68,15 @@ static inline int may_use_blocks(void) { return 1; }
 static inline void start_blocks(void) {}
 static inline void end_blocks(void) {}
 
-static inline void block(const bf16 *left, int64_t apart, const uint32_t *right, int64_t column, int64_t K, float *sums,
-                         int64_t step, int more) {
-    enum { LINES = 8 };  // with two columns, 16 sums in registers
-    for (int64_t line = 0; line < SIDE; line += LINES) {
+static inline void block_of(const bf16 *left, const bf16 *lower, int64_t apart, int64_t ahead, const uint32_t *right,
+                            int64_t column, int64_t K, float *sums, int64_t step, int more) {
+    enum { AT_ONCE = 8 };  // lines: with two columns, 16 sums in registers
+    for (int64_t line = 0; line < SIDE; line += AT_ONCE) {
         float *to = sums + line * step;
-        const bf16 *from = left + line * apart;
-        __m512 a[LINES], b[LINES];
+        const bf16 *lines = line < TILE ? left + line * apart : lower + (line - TILE) * apart;
+        __m512 a[AT_ONCE], b[AT_ONCE];
 #pragma GCC unroll 8
-        for (int i = 0; i < LINES; i++) {
+        for (int i = 0; i < AT_ONCE; i++) {
             a[i] = more ? _mm512_loadu_ps(to + i * step) : _mm512_setzero_ps();
             b[i] = more ? _mm512_loadu_ps(to + i * step + TILE) : _mm512_setzero_ps();
         }
@@ -84,16 +84,16 @@ static inline void block(const bf16 *left, int64_t apart, const uint32_t *right,
             __m512bh one = (__m512bh)_mm512_loadu_si512(right + k / 2 * TILE);
             __m512bh other = (__m512bh)_mm512_loadu_si512(right + column + k / 2 * TILE);
 #pragma GCC unroll 8
-            for (int i = 0; i < LINES; i++) {
+            for (int i = 0; i < AT_ONCE; i++) {
                 int32_t pair;
-                memcpy(&pair, from + i * apart + k, sizeof pair);
+                memcpy(&pair, lines + i * apart + k / DEPTH * ahead + k % DEPTH, sizeof pair);
                 __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
                 a[i] = _mm512_dpbf16_ps(a[i], both, one);
                 b[i] = _mm512_dpbf16_ps(b[i], both, other);
             }
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < LINES; i++) {
+        for (int i = 0; i < AT_ONCE; i++) {
             _mm512_storeu_ps(to + i * step, a[i]);
             _mm512_storeu_ps(to + i * step + TILE, b[i]);
         }
@@ -102,6 +102,19 @@ static inline void block(const bf16 *left, int64_t apart, const uint32_t *right,
 #endif
 
 #ifdef HAS_BLOCKS
+// sums [32, 32] at a step of `step` = left [32, K] at a step of `apart` x two columns of pairs, `column` pairs apart; plus what
+// sums held, if `more`. K is a multiple of 32.
+static inline void block(const bf16 *left, int64_t apart, const uint32_t *right, int64_t column, int64_t K, float *sums,
+                         int64_t step, int more) {
+    block_of(left, left + TILE * apart, apart, DEPTH, right, column, K, sums, step, more);
+}
+
+// The same, of a left factor in tiles: [2, K / 32] of 16 lines of 32 numbers.
+static inline void block_of_tiles(const bf16 *left, const uint32_t *right, int64_t column, int64_t K, float *sums, int64_t step,
+                                  int more) {
+    block_of(left, left + TILE * K, DEPTH, TILE * DEPTH, right, column, K, sums, step, more);
+}
+
 // 16 lines of 16 pairs, `apart` pairs apart -> 16 lines, `step` apart, with lines and columns exchanged.
 static inline void exchange(const uint32_t *from, int64_t apart, uint32_t *to, int64_t step) {
     __m512i a[TILE], b[TILE];

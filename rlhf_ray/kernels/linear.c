@@ -13,7 +13,8 @@
 #ifdef HAS_BLOCKS
 
 enum { LINES = 256, COLUMNS = 256, PANEL = 512 };  // of a piece's sums; of the left factor that stays in the first cache
-enum { TOKENS = 1024 };                            // of a weight's gradient, at once
+enum { TOKENS = 256, SUMS = 1 << 18 };             // of a weight's gradient, at once
+enum { PACKED = 1 << 21 };                         // of a weight, for the gradient by a layer's input, at once
 enum { NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE };
 
 // Where sums go, and what happens to them on the way.
@@ -21,43 +22,52 @@ typedef struct {
     bf16 *result, *slope;  // [n, N]
     const bf16 *bias, *other;
     int64_t N, after;
+    int past_the_cache;  // results are written where nobody will find them near: they are larger than it
 } ending;
+
+enum { NEAR = 1 << 22 };  // bytes
+
+static int goes_past(const bf16 *result, const bf16 *slope, int64_t n, int64_t N) {
+    return n * N * sizeof(bf16) > NEAR && N % SIDE == 0 && ((uintptr_t)result | (uintptr_t)slope) % 64 == 0;
+}
 
 static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // of GELU by tanh: 2 sqrt(2 / pi), and 0.044715 of it
 
-static inline __attribute__((always_inline)) vec ended(vec sum, ending end, int64_t at, int64_t left, int after) {
-    vec slope;
+static inline __attribute__((always_inline)) vec ended(vec sum, ending end, int64_t at, int64_t left, int after, vec *slope) {
     if (after == TIMES) sum *= load_bf16(end.other + at, left);
     if (after == SILU) sum *= inverse(exp_roughly(-sum) + 1.0f);
-    if (after == GELU || after == GELU_AND_SLOPE) sum = sigmoid_gelu(sum, SLOPE, CUBE, &slope);
-    if (after == GELU_AND_SLOPE) store_bf16(end.slope + at, slope, left);
+    if (after == GELU || after == GELU_AND_SLOPE) sum = sigmoid_gelu(sum, SLOPE, CUBE, slope);
     return sum;
 }
 
+// Two vectors of a line. A whole line of the cache may go to memory without being read first.
+static inline __attribute__((always_inline)) void store_two(bf16 *to, vec first, vec second, int64_t left, int past_the_cache) {
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    if (left < SIDE)
+        _mm512_mask_storeu_epi16(to, (1u << left) - 1, both);
+    else if (past_the_cache)
+        _mm512_stream_si512((__m512i *)to, both);
+    else
+        _mm512_storeu_si512(to, both);
+}
+
 static inline __attribute__((always_inline)) void finish_lines(ending end, int64_t line, int64_t column, int64_t lines,
-                                                               int64_t columns, const float *sums, int64_t step, int after) {
+                                                               int64_t columns, const float *sums, int64_t step, int after,
+                                                               int past_the_cache) {
     for (int64_t j = 0; j < columns; j += SIDE) {
-        int64_t left = columns - j;
-        vec bias[2] = {{0}, {0}};
+        int64_t left = columns - j, rest = left > LANES ? left - LANES : 0;
+        vec bias[2] = {{0}, {0}}, slopes[2];
         if (end.bias != NULL) {
             bias[0] = load_bf16(end.bias + column + j, left);
-            if (left > LANES) bias[1] = load_bf16(end.bias + column + j + LANES, left - LANES);
+            bias[1] = load_bf16(end.bias + column + j + LANES, rest);
         }
         for (int64_t i = 0; i < lines; i++) {
             const float *sum = sums + i * step + j;
             int64_t at = (line + i) * end.N + column + j;
-            vec first = ended(load(sum, LANES) + bias[0], end, at, left, after);
-            if (left <= LANES) {
-                store_bf16(end.result + at, first, left);
-                continue;
-            }
-            vec second = ended(load(sum + LANES, LANES) + bias[1], end, at + LANES, left - LANES, after);
-            if (left >= SIDE) {
-                _mm512_storeu_si512(end.result + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-                continue;
-            }
-            store_bf16(end.result + at, first, LANES);
-            store_bf16(end.result + at + LANES, second, left - LANES);
+            vec first = ended(load(sum, LANES) + bias[0], end, at, left, after, slopes);
+            vec second = ended(load(sum + LANES, LANES) + bias[1], end, at + LANES, rest, after, slopes + 1);
+            store_two(end.result + at, first, second, left, past_the_cache);
+            if (after == GELU_AND_SLOPE) store_two(end.slope + at, slopes[0], slopes[1], left, past_the_cache);
         }
     }
 }
@@ -65,7 +75,12 @@ static inline __attribute__((always_inline)) void finish_lines(ending end, int64
 static void finish(ending end, int64_t line, int64_t column, int64_t lines, int64_t columns, const float *sums, int64_t step) {
     switch (end.after) {
 #define CASE(after) \
-    case after: finish_lines(end, line, column, lines, columns, sums, step, after); break
+    case after:                                                                                       \
+        if (end.past_the_cache)                                                                       \
+            finish_lines(end, line, column, lines, columns, sums, step, after, 1);                    \
+        else                                                                                          \
+            finish_lines(end, line, column, lines, columns, sums, step, after, 0);                    \
+        break
         CASE(NOTHING);
         CASE(GELU);
         CASE(SILU);
@@ -156,7 +171,8 @@ void linear_tiles(const float *wide, const bf16 *narrow, uint32_t *tiles, int64_
 // with `other`, all [n, N]. weights: tiles, see above; K is a multiple of 32.
 void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16 *other, bf16 *result, bf16 *slope, int64_t n,
             int64_t K, int64_t N, int64_t after, int threads) {
-    ending end = {.result = result, .slope = slope, .bias = bias, .other = other, .N = N, .after = after};
+    ending end = {.result = result, .slope = slope, .bias = bias, .other = other, .N = N, .after = after,
+                  .past_the_cache = goes_past(result, slope, n, N)};
     int64_t wide = piece(n, N, threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -176,79 +192,99 @@ void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16
 
 // by_x [n, K] = gradient [n, N] weights^T, times `slope` [n, K], if there is one; weights as above.
 void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *slope, bf16 *by_x, int64_t n, int64_t K, int64_t N, int threads) {
-    ending end = {.result = by_x, .other = slope, .N = K, .after = slope == NULL ? NOTHING : TIMES};
-    int64_t wide = least(COLUMNS, whole_sides((K + threads - 1) / threads)), whole = whole_sides(N);
+    ending end = {.result = by_x, .other = slope, .N = K, .after = slope == NULL ? NOTHING : TIMES,
+                  .past_the_cache = goes_past(by_x, NULL, n, K)};
+    int64_t whole = whole_sides(N), apart = whole / 2 * TILE, wide = piece(n, K, threads);
+    int64_t all = whole * K > PACKED ? least(K, whole_sides(PACKED / whole)) : K;  // columns that are put in order at once
+    uint32_t *right = aligned_alloc(64, all * whole / 2 * sizeof(uint32_t));       // of inputs, pairs of outputs
 #pragma omp parallel num_threads(threads)
     {
         float *sums = aligned_alloc(64, LINES * COLUMNS * sizeof(float));
         bf16 *panel = aligned_alloc(64, SIDE * PANEL * sizeof(bf16));
-        uint32_t *lines = aligned_alloc(64, SIDE * TILE * sizeof(uint32_t));  // 32 outputs' pairs of inputs
-        uint32_t *right = aligned_alloc(64, wide * whole / 2 * sizeof(uint32_t));  // columns of inputs, pairs of outputs
+        uint32_t lines[SIDE * TILE] __attribute__((aligned(64)));  // 32 outputs' pairs of inputs
         start_blocks();
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < K; column += wide) {
-            int64_t columns = least(wide, K - column);
-            for (int64_t output = 0; output < whole; output += SIDE)
-                for (int64_t input = 0; input < columns; input += SIDE) {
+        for (int64_t first = 0; first < K; first += all) {
+            int64_t columns = least(all, K - first);
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t input = 0; input < columns; input += SIDE)
+                for (int64_t output = 0; output < whole; output += SIDE) {
                     for (int64_t i = 0; i < SIDE; i += TILE)
-                        exchange(weights + (output + i) * K / 2 + (column + input) / 2 * TILE, TILE, lines + i * TILE, TILE);
-                    pair_lines((bf16 *)lines, SIDE, SIDE, SIDE, right + input / TILE * (whole / 2 * TILE) + output / 2 * TILE,
-                               whole / 2 * TILE, TILE);
+                        exchange(weights + (output + i) * K / 2 + (first + input) / 2 * TILE, TILE, lines + i * TILE, TILE);
+                    pair_lines((bf16 *)lines, SIDE, SIDE, SIDE, right + input / TILE * apart + output / 2 * TILE, apart, TILE);
                 }
+#pragma omp for collapse(2) schedule(static)
             for (int64_t line = 0; line < n; line += LINES)
-                multiply(gradient, right, line, column, least(LINES, n - line), columns, N, end, sums, panel);
+                for (int64_t column = 0; column < columns; column += wide)
+                    multiply(gradient, right + column / TILE * apart, line, first + column, least(LINES, n - line),
+                             least(wide, columns - column), N, end, sums, panel);
         }
         end_blocks();
-        free(right);
-        free(lines);
         free(panel);
         free(sums);
     }
+    free(right);
 }
 
-// sums [M, N] = left [n, M]^T right [n, N], plus what they held, if `more`.
-void linear_by_weight(const bf16 *left, const bf16 *right, float *sums, int64_t n, int64_t M, int64_t N, int64_t more,
-                      int threads) {
-    int64_t most = least(whole_sides(n), TOKENS);
-    uint32_t *paired = aligned_alloc(64, whole_sides(N) * most / 2 * sizeof(uint32_t));
+// Lines `line` on and columns `column` on, `lines` and `columns` of them, of what is said below.
+static void add_products(const bf16 *left, const bf16 *right, float *sums, int64_t n, int64_t M, int64_t N, int64_t line,
+                         int64_t column, int64_t lines, int64_t columns, int64_t more, uint32_t *tiles, uint32_t *paired,
+                         int threads) {
     for (int64_t token = 0; token < n; token += TOKENS, more = 1) {
-        int64_t tokens = least(n - token, TOKENS), whole = whole_sides(tokens);
+        int64_t tokens = least(n - token, TOKENS), whole = whole_sides(tokens), apart = whole / 2 * TILE;
 #pragma omp parallel num_threads(threads)
         {
-            uint32_t *pairs = aligned_alloc(64, SIDE * whole / 2 * sizeof(uint32_t));
-            uint32_t *panel = aligned_alloc(64, SIDE * whole / 2 * sizeof(uint32_t));
+            uint32_t pairs[TILE * SIDE] __attribute__((aligned(64)));
             float part[SIDE * SIDE] __attribute__((aligned(64)));
             start_blocks();
 #pragma omp for schedule(static)
-            for (int64_t column = 0; column < N; column += SIDE)
-                pair_lines(right + token * N + column, N, tokens, least(SIDE, N - column), paired + column * whole / 2,
-                           whole / 2 * TILE, TILE);
-#pragma omp for schedule(static)
-            for (int64_t line = 0; line < M; line += SIDE) {
-                int64_t lines = least(SIDE, M - line);
-                pair_lines(left + token * M + line, M, tokens, lines, pairs, TILE, SIDE);
-                for (int64_t i = 0; i < SIDE; i += TILE)
-                    for (int64_t t = 0; t < whole / 2; t += TILE)
-                        exchange(pairs + t * SIDE + i, SIDE, panel + i * whole / 2 + t, whole / 2);
-                for (int64_t column = 0; column < N; column += SIDE) {
-                    const uint32_t *factor = paired + column * whole / 2;
-                    float *to = sums + line * N + column;
-                    int64_t columns = least(SIDE, N - column);
-                    if (lines == SIDE && columns == SIDE) {
-                        block((bf16 *)panel, whole, factor, whole / 2 * TILE, whole, to, N, more);
-                        continue;
-                    }
-                    block((bf16 *)panel, whole, factor, whole / 2 * TILE, whole, part, SIDE, 0);
-                    for (int64_t i = 0; i < lines; i++)
-                        for (int64_t j = 0; j < columns; j++)
-                            to[i * N + j] = part[i * SIDE + j] + (more ? to[i * N + j] : 0);
+            for (int64_t t = 0; t < tokens; t += SIDE) {  // lines one after the other, as they stand in memory
+                int64_t here = least(SIDE, tokens - t);
+                pair_lines(right + (token + t) * N + column, N, here, columns, paired + t / 2 * TILE, apart, TILE);
+                for (int64_t m = 0; m < lines; m += SIDE) {
+                    uint32_t *to = tiles + m * whole / 2 + t / 2 * TILE;
+                    pair_lines(left + (token + t) * M + line + m, M, here, least(SIDE, lines - m), pairs, TILE, SIDE);
+                    exchange(pairs, SIDE, to, TILE);
+                    exchange(pairs + TILE, SIDE, to + TILE * whole / 2, TILE);
                 }
             }
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t m = 0; m < lines; m += SIDE)
+                for (int64_t c = 0; c < columns; c += SIDE) {
+                    const bf16 *factor = (bf16 *)(tiles + m * whole / 2);
+                    float *to = sums + (line + m) * N + column + c;
+                    if (lines - m >= SIDE && columns - c >= SIDE) {
+                        block_of_tiles(factor, paired + c * whole / 2, apart, whole, to, N, more);
+                        continue;
+                    }
+                    block_of_tiles(factor, paired + c * whole / 2, apart, whole, part, SIDE, 0);
+                    for (int64_t i = 0; i < least(SIDE, lines - m); i++)
+                        for (int64_t j = 0; j < least(SIDE, columns - c); j += LANES) {
+                            vec before = more ? load(to + i * N + j, columns - c - j) : (vec){0};
+                            store(to + i * N + j, before + load(part + i * SIDE + j, LANES), columns - c - j);
+                        }
+                }
             end_blocks();
-            free(panel);
-            free(pairs);
         }
     }
+}
+
+// sums [M, N] = left [n, M]^T right [n, N], plus what they held, if `more`. In pieces of sums that stay near a core.
+void linear_by_weight(const bf16 *left, const bf16 *right, float *sums, int64_t n, int64_t M, int64_t N, int64_t more,
+                      int threads) {
+    int64_t lines = M, columns = N, most = least(whole_sides(n), TOKENS);
+    if (M * N > SUMS) {
+        if (M > N)
+            lines = least(M, whole_sides(SUMS / N));
+        else
+            columns = least(N, whole_sides(SUMS / M));
+    }
+    uint32_t *paired = aligned_alloc(64, whole_sides(columns) * most / 2 * sizeof(uint32_t));  // of the right factor
+    uint32_t *tiles = aligned_alloc(64, whole_sides(lines) * most / 2 * sizeof(uint32_t));     // of the left one
+    for (int64_t line = 0; line < M; line += lines)
+        for (int64_t column = 0; column < N; column += columns)
+            add_products(left, right, sums, n, M, N, line, column, least(lines, M - line), least(columns, N - column), more, tiles,
+                         paired, threads);
+    free(tiles);
     free(paired);
 }
 #endif
