@@ -16,7 +16,7 @@ from rlhf_ray.engines.packed_attention import Layout
 from rlhf_ray.models.activation import CUBE, SLOPE, SigmoidGELU
 
 HALF_A_DIGIT = 2**-8  # of bfloat16, which has 8 bits: the most that rounding to the nearest moves a number
-in_c = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+in_c = pytest.mark.usefixtures("processor")
 
 
 @pytest.fixture(params=[1, 2])
@@ -140,7 +140,7 @@ def test_sums_of_gradients(threads):
 
 
 @in_c
-@pytest.mark.parametrize("lengths", [[5, 1, 40], [33, 33], [1]])
+@pytest.mark.parametrize("lengths", [[5, 1, 40], [33, 33], [1], [130, 70]])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("channels", [8, 32, 64])
 def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups, channels):
@@ -197,7 +197,7 @@ def test_a_compiler_that_fails_is_told_of_and_torch_does_the_work(tmp_path):
     assert not [*tmp_path.rglob("*.so")]
 
 
-@in_c
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 def test_they_are_compiled_once_and_can_be_switched_off(tmp_path):
     code = "from rlhf_ray import kernels; print(kernels.library() is not None)"
     here = {"PATH": os.environ["PATH"]}

@@ -190,7 +190,7 @@ def test_norms_after_a_sum(rms, width):
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.skipif(not kernels.has_blocks(), reason="this processor has no unit for products of matrices")
+@pytest.mark.usefixtures("processor_with_blocks")
 @pytest.mark.parametrize("after", [NOTHING, GELU, SILU, TIMES])
 @pytest.mark.parametrize(("width", "outputs", "bias"), [(64, 96, True), (32, 50, False), (1056, 17, True)])
 @torch.no_grad()
@@ -218,7 +218,7 @@ def test_products_of_few_rows(after, width, outputs, bias):
     torch.testing.assert_close(forward.run(many, after, others).double(), expected, rtol=2**-7, atol=1e-2)
 
 
-@pytest.mark.skipif(not kernels.has_blocks(), reason="this processor has no unit for products of matrices")
+@pytest.mark.usefixtures("processor_with_blocks")
 @torch.no_grad()
 def test_tiles_follow_the_weight():
     layer, x = torch.nn.Linear(64, 40, bias=False).bfloat16(), torch.eye(64).bfloat16()

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ray import kernels
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.norms import norms_in_c
-from rlhf_ray.engines.trained_layers import train_in_place
+from rlhf_ray.engines.trained_layers import _FeedForward, train_in_place
+from rlhf_ray.models.activation import fast_activation
 
 IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
 
@@ -26,8 +27,8 @@ def gradients(model, passes=IDS):
 
 def gpt2(**options):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0,
-                        attn_pdrop=0.0, initializer_range=0.5, **options)  # fmt: skip
+    config = GPT2Config(**{"vocab_size": 7, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "resid_pdrop": 0.0,
+                           "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.5, **options})  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
@@ -47,7 +48,6 @@ def test_gradients_in_float64_are_those_of_plain_layers(tied):
 @pytest.mark.parametrize("compiled", [True, False], ids=["in C", "by torch"])
 @pytest.mark.parametrize("kind", ["gpt2, tied", "gpt2", "llama"])
 def test_under_autocast_they_are_as_near_to_float64_as_plain_layers_are(monkeypatch, kind, compiled):
-    """Twice over the same passes, with a step between them: the second time sums and 16-bit weights stand where they stood."""
     if not compiled:
         monkeypatch.setattr(kernels, "library", lambda: None)
         monkeypatch.setattr(kernels, "has_blocks", lambda: False)
@@ -59,6 +59,17 @@ def test_under_autocast_they_are_as_near_to_float64_as_plain_layers_are(monkeypa
                                              num_attention_heads=2, max_position_embeddings=8))  # fmt: skip
     else:
         plain = gpt2(tie_word_embeddings=kind.endswith("tied"))
+    compare_with_float64(plain)
+
+
+def test_so_they_are_where_products_are_in_c(processor_with_blocks):
+    """Widths that these take: feed-forwards are one step, with the activation's derivative in the products."""
+    plain = fast_activation(gpt2(n_embd=64, initializer_range=0.2))
+    assert isinstance(compare_with_float64(plain).transformer.h[0].mlp.forward, _FeedForward)
+
+
+def compare_with_float64(plain):
+    """Twice over the same passes, with a step between them: the second time sums and 16-bit weights stand where they stood."""
     exact, model = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     train_in_place(model)
     for _ in range(2):
@@ -73,6 +84,7 @@ def test_under_autocast_they_are_as_near_to_float64_as_plain_layers_are(monkeypa
                 for parameter in each.parameters():
                     parameter.sub_(parameter, alpha=0.5)
             each.zero_grad()
+    return model
 
 
 def test_sums_and_copies_stand_where_they_stood():

@@ -56,17 +56,18 @@ def module(width: int = WIDTH) -> LogprobModel:
     return LogprobModel(model.train(), temperature=1.0, compute_dtype=torch.bfloat16)
 
 
-def switch(on: bool) -> None:
-    """Whether the functions in C are there."""
+def switch(on: bool, blocks: bool = True) -> None:
+    """Whether the functions in C are there, and those that work by blocks of products."""
     kernels.library = COMPILED if on else lambda: None
+    kernels.has_blocks = BLOCKS if on and blocks else lambda: False
 
 
-COMPILED = kernels.library
+COMPILED, BLOCKS = kernels.library, kernels.has_blocks
 
 
-def switched(on: bool, run):
+def switched(on: bool, run, blocks: bool = True):
     def switched_run():
-        switch(on)
+        switch(on, blocks)
         run()
 
     return switched_run
@@ -311,7 +312,7 @@ def frozen_forward() -> None:
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
     batch, models = token_batch(*rows, packed=True), [module().eval() for _ in range(3)]
-    pack_linears(models[1].model, frozen=True, fused=False)
+    pack_linears(models[1].model, frozen=True, trained=False)
     pack_linears(models[2].model, frozen=True)
     plain, packed, fused = (partial(torch.no_grad()(model), batch) for model in models)
     trial("frozen model's pass with linear layers packed", "kept", plain, packed)
@@ -340,14 +341,21 @@ def in_c() -> None:
     )
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
-    batch, modules = token_batch(*rows, packed=True), []
+    batch, passes = token_batch(*rows, packed=True), []
+    for on, blocks in ((False, False), (True, False), (True, True)):
+        switch(on, blocks)
+        model = module()
+        train_in_place(model)
+        passes.append(switched(on, both_ways(model, batch), blocks))
+    trial("a pass with norms, attention, activation, log-probs in C", "kept", *passes[:2])
+    trial("... and linear layers, attention and activation in blocks", "kept", *passes[1:])
+    frozen = []
     for on in (False, True):
         switch(on)
-        modules.append(module())
-        train_in_place(modules[-1])
-    plain, norms = (both_ways(each, batch) for each in modules)
-    pair("attention, activation and log-probs of a pass in C", plain)
-    trial("... and norms and sums", "kept", switched(True, plain), switched(True, norms))
+        model = module().eval()
+        pack_linears(model.model, frozen=True)
+        frozen.append(switched(on, partial(torch.no_grad()(model), batch)))
+    trial("frozen model's pass in C", "kept", *frozen)
     torch.set_num_threads(2)
     steps = []
     for on in (False, True):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
@@ -32,12 +32,16 @@ def train_in_place(module: nn.Module) -> None:
         elif type(child) in (nn.Linear, Conv1D) and _trains(child):
             child.forward = _Linear(child)
     for child in module.modules():
-        if trains_fused(child) and all(isinstance(layer.forward, _Linear) for layer in (child.c_fc, child.c_proj)):
+        if trains_fused(child) and all(_is_tiled(layer.forward) for layer in (child.c_fc, child.c_proj)):
             child.forward = _FeedForward(child)
 
 
 def _trains(layer: nn.Module) -> bool:
     return all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in layer.parameters())
+
+
+def _is_tiled(forward: Callable) -> bool:
+    return isinstance(forward, _Linear) and forward.tiled
 
 
 def _does_more(layer: nn.Embedding) -> bool:
@@ -127,11 +131,13 @@ class _Linear:
         return _Product.apply(x, self.layer.weight, self.layer.bias, self)
 
     def product(self, lines: torch.Tensor, after: int = NOTHING, slope: torch.Tensor | None = None) -> torch.Tensor:
-        """lines [N, C] -> [N, D]"""
+        """lines [N, C] -> [N, D]. Only products in C have something after them."""
         weight, bias = self._weight(), None if self._bias is None else self._bias()
         if self.tiled:
             return product(lines, weight, bias, self.outputs, after, slope=slope)
-        return torch.ops.mkldnn._linear_pointwise(lines, weight, bias, *NAMES[after])
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.ops.mkldnn._linear_pointwise(lines, weight, bias, *NAMES[NOTHING])
+        return linear(lines, weight, bias)
 
     def by_input(self, gradient: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
         """gradient [N, D] -> [N, C], times slope [N, C]"""

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
         return None
     try:
-        path = _compiled()
+        path = compiled()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or error
@@ -47,8 +48,8 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def has_blocks() -> bool:
     """Whether products can be made in C: the processor has a unit for them, and the system lets us use it."""
-    compiled = library()
-    return compiled is not None and bool(compiled.has_blocks())
+    functions = library()
+    return functions is not None and bool(functions.has_blocks())
 
 
 def kernel(name: str, *tensors: torch.Tensor | None):
@@ -56,8 +57,8 @@ def kernel(name: str, *tensors: torch.Tensor | None):
     for tensor in tensors:
         if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
             return None
-    compiled = library()
-    return None if compiled is None else functools.partial(_call, getattr(compiled, name))
+    functions = library()
+    return None if functions is None else functools.partial(_call, getattr(functions, name))
 
 
 def _call(function, *arguments) -> None:
@@ -74,12 +75,15 @@ def _c_type(argument):
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
-def _compiled() -> Path | None:
-    """The library for this machine and these sources, made if it is not there."""
+def compiled(more_flags: Sequence[str] = ()) -> Path | None:
+    """The library for this machine and these sources, made if it is not there; None: there is no compiler.
+
+    Raises OSError or subprocess.SubprocessError where it can't be made.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    flags = [*FLAGS, WIDE] if platform.machine() in ("x86_64", "AMD64") else [*FLAGS]
+    flags = [*FLAGS, *([WIDE] if platform.machine() in ("x86_64", "AMD64") else []), *more_flags]
     made_of = hashlib.sha256(repr((compiler, flags, platform.machine(), _cpu())).encode())
     for file in (*SOURCES, *HEADERS):
         made_of.update(file.read_bytes())

@@ -71,11 +71,11 @@ void causal_softmax_backward(bf16 *gradient, const bf16 *weights, int64_t lines,
         const bf16 *weight = weights + line * S;
         int64_t seen = line % S + 1, end = (seen + STEP - 1) / STEP * STEP;  // weights beyond are 0
         if (end > S) end = S;
+        memset(at + seen, 0, (S - seen) * sizeof(bf16));  // of scores that nobody saw: maybe not numbers
         float mean = 0;
 #pragma omp simd reduction(+ : mean)
         for (int64_t i = 0; i < end; i++) mean += from_bf16(at[i]) * from_bf16(weight[i]);
 #pragma omp simd
         for (int64_t i = 0; i < end; i++) at[i] = to_bf16(scaling * from_bf16(weight[i]) * (from_bf16(at[i]) - mean));
-        memset(at + end, 0, (S - end) * sizeof(bf16));
     }
 }

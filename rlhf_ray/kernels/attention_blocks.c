@@ -1,8 +1,6 @@
 // Causal attention of sequences that stand one after the other on a line of tokens, by blocks of products: no score leaves the
 // cache. What the way back needs of the weights is each query's log of its sum of exponentials (FlashAttention, arXiv 2205.14135).
 
-#include <stdlib.h>
-
 #include "blocks.h"
 #include "vectors.h"
 
@@ -51,7 +49,7 @@ void attention_forward(const bf16 *query, int64_t query_token, int64_t query_hea
     int64_t most = whole_sides(S), column = most / 2 * TILE;  // pairs of a column of all tokens
 #pragma omp parallel num_threads(threads)
     {
-        char *memory = aligned_alloc(64, 6 * most * D + 6 * SIDE * most + 4 * SIDE * D + 1024), *at = memory;
+        char *memory = scratch(0, 6 * most * D + 6 * SIDE * most + 4 * SIDE * D + 1024), *at = memory;
         bf16 *rows = room(&at, 2 * most * D), *shares = room(&at, 2 * SIDE * most);
         uint32_t *by_channels = room(&at, 2 * most * D), *by_tokens = room(&at, 2 * most * D);
         float *scores = room(&at, 4 * SIDE * most), *mixed = room(&at, 4 * SIDE * D);
@@ -94,7 +92,6 @@ void attention_forward(const bf16 *query, int64_t query_token, int64_t query_hea
                 }
             }
         end_blocks();
-        free(memory);
     }
 }
 
@@ -128,7 +125,7 @@ void attention_backward(const bf16 *query, int64_t query_token, int64_t query_he
     int64_t most = whole_sides(S), column = most / 2 * TILE, heads = H / group;
 #pragma omp parallel num_threads(threads)
     {
-        char *memory = aligned_alloc(64, 6 * most * most + 24 * most * D + 8 * most + 8 * SIDE * SIDE + 4 * SIDE * D + 1024);
+        char *memory = scratch(0, 6 * most * most + 24 * most * D + 8 * most + 8 * SIDE * SIDE + 4 * SIDE * D + 1024);
         char *at = memory;
         bf16 *weights = room(&at, 2 * most * most), *by_scores = room(&at, 2 * most * most);  // keys x queries
         bf16 *exchanged = room(&at, 2 * most * most);                                         // by_scores, queries x keys
@@ -188,7 +185,6 @@ void attention_backward(const bf16 *query, int64_t query_token, int64_t query_he
                 scatter(value_sums, NULL, by_value + (starts[r] * heads + g) * D, heads * D, length, D);
             }
         end_blocks();
-        free(memory);
     }
 }
 

@@ -102,6 +102,19 @@ static inline void block_of(const bf16 *left, const bf16 *lower, int64_t apart, 
 #endif
 
 #ifdef HAS_BLOCKS
+#include <stdlib.h>
+
+// Memory for a function's own use, a different one for each `which`: a thread keeps it, since new memory comes page by page.
+static inline void *scratch(int which, int64_t bytes) {
+    static __thread struct { void *at; int64_t size; } kept[4];
+    if (kept[which].size < bytes) {
+        free(kept[which].at);
+        kept[which].at = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        kept[which].size = bytes;
+    }
+    return kept[which].at;
+}
+
 // sums [32, 32] at a step of `step` = left [32, K] at a step of `apart` x two columns of pairs, `column` pairs apart; plus what
 // sums held, if `more`. K is a multiple of 32.
 static inline void block(const bf16 *left, int64_t apart, const uint32_t *right, int64_t column, int64_t K, float *sums,

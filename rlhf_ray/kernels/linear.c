@@ -5,8 +5,6 @@
 // block where it was summed. Every sum is in the order of its terms, so that a row's result depends on that row alone, whatever
 // stands beside it and however many threads work.
 
-#include <stdlib.h>
-
 #include "blocks.h"
 #include "vectors.h"
 
@@ -14,7 +12,7 @@
 
 enum { LINES = 256, COLUMNS = 256, PANEL = 512 };  // of a piece's sums; of the left factor that stays in the first cache
 enum { TOKENS = 256, SUMS = 1 << 18 };             // of a weight's gradient, at once
-enum { PACKED = 1 << 21 };                         // of a weight, for the gradient by a layer's input, at once
+enum { PACKED = 1 << 23 };                         // of a weight, for the gradient by a layer's input, at once
 enum { NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE };
 
 // Where sums go, and what happens to them on the way.
@@ -105,6 +103,12 @@ static float *room_of(float *sums, int64_t line, int64_t column, int64_t K) {
     return sums + number * SIDE * SIDE;
 }
 
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static float *room_for_sums(int64_t n, int64_t K) {
+    return scratch(0, (K > PANEL ? whole_sides(least(n, LINES)) * COLUMNS : 2 * SIDE * SIDE) * sizeof(float));
+}
+
 // Lines `line` on and columns `column` on of left [n, K] x right, up to `lines` and `columns` of them. right: columns of K pairs
 // from the first of these on. sums: room for [LINES, COLUMNS]; panel: [32, PANEL].
 static void multiply(const bf16 *left, const uint32_t *right, int64_t line, int64_t column, int64_t lines, int64_t columns,
@@ -133,11 +137,10 @@ static void multiply(const bf16 *left, const uint32_t *right, int64_t line, int6
     }
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Columns of a piece: fewer where there are fewer pieces of lines than threads.
-static int64_t piece(int64_t n, int64_t N, int threads) {
-    return (n + LINES - 1) / LINES >= threads ? COLUMNS : least(COLUMNS, whole_sides((N + threads - 1) / threads));
+// Columns of a piece: as many for every thread.
+static int64_t piece(int64_t N, int threads) {
+    int64_t pieces = (N + threads * COLUMNS - 1) / (threads * COLUMNS) * threads;
+    return whole_sides((N + pieces - 1) / pieces);
 }
 
 // [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, from weights whose inputs and outputs stand `input` and `output`
@@ -173,11 +176,11 @@ void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16
             int64_t K, int64_t N, int64_t after, int threads) {
     ending end = {.result = result, .slope = slope, .bias = bias, .other = other, .N = N, .after = after,
                   .past_the_cache = goes_past(result, slope, n, N)};
-    int64_t wide = piece(n, N, threads);
+    int64_t wide = piece(N, threads);
 #pragma omp parallel num_threads(threads)
     {
-        float *sums = aligned_alloc(64, LINES * COLUMNS * sizeof(float));
-        bf16 *panel = aligned_alloc(64, SIDE * PANEL * sizeof(bf16));  // of lines that are fewer than 32, or end within a tile
+        float *sums = room_for_sums(n, K);
+        bf16 *panel = scratch(1, SIDE * PANEL * sizeof(bf16));
         start_blocks();
 #pragma omp for collapse(2) schedule(static)
         for (int64_t line = 0; line < n; line += LINES)
@@ -185,8 +188,6 @@ void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16
                 multiply(x, weights + column * K / 2, line, column, least(LINES, n - line), least(wide, N - column), K, end, sums,
                          panel);
         end_blocks();
-        free(panel);
-        free(sums);
     }
 }
 
@@ -194,13 +195,14 @@ void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16
 void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *slope, bf16 *by_x, int64_t n, int64_t K, int64_t N, int threads) {
     ending end = {.result = by_x, .other = slope, .N = K, .after = slope == NULL ? NOTHING : TIMES,
                   .past_the_cache = goes_past(by_x, NULL, n, K)};
-    int64_t whole = whole_sides(N), apart = whole / 2 * TILE, wide = piece(n, K, threads);
-    int64_t all = whole * K > PACKED ? least(K, whole_sides(PACKED / whole)) : K;  // columns that are put in order at once
-    uint32_t *right = aligned_alloc(64, all * whole / 2 * sizeof(uint32_t));       // of inputs, pairs of outputs
+    int64_t whole = whole_sides(N), apart = whole / 2 * TILE, all = K;
+    if (whole * K > PACKED) all = least(K, whole_sides(PACKED / whole));  // columns that are put in order at once
+    int64_t wide = piece(all, threads);
+    uint32_t *right = scratch(2, all * whole / 2 * sizeof(uint32_t));              // of inputs, pairs of outputs
 #pragma omp parallel num_threads(threads)
     {
-        float *sums = aligned_alloc(64, LINES * COLUMNS * sizeof(float));
-        bf16 *panel = aligned_alloc(64, SIDE * PANEL * sizeof(bf16));
+        float *sums = room_for_sums(n, N);
+        bf16 *panel = scratch(1, SIDE * PANEL * sizeof(bf16));
         uint32_t lines[SIDE * TILE] __attribute__((aligned(64)));  // 32 outputs' pairs of inputs
         start_blocks();
         for (int64_t first = 0; first < K; first += all) {
@@ -219,10 +221,7 @@ void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *
                              least(wide, columns - column), N, end, sums, panel);
         }
         end_blocks();
-        free(panel);
-        free(sums);
     }
-    free(right);
 }
 
 // Lines `line` on and columns `column` on, `lines` and `columns` of them, of what is said below.
@@ -278,13 +277,11 @@ void linear_by_weight(const bf16 *left, const bf16 *right, float *sums, int64_t 
         else
             columns = least(N, whole_sides(SUMS / M));
     }
-    uint32_t *paired = aligned_alloc(64, whole_sides(columns) * most / 2 * sizeof(uint32_t));  // of the right factor
-    uint32_t *tiles = aligned_alloc(64, whole_sides(lines) * most / 2 * sizeof(uint32_t));     // of the left one
+    uint32_t *paired = scratch(2, whole_sides(columns) * most / 2 * sizeof(uint32_t));  // of the right factor
+    uint32_t *tiles = scratch(3, whole_sides(lines) * most / 2 * sizeof(uint32_t));     // of the left one
     for (int64_t line = 0; line < M; line += lines)
         for (int64_t column = 0; column < N; column += columns)
             add_products(left, right, sums, n, M, N, line, column, least(lines, M - line), least(columns, N - column), more, tiles,
                          paired, threads);
-    free(tiles);
-    free(paired);
 }
 #endif

@@ -167,9 +167,13 @@ static inline vec exp_roughly(vec x) {
     return times_two_to(series, n, x);
 }
 
-// x sigmoid(slope x + cube x^3), and its derivative, for bfloat16.
+// x sigmoid(slope x + cube x^3), and its derivative, for bfloat16. The derivative is a small difference of large numbers in places, so
+// the inverse is brought to all digits, and 1 - share made of the exponential, which must be finite for that.
 static inline vec sigmoid_gelu(vec x, float slope, float cube, vec *derivative) {
-    vec square = x * x, share = inverse(exp_roughly(-x * (square * cube + slope)) + 1.0f), result = x * share;
-    *derivative = share + result * (1.0f - share) * (square * (3 * cube) + slope);
+    vec square = x * x, power = exp_roughly(-larger(x * (square * cube + slope), all(-80.0f)));
+    vec share = inverse(power + 1.0f);
+    share *= 2.0f - (power + 1.0f) * share;  // Newton's step
+    vec result = x * share;
+    *derivative = share + result * (power * share) * (square * (3 * cube) + slope);
     return result;
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import TimeoutError, get_context
 
 from rlhf_ray.evaluation.flops import Shape
 
 ROUNDS = 7
+TIMEOUT_S = 600
 
 
 def products(shape: Shape, tokens: int, logits: int) -> list[tuple[int, int, int, int]]:
@@ -28,8 +28,11 @@ def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device:
 
     In bfloat16 where the device multiplies in it, else float32. In a process of its own: its memory is not the job's.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_matmul_rate, shape, tokens, logits, threads, device).result()
+    with get_context("spawn").Pool(1) as pool:  # which ends the process, however it fares
+        try:
+            return pool.apply_async(_matmul_rate, (shape, tokens, logits, threads, device)).get(TIMEOUT_S)
+        except TimeoutError:
+            raise RuntimeError(f"the rate of matrix products was not measured within {TIMEOUT_S} s") from None
 
 
 def _matmul_rate(shape: Shape, tokens: int, logits: int, threads: int, device: str) -> dict:
