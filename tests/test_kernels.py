@@ -16,6 +16,7 @@ from rlhf_ray.engines.packed_attention import Layout
 from rlhf_ray.models.activation import CUBE, SLOPE, SigmoidGELU
 
 HALF_A_DIGIT = 2**-8  # of bfloat16, which has 8 bits: the most that rounding to the nearest moves a number
+DTYPES = {torch.bfloat16: HALF_A_DIGIT, torch.float32: 2**-20}  # and how far results may be off
 in_c = pytest.mark.usefixtures("processor")
 
 
@@ -28,12 +29,13 @@ def threads(request):
 
 
 @in_c
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [3, 16, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_logprobs_entropies_and_gradients(threads, vocabulary, temperature, overwrite):
+def test_logprobs_entropies_and_gradients(threads, vocabulary, temperature, overwrite, dtype):
     torch.manual_seed(0)
-    logits = (5 * torch.randn(7, vocabulary)).bfloat16()
+    logits = (5 * torch.randn(7, vocabulary)).to(dtype)
     logits[2] -= 40.0  # a line far from 0
     ids, upstream = torch.randint(vocabulary, (7,)), torch.randn(7)
     exact = logits.double().requires_grad_()
@@ -46,38 +48,37 @@ def test_logprobs_entropies_and_gradients(threads, vocabulary, temperature, over
     torch.testing.assert_close(found.double(), expected.detach(), atol=1e-5, rtol=5e-6)
     torch.testing.assert_close(entropy.double(), entropies.detach(), atol=2e-5, rtol=2e-5)
     found.backward(upstream)
-    scale = upstream.abs().double()[:, None] / temperature
-    assert bool(
-        (
-            (leaf.grad - exact.grad).abs()
-            <= 2 * HALF_A_DIGIT * scale * every.exp() + 1e-6 + HALF_A_DIGIT * exact.grad.abs()
-        ).all()
-    )
+    scale, digit = upstream.abs().double()[:, None] / temperature, DTYPES[dtype]
+    allowed = 2 * digit * scale * every.exp() + 1e-6 + digit * exact.grad.abs()
+    assert bool(((leaf.grad - exact.grad).abs() <= allowed).all())
 
 
 @in_c
-def test_logits_stay_unless_they_may_be_overwritten():
-    logits, ids = torch.randn(4, 9).bfloat16(), torch.zeros(4, dtype=torch.int64)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_stay_unless_they_may_be_overwritten(dtype):
+    logits, ids = torch.randn(4, 9).to(dtype), torch.zeros(4, dtype=torch.int64)
     given = logits.clone().requires_grad_() * 1
     selected_logprobs(given, ids, temperature=1.0)
     assert torch.equal(given, logits)
     selected_logprobs(given, ids, temperature=1.0, overwrite=True)
-    torch.testing.assert_close(given.detach().float(), logits.float().softmax(-1), atol=0, rtol=HALF_A_DIGIT)
+    torch.testing.assert_close(given.detach().float(), logits.float().softmax(-1), atol=0, rtol=DTYPES[dtype])
 
 
 @in_c
-def test_a_nan_is_not_hidden_and_minus_infinity_has_no_share():
-    logits = torch.tensor([[1.0, torch.nan, 2.0], [0.0, -torch.inf, 0.0]]).bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_is_not_hidden_and_minus_infinity_has_no_share(dtype):
+    logits = torch.tensor([[1.0, torch.nan, 2.0], [0.0, -torch.inf, 0.0]]).to(dtype)
     found, entropy = selected_logprobs_and_entropy(logits, torch.tensor([0, 0]), temperature=1.0)
     assert torch.isnan(found[0]) and torch.isnan(entropy[0])
     assert found[1].item() == pytest.approx(-np.log(2)) and entropy[1].item() == pytest.approx(np.log(2))
 
 
 @in_c
-def test_a_second_backward_pass_over_what_the_first_has_used_up_is_refused():
-    logits = torch.randn(2, 5).bfloat16().requires_grad_()
-    found = selected_logprobs(logits * 1, torch.tensor([0, 1]), temperature=1.0).sum()
-    x = torch.randn(2**17).bfloat16().requires_grad_()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_backward_pass_over_what_the_first_has_used_up_is_refused(dtype):
+    logits = torch.randn(2, 5).to(dtype).requires_grad_()
+    found = selected_logprobs(logits * 1, torch.tensor([0, 1]), temperature=1.0, overwrite=True).sum()
+    x = torch.randn(2**17).to(dtype).requires_grad_()
     for result in (found, (SigmoidGELU()(x) * torch.ones(2**17)).sum()):
         result.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -85,19 +86,20 @@ def test_a_second_backward_pass_over_what_the_first_has_used_up_is_refused():
 
 
 @in_c
-def test_gelu_and_its_derivative(threads):
-    x = torch.cat([torch.linspace(-40, 40, 5001), torch.tensor([0.0, -1e-30, 3e4, -3e4])]).bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_and_its_derivative(threads, dtype):
+    x = torch.cat([torch.linspace(-40, 40, 5001), torch.tensor([0.0, -1e-30, 3e4, -3e4])]).to(dtype)
     exact = x.double().requires_grad_()
     expected = gelu(exact, approximate="tanh")
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     result, derivative = torch.empty_like(x), torch.empty_like(x)
-    kernels.kernel("gelu_forward", x)(x, result, derivative, x.numel(), SLOPE, CUBE)
-    torch.testing.assert_close(result.double(), expected.detach(), atol=1e-6, rtol=1.1 * HALF_A_DIGIT)
-    torch.testing.assert_close(derivative.double(), slope, atol=1e-6, rtol=1.1 * HALF_A_DIGIT)
-    gradient = torch.randn(len(x)).bfloat16()
+    kernels.kernel("gelu_forward", x, dtype=dtype)(x, result, derivative, x.numel(), SLOPE, CUBE)
+    torch.testing.assert_close(result.double(), expected.detach(), atol=1e-6, rtol=1.1 * DTYPES[dtype])
+    torch.testing.assert_close(derivative.double(), slope, atol=1e-6, rtol=1.1 * DTYPES[dtype])
+    gradient = torch.randn(len(x)).to(dtype)
     by_x = derivative.clone()
-    kernels.kernel("multiply", by_x, gradient)(by_x, gradient, x.numel())
-    assert torch.equal(by_x, (gradient.float() * derivative.float()).bfloat16())
+    kernels.kernel("multiply", by_x, gradient, dtype=dtype)(by_x, gradient, x.numel())
+    assert torch.equal(by_x, (gradient.float() * derivative.float()).to(dtype))
 
 
 @in_c
@@ -140,16 +142,17 @@ def test_sums_of_gradients(threads):
 
 
 @in_c
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[5, 1, 40], [33, 33], [1], [130, 70]])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("channels", [8, 32, 64])
-def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups, channels):
+def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups, channels, dtype):
     """Each sequence by itself in float64, as the definition has it; queries, keys and values in one tensor, as a projection
     leaves them."""
     torch.manual_seed(0)
     tokens = sum(lengths)
-    line = torch.randn(1, tokens, heads + 2 * groups, channels).bfloat16().requires_grad_()
-    upstream = torch.randn(1, tokens, heads, channels).bfloat16()
+    line = torch.randn(1, tokens, heads + 2 * groups, channels).to(dtype).requires_grad_()
+    upstream = torch.randn(1, tokens, heads, channels).to(dtype)
     exact = line.detach().double().requires_grad_()
     parts, start = [], 0
     for length in lengths:
@@ -163,14 +166,15 @@ def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups
     expected.backward(upstream.double())
     query, key, value = (each.transpose(1, 2) for each in line.split([heads, groups, groups], 2))
     found, _ = packed_attention.packed_attention(None, query, key, value, None, packed=Layout.of(np.array(lengths)))
-    in_blocks = kernels.has_blocks() and channels % 32 == 0
+    in_blocks = dtype == torch.bfloat16 and kernels.has_blocks() and channels % 32 == 0
     assert type(found.grad_fn).__name__ == f"_{'Block' if in_blocks else 'Causal'}AttentionBackward"
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), expected.detach(), atol=0.03, rtol=0.02)
+    assert found.dtype == dtype
+    finer = DTYPES[dtype] / HALF_A_DIGIT
+    torch.testing.assert_close(found.double(), expected.detach(), atol=0.03 * finer, rtol=0.02 * finer)
     found.backward(upstream)
-    torch.testing.assert_close(line.grad.double(), exact.grad, atol=0.06, rtol=0.03)
+    torch.testing.assert_close(line.grad.double(), exact.grad, atol=0.06 * finer, rtol=0.03 * finer)
     error, size = (line.grad - exact.grad).norm(), exact.grad.norm()
-    assert error < 0.01 * size
+    assert error < 0.01 * finer * size
 
 
 def without_a_compiler(tmp_path, code, **environment):

@@ -12,16 +12,19 @@ from rlhf_ray.models.tokenizer import word_tokenizer
 
 
 def test_weights_gradients_and_moments_by_hand():
-    """Twelve blocks of width 1,000: 144 M weights in them, 11 M in the embeddings; adapters of rank 10 have 2.16 M numbers."""
+    """Twelve blocks of width 1,000: 144 M weights in them, 11 M in the embeddings; adapters of rank 10 have 2.16 M numbers.
+
+    On a CPU the generator has its weights twice, in the order of products too.
+    """
     scratch = {"layers": 12, "width": 1000, "heads": 10, "positions": 1000, "vocab_size": 10_000}
 
     def plan(**ppo):
         rows = memory_plan(tiny_recipe(model={"from_scratch": scratch}, ppo=ppo))
         return {row.role: round(row.state / 1e9, 3) for row in rows}
 
-    assert plan() == {"generation": 0.62, "reward": 0.62, "reference": 0.62, "policy": 2.48, "critic": 2.48}
+    assert plan() == {"generation": 1.24, "reward": 0.62, "reference": 0.62, "policy": 2.48, "critic": 2.48}
     adapters = plan(lora={"rank": 10}, critic_freeze_layers=6)  # 155 M + 3 x 2.16 M; 155 M + 3 x 72 M
-    assert adapters == {"generation": 1.24, "reward": 0.62, "policy": 0.646, "critic": 1.484}
+    assert adapters == {"generation": 1.86, "reward": 0.62, "policy": 0.646, "critic": 1.484}
 
 
 def test_the_cache_of_generation_by_hand():

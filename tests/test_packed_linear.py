@@ -102,7 +102,7 @@ def test_a_packed_feed_forward_against_its_formula(family):
     model = build(family)
     module = (model.transformer.h if family == "gpt2" else model.model.layers)[0].mlp
     x = torch.randn(2, 7, 64).bfloat16()
-    pack_linears(model)
+    pack_linears(model, dtype=torch.bfloat16)
     with torch.no_grad():
         found = module(x).double()
 
@@ -128,7 +128,7 @@ def test_other_activations_and_classes_stay():
     x = torch.randn(5, 64).bfloat16()
     with torch.no_grad():
         before = block.mlp(x)
-        pack_linears(model)
+        pack_linears(model, dtype=torch.bfloat16)
         torch.testing.assert_close(block.mlp(x), before, atol=0, rtol=2**-7)
     assert isinstance(block.attn.c_attn.forward, PackedForward)
     assert not isinstance(block.attn.c_proj.forward, PackedForward)

@@ -312,8 +312,8 @@ def frozen_forward() -> None:
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
     batch, models = token_batch(*rows, packed=True), [module().eval() for _ in range(3)]
-    pack_linears(models[1].model, frozen=True, trained=False)
-    pack_linears(models[2].model, frozen=True)
+    pack_linears(models[1].model, dtype=torch.bfloat16, frozen=True, trained=False)
+    pack_linears(models[2].model, dtype=torch.bfloat16, frozen=True)
     plain, packed, fused = (partial(torch.no_grad()(model), batch) for model in models)
     trial("frozen model's pass with linear layers packed", "kept", plain, packed)
     trial("... and activations in them", "kept for rewards", packed, fused)
@@ -353,7 +353,7 @@ def in_c() -> None:
     for on in (False, True):
         switch(on)
         model = module().eval()
-        pack_linears(model.model, frozen=True)
+        pack_linears(model.model, dtype=torch.bfloat16, frozen=True)
         frozen.append(switched(on, partial(torch.no_grad()(model), batch)))
     trial("frozen model's pass in C", "kept", *frozen)
     torch.set_num_threads(2)

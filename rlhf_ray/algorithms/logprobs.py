@@ -45,15 +45,18 @@ class _SelectedLogprobs(torch.autograd.Function):
     """With y = logits / temperature: y[id] - logsumexp(y), whose gradient by the logits is (1[id] - softmax(y)) / temperature.
 
     For the gradient of 16-bit logits the softmax is kept, in their dtype and in their place: it is rounded to that anyway, and
-    exponentials are most of the work.
+    exponentials are most of the work. That of float32 logits only where it may be in their place.
     """
 
     @staticmethod
     def forward(ctx, logits, ids, temperature, with_entropy, overwrite):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        keeps_shares = ctx.needs_input_grad[0] and dtype != logits.dtype
-        in_c = kernels.kernel("logprobs_forward", logits, ids) if logits.dtype == torch.bfloat16 else None
+        trains, narrow = ctx.needs_input_grad[0], dtype != logits.dtype
+        in_c = None
+        if narrow or overwrite or not trains:
+            in_c = kernels.kernel("logprobs_forward", logits, ids, dtype=logits.dtype)
         in_place = overwrite and in_c is not None  # torch's operations would refuse what is a view
+        keeps_shares = trains and (narrow or in_place)
         kept = torch.empty_like(logits) if keeps_shares and not in_place else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
         ctx.save_for_backward(kept, ids, norms)
@@ -81,8 +84,8 @@ class _SelectedLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         logits, ids, norms = ctx.saved_tensors
-        in_c = kernels.kernel("logprobs_backward", logits, ids) if ctx.keeps_shares else None
-        if in_c is not None and logits.dtype == torch.bfloat16:
+        in_c = kernels.kernel("logprobs_backward", logits, ids, dtype=logits.dtype) if ctx.keeps_shares else None
+        if in_c is not None:
             in_c(logits, ids, gradient.contiguous(), *logits.shape, ctx.temperature)
             torch.autograd.graph.increment_version(logits)  # a second backward pass would be told
             return logits, None, None, None, None

@@ -44,6 +44,7 @@ def examine(
         problems += _disk_problems(recipe, folder.path)
     problems += recipe_problems(recipe, hardware=address is None)
     nodes = check(_nodes, address) or []
+    from rlhf_ray import kernels
     from rlhf_ray.actors.placement import altogether
     from rlhf_ray.actors.stages import cluster_problems
     from rlhf_ray.pipeline import stages_of
@@ -53,7 +54,7 @@ def examine(
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
     _print_plan(recipe, altogether(nodes), threads, console)
-    if address is None and _lacks_compiler():
+    if address is None and kernels.library() is None:
         console.print(
             "without the functions in C (no compiler here, or they are switched off) CPUs are slower: apt-get install gcc"
         )
@@ -169,14 +170,6 @@ def _itemsize(recipe: Recipe, kind: str) -> int:
         return resolve_precision(recipe.ppo.precision, kind).itemsize
     except UserError:
         return 4
-
-
-def _lacks_compiler() -> bool:
-    """Where that counts: the functions are for bfloat16."""
-    from rlhf_ray import kernels
-    from rlhf_ray.engines.precision import has_bfloat16
-
-    return has_bfloat16("cpu") and kernels.library() is None
 
 
 def _disk_problems(recipe: Recipe, path: Path) -> list[str]:

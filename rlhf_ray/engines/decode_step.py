@@ -64,12 +64,8 @@ def llama_step(model, cache, tokens, positions) -> torch.Tensor:
 def _add_and_normalise(hidden: torch.Tensor, change: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:
     """norm(hidden) after the change, if there is one, is added to hidden, in place."""
     weight, bias = norm.weight, getattr(norm, "bias", None)  # RMS norms have none
-    run = (
-        kernel("add_and_normalise", hidden, change, weight, bias)
-        if hidden.dtype == weight.dtype == torch.bfloat16
-        else None
-    )
-    if run is None:
+    run = kernel("add_and_normalise", hidden, change, weight, bias, dtype=hidden.dtype)
+    if run is None or weight.dtype != hidden.dtype:
         return norm(hidden if change is None else hidden.add_(change))
     result = torch.empty_like(hidden)
     eps = norm.variance_epsilon if bias is None else norm.eps

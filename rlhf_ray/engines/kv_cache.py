@@ -88,12 +88,16 @@ class RaggedLayer(CacheLayerMixin):
         (n, heads, channels), groups = query.shape, key.shape[1]
         if not self.is_initialized:
             self.lazy_initialization(key[:, :, None], value[:, :, None])
-        centres = self.centres if self.centred else None
         mixed = query.new_empty(n, heads * channels)
-        run = kernel("decode_attention", self.keys, self.values, centres, self.write.targets)
+        given = [query, key, value, self.keys, self.values]
+        numbers = 1  # that are counted as one
+        if query.dtype == torch.bfloat16:
+            given.append(self.centres if self.centred else None)
+            numbers = 2
+        run = kernel("decode_attention", self.keys, self.values, self.write.targets, dtype=query.dtype)
         run(
-            query, key, value, self.keys, self.values, centres, self.write.targets, mixed, n, groups, heads // groups,
-            channels // 2, self.keys.shape[2], query.stride(0) // 2, key.stride(0) // 2, scaling,
+            *given, self.write.targets, mixed, n, groups, heads // groups, channels // numbers, self.keys.shape[2],
+            query.stride(0) // numbers, key.stride(0) // numbers, scaling,
         )  # fmt: skip
         return mixed
 
@@ -126,6 +130,7 @@ class RaggedCache(Cache):
     def __init__(self, num_layers: int, *, centred: bool = False):
         self.write = _Write()
         super().__init__(layers=[RaggedLayer(self.write, centred) for _ in range(num_layers)])
+        self.centred = centred
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least:
@@ -163,7 +168,8 @@ class RaggedCache(Cache):
         -> (layer, query [n, heads, D], key and value [n, H, D], scaling) -> [n, heads * D]
         """
         targets, length = self.write.targets, self.write.length
-        if dtype == torch.bfloat16 and channels % 2 == 0 and kernel("decode_attention", targets) is not None:
+        fits = channels % 2 == 0 if dtype == torch.bfloat16 else not self.centred
+        if fits and kernel("decode_attention", targets, dtype=dtype) is not None:
             return RaggedLayer.attend
         mask = (torch.arange(length, device=targets.device) <= targets[:, None])[:, None, None]
         offsets = score_offsets(mask, groups, dtype)

@@ -88,7 +88,8 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     if dropout == 0.0 and _in_c(query, key, value):
         scaling = scaling or query.shape[-1] ** -0.5
-        if packed.longest <= BLOCKS_LENGTH and query.shape[-1] % 32 == 0 and kernels.has_blocks():
+        in_blocks = query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and kernels.has_blocks()
+        if in_blocks and packed.longest <= BLOCKS_LENGTH:
             return _BlockAttention.apply(query, key, value, packed, scaling), None
         if packed.longest <= PLAIN_LENGTH:
             return _CausalAttention.apply(query, key, value, packed, scaling), None
@@ -104,8 +105,11 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def _in_c(*states: torch.Tensor) -> bool:
-    return kernels.library() is not None and all(
-        each.device.type == "cpu" and each.dtype == torch.bfloat16 for each in states
+    dtype = states[0].dtype
+    return (
+        kernels.library() is not None
+        and dtype in kernels.DTYPES
+        and all(each.device.type == "cpu" and each.dtype == dtype for each in states)
     )
 
 
@@ -194,15 +198,16 @@ def _placed(*states: torch.Tensor) -> list:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """As `_plain_attention` of rows, from line to line, in bfloat16: query [1, heads, N, D], key and value [1, H, N, D] -> [1, N,
-    heads, D]. Gradients are laid out as the projections' output is, so that no step behind copies them."""
+    """As `_plain_attention` of rows, from line to line: query [1, heads, N, D], key and value [1, H, N, D] -> [1, N, heads, D].
+    Gradients are laid out as the projections' output is, so that no step behind copies them."""
 
     @staticmethod
     def forward(ctx, query, key, value, layout, scaling):
         ctx.layout, ctx.scaling = layout, scaling
         query, key, value = (_rows(states, layout, heads=key.shape[1]) for states in (query, key, value))
         weights = torch.bmm(query, key.transpose(1, 2))
-        kernels.kernel("causal_softmax")(weights, weights.numel() // layout.longest, layout.longest, scaling)
+        in_c = kernels.kernel("causal_softmax", dtype=weights.dtype)
+        in_c(weights, weights.numel() // layout.longest, layout.longest, scaling)
         ctx.save_for_backward(query, key, value, weights)
         return _line(torch.bmm(weights, value), layout).transpose(1, 2)
 
@@ -214,8 +219,8 @@ class _CausalAttention(torch.autograd.Function):
         gradient = _rows(gradient.transpose(1, 2), layout, heads=len(key) // layout.rows)
         by_value = torch.bmm(weights.transpose(1, 2), gradient)
         by_scores = torch.bmm(gradient, value.transpose(1, 2))
-        lines = by_scores.numel() // layout.longest
-        kernels.kernel("causal_softmax_backward")(by_scores, weights, lines, layout.longest, ctx.scaling)
+        in_c = kernels.kernel("causal_softmax_backward", dtype=weights.dtype)
+        in_c(by_scores, weights, by_scores.numel() // layout.longest, layout.longest, ctx.scaling)
         by_query, by_key = torch.bmm(by_scores, key), torch.bmm(by_scores.transpose(1, 2), query)
         return *(_line(states, layout) for states in (by_query, by_key, by_value)), None, None
 
@@ -227,7 +232,7 @@ def _rows(states: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
         states = states.contiguous()
     rows = states.new_empty(layout.rows * heads, all_heads // heads * layout.longest, channels)
     places = layout.starts, layout.lengths, layout.rows, all_heads, layout.longest, channels
-    kernels.kernel("attention_rows")(states, rows, *places, states.stride(2), states.stride(1))
+    kernels.kernel("attention_rows", dtype=states.dtype)(states, rows, *places, states.stride(2), states.stride(1))
     return rows
 
 
@@ -236,5 +241,5 @@ def _line(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
     channels, heads = rows.shape[-1], rows.numel() // (layout.rows * layout.longest * rows.shape[-1])
     line = rows.new_empty(1, layout.tokens, heads, channels)
     places = layout.starts, layout.lengths, layout.rows, heads, layout.longest, channels
-    kernels.kernel("attention_line")(rows, line, *places, heads * channels, channels)
+    kernels.kernel("attention_line", dtype=rows.dtype)(rows, line, *places, heads * channels, channels)
     return line.transpose(1, 2)

@@ -1,4 +1,5 @@
-"""Linear layers that keep their weights in the order in which the CPU's kernel for bfloat16 products reads them.
+"""Linear layers that keep their weights in the order in which the CPU's kernel for products reads them.   N rows, K inputs, D
+outputs.
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
 the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
@@ -21,24 +22,26 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ray import kernels
 from rlhf_ray.models.activation import SigmoidGELU
 
+WIDEST = 32  # outputs of a panel
 ROWS = 64  # that the order is chosen for; it is the faster one from 1 row to hundreds
-NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE = range(
-    5
-)  # what follows a product, in the same kernel; numbered as in kernels/linear.c
+# What follows a product, in the same kernel; numbered as in kernels/linear.c and linear_float32.c.
+NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE = range(5)
 NAMES = {NOTHING: ("none", [], ""), GELU: ("gelu", [], "tanh"), SILU: ("swish", [], "")}  # torch's
 
 
 class PackedForward:
-    """The forward of a linear layer where there is no gradient and products are in bfloat16; else the layer's own.
+    """The forward of a linear layer where there is no gradient and products are in `dtype`; else the layer's own.
 
     It packs anew when the weight has changed, which torch counts. frozen: it never does, and is itself given up. tiled: products
-    are in C where the processor has a unit for them; else by torch's kernel.
+    in bfloat16 are in C where the processor has a unit for them; else by torch's kernel. Those in float32 always are in C.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, *, frozen: bool, tiled: bool = True):
-        self.layer = layer
+    def __init__(
+        self, layer: nn.Linear | Conv1D, *, frozen: bool, dtype: torch.dtype = torch.bfloat16, tiled: bool = True
+    ):
+        self.layer, self.dtype = layer, dtype
         self.outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        self.tiled = tiled and inputs % 32 == 0 and kernels.has_blocks()
+        self.tiled = dtype == torch.bfloat16 and tiled and inputs % 32 == 0 and kernels.has_blocks()
         self._of: tuple[torch.Tensor, int] | None = None  # weight and version that are packed
         self._packed: torch.Tensor | None = None
         if frozen:
@@ -47,12 +50,16 @@ class PackedForward:
             self._of = layer.weight, layer.weight._version
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x, NOTHING) if packs(x) else type(self.layer).forward(self.layer, x)
+        if product_dtype(x) != self.dtype:
+            return type(self.layer).forward(self.layer, x)
+        return self.run(x, NOTHING)
 
     def run(self, x: torch.Tensor, after: int, other: torch.Tensor | None = None) -> torch.Tensor:
         """x W + b, then the activation, or times the other, in one kernel."""
-        x, bias = x.bfloat16(), self.layer.bias
-        bias = None if bias is None else bias.bfloat16()
+        x, bias = x.to(self.dtype), self.layer.bias
+        bias = None if bias is None else bias.to(self.dtype)
+        if self.dtype == torch.float32:
+            return product_float32(x.contiguous(), self._weight(), bias, self.outputs, after, other=other)
         if self.tiled:
             return product(x.contiguous(), self._weight(), bias, self.outputs, after, other=other)
         if after == TIMES:
@@ -63,7 +70,9 @@ class PackedForward:
         weight = self.layer.weight
         if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
             straight = weight.detach().t() if isinstance(self.layer, Conv1D) else weight.detach()  # [outputs, inputs]
-            if self.tiled:
+            if self.dtype == torch.float32:
+                self._packed = panels_of(straight, self._packed)
+            elif self.tiled:
                 self._packed = tiles_of(straight, self._packed)
             else:
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(straight.bfloat16(), ROWS)
@@ -71,8 +80,37 @@ class PackedForward:
         return self._packed
 
 
+def panels_of(weight: torch.Tensor, panels: torch.Tensor | None = None) -> torch.Tensor:
+    """[D, K] float32 -> panels of neighbouring outputs, as many as the processor's vectors hold, with zeros for those that the
+    last one lacks; one behind the other.
+
+    panels: earlier ones, to be written over.
+    """
+    outputs, inputs = weight.shape
+    if panels is None:
+        panels = torch.empty(-(-outputs // WIDEST) * WIDEST * inputs)
+    kernels.kernel("linear_panels")(weight, panels, inputs, outputs, weight.stride(1), weight.stride(0))
+    return panels
+
+
+def product_float32(
+    x: torch.Tensor,
+    panels: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+    after: int = NOTHING,
+    *,
+    other: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K] W + b -> [..., D] and what comes after, all contiguous in float32."""
+    result = x.new_empty(*x.shape[:-1], outputs)
+    inputs = x.shape[-1]
+    kernels.kernel("linear_float32")(x, panels, bias, other, result, x.numel() // inputs, inputs, outputs, after)
+    return result
+
+
 def tiles_of(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> torch.Tensor:
-    """[N, K] -> [N / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32.
+    """[D, K] -> [D / 16, K / 32] tiles of 16 pairs of inputs x 16 outputs, with outputs of zeros up to a multiple of 32.
 
     weight: in float32 or bfloat16. tiles: earlier ones, to be written over.
     """
@@ -98,7 +136,7 @@ def product(
     other: torch.Tensor | None = None,
     slope: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [..., K] W + b -> [..., N] and what comes after, all contiguous in bfloat16. slope: for the activation's derivative."""
+    """x [..., K] W + b -> [..., D] and what comes after, all contiguous in bfloat16. slope: for the activation's derivative."""
     result = x.new_empty(*x.shape[:-1], outputs)
     inputs = x.shape[-1]
     kernels.kernel("linear")(x, tiles, bias, other, result, slope, x.numel() // inputs, inputs, outputs, after)
@@ -113,7 +151,8 @@ class PackedFeedForward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self.module
-        if not packs(x):
+        first = module.c_fc if isinstance(module, GPT2MLP) else module.gate_proj
+        if product_dtype(x) != first.forward.dtype:
             return type(module).forward(module, x)
         if isinstance(module, GPT2MLP):
             result = module.c_proj(module.c_fc.forward.run(x, GELU))
@@ -121,36 +160,42 @@ class PackedFeedForward:
         return module.down_proj(module.up_proj.forward.run(x, TIMES, module.gate_proj.forward.run(x, SILU)))
 
 
-def packs(x: torch.Tensor) -> bool:
-    """Whether a linear layer of x is a product in bfloat16 without a gradient."""
+def product_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """That of a linear layer's product with x; None: it has a gradient."""
     if torch.is_grad_enabled():
-        return False
-    return (
-        torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if torch.is_autocast_enabled("cpu")
-        else x.dtype == torch.bfloat16
-    )
+        return None
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def pack_linears(model: PreTrainedModel, *, frozen: bool = False, trained: bool | None = None) -> None:
-    """Let linear layers on a CPU with a kernel for bfloat16 run packed, in place; those of classes of their own stay.
+def pack_linears(
+    model: PreTrainedModel, *, dtype: torch.dtype, frozen: bool = False, trained: bool | None = None
+) -> None:
+    """Let linear layers on a CPU with a kernel for products in dtype run packed, in place; those of classes of their own stay.
 
     frozen: the weights will not change, nor be read from the model, nor used with gradients: one copy is enough. A tied one
-    stays. trained: round just as the same layers do in training, with (True) or without (False) `trained_layers`; None: as is best.
+    stays. trained: round just as the same layers do in training, with (True) or without (False) `trained_layers`; None: as is
+    best, which in float32 is not as in training.
     """
-    if model.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if model.device.type != "cpu" or not _has_kernel(model, dtype):
+        return
+    if dtype == torch.float32 and trained is not None:  # there these are torch's own
         return
     tied = model.get_input_embeddings().weight
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference():
-            module.forward = PackedForward(
-                module, frozen=frozen and module.weight is not tied, tiled=trained is not False
-            )
+            frozen_now = frozen and module.weight is not tied
+            module.forward = PackedForward(module, frozen=frozen_now, dtype=dtype, tiled=trained is not False)
     for module in model.modules():
         if _can_fuse(module) and (trained is None or (trained and trains_fused(module))):
             module.forward = PackedFeedForward(module)
     if frozen:
         _let_go_of_the_rest(model)
+
+
+def _has_kernel(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == model.dtype == torch.float32 and kernels.library() is not None
 
 
 def _let_go_of_the_rest(model: PreTrainedModel) -> None:

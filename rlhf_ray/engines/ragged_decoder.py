@@ -49,8 +49,7 @@ class RaggedDecoder:
         # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
         self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
         self.step = decode_step_of(model) if self.reads_all_slots else None
-        if model.dtype == torch.bfloat16:
-            pack_linears(model)
+        pack_linears(model, dtype=model.dtype)
         self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         if self.config.model_type not in TESTED_FAMILIES:

@@ -27,6 +27,7 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 WIDE = "-mprefer-vector-width=512"  # compilers choose half of it by themselves
 COMPILE_TIMEOUT_S = 120
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,15 @@ def has_blocks() -> bool:
     return functions is not None and bool(functions.has_blocks())
 
 
-def kernel(name: str, *tensors: torch.Tensor | None):
-    """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work."""
+def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None):
+    """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work.
+
+    dtype: of the numbers it works on, where there is one for each of several dtypes (kernels/each_dtype.h).
+    """
+    if dtype is not None:
+        if dtype not in DTYPES:
+            return None
+        name = f"{name}_{DTYPES[dtype]}"
     for tensor in tensors:
         if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
             return None

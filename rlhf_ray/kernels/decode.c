@@ -75,9 +75,9 @@ static inline __attribute__((always_inline)) void attend(const pair *query, cons
 // Writes each row's key, less the row's centre where there are centres, and its value into the row's slot, then mixes the values
 // of slots 0 to that one. query: [n, H, group], mixed alike; key and value: [n, H]; their rows may lie apart, by `query_step` and
 // `key_step` pairs. keys, values: [n or more, H, slots]; centres: [n or more, H]. All of W pairs.
-void decode_attention(const pair *query, const pair *key, const pair *value, pair *keys, pair *values, const pair *centres,
-                      const int64_t *positions, pair *mixed, int64_t n, int64_t H, int64_t group, int64_t W, int64_t slots,
-                      int64_t query_step, int64_t key_step, float scaling, int threads) {
+void decode_attention_bfloat16(const pair *query, const pair *key, const pair *value, pair *keys, pair *values, const pair *centres,
+                               const int64_t *positions, pair *mixed, int64_t n, int64_t H, int64_t group, int64_t W,
+                               int64_t slots, int64_t query_step, int64_t key_step, float scaling, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *buffer = malloc((2 * W + slots) * sizeof(float));
@@ -107,41 +107,71 @@ void decode_attention(const pair *query, const pair *key, const pair *value, pai
     }
 }
 
-// Adds change, if there is one, to hidden, and normalises the lines of C numbers: to mean 0 and variance 1, or without a bias (as
-// RMS norms are) to a mean square of 1.
-void add_and_normalise(bf16 *hidden, const bf16 *change, const bf16 *weight, const bf16 *bias, bf16 *result, int64_t lines,
-                       int64_t C, float eps, int threads) {
+// As `attend`, of D float32 numbers.
+static inline __attribute__((always_inline)) void attend_float32(const float *query, const float *keys, const float *values,
+                                                                 float *mixed, int64_t length, int64_t slots, int64_t D,
+                                                                 float scaling, float *weights) {
+    enum { BLOCK = 8 };
+    float top = -INFINITY, total = 0;
+    for (int64_t slot = 0; slot < length; slot++) {
+        const float *key = keys + slot * D;
+        float score = 0;
+#pragma omp simd reduction(+ : score)
+        for (int64_t i = 0; i < D; i++) score += query[i] * key[i];
+        weights[slot] = score * scaling;
+        for (int64_t i = 0; i < D; i += 16) __builtin_prefetch(values + slot * D + i);
+    }
+#pragma omp simd reduction(max : top)
+    for (int64_t slot = 0; slot < length; slot++) top = weights[slot] > top ? weights[slot] : top;
+#pragma omp simd reduction(+ : total)
+    for (int64_t slot = 0; slot < length; slot++) {
+        weights[slot] = exp_of(weights[slot] - top);
+        total += weights[slot];
+    }
+    for (int64_t i = 0; i < D; i++) mixed[i] = 0;
+    int64_t slot = 0;
+    for (; slot + BLOCK <= length; slot += BLOCK) {
+        for (int64_t i = 0; i < BLOCK * D; i += 16) __builtin_prefetch(keys + (slots + slot) * D + i);
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) {
+            float sum = mixed[i];
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < BLOCK; j++) sum += weights[slot + j] * values[(slot + j) * D + i];
+            mixed[i] = sum;
+        }
+    }
+    for (; slot < length; slot++)
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) mixed[i] += weights[slot] * values[slot * D + i];
+    float share = 1 / total;
+    for (int64_t i = 0; i < D; i++) mixed[i] *= share;
+}
+
+// As `decode_attention_bfloat16`, of float32 numbers, D each, with steps in these; their keys have no centres.
+void decode_attention_float32(const float *query, const float *key, const float *value, float *keys, float *values,
+                              const int64_t *positions, float *mixed, int64_t n, int64_t H, int64_t group, int64_t D,
+                              int64_t slots, int64_t query_step, int64_t key_step, float scaling, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        float *x = malloc(C * sizeof(float));
+        float *weights = malloc(slots * sizeof(float));
 #pragma omp for schedule(static)
-        for (int64_t line = 0; line < lines; line++) {
-            bf16 *from = hidden + line * C, *to = result + line * C;
-            float mean = 0, square = 0;
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++) x[i] = from_bf16(from[i]);
-            if (change != NULL)
-#pragma omp simd
-                for (int64_t i = 0; i < C; i++) {
-                    from[i] = to_bf16(x[i] + from_bf16(change[line * C + i]));
-                    x[i] = from_bf16(from[i]);
-                }
-            if (bias != NULL) {
-#pragma omp simd reduction(+ : mean)
-                for (int64_t i = 0; i < C; i++) mean += x[i];
-                mean /= C;
+        for (int64_t head = 0; head < n * H; head++) {
+            int64_t row = head / H, slot = positions[row], from = row * key_step + head % H * D;
+            float *own_keys = keys + head * slots * D, *own_values = values + head * slots * D;
+            memcpy(own_keys + slot * D, key + from, D * sizeof(float));
+            memcpy(own_values + slot * D, value + from, D * sizeof(float));
+            for (int64_t line = 0; line < group; line++) {
+                const float *own_query = query + row * query_step + (head % H * group + line) * D;
+                float *to = mixed + (head * group + line) * D;
+                if (D == 64)
+                    attend_float32(own_query, own_keys, own_values, to, slot + 1, slots, 64, scaling, weights);
+                else if (D == 128)
+                    attend_float32(own_query, own_keys, own_values, to, slot + 1, slots, 128, scaling, weights);
+                else
+                    attend_float32(own_query, own_keys, own_values, to, slot + 1, slots, D, scaling, weights);
             }
-#pragma omp simd reduction(+ : square)
-            for (int64_t i = 0; i < C; i++) square += (x[i] - mean) * (x[i] - mean);
-            float scale = 1 / sqrtf(square / C + eps);
-            if (bias != NULL)
-#pragma omp simd
-                for (int64_t i = 0; i < C; i++) to[i] = to_bf16((x[i] - mean) * scale * from_bf16(weight[i]) + from_bf16(bias[i]));
-            else
-#pragma omp simd
-                for (int64_t i = 0; i < C; i++) to[i] = to_bf16(x[i] * scale * from_bf16(weight[i]));
         }
-        free(x);
+        free(weights);
     }
 }
 

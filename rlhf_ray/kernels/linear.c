@@ -34,7 +34,7 @@ static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // of GELU by tan
 static inline __attribute__((always_inline)) vec ended(vec sum, ending end, int64_t at, int64_t left, int after, vec *slope) {
     if (after == TIMES) sum *= load_bf16(end.other + at, left);
     if (after == SILU) sum *= inverse(exp_roughly(-sum) + 1.0f);
-    if (after == GELU || after == GELU_AND_SLOPE) sum = sigmoid_gelu(sum, SLOPE, CUBE, slope);
+    if (after == GELU || after == GELU_AND_SLOPE) sum = sigmoid_gelu(sum, SLOPE, CUBE, slope, 0);
     return sum;
 }
 

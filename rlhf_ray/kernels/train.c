@@ -4,68 +4,6 @@
 
 #include "vectors.h"
 
-// Of each line of logits: log softmax(logits / temperature) at its id, and, where wanted, the entropy and the softmax.
-// shares may be the logits themselves.
-void logprobs_forward(const bf16 *logits, const int64_t *ids, float *selected, float *entropies, bf16 *shares, int64_t lines,
-                      int64_t V, float temperature, int threads) {
-    float cold = 1 / temperature;
-#pragma omp parallel num_threads(threads)
-    {
-        float *exps = malloc(V * sizeof(float));
-#pragma omp for schedule(static)
-        for (int64_t line = 0; line < lines; line++) {
-            const bf16 *from = logits + line * V;
-            float chosen = from_bf16(from[ids[line]]) * cold, top = -INFINITY;
-            int64_t i = 0, most = V / LANES * LANES;
-            vec tops = all(-INFINITY), totals = {0}, means = {0};
-            for (; i < most; i += LANES) tops = larger(tops, load_bf16(from + i, LANES));
-            for (; i < V; i++) top = from_bf16(from[i]) > top ? from_bf16(from[i]) : top;
-            top = fmaxf(top, largest_of(tops)) * cold;
-            for (i = 0; i < V; i += LANES) {
-                vec wide = load_bf16(from + i, V - i) * cold, each = upto(exp_each(wide - top), V - i);
-                totals += each;
-                if (entropies != NULL) means += each * larger(wide, all(-1e30f));  // of minus infinity, a share of 0
-                store(exps + i, each, V - i);
-            }
-            float total = sum_of(totals), norm = top + logf(total), share = 1 / total;
-            selected[line] = chosen - norm;
-            if (entropies != NULL) entropies[line] = norm - sum_of(means) * share;
-            if (shares != NULL)
-                for (i = 0; i < V; i += LANES) store_bf16(shares + line * V + i, load(exps + i, V - i) * share, V - i);
-        }
-        free(exps);
-    }
-}
-
-// shares become the gradient by the logits: amount x (1[id] - share) / temperature.
-void logprobs_backward(bf16 *shares, const int64_t *ids, const float *amounts, int64_t lines, int64_t V, float temperature,
-                       int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t line = 0; line < lines; line++) {
-        bf16 *to = shares + line * V;
-        float amount = amounts[line] / temperature, chosen = from_bf16(to[ids[line]]);
-        for (int64_t i = 0; i < V; i += LANES) store_bf16(to + i, load_bf16(to + i, V - i) * -amount, V - i);
-        to[ids[line]] = to_bf16(amount * (1 - chosen));
-    }
-}
-
-// x sigmoid(u) with u = slope x + cube x^3, and where wanted its derivative.
-void gelu_forward(const bf16 *x, bf16 *result, bf16 *derivative, int64_t count, float slope, float cube, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec value = load_bf16(x + i, count - i), slopes, gelu = sigmoid_gelu(value, slope, cube, &slopes);
-        store_bf16(result + i, gelu, count - i);
-        if (derivative != NULL) store_bf16(derivative + i, slopes, count - i);
-    }
-}
-
-// derivative becomes gradient x derivative.
-void multiply(bf16 *derivative, const bf16 *gradient, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES)
-        store_bf16(derivative + i, load_bf16(derivative + i, count - i) * load_bf16(gradient + i, count - i), count - i);
-}
-
 // Layer normalisation of float32 lines into bfloat16 ones, in front of a linear layer that computes in these. Where there is a
 // change, it is added first: hidden = x + change; else hidden is not written.
 void layer_norm_forward(const float *x, const bf16 *change, const float *weight, const float *bias, float *hidden, bf16 *result,
@@ -167,16 +105,4 @@ void accumulate_lines(float *total, const bf16 *part, int64_t lines, int64_t C, 
         }
         for (; i < end; i += LANES) add_columns(total + i, part + i, lines, C, 1, end - i);
     }
-}
-
-// [lines, C] -> [C, lines]
-void transpose(const bf16 *from, bf16 *to, int64_t lines, int64_t C, int threads) {
-    enum { SIDE = 32 };
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-    for (int64_t column = 0; column < C; column += SIDE)
-        for (int64_t line = 0; line < lines; line += SIDE) {
-            int64_t columns = C - column < SIDE ? C - column : SIDE, rows = lines - line < SIDE ? lines - line : SIDE;
-            for (int64_t i = 0; i < columns; i++)
-                for (int64_t j = 0; j < rows; j++) to[(column + i) * lines + line + j] = from[(line + j) * C + column + i];
-        }
 }

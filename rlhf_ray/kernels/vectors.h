@@ -1,4 +1,4 @@
-// Vectors of 16 float32, of which compilers make what the processor has; with AVX512, its own instructions where they don't.
+// Vectors of float32, of which compilers make what the processor has; with AVX512, its own instructions where they don't.
 #pragma once
 
 #include "numbers.h"
@@ -8,15 +8,23 @@
 #include <immintrin.h>
 #endif
 
+#ifdef AVX512
 enum { LANES = 16 };
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t whole __attribute__((vector_size(64)));
-typedef uint32_t bits __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+#else
+enum { LANES = 8 };  // compilers make numbers of vectors that are wider than the processor's, one by one
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-static inline vec all(float value) { return (vec){0} + value; }
+#ifdef AVX512
+static inline vec all(float value) { return (vec)_mm512_set1_ps(value); }
+#else  // one instruction from memory; a sum with zeros is two more
+static inline vec all(float value) { return (vec){value, value, value, value, value, value, value, value}; }
+#endif
 
-// From and to memory where `left` numbers are left: 16, or all these, with zeros for the others.
+// From and to memory where `left` numbers are left: as many as there are lanes, or all these, with zeros for the others.
 #ifdef AVX512
 static inline __mmask16 first_of(int64_t left) { return left >= LANES ? 0xffff : (1u << left) - 1; }
 static inline vec load(const float *from, int64_t left) { return (vec)_mm512_maskz_loadu_ps(first_of(left), from); }
@@ -167,12 +175,18 @@ static inline vec exp_roughly(vec x) {
     return times_two_to(series, n, x);
 }
 
-// x sigmoid(slope x + cube x^3), and its derivative, for bfloat16. The derivative is a small difference of large numbers in places, so
-// the inverse is brought to all digits, and 1 - share made of the exponential, which must be finite for that.
-static inline vec sigmoid_gelu(vec x, float slope, float cube, vec *derivative) {
-    vec square = x * x, power = exp_roughly(-larger(x * (square * cube + slope), all(-80.0f)));
-    vec share = inverse(power + 1.0f);
-    share *= 2.0f - (power + 1.0f) * share;  // Newton's step
+// x sigmoid(slope x + cube x^3), and its derivative: to float32's last digits if exact, else for bfloat16. The derivative is a small
+// difference of large numbers in places, so the inverse is brought to all digits, and 1 - share made of the exponential, which
+// must be finite for that.
+static inline __attribute__((always_inline)) vec sigmoid_gelu(vec x, float slope, float cube, vec *derivative, int exact) {
+    vec square = x * x, minus = -larger(x * (square * cube + slope), all(-80.0f));
+    vec power = exact ? exp_each(minus) : exp_roughly(minus), share;
+    if (exact)
+        share = 1.0f / (power + 1.0f);
+    else {
+        share = inverse(power + 1.0f);
+        share *= 2.0f - (power + 1.0f) * share;  // Newton's step
+    }
     vec result = x * share;
     *derivative = share + result * (power * share) * (square * (3 * cube) + slope);
     return result;

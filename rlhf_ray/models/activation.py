@@ -38,7 +38,7 @@ class _SigmoidGELU(torch.autograd.Function):
         flat, result = x.view(-1), torch.empty_like(x)
         derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(derivative)
-        in_c = kernels.kernel("gelu_forward", x) if x.dtype == torch.bfloat16 else None
+        in_c = kernels.kernel("gelu_forward", x, dtype=x.dtype)
         if in_c is not None:
             in_c(x, result, derivative, x.numel(), SLOPE, CUBE)
             return result
@@ -61,7 +61,7 @@ class _SigmoidGELU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (derivative,) = ctx.saved_tensors
-        in_c = kernels.kernel("multiply", derivative, gradient) if gradient.dtype == torch.bfloat16 else None
+        in_c = kernels.kernel("multiply", derivative, gradient, dtype=gradient.dtype)
         if in_c is None:
             return gradient * derivative
         in_c(derivative, gradient, gradient.numel())

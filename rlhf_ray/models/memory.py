@@ -49,6 +49,8 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
     rows = []
     for name, role in recipe.ppo_roles.items():
         state = weights * copies.get(name, 1.0)
+        if name == "generation" and generation.engine == "torch" and role.gpus == 0:
+            state = 2 * state * itemsize / 4  # in the order of products too
         if name == "generation" and (ppo.lora is not None or generation.engine == "vllm"):
             state += weights  # what merged weights are computed from; the copy that vLLM's log-probs are compared with
         sharded = getattr(role, "zero_stage", 0) == 3

@@ -34,7 +34,8 @@ class Reference:
         disable_dropout(self.model)
         fast_attention(self.model, device)
         if compute_dtype == torch.bfloat16:
-            pack_linears(self.model, frozen=True, trained=zero_stage == 0)  # so that it rounds as the policy does
+            # so that it rounds as the policy does
+            pack_linears(self.model, dtype=compute_dtype, frozen=True, trained=zero_stage == 0)
         self.temperature, self.compute_dtype = temperature, compute_dtype
         self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
 

@@ -67,8 +67,7 @@ class RewardScorer:
         ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
         self._last_feed_forward = last_feed_forward(self.model)
         norms_in_c(self.model)
-        if compute_dtype == torch.bfloat16:
-            pack_linears(self.model, frozen=True)
+        pack_linears(self.model, dtype=compute_dtype, frozen=True)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
