@@ -1,8 +1,8 @@
 """What was tried to make a step faster on CPUs, each against what it would replace: python results/bench/trials.py [--compile]
 
-One thread unless said otherwise, bfloat16, GPT-2 of 4.3 M parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48
-tokens. Prints one line a trial: milliseconds of both, their ratio, and whether it was kept. Median of 15 (imports: of 5), in
-turns.
+One thread unless said otherwise, bfloat16 (float32 and fewer trials on processors without instructions for that), GPT-2 of 4.3 M
+parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. Prints one line a trial: milliseconds of both, their
+ratio, and whether it was kept. Median of 15 (imports: of 5), in turns.
 """
 
 import socket
@@ -26,13 +26,16 @@ from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
 from rlhf_ray.engines.distributed import join_group
 from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.last_block import only_at
-from rlhf_ray.engines.packed_linear import pack_linears
+from rlhf_ray.engines.packed_linear import pack_linears, panels_of, product_float32
+from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.engines.trained_layers import train_in_place
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
 
 ROWS, PROMPT, RESPONSE, VOCABULARY, WIDTH = 16, 32, 48, 4096, 256
+DTYPE = resolve_precision("auto", "cpu")
+NARROW = torch.finfo(DTYPE).bits == 16
 
 
 def trial(name: str, verdict: str, before, after, *, repeats: int = 15) -> None:
@@ -53,7 +56,7 @@ def module(width: int = WIDTH) -> LogprobModel:
                         activation_function="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0)  # fmt: skip
     model = GPT2LMHeadModel(config)
     disable_dropout(model)
-    return LogprobModel(model.train(), temperature=1.0, compute_dtype=torch.bfloat16)
+    return LogprobModel(model.train(), temperature=1.0, compute_dtype=DTYPE)
 
 
 def switch(on: bool, blocks: bool = True) -> None:
@@ -83,13 +86,13 @@ def both_ways(function, *inputs):
 
 
 def activation() -> None:
-    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).bfloat16().requires_grad_()
+    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).to(DTYPE).requires_grad_()
     tanh = both_ways(lambda x: F.gelu(x, approximate="tanh"), x)
     trial("activation by the sigmoid, for tanh", "kept", tanh, both_ways(SigmoidGELU(), x))
 
 
 def head() -> None:
-    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).bfloat16().requires_grad_()
+    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).to(DTYPE).requires_grad_()
     ids = torch.randint(VOCABULARY, (len(logits),))
 
     def plain(logits):
@@ -104,8 +107,8 @@ def head() -> None:
 
 def gradient_at_one_column() -> None:
     """Of the log-probs' gradient by the logits."""
-    shares, ids = torch.rand(ROWS * RESPONSE, VOCABULARY).bfloat16(), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
-    gradient = torch.randn(len(ids), 1).bfloat16()
+    shares, ids = torch.rand(ROWS * RESPONSE, VOCABULARY).to(DTYPE), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
+    gradient = torch.randn(len(ids), 1).to(DTYPE)
     trial(
         "a gradient's one column by its index, for scatter_add_",
         "kept",
@@ -177,10 +180,10 @@ def decode_attention() -> None:
     """64 rows at 80 tokens, the caches of four layers in turn: as in a model, one does not stay near the core."""
     torch.set_num_threads(2)
     mask = (torch.arange(80) < torch.randint(40, 81, (64, 1)))[:, None, None]
-    query = torch.randn(64, 4, 1, 64).bfloat16()
-    caches = [[torch.randn(64, 4, 80, 64).bfloat16() for _ in range(2)] for _ in range(4)]
+    query = torch.randn(64, 4, 1, 64).to(DTYPE)
+    caches = [[torch.randn(64, 4, 80, 64).to(DTYPE) for _ in range(2)] for _ in range(4)]
     by_token = [[states.transpose(1, 2).contiguous().transpose(1, 2) for states in cache] for cache in caches]
-    offsets = kv_cache.score_offsets(mask, 4, torch.bfloat16)
+    offsets = kv_cache.score_offsets(mask, 4, DTYPE)
 
     def fused():
         for cache in caches:
@@ -203,7 +206,7 @@ def generation() -> None:
     torch.set_num_threads(2)
     decoders = {}
     for way in ("forward", "written out", "packed"):
-        model = module().model.bfloat16()
+        model = module().model.to(DTYPE)
         model.set_attn_implementation("sdpa")
         decoder = decoders[way] = RaggedDecoder(model)
         if way != "packed":
@@ -220,7 +223,8 @@ def generation() -> None:
         decode = torch.inference_mode()(decoder.decode)
         steps[way] = partial(decode, cache, ids[:, -1], np.full(64, 60))
     trial("decode step written out, for the model's forward", "kept", steps["forward"], steps["written out"])
-    trial("... with linear layers packed, activations in them", "kept", steps["written out"], steps["packed"])
+    if NARROW:
+        trial("... with linear layers packed, activations in them", "kept", steps["written out"], steps["packed"])
     logprobs, uniforms = torch.randn(64, 50257).log_softmax(-1), torch.rand(64)
 
     def scan():
@@ -248,7 +252,7 @@ def last_feed_forward() -> None:
 
 
 def entropy_beside_logprobs() -> None:
-    logits, ids = torch.randn(ROWS * RESPONSE, VOCABULARY).bfloat16(), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
+    logits, ids = torch.randn(ROWS * RESPONSE, VOCABULARY).to(DTYPE), torch.randint(VOCABULARY, (ROWS * RESPONSE,))
 
     def apart():
         selected_logprobs(logits, ids, temperature=1.0)
@@ -332,13 +336,12 @@ def trained_layers() -> None:
 
 def in_c() -> None:
     """The same by torch's operations and by the functions in C."""
-    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).bfloat16().requires_grad_()
+    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).to(DTYPE).requires_grad_()
     pair("activation in C, forward and backward", both_ways(SigmoidGELU(), x))
-    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).bfloat16().requires_grad_()
+    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).to(DTYPE).requires_grad_()
     ids = torch.randint(VOCABULARY, (len(logits),))
-    pair(
-        "log-probs in C, forward and backward", both_ways(partial(selected_logprobs, ids=ids, temperature=1.0), logits)
-    )
+    logprobs = partial(selected_logprobs, ids=ids, temperature=1.0, overwrite=True)
+    pair("log-probs in C, forward and backward", both_ways(logprobs, logits))
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
     batch, passes = token_batch(*rows, packed=True), []
@@ -347,20 +350,22 @@ def in_c() -> None:
         model = module()
         train_in_place(model)
         passes.append(switched(on, both_ways(model, batch), blocks))
-    trial("a pass with norms, attention, activation, log-probs in C", "kept", *passes[:2])
-    trial("... and linear layers, attention and activation in blocks", "kept", *passes[1:])
+    norms = "norms, " if NARROW else ""
+    trial(f"a pass with {norms}attention, activation, log-probs in C", "kept", *passes[:2])
+    if BLOCKS():
+        trial("... and linear layers, attention and activation in blocks", "kept", *passes[1:])
     frozen = []
     for on in (False, True):
         switch(on)
         model = module().eval()
-        pack_linears(model.model, dtype=torch.bfloat16, frozen=True)
+        pack_linears(model.model, dtype=DTYPE, frozen=True)
         frozen.append(switched(on, partial(torch.no_grad()(model), batch)))
     trial("frozen model's pass in C", "kept", *frozen)
     torch.set_num_threads(2)
     steps = []
     for on in (False, True):
         switch(on)
-        model = module().model.bfloat16()
+        model = module().model.to(DTYPE)
         model.set_attn_implementation("sdpa")
         decoder = RaggedDecoder(model)
         cache, ids = decoder.new_cache(), generator.integers(0, VOCABULARY, (64, 61))
@@ -370,8 +375,25 @@ def in_c() -> None:
         decode = torch.inference_mode()(decoder.decode)
         steps.append(switched(on, partial(decode, cache, ids[:, -1], np.full(64, 60))))
     trial("decode step of 64 rows in C, two threads", "kept", *steps)
-    logits, uniforms = torch.randn(64, 50257).bfloat16(), torch.rand(64)
+    logits, uniforms = torch.randn(64, 50257).to(DTYPE), torch.rand(64)
     pair("64 draws from 50,257 in C, two threads", partial(draw, logits, uniforms, temperature=1.0))
+    torch.set_num_threads(1)
+
+
+def linear_in_float32() -> None:
+    """Two threads. Few rows, as a decode step has, and as many as a pass in training, where torch's is kept."""
+    switch(True)
+    if kernels.library() is None:
+        return
+    torch.set_num_threads(2)
+    shapes = [(64, 256, 768), (64, 1024, 256), (64, 256, 4096), (64, 768, 3072), (64, 768, 50257), (2560, 256, 1024)]
+    for rows, inputs, outputs in shapes:
+        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        panels = panels_of(weight)
+        trial(
+            f"float32, {rows:,} rows by {inputs:,} x {outputs:,} in panels", "kept for generators and reward models",
+            partial(F.linear, x, weight, bias), partial(product_float32, x, panels, bias, outputs),
+        )  # fmt: skip
     torch.set_num_threads(1)
 
 
@@ -400,9 +422,11 @@ if __name__ == "__main__":
     switch(False)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, imports)  # fmt: skip
+             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, linear_in_float32, imports)  # fmt: skip
+    of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
     for part in tried:
-        part()
+        if NARROW or part not in of_bfloat16:
+            part()
     if "--compile" in sys.argv:
         switch(False)
         compiled()
