@@ -7,15 +7,17 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_ray import kernels
+from rlhf_ray.engines.precision import _cpu_flags
 
 HEADER = Path(__file__).parent / "emulated" / "immintrin.h"
 # In the name of the library, so that another header makes another one. Slow whatever the compiler does, so that need not take long.
 EMULATION = ("-w", "-O1", f"-I{HEADER.parent}", f"-DHEADER_{hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16]}")
 AVX512 = (*EMULATION, "-D__AVX512BW__", "-D__AVX512DQ__", "-D__AVX512VL__", "-D__AVX512BF16__")
 PROCESSORS = {"this one": (), "AVX512-BF16": AVX512, "AMX": (*AVX512, "-D__AMX_BF16__")}
-if platform.machine() in ("x86_64", "AMD64"):
+if platform.machine() in ("x86_64", "AMD64") and "avx512f" in _cpu_flags():
     PROCESSORS["no AVX512"] = ("-mno-avx512f", "-mno-amx-bf16")
 WITH_BLOCKS = ["AVX512-BF16", "AMX", *(["this one"] if kernels.has_blocks() else [])]
 
@@ -34,6 +36,14 @@ def _run_as(processor: str, monkeypatch) -> None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(kernels, "library", lambda: functions)
     monkeypatch.setattr(kernels, "has_blocks", lambda: bool(functions.has_blocks()))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=PROCESSORS)

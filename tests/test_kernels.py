@@ -20,14 +20,6 @@ DTYPES = {torch.bfloat16: HALF_A_DIGIT, torch.float32: 2**-20}  # and how far re
 in_c = pytest.mark.usefixtures("processor")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @in_c
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [3, 16, 1000])
@@ -62,6 +54,18 @@ def test_logits_stay_unless_they_may_be_overwritten(dtype):
     assert torch.equal(given, logits)
     selected_logprobs(given, ids, temperature=1.0, overwrite=True)
     torch.testing.assert_close(given.detach().float(), logits.float().softmax(-1), atol=0, rtol=DTYPES[dtype])
+
+
+@in_c
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_with_a_gradient_and_without_they_are_the_same_numbers(dtype, overwrite):
+    """To the bit: the first minibatch's ratio is 1."""
+    logits, ids = torch.randn(40, 300).to(dtype), torch.randint(300, (40,))
+    with torch.no_grad():
+        before = selected_logprobs(logits, ids, temperature=0.7)
+    leaf = logits.clone().requires_grad_()
+    assert torch.equal(selected_logprobs(leaf * 1, ids, temperature=0.7, overwrite=overwrite), before)
 
 
 @in_c
@@ -175,6 +179,35 @@ def test_causal_attention_of_sequences_on_a_line(threads, lengths, heads, groups
     torch.testing.assert_close(line.grad.double(), exact.grad, atol=0.06 * finer, rtol=0.03 * finer)
     error, size = (line.grad - exact.grad).norm(), exact.grad.norm()
     assert error < 0.01 * finer * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequences_attention_is_its_own_and_a_threads_number_changes_none(processor, dtype):
+    """To the bit, both ways: alone or beside others of its own length or not."""
+    torch.manual_seed(0)
+    line, upstream, before = (
+        torch.randn(1, 110, 8, 32).to(dtype),
+        torch.randn(1, 110, 4, 32).to(dtype),
+        torch.get_num_threads(),
+    )
+
+    def both_ways(lengths, tokens, threads=1):
+        torch.set_num_threads(threads)
+        leaf = line[:, tokens].clone().requires_grad_()
+        states = (each.transpose(1, 2) for each in leaf.split([4, 2, 2], 2))
+        found, _ = packed_attention.packed_attention(None, *states, None, packed=Layout.of(np.array(lengths)))
+        found.backward(upstream[:, tokens].clone())
+        torch.set_num_threads(before)
+        return found.detach(), leaf.grad
+
+    together, by_two = (both_ways([5, 40, 25, 40], slice(0, 110), threads) for threads in (1, 2))
+    assert all(torch.equal(one, other) for one, other in zip(together, by_two, strict=True))
+    alone = both_ways([40, 40], [*range(5, 45), *range(70, 110)])
+    if dtype == torch.bfloat16 and kernels.has_blocks():  # else products are a library's, of the longest one's size
+        alone = both_ways([40], slice(5, 45))
+        assert all(torch.equal(one[:, 5:45], other) for one, other in zip(together, alone, strict=True))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one[:, 5:45].float(), other[:, :40].float(), rtol=2**-7, atol=2**-7)
 
 
 def without_a_compiler(tmp_path, code, **environment):

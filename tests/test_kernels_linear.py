@@ -10,14 +10,6 @@ pytestmark = pytest.mark.usefixtures("processor_with_blocks")
 ROUNDED = {"rtol": 2**-8, "atol": 1e-3}  # to bfloat16
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def numbers(*shape):
     return torch.randn(shape).bfloat16()
 

@@ -29,14 +29,6 @@ VOCAB = 50
 in_c = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 # Rows: none left over of blocks of 6, each number that may be, and more than a piece's 96. Inputs: beyond the 256 of a pass.
 # Outputs that end within a vector and within a panel.
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 1), (64, 16), (256, 40), (700, 21), (257, 96)])

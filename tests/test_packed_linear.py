@@ -40,7 +40,7 @@ def build(family: str = "gpt2", dtype=torch.bfloat16, **kwargs):
     config, model, sizes = FAMILIES[family]
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
-    built = model(config(**shape, **sizes, **kwargs))
+    built = model(config(**(shape | sizes | kwargs)))
     for name, weight in built.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(weight)
@@ -167,7 +167,7 @@ def rollout() -> RolloutBatch:
 
 def test_the_reference_computes_as_the_policy_and_holds_one_copy(tmp_path):
     """Bit for bit: at the start of a run the KL to the reference is 0, not rounding."""
-    model, tokenizer = build(dtype=torch.float32), word_tokenizer(VOCAB)
+    model, tokenizer = build(dtype=torch.float32, num_attention_heads=2), word_tokenizer(VOCAB)
     save_model(model, tokenizer, tmp_path / "model", "")
     batch = rollout()
     settings = {"temperature": 1.0, "compute_dtype": torch.bfloat16}

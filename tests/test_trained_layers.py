@@ -14,6 +14,11 @@ from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.engines.norms import norms_in_c
 from rlhf_ray.engines.trained_layers import _FeedForward, train_in_place
 from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.models.load import save_model
+from rlhf_ray.models.tokenizer import word_tokenizer
+from rlhf_ray.models.trained import train_only_part
+from rlhf_ray.roles.reference import Reference
+from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit
 
 IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
 
@@ -135,11 +140,48 @@ def test_an_embeddings_gradient_by_hand_and_none_goes_through_autograd():
     assert whole == []
 
 
+def test_what_is_frozen_has_no_gradient_and_passes_on_that_by_its_input():
+    """And computes as what trains does, so that a reference need not know what does."""
+    plain, half, whole, x = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    results = []
+    for layer, frozen in ((plain, ()), (half, ("weight",)), (whole, ("weight", "bias"))):
+        layer.load_state_dict(plain.state_dict())
+        for name in frozen:
+            getattr(layer, name).requires_grad_(False)
+        train_in_place(layer)
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(layer(x))
+        results[-1].float().square().sum().backward()
+        results[-1] = results[-1].detach(), x.grad
+    assert all(torch.equal(one, other) for each in results[1:] for one, other in zip(each, results[0], strict=True))
+    assert half.weight.grad is None and torch.equal(half.bias.grad, plain.bias.grad)
+    assert whole.weight.grad is None and whole.bias.grad is None
+
+
+def test_a_weight_that_lies_otherwise_and_no_lines_at_all(processor_with_blocks):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    layer.weight = nn.Parameter(torch.randn(64, 32).t())
+    train_in_place(layer)
+    x = torch.randn(7, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+    expected = torch.ones(32, 7) @ x
+    assert (layer.weight.grad - expected).norm() < 0.01 * expected.norm()
+    layer = Conv1D(32, 64)
+    train_in_place(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+        layer.zero_grad()
+        layer.forward.add_gradients(torch.empty(0, 64).bfloat16(), torch.empty(0, 32).bfloat16())
+    assert not layer.weight.grad.any() and not layer.bias.grad.any()
+
+
 def test_layers_that_do_more_or_do_not_train_stay_as_they_are():
-    frozen, half_frozen = nn.Embedding(5, 2), nn.Linear(2, 3)
+    frozen = nn.Embedding(5, 2)
     frozen.weight.requires_grad_(False)
-    half_frozen.weight.requires_grad_(False)
-    for layer in (frozen, half_frozen, nn.Embedding(5, 2, padding_idx=0), nn.Embedding(5, 2, max_norm=1.0),
+    for layer in (frozen, nn.Embedding(5, 2, padding_idx=0), nn.Embedding(5, 2, max_norm=1.0),
                   nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Embedding(5, 2, sparse=True)):  # fmt: skip
         train_in_place(layer)
         assert "forward" not in vars(layer)
@@ -169,6 +211,30 @@ def test_a_policys_log_probs_and_gradients_in_both_ways(monkeypatch, compiled):
     torch.testing.assert_close(results[1].double(), results[0], atol=0.1, rtol=0.03)
     for (name, one), other in zip(policy.named_parameters(), exact.parameters(), strict=True):
         assert (one.grad - other.grad).norm() < 0.05 * other.grad.norm(), name
+
+
+@pytest.mark.parametrize("freeze_layers", [0, 1])
+def test_a_reference_computes_as_the_policy_does_where_products_are_in_c(
+    tmp_path, processor_with_blocks, freeze_layers
+):
+    """Bit for bit, with a gradient and without: at the start of a run the KL between them is 0, not rounding."""
+    model = fast_activation(gpt2(vocab_size=50, n_embd=64, n_layer=2, n_positions=32, initializer_range=0.2))
+    save_model(model, word_tokenizer(50), tmp_path, "")
+    draws = np.random.default_rng(0)
+    prompts, responses = ([draws.integers(2, 48, n).astype(np.int32) for n in lengths] for lengths in ((3, 9), (12, 5)))
+    batch = RolloutBatch(
+        unit=WorkUnit(step=0, chunk=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
+        sequences=Sequences.of(prompts, responses), rollout_logprobs=np.zeros(17, np.float32), ended=np.zeros(2, bool),
+    )  # fmt: skip
+    expected = Reference(tmp_path, temperature=1.0, compute_dtype=torch.bfloat16).logprobs(batch).values.tolist()
+    train_only_part(model, lora=None, freeze_layers=freeze_layers, gradient_checkpointing=False, seed=0)
+    policy = LogprobModel(model.train(), temperature=1.0, compute_dtype=torch.bfloat16)
+    train_in_place(policy)
+    tokens = token_batch(prompts, responses, packed=policy.packed)
+    trained = policy(tokens)[tokens.action_mask]
+    assert trained.requires_grad and trained.tolist() == expected
+    with torch.no_grad():
+        assert policy(tokens)[tokens.action_mask].tolist() == expected
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="no C compiler")

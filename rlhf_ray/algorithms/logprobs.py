@@ -51,12 +51,9 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, temperature, with_entropy, overwrite):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        trains, narrow = ctx.needs_input_grad[0], dtype != logits.dtype
-        in_c = None
-        if narrow or overwrite or not trains:
-            in_c = kernels.kernel("logprobs_forward", logits, ids, dtype=logits.dtype)
+        in_c = kernels.kernel("logprobs_forward", logits, ids, dtype=logits.dtype)
         in_place = overwrite and in_c is not None  # torch's operations would refuse what is a view
-        keeps_shares = trains and (narrow or in_place)
+        keeps_shares = ctx.needs_input_grad[0] and (dtype != logits.dtype or in_place)
         kept = torch.empty_like(logits) if keeps_shares and not in_place else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
         ctx.save_for_backward(kept, ids, norms)
@@ -64,7 +61,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         ctx.mark_non_differentiable(entropies)
         if in_c is not None:
             wanted = entropies if with_entropy else None, kept if keeps_shares else None
-            in_c(logits, ids, selected, *wanted, *logits.shape, temperature)
+            in_c(logits, ids, selected, norms, *wanted, *logits.shape, temperature)
             return selected, entropies
         for rows in _pieces(logits):
             tempered = _tempered(logits[rows], temperature)

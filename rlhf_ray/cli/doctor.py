@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def examine(
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
     _print_plan(recipe, altogether(nodes), threads, console)
-    if address is None and kernels.library() is None:
+    if address is None and sys.platform == "linux" and kernels.library() is None:
         console.print(
             "without the functions in C (no compiler here, or they are switched off) CPUs are slower: apt-get install gcc"
         )

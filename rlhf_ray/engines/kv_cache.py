@@ -90,14 +90,14 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key[:, :, None], value[:, :, None])
         mixed = query.new_empty(n, heads * channels)
         given = [query, key, value, self.keys, self.values]
-        numbers = 1  # that are counted as one
-        if query.dtype == torch.bfloat16:
+        pair = 1
+        if query.dtype == torch.bfloat16:  # counted in twos, which are 32 bits
             given.append(self.centres if self.centred else None)
-            numbers = 2
+            pair = 2
         run = kernel("decode_attention", self.keys, self.values, self.write.targets, dtype=query.dtype)
         run(
-            *given, self.write.targets, mixed, n, groups, heads // groups, channels // numbers, self.keys.shape[2],
-            query.stride(0) // numbers, key.stride(0) // numbers, scaling,
+            *given, self.write.targets, mixed, n, groups, heads // groups, channels // pair, self.keys.shape[2],
+            query.stride(0) // pair, key.stride(0) // pair, scaling,
         )  # fmt: skip
         return mixed
 

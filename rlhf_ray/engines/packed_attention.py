@@ -1,7 +1,7 @@
 """Attention of packed sequences: every one to itself, causal.
 
 R sequences, N tokens of them all on one line, S tokens of the longest, H key-value heads, D channels a head. The line is laid out
-as [R, S] rows, each padded on the right. On a CPU the steps between the matrix products are in C where there is a compiler.
+as [R, S] rows, each padded on the right. On a CPU with a compiler all of it is in C, or the steps between its matrix products.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout == 0.0 and _in_c(query, key, value):
-        scaling = scaling or query.shape[-1] ** -0.5
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         in_blocks = query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and kernels.has_blocks()
         if in_blocks and packed.longest <= BLOCKS_LENGTH:
             return _BlockAttention.apply(query, key, value, packed, scaling), None

@@ -1,5 +1,4 @@
-"""Linear layers that keep their weights in the order in which the CPU's kernel for products reads them.   N rows, K inputs, D
-outputs.
+"""Linear layers that keep their weights in the order in which the CPU's kernel for products reads them.   K inputs, D outputs.
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
 the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
@@ -22,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ray import kernels
 from rlhf_ray.models.activation import SigmoidGELU
 
-WIDEST = 32  # outputs of a panel
+PANEL_OUTPUTS = 32  # at most
 ROWS = 64  # that the order is chosen for; it is the faster one from 1 row to hundreds
 # What follows a product, in the same kernel; numbered as in kernels/linear.c and linear_float32.c.
 NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE = range(5)
@@ -32,8 +31,8 @@ NAMES = {NOTHING: ("none", [], ""), GELU: ("gelu", [], "tanh"), SILU: ("swish", 
 class PackedForward:
     """The forward of a linear layer where there is no gradient and products are in `dtype`; else the layer's own.
 
-    It packs anew when the weight has changed, which torch counts. frozen: it never does, and is itself given up. tiled: products
-    in bfloat16 are in C where the processor has a unit for them; else by torch's kernel. Those in float32 always are in C.
+    It packs anew when the weight has changed, which torch counts. frozen: the weight never changes, and is given up. tiled:
+    products in bfloat16 are in C where the processor has a unit for them; else by torch's kernel. Those in float32 always are in C.
     """
 
     def __init__(
@@ -42,12 +41,14 @@ class PackedForward:
         self.layer, self.dtype = layer, dtype
         self.outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
         self.tiled = dtype == torch.bfloat16 and tiled and inputs % 32 == 0 and kernels.has_blocks()
-        self._of: tuple[torch.Tensor, int] | None = None  # weight and version that are packed
+        self._of: tuple[torch.Tensor, int, int] | None = (
+            None  # the weight that is packed, where it stood, and its version
+        )
         self._packed: torch.Tensor | None = None
         if frozen:
             self._weight()
             layer.weight.data = layer.weight.new_empty(0)  # tied ones are not frozen, so this is nobody else's
-            self._of = layer.weight, layer.weight._version
+            self._of = layer.weight, layer.weight.data_ptr(), layer.weight._version
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if product_dtype(x) != self.dtype:
@@ -68,7 +69,8 @@ class PackedForward:
 
     def _weight(self) -> torch.Tensor:
         weight = self.layer.weight
-        if self._of is None or self._of[0] is not weight or self._of[1] != weight._version:
+        now = weight, weight.data_ptr(), weight._version
+        if self._of is None or self._of[0] is not weight or self._of[1:] != now[1:]:
             straight = weight.detach().t() if isinstance(self.layer, Conv1D) else weight.detach()  # [outputs, inputs]
             if self.dtype == torch.float32:
                 self._packed = panels_of(straight, self._packed)
@@ -76,7 +78,7 @@ class PackedForward:
                 self._packed = tiles_of(straight, self._packed)
             else:
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(straight.bfloat16(), ROWS)
-            self._of = weight, weight._version
+            self._of = now
         return self._packed
 
 
@@ -88,7 +90,7 @@ def panels_of(weight: torch.Tensor, panels: torch.Tensor | None = None) -> torch
     """
     outputs, inputs = weight.shape
     if panels is None:
-        panels = torch.empty(-(-outputs // WIDEST) * WIDEST * inputs)
+        panels = torch.empty(-(-outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS * inputs, dtype=torch.float32)
     kernels.kernel("linear_panels")(weight, panels, inputs, outputs, weight.stride(1), weight.stride(0))
     return panels
 
@@ -103,8 +105,11 @@ def product_float32(
     other: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] W + b -> [..., D] and what comes after, all contiguous in float32."""
-    result = x.new_empty(*x.shape[:-1], outputs)
     inputs = x.shape[-1]
+    assert panels.numel() == -(-outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS * inputs, (
+        "x is of another width than the weight"
+    )
+    result = x.new_empty(*x.shape[:-1], outputs)
     kernels.kernel("linear_float32")(x, panels, bias, other, result, x.numel() // inputs, inputs, outputs, after)
     return result
 
@@ -137,8 +142,9 @@ def product(
     slope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] W + b -> [..., D] and what comes after, all contiguous in bfloat16. slope: for the activation's derivative."""
-    result = x.new_empty(*x.shape[:-1], outputs)
     inputs = x.shape[-1]
+    assert tiles.shape[1] * 32 == inputs, "x is of another width than the weight"
+    result = x.new_empty(*x.shape[:-1], outputs)
     kernels.kernel("linear")(x, tiles, bias, other, result, slope, x.numel() // inputs, inputs, outputs, after)
     return result
 
@@ -173,16 +179,15 @@ def pack_linears(
     """Let linear layers on a CPU with a kernel for products in dtype run packed, in place; those of classes of their own stay.
 
     frozen: the weights will not change, nor be read from the model, nor used with gradients: one copy is enough. A tied one
-    stays. trained: round just as the same layers do in training, with (True) or without (False) `trained_layers`; None: as is
-    best, which in float32 is not as in training.
+    stays. trained: round just as the same layers do in training in bfloat16, with (True) or without (False) `trained_layers`; None:
+    as is best.
     """
     if model.device.type != "cpu" or not _has_kernel(model, dtype):
         return
-    if dtype == torch.float32 and trained is not None:  # there these are torch's own
-        return
     tied = model.get_input_embeddings().weight
     for module in model.modules():
-        if type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference():
+        plain = type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference()
+        if plain and (dtype == torch.bfloat16 or module.weight.dtype == torch.float32):
             frozen_now = frozen and module.weight is not tied
             module.forward = PackedForward(module, frozen=frozen_now, dtype=dtype, tiled=trained is not False)
     for module in model.modules():
@@ -194,7 +199,7 @@ def pack_linears(
 
 def _has_kernel(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() or kernels.has_blocks()
     return dtype == model.dtype == torch.float32 and kernels.library() is not None
 
 

@@ -29,15 +29,19 @@ def train_in_place(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is nn.Embedding and _trains(child) and not _does_more(child):
             child.forward = _Embedding(child)
-        elif type(child) in (nn.Linear, Conv1D) and _trains(child):
+        elif type(child) in (nn.Linear, Conv1D) and _on_cpu(child):  # frozen ones too, so that all round alike
             child.forward = _Linear(child)
     for child in module.modules():
         if trains_fused(child) and all(_is_tiled(layer.forward) for layer in (child.c_fc, child.c_proj)):
             child.forward = _FeedForward(child)
 
 
+def _on_cpu(layer: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in layer.parameters())
+
+
 def _trains(layer: nn.Module) -> bool:
-    return all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in layer.parameters())
+    return _on_cpu(layer) and all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _is_tiled(forward: Callable) -> bool:
@@ -119,7 +123,8 @@ class _Linear:
         self.layer = layer
         self.outputs_first = isinstance(layer, nn.Linear)  # weight [D, C]; a Conv1D's is [C, D]
         self.outputs, inputs = layer.weight.shape if self.outputs_first else reversed(layer.weight.shape)
-        self.tiled = inputs % 32 == 0 and layer.weight.dtype == torch.float32 and kernels.has_blocks()
+        plain = layer.weight.dtype == torch.float32 and layer.weight.is_contiguous()
+        self.tiled = plain and inputs % 32 == 0 and kernels.has_blocks()
         self._weight = _Copy(layer.weight, self._tiles if self.tiled else self._straight)
         self._bias = None if layer.bias is None else _Copy(layer.bias, _narrow)
         self.by_weight = _Sum(layer.weight)
@@ -149,14 +154,16 @@ class _Linear:
         return result
 
     def add_gradients(self, lines: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Of lines [N, C] and their outputs' gradient [N, D]."""
+        """Of lines [N, C] and their outputs' gradient [N, D]. What is frozen has none."""
         factors = (gradient, lines) if self.outputs_first else (lines, gradient)
-        if self.tiled:
+        if not self.layer.weight.requires_grad:
+            pass
+        elif self.tiled and len(lines):
             total, more = self.by_weight.room()
             kernels.kernel("linear_by_weight")(*factors, total, len(lines), *total.shape, more)
         else:
             self.by_weight.add(torch.mm(factors[0].t(), factors[1], out=_room(self.layer.weight.shape)))
-        if self.by_bias is not None:
+        if self.by_bias is not None and self.layer.bias.requires_grad:
             total = self.by_bias.zeros()
             add = kernels.kernel("accumulate_lines", total, gradient)
             if add is None:

@@ -155,7 +155,8 @@ void attention_backward(const bf16 *query, int64_t query_token, int64_t query_he
                     for (int64_t i = 0; i < length; i++) {
                         const bf16 *out = output + ((starts[r] + i) * H + h) * D;
                         vec mean = {0};
-                        for (int64_t c = 0; c < D; c += LANES) mean += load_bf16(rows + i * D + c, LANES) * load_bf16(out + c, LANES);
+                        for (int64_t c = 0; c < D; c += LANES)
+                            mean += load_bf16(rows + i * D + c, LANES) * load_bf16(out + c, LANES);
                         means[i] = sum_of(mean);
                         norm[i] = norms[h * N + starts[r] + i];
                     }

@@ -104,7 +104,8 @@ static inline void block_of(const bf16 *left, const bf16 *lower, int64_t apart, 
 #ifdef HAS_BLOCKS
 #include <stdlib.h>
 
-// Memory for a function's own use, a different one for each `which`: a thread keeps it, since new memory comes page by page.
+// Memory for a function's own use, a different one for each `which`: a thread keeps it, since new memory comes page by page. What
+// a thread keeps is not freed when it ends; OpenMP's end where their number falls, which it does not in a role.
 static inline void *scratch(int which, int64_t bytes) {
     static __thread struct { void *at; int64_t size; } kept[4];
     if (kept[which].size < bytes) {

@@ -1,10 +1,10 @@
 // The functions that each dtype has, which each_dtype.c compiles them for: `number` is it, NAME(function) the function of it, and
 // narrow(value) a float32 of it.
 
-// Of each line of logits: log softmax(logits / temperature) at its id, and, where wanted, the entropy and the softmax.
-// shares may be the logits themselves.
-void NAME(logprobs_forward)(const number *logits, const int64_t *ids, float *selected, float *entropies, number *shares,
-                            int64_t lines, int64_t V, float temperature, int threads) {
+// Of each line of logits: log softmax(logits / temperature) at its id, the log of the sum of exponentials, and, where wanted, the
+// entropy and the softmax. shares may be the logits themselves.
+void NAME(logprobs_forward)(const number *logits, const int64_t *ids, float *selected, float *norms, float *entropies,
+                            number *shares, int64_t lines, int64_t V, float temperature, int threads) {
     float cold = 1 / temperature;
 #pragma omp parallel num_threads(threads)
     {
@@ -26,6 +26,7 @@ void NAME(logprobs_forward)(const number *logits, const int64_t *ids, float *sel
             }
             float total = sum_of(totals), norm = top + logf(total), share = 1 / total;
             selected[line] = chosen - norm;
+            norms[line] = norm;
             if (entropies != NULL) entropies[line] = norm - sum_of(means) * share;
             if (shares != NULL)
                 for (i = 0; i < V; i += LANES) put(shares + line * V + i, load(exps + i, V - i) * share, V - i);
@@ -50,7 +51,8 @@ void NAME(logprobs_backward)(number *shares, const int64_t *ids, const float *am
 void NAME(gelu_forward)(const number *x, number *result, number *derivative, int64_t count, float slope, float cube, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
-        vec value = get(x + i, count - i), slopes, gelu = sigmoid_gelu(value, slope, cube, &slopes, sizeof(number) == sizeof(float));
+        int exact = sizeof(number) == sizeof(float);
+        vec value = get(x + i, count - i), slopes, gelu = sigmoid_gelu(value, slope, cube, &slopes, exact);
         put(result + i, gelu, count - i);
         if (derivative != NULL) put(derivative + i, slopes, count - i);
     }
@@ -67,8 +69,8 @@ void NAME(multiply)(number *derivative, const number *gradient, int64_t count, i
 
 // Rows of S slots for each of R sequences and H heads, [R, H, S, D], from tokens and heads that stand `token` and `head` numbers
 // apart. Slots behind a sequence's end hold zeros.
-void NAME(attention_rows)(const number *line, number *rows, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H, int64_t S,
-                    int64_t D, int64_t token, int64_t head, int threads) {
+void NAME(attention_rows)(const number *line, number *rows, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H,
+                          int64_t S, int64_t D, int64_t token, int64_t head, int threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t r = 0; r < R; r++)
         for (int64_t h = 0; h < H; h++) {
@@ -80,8 +82,8 @@ void NAME(attention_rows)(const number *line, number *rows, const int64_t *start
 }
 
 // The inverse; what stood behind a sequence's end goes nowhere.
-void NAME(attention_line)(const number *rows, number *line, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H, int64_t S,
-                    int64_t D, int64_t token, int64_t head, int threads) {
+void NAME(attention_line)(const number *rows, number *line, const int64_t *starts, const int64_t *lengths, int64_t R, int64_t H,
+                          int64_t S, int64_t D, int64_t token, int64_t head, int threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t r = 0; r < R; r++)
         for (int64_t h = 0; h < H; h++)

@@ -13,7 +13,6 @@
 enum { LINES = 256, COLUMNS = 256, PANEL = 512 };  // of a piece's sums; of the left factor that stays in the first cache
 enum { TOKENS = 256, SUMS = 1 << 18 };             // of a weight's gradient, at once
 enum { PACKED = 1 << 23 };                         // of a weight, for the gradient by a layer's input, at once
-enum { NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE };
 
 // Where sums go, and what happens to them on the way.
 typedef struct {
@@ -28,8 +27,6 @@ enum { NEAR = 1 << 22 };  // bytes
 static int goes_past(const bf16 *result, const bf16 *slope, int64_t n, int64_t N) {
     return n * N * sizeof(bf16) > NEAR && N % SIDE == 0 && ((uintptr_t)result | (uintptr_t)slope) % 64 == 0;
 }
-
-static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // of GELU by tanh: 2 sqrt(2 / pi), and 0.044715 of it
 
 static inline __attribute__((always_inline)) vec ended(vec sum, ending end, int64_t at, int64_t left, int after, vec *slope) {
     if (after == TIMES) sum *= load_bf16(end.other + at, left);
@@ -187,12 +184,14 @@ void linear(const bf16 *x, const uint32_t *weights, const bf16 *bias, const bf16
             for (int64_t column = 0; column < N; column += wide)
                 multiply(x, weights + column * K / 2, line, column, least(LINES, n - line), least(wide, N - column), K, end, sums,
                          panel);
+        _mm_sfence();  // what went past the cache is there for all threads
         end_blocks();
     }
 }
 
 // by_x [n, K] = gradient [n, N] weights^T, times `slope` [n, K], if there is one; weights as above.
-void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *slope, bf16 *by_x, int64_t n, int64_t K, int64_t N, int threads) {
+void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *slope, bf16 *by_x, int64_t n, int64_t K, int64_t N,
+                     int threads) {
     ending end = {.result = by_x, .other = slope, .N = K, .after = slope == NULL ? NOTHING : TIMES,
                   .past_the_cache = goes_past(by_x, NULL, n, K)};
     int64_t whole = whole_sides(N), apart = whole / 2 * TILE, all = K;
@@ -220,6 +219,7 @@ void linear_by_input(const bf16 *gradient, const uint32_t *weights, const bf16 *
                     multiply(gradient, right + column / TILE * apart, line, first + column, least(LINES, n - line),
                              least(wide, columns - column), N, end, sums, panel);
         }
+        _mm_sfence();
         end_blocks();
     }
 }

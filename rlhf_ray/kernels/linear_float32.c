@@ -6,9 +6,6 @@
 
 enum { ROWS = 6, WIDTH = 2 * LANES };  // of a block of sums, which stay in registers
 enum { INPUTS = 256, PIECE = 96 };     // of a panel that stays in the first cache; rows that stay in the second
-enum { NOTHING, GELU, SILU, TIMES };   // as in linear.c
-
-static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // as in linear.c
 
 typedef struct {
     float *result;  // [n, N]
@@ -77,7 +74,8 @@ void linear_float32(const float *x, const float *panels, const float *bias, cons
             for (int64_t k = 0; k < K; k += INPUTS) {
                 int64_t count = K - k < INPUTS ? K - k : INPUTS, end_of_piece = piece + PIECE < n ? piece + PIECE : n, line = piece;
                 const float *panel = panels + column * K + k * WIDTH;
-#define BLOCK(rows) block(x + line * K + k, K, panel, count, k == 0, k + count == K, end, line * N + column, N - column, column, rows)
+#define BLOCK(rows) \
+    block(x + line * K + k, K, panel, count, k == 0, k + count == K, end, line * N + column, N - column, column, rows)
                 for (; line + ROWS <= end_of_piece; line += ROWS) BLOCK(ROWS);
                 switch (end_of_piece - line) {
                     case 5: BLOCK(5); break;

@@ -82,7 +82,8 @@ void layer_norm_backward(const bf16 *gradient, const float *by_hidden, const flo
 // A gradient in bfloat16 added to its sum in float32.
 void accumulate(float *total, const bf16 *part, int64_t count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) store(total + i, load(total + i, count - i) + load_bf16(part + i, count - i), count - i);
+    for (int64_t i = 0; i < count; i += LANES)
+        store(total + i, load(total + i, count - i) + load_bf16(part + i, count - i), count - i);
 }
 
 // Sums of each column, added to total: a bias's gradient. The first one: of `vectors` vectors, in registers.

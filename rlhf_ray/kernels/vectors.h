@@ -148,8 +148,8 @@ static inline vec times_two_to(vec value, vec n, vec x) {
 #endif
 }
 
-// exp(x) to 2 units in the last place for x up to 88, 0 of -infinity and NaN of NaN: x = n log 2 + r with |r| <= log 2 / 2, exp(r) by its series to
-// r^7.
+// exp(x) to 2 units in the last place for x up to 88, 0 of -infinity and NaN of NaN: x = n log 2 + r with |r| <= log 2 / 2, exp(r)
+// by its series to r^7.
 static inline vec exp_each(vec x) {
     vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
     vec r = x - n * 0.693359375f;
@@ -175,9 +175,13 @@ static inline vec exp_roughly(vec x) {
     return times_two_to(series, n, x);
 }
 
-// x sigmoid(slope x + cube x^3), and its derivative: to float32's last digits if exact, else for bfloat16. The derivative is a small
-// difference of large numbers in places, so the inverse is brought to all digits, and 1 - share made of the exponential, which
-// must be finite for that.
+// What follows a linear layer, numbered as in engines/packed_linear.py.
+enum { NOTHING, GELU, SILU, TIMES, GELU_AND_SLOPE };
+static const float SLOPE = 1.59576912f, CUBE = 0.0713548163f;  // of GELU by tanh: 2 sqrt(2 / pi), and 0.044715 of it
+
+// x sigmoid(slope x + cube x^3), and its derivative: to float32's last digits if exact, else for bfloat16; |x| up to 1e10. The
+// derivative is a small difference of large numbers in places, so the inverse is brought to all digits, and 1 - share made of the
+// exponential, which must be finite for that.
 static inline __attribute__((always_inline)) vec sigmoid_gelu(vec x, float slope, float cube, vec *derivative, int exact) {
     vec square = x * x, minus = -larger(x * (square * cube + slope), all(-80.0f));
     vec power = exact ? exp_each(minus) : exp_roughly(minus), share;

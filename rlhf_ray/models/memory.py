@@ -49,8 +49,9 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
     rows = []
     for name, role in recipe.ppo_roles.items():
         state = weights * copies.get(name, 1.0)
+        its = 4 if name == "generation" and generation.precision == "float32" else itemsize
         if name == "generation" and generation.engine == "torch" and role.gpus == 0:
-            state = 2 * state * itemsize / 4  # in the order of products too
+            state = 2 * state * its / 4  # in the order of products too
         if name == "generation" and (ppo.lora is not None or generation.engine == "vllm"):
             state += weights  # what merged weights are computed from; the copy that vLLM's log-probs are compared with
         sharded = getattr(role, "zero_stage", 0) == 3
@@ -59,7 +60,7 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
         if name in trained:
             work = training_bytes(recipe, ranks=role.actors, itemsize=itemsize, head=name == "policy")
         elif name == "generation":
-            work = generation_bytes(recipe, itemsize=itemsize)
+            work = generation_bytes(recipe, itemsize=its)
         else:
             work = scoring_bytes(recipe, itemsize=itemsize, head=name == "reference")
         rows.append(RoleMemory(name, role, state, work))

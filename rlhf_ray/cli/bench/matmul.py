@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from multiprocessing import TimeoutError, get_context
+from multiprocessing import get_context
 
 from rlhf_ray.evaluation.flops import Shape
 
@@ -28,11 +28,24 @@ def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device:
 
     In bfloat16 where the device multiplies in it, else float32. In a process of its own: its memory is not the job's.
     """
-    with get_context("spawn").Pool(1) as pool:  # which ends the process, however it fares
-        try:
-            return pool.apply_async(_matmul_rate, (shape, tokens, logits, threads, device)).get(TIMEOUT_S)
-        except TimeoutError:
-            raise RuntimeError(f"the rate of matrix products was not measured within {TIMEOUT_S} s") from None
+    spawn = get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_rate, args=(there, shape, tokens, logits, threads, device))
+    process.start()
+    there.close()  # so that the process's end is seen
+    try:
+        if not here.poll(TIMEOUT_S):
+            raise RuntimeError(f"the rate of matrix products was not measured within {TIMEOUT_S} s")
+        return here.recv()
+    except EOFError:
+        raise RuntimeError("the process that measures the rate of matrix products ended before it had") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_rate(there, *arguments) -> None:
+    there.send(_matmul_rate(*arguments))
 
 
 def _matmul_rate(shape: Shape, tokens: int, logits: int, threads: int, device: str) -> dict:
