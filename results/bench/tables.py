@@ -31,12 +31,12 @@ def ppo_lines(runs: dict[str, dict]) -> list[str]:
     ]
     for size, run in runs.items():
         trl = {each["precision"]: each for each in run["trl"]["runs"]}
-        rates = [run["samples_per_s"]] + [
-            trl[name]["samples_per_s"] if name in trl else float("nan") for name in ("float32", "bf16 autocast")
+        rates = [f"{run['samples_per_s']:.3g}"] + [
+            f"{trl[name]['samples_per_s']:.3g}" if name in trl else "–" for name in ("float32", "bf16 autocast")
         ]
         lines.append(
             f"| {size}, {run['work']['prompts']} prompts | "
-            + " | ".join(f"{rate:.3g}" for rate in rates)
+            + " | ".join(rates)
             + f" | {run['trl']['ratio']:.2f} | {run['pss_gb']:.2f} | {run['trl']['best']['pss_gb']:.2f} |"
         )
     lines += [
@@ -107,10 +107,8 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
     left.set_ylim(top=1.3 * max(run["trl"]["ratio"] for run in ppo.values()))
     middle.set_ylim(top=1.35)
     left.set_title("samples a second over TRL's better precision", fontsize=10)
-    left.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=f"C{number}") for number in range(3)],
-        ["rlhf_ray", "TRL, float32", "TRL, bf16"], fontsize=8,
-    )  # fmt: skip
+    who = ["rlhf_ray", *(f"TRL, {each['precision']}" for each in next(iter(ppo.values()))["trl"]["runs"])]
+    left.legend([plt.Rectangle((0, 0), 1, 1, color=f"C{number}") for number in range(len(who))], who, fontsize=8)
     middle.set_title("share of an iteration; line: arithmetic at the matmul rate", fontsize=10)
     middle.legend(
         [plt.Rectangle((0, 0), 1, 1, color=f"C{number + 3}") for number in range(3)],
