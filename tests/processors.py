@@ -15,7 +15,7 @@ from rlhf_ray.engines.precision import _cpu_flags
 HEADER = Path(__file__).parent / "emulated" / "immintrin.h"
 # In the name of the library, so that another header makes another one. Slow whatever the compiler does, so that need not take long.
 EMULATION = ("-w", "-O1", f"-I{HEADER.parent}", f"-DHEADER_{hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16]}")
-AVX512 = (*EMULATION, "-D__AVX512BW__", "-D__AVX512DQ__", "-D__AVX512VL__", "-D__AVX512BF16__")
+AVX512 = (*EMULATION, "-U__AMX_BF16__", "-D__AVX512BW__", "-D__AVX512DQ__", "-D__AVX512VL__", "-D__AVX512BF16__")
 PROCESSORS = {"this one": (), "AVX512-BF16": AVX512, "AMX": (*AVX512, "-D__AMX_BF16__")}
 if platform.machine() in ("x86_64", "AMD64") and "avx512f" in _cpu_flags():
     PROCESSORS["no AVX512"] = ("-mno-avx512f", "-mno-amx-bf16")
