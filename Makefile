@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
 	@touch $@
 
-demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report (under 10 minutes)
+demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report (under 10 minutes, or twice that in float32)
 	$(BIN)/rlhf-ray run demo --run-dir $(RUN_DIR)
 
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
