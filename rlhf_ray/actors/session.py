@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import ray
 
+from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.errors import UserError
 
 # Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
@@ -31,8 +32,13 @@ def worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
-    """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size."""
+def ray_session(
+    address: str | None, *, object_store_bytes: int = OBJECT_STORE_BYTES, stages: Sequence[str] = ("ppo",)
+) -> Iterator[None]:
+    """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
+
+    stages: whose workers are forked where all of Ray is on this machine (`actors.forking`).
+    """
     runtime_env: dict = {"env_vars": worker_environment()}
     options: dict = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
@@ -51,6 +57,20 @@ def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_B
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    with ExitStack() as stack:
+        python = stack.enter_context(fork_server(stages if _may_be_here(address) else (), runtime_env["env_vars"]))
+        if python is not None:
+            runtime_env["py_executable"] = python
+        _connect(address, options)
+        stack.callback(ray.shutdown)
+        if python is not None and not _is_here():
+            ray.shutdown()  # workers elsewhere can't be forked here, and find no such executable
+            del runtime_env["py_executable"]
+            _connect(address, options)
+        yield
+
+
+def _connect(address: str | None, options: dict) -> None:
     try:
         ray.init(**options)
     except ConnectionError as error:
@@ -59,10 +79,24 @@ def ray_session(address: str | None, *, object_store_bytes: int = OBJECT_STORE_B
         if address is None:  # about something else than the address
             raise
         raise _no_cluster(address, error) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def _may_be_here(address: str | None) -> bool:
+    """Whether that can be a Ray of this machine alone."""
+    if address in (None, "auto", "local"):
+        return True
+    host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+    return not address.startswith("ray://") and host in (
+        "127.0.0.1",
+        "localhost",
+        "::1",
+        ray.util.get_node_ip_address(),
+    )
+
+
+def _is_here() -> bool:
+    """Whether every node of the Ray that this process is connected to is this machine."""
+    return all(node["NodeManagerHostname"] == socket.gethostname() for node in ray.nodes() if node["Alive"])
 
 
 def _check_answers(address: str) -> None:

@@ -23,7 +23,9 @@ from rlhf_ray.events import EventLog
 from rlhf_ray.pipeline import prepare_folder, run_stages, stages_of
 from rlhf_ray.recipe_file import check_resume, recorded_recipe
 from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.threads import settle_threads
+from rlhf_ray.threads import SUPERVISED, settle_threads
+
+WORKERS = {"supervised": set(SUPERVISED), "ppo": {"ppo", "evaluation"}}  # kind of worker -> the stages that have some
 
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
@@ -102,7 +104,8 @@ def run(
         with ExitStack() as stack:
             connected = bool(left) and left != ["data"]
             if connected:
-                stack.enter_context(ray_session(address, object_store_bytes=object_store_bytes(recipe)))
+                kinds = [kind for kind, of in WORKERS.items() if of.intersection(left)]
+                stack.enter_context(ray_session(address, object_store_bytes=object_store_bytes(recipe), stages=kinds))
                 check_cluster(recipe, left)
             recipe = settle_threads(recipe, recorded_recipe(folder), **cores_to_share(address if connected else None))
             prepare_folder(recipe, folder)

@@ -11,10 +11,7 @@ from ray.serve import Application
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, resolve_api_key
-
-# Before torch loads: idle OpenMP threads that spin take the cores from Ray's and the proxy's.
-_REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+from rlhf_ray.serving.settings import REPLICA_ENVIRONMENT, AppSettings, EngineOptions, Limits, resolve_api_key
 
 
 @serve.deployment(
@@ -57,7 +54,7 @@ def application(
         num_replicas=replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": _REPLICA_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": REPLICA_ENVIRONMENT}},
     ).bind(options, settings)
 
 

@@ -21,10 +21,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import API_KEY_VARIABLE, AppSettings, EngineOptions, Limits, resolve_api_key
+from rlhf_ray.serving.settings import (
+    API_KEY_VARIABLE,
+    REPLICA_ENVIRONMENT,
+    AppSettings,
+    EngineOptions,
+    Limits,
+    resolve_api_key,
+)
 
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 _LOST_AFTER_S = 60
@@ -127,6 +135,7 @@ class Server:
         self.threads = threads or max(1, cores // replicas)
         self._reserved: socket.socket | None = None
         self._started = False
+        self._stack = contextlib.ExitStack()  # of what ends after Ray
 
     @property
     def url(self) -> str:
@@ -157,8 +166,10 @@ class Server:
             )
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
         self._started = True
+        python = self._stack.enter_context(fork_server(("serving",), REPLICA_ENVIRONMENT))
         ray.init(
             address="local",
+            runtime_env=None if python is None else {"py_executable": python},
             num_cpus=self.replicas,
             include_dashboard=False,
             log_to_driver=False,
@@ -218,6 +229,7 @@ class Server:
         # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray
         # would then complain on the terminal that Serve's controller has gone.)
         ray.shutdown()
+        self._stack.close()
 
     def __enter__(self) -> Server:
         return self

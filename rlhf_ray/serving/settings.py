@@ -11,6 +11,8 @@ from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
+# Before torch loads: idle OpenMP threads that spin take the cores from Ray's and the proxy's.
+REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

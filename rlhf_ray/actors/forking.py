@@ -1,0 +1,72 @@
+"""Workers of a Ray on this machine as forks of one process, which imports torch, transformers and DeepSpeed for all of them.
+
+A worker is then there in a fraction of a second for several, and holds those libraries in memory together with the others
+(measured: results/bench/trials.py). Where there is no such process (another system than Linux, GPUs, which do not survive a
+fork, RLHF_RAY_FORK=off) or it has ended, workers start as ever; what they compute is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+CLIENT = Path(__file__).with_name("fork_client.py")
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+END_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def wanted(stages: Sequence[str]) -> bool:
+    """Whether workers of these stages are to be forked on this machine."""
+    on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux"
+    return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
+
+
+@contextmanager
+def fork_server(stages: Sequence[str], environment: Mapping[str, str]) -> Iterator[str | None]:
+    """One for the body of the `with` -> what Ray is to start in place of Python, if there is anything.
+
+    stages: whose workers there will be (`fork_server.LIBRARIES`). environment: variables that workers get, of which libraries read
+    some when they are imported.
+    """
+    if not wanted(stages):
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_"))  # nobody else may connect: mode 700
+    path, errors = str(folder / "fork.sock"), folder / "errors.log"
+    try:
+        with socket.socket(socket.AF_UNIX) as listener, open(errors, "wb") as log_file:
+            listener.bind(path)
+            listener.listen(socket.SOMAXCONN)
+            server = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rlhf_ray.actors.fork_server", str(listener.fileno()), *stages],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
+                env=os.environ | environment, start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:  # a path too long for a socket
+        log.warning("workers will import everything themselves: %s", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        yield None
+        return
+    try:
+        yield shlex.join([sys.executable, "-I", "-S", str(CLIENT), path, sys.executable])
+    finally:
+        if server.poll() is not None:
+            log.warning("the fork server ended early: %s", errors.read_text(errors="replace")[-1000:])
+        server.stdin.close()  # its sign to end
+        try:
+            server.wait(END_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,206 @@
+"""Workers as forks of one process: first without Ray, a script in the worker's place; then under Ray, beside plain workers."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlhf_ray.actors import forking
+from rlhf_ray.actors.forking import fork_server
+
+SCRIPT = """
+import os, sys, time
+what = sys.argv[1]
+print("worker", os.getpid(), os.getcwd(), os.environ.get("COLOUR"), sys.argv[1:], sys.path[0], flush=True)
+if what == "stay":
+    time.sleep(60)
+if what == "abort":
+    os.abort()
+if what == "raise":
+    raise LookupError("as it happens")
+sys.exit(int(what))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def python(monkeypatch):
+    """What Ray would start in place of Python. The server is for no stage, and so imports little."""
+    monkeypatch.setattr(forking, "wanted", lambda stages: True)
+    with fork_server((), {}) as python:
+        yield shlex.split(python)
+
+
+def start(python, script, *arguments, cwd=None, **environment):
+    return subprocess.Popen(
+        [*python, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def alive(pid):
+    """Zombies have ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(what, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def server_of(worker):
+    with open(f"/proc/{worker}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def test_a_worker_has_its_clients_command_folder_environment_and_streams(python, script, tmp_path):
+    client = start(python, script, "3", "and more", cwd=tmp_path, COLOUR="green")
+    out, errors = client.communicate(timeout=60)
+    words = out.split()
+    assert words[0] == "worker" and int(words[1]) != client.pid
+    assert out.endswith(f"{tmp_path} green ['3', 'and more'] {script.parent}\n")
+    assert client.returncode == 3 and errors == ""
+
+
+def test_a_worker_that_raises_says_so(python, script):
+    client = start(python, script, "raise")
+    _, errors = client.communicate(timeout=60)
+    assert client.returncode != 0 and "LookupError: as it happens" in errors
+
+
+def test_worker_and_client_end_together(python, script):
+    clients = [start(python, script, "stay") for _ in range(3)]
+    workers = [int(client.stdout.readline().split()[1]) for client in clients]
+    assert len({server_of(worker) for worker in workers}) == 1
+    os.killpg(os.getpgid(workers[0]), signal.SIGKILL)  # as Ray ends one: with its group
+    assert clients[0].wait(20) == 256 - signal.SIGKILL
+    clients[1].kill()  # as Ray ends one that is late
+    wait_for(lambda: not alive(workers[1]))
+    assert alive(workers[2]) and clients[2].poll() is None
+    os.kill(workers[2], signal.SIGKILL)
+    assert clients[2].wait(20) != 0
+
+
+def test_without_its_server_a_worker_works_on_and_others_start_as_ever(python, script):
+    client = start(python, script, "stay")
+    worker = int(client.stdout.readline().split()[1])
+    os.kill(server_of(worker), signal.SIGKILL)
+    other = start(python, script, "5")
+    out, errors = other.communicate(timeout=60)
+    assert other.returncode == 5 and int(out.split()[1]) == other.pid, "the client became the worker"
+    assert "imports everything itself" in errors
+    assert alive(worker) and client.poll() is None
+    os.kill(worker, signal.SIGKILL)
+    assert client.wait(20) == 1
+
+
+def test_after_three_crashes_workers_start_as_ever(python, script):
+    def forked():
+        client = start(python, script, "0")
+        return int(client.communicate(timeout=60)[0].split()[1]) != client.pid
+
+    for crash in ("abort", "raise", "1", "abort"):  # status 1 is that of an actor that Ray ends
+        start(python, script, crash).wait(60)
+    assert forked()
+    for crash in ("abort", "raise", "abort"):
+        start(python, script, crash).wait(60)
+    assert not forked()
+
+
+def test_workers_of_another_ray_start_as_ever(python, script):
+    for job, is_forked in (("01", True), ("01", True), ("02", False)):
+        client = start(python, script, "0", RAY_JOB_ID=job)
+        out, _ = client.communicate(timeout=60)
+        assert (int(out.split()[1]) != client.pid) is is_forked
+
+
+def test_the_server_ends_with_whoever_started_it(script, tmp_path):
+    code = (
+        "from rlhf_ray.actors import forking; import time; forking.wanted = lambda stages: True\n"
+        "with forking.fork_server((), {}) as python: print(python, flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    client = start(shlex.split(owner.stdout.readline()), script, "stay")
+    worker = int(client.stdout.readline().split()[1])
+    server = server_of(worker)
+    owner.kill()
+    wait_for(lambda: not alive(server))
+    os.kill(worker, signal.SIGKILL)  # Ray's own ends it by then
+    client.wait(20)
+
+
+def test_where_there_is_no_fork_server(monkeypatch, tmp_path):
+    monkeypatch.setattr(forking, "GPU_DEVICES", ())
+    assert forking.wanted(["ppo"]) and not forking.wanted([])
+    monkeypatch.setattr(forking, "GPU_DEVICES", (str(tmp_path),))
+    assert not forking.wanted(["ppo"])
+    monkeypatch.setattr(forking, "GPU_DEVICES", ())
+    monkeypatch.setenv("RLHF_RAY_FORK", "off")
+    assert not forking.wanted(["ppo"])
+
+
+def test_a_path_too_long_for_a_socket_is_no_obstacle(monkeypatch, tmp_path, python):
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    monkeypatch.setattr(forking.tempfile, "tempdir", str(deep))
+    with fork_server((), {}) as other:
+        assert other is None
+    assert not list(deep.iterdir())
+
+
+@pytest.mark.ray
+def test_forked_and_plain_workers_are_alike():
+    """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
+    import ray
+
+    from rlhf_ray.actors.session import ray_session
+
+    def facts():
+        import numpy
+        import torch
+
+        return {
+            "threads": torch.get_num_threads(),
+            "folder": os.getcwd(),
+            "paths": {path for path in sys.path if "_vendor" not in path},
+            "environment": {name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "processes": (os.getppid(), os.getpid()),
+            "seeds": (torch.initial_seed(), float(numpy.random.random())),
+        }
+
+    def found():
+        task = ray.remote(max_calls=1)(facts)  # a process each
+        kinds = [
+            {"num_cpus": 1},
+            {"num_cpus": 2},
+            {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}},
+        ]
+        return [ray.get(task.options(**kind).remote(), timeout=120) for kind in kinds]
+
+    with ray_session(None):
+        forked = found()
+    with ray_session(None, stages=()):
+        plain = found()
+    parents, processes = zip(*(each.pop("processes") for each in forked), strict=True)
+    assert len(set(parents)) == 1 and len(set(processes)) == 3
+    assert all(len(set(seeds)) == 3 for seeds in zip(*(each.pop("seeds") for each in forked), strict=True))
+    for each in plain:
+        assert each.pop("processes")[0] != parents[0] and each.pop("seeds")
+    assert [each["threads"] for each in forked] == [1, 2, 2]
+    assert forked == plain
