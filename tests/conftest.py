@@ -40,11 +40,12 @@ RAY = ("test_bench.py", "test_cluster.py", "test_demo.py", "test_forking.py", "t
 
 
 class Groups(LoadScopeScheduling):
-    """`make test` has two processes: one for the tests with Ray, since two Rays at once would slow each other down."""
+    """`make test` has two processes, which take file after file, but for one that takes all with Ray: two Rays at once would slow
+    each other down."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ray" if file in RAY else "in process"
+        return "ray" if file in RAY else file
 
 
 @pytest.hookimpl(optionalhook=True)
