@@ -34,6 +34,7 @@ from rlhf_ray.models.load import (
     score_head,
 )
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens, train_tokenizer
+from rlhf_ray.models.wire import as_tensor, pack_weights
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the cat sat on the mat. It's 1999! "
 ODD = "  It's   déjà vu — 你好, 12345\n\n\tthe end "
@@ -388,3 +389,12 @@ def test_the_activation_and_its_gradient_against_the_formula(dtype, atol):
     assert result.dtype == x.grad.dtype == dtype
     torch.testing.assert_close(result.double(), expected.detach(), atol=atol, rtol=0)
     torch.testing.assert_close(x.grad.double(), y.grad, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, shares", [(torch.float32, True), (torch.bfloat16, False)])
+def test_packed_weights_are_copies_unless_they_may_be_the_live_ones(dtype, shares):
+    weight = torch.arange(6.0).reshape(2, 3)
+    copied, live = (pack_weights([("w", weight)], 1, dtype, copy=copy)[0]["w"] for copy in (True, False))
+    weight += 10
+    assert as_tensor(copied).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert as_tensor(live).tolist() == ([[10, 11, 12], [13, 14, 15]] if shares else [[0, 1, 2], [3, 4, 5]])

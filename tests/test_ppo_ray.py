@@ -286,6 +286,12 @@ class Toy:
     def large(self, size):
         return np.zeros(size), Receipt(0.5, 8 * size)
 
+    def live(self, size, value):
+        """An array that the next call writes over."""
+        self.kept = getattr(self, "kept", np.zeros(size))
+        self.kept[:] = value
+        return self.kept
+
     def user_error(self):
         raise UserError("that won't do")
 
@@ -344,6 +350,14 @@ def test_results_come_back_in_order_and_receipts_add_up(toy):
         waiting.wait([waiting.track(result, "generation actor 0 (step 1, chunk 0)", receipt)], "large ones")
     assert waiting.take_totals() == {"busy/generation_s": 1.0, "bytes/generation": 160.0}
     assert waiting.take_totals() == {}
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["in the answer", "in the store"])
+def test_what_a_call_returned_is_not_what_the_next_call_writes_over(toy, size):
+    """Why a policy may hand its live weights to Ray (`weight_transport.PolicyEnd.weights`)."""
+    waiting = waiter()
+    refs = [waiting.track(toy.live.remote(size, value), f"toy {value}") for value in (1.0, 2.0, 3.0)]
+    assert [set(array) for array in waiting.get(refs, "arrays")] == [{1.0}, {2.0}, {3.0}]
 
 
 def test_a_users_error_comes_out_as_it_was_raised(toy):

@@ -72,7 +72,9 @@ class PolicyEnd:
         """What trains, in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
         from rlhf_ray.models.wire import pack_weights
 
-        return pack_weights(self.role.weights(), parts, self.weight_dtype(), keep=self.rank == 0)
+        # Ray copies what a call returns into its store before this actor's next call, but ZeRO-3 takes the weights back at once.
+        copy = self.settings.zero_stage == 3
+        return pack_weights(self.role.weights(), parts, self.weight_dtype(), keep=self.rank == 0, copy=copy)
 
     @with_receipt
     def shared_weights(self, parts: int):

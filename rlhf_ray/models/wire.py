@@ -15,13 +15,14 @@ Weight = torch.Tensor | np.ndarray | SharedTensor
 
 
 def pack_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], parts: int, dtype: torch.dtype, *, keep: bool = True
+    weights: Iterable[tuple[str, torch.Tensor]], parts: int, dtype: torch.dtype, *, keep: bool = True, copy: bool = True
 ) -> list[dict[str, np.ndarray]]:
     """`parts` dicts of about equal size. bfloat16 travels as its bits in int16, which numpy has.
 
-    keep=False iterates (other ranks gather with us) and returns empty dicts.
+    keep=False iterates (other ranks gather with us) and returns empty dicts. copy=False: where dtype and device are those of
+    the weights already, arrays are the live weights, for a caller who is done with them before anything trains on.
     """
-    arrays = {name: _to_array(tensor, dtype) for name, tensor in weights if keep}
+    arrays = {name: _to_array(tensor, dtype, copy) for name, tensor in weights if keep}
     packed: list[dict[str, np.ndarray]] = [{} for _ in range(parts)]
     share = max(sum(array.nbytes for array in arrays.values()) / parts, 1)
     filled = 0
@@ -79,7 +80,7 @@ def copy_weights(model: nn.Module, state: Mapping[str, Weight], kept: Set[str] =
             targets[name].copy_(as_tensor(state[name]))
 
 
-def _to_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    # A copy, and only one: the tensor may be the live parameter, which the next update overwrites.
-    copied = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-    return (copied.view(torch.int16) if dtype == torch.bfloat16 else copied).numpy()
+def _to_array(tensor: torch.Tensor, dtype: torch.dtype, copy: bool) -> np.ndarray:
+    # At most one copy: the tensor may be the live parameter, which the next update overwrites.
+    there = tensor.detach().to("cpu", dtype, copy=copy).contiguous()
+    return (there.view(torch.int16) if dtype == torch.bfloat16 else there).numpy()
