@@ -123,11 +123,37 @@ def test_after_three_crashes_workers_start_as_ever(python, script):
     assert not forked()
 
 
-def test_workers_of_another_ray_start_as_ever(python, script):
-    for job, is_forked in (("01", True), ("01", True), ("02", False)):
-        client = start(python, script, "0", RAY_JOB_ID=job)
-        out, _ = client.communicate(timeout=60)
-        assert (int(out.split()[1]) != client.pid) is is_forked
+@pytest.mark.parametrize("other", [{"GOMP_SPINCOUNT": "5"}, {"PYTHONPATH": "/elsewhere"}])
+def test_a_worker_whose_libraries_would_load_otherwise_starts_as_ever(python, script, other):
+    client = start(python, script, "0", **other, OMP_NUM_THREADS="7")
+    out, errors = client.communicate(timeout=60)
+    assert int(out.split()[1]) == client.pid and f"other values of {next(iter(other))};" in errors
+
+
+def test_a_worker_in_another_namespace_starts_as_ever(python, script):
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a namespace")
+    client = start(["unshare", "--net", *python], script, "0")
+    out, errors = client.communicate(timeout=60)
+    assert int(out.split()[1]) == client.pid and "in another container" in errors
+
+
+def test_a_worker_computes_on_its_clients_cores(python, tmp_path):
+    script = tmp_path / "cores.py"
+    script.write_text("import os; print(sorted(os.sched_getaffinity(0)))")
+    core = str(max(os.sched_getaffinity(0)))
+    out, _ = start(["taskset", "-c", core, *python], script).communicate(timeout=60)
+    assert out == f"[{core}]\n"
+
+
+def test_workers_of_one_ray_have_one_parent_and_those_of_another_another(python, script):
+    clients = [start(python, script, "stay", RAY_JOB_ID=job) for job in ("01", "02", "01")]
+    workers = [int(client.stdout.readline().split()[1]) for client in clients]
+    one, other, same = map(server_of, workers)
+    assert one == same != other and server_of(one) == server_of(other)
+    for client in clients:
+        client.kill()
+        client.wait(20)
 
 
 def test_the_server_ends_with_whoever_started_it(script, tmp_path):
@@ -136,11 +162,14 @@ def test_the_server_ends_with_whoever_started_it(script, tmp_path):
         "with forking.fork_server((), {}) as python: print(python, flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    client = start(shlex.split(owner.stdout.readline()), script, "stay")
+    python = shlex.split(owner.stdout.readline())
+    client = start(python, script, "stay")
     worker = int(client.stdout.readline().split()[1])
-    server = server_of(worker)
+    branch = server_of(worker)
+    server = server_of(branch)
     owner.kill()
-    wait_for(lambda: not alive(server))
+    wait_for(lambda: not alive(branch) and not alive(server))
+    assert not os.path.exists(os.path.dirname(python[4]))  # where its sockets were
     os.kill(worker, signal.SIGKILL)  # Ray's own ends it by then
     client.wait(20)
 
@@ -174,6 +203,7 @@ def test_forked_and_plain_workers_are_alike():
     def facts():
         import numpy
         import torch
+        from ray._raylet import UniqueID
 
         return {
             "threads": torch.get_num_threads(),
@@ -181,10 +211,15 @@ def test_forked_and_plain_workers_are_alike():
             "paths": {path for path in sys.path if "_vendor" not in path},
             "environment": {name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "processes": (os.getppid(), os.getpid()),
-            "seeds": (torch.initial_seed(), float(numpy.random.random())),
+            "seeds": (torch.initial_seed(), float(numpy.random.random()), UniqueID.from_random().hex()),
+            "oom": open("/proc/self/oom_score_adj").read(),
         }
 
-    def found():
+    def found(stages):
+        with ray_session(None, stages=stages):
+            return found_in_session()
+
+    def found_in_session():
         task = ray.remote(max_calls=1)(facts)  # a process each
         kinds = [
             {"num_cpus": 1},
@@ -193,10 +228,7 @@ def test_forked_and_plain_workers_are_alike():
         ]
         return [ray.get(task.options(**kind).remote(), timeout=120) for kind in kinds]
 
-    with ray_session(None):
-        forked = found()
-    with ray_session(None, stages=()):
-        plain = found()
+    forked, plain = found(("supervised", "ppo")), found(())
     parents, processes = zip(*(each.pop("processes") for each in forked), strict=True)
     assert len(set(parents)) == 1 and len(set(processes)) == 3
     assert all(len(set(seeds)) == 3 for seeds in zip(*(each.pop("seeds") for each in forked), strict=True))

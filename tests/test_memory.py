@@ -79,6 +79,13 @@ def test_all_that_fits_is_no_problem():
     assert memory_problems(tiny_recipe(), host=4e9, gpus=[]) == []
 
 
+def test_forks_share_what_they_imported():
+    """Five actors: 5 x 0.44 GB by themselves, 0.44 + 5 x 0.12 as forks."""
+    assert len(memory_problems(tiny_recipe(), host=1.2e9, gpus=[])) == 1
+    assert memory_problems(tiny_recipe(), host=1.2e9, gpus=[], forked=True) == []
+    assert len(memory_problems(tiny_recipe(), host=1.0e9, gpus=[], forked=True)) == 1
+
+
 @pytest.mark.parametrize(
     "sections, host, gpus, says",
     [

@@ -1,8 +1,10 @@
-"""What was tried to make a step faster on CPUs, each against what it would replace: python results/bench/trials.py [--compile]
+"""What was tried to make a step faster on CPUs, each against what it would replace.
+
+    python results/bench/trials.py [--compile] [NAME ...]
 
 One thread unless said otherwise, bfloat16 (float32 and fewer trials on processors without instructions for that), GPT-2 of 4.3 M
 parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. Prints one line a trial: milliseconds of both, their
-ratio, and whether it was kept. Median of 15 (imports: of 5), in turns.
+ratio, and whether it was kept. Median of 15 (imports: of 5, workers: of 3), in turns. NAME: a function below; without one, all.
 """
 
 import socket
@@ -311,6 +313,29 @@ def imports() -> None:
     trial("imports of a role without garbage collection", "kept", plain, paused, repeats=5)
 
 
+def workers() -> None:
+    """Six actors on a Ray that runs, until each has what PPO's roles import."""
+    import ray
+
+    from rlhf_ray.actors.forking import fork_server
+    from rlhf_ray.actors.session import ray_session, worker_environment
+
+    class Role:
+        def ready(self) -> None:
+            import rlhf_ray.engines.deepspeed_engine
+            import rlhf_ray.models.load
+            import rlhf_ray.roles.generator  # noqa: F401
+
+    def six(**runtime_env) -> None:
+        actors = [ray.remote(Role).options(num_cpus=0, runtime_env=runtime_env).remote() for _ in range(6)]
+        ray.get([actor.ready.remote() for actor in actors], timeout=300)
+        for actor in actors:
+            ray.kill(actor)
+
+    with fork_server(["ppo"], worker_environment()) as python, ray_session(None, stages=()):
+        trial("six workers of Ray as forks of one process", "kept", six, partial(six, py_executable=python), repeats=3)
+
+
 def frozen_forward() -> None:
     """A reference's pass, and a reward model's, where activations may round otherwise than the policy's."""
     generator = np.random.default_rng(0)
@@ -422,10 +447,12 @@ if __name__ == "__main__":
     switch(False)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, linear_in_float32, imports)  # fmt: skip
+             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, linear_in_float32, imports,
+             workers)  # fmt: skip
     of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
+    asked = [name for name in sys.argv[1:] if name != "--compile"]
     for part in tried:
-        if NARROW or part not in of_bfloat16:
+        if part.__name__ in asked or (not asked and (NARROW or part not in of_bfloat16)):
             part()
     if "--compile" in sys.argv:
         switch(False)

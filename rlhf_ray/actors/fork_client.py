@@ -10,55 +10,71 @@ server then ends the worker. Standard library only, and little of it: nobody wan
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
-import time
 
-START_S = 45.0  # Ray gives a worker 60 until it has answered
-POLL_S = 0.5
+WAIT_S = 20.0  # for each of two answers; Ray gives a worker 60 until it has answered
+SURROUNDINGS = ("ns/net", "ns/mnt", "ns/pid", "ns/ipc", "ns/user")
 
 
 def main(path: str, python: str, *command: str) -> int:
     try:
-        server, worker = asked(path, command)
+        branch, worker, end = asked(path, command)
     except (OSError, ValueError) as error:
-        print(f"the fork server does not answer ({error}); this worker imports everything itself", file=sys.stderr)
+        print(f"no fork: {error}; this worker imports everything itself", file=sys.stderr)
         sys.stderr.flush()
         os.execv(python, [python, *command])
-    return exit_status(server, worker)
-
-
-def asked(path: str, command: tuple[str, ...]) -> tuple[socket.socket, int]:
-    """The connection to the server, and the process of the worker that it forked."""
-    server = socket.socket(socket.AF_UNIX)
-    server.settimeout(START_S)
-    server.connect(path)
-    request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
-    server.sendall(request)
-    worker = int(line(server))
-    server.settimeout(None)
-    return server, worker
-
-
-def exit_status(server: socket.socket, worker: int) -> int:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")  # Ray marked this process as the one to end where memory is short; the worker took that over
     try:
-        return int(line(server))
-    except (OSError, ValueError):  # the server ended, not the worker
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(worker, 0)
-                time.sleep(POLL_S)
+        return int(line(branch))
+    except (OSError, ValueError):  # the branch ended, not the worker
+        select.select([end], [], [])
         return 1
 
 
+def asked(path: str, command: tuple[str, ...]) -> tuple[socket.socket, int, int]:
+    """The connection to the server's branch, the worker that it forked, and a descriptor that becomes readable at its end.
+
+    Raises OSError or ValueError where there is no such worker.
+    """
+    with connected(path) as server:
+        server.sendall(json.dumps({"variables": dict(os.environ), "surroundings": surroundings()}).encode() + b"\n")
+        answer = line(server).decode().strip()
+    if not answer.startswith("/"):
+        raise ValueError(answer)
+    branch = connected(answer)
+    request = {"command": command, "environment": dict(os.environ), "folder": os.getcwd(),
+               "cores": sorted(os.sched_getaffinity(0))}  # fmt: skip
+    body = json.dumps(request).encode()
+    socket.send_fds(branch, [len(body).to_bytes(8, "big")], [0, 1, 2])
+    branch.sendall(body)
+    worker = int(line(branch))
+    branch.settimeout(None)
+    return branch, worker, os.pidfd_open(worker)
+
+
+def surroundings() -> list[str]:
+    """What a fork takes from the server and not from this process: namespaces and control group."""
+    with open("/proc/self/cgroup") as file:
+        return [*(os.readlink(f"/proc/self/{name}") for name in SURROUNDINGS), file.read()]
+
+
+def connected(path: str) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX)
+    server.settimeout(WAIT_S)
+    server.connect(path)
+    return server
+
+
 def line(server: socket.socket) -> bytes:
-    """Up to a line's end, or that of the connection."""
+    """Raises ValueError where the connection ends before the line does."""
     read = b""
     while not read.endswith(b"\n"):
         more = server.recv(1)
         if not more:
-            break
+            raise ValueError("the server ended")
         read += more
     return read
 

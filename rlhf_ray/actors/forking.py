@@ -11,16 +11,17 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CLIENT = Path(__file__).with_name("fork_client.py")
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvmap")
 END_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -42,20 +43,22 @@ def fork_server(stages: Sequence[str], environment: Mapping[str, str]) -> Iterat
     if not wanted(stages):
         yield None
         return
-    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_"))  # nobody else may connect: mode 700
-    path, errors = str(folder / "fork.sock"), folder / "errors.log"
+    folder = None
     try:
+        folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_"))  # nobody else may connect: mode 700
+        path, errors = str(folder / "s"), folder / "errors.log"
         with socket.socket(socket.AF_UNIX) as listener, open(errors, "wb") as log_file:
             listener.bind(path)
             listener.listen(socket.SOMAXCONN)
             server = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlhf_ray.actors.fork_server", str(listener.fileno()), *stages],
+                [sys.executable, "-P", "-m", "rlhf_ray.actors.fork_server", str(listener.fileno()), path, *stages],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
                 env=os.environ | environment, start_new_session=True,
             )  # fmt: skip
-    except OSError as error:  # a path too long for a socket
+    except OSError as error:  # a full disk, say, or a path too long for a socket
         log.warning("workers will import everything themselves: %s", error)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         yield None
         return
     try:
@@ -64,9 +67,9 @@ def fork_server(stages: Sequence[str], environment: Mapping[str, str]) -> Iterat
         if server.poll() is not None:
             log.warning("the fork server ended early: %s", errors.read_text(errors="replace")[-1000:])
         server.stdin.close()  # its sign to end
-        try:
+        with suppress(subprocess.TimeoutExpired):
             server.wait(END_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # branches are of its group, workers are not
+        server.wait()
         shutil.rmtree(folder, ignore_errors=True)

@@ -89,6 +89,7 @@ class Placement:
         check_fits(roles, nodes_alive(), strategy)
         self._bundles: list[dict[str, float]] = []
         self._first: dict[str, int] = {}
+        self._threads = {name: role.threads for name, role in roles.items()}
         for name, role in roles.items():
             self._first[name] = len(self._bundles)
             self._bundles += [bundle_of(role)] * role.actors
@@ -99,7 +100,8 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == self.alone else {}
+        spins = role == self.alone and self._threads[role] != 1
+        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if spins else {}
         return alone | {
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),

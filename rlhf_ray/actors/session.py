@@ -58,13 +58,15 @@ def ray_session(
     # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     with ExitStack() as stack:
-        python = stack.enter_context(fork_server(stages if _may_be_here(address) else (), runtime_env["env_vars"]))
+        forks = stack.enter_context(ExitStack())
+        python = forks.enter_context(fork_server(stages if _may_be_here(address) else (), runtime_env["env_vars"]))
         if python is not None:
             runtime_env["py_executable"] = python
         _connect(address, options)
         stack.callback(ray.shutdown)
         if python is not None and not _is_here():
             ray.shutdown()  # workers elsewhere can't be forked here, and find no such executable
+            forks.close()
             del runtime_env["py_executable"]
             _connect(address, options)
         yield

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_ray.actors.forking import wanted
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import GB, IMPORTED, memory_plan, memory_problems, trained_by_role
+from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan, memory_problems, trained_by_role
 from rlhf_ray.models.size import parameters
 from rlhf_ray.recipe_file import check_resume, function_names, load_recipe
 from rlhf_ray.threads import role_shares
@@ -160,7 +161,7 @@ def _memory_problems(recipe: Recipe) -> list[str]:
 
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return memory_problems(recipe, host=host, gpus=gpus, itemsize=_itemsize(recipe, "cpu"))
+    return memory_problems(recipe, host=host, gpus=gpus, itemsize=_itemsize(recipe, "cpu"), forked=wanted(["ppo"]))
 
 
 def _itemsize(recipe: Recipe, kind: str) -> int:
@@ -194,8 +195,9 @@ def _print_plan(recipe: Recipe, cluster: dict[str, float], threads: Mapping[str,
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
         table.add_column(column, justify="left" if column == "PPO role" else "right")
+    imported = FORKED if wanted(["ppo"]) else IMPORTED
     for row in memory_plan(recipe, itemsize=_itemsize(recipe, "cpu")):
-        role, memory = row.config, row.config.actors * (IMPORTED + row.model)
+        role, memory = row.config, row.config.actors * (imported + row.model)
         numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[row.role])
         table.add_row(row.role, str(role.actors), *numbers, f"{memory / GB:.1f} GB")
     console.print(table)

@@ -14,6 +14,7 @@ from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
 
 GB = 1e9
 IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpeed, before its model
+FORKED = 0.12e9  # the same as a fork of another: what it does not share with that
 #: Kept for the backward pass, bytes a token, channel and block, by bytes of the compute dtype: measured on GPT-2's blocks and on
 #: gated ones (Llama, Qwen2) without dropout (tests/test_memory.py). Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count
 #: 34 in 16 bits with dropout's masks.
@@ -115,16 +116,26 @@ def generation_bytes(recipe: Recipe, *, itemsize: int) -> float:
 
 
 def memory_problems(
-    recipe: Recipe, *, host: float, gpus: Sequence[float], itemsize: int = 4, gpu_itemsize: int = 2
+    recipe: Recipe,
+    *,
+    host: float,
+    gpus: Sequence[float],
+    itemsize: int = 4,
+    gpu_itemsize: int = 2,
+    forked: bool = False,
 ) -> list[str]:
-    """What cannot fit into `host` bytes of memory, or into GPUs of so many bytes, in a sentence with the remedy."""
+    """What cannot fit into `host` bytes of memory, or into GPUs of so many bytes, in a sentence with the remedy.
+
+    forked: the actors' processes are forks of one (`actors.forking`).
+    """
     problems = []
     on_cpu = [row for row in memory_plan(recipe, itemsize=itemsize) if row.config.gpus == 0]
     everyone = sum(role.actors for role in recipe.ppo_roles.values())
-    needed = everyone * IMPORTED + sum(row.config.actors * row.model for row in on_cpu)
+    imported = IMPORTED + everyone * FORKED if forked else everyone * IMPORTED
+    needed = imported + sum(row.config.actors * row.model for row in on_cpu)
     if needed > host:
         there = f"this machine has {host / GB:.1f} GB"
-        if everyone * IMPORTED > needed / 2:
+        if imported > needed / 2:
             problems.append(
                 f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is what {everyone} processes take "
                 "before their models; use fewer actors"

@@ -169,7 +169,7 @@ class Server:
         python = self._stack.enter_context(fork_server(("serving",), REPLICA_ENVIRONMENT))
         ray.init(
             address="local",
-            runtime_env=None if python is None else {"py_executable": python},
+            runtime_env=None if python is None else {"py_executable": python, "env_vars": REPLICA_ENVIRONMENT},
             num_cpus=self.replicas,
             include_dashboard=False,
             log_to_driver=False,
@@ -228,8 +228,10 @@ class Server:
 
         # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray
         # would then complain on the terminal that Serve's controller has gone.)
-        ray.shutdown()
-        self._stack.close()
+        try:
+            ray.shutdown()
+        finally:
+            self._stack.close()
 
     def __enter__(self) -> Server:
         return self
