@@ -8,6 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_ray.actors.session import ALONE_ENVIRONMENT
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import UserError
@@ -73,11 +74,6 @@ def _in_words(amounts: Amounts) -> str:
     return " and ".join(f"{value:g} {kind}s" for kind, value in amounts.items() if value > 0)
 
 
-# Read by libgomp. The generators work while everybody else waits, in thousands of operations too short to fall asleep in
-# between: 0.2 ms of spinning makes them 1.4 times as fast. Roles that share the cores would spin them away from each other.
-ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
-
-
 class Placement:
     """Reserves the bundles and hands out actor options, role by role. A context manager: leaving it frees them."""
 
@@ -89,7 +85,6 @@ class Placement:
         check_fits(roles, nodes_alive(), strategy)
         self._bundles: list[dict[str, float]] = []
         self._first: dict[str, int] = {}
-        self._threads = {name: role.threads for name, role in roles.items()}
         for name, role in roles.items():
             self._first[name] = len(self._bundles)
             self._bundles += [bundle_of(role)] * role.actors
@@ -100,8 +95,7 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        spins = role == self.alone and self._threads[role] != 1
-        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if spins else {}
+        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == self.alone else {}
         return alone | {
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),

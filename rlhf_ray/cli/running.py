@@ -105,7 +105,14 @@ def run(
             connected = bool(left) and left != ["data"]
             if connected:
                 kinds = [kind for kind, of in WORKERS.items() if of.intersection(left)]
-                stack.enter_context(ray_session(address, object_store_bytes=object_store_bytes(recipe), stages=kinds))
+                stack.enter_context(
+                    ray_session(
+                        address,
+                        object_store_bytes=object_store_bytes(recipe),
+                        stages=kinds,
+                        spins=recipe.ppo.steps_ahead == 0,
+                    )
+                )
                 check_cluster(recipe, left)
             recipe = settle_threads(recipe, recorded_recipe(folder), **cores_to_share(address if connected else None))
             prepare_folder(recipe, folder)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_ray.actors.placement import ALONE_ENVIRONMENT
+from rlhf_ray.actors.session import ALONE_ENVIRONMENT
 from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, write_random_run
 from rlhf_ray.cli.bench.results import hardware, in_brackets, on_hardware, ratios, show, spread
 from rlhf_ray.config import Precision
