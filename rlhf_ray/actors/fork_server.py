@@ -40,8 +40,10 @@ LIBRARIES = {
     ),
     "serving": ("rlhf_ray.serving.loading", "rlhf_ray.serving.app"),
 }  # fmt: skip
-#: prefixes of variables that libraries read when they are loaded, but for OMP_NUM_THREADS, which `fork_branch` sees to
+#: prefixes of variables that libraries read when they are loaded
 LOADED = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "LD_", "MALLOC_", "HF_", "PYTHON")
+#: of those: one that `fork_branch` sees to, and ones that say what is printed
+UNHEEDED = {"OMP_NUM_THREADS", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"}
 UNREAD = ("RAY_TRAIN_", "RAY_WARN_")  # of Ray, that it reads only when it needs them
 BRANCHES = 8  # at most
 REQUEST_S = 5.0  # within which a client has sent all of its request
@@ -113,7 +115,7 @@ def why_not(variables: Mapping[str, str], around: list[str]) -> str | None:
         return "it is in another container or control group"
     own, its = ({name: value.lower() for name, value in each.items() if name.startswith(LOADED)}
                 for each in (os.environ, variables))  # fmt: skip
-    differing = sorted({name for name, _ in own.items() ^ its.items()} - {"OMP_NUM_THREADS"})
+    differing = sorted({name for name, _ in own.items() ^ its.items()} - UNHEEDED)
     return f"it has other values of {', '.join(differing)}" if differing else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import ray
 
@@ -44,11 +44,11 @@ def ray_session(
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
-    stages: whose workers are forked where all of Ray is on this machine (`actors.forking`). spins: the generators' threads are to
+    stages: whose workers a local Ray has forked (`actors.forking`). spins: the generators' threads are to
     (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp. The others' own share of the cores is theirs.
     """
-    runtime_env: dict = {"env_vars": worker_environment()}
-    options: dict = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": "ERROR"}
+    environment = worker_environment()
+    options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # RAY_ADDRESS would turn address="local" into a connection to somebody's cluster on some versions.
         os.environ.pop("RAY_ADDRESS", None)
@@ -65,49 +65,22 @@ def ray_session(
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    with ExitStack() as stack:
-        forks = stack.enter_context(ExitStack())
-        environment = runtime_env["env_vars"] | (ALONE_ENVIRONMENT if spins else {})
-        python = forks.enter_context(fork_server(stages if _may_be_here(address) else (), environment))
+    forked = environment | (ALONE_ENVIRONMENT if spins else {})
+    with fork_server(stages if address is None else (), forked) as python:
         if python is not None:
-            options["runtime_env"] = {"env_vars": environment, "py_executable": python}
-        _connect(address, options)
-        stack.callback(ray.shutdown)
-        if python is not None and not _is_here():
-            ray.shutdown()  # workers elsewhere can't be forked here, and find no such executable
-            forks.close()
-            options["runtime_env"] = runtime_env
-            _connect(address, options)
-        yield
-
-
-def _connect(address: str | None, options: dict) -> None:
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise _no_cluster(address, error) from error
-    except ValueError as error:
-        if address is None:  # about something else than the address
-            raise
-        raise _no_cluster(address, error) from error
-
-
-def _may_be_here(address: str | None) -> bool:
-    """Whether that can be a Ray of this machine alone."""
-    if address in (None, "auto", "local"):
-        return True
-    host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
-    return not address.startswith("ray://") and host in (
-        "127.0.0.1",
-        "localhost",
-        "::1",
-        ray.util.get_node_ip_address(),
-    )
-
-
-def _is_here() -> bool:
-    """Whether every node of the Ray that this process is connected to is this machine."""
-    return all(node["NodeManagerHostname"] == socket.gethostname() for node in ray.nodes() if node["Alive"])
+            options["runtime_env"] = {"env_vars": forked, "py_executable": python}
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise _no_cluster(address, error) from error
+        except ValueError as error:
+            if address is None:  # about something else than the address
+                raise
+            raise _no_cluster(address, error) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:

@@ -55,7 +55,7 @@ def examine(
         problems += cluster_problems(recipe, stages_of(recipe), nodes)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
-    _print_plan(recipe, altogether(nodes), threads, console)
+    _print_plan(recipe, altogether(nodes), threads, address is None and wanted(["ppo"]), console)
     if address is None and sys.platform == "linux" and kernels.library() is None:
         console.print(
             "without the functions in C (no compiler here, or they are switched off) CPUs are slower: apt-get install gcc"
@@ -89,7 +89,7 @@ def _nodes(address: str | None) -> list[Mapping[str, float]]:
     from rlhf_ray.actors.placement import nodes_alive
     from rlhf_ray.actors.session import ray_session
 
-    with ray_session(address, stages=()):
+    with ray_session(address):
         return nodes_alive()
 
 
@@ -187,7 +187,10 @@ def _disk_problems(recipe: Recipe, path: Path) -> list[str]:
     return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]
 
 
-def _print_plan(recipe: Recipe, cluster: dict[str, float], threads: Mapping[str, int], console: Console) -> None:
+def _print_plan(
+    recipe: Recipe, cluster: dict[str, float], threads: Mapping[str, int], forked: bool, console: Console
+) -> None:
+    """forked: the actors' processes are forks of one."""
     console.print(
         f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
         f"the cluster has {cluster['CPU']:g} CPUs and {cluster['GPU']:g} GPUs"
@@ -195,9 +198,8 @@ def _print_plan(recipe: Recipe, cluster: dict[str, float], threads: Mapping[str,
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
         table.add_column(column, justify="left" if column == "PPO role" else "right")
-    imported = FORKED if wanted(["ppo"]) else IMPORTED
     for row in memory_plan(recipe, itemsize=_itemsize(recipe, "cpu")):
-        role, memory = row.config, row.config.actors * (imported + row.model)
+        role, memory = row.config, row.config.actors * ((FORKED if forked else IMPORTED) + row.model)
         numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[row.role])
         table.add_row(row.role, str(role.actors), *numbers, f"{memory / GB:.1f} GB")
     console.print(table)
