@@ -8,9 +8,14 @@ import sys
 import time
 
 import pytest
+from tiny import tiny_recipe
 
 from rlhf_ray.actors import forking
+from rlhf_ray.actors.fork_client import surroundings
+from rlhf_ray.actors.fork_server import why_not
 from rlhf_ray.actors.forking import fork_server
+from rlhf_ray.actors.session import ALONE_ENVIRONMENT, ray_session, worker_environment
+from rlhf_ray.supervised import launch
 
 SCRIPT = """
 import os, sys, time
@@ -130,6 +135,15 @@ def test_a_worker_whose_libraries_would_load_otherwise_starts_as_ever(python, sc
     assert int(out.split()[1]) == client.pid and f"other values of {next(iter(other))};" in errors
 
 
+def test_every_kind_of_worker_can_be_a_fork(monkeypatch):
+    """Variables of a session's workers, of a generator, of a supervised stage's; and of one that can't."""
+    for name, value in (worker_environment() | ALONE_ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
+    for more in ({}, ALONE_ENVIRONMENT, launch._worker_environment(tiny_recipe().sft)):
+        assert why_not(dict(os.environ) | more, surroundings()) is None
+    assert "HF_HOME" in why_not(dict(os.environ) | {"HF_HOME": "/elsewhere"}, surroundings())
+
+
 def test_a_worker_in_another_namespace_starts_as_ever(python, script):
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("no right to make a namespace")
@@ -198,8 +212,6 @@ def test_forked_and_plain_workers_are_alike():
     """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
     import ray
 
-    from rlhf_ray.actors.session import ray_session
-
     def facts():
         import numpy
         import torch
@@ -216,7 +228,7 @@ def test_forked_and_plain_workers_are_alike():
         }
 
     def found(stages):
-        with ray_session(None, stages=stages):
+        with ray_session(None, stages=stages, spins=False):
             return found_in_session()
 
     def found_in_session():

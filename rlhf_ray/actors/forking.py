@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def wanted(stages: Sequence[str]) -> bool:
     """Whether workers of these stages are to be forked on this machine."""
-    on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux"
+    on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux" and hasattr(os, "pidfd_open")
     return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
 
 
