@@ -8,13 +8,15 @@ import sys
 import time
 
 import pytest
-from tiny import tiny_recipe
+from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors import forking
 from rlhf_ray.actors.fork_client import surroundings
 from rlhf_ray.actors.fork_server import why_not
 from rlhf_ray.actors.forking import fork_server
+from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ALONE_ENVIRONMENT, ray_session, worker_environment
+from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised import launch
 
 SCRIPT = """
@@ -248,3 +250,16 @@ def test_forked_and_plain_workers_are_alike():
         assert each.pop("processes")[0] != parents[0] and each.pop("seeds")
     assert [each["threads"] for each in forked] == [1, 2, 2]
     assert forked == plain
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ppo_ends_in_the_same_bits_forked_or_not(tmp_path, monkeypatch):
+    weights = []
+    for forks in ("on", "off"):
+        monkeypatch.setenv("RLHF_RAY_FORK", forks)
+        folder = write_start(tiny_recipe(), RunFolder(tmp_path / forks))
+        with ray_session(None):
+            run_ppo(tiny_recipe(), folder, lambda event: None)
+        weights.append((folder.stage("ppo").model / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
