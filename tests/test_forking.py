@@ -15,9 +15,10 @@ from rlhf_ray.actors.fork_client import surroundings
 from rlhf_ray.actors.fork_server import why_not
 from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.session import ALONE_ENVIRONMENT, ray_session, worker_environment
+from rlhf_ray.actors.session import ray_session, worker_environment
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised import launch
+from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 SCRIPT = """
 import os, sys, time

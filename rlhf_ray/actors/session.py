@@ -11,6 +11,7 @@ import ray
 
 from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.errors import UserError
+from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 # Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
@@ -22,9 +23,6 @@ WORKER_ENVIRONMENT = {
     # A worker's working directory is Ray's; nothing may depend on it.
     "RAY_TRAIN_V2_ENABLED": "1",
 }
-# Read by libgomp. The generators work while everybody else waits, in thousands of operations too short to fall asleep in
-# between: 0.2 ms of spinning makes them 1.2 to 1.4 times as fast. Roles that share the cores would spin them away from each other.
-ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 OBJECT_STORE_BYTES = 512 * 1024**2
 ANSWER_S = 10  # within which a cluster's port takes a connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray.serve import Application
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import REPLICA_ENVIRONMENT, AppSettings, EngineOptions, Limits, resolve_api_key
+from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, replica_environment, resolve_api_key
 
 
 @serve.deployment(
@@ -44,9 +45,15 @@ class Replica:
 
 
 def application(
-    options: EngineOptions, settings: AppSettings, *, replicas: int, cpus: float, gpus: float
+    options: EngineOptions,
+    settings: AppSettings,
+    *,
+    replicas: int,
+    cpus: float,
+    gpus: float,
+    environment: Mapping[str, str],
 ) -> Application:
-    """The deployment of `replicas` engines, each reserving `cpus` and `gpus`."""
+    """The deployment of `replicas` engines, each reserving `cpus` and `gpus`, in processes with these variables."""
     limits = settings.limits
     # Serve's default of 5 requests at once would cap the batch. The app refuses (429) before this limit is reached.
     ongoing = 2 * (limits.max_rows + limits.max_waiting_rows) + 64
@@ -54,7 +61,7 @@ def application(
         num_replicas=replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": REPLICA_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
     ).bind(options, settings)
 
 
@@ -85,4 +92,5 @@ def build_application(args: dict[str, Any]) -> Application:
     )
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
-    return application(options, settings, replicas=replicas, cpus=cpus, gpus=gpus)
+    environment = replica_environment(options.threads, cpus)
+    return application(options, settings, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)

@@ -27,10 +27,10 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.settings import (
     API_KEY_VARIABLE,
-    REPLICA_ENVIRONMENT,
     AppSettings,
     EngineOptions,
     Limits,
+    replica_environment,
     resolve_api_key,
 )
 
@@ -133,6 +133,7 @@ class Server:
         self.trust_remote_code = trust_remote_code
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // replicas)
+        self._environment = replica_environment(replicas * self.threads, cores)
         self._reserved: socket.socket | None = None
         self._started = False
         self._stack = contextlib.ExitStack()  # of what ends after Ray
@@ -166,10 +167,10 @@ class Server:
             )
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
         self._started = True
-        python = self._stack.enter_context(fork_server(("serving",), REPLICA_ENVIRONMENT))
+        python = self._stack.enter_context(fork_server(("serving",), self._environment))
         ray.init(
             address="local",
-            runtime_env=None if python is None else {"py_executable": python, "env_vars": REPLICA_ENVIRONMENT},
+            runtime_env=None if python is None else {"py_executable": python, "env_vars": self._environment},
             num_cpus=self.replicas,
             include_dashboard=False,
             log_to_driver=False,
@@ -195,7 +196,9 @@ class Server:
         )
         try:
             ray_serve.run(
-                application(options, self.settings, replicas=self.replicas, cpus=1, gpus=gpus),
+                application(
+                    options, self.settings, replicas=self.replicas, cpus=1, gpus=gpus, environment=self._environment
+                ),
                 name="rlhf_ray",
                 route_prefix="/",
                 logging_config=quiet,

@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
+from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
-# Before torch loads: idle OpenMP threads that spin take the cores from Ray's and the proxy's.
+# Before torch loads: OpenMP threads that spin for long when idle take the cores from Ray's and the proxy's.
 REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def replica_environment(threads: float, cores: float) -> dict[str, str]:
+    """Of replicas that together compute with that many threads on that many cores."""
+    return REPLICA_ENVIRONMENT | (ALONE_ENVIRONMENT if threads <= cores else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

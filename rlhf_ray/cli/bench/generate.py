@@ -5,7 +5,6 @@ The same random model, prompts and number of tokens; no EOS ends a response. The
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_ray.actors.session import ALONE_ENVIRONMENT
-from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, write_random_run
+from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, torch_that_spins, write_random_run
 from rlhf_ray.cli.bench.results import hardware, in_brackets, on_hardware, ratios, show, spread
 from rlhf_ray.config import Precision
 from rlhf_ray.evaluation.flops import Shape, Work
@@ -26,7 +24,7 @@ PAUSE_S = 1.0  # before each round: threads that spin after their work (vLLM's, 
 
 def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, precision: Precision) -> dict:
     """Tokens a second of each way; ratios are of the repeats of one round, which follow one another."""
-    torch = _torch_as_in_generation_actors()
+    torch = torch_that_spins()
     threads = threads or cores()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -48,20 +46,6 @@ def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, pr
                  "threads": threads, "repeats": repeats},
         "hardware": hardware(),
     }  # fmt: skip
-
-
-def _torch_as_in_generation_actors():
-    """libgomp reads their environment once, when torch is loaded; whoever loaded it earlier has chosen otherwise."""
-    before = {name: os.environ.get(name) for name in ALONE_ENVIRONMENT}
-    os.environ.update(ALONE_ENVIRONMENT)
-    import torch
-
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    return torch
 
 
 def _interleaved(runners: dict[str, Runner], tokens: int, repeats: int) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.evaluation.flops import Shape, Work
 from rlhf_ray.recipe_file import build_recipe
 from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 
 def bench_recipe(
@@ -61,3 +62,20 @@ def random_prompts(vocabulary: int, prompts: int, length: int, seed: int) -> lis
 
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary - 2, (prompts, length), generator=generator).tolist()
+
+
+def torch_that_spins():
+    """As generation actors and replicas have it.
+
+    libgomp reads its environment once, when torch is loaded; whoever loaded it earlier has chosen otherwise.
+    """
+    before = {name: os.environ.get(name) for name in ALONE_ENVIRONMENT}
+    os.environ.update(ALONE_ENVIRONMENT)
+    import torch
+
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return torch

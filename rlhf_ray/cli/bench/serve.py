@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, write_random_run
+from rlhf_ray.cli.bench.random_run import bench_recipe, cores, random_prompts, torch_that_spins, write_random_run
 from rlhf_ray.cli.bench.results import hardware, in_brackets, on_hardware, ratios, show, spread
 from rlhf_ray.config import Precision
 from rlhf_ray.evaluation.flops import Shape, Work
@@ -35,8 +35,7 @@ def measure_serve(
     shape: Shape, work: Work, *, clients: list[int], repeats: int, threads: int, precision: Precision
 ) -> dict:
     """work.rows requests a round; a row of the result for each number of clients."""
-    import torch
-
+    torch = torch_that_spins()
     from rlhf_ray.serving.launch import serve
 
     threads, before = threads or cores(), torch.get_num_threads()
