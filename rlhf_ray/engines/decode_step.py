@@ -25,13 +25,13 @@ def decode_step_of(model: PreTrainedModel) -> DecodeStep | None:
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         return gpt2_step
     if type(model) in (LlamaForCausalLM, Qwen2ForCausalLM):
-        return llama_step
+        return LlamaStep()
     return None
 
 
 def gpt2_step(model, cache, tokens, positions) -> torch.Tensor:
     body, n = model.transformer, len(tokens)
-    hidden, change = body.wte(tokens) + body.wpe(positions), None
+    hidden, change = _embed(tokens, positions, body.wte, body.wpe), None
     first = body.h[0].attn
     attend = cache.decode_attention(hidden.dtype, first.num_heads, first.head_dim)
     for block, layer in zip(body.h, cache.layers, strict=True):
@@ -43,22 +43,64 @@ def gpt2_step(model, cache, tokens, positions) -> torch.Tensor:
     return model.lm_head(_add_and_normalise(hidden, change, body.ln_f))
 
 
-def llama_step(model, cache, tokens, positions) -> torch.Tensor:
+class LlamaStep:
     """Qwen2's too: its projections have biases."""
-    body, n = model.model, len(tokens)
-    hidden, change = body.embed_tokens(tokens), None
-    cos, sin = body.rotary_emb(hidden, positions[:, None])  # [n, 1, D]
-    attend = cache.decode_attention(hidden.dtype, model.config.num_key_value_heads, cos.shape[-1])
-    for block, layer in zip(body.layers, cache.layers, strict=True):
-        attention, normed = block.self_attn, _add_and_normalise(hidden, change, block.input_layernorm)
-        query, key, value = (
-            project(normed).view(n, -1, attention.head_dim)  # [n, heads, D]; key and value: [n, H, D]
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def __init__(self):
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # cosines and sines of each position, [positions, D]
         )
-        mixed = attend(layer, _turned(query, cos, sin), _turned(key, cos, sin), value, attention.scaling)
-        change = attention.o_proj(mixed)
-        change = block.mlp(_add_and_normalise(hidden, change, block.post_attention_layernorm))
-    return model.lm_head(_add_and_normalise(hidden, change, body.norm))
+
+    def __call__(self, model, cache, tokens, positions) -> torch.Tensor:
+        body, n = model.model, len(tokens)
+        hidden, change = _embed(tokens, positions, body.embed_tokens), None
+        turn = self._rotary(body.rotary_emb, hidden, positions, cache.write.slots)
+        channels = body.layers[0].self_attn.head_dim
+        attend = cache.decode_attention(hidden.dtype, model.config.num_key_value_heads, channels)
+        for block, layer in zip(body.layers, cache.layers, strict=True):
+            attention, normed = block.self_attn, _add_and_normalise(hidden, change, block.input_layernorm)
+            query, key, value = (
+                project(normed).view(n, -1, channels)  # [n, heads, D]; key and value: [n, H, D]
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            mixed = attend(layer, turn(query), turn(key), value, attention.scaling)
+            change = attention.o_proj(mixed)
+            change = block.mlp(_add_and_normalise(hidden, change, block.post_attention_layernorm))
+        return model.lm_head(_add_and_normalise(hidden, change, body.norm))
+
+    def _rotary(self, rotary: nn.Module, hidden, positions, slots: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What turns states [n, heads, D] by their rows' positions, maybe in place."""
+        if rotary.rope_type not in FIXED_ANGLES:
+            cos, sin = rotary(hidden, positions[:, None])  # [n, 1, D]
+            return lambda states: _turned(states, cos, sin)
+        if self._angles is None or len(self._angles[0]) < slots or self._angles[0].dtype != hidden.dtype:
+            everywhere = rotary(hidden, torch.arange(slots, device=hidden.device)[None])
+            self._angles = tuple(each[0].contiguous() for each in everywhere)
+        cos, sin = self._angles
+        run = kernel("turn", cos, sin, positions, dtype=hidden.dtype)
+        if run is None:
+            return lambda states: _turned(states, cos[positions][:, None], sin[positions][:, None])
+
+        def turn(states):
+            run(states, cos, sin, positions, *states.shape)
+            return states
+
+        return turn
+
+
+# Of rotary positions: a position's angles do not depend on how long a sequence is.
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
+
+
+def _embed(tokens, positions, words: nn.Module, places: nn.Module | None = None) -> torch.Tensor:
+    tables = [words.weight, None if places is None else places.weight]
+    run = kernel("embed", *tables, tokens, positions, dtype=words.weight.dtype)
+    plain = all(each is None or type(each) is nn.Embedding for each in (words, places))
+    if run is None or not plain or tables[1] is not None and tables[1].dtype != tables[0].dtype:
+        return words(tokens) if places is None else words(tokens) + places(positions)
+    result = tables[0].new_empty(len(tokens), tables[0].shape[1])
+    run(*tables, tokens, positions, result, *result.shape)
+    return result
 
 
 def _add_and_normalise(hidden: torch.Tensor, change: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:

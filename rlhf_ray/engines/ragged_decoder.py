@@ -14,6 +14,7 @@ from rlhf_ray.engines.decode_step import decode_step_of
 from rlhf_ray.engines.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.engines.last_block import last_feed_forward, only_at
 from rlhf_ray.engines.packed_linear import pack_linears
+from rlhf_ray.engines.recorded_step import RecordedStep
 from rlhf_ray.errors import UserError
 
 # Families that the tests compare with a plain forward pass; any other is compared once, when its engine is built.
@@ -48,8 +49,9 @@ class RaggedDecoder:
         self.additive_mask = model.config._attn_implementation == "eager"
         # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
         self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
-        self.step = decode_step_of(model) if self.reads_all_slots else None
+        step = decode_step_of(model) if self.reads_all_slots else None
         pack_linears(model, dtype=model.dtype)
+        self.step = None if step is None else RecordedStep(model, step)
         self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         if self.config.model_type not in TESTED_FAMILIES:
@@ -95,16 +97,16 @@ class RaggedDecoder:
             self._forward(cache, torch.from_numpy(padded), torch.arange(longest)[None].expand(len(prompts), -1), causal)
 
     def decode(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V]."""
+        """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V], until the next call."""
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
         if self.reads_all_slots:
             cache.shrink(length)
             length = cache.write.slots
+        if self.step is not None:
+            return self.step(cache, tokens, positions)
         inputs = torch.from_numpy(np.stack([tokens, positions])).to(self.device)
         cache.begin_decode(inputs[1], length)
-        if self.step is not None:
-            return self.step(self.model, cache, inputs[0], inputs[1])
         mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]
         return self._forward(cache, inputs[0, :, None], inputs[1, :, None], mask)
 

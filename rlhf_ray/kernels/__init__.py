@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ COMPILE_TIMEOUT_S = 120
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
 
 log = logging.getLogger(__name__)
+of_thread = (
+    threading.local()
+)  # recording: what calls on this thread go into (kernels/recording.py), if it is there and not None
 
 
 @functools.cache
@@ -71,6 +75,9 @@ def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None =
 
 def _call(function, *arguments) -> None:
     """Tensors by where their numbers are (None: nowhere), whole numbers as int64, others as float; then the threads."""
+    recording = getattr(of_thread, "recording", None)
+    if recording is not None and recording.takes(function.__name__, arguments):
+        return
     if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
         function.argtypes = [*map(_c_type, arguments), ctypes.c_int]
     places = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]

@@ -3,12 +3,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "numbers.h"
+#include "decode.h"
 
-// Two neighbouring bf16, the first one in the lower half (all machines that torch runs on are little-endian): a vector of these
-// is two of float32 after a shift and a mask, where single bf16 need widening. C channels are W = C / 2 pairs.
-typedef uint32_t pair;
-
+// In a pair the first bf16 is in the lower half (all machines that torch runs on are little-endian): a vector of these is two of
+// float32 after a shift and a mask, where single bf16 need widening. C channels are W = C / 2 pairs.
 static inline float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);

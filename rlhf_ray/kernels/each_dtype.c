@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "decode.h"
 #include "vectors.h"
 
 static inline float same(float value) { return value; }

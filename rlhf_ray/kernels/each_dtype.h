@@ -180,3 +180,37 @@ void NAME(add_and_normalise)(number *hidden, const number *change, const number 
         free(x);
     }
 }
+
+// The sum of a token's embedding and, if there are any, its place's, which is its position's.
+void NAME(embed)(const number *words, const number *places, const int64_t *tokens, const int64_t *positions, number *result,
+                 int64_t n, int64_t C, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t line = 0; line < n; line++) {
+        const number *word = words + tokens[line] * C, *place = places + positions[line] * C;
+        number *to = result + line * C;
+        if (places == NULL)
+            memcpy(to, word, C * sizeof(number));
+        else
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) to[i] = narrow(widen(word[i]) + widen(place[i]));
+    }
+}
+
+// Rotary positions, in place: channel i of each of a row's heads and channel i + D / 2 turn together, by the angles whose cosines
+// and sines are in line `position` of those, [positions, D].
+void NAME(turn)(number *states, const number *cos, const number *sin, const int64_t *positions, int64_t n, int64_t heads,
+                int64_t D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t line = 0; line < n; line++) {
+        const number *c = cos + positions[line] * D, *s = sin + positions[line] * D;
+        for (int64_t head = 0; head < heads; head++) {
+            number *low = states + (line * heads + head) * D, *high = low + D / 2;
+#pragma omp simd
+            for (int64_t i = 0; i < D / 2; i++) {
+                float a = widen(low[i]), b = widen(high[i]);
+                low[i] = narrow(a * widen(c[i]) - b * widen(s[i]));
+                high[i] = narrow(b * widen(c[i + D / 2]) + a * widen(s[i + D / 2]));
+            }
+        }
+    }
+}

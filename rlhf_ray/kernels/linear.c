@@ -6,6 +6,7 @@
 // stands beside it and however many threads work.
 
 #include "blocks.h"
+#include "decode.h"
 #include "vectors.h"
 
 #ifdef HAS_BLOCKS

@@ -2,6 +2,7 @@
 // every call, which for the few rows of a decode step takes a good part of the product's time. Every sum is in the order of its
 // terms, so that a row's result depends on that row alone, whatever stands beside it and however many threads work.
 
+#include "decode.h"
 #include "vectors.h"
 
 enum { ROWS = 6, WIDTH = 2 * LANES };  // of a block of sums, which stay in registers

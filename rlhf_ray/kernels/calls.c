@@ -1,0 +1,60 @@
+// Functions of a decode step, called one after the other as kernels/recording.py has recorded it: a step is dozens of calls, each so
+// short that Python takes as long to ask for it.
+
+#include "blocks.h"
+#include "decode.h"
+
+typedef struct {
+    int64_t function, words[16];  // numbered as in recording.py; addresses, whole numbers, and float32 by their bits
+} call;
+
+enum {
+    ADD_AND_NORMALISE_BFLOAT16,
+    ADD_AND_NORMALISE_FLOAT32,
+    EMBED_BFLOAT16,
+    EMBED_FLOAT32,
+    TURN_BFLOAT16,
+    TURN_FLOAT32,
+    DECODE_ATTENTION_BFLOAT16,
+    DECODE_ATTENTION_FLOAT32,
+    LINEAR,
+    LINEAR_FLOAT32,
+};
+
+static inline float float_of(int64_t word) {
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// n: rows, in place of those that were recorded, which are no fewer.
+void make_calls(const call *calls, int64_t count, int64_t n, int threads) {
+    for (const call *each = calls; each < calls + count; each++) {
+        const int64_t *w = each->words;
+#define AT(i) ((void *)(intptr_t)w[i])
+        switch (each->function) {
+            case ADD_AND_NORMALISE_BFLOAT16:
+                add_and_normalise_bfloat16(AT(0), AT(1), AT(2), AT(3), AT(4), n, w[6], float_of(w[7]), threads);
+                break;
+            case ADD_AND_NORMALISE_FLOAT32:
+                add_and_normalise_float32(AT(0), AT(1), AT(2), AT(3), AT(4), n, w[6], float_of(w[7]), threads);
+                break;
+            case EMBED_BFLOAT16: embed_bfloat16(AT(0), AT(1), AT(2), AT(3), AT(4), n, w[6], threads); break;
+            case EMBED_FLOAT32: embed_float32(AT(0), AT(1), AT(2), AT(3), AT(4), n, w[6], threads); break;
+            case TURN_BFLOAT16: turn_bfloat16(AT(0), AT(1), AT(2), AT(3), n, w[5], w[6], threads); break;
+            case TURN_FLOAT32: turn_float32(AT(0), AT(1), AT(2), AT(3), n, w[5], w[6], threads); break;
+            case DECODE_ATTENTION_BFLOAT16:
+                decode_attention_bfloat16(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), n, w[9], w[10], w[11], w[12],
+                                          w[13], w[14], float_of(w[15]), threads);
+                break;
+            case DECODE_ATTENTION_FLOAT32:
+                decode_attention_float32(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), n, w[8], w[9], w[10], w[11], w[12], w[13],
+                                         float_of(w[14]), threads);
+                break;
+#ifdef HAS_BLOCKS
+            case LINEAR: linear(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), n, w[7], w[8], w[9], threads); break;
+#endif
+            case LINEAR_FLOAT32: linear_float32(AT(0), AT(1), AT(2), AT(3), AT(4), n, w[6], w[7], w[8], threads); break;
+        }
+    }
+}

@@ -1,0 +1,121 @@
+"""Calls of functions in C that are recorded once and then made, again and again, by one call (kernels/calls.c).
+
+A decode step is dozens of such calls, each so short that for few rows Python takes as long to ask for it; and Python's lock, which
+a server's other threads want too, is asked for once and not dozens of times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import defaultdict
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_ray import kernels
+
+NAMES = (  # numbered as in calls.c
+    "add_and_normalise_bfloat16", "add_and_normalise_float32", "embed_bfloat16", "embed_float32", "turn_bfloat16", "turn_float32",
+    "decode_attention_bfloat16", "decode_attention_float32", "linear", "linear_float32",
+)  # fmt: skip
+ALLOCATE = ("empty", "empty_like", "new_empty")  # torch's
+
+
+class OtherWork(Exception):
+    """Something else than functions in C would have had to be done."""
+
+
+class Recording(TorchDispatchMode):
+    """In the body of a `with`, on this thread: functions of NAMES are recorded and not called, new tensors stay empty, and whatever
+    else would compute raises OtherWork.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[int, tuple]] = []  # functions by their numbers, arguments
+        self.new: dict[int, torch.UntypedStorage] = {}  # of tensors that were made, by where they begin
+
+    def __enter__(self):
+        kernels.of_thread.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        kernels.of_thread.recording = None
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name, result = function.overloadpacket.__name__, function(*arguments, **(keywords or {}))
+        if name in ALLOCATE:
+            storage = result.untyped_storage()
+            self.new[storage.data_ptr()] = storage
+        elif not function.is_view:
+            raise OtherWork(name)
+        return result
+
+    def takes(self, name: str, arguments: tuple) -> bool:
+        """Whether this call is recorded, so that it is not to be made."""
+        if name in NAMES:
+            self.calls.append((NAMES.index(name), arguments))
+        return name in NAMES
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_int64), ("words", ctypes.c_int64 * 16)]
+
+
+class Program:
+    """What was recorded, to be made for the first n of the recorded rows.
+
+    Tensors from before the recording are used where they stand; nobody may move them. Those made in it have places here, one for
+    several that are not in use at the same time.
+    """
+
+    def __init__(self, recording: Recording, result: torch.Tensor):
+        """result: of the last call."""
+        self._new, self._places = recording.new, {}
+        self._place(recording.calls)
+        calls = [_Call(number, self._words(arguments)) for number, arguments in recording.calls]
+        self._calls = (_Call * len(calls))(*calls)
+        self.result = self._places[self._begin(result)].view(result.dtype).view(result.shape)  # of each run
+        self._run = kernels.kernel("make_calls")
+        everything = [each for _, arguments in recording.calls for each in arguments]
+        self._others = [each for each in everything if isinstance(each, torch.Tensor) and not self._is_new(each)]
+        self._new = {}
+
+    def run(self, n: int) -> None:
+        self._run(ctypes.addressof(self._calls), len(self._calls), n)
+
+    def _place(self, calls: list[tuple[int, tuple]]) -> None:
+        new = [[self._begin(each) for each in arguments if self._is_new(each)] for _, arguments in calls]
+        last = {begin: number for number, begins in enumerate(new) for begin in begins}
+        free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by size in bytes
+        for number, begins in enumerate(new):
+            for begin in begins:
+                if begin not in self._places:
+                    size = self._new[begin].nbytes()
+                    self._places[begin] = free[size].pop() if free[size] else torch.empty(size, dtype=torch.uint8)
+            for begin in {begin for begin in begins if last[begin] == number}:
+                free[self._places[begin].numel()].append(self._places[begin])
+
+    @staticmethod
+    def _begin(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
+
+    def _is_new(self, argument) -> bool:
+        return isinstance(argument, torch.Tensor) and self._begin(argument) in self._new
+
+    def _words(self, arguments: tuple) -> ctypes.Array:
+        return (ctypes.c_int64 * 16)(*map(self._word, arguments))
+
+    def _word(self, argument) -> int:
+        if argument is None:
+            return 0
+        if isinstance(argument, float):
+            return struct.unpack("<I", struct.pack("<f", argument))[0]
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if not self._is_new(argument):
+            return argument.data_ptr()
+        begin = self._begin(argument)
+        return self._places[begin].data_ptr() + argument.data_ptr() - begin
