@@ -107,7 +107,8 @@ def _add_and_normalise(hidden: torch.Tensor, change: torch.Tensor | None, norm: 
     """norm(hidden) after the change, if there is one, is added to hidden, in place."""
     weight, bias = norm.weight, getattr(norm, "bias", None)  # RMS norms have none
     run = kernel("add_and_normalise", hidden, change, weight, bias, dtype=hidden.dtype)
-    if run is None or weight.dtype != hidden.dtype:
+    alike = weight.dtype == hidden.dtype and (change is None or change.dtype == hidden.dtype)  # not so under autocast
+    if run is None or not alike:
         return norm(hidden if change is None else hidden.add_(change))
     result = torch.empty_like(hidden)
     eps = norm.variance_epsilon if bias is None else norm.eps

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from rlhf_ray.kernels import kernel
 
 PLAIN_LENGTH = 256  # of a prompt: the fused kernel's memory does not grow with the square, which counts beyond
+MORE_SLOTS = 32  # at least, once there are some: a cache that has moved costs a step's new recording too
 SLOT_MULTIPLE = 16  # of capacities, and of the lengths seen by attention: GPU kernels want aligned masks
 
 
@@ -133,20 +134,20 @@ class RaggedCache(Cache):
         self.centred = centred
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least:
-        growing stays cheap, and on CPUs attention reads all slots of a row."""
+        """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least, and a
+        few: growing stays cheap, and without the functions in C attention reads all slots of a row."""
         write = self.write
         if rows <= write.rows and slots <= write.slots:
             return
         if rows > write.rows:
             write.rows = max(rows, 2 * write.rows)
         if slots > write.slots:
-            write.slots = round_up(max(slots, write.slots + write.slots // 8))
+            write.slots = round_up(max(slots, write.slots + max(write.slots // 8, MORE_SLOTS)))
         self._resize()
 
     def shrink(self, slots: int) -> None:
-        """Keep room for that many slots, if there is more than twice as much: long rows have left."""
-        if self.write.slots > 2 * round_up(slots):
+        """Keep room for that many slots, if there is much more than twice as much: long rows have left."""
+        if self.write.slots > 2 * round_up(slots) + MORE_SLOTS:
             self.write.slots = round_up(slots)
             self._resize()
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.sampling import draw
+from rlhf_ray.engines.kv_cache import MORE_SLOTS
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation_types import Completion, FinishReason, SamplingParams
 
@@ -79,7 +80,8 @@ class RowBatch:
         """Prefill the requests' prompts together, as the last rows of the batch."""
         n, arrays = len(self), self.arrays
         arrays.grow(n + len(requests), max(request.params.max_new_tokens for request in requests))
-        self.cache.reserve(n + len(requests), max(len(request.prompt_ids) for request in requests))
+        slots = max(len(request.prompt_ids) + min(request.params.max_new_tokens, MORE_SLOTS) for request in requests)
+        self.cache.reserve(n + len(requests), slots)
         self.decoder.prefill(self.cache, n, [request.prompt_ids for request in requests])
         for row, request in enumerate(requests, start=n):
             arrays.positions[row] = len(request.prompt_ids) - 1

@@ -73,49 +73,47 @@ class Program:
 
     def __init__(self, recording: Recording, result: torch.Tensor):
         """result: of the last call."""
-        self._new, self._places = recording.new, {}
-        self._place(recording.calls)
-        calls = [_Call(number, self._words(arguments)) for number, arguments in recording.calls]
-        self._calls = (_Call * len(calls))(*calls)
-        self.result = self._places[self._begin(result)].view(result.dtype).view(result.shape)  # of each run
+        tensors = [
+            [(each, self._begin(each)) for each in arguments if isinstance(each, torch.Tensor)]
+            for _, arguments in recording.calls
+        ]
+        self._others = [each for pairs in tensors for each, begin in pairs if begin not in recording.new]
+        places = _places([[begin for _, begin in pairs if begin in recording.new] for pairs in tensors], recording.new)
+        moved = {begin: place.data_ptr() - begin for begin, place in places.items()}
+        self._calls = (_Call * len(recording.calls))()
+        for call, (number, arguments), pairs in zip(self._calls, recording.calls, tensors, strict=True):
+            addresses = iter([each.data_ptr() + moved.get(begin, 0) for each, begin in pairs])
+            words = (next(addresses) if isinstance(each, torch.Tensor) else _word(each) for each in arguments)
+            call.function, call.words[: len(arguments)] = number, list(words)
+        self._places = places
+        self.result = places[self._begin(result)].view(result.dtype).view(result.shape)  # of each run
         self._run = kernels.kernel("make_calls")
-        everything = [each for _, arguments in recording.calls for each in arguments]
-        self._others = [each for each in everything if isinstance(each, torch.Tensor) and not self._is_new(each)]
-        self._new = {}
 
     def run(self, n: int) -> None:
         self._run(ctypes.addressof(self._calls), len(self._calls), n)
-
-    def _place(self, calls: list[tuple[int, tuple]]) -> None:
-        new = [[self._begin(each) for each in arguments if self._is_new(each)] for _, arguments in calls]
-        last = {begin: number for number, begins in enumerate(new) for begin in begins}
-        free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by size in bytes
-        for number, begins in enumerate(new):
-            for begin in begins:
-                if begin not in self._places:
-                    size = self._new[begin].nbytes()
-                    self._places[begin] = free[size].pop() if free[size] else torch.empty(size, dtype=torch.uint8)
-            for begin in {begin for begin in begins if last[begin] == number}:
-                free[self._places[begin].numel()].append(self._places[begin])
 
     @staticmethod
     def _begin(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
 
-    def _is_new(self, argument) -> bool:
-        return isinstance(argument, torch.Tensor) and self._begin(argument) in self._new
 
-    def _words(self, arguments: tuple) -> ctypes.Array:
-        return (ctypes.c_int64 * 16)(*map(self._word, arguments))
+def _places(used: list[list[int]], storages: dict[int, torch.UntypedStorage]) -> dict[int, torch.Tensor]:
+    """used: which storages each call uses -> where each is to be."""
+    last = {each: number for number, call in enumerate(used) for each in call}
+    places: dict[int, torch.Tensor] = {}
+    free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by size in bytes
+    for number, call in enumerate(used):
+        for each in call:
+            if each not in places:
+                size = storages[each].nbytes()
+                places[each] = free[size].pop() if free[size] else torch.empty(size, dtype=torch.uint8)
+        for each in {each for each in call if last[each] == number}:
+            free[places[each].numel()].append(places[each])
+    return places
 
-    def _word(self, argument) -> int:
-        if argument is None:
-            return 0
-        if isinstance(argument, float):
-            return struct.unpack("<I", struct.pack("<f", argument))[0]
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        if not self._is_new(argument):
-            return argument.data_ptr()
-        begin = self._begin(argument)
-        return self._places[begin].data_ptr() + argument.data_ptr() - begin
+
+def _word(argument: float | None) -> int:
+    """A number by its bits."""
+    if isinstance(argument, float):
+        return struct.unpack("<I", struct.pack("<f", argument))[0]
+    return argument or 0
