@@ -19,8 +19,12 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from rlhf_ray.kernels.probe import Finding
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
@@ -42,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
         return None
     try:
-        path = compiled()
+        path = _path()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or error
@@ -52,9 +56,19 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def has_blocks() -> bool:
-    """Whether products can be made in C: the processor has a unit for them, and the system lets us use it."""
+    """Whether products are made in C: they can be, and on this machine they are right and fast."""
+    found = blocks_finding()
+    return found is not None and found.good
+
+
+def blocks_finding() -> Finding | None:
+    """How such products do here; None: the processor has no unit for them, or the system does not let us use it."""
     functions = library()
-    return functions is not None and bool(functions.has_blocks())
+    if functions is None or not functions.has_blocks():
+        return None
+    from rlhf_ray.kernels.probe import finding
+
+    return finding(_path())
 
 
 def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None):
@@ -88,6 +102,11 @@ def _c_type(argument):
     if argument is None or isinstance(argument, torch.Tensor):
         return ctypes.c_void_p
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
+
+
+@functools.cache
+def _path() -> Path | None:
+    return compiled()
 
 
 def compiled(more_flags: Sequence[str] = ()) -> Path | None:
