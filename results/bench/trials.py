@@ -7,12 +7,14 @@ parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. P
 ratio, and whether it was kept. Median of 15 (imports: of 5, workers: of 3), in turns. NAME: a function below; without one, all.
 """
 
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from rlhf_ray.engines.ragged_decoder import RaggedDecoder
 from rlhf_ray.engines.trained_layers import train_in_place
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
+from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 ROWS, PROMPT, RESPONSE, VOCABULARY, WIDTH = 16, 32, 48, 4096, 256
 DTYPE = resolve_precision("auto", "cpu")
@@ -49,6 +52,11 @@ def trial(name: str, verdict: str, before, after, *, repeats: int = 15) -> None:
             if repeat > 1:
                 times[run].append(1000 * (time.perf_counter() - started))
     old, new = (statistics.median(times[run]) for run in (before, after))
+    say(name, verdict, old, new)
+
+
+def say(name: str, verdict: str, old: float, new: float) -> None:
+    """old, new: ms"""
     print(f"{name:58} {old:8.2f} ms -> {new:8.2f} ms   {old / new:5.2f} times as fast   {verdict}", flush=True)
 
 
@@ -405,6 +413,56 @@ def in_c() -> None:
     torch.set_num_threads(1)
 
 
+def decode_step(rows: int, recordable: bool = True):
+    """One of that many rows at 60 tokens, to be called."""
+    model = module().model.to(DTYPE)
+    model.set_attn_implementation("sdpa")
+    decoder = RaggedDecoder(model)
+    decoder.step._recordable &= recordable
+    cache, ids = decoder.new_cache(), np.random.default_rng(0).integers(0, VOCABULARY, (rows, 61))
+    cache.reserve(rows, 61)
+    with torch.inference_mode():
+        decoder.prefill(cache, 0, list(ids))
+    return partial(torch.inference_mode()(decoder.decode), cache, ids[:, -1], np.full(rows, 60))
+
+
+def recorded() -> None:
+    """Two threads."""
+    switch(True)
+    torch.set_num_threads(2)
+    for rows in (1, 16, 64):
+        ways = [decode_step(rows, recordable) for recordable in (False, True)]
+        trial(f"decode step of {rows} rows recorded, for one by Python", "kept", *ways, repeats=45)
+    torch.set_num_threads(1)
+
+
+def spinning() -> None:
+    """Two threads, in a process for each way: of the decode steps that this prints, medians of three processes."""
+    code = """
+import statistics, time, torch, trials
+torch.set_num_threads(2)
+for rows in (1, 16, 64):
+    step, seconds = trials.decode_step(rows), []
+    for _ in range(200):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    print(1000 * statistics.median(seconds))
+"""
+    times: dict = {False: [], True: []}
+    for _ in range(3):
+        for spins, taken in times.items():
+            environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | (ALONE_ENVIRONMENT if spins else {})
+            done = subprocess.run(
+                [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                env=environment, cwd=Path(__file__).parent, timeout=300,
+            )  # fmt: skip
+            taken.append([float(line) for line in done.stdout.split()[-3:]])
+    for place, rows in enumerate((1, 16, 64)):
+        old, new = (statistics.median(each[place] for each in times[spins]) for spins in (False, True))
+        say(f"decode step of {rows} rows, threads that spin 0.2 ms", "kept", old, new)
+
+
 def linear_in_float32() -> None:
     """Two threads. Few rows, as a decode step has, and as many as a pass in training, where torch's is kept."""
     switch(True)
@@ -447,7 +505,7 @@ if __name__ == "__main__":
     switch(False)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, linear_in_float32, imports,
+             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, recorded, spinning, linear_in_float32, imports,
              workers)  # fmt: skip
     of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
     asked = [name for name in sys.argv[1:] if name != "--compile"]
