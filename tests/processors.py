@@ -19,7 +19,9 @@ AVX512 = (*EMULATION, "-U__AMX_BF16__", "-D__AVX512BW__", "-D__AVX512DQ__", "-D_
 PROCESSORS = {"this one": (), "AVX512-BF16": AVX512, "AMX": (*AVX512, "-D__AMX_BF16__")}
 if platform.machine() in ("x86_64", "AMD64") and "avx512f" in _cpu_flags():
     PROCESSORS["no AVX512"] = ("-mno-avx512f", "-mno-amx-bf16")
-WITH_BLOCKS = ["AVX512-BF16", "AMX", *(["this one"] if kernels.has_blocks() else [])]
+# Whatever `kernels.probe` says of this one's.
+HERE = ["this one"] if kernels.library() is not None and kernels.library().has_blocks() else []
+WITH_BLOCKS = ["AVX512-BF16", "AMX", *HERE]
 
 
 @functools.cache

@@ -1,8 +1,11 @@
 """Whether products in blocks are used: measured on the machine, once, and kept."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from processors import WITH_BLOCKS, functions_of
 
 from rlhf_ray import kernels
@@ -43,26 +46,58 @@ def test_what_is_good():
     assert not Finding(float("nan"), 9.0).good and not Finding(float("inf"), 9.0).good
 
 
-def test_it_is_asked_once_and_the_first_answer_stays(tmp_path, monkeypatch, caplog):
-    library, answers = tmp_path / "kernels-1.so", [Finding(0.001, 0.5), Finding(0.001, 2.0)]
+@pytest.fixture
+def answers(monkeypatch):
+    """What the next probes find."""
+    answers = [Finding(0.001, 0.5), Finding(0.001, 2.0), Finding(0.001, 3.0)]
     monkeypatch.setattr(probe, "probe", lambda: answers.pop(0))
+    return answers
+
+
+def test_it_is_asked_once_and_the_first_answer_stays(tmp_path, answers, caplog, monkeypatch):
+    library = tmp_path / "kernels-1.so"
     assert finding(library) == Finding(0.001, 0.5)
     assert "0.50 times as fast as torch's" in caplog.text
     finding.cache_clear()  # another process
-    assert finding(library) == Finding(0.001, 0.5) and len(answers) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels-1.blocks.json"]
+    assert finding(library) == Finding(0.001, 0.5) and len(answers) == 2
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock"]
+    monkeypatch.setattr(torch, "__version__", "9.9")  # whose products may be faster
+    finding.cache_clear()
+    assert finding(library) == Finding(0.001, 2.0)
 
 
-def test_of_two_that_ask_at_once_both_hear_the_first(tmp_path, monkeypatch):
+def test_whoever_asks_meanwhile_waits_for_the_answer(tmp_path, answers):
+    """A process of its own holds the lock, and writes the answer before it lets go."""
     library = tmp_path / "kernels-1.so"
+    code = f"""
+import fcntl, time, torch
+from pathlib import Path
+with open({str(library.with_suffix(".lock"))!r}, "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(1)
+    record = Path({str(library)!r}).with_suffix(f".torch-{{torch.__version__}}.json")
+    record.write_text('{{"error": 0.002, "times_as_fast": 4.0}}')
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert finding(library) == Finding(0.002, 4.0) and len(answers) == 3
 
-    def slow_probe():
-        library.with_suffix(".blocks.json").write_text(json.dumps({"error": 0.001, "times_as_fast": 3.0}))
-        return Finding(0.001, 0.5)
 
-    monkeypatch.setattr(probe, "probe", slow_probe)
-    assert finding(library) == Finding(0.001, 3.0)
-    assert len([*tmp_path.iterdir()]) == 1
+@pytest.mark.parametrize("left", ["", "{", '{"error": 1}', "[]"])
+def test_a_part_of_an_answer_is_none(tmp_path, answers, left):
+    finding(tmp_path / "kernels-1.so")
+    (record,) = tmp_path.glob("*.json")
+    record.write_text(left)
+    finding.cache_clear()
+    assert finding(tmp_path / "kernels-1.so") == Finding(0.001, 2.0)
+    assert json.loads(record.read_text()) == {"error": 0.001, "times_as_fast": 2.0}
+
+
+def test_where_nothing_can_be_kept_every_process_finds_out(tmp_path, answers, caplog):
+    """As in a folder that belongs to somebody else; here there is none."""
+    assert finding(tmp_path / "nowhere" / "kernels-1.so") == Finding(0.001, 0.5)
+    assert "can't be kept" in caplog.text
 
 
 @pytest.mark.parametrize(("times", "used"), [(1.5, True), (0.5, False)])

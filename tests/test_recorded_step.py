@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf_ray import kernels
 from rlhf_ray.engines.generation import GenerationEngine
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
+from rlhf_ray.engines.recorded_step import RecordedStep
 from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.kernels.recording import OtherWork, Program, Recording
 
@@ -43,7 +44,7 @@ def build(family: str, dtype=torch.float32):
 
 def decoder_of(model, recordable: bool = True) -> RaggedDecoder:
     decoder = RaggedDecoder(model)
-    decoder.step._recordable = decoder.step._recordable and recordable
+    decoder.step = RecordedStep(model, decoder.step.step, records=recordable)
     return decoder
 
 
@@ -108,7 +109,7 @@ def test_it_follows_the_weights_and_the_cache(family):
         model = build(family)
         decoder = decoder_of(model, recordable)
         with torch.no_grad():
-            both.append(decoded(decoder, steps=40, between=disturb(model)))  # 16 slots, then more
+            both.append(decoded(decoder, steps=40, between=disturb(model)))  # 32 slots, then more
     assert same(*both)
 
 
@@ -121,7 +122,7 @@ def test_rotary_positions_of_every_kind(rope):
         model = LlamaForCausalLM(LlamaConfig(**SIZES, **GROUPED, rope_parameters=ROPES[rope]))
     plain, lengths, steps = decoder_of(model), (3, 1, 7, 5), 30
     found = decoded(plain, lengths, steps)
-    assert (plain.step._program is None) == (rope == "dynamic")
+    assert plain.step.is_recorded == (rope != "dynamic")
     plain.step = None
     for one, other in zip(found, decoded(plain, lengths, steps), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
@@ -129,10 +130,12 @@ def test_rotary_positions_of_every_kind(rope):
 
 def test_an_engines_responses_are_the_same(monkeypatch):
     """Rows join and leave, and one's stop string ends it."""
-    prompts, responses = [[2 + row, 5, 9][: 1 + row % 3] for row in range(20)], []
+    prompts, responses, recorded = [[2 + row, 5, 9][: 1 + row % 3] for row in range(20)], [], []
+    forget = RecordedStep.forget
+    monkeypatch.setattr(RecordedStep, "forget", lambda step: (recorded.append(step.is_recorded), forget(step)))
     for recordable in (True, False):
         engine = GenerationEngine(build("qwen2"), Letters(), eos_token_ids=(1, 11, 21), max_rows=7)
-        engine.decoder.step._recordable = recordable
+        engine.decoder = decoder_of(engine.model, recordable)
         each = [
             SamplingParams(max_new_tokens=5 + 3 * row, temperature=0.5 + row / 20, stop=("ab",)) for row in range(20)
         ]
@@ -142,8 +145,8 @@ def test_an_engines_responses_are_the_same(monkeypatch):
         while step := engine.step():
             events += [(event.request_id, event.token_id, event.logprob) for event in step]
         responses.append(events)
-        assert (engine.decoder.step._program is not None) == recordable
-    assert responses[0] == responses[1]
+        assert not engine.decoder.step.is_recorded
+    assert recorded == [True, False] and responses[0] == responses[1]
 
 
 class Letters:
@@ -166,15 +169,47 @@ def test_a_step_with_other_work_is_not_recorded():
     decoder = decoder_of(model)
     with torch.inference_mode():
         found = decoded(decoder)
-        assert decoder.step._program is None and not decoder.step._recordable
-        assert found[5].isfinite().all()
+        assert not decoder.step.is_recorded and found[5].isfinite().all()
 
 
-def test_what_computes_in_a_recording_is_named():
-    x = torch.ones(3)
-    with pytest.raises(OtherWork, match="add"), Recording():
-        x + 1
-    assert torch.equal(x + 1, torch.full((3,), 2.0)) and kernels.of_thread.recording is None
+COMPUTES = {
+    "add": lambda x: x + 1, "mm": lambda x: x @ x, "zeros": lambda x: torch.zeros(3), "copy_": lambda x: x.copy_(x.t()),
+    "to|_to_copy": lambda x: x.double(), "reshape|clone": lambda x: x.t().reshape(9),
+    "contiguous|clone": lambda x: x.t().contiguous(),
+    "multiply_float32": lambda x: kernels.kernel("multiply", x, dtype=x.dtype)(x, x, x.numel()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", COMPUTES)
+def test_what_computes_in_a_recording_is_named(name, mode):
+    """Also what copies, of which torch says that it is a view, and a function in C that is not of a decode step."""
+    x = torch.arange(9.0).view(3, 3)
+    with mode(), pytest.raises(OtherWork, match=name), Recording():
+        COMPUTES[name](x)
+    assert torch.equal(x, torch.arange(9.0).view(3, 3)) and kernels.of_thread.recording is None
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_only_looks_is_let_through(mode):
+    x = torch.arange(6.0).view(2, 3)
+    with mode(), Recording():
+        looks = [x.view(6), x.t(), x[1], x.to(x.dtype), x.contiguous(), x.reshape(3, 2), *x.unbind(1), x.flatten()]
+    assert all(each.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for each in looks)
+
+
+def test_a_first_step_without_a_cache_is_not_recorded():
+    """Prompts of one token have no prefill, so their first step makes the cache; twice the same is no reason to record that."""
+    decoder = decoder_of(build("gpt2"))
+    with torch.inference_mode():
+        for _ in range(3):
+            cache = decoder.new_cache()
+            cache.reserve(2, 16)
+            decoder.decode(cache, np.array([3, 4]), np.array([0, 0]))
+            assert not decoder.step.is_recorded
+        for position in (1, 2):
+            decoder.decode(cache, np.array([3, 4]), np.array([position, position]))
+        assert decoder.step.is_recorded
 
 
 def test_with_gradients_or_autocast_it_goes_the_plain_way():
@@ -182,10 +217,11 @@ def test_with_gradients_or_autocast_it_goes_the_plain_way():
         decoder = decoder_of(build("gpt2"))
         with torch.no_grad(), context:
             found = decoded(decoder)
-        assert decoder.step._program is None and found[-1].isfinite().all()
-        with torch.no_grad():  # and is recorded later
-            decoded(decoder)
-        assert decoder.step._program is not None
+        assert not decoder.step.is_recorded and found[-1].isfinite().all()
+        for later in (torch.inference_mode(), torch.no_grad()):
+            with later:
+                decoded(decoder)
+            assert decoder.step.is_recorded
 
 
 def test_tensors_share_places_only_when_they_are_not_in_use():

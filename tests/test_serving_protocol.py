@@ -18,7 +18,14 @@ from rlhf_ray.serving.app import build_app
 from rlhf_ray.serving.loading import load
 from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
-from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, is_loopback, resolve_api_key
+from rlhf_ray.serving.settings import (
+    AppSettings,
+    EngineOptions,
+    Limits,
+    is_loopback,
+    replica_environment,
+    resolve_api_key,
+)
 from rlhf_ray.serving.streaming import EventStream
 from rlhf_ray.serving.text import ResponseText
 
@@ -740,3 +747,9 @@ def test_only_loopback_goes_without_a_key(monkeypatch):
     assert "s3cret" not in repr(AppSettings(name="x", api_key="s3cret"))
     with pytest.raises(UserError, match="max_rows"):
         Limits(max_rows=0)
+
+
+@pytest.mark.parametrize(("threads", "cores", "spin"), [(2, 2, True), (1, 2, True), (3, 2, False), (1, 0.5, False)])
+def test_replicas_threads_spin_where_each_has_a_core(threads, cores, spin):
+    environment = replica_environment(threads, cores)
+    assert ("GOMP_SPINCOUNT" in environment) == spin and environment["OMP_WAIT_POLICY"] == "passive"

@@ -33,6 +33,7 @@ from rlhf_ray.engines.last_block import only_at
 from rlhf_ray.engines.packed_linear import pack_linears, panels_of, product_float32
 from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.engines.ragged_decoder import RaggedDecoder
+from rlhf_ray.engines.recorded_step import RecordedStep
 from rlhf_ray.engines.trained_layers import train_in_place
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.load import disable_dropout
@@ -418,7 +419,7 @@ def decode_step(rows: int, recordable: bool = True):
     model = module().model.to(DTYPE)
     model.set_attn_implementation("sdpa")
     decoder = RaggedDecoder(model)
-    decoder.step._recordable &= recordable
+    decoder.step = RecordedStep(model, decoder.step.step, records=recordable)
     cache, ids = decoder.new_cache(), np.random.default_rng(0).integers(0, VOCABULARY, (rows, 61))
     cache.reserve(rows, 61)
     with torch.inference_mode():
@@ -505,8 +506,8 @@ if __name__ == "__main__":
     switch(False)
     tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
              attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, recorded, spinning, linear_in_float32, imports,
-             workers)  # fmt: skip
+             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, recorded, spinning,
+             linear_in_float32, imports, workers)  # fmt: skip
     of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
     asked = [name for name in sys.argv[1:] if name != "--compile"]
     for part in tried:

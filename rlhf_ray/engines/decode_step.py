@@ -47,9 +47,8 @@ class LlamaStep:
     """Qwen2's too: its projections have biases."""
 
     def __init__(self):
-        self._angles: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # cosines and sines of each position, [positions, D]
-        )
+        # Cosines and sines of each position, [positions, D].
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, model, cache, tokens, positions) -> torch.Tensor:
         body, n = model.model, len(tokens)
@@ -95,7 +94,7 @@ FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
 def _embed(tokens, positions, words: nn.Module, places: nn.Module | None = None) -> torch.Tensor:
     tables = [words.weight, None if places is None else places.weight]
     run = kernel("embed", *tables, tokens, positions, dtype=words.weight.dtype)
-    plain = all(each is None or type(each) is nn.Embedding for each in (words, places))
+    plain = all(each is None or (type(each) is nn.Embedding and each.max_norm is None) for each in (words, places))
     if run is None or not plain or tables[1] is not None and tables[1].dtype != tables[0].dtype:
         return words(tokens) if places is None else words(tokens) + places(positions)
     result = tables[0].new_empty(len(tokens), tables[0].shape[1])

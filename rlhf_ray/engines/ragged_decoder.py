@@ -110,6 +110,11 @@ class RaggedDecoder:
         mask = (torch.arange(length, device=self.device) <= inputs[1, :, None])[:, None, None]
         return self._forward(cache, inputs[0, :, None], inputs[1, :, None], mask)
 
+    def forget(self) -> None:
+        """Give back what steps over a cache leave behind; there may be more of them."""
+        if self.step is not None:
+            self.step.forget()
+
     def _forward(self, cache, input_ids, position_ids, mask) -> torch.Tensor:
         if self.additive_mask:
             mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -16,32 +16,42 @@ class RecordedStep:
     """A model's decode step, to the bit, in a fraction of the time in which Python goes through it.
 
     The first step over a cache, and the first after weights have changed or the cache has moved, goes the plain way, which packs
-    weights; the next one is recorded. A step with work that is not in C (`kernels.recording.NAMES`) never is.
+    weights; the next one is recorded. A step with work that is not in C (`kernels.recording.NAMES`) never is. Weights may change
+    while a batch runs, into other tensors too; modules may not.
     """
 
-    def __init__(self, model: PreTrainedModel, step: DecodeStep):
+    def __init__(self, model: PreTrainedModel, step: DecodeStep, *, records: bool = True):
         self.model, self.step = model, step
         places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
         self._places = [(parameters, name) for parameters, name in places if parameters[name] is not None]
-        versions_count = not any(parameters[name].is_inference() for parameters, name in self._places)
-        self._recordable = versions_count and kernels.library() is not None
+        self._records = records and kernels.library() is not None
         self._seen: tuple | None = None  # the last step's state
-        self._weights: list[torch.Tensor] = []  # of it: while they are here no other has their identity
+        self._refused: tuple | None = None  # that of a step with other work
+        self._weights: list[torch.Tensor] = []  # of both: while they are here no others have their identities
         self._program: Program | None = None
-        self._tokens = self._positions = torch.empty(0, dtype=torch.int64)
+        self._inputs = np.zeros((2, 0), np.int64)  # tokens and positions, where the program reads them
 
     def __call__(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed tokens [n] at positions [n]; -> logits [n, V], which the next call may write over."""
-        state = self._state(cache) if self._recordable else None
+        state = self._state(cache) if self._records else None
         if state is None or state != self._seen:
             self._seen, self._program = state, None
             return self._plain(cache, tokens, positions)
         if self._program is None and not self._record(cache):
             return self._plain(cache, tokens, positions)
         n = len(tokens)
-        self._tokens[:n], self._positions[:n] = torch.from_numpy(tokens), torch.from_numpy(positions)
+        self._inputs[0, :n], self._inputs[1, :n] = tokens, positions
         self._program.run(n)
         return self._program.result[:n]
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._program is not None
+
+    def forget(self) -> None:
+        """Give back what a recording holds."""
+        self._seen = self._refused = self._program = None
+        self._weights = []
 
     def _plain(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         inputs = torch.from_numpy(np.stack([tokens, positions]))
@@ -49,26 +59,35 @@ class RecordedStep:
         return self.step(self.model, cache, inputs[0], inputs[1])
 
     def _record(self, cache: RaggedCache) -> bool:
-        rows = cache.write.rows
-        self._tokens, self._positions = torch.zeros(2, rows, dtype=torch.int64)
-        cache.begin_decode(self._positions, cache.write.slots)
+        if self._seen == self._refused:
+            return False
+        self._inputs = np.zeros((2, cache.write.rows), np.int64)
+        tokens, positions = torch.from_numpy(self._inputs)
+        cache.begin_decode(positions, cache.write.slots)
         try:
             with Recording() as recording:
-                logits = self.step(self.model, cache, self._tokens, self._positions)
+                logits = self.step(self.model, cache, tokens, positions)
         except OtherWork:
-            self._recordable = False
+            self._refused = self._seen
             return False
-        self._program = Program(recording, logits)
+        self._program = Program(recording, logits, theirs=_tensors(cache))
         return True
 
     def _state(self, cache: RaggedCache) -> tuple | None:
-        """What a recording depends on; None: what is done depends on more."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        """What a recording depends on; None: what is done depends on more, or has to be done once."""
+        computes = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if computes or not all(layer.is_initialized for layer in cache.layers):
             return None
         self._weights = weights = [parameters[name] for parameters, name in self._places]
+        if any(each.is_inference() for each in weights):  # they have no versions
+            return None
         return (
             [(id(each), each.data_ptr(), each._version) for each in weights],
-            [each.data_ptr() for layer in cache.layers if layer.is_initialized
-             for each in (layer.keys, layer.values, layer.centres)],
+            [each.data_ptr() for each in _tensors(cache)],
             cache.write.rows,
-        )  # fmt: skip
+            cache.write.slots,
+        )
+
+
+def _tensors(cache: RaggedCache) -> list[torch.Tensor]:
+    return [each for layer in cache.layers for each in (layer.keys, layer.values, layer.centres)]

@@ -145,6 +145,8 @@ class RowBatch:
             for new, old in zip(target, source, strict=True):
                 self.requests[new] = self.requests[old]
         del self.requests[n:]
+        if n == 0:
+            self.decoder.forget()
         self._members_changed()
 
     def _completion(self, row: int, reason: FinishReason) -> Completion:

@@ -25,6 +25,7 @@ import torch
 
 if TYPE_CHECKING:
     from rlhf_ray.kernels.probe import Finding
+    from rlhf_ray.kernels.recording import Recording
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
@@ -35,9 +36,15 @@ COMPILE_TIMEOUT_S = 120
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
 
 log = logging.getLogger(__name__)
-of_thread = (
-    threading.local()
-)  # recording: what calls on this thread go into (kernels/recording.py), if it is there and not None
+
+
+class OfThread(threading.local):
+    """recording: what calls of functions on this thread go into, if there is one (kernels/recording.py)."""
+
+    recording: Recording | None = None
+
+
+of_thread = OfThread()
 
 
 @functools.cache
@@ -89,8 +96,8 @@ def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None =
 
 def _call(function, *arguments) -> None:
     """Tensors by where their numbers are (None: nowhere), whole numbers as int64, others as float; then the threads."""
-    recording = getattr(of_thread, "recording", None)
-    if recording is not None and recording.takes(function.__name__, arguments):
+    if of_thread.recording is not None:
+        of_thread.recording.take(function.__name__, arguments)
         return
     if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
         function.argtypes = [*map(_c_type, arguments), ctypes.c_int]

@@ -22,8 +22,9 @@ enum {
 };
 
 static inline float float_of(int64_t word) {
+    uint32_t bits = (uint32_t)word;
     float value;
-    memcpy(&value, &word, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 

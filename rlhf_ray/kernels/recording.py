@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf_ray import kernels
 
@@ -28,7 +30,7 @@ class OtherWork(Exception):
 
 class Recording(TorchDispatchMode):
     """In the body of a `with`, on this thread: functions of NAMES are recorded and not called, new tensors stay empty, and whatever
-    else would compute raises OtherWork.
+    else would compute or copy raises OtherWork.
     """
 
     def __init__(self):
@@ -45,19 +47,29 @@ class Recording(TorchDispatchMode):
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name, result = function.overloadpacket.__name__, function(*arguments, **(keywords or {}))
+        name = function.overloadpacket.__name__
+        if name not in ALLOCATE and not function.is_view:
+            raise OtherWork(name)
+        result = function(*arguments, **(keywords or {}))
         if name in ALLOCATE:
-            storage = result.untyped_storage()
-            self.new[storage.data_ptr()] = storage
-        elif not function.is_view:
+            self.new[_begin(result)] = result.untyped_storage()
+        elif not _begins(result) <= _begins((arguments, keywords)):  # what torch calls a view may be a copy
             raise OtherWork(name)
         return result
 
-    def takes(self, name: str, arguments: tuple) -> bool:
-        """Whether this call is recorded, so that it is not to be made."""
-        if name in NAMES:
-            self.calls.append((NAMES.index(name), arguments))
-        return name in NAMES
+    def take(self, name: str, arguments: tuple) -> None:
+        if name not in NAMES:
+            raise OtherWork(name)
+        self.calls.append((NAMES.index(name), arguments))
+
+
+def _begin(tensor: torch.Tensor) -> int:
+    """Where its storage is."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _begins(tree) -> set[int]:
+    return {_begin(each) for each in tree_leaves(tree) if isinstance(each, torch.Tensor)}
 
 
 class _Call(ctypes.Structure):
@@ -71,13 +83,14 @@ class Program:
     several that are not in use at the same time.
     """
 
-    def __init__(self, recording: Recording, result: torch.Tensor):
-        """result: of the last call."""
+    def __init__(self, recording: Recording, result: torch.Tensor, theirs: Sequence[torch.Tensor] = ()):
+        """result: of the last call. theirs: tensors that need not be there for longer than the caller wants to run this."""
         tensors = [
-            [(each, self._begin(each)) for each in arguments if isinstance(each, torch.Tensor)]
+            [(each, _begin(each)) for each in arguments if isinstance(each, torch.Tensor)]
             for _, arguments in recording.calls
         ]
-        self._others = [each for pairs in tensors for each, begin in pairs if begin not in recording.new]
+        elsewhere = recording.new.keys() | {_begin(each) for each in theirs}
+        self._kept = [each for pairs in tensors for each, begin in pairs if begin not in elsewhere]
         places = _places([[begin for _, begin in pairs if begin in recording.new] for pairs in tensors], recording.new)
         moved = {begin: place.data_ptr() - begin for begin, place in places.items()}
         self._calls = (_Call * len(recording.calls))()
@@ -86,15 +99,11 @@ class Program:
             words = (next(addresses) if isinstance(each, torch.Tensor) else _word(each) for each in arguments)
             call.function, call.words[: len(arguments)] = number, list(words)
         self._places = places
-        self.result = places[self._begin(result)].view(result.dtype).view(result.shape)  # of each run
+        self.result = places[_begin(result)].view(result.dtype).view(result.shape)  # of each run
         self._run = kernels.kernel("make_calls")
 
     def run(self, n: int) -> None:
         self._run(ctypes.addressof(self._calls), len(self._calls), n)
-
-    @staticmethod
-    def _begin(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
 
 
 def _places(used: list[list[int]], storages: dict[int, torch.UntypedStorage]) -> dict[int, torch.Tensor]:
