@@ -173,7 +173,7 @@ def test_a_step_with_other_work_is_not_recorded():
 
 
 COMPUTES = {
-    "add": lambda x: x + 1, "mm": lambda x: x @ x, "zeros": lambda x: torch.zeros(3), "copy_": lambda x: x.copy_(x.t()),
+    "add": lambda x: x + 1, "mm|matmul": lambda x: x @ x, "zeros": lambda x: torch.zeros(3), "copy_": lambda x: x.copy_(x.t()),
     "to|_to_copy": lambda x: x.double(), "reshape|clone": lambda x: x.t().reshape(9),
     "contiguous|clone": lambda x: x.t().contiguous(),
     "multiply_float32": lambda x: kernels.kernel("multiply", x, dtype=x.dtype)(x, x, x.numel()),

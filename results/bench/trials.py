@@ -504,10 +504,11 @@ def compiled() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     switch(False)
-    tried = (activation, head, gradient_at_one_column, entropy_beside_logprobs, rows_of_unlike_length, attention,
-             attention_weights, weights_in_16_bits, last_feed_forward, adam, decode_attention, generation,
-             frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c, recorded, spinning,
-             linear_in_float32, imports, workers)  # fmt: skip
+    # First those of other processes, before threads of this one spin.
+    tried = (spinning, imports, workers, activation, head, gradient_at_one_column, entropy_beside_logprobs,
+             rows_of_unlike_length, attention, attention_weights, weights_in_16_bits, last_feed_forward, adam,
+             decode_attention, generation, frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c,
+             recorded, linear_in_float32)  # fmt: skip
     of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
     asked = [name for name in sys.argv[1:] if name != "--compile"]
     for part in tried:
