@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from rlhf_ray.actors.fork_client import surroundings
 from rlhf_ray.actors.fork_server import why_not
 from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.session import ray_session, worker_environment
+from rlhf_ray.actors.session import actors_runtime_env, ray_session, worker_environment
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised import launch
 from rlhf_ray.threads import ALONE_ENVIRONMENT
@@ -251,6 +252,46 @@ def test_forked_and_plain_workers_are_alike():
         assert each.pop("processes")[0] != parents[0] and each.pop("seeds")
     assert [each["threads"] for each in forked] == [1, 2, 2]
     assert forked == plain
+
+
+@pytest.mark.ray
+def test_on_a_ray_that_runs_here_ppos_actors_are_forks(tmp_path):
+    """Of a server with the environment that Ray's workers inherit, not the command's."""
+    import ray
+
+    if forking.raylet_environment() is not None:
+        pytest.skip("a Ray is running on this machine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
+               "--disable-usage-stats"]  # fmt: skip
+    environment = os.environ | {
+        "MALLOC_ARENA_MAX": "3",
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
+    with open(tmp_path / "ray.log", "w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    @ray.remote(num_cpus=0)
+    class Actor:
+        def facts(self):
+            return os.getppid(), "rlhf_ray.engines.deepspeed_engine" in sys.modules, os.environ.get("MALLOC_ARENA_MAX")
+
+    try:
+        wait_for(lambda: "Ray runtime started" in (tmp_path / "ray.log").read_text(), seconds=60)
+        assert forking.raylet_environment()["MALLOC_ARENA_MAX"] == "3"
+        with ray_session(f"127.0.0.1:{port}", stages=["ppo"]):
+            assert actors_runtime_env["env_vars"] == worker_environment() | ALONE_ENVIRONMENT
+            actors = [Actor.options(runtime_env=dict(actors_runtime_env)).remote() for _ in range(2)]
+            plain = Actor.remote()
+            one, other, without = ray.get([each.facts.remote() for each in (*actors, plain)], timeout=120)
+        assert one == other == (one[0], True, "3")
+        assert without[0] != one[0] and without[1:] == (False, "3")
+        assert actors_runtime_env == {}
+    finally:
+        head.terminate()
+        head.wait(60)
 
 
 @pytest.mark.ray

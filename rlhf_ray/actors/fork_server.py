@@ -113,7 +113,7 @@ def why_not(variables: Mapping[str, str], around: list[str]) -> str | None:
     """Why a process with these variables and surroundings can't be a fork of this one."""
     if around != surroundings():
         return "it is in another container or control group"
-    own, its = ({name: value.lower() for name, value in each.items() if name.startswith(LOADED)}
+    own, its = ({name: value.lower() for name, value in each.items() if value and name.startswith(LOADED)}
                 for each in (os.environ, variables))  # fmt: skip
     differing = sorted({name for name, _ in own.items() ^ its.items()} - UNHEEDED)
     return f"it has other values of {', '.join(differing)}" if differing else None

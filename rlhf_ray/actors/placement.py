@@ -8,6 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_ray.actors.session import actors_runtime_env
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import UserError
@@ -95,8 +96,8 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        alone = {"runtime_env": {"env_vars": ALONE_ENVIRONMENT}} if role == self.alone else {}
-        return alone | {
+        runtime_env = actors_runtime_env or ({"env_vars": ALONE_ENVIRONMENT} if role == self.alone else {})
+        return ({"runtime_env": dict(runtime_env)} if runtime_env else {}) | {
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),

@@ -31,6 +31,7 @@ from rlhf_ray.actors.role_actors import (
     ReferenceActor,
     RewardActor,
 )
+from rlhf_ray.actors.session import actors_runtime_env
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
@@ -79,7 +80,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         critic = []
         if recipe.ppo.has_critic:
             critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
-        assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
+        assembler = AssemblerActor.options(num_cpus=0, runtime_env=dict(actors_runtime_env)).remote(
+            "assembler-0", recipe, folder, RoleConfig(threads=1)
+        )
         everyone = [*generation, *reward, *reference, *policy, *critic, assembler]
         names = [
             f"{role} actor {number}"

@@ -94,7 +94,7 @@ def _nodes(address: str | None) -> list[Mapping[str, float]]:
     from rlhf_ray.actors.placement import nodes_alive
     from rlhf_ray.actors.session import ray_session
 
-    with ray_session(address):
+    with ray_session(address, stages=()):
         return nodes_alive()
 
 
