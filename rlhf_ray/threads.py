@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from rlhf_ray.config import Recipe
 
 # Read by libgomp when torch is loaded. Who generates does so in thousands of operations too short to fall asleep in between: with
-# 0.2 ms of spinning a decode step of a few rows takes a half to a quarter of the time (results/bench/trials.py spinning).
+# 0.2 ms of spinning a decode step of a few rows takes a half to an eighth of the time (results/bench/trials.py spinning).
 # For processes that have their cores to themselves then: others would spin them away from each other.
 ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 SUPERVISED = ("sft", "fluency", "reward", "judge", "dpo")

@@ -7,16 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import ray
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.actors import forking
+from rlhf_ray.actors import forked_actors, forking
 from rlhf_ray.actors.fork_client import surroundings
 from rlhf_ray.actors.fork_server import why_not
+from rlhf_ray.actors.forked_actors import inherited_variables
 from rlhf_ray.actors.forking import fork_server
-from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.session import actors_runtime_env, ray_session, worker_environment
+from rlhf_ray.actors.ppo_stage import ray_roles, run_ppo
+from rlhf_ray.actors.session import ray_session, worker_environment
+from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.run_folder import RunFolder
 from rlhf_ray.supervised import launch
 from rlhf_ray.threads import ALONE_ENVIRONMENT
@@ -214,7 +218,6 @@ def test_a_path_too_long_for_a_socket_is_no_obstacle(monkeypatch, tmp_path, pyth
 @pytest.mark.ray
 def test_forked_and_plain_workers_are_alike():
     """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
-    import ray
 
     def facts():
         import numpy
@@ -254,13 +257,9 @@ def test_forked_and_plain_workers_are_alike():
     assert forked == plain
 
 
-@pytest.mark.ray
-def test_on_a_ray_that_runs_here_ppos_actors_are_forks(tmp_path):
-    """Of a server with the environment that Ray's workers inherit, not the command's."""
-    import ray
-
-    if forking.raylet_environment() is not None:
-        pytest.skip("a Ray is running on this machine")
+@pytest.fixture
+def running_ray(tmp_path):
+    """The address of a Ray that others have started, with an environment that is not this process's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -272,26 +271,60 @@ def test_on_a_ray_that_runs_here_ppos_actors_are_forks(tmp_path):
     }
     with open(tmp_path / "ray.log", "w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    @ray.remote(num_cpus=0)
-    class Actor:
-        def facts(self):
-            return os.getppid(), "rlhf_ray.engines.deepspeed_engine" in sys.modules, os.environ.get("MALLOC_ARENA_MAX")
-
     try:
         wait_for(lambda: "Ray runtime started" in (tmp_path / "ray.log").read_text(), seconds=60)
-        assert forking.raylet_environment()["MALLOC_ARENA_MAX"] == "3"
-        with ray_session(f"127.0.0.1:{port}", stages=["ppo"]):
-            assert actors_runtime_env["env_vars"] == worker_environment() | ALONE_ENVIRONMENT
-            actors = [Actor.options(runtime_env=dict(actors_runtime_env)).remote() for _ in range(2)]
-            plain = Actor.remote()
-            one, other, without = ray.get([each.facts.remote() for each in (*actors, plain)], timeout=120)
-        assert one == other == (one[0], True, "3")
-        assert without[0] != one[0] and without[1:] == (False, "3")
-        assert actors_runtime_env == {}
+        yield f"127.0.0.1:{port}"
     finally:
         head.terminate()
         head.wait(60)
+
+
+@pytest.mark.ray
+def test_ppos_actors_on_a_ray_that_runs_here_are_forks(running_ray, tmp_path):
+    """Of a server with the environment that Ray's workers inherit, not the command's."""
+    recipe = tiny_recipe()
+    folder = write_start(recipe, RunFolder(tmp_path / "run"))
+    with ray_session(running_ray):
+        assert inherited_variables()["MALLOC_ARENA_MAX"] == "3"
+        with ray_roles(recipe, folder, Waiter(60.0, "look why")):
+            actors = [int(process) for process in os.listdir("/proc") if process.isdigit() and is_actor(process)]
+            parents = {server_of(actor) for actor in actors}
+            commands = [Path(f"/proc/{parent}/cmdline").read_text() for parent in parents]
+        assert len(actors) == 6 and len(parents) == 1 and "rlhf_ray.actors.fork_server" in commands[0], commands
+
+
+def is_actor(process):
+    try:
+        name = Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return False
+    return name.startswith("ray::") and not name.startswith(("ray::Dashboard", "ray::RuntimeEnv", "ray::IDLE"))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("other", ["nodes", "namespaces", "python", "raylet"])
+def test_elsewhere_they_are_not(running_ray, other, monkeypatch, tmp_path):
+    """Several nodes; a raylet in other namespaces; one that starts another Python; one that is not to be seen here."""
+    with ray_session(running_ray):
+        assert inherited_variables() is not None
+        if other == "nodes":
+            nodes = ray.nodes()
+            monkeypatch.setattr(ray, "nodes", lambda: [*nodes, nodes[0] | {"NodeID": "another"}])
+        elif other == "namespaces":
+            monkeypatch.setattr(forked_actors, "surroundings", lambda process="self": [process])
+        elif other == "python":
+            monkeypatch.setattr(sys, "executable", "/usr/bin/python-of-others")
+        else:
+            monkeypatch.setattr(forked_actors, "Path", lambda path: tmp_path)
+        assert inherited_variables() is None
+        with forked_actors.forked_actors(spins=True) as runtime_env:
+            assert runtime_env == {}
+
+
+@pytest.mark.ray
+def test_where_all_workers_are_forks_actors_need_nothing():
+    with ray_session(None), forked_actors.forked_actors(spins=True) as runtime_env:
+        assert runtime_env == {} and "py_executable" in ray.get_runtime_context().runtime_env
 
 
 @pytest.mark.ray

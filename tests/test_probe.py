@@ -94,10 +94,20 @@ def test_a_part_of_an_answer_is_none(tmp_path, answers, left):
     assert json.loads(record.read_text()) == {"error": 0.001, "times_as_fast": 2.0}
 
 
+def test_a_file_system_without_locks_keeps_the_answer_too(tmp_path, answers, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(probe.fcntl, "flock", no_locks)
+    finding(tmp_path / "kernels-1.so")
+    finding.cache_clear()
+    assert finding(tmp_path / "kernels-1.so") == Finding(0.001, 0.5) and len(answers) == 2
+
+
 def test_where_nothing_can_be_kept_every_process_finds_out(tmp_path, answers, caplog):
     """As in a folder that belongs to somebody else; here there is none."""
     assert finding(tmp_path / "nowhere" / "kernels-1.so") == Finding(0.001, 0.5)
-    assert "can't be kept" in caplog.text
+    assert "can't be kept" in caplog.text and len(answers) == 2
 
 
 @pytest.mark.parametrize(("times", "used"), [(1.5, True), (0.5, False)])

@@ -1,5 +1,8 @@
 """A decode step made by one call: the same bits as the step it was recorded from, whatever changes between two of them."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -222,6 +225,23 @@ def test_with_gradients_or_autocast_it_goes_the_plain_way():
             with later:
                 decoded(decoder)
             assert decoder.step.is_recorded
+
+
+@torch.inference_mode()
+def test_a_recording_holds_no_cache():
+    """One that nobody else holds is gone, and the next one, wherever it is, is recorded anew."""
+    decoder, found = decoder_of(build_for("gpt2", torch.float32)), []
+    for _ in range(2):
+        cache = decoder.new_cache()
+        cache.reserve(2, 16)
+        for position in range(3):
+            found.append(decoder.decode(cache, np.array([3, 4]), np.array([position] * 2)).clone())
+        assert decoder.step.is_recorded
+        keys = weakref.ref(cache.layers[0].keys)
+        del cache
+        gc.collect()
+        assert keys() is None
+    assert same(found[:3], found[3:])
 
 
 def test_tensors_share_places_only_when_they_are_not_in_use():

@@ -55,10 +55,10 @@ def asked(path: str, command: tuple[str, ...]) -> tuple[socket.socket, int, int]
     return branch, worker, os.pidfd_open(worker)
 
 
-def surroundings() -> list[str]:
+def surroundings(process: str = "self") -> list[str]:
     """What a fork takes from the server and not from this process: namespaces and control group."""
-    with open("/proc/self/cgroup") as file:
-        return [*(os.readlink(f"/proc/self/{name}") for name in SURROUNDINGS), file.read()]
+    with open(f"/proc/{process}/cgroup") as file:
+        return [*(os.readlink(f"/proc/{process}/{name}") for name in SURROUNDINGS), file.read()]
 
 
 def connected(path: str) -> socket.socket:

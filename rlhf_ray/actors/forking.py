@@ -33,22 +33,6 @@ def wanted(stages: Sequence[str]) -> bool:
     return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
 
 
-def raylet_environment() -> dict[str, str] | None:
-    """Variables of the only Ray that runs on this machine, which its workers inherit; None: there is none, or several, or it is
-    another user's."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, UnicodeDecodeError):
-            if os.path.basename(process.joinpath("cmdline").read_bytes().split(b"\0")[0]) == b"raylet":
-                pairs = process.joinpath("environ").read_bytes().decode().rstrip("\0").split("\0")
-                found.append(dict(pair.split("=", 1) for pair in pairs))
-    if len(found) != 1:
-        return None
-    if found[0].get("RAY_LD_PRELOAD_ON_WORKERS", "0") == "0":  # Ray's own processes have another allocator
-        found[0].pop("LD_PRELOAD", None)
-    return found[0]
-
-
 @contextmanager
 def fork_server(
     stages: Sequence[str], environment: Mapping[str, str], inherited: Mapping[str, str] = os.environ

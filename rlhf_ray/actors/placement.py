@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.actors.session import actors_runtime_env
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import UserError
@@ -79,10 +79,17 @@ class Placement:
     """Reserves the bundles and hands out actor options, role by role. A context manager: leaving it frees them."""
 
     def __init__(
-        self, roles: Roles, waiter: Waiter, *, strategy: str, timeout_s: float, alone: str | None = "generation"
+        self,
+        roles: Roles,
+        waiter: Waiter,
+        *,
+        strategy: str,
+        timeout_s: float,
+        alone: str | None = "generation",
+        runtime_env: Mapping[str, Any] | None = None,
     ):
-        """alone: the role that works while everybody else waits."""
-        self.alone = alone
+        """alone: the role that works while everybody else waits. runtime_env: of all actors, with what `alone` brings."""
+        self.alone, self.runtime_env = alone, dict(runtime_env or {})
         check_fits(roles, nodes_alive(), strategy)
         self._bundles: list[dict[str, float]] = []
         self._first: dict[str, int] = {}
@@ -96,8 +103,9 @@ class Placement:
     def options(self, role: str, number: int) -> dict:
         index = self._first[role] + number
         bundle = self._bundles[index]
-        runtime_env = actors_runtime_env or ({"env_vars": ALONE_ENVIRONMENT} if role == self.alone else {})
-        return ({"runtime_env": dict(runtime_env)} if runtime_env else {}) | {
+        alone = {"env_vars": ALONE_ENVIRONMENT} if role == self.alone else {}
+        return {
+            "runtime_env": self.runtime_env or alone,
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),

@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 
 from rlhf_ray import checkpoint
+from rlhf_ray.actors.forked_actors import forked_actors
 from rlhf_ray.actors.groups import (
     AdapterOff,
     AssemblerHandle,
@@ -31,7 +32,6 @@ from rlhf_ray.actors.role_actors import (
     ReferenceActor,
     RewardActor,
 )
-from rlhf_ray.actors.session import actors_runtime_env
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
@@ -50,9 +50,10 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
     """All actors of the recipe, ready to work; they end with the `with`."""
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
-    with Placement(
+    spins = recipe.ppo.steps_ahead == 0
+    with forked_actors(spins=spins) as runtime_env, Placement(
         recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s,
-        alone="generation" if recipe.ppo.steps_ahead == 0 else None,
+        alone="generation" if spins else None, runtime_env=runtime_env,
     ) as placement:  # fmt: skip
 
         def actors(kind, role: str, config: RoleConfig, *args):
@@ -80,7 +81,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         critic = []
         if recipe.ppo.has_critic:
             critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
-        assembler = AssemblerActor.options(num_cpus=0, runtime_env=dict(actors_runtime_env)).remote(
+        assembler = AssemblerActor.options(num_cpus=0, runtime_env=runtime_env).remote(
             "assembler-0", recipe, folder, RoleConfig(threads=1)
         )
         everyone = [*generation, *reward, *reference, *policy, *critic, assembler]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import ray
 
-from rlhf_ray.actors.forking import fork_server, raylet_environment
+from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.errors import UserError
 from rlhf_ray.threads import ALONE_ENVIRONMENT
 
@@ -24,8 +24,6 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
-#: what makes forks of PPO's actors on a Ray that runs already: later others of its workers may be on other machines
-actors_runtime_env: dict = {}
 OBJECT_STORE_BYTES = 512 * 1024**2
 ANSWER_S = 10  # within which a cluster's port takes a connection
 
@@ -44,8 +42,7 @@ def ray_session(
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
-    stages: whose workers are forks of one process (`actors.forking`); of a Ray that runs on this machine alone, PPO's actors.
-    spins: the generators' threads are to
+    stages: whose workers a local Ray has forked (`actors.forking`). spins: the generators' threads are to
     (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp. The others' own share of the cores is theirs.
     """
     environment = worker_environment()
@@ -67,21 +64,14 @@ def ray_session(
     # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     forked = environment | (ALONE_ENVIRONMENT if spins else {})
-    inherited = os.environ if address is None else raylet_environment()
-    with ExitStack() as stack:
-        forks = stack.enter_context(ExitStack())
-        python = forks.enter_context(fork_server(stages if inherited is not None else (), forked, inherited or {}))
-        if python is not None and address is None:
+    with fork_server(stages if address is None else (), forked) as python:
+        if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         _connect(address, options)
-        stack.callback(ray.shutdown)
-        if python is not None and address is not None:
-            if _is_here():
-                actors_runtime_env.update(env_vars=forked, py_executable=python)
-                stack.callback(actors_runtime_env.clear)
-            else:
-                forks.close()
-        yield
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _connect(address: str | None, options: dict) -> None:
@@ -93,12 +83,6 @@ def _connect(address: str | None, options: dict) -> None:
         if address is None:  # about something else than the address
             raise
         raise _no_cluster(address, error) from error
-
-
-def _is_here() -> bool:
-    """Whether the Ray that this process is connected to is one node, on this machine."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [node["NodeManagerHostname"] for node in nodes] == [socket.gethostname()]
 
 
 def _check_answers(address: str) -> None:

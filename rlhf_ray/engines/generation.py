@@ -97,6 +97,7 @@ class GenerationEngine:
             running, tokens, logprobs, completions = self._open.step()
         except BaseException:
             self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
+            self.decoder.forget()
             raise
         if not len(self._open):
             self._open = None  # gives the cache back while idle

@@ -13,6 +13,7 @@ import logging
 import os
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -49,16 +50,19 @@ def finding(path: Path) -> Finding:
     known = _read(record)
     if known is not None:
         return known
-    try:
-        with open(path.with_suffix(".lock"), "w") as lock:
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             _take(lock)
-            found = _read(record) or probe()
-            part = record.with_suffix(f".{os.getpid()}.part")
+        except OSError:  # a folder that others have filled, say, or a file system without locks
+            pass
+        found = _read(record) or probe()
+        part = record.with_suffix(f".{os.getpid()}.part")
+        try:
             part.write_text(json.dumps(asdict(found)))
             os.replace(part, record)
-    except OSError as error:  # a folder that others have filled, say, or a full disk
-        log.warning("what blocks do on this machine can't be kept, and is found out in every process: %s", error)
-        found = probe()
+        except OSError as error:
+            log.warning("what blocks do on this machine can't be kept, and is found out in every process: %s", error)
     if not found.good:
         words = (
             "bfloat16 products in C have an error of %.2g and are %.2f times as fast as torch's here: torch's are used"
