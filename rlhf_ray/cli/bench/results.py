@@ -65,7 +65,7 @@ def show(
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left")  # words wrap, none is cut
     for row in rows:
         table.add_row(*row)
     console.print(table)
