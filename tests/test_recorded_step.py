@@ -227,6 +227,21 @@ def test_with_gradients_or_autocast_it_goes_the_plain_way():
             assert decoder.step.is_recorded
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.inference_mode()
+def test_rows_that_have_left_are_not_worked_on(family):
+    """Their slots stay as they were, of which another row may be told that they are its own."""
+    decoder = decoder_of(build_for(family, torch.float32))
+    cache = decoder.new_cache()
+    cache.reserve(2, 16)
+    for position in range(3):
+        decoder.decode(cache, np.array([3, 4]), np.array([position] * 2))
+    before = [states[1].clone() for layer in cache.layers for states in (layer.keys, layer.values)]
+    decoder.decode(cache, np.array([3]), np.array([3]))
+    assert decoder.step.is_recorded
+    assert same([states[1] for layer in cache.layers for states in (layer.keys, layer.values)], before)
+
+
 @torch.inference_mode()
 def test_a_recording_holds_no_cache():
     """One that nobody else holds is gone, and the next one, wherever it is, is recorded anew."""
