@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import StageStopped, UserError
-from rlhf_ray.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from rlhf_ray.cli.running import run

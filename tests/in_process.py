@@ -2,21 +2,21 @@
 
 import torch
 
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.store import read_role
-from rlhf_ray.engines.deepspeed_engine import Forwarded
-from rlhf_ray.engines.forward import LogprobModel, ValueModel
-from rlhf_ray.generation_types import SamplingParams
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
-from rlhf_ray.models.trained import train_only_part
+from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.models.wire import pack_weights
-from rlhf_ray.roles.assembler import Assembler
+from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
+from rlhf_ray.roles.configs import assemble_settings, policy_knobs
+from rlhf_ray.roles.experience import Assembler
 from rlhf_ray.roles.generator import Generator
-from rlhf_ray.roles.knobs import assemble_settings, policy_knobs
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
+from rlhf_ray.training.deepspeed_engine import Forwarded
+from rlhf_ray.training.forward import LogprobModel, ValueModel
 
 
 class TorchEngine:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ray import kernels
-from rlhf_ray.engines.precision import _cpu_flags
+from rlhf_ray.cpu import kernels
+from rlhf_ray.training.precision import _cpu_flags
 
 HEADER = Path(__file__).parent / "emulated" / "immintrin.h"
 # In the name of the library, so that another header makes another one. Slow whatever the compiler does, so that need not take long.

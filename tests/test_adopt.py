@@ -2,11 +2,11 @@
 
 import pytest
 
-from rlhf_ray.adopt import adopt_stages
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe_file import write_recipe
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.resume import write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.start_from import adopt_stages
 
 
 def finished(path, recipe: Recipe, *stages: str) -> RunFolder:

@@ -13,17 +13,17 @@ from in_process import LocalRoles
 from test_loop import Diary, ScriptedRoles, count_t, differing, knobs, real_loop, run_real, scripted_loop
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.ahead import Ahead
 from rlhf_ray.algorithms.off_policy import off_policy_stats, truncated_importance
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.controller import LoopState
+from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.loop import MismatchError, ppo_step, sync_weights
 from rlhf_ray.models.wire import pack_weights
-from rlhf_ray.plain_ppo import PlainPPO
-from rlhf_ray.recipe_file import build_recipe
+from rlhf_ray.ppo.ahead import Ahead
+from rlhf_ray.ppo.loop import LoopState
+from rlhf_ray.ppo.single_process import PlainPPO
+from rlhf_ray.ppo.step import MismatchError, ppo_step, sync_weights
 from rlhf_ray.roles.trainer import PolicyTrainer
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 NAN = float("nan")
 

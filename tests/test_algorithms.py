@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.advantages import group_centred, group_standardised, leave_one_out, rewards_to_go
-from rlhf_ray.algorithms.assemble import AssembleKnobs, assemble
+from rlhf_ray.algorithms.experience import AssembleKnobs, assemble
 from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
@@ -22,8 +22,8 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.rewards import end_scores, overlong_penalty, token_rewards
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal, minibatch_rows
+from rlhf_ray.algorithms.scores import end_scores, overlong_penalty, token_rewards
 
 NAN = float("nan")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.data.arithmetic import answer, build, exact, forgetful, question
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.recipe_file import load_recipe
 
 
 def test_a_sum_by_hand():

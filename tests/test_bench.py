@@ -15,19 +15,18 @@ from command import rlhf_ray
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.cli.bench import trl
-from rlhf_ray.cli.bench.controller import Crowd
-from rlhf_ray.cli.bench.ppo import _waiting
-from rlhf_ray.cli.bench.random_run import bench_recipe
-from rlhf_ray.cli.bench.results import ratios
-from rlhf_ray.cli.bench.serve import quantile
-from rlhf_ray.cli.bench.sync import shape_of_weights
-from rlhf_ray.cli.bench.yardsticks.pss import tree_pss
+from rlhf_ray.bench import flops, scale, trl
+from rlhf_ray.bench.controller import Crowd
+from rlhf_ray.bench.flops import SIZES, Shape, Work
+from rlhf_ray.bench.ppo import _waiting
+from rlhf_ray.bench.random_run import bench_recipe
+from rlhf_ray.bench.results import ratios
+from rlhf_ray.bench.serve import quantile
+from rlhf_ray.bench.sync import shape_of_weights
+from rlhf_ray.bench.trend import slope
+from rlhf_ray.bench.yardsticks.pss import tree_pss
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation import flops, scale
-from rlhf_ray.evaluation.flops import SIZES, Shape, Work
-from rlhf_ray.evaluation.trend import slope
 from rlhf_ray.models.load import build_causal_lm
 from rlhf_ray.models.tokenizer import word_tokenizer
 

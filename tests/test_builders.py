@@ -14,7 +14,7 @@ from real_data import DATA
 from rlhf_ray.config import Recipe
 from rlhf_ray.data import hh, imdb
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 COUNT = 400  # reviews of each synthetic split
 PAIRS = ("preferences", "preferences_eval", "judge", "judge_eval")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_ray import checkpoint
 from rlhf_ray.actors.ppo_stage import closing_figures, copy_model, publish_best
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.controller import LoopState
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.ppo import checkpoint
+from rlhf_ray.ppo.loop import LoopState
+from rlhf_ray.runs.run_folder import RunFolder
 
 STATE = {"step": 0, "kl_coef": 0.1 + 0.2, "best_score": None, "best_step": -1}
 

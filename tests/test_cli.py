@@ -13,12 +13,12 @@ import torch
 import yaml
 from command import rlhf_ray
 
+from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.cli.doctor import recipe_problems
-from rlhf_ray.cli.running import absolute_paths
 from rlhf_ray.config import Recipe
+from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 
 def in_a_process(*args) -> subprocess.CompletedProcess:
@@ -136,9 +136,9 @@ def test_a_packaged_recipe_is_found_beside_a_folder_of_its_name(tmp_path):
 def test_what_checks_a_ppo_run_imports_no_transformers():
     """It stands before every start: two seconds where it loads transformers, half a second for datasets."""
     code = (
-        "import sys; from rlhf_ray.recipe_file import load_recipe\n"
-        "from rlhf_ray.cli.running import absolute_paths, object_store_bytes\n"
-        "from rlhf_ray.cli.doctor import recipe_problems\n"
+        "import sys; from rlhf_ray.config.recipe_file import load_recipe\n"
+        "from rlhf_ray.actors.run_recipe import object_store_bytes\nfrom rlhf_ray.data.paths import absolute_paths\n"
+        "from rlhf_ray.actors.checks import recipe_problems\n"
         "import rlhf_ray.actors.ppo_stage, rlhf_ray.actors.session, rlhf_ray.actors.stages\n"
         "recipe = absolute_paths(load_recipe('demo', []))\n"
         "assert recipe_problems(recipe, data=False) == [] and object_store_bytes(recipe) > 0\n"

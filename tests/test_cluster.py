@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_ray.cli import jobs, upload
+from rlhf_ray.actors import jobs, upload
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 
@@ -272,7 +272,7 @@ def test_a_run_folder_has_one_run_at_a_time_and_stop_lets_it_finish_its_step(clu
         [
             sys.executable,
             "-c",
-            f"import sys; from rlhf_ray.cli import jobs; sys.exit(jobs.logs({first!r}, address={as_user!r}))",
+            f"import sys; from rlhf_ray.actors import jobs; sys.exit(jobs.logs({first!r}, address={as_user!r}))",
         ],
         stdout=subprocess.PIPE,
         text=True,

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.evaluation.collect import collect
-from rlhf_ray.evaluation.report import write_report
-from rlhf_ray.events import EventLog
-from rlhf_ray.recipe_file import load_recipe, write_recipe
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.report.collect import collect
+from rlhf_ray.report.page import write_report
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.resume import write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
 
 FIGURE = {"mean": 1.0, "low": 0.5, "high": 1.5}
 KEYS = ("score", "perplexity", "length", "eos_rate", "distinct_2", "repetition")

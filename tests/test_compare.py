@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.evaluation.compare import band, compare, main, seed_of
-from rlhf_ray.recipe_file import write_recipe
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.report.compare import band, compare, main, seed_of
+from rlhf_ray.runs.resume import write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
 
 INTERVAL = {"low": 0.0, "high": 9.0}
 

@@ -31,7 +31,7 @@ from rlhf_ray.data.tokens import cut_text, encode_pair, encode_pairs, encode_pro
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 TEXT = "the quick brown fox jumps over the lazy dog and the cat sat on the mat while people asked how to cook rice"
 
@@ -596,7 +596,7 @@ def test_prompts_are_read_and_counted_without_the_library_of_data_sets(tmp_path)
     write_role(folder, "prompts", [{"prompt": "a"}, {"prompt": "café\n"}, {"prompt": ""}], ("prompt",))
     code = (
         "import sys; from pathlib import Path; from rlhf_ray.data.store import count_rows, read_prompts\n"
-        "from rlhf_ray.run_folder import RunFolder; folder = RunFolder(Path(sys.argv[1]))\n"
+        "from rlhf_ray.runs.run_folder import RunFolder; folder = RunFolder(Path(sys.argv[1]))\n"
         "assert read_prompts(folder) == ['a', 'café\\n', ''] and count_rows(folder, 'prompts') == 3\n"
         "assert 'datasets' not in sys.modules"
     )

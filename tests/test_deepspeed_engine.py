@@ -9,10 +9,10 @@ from differences import saw
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.checkpoint import read_role, write_rank
-from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserSettings
-from rlhf_ray.engines.distributed import join_group
-from rlhf_ray.engines.forward import LogprobModel, token_batch
+from rlhf_ray.ppo.checkpoint import read_role, write_rank
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserSettings
+from rlhf_ray.training.distributed import join_group
+from rlhf_ray.training.forward import LogprobModel, token_batch
 
 STAGES = (0, 1, 2, 3)
 STEPS, ROWS, CLIP = 5, 8, 0.1

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from command import rlhf_ray
 
-from rlhf_ray.metrics import read_metrics
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 

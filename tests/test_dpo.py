@@ -16,11 +16,11 @@ from trl import DPOConfig as TrlDpoConfig
 from rlhf_ray.config import DpoConfig
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.errors import StageStopped
-from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.models.trained import MergedLayers, plain_name, train_only_part
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.models.trained_part import MergedLayers, plain_name, train_only_part
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.dpo import Dpo, heldout_figures, loss_arguments
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
 from rlhf_ray.supervised.learning_rate import rate_factor
@@ -313,7 +313,7 @@ def test_a_part_of_the_weights_trains_as_in_a_plain_loop(folder, recipe, tmp_pat
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, folder, recipe):
-    from rlhf_ray.supervised.launch import run_dpo
+    from rlhf_ray.actors.supervised import run_dpo
 
     trained = with_dpo(recipe, workers=2, zero_stage=2)
     summary, stage = run_dpo(trained, folder), folder.stage("dpo")
@@ -343,7 +343,7 @@ def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, fol
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_stopped_and_resumed_it_is_still_the_plain_loop(ray_cluster, folder, recipe, tmp_path, zero_stage):
-    from rlhf_ray.supervised.launch import run_dpo
+    from rlhf_ray.actors.supervised import run_dpo
 
     run = RunFolder(tmp_path)
     for name in ("data", "sft"):

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.store import write_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation.evaluate import evaluate
-from rlhf_ray.evaluation.metrics import (
+from rlhf_ray.evaluation.estimates import (
     Resampler,
     bootstrap_interval,
     distinct_n,
@@ -20,13 +20,13 @@ from rlhf_ray.evaluation.metrics import (
     win_rate,
     words,
 )
+from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.evaluation.samples import Responses, draw_responses
 from rlhf_ray.evaluation.scoring import LanguageModel
-from rlhf_ray.generation_types import SamplingParams
-from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
 
 
 def test_words_are_lower_case_with_punctuation_apart():

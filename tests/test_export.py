@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray import checkpoint
-from rlhf_ray.cli.export import export_model
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import load_causal_lm
-from rlhf_ray.recipe_file import write_recipe
-from rlhf_ray.run_folder import RunFolder, start_model
+from rlhf_ray.ppo import checkpoint
+from rlhf_ray.ppo.export import export_model
+from rlhf_ray.runs.resume import write_recipe
+from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 
 @pytest.fixture(params=["with SFT", "without SFT"])

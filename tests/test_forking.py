@@ -13,17 +13,18 @@ import pytest
 import ray
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.actors import forked_actors, forking
-from rlhf_ray.actors.fork_client import surroundings
-from rlhf_ray.actors.fork_server import why_not
+from rlhf_ray.actors import forked_actors
+from rlhf_ray.actors import supervised as launch
 from rlhf_ray.actors.forked_actors import inherited_variables
-from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.actors.ppo_stage import ray_roles, run_ppo
 from rlhf_ray.actors.session import ray_session, worker_environment
 from rlhf_ray.actors.wait import Waiter
-from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.supervised import launch
-from rlhf_ray.threads import ALONE_ENVIRONMENT
+from rlhf_ray.config.threads import ALONE_ENVIRONMENT
+from rlhf_ray.forking import server_process as forking
+from rlhf_ray.forking.fork_client import surroundings
+from rlhf_ray.forking.fork_server import why_not
+from rlhf_ray.forking.server_process import fork_server
+from rlhf_ray.runs.run_folder import RunFolder
 
 SCRIPT = """
 import os, sys, time
@@ -290,7 +291,7 @@ def test_ppos_actors_on_a_ray_that_runs_here_are_forks(running_ray, tmp_path):
             actors = [int(process) for process in os.listdir("/proc") if process.isdigit() and is_actor(process)]
             parents = {server_of(actor) for actor in actors}
             commands = [Path(f"/proc/{parent}/cmdline").read_text() for parent in parents]
-        assert len(actors) == 6 and len(parents) == 1 and "rlhf_ray.actors.fork_server" in commands[0], commands
+        assert len(actors) == 6 and len(parents) == 1 and "rlhf_ray.forking.fork_server" in commands[0], commands
 
 
 def is_actor(process):

@@ -8,9 +8,9 @@ import torch
 from differences import saw
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf_ray.engines.forward import LogprobModel, ValueModel, response_logprobs, token_batch
-from rlhf_ray.engines.padding import action_mask, pad_tokens
 from rlhf_ray.models.critic import Critic
+from rlhf_ray.training.forward import LogprobModel, ValueModel, response_logprobs, token_batch
+from rlhf_ray.training.padding import action_mask, pad_tokens
 
 VOCAB, PAD = 61, 0
 FAMILIES = {

@@ -18,12 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.kv_cache import RaggedCache, ragged_attention
-from rlhf_ray.engines.ragged_decoder import RaggedDecoder
-from rlhf_ray.engines.row_batch import row_uniforms
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.generation.kv_cache import RaggedCache, ragged_attention
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+from rlhf_ray.generation.row_batch import row_uniforms
 
 VOCAB, EOS = 61, 1
 ENDS = (1, 11, 21, 31, 41)  # several EOS tokens: random models rarely draw one, and rows must end at different steps

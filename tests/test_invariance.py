@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from in_process import TorchEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.algorithms.assemble import AssembleKnobs
-from rlhf_ray.engines.forward import LogprobModel
-from rlhf_ray.roles.assembler import Assembler, AssembleSettings
-from rlhf_ray.roles.knobs import PolicyKnobs
+from rlhf_ray.algorithms.experience import AssembleKnobs
+from rlhf_ray.messages import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit
+from rlhf_ray.roles.configs import PolicyKnobs
+from rlhf_ray.roles.experience import Assembler, AssembleSettings
 from rlhf_ray.roles.trainer import PolicyTrainer
-from rlhf_ray.types import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit
+from rlhf_ray.training.forward import LogprobModel
 
 VOCAB, LONGEST = 11, 6
 CONFIG = GPT2Config(

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.roles.isolated_function import FunctionProcess, IsolatedFunction
-from rlhf_ray.roles.scorer import FunctionScorer, WeightedSum, WeightedTerm
+from rlhf_ray.rewards.isolated_function import FunctionProcess, IsolatedFunction
+from rlhf_ray.rewards.scorer import FunctionScorer, WeightedSum, WeightedTerm
 
 FUNCTIONS = '''
 import ctypes, os, subprocess, sys, time

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from rlhf_ray import kernels
 from rlhf_ray.algorithms.logprobs import selected_logprobs, selected_logprobs_and_entropy
-from rlhf_ray.engines import packed_attention
-from rlhf_ray.engines.packed_attention import Layout
-from rlhf_ray.models.activation import CUBE, SLOPE, SigmoidGELU
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.activation import CUBE, SLOPE, SigmoidGELU
+from rlhf_ray.training import packed_attention
+from rlhf_ray.training.packed_attention import Layout
 
 HALF_A_DIGIT = 2**-8  # of bfloat16, which has 8 bits: the most that rounding to the nearest moves a number
 DTYPES = {torch.bfloat16: HALF_A_DIGIT, torch.float32: 2**-20}  # and how far results may be off

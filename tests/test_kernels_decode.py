@@ -5,18 +5,18 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf_ray import kernels
 from rlhf_ray.algorithms.sampling import draw
-from rlhf_ray.engines.decode_step import _add_and_normalise
-from rlhf_ray.engines.kv_cache import RaggedCache, RaggedLayer
-from rlhf_ray.engines.packed_linear import (
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.packed_linear import (
     GELU,
     NOTHING,
     SILU,
     TIMES,
     PackedForward,
 )
-from rlhf_ray.engines.ragged_decoder import RaggedDecoder
+from rlhf_ray.generation.decode_step import _add_and_normalise
+from rlhf_ray.generation.kv_cache import RaggedCache, RaggedLayer
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")
 FAMILIES = {

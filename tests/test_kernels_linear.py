@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rlhf_ray import kernels
-from rlhf_ray.engines.packed_linear import GELU, GELU_AND_SLOPE, NOTHING, product, tiles_of
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.packed_linear import GELU, GELU_AND_SLOPE, NOTHING, product, tiles_of
 
 pytestmark = pytest.mark.usefixtures("processor_with_blocks")
 ROUNDED = {"rtol": 2**-8, "atol": 1e-3}  # to bfloat16

@@ -1,6 +1,8 @@
-"""Imports only go down, and each heavy package has its room: read from the source, so a lazy import counts too."""
+"""Who may import whom: read from the source, so a lazy import counts too. Each package's own docstring says what it may."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,46 +11,11 @@ import rlhf_ray
 
 ROOT = Path(rlhf_ray.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
-
-#: layer -> folders and modules
-LAYERS = (
-    (
-        "types",
-        "config",
-        "errors",
-        "collector",
-        "kernels",
-        "run_folder",
-        "generation_types",
-        "user_functions",
-        "function_worker",
-    ),
-    ("algorithms", "recipe_file", "threads"),
-    ("engines", "models", "data"),
-    ("roles", "supervised", "checkpoint", "metrics", "events"),
-    ("loop", "ahead", "controller", "pipeline", "adopt", "evaluation", "plain_ppo"),
-    ("cli", "actors", "serving"),
-)
-#: modules that stand in another layer than their folder
-OTHERWISE = {
-    "supervised/launch": 5,  # the Ray Train launcher
-    "__init__": 5,  # the public door
-}
-#: package -> the folders and modules that may import it
-ROOMS = {
-    "ray": ("actors", "cli", "serving", "supervised/launch"),
-    "deepspeed": ("engines",),
-    "torch.distributed": ("engines",),
-    "transformers": ("models", "data", "engines", "supervised", "cli/bench/yardsticks"),
-    "trl": ("supervised", "cli/bench/yardsticks"),
-    "peft": ("models",),
-    "accelerate": (),
-    "vllm": ("engines", "cli/bench/yardsticks"),
-    "typer": ("cli",),
-    "rich": ("cli",),
-    "fastapi": ("serving",),
-}
-PURE = "algorithms"
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+AT_THE_ROOT = {"__init__", "__main__", "errors", "messages"}
+HEAVY = (
+    "ray", "deepspeed", "torch.distributed", "transformers", "trl", "peft", "accelerate", "vllm", "typer", "rich", "fastapi",
+)  # fmt: skip
 
 
 def type_checking_only(tree):
@@ -76,64 +43,104 @@ def imports_of(source):
     return found
 
 
-def layer_of(module):
-    """The layer of a path like 'engines/forward'; None: this page does not know it."""
-    if module in OTHERWISE:
-        return OTHERWISE[module]
-    top = module.split("/")[0]
-    return next((layer for layer, names in enumerate(LAYERS) if top in names), None)
+def source_of(module):
+    return (ROOT / f"{module}.py").read_text()
 
 
 def module_of(dotted):
-    """'rlhf_ray.engines.forward.pad_rows' -> 'engines/forward'."""
+    """'rlhf_ray.training.forward.token_batch' -> 'training/forward'."""
     parts = dotted.split(".")[1:]
-    while parts and "/".join(parts) not in MODULES and not (ROOT / "/".join(parts)).is_dir():
+    while parts and "/".join(parts) not in MODULES and f"{'/'.join(parts)}/__init__" not in MODULES:
         parts.pop()
-    return "/".join(parts) or "__init__"
+    name = "/".join(parts) or "__init__"
+    return name if name in MODULES else f"{name}/__init__"
 
 
 def own_imports(module):
-    found = imports_of((ROOT / f"{module}.py").read_text())
-    return {module_of(name) for name in found if name.split(".")[0] == "rlhf_ray"}
+    found = imports_of(source_of(module))
+    return {module_of(name) for name in found if name.split(".")[0] == "rlhf_ray"} - {module}
 
 
 def foreign_imports(module):
-    found = imports_of((ROOT / f"{module}.py").read_text())
+    found = imports_of(source_of(module))
     return {name for name in found if name.split(".")[0] != "rlhf_ray"}
 
 
-def in_room(module, rooms):
-    return any(module == room or module.startswith(f"{room}/") for room in rooms)
+def package_of(module):
+    return module.split("/")[0]
+
+
+def said(package, label):
+    """What the line `label: a, b.` of the package's docstring lists."""
+    docstring = ast.get_docstring(ast.parse(source_of(f"{package}/__init__"))) or ""
+    found = re.search(rf"^{label}: ([^:]*?)\.$", docstring, re.M)
+    names = re.sub(r"\s+", " ", found.group(1)) if found else ""
+    return set() if names == "nothing of the package" else {name.strip() for name in names.split(",") if name.strip()}
 
 
 def uses(name, package):
     return name == package or name.startswith(f"{package}.")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    layer = layer_of(module)
-    assert layer is not None, f"{module} stands in no layer; add it to this test's table"
-    higher = sorted(other for other in own_imports(module) if layer_of(other) is None or layer_of(other) > layer)
-    assert not higher, f"{module} (layer {layer}) imports {higher}"
+def circle(graph):
+    """A path of the graph that comes back to where it began, or None."""
+    done, path = set(), []
+
+    def visit(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        for other in sorted(graph.get(node, ())):
+            found = visit(other)
+            if found:
+                return found
+        done.add(path.pop())
+        return None
+
+    return next((found for node in sorted(graph) if (found := visit(node))), None)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_heavy_packages_stay_in_their_rooms(module):
-    found = foreign_imports(module)
-    strays = sorted(
-        name for name in found for package, rooms in ROOMS.items() if uses(name, package) and not in_room(module, rooms)
-    )
-    assert not strays, f"{module} imports {strays}"
+def test_nothing_lies_loose_at_the_root():
+    assert {module for module in MODULES if "/" not in module} == AT_THE_ROOT
+    assert (ROOT / "py.typed").exists()
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith(f"{PURE}/")])
-def test_the_maths_needs_torch_only(module):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_what_its_docstring_allows(package):
+    modules = [module for module in MODULES if package_of(module) == package]
+    used = {package_of(other): (module, other) for module in modules for other in own_imports(module)}
+    used.pop(package, None)
+    strays = {other: where for other, where in used.items() if other not in said(package, "May import")}
+    assert not strays, f"{package} imports {strays}; its docstring does not allow that"
+    idle = said(package, "May import") - used.keys()
+    assert not idle, f"{package} may import {sorted(idle)} and does not"
+
+
+def test_imports_go_down():
+    """Neither the packages as they describe themselves nor the modules as they are have a circle."""
+    assert circle({package: said(package, "May import") for package in PACKAGES}) is None
+    assert circle({module: own_imports(module) for module in MODULES}) is None
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_heavy_packages_stay_where_a_docstring_names_them(package):
+    modules = [module for module in MODULES if package_of(module) == package]
+    used = {heavy: module for module in modules for name in foreign_imports(module) for heavy in HEAVY if uses(name, heavy)}
+    assert used.keys() == said(package, "Heavy packages"), used
+
+
+def test_deepspeed_and_process_groups_are_used_in_training_only():
+    for heavy in ("deepspeed", "torch.distributed"):
+        assert [package for package in PACKAGES if heavy in said(package, "Heavy packages")] == ["training"]
+
+
+def test_the_maths_needs_torch_only():
     """And what Python brings along."""
-    import sys
-
-    heavy = {name.split(".")[0] for name in foreign_imports(module)} - set(sys.stdlib_module_names) - {"torch"}
-    assert not heavy, f"{module} imports {heavy}"
+    for module in (module for module in MODULES if package_of(module) == "algorithms"):
+        others = {name.split(".")[0] for name in foreign_imports(module)} - set(sys.stdlib_module_names)
+        assert others <= {"torch"}, f"{module} imports {others}"
 
 
 def test_nothing_reads_pickles():
@@ -156,5 +163,7 @@ def late():
 """
     found = imports_of(source)
     assert found == {"typing.TYPE_CHECKING", "deepspeed.utils", "torch.distributed", "rlhf_ray.actors.wait.Waiter"}
-    assert module_of("rlhf_ray.actors.wait.Waiter") == "actors/wait" and layer_of("actors/wait") == 5
+    assert module_of("rlhf_ray.actors.wait.Waiter") == "actors/wait" and module_of("rlhf_ray.cpu") == "cpu/__init__"
     assert uses("torch.distributed", "torch.distributed") and not uses("torch.distributions", "torch.distributed")
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"] and circle({"a": {"b"}, "b": set()}) is None
+    assert said("algorithms", "May import") == set() and "ray" in said("actors", "Heavy packages")

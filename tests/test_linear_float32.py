@@ -7,9 +7,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray import kernels
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.packed_linear import (
+from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.activation import fast_activation
+from rlhf_ray.cpu.packed_linear import (
     GELU,
     SILU,
     TIMES,
@@ -18,12 +19,11 @@ from rlhf_ray.engines.packed_linear import (
     panels_of,
     product_float32,
 )
-from rlhf_ray.generation_types import SamplingParams
-from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.models.load import build_reward_model, fit_embeddings, save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
+from rlhf_ray.rewards.scorer import RewardScorer
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.scorer import RewardScorer
 
 VOCAB = 50
 in_c = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")

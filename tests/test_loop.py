@@ -13,12 +13,12 @@ from in_process import LocalRoles
 from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.errors import UserError
-from rlhf_ray.loop import MismatchError, StepKnobs, cut_units, ppo_step, step_prompts, sum_over_ranks
-from rlhf_ray.roles.assembler import cut_shards
-from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.types import Scores, Sequences
+from rlhf_ray.messages import Scores, Sequences
+from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.ppo.step import MismatchError, StepKnobs, cut_units, ppo_step, step_prompts, sum_over_ranks
+from rlhf_ray.roles.experience import cut_shards
+from rlhf_ray.runs.run_folder import RunFolder
 
 # -- scripted roles ---------------------------------------------------------------------------------------------------
 

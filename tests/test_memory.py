@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from rlhf_ray.engines.forward import LogprobModel, token_batch
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention
 from rlhf_ray.models.memory import memory_plan, memory_problems, training_bytes
 from rlhf_ray.models.tokenizer import word_tokenizer
+from rlhf_ray.training.forward import LogprobModel, token_batch
 
 
 def test_weights_gradients_and_moments_by_hand():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.events import EventLog
-from rlhf_ray.metrics import MetricsWriter, read_metrics
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.metrics import MetricsWriter, read_metrics
 
 
 def test_one_object_a_line_flushed_at_once(tmp_path):

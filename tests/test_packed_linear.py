@@ -11,18 +11,18 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.packed_linear import PackedForward, pack_linears
-from rlhf_ray.engines.trained_layers import train_in_place
-from rlhf_ray.generation_types import SamplingParams
-from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.cpu.activation import fast_activation
+from rlhf_ray.cpu.packed_linear import PackedForward, pack_linears
+from rlhf_ray.cpu.trained_layers import train_in_place
+from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit
 from rlhf_ray.models.float_head import Float32Linear
 from rlhf_ray.models.load import disable_dropout, fit_embeddings, save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
+from rlhf_ray.rewards.scorer import RewardScorer
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.scorer import RewardScorer
-from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit
+from rlhf_ray.training.forward import LogprobModel, response_logprobs, token_batch
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no kernel for bfloat16 products"

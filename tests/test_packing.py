@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from rlhf_ray.algorithms.schedule import cut_microbatches, deal_rows
-from rlhf_ray.engines import packed_attention, packing
-from rlhf_ray.engines.forward import response_logprobs
-from rlhf_ray.engines.packing import PACKED, Layout, pack
+from rlhf_ray.training import packed_attention, packing
+from rlhf_ray.training.forward import response_logprobs
+from rlhf_ray.training.packing import PACKED, Layout, pack
 
 VOCAB = 37
 SIZES = {

@@ -25,16 +25,16 @@ from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
-from rlhf_ray.checkpoint import complete, last_good, read_role
-from rlhf_ray.cli.export import export_model
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
-from rlhf_ray.loop import cut_units
-from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.recipe_file import write_recipe
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.ppo.checkpoint import complete, last_good, read_role
+from rlhf_ray.ppo.export import export_model
+from rlhf_ray.ppo.step import cut_units
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.resume import write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
 

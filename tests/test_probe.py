@@ -8,9 +8,9 @@ import pytest
 import torch
 from processors import WITH_BLOCKS, functions_of
 
-from rlhf_ray import kernels
-from rlhf_ray.kernels import probe
-from rlhf_ray.kernels.probe import LEAST, ROUNDING, Finding, finding
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.kernels import probe
+from rlhf_ray.cpu.kernels.probe import LEAST, ROUNDING, Finding, finding
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")
 

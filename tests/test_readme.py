@@ -11,10 +11,10 @@ import typer
 import yaml
 
 from rlhf_ray.cli.main import app
-from rlhf_ray.cli.reference import main, reference, write_between_markers
+from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.config.reference import main, reference, write_between_markers
 from rlhf_ray.data.formats import FORMS
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe_file import build_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "REPORT.md", "cluster/README.md"]
@@ -37,7 +37,7 @@ def blocks(document: str, *languages: str) -> list[str]:
 def test_the_recipe_reference_is_up_to_date():
     text = text_of("README.md")
     assert write_between_markers(text, reference(), "README.md") == text, (
-        "run: python -m rlhf_ray.cli.reference --write README.md"
+        "run: python -m rlhf_ray.config.reference --write README.md"
     )
 
 

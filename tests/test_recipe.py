@@ -5,18 +5,11 @@ import yaml
 from tiny import tiny_recipe
 
 from rlhf_ray.config import Recipe, exact_div
+from rlhf_ray.config.recipe_file import build_recipe, load_recipe, packaged_recipes, read_yaml
 from rlhf_ray.errors import UserError
-from rlhf_ray.pipeline import needs_of, prepare_folder, run_stages, stages_of
-from rlhf_ray.recipe_file import (
-    build_recipe,
-    check_resume,
-    load_recipe,
-    packaged_recipes,
-    ppo_goes_on,
-    read_yaml,
-    write_recipe,
-)
-from rlhf_ray.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.pipeline import needs_of, prepare_folder, run_stages, stages_of
+from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
+from rlhf_ray.runs.run_folder import STAGES, RunFolder
 
 
 def refusal(values, overrides=()):

@@ -10,12 +10,12 @@ from processors import _run_as
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf_ray import kernels
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.ragged_decoder import RaggedDecoder
-from rlhf_ray.engines.recorded_step import RecordedStep
-from rlhf_ray.generation_types import SamplingParams
-from rlhf_ray.kernels.recording import OtherWork, Program, Recording
+from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.kernels.recording import OtherWork, Program, Recording
+from rlhf_ray.cpu.recorded_step import RecordedStep
+from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")
 VOCABULARY = 90

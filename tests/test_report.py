@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation import charts, report_curves
-from rlhf_ray.evaluation.report import render, write_report
-from rlhf_ray.evaluation.report_words import duration, figure
 from rlhf_ray.evaluation.verdict import verdict, warnings
-from rlhf_ray.events import EventLog
-from rlhf_ray.metrics import MetricsWriter
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.report import charts
+from rlhf_ray.report import curves as report_curves
+from rlhf_ray.report.page import render, write_report
+from rlhf_ray.report.words import duration, figure
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.metrics import MetricsWriter
+from rlhf_ray.runs.run_folder import RunFolder
 
 HOSTILE = """</p><script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" 'too' ]]> <!-- """
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -10,17 +10,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
-from rlhf_ray.algorithms.rewards import flat_groups, length_correlation
+from rlhf_ray.algorithms.scores import flat_groups, length_correlation
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.messages import RolloutBatch, Scores, Sequences, WorkUnit
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_ray.roles.assembler import score_stats
+from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
+from rlhf_ray.rewards.scorer import EnsembleScorer, RewardScorer, WeightedSum
+from rlhf_ray.roles.experience import score_stats
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
-from rlhf_ray.roles.scorer import EnsembleScorer, RewardScorer, WeightedSum
-from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.types import RolloutBatch, Scores, Sequences, WorkUnit
+from rlhf_ray.runs.run_folder import RunFolder
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
 

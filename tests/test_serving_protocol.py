@@ -612,7 +612,7 @@ class FailingEngine:
         return self.next
 
     def step(self):
-        from rlhf_ray.generation_types import Completion, TokenEvent
+        from rlhf_ray.config.sampling import Completion, TokenEvent
 
         self.step_number += 1
         rows, self.rows = self.rows, []
@@ -627,7 +627,7 @@ class FailingEngine:
 
 
 def draw_rows(runner, rows):
-    from rlhf_ray.generation_types import SamplingParams
+    from rlhf_ray.config.sampling import SamplingParams
 
     async def run():
         ticket = runner.submit([RowRequest(prompt_ids=row, seed=0, params=SamplingParams()) for row in rows])

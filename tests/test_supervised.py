@@ -22,15 +22,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import COLUMNS, write_role
-from rlhf_ray.engines.deepspeed_config import deepspeed_config
-from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
-from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.load import build_causal_lm
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 from rlhf_ray.supervised.rows import packed_rows, pair_rows, score_rows, sft_rows, training_order
+from rlhf_ray.training.deepspeed_config import deepspeed_config
+from rlhf_ray.training.precision import resolve_precision
 
 WORDS = ["the", "a", "cat", "dog", "ran", "sat", "on", "under", "red", "blue", "big", "small", "mat", "tree", "and"]
 
@@ -232,7 +232,7 @@ def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module, atol:
 
 @pytest.fixture(scope="module")
 def sft(ray_cluster, folder) -> dict:
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     return run_sft(recipe_of(sft=STAGE | {"epochs": 4}), folder)
 
@@ -252,7 +252,7 @@ def test_sft_trains_as_a_plain_loop_does(sft, folder):
 
 @pytest.mark.ray
 def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, folder):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     stage = folder.stage("sft")
     names = {file.name for file in stage.model.iterdir()}
@@ -267,7 +267,7 @@ def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, fol
 @pytest.mark.ray
 @pytest.mark.slow
 def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -297,7 +297,7 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -320,7 +320,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     run = RunFolder(tmp_path)
     run.path.joinpath("data").mkdir()
@@ -338,7 +338,7 @@ def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -361,7 +361,7 @@ def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, fold
 @pytest.mark.ray
 @pytest.mark.slow
 def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -374,7 +374,7 @@ def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
 
 @pytest.mark.ray
 def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder(sft, folder):
-    from rlhf_ray.supervised.launch import run_reward
+    from rlhf_ray.actors.supervised import run_reward
 
     reward = STAGE | {"epochs": 12, "learning_rate": 3e-3, "normalise_samples": 64}
     summary = run_reward(recipe_of(reward=reward), folder)
@@ -413,7 +413,7 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
 @pytest.mark.slow
 def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, folder, tmp_path):
     """The run ends between the two members, and goes on with the second."""
-    from rlhf_ray.supervised.launch import run_reward
+    from rlhf_ray.actors.supervised import run_reward
 
     run = RunFolder(tmp_path)
     for name in ("data", "sft"):
@@ -460,7 +460,7 @@ def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, fold
 
 @pytest.mark.ray
 def test_regression_to_scores_correlates_with_them(sft, folder):
-    from rlhf_ray.supervised.launch import run_reward
+    from rlhf_ray.actors.supervised import run_reward
 
     judge = STAGE | {"objective": "scores", "epochs": 16, "learning_rate": 3e-3, "precision": "auto"}
     summary = run_reward(recipe_of(judge=judge | {"normalise_samples": 0}), folder, stage="judge")
@@ -471,7 +471,7 @@ def test_regression_to_scores_correlates_with_them(sft, folder):
 
 @pytest.mark.ray
 def test_a_users_mistake_comes_out_of_the_worker_as_one_sentence(sft, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_reward
+    from rlhf_ray.actors.supervised import run_reward
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -483,7 +483,7 @@ def test_a_users_mistake_comes_out_of_the_worker_as_one_sentence(sft, folder, tm
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_full_cluster_is_waited_for_with_a_deadline(ray_cluster, folder, tmp_path):
-    from rlhf_ray.supervised.launch import run_sft
+    from rlhf_ray.actors.supervised import run_sft
 
     ray = ray_cluster
     run = RunFolder(tmp_path)

@@ -4,9 +4,9 @@ import pytest
 from tiny import tiny_recipe
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.recipe_file import check_resume, recorded_recipe, write_recipe
-from rlhf_ray.run_folder import RunFolder
-from rlhf_ray.threads import role_shares, settle_threads, stage_shares
+from rlhf_ray.config.threads import role_shares, settle_threads, stage_shares
+from rlhf_ray.runs.resume import check_resume, recorded_recipe, write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
 
 OPEN = {"name": "t", "sft": {"workers": 2, "microbatch_size": 16}}
 

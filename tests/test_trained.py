@@ -14,14 +14,12 @@ from tiny import tiny_recipe, write_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.engines.forward import LogprobModel, response_logprobs, token_batch
 from rlhf_ray.errors import UserError
-from rlhf_ray.loop import cut_units
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm, load_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.models.trained import (
+from rlhf_ray.models.trained_part import (
     MergedLayers,
     adapter_off,
     frozen_names,
@@ -31,9 +29,11 @@ from rlhf_ray.models.trained import (
     save_adapter,
     train_only_part,
 )
+from rlhf_ray.ppo.step import cut_units
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.training.forward import LogprobModel, response_logprobs, token_batch
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 LAYERS = {"gpt2": {"c_attn", "c_proj", "c_fc"}, "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf_ray.checkpoint import read_role, write_rank
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
-from rlhf_ray.engines.distributed import join_group
-from rlhf_ray.engines.forward import LogprobModel, token_batch
-from rlhf_ray.models.trained import adapter_off, train_only_part
+from rlhf_ray.models.trained_part import adapter_off, train_only_part
+from rlhf_ray.ppo.checkpoint import read_role, write_rank
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+from rlhf_ray.training.distributed import join_group
+from rlhf_ray.training.forward import LogprobModel, token_batch
 
 pytestmark = pytest.mark.slow
 

@@ -9,16 +9,16 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray import kernels
-from rlhf_ray.engines.forward import LogprobModel, token_batch
-from rlhf_ray.engines.norms import norms_in_c
-from rlhf_ray.engines.trained_layers import _FeedForward, train_in_place
-from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.activation import fast_activation
+from rlhf_ray.cpu.norms import norms_in_c
+from rlhf_ray.cpu.trained_layers import _FeedForward, train_in_place
+from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit
 from rlhf_ray.models.load import save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
-from rlhf_ray.models.trained import train_only_part
+from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit
+from rlhf_ray.training.forward import LogprobModel, token_batch
 
 IDS = [torch.tensor([[1, 2, 1, 4]]), torch.tensor([[4, 4], [0, 6]]), torch.tensor([[2]])]
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
-from rlhf_ray.models.trained import MergedLayers, plain_name, train_only_part
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.models.trained_part import MergedLayers, plain_name, train_only_part
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.learning_rate import rate_factor
 from rlhf_ray.supervised.rows import sft_rows, training_order
 
@@ -26,10 +26,10 @@ def work(rank, world, port, path, values, stages):
     """One rank: the stages in order, as a worker of Ray Train calls them."""
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-    from rlhf_ray.engines.distributed import join_group
     from rlhf_ray.supervised.dpo import train_dpo
-    from rlhf_ray.supervised.reward import train_reward
+    from rlhf_ray.supervised.reward_model import train_reward
     from rlhf_ray.supervised.sft import train_sft
+    from rlhf_ray.training.distributed import join_group
 
     join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=120)
     recipe, run = Recipe.model_validate(values), RunFolder(path)

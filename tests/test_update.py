@@ -15,12 +15,12 @@ from differences import saw
 from in_process import TorchEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.algorithms.assemble import AssembleKnobs
-from rlhf_ray.engines.forward import LogprobModel, ValueModel
-from rlhf_ray.roles.assembler import Assembler, AssembleSettings
-from rlhf_ray.roles.knobs import PolicyKnobs
+from rlhf_ray.algorithms.experience import AssembleKnobs
+from rlhf_ray.messages import RolloutBatch, Scores, Sequences, WorkUnit
+from rlhf_ray.roles.configs import PolicyKnobs
+from rlhf_ray.roles.experience import Assembler, AssembleSettings
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
-from rlhf_ray.types import RolloutBatch, Scores, Sequences, WorkUnit
+from rlhf_ray.training.forward import LogprobModel, ValueModel
 
 VOCAB, TEMPERATURE, KL_COEF, LR = 7, 0.7, 0.3, 0.02
 GAMMA, LAMBDA, CLIP, VALUE_CLIP, VF_COEF, EPS, MAX_NORM = 0.9, 0.8, 0.2, 0.1, 0.5, 1e-5, 1.0

@@ -2,9 +2,9 @@
 
 import pytest
 
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.roles.scorer import FunctionScorer
-from rlhf_ray.user_functions import import_function
+from rlhf_ray.rewards.scorer import FunctionScorer
 
 
 def fails_on_empty(prompts, responses):

@@ -15,19 +15,19 @@ from test_generation import reference_distribution
 from test_loop import Diary, real_loop
 from tiny import tiny_recipe, write_start
 
+from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.cli.doctor import recipe_problems
 from rlhf_ray.config import Recipe
-from rlhf_ray.engines import vllm_engine
-from rlhf_ray.engines.vllm_engine import GATE, VllmEngine, vllm_problem
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.generation_types import SamplingParams
-from rlhf_ray.metrics import read_metrics
+from rlhf_ray.generation import vllm_engine
+from rlhf_ray.generation.vllm_engine import GATE, VllmEngine, vllm_problem
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
 
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [100, 3, 9, 9, 9], [17], [210, 12, 12, 50, 51, 52, 53]]
 SEEDS = range(len(PROMPTS))

@@ -8,10 +8,10 @@ import torch
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors.weight_transport import Place, choose_transport
-from rlhf_ray.engines import weight_channel
-from rlhf_ray.engines.weight_channel import WeightChannel, cut
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.training import weight_channel
+from rlhf_ray.training.weight_channel import WeightChannel, cut
 
 CPU, OTHER_CPU = Place("a", None), Place("b", None)
 GPU, SECOND, THIRD = Place("a", "gpu-1"), Place("a", "gpu-2"), Place("b", "gpu-3")
@@ -224,7 +224,7 @@ def _share(queue, turn):
 def test_handles_are_as_good_as_the_object_store(tmp_path):
     from rlhf_ray.actors.ppo_stage import run_ppo
     from rlhf_ray.actors.session import ray_session
-    from rlhf_ray.metrics import read_metrics
+    from rlhf_ray.runs.metrics import read_metrics
 
     share = {"gpus": 0.2, "cpus": 0.1}
     with ray_session(None):

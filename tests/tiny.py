@@ -4,7 +4,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import write_role
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 TEXTS = [f"please tell me about number {i}" for i in range(24)]
 

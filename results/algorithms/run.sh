@@ -26,7 +26,7 @@ for seed in 0 1 2; do
         --set ppo.kl_in=loss --set ppo.kl_estimator=k2
 done
 
-python -m rlhf_ray.evaluation.compare results/algorithms \
+python -m rlhf_ray.report.compare results/algorithms \
     $(for label in ppo rloo grpo dr_grpo dapo reinforce_pp reinforce_pp_baseline; do
         for seed in 0 1 2; do echo "$label=$runs/$label-$seed"; done
     done) --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac

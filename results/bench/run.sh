@@ -25,6 +25,6 @@ keep sync rlhf-ray bench sync --megabytes 17 --megabytes 100 --megabytes 500 --j
 keep controller rlhf-ray bench controller --generators 256 --steps 1000 --json
 keep serve rlhf-ray bench serve --json
 # Spinning, as a generation actor's threads do.
-OMP_WAIT_POLICY=active python results/bench/trials.py --compile > "$out/trials.partial"
+OMP_WAIT_POLICY=active python -m rlhf_ray.bench.trials --compile > "$out/trials.partial"
 mv "$out/trials.partial" "$out/trials.txt"
-python results/bench/tables.py "$out"
+python -m rlhf_ray.bench.tables "$out"

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.plain_ppo import PlainPPO
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.ppo.single_process import PlainPPO
+from rlhf_ray.runs.run_folder import RunFolder
 
 SEEDS = range(5)
 SETTINGS = ((1e-5, 1e-5), (1e-4, 1e-5), (1e-5, 5e-5))  # learning rate, epsilon

@@ -19,7 +19,7 @@ for seed in 0 1 2 3 4; do
         --set resources.reward.threads=1 --set resources.reference.threads=1 --set resources.policy.threads=1 \
         --set resources.critic.threads=1
 done
-python -m rlhf_ray.evaluation.compare results/curves \
+python -m rlhf_ray.report.compare results/curves \
     $(for seed in 0 1 2 3 4; do echo "sentiment=$runs/tensorflow-$seed"; done)
 python results/curves/table.py | tee results/curves/figures.txt
 python results/curves/adam.py "$imdb" ${3:-}

@@ -7,7 +7,7 @@ highest). A smoothed series is the mean over five steps, since a batch of 128 sc
 import statistics
 from pathlib import Path
 
-from rlhf_ray.metrics import read_metrics
+from rlhf_ray.runs.metrics import read_metrics
 
 LAST = 40  # steps of the end: 5,120 episodes
 HERE = Path(__file__).parent

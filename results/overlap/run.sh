@@ -29,6 +29,6 @@ for seed in $seeds; do
     run 1_ahead "$seed" --start-from "$synchronous-$seed" --set ppo.steps_ahead=1
 done
 
-python -m rlhf_ray.evaluation.compare "$out" \
+python -m rlhf_ray.report.compare "$out" \
     $(for seed in $seeds; do echo "synchronous=$synchronous-$seed" "1_ahead=$runs/1_ahead-$seed"; done) \
     --curves objective/score,objective/kl,eval/score,policy/entropy,policy/approx_kl,policy/clip_frac,rollout/importance_mean,rollout/importance_capped_frac,rollout/off_policy_kl

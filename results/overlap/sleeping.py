@@ -26,8 +26,8 @@ from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import Receipt, Waiter
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
-from rlhf_ray.types import Scores
+from rlhf_ray.messages import Scores
+from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 
 UNITS = 4  # of a step
 MODES = {"alternating": {}, "1 ahead": {"steps_ahead": 1}, "2 ahead": {"steps_ahead": 2},

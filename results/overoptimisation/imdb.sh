@@ -14,6 +14,6 @@ for seed in 0 1; do
     done
 done
 
-python -m rlhf_ray.evaluation.compare results/overoptimisation/imdb \
+python -m rlhf_ray.report.compare results/overoptimisation/imdb \
     $(for seed in 0 1; do for price in 0.12 0.04 0; do echo "kl$price=$runs/kl$price-$seed"; done; done) \
     --curves eval/score,eval/judge --against eval/kl --root

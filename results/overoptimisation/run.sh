@@ -20,6 +20,6 @@ for seed in 0 1; do
         --set ppo.best_by=judge --set ppo.patience=3 --set ppo.roll_back=true
 done
 
-python -m rlhf_ray.evaluation.compare results/overoptimisation \
+python -m rlhf_ray.report.compare results/overoptimisation \
     $(for label in kl0.2 kl0.05 kl0 stopped; do for seed in 0 1; do echo "$label=$runs/$label-$seed"; done; done) \
     --curves eval/score,eval/judge --against eval/kl --root

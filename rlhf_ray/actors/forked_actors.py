@@ -1,4 +1,4 @@
-"""PPO's actors as forks of one process on a Ray that was there before the command (`actors.forking`).
+"""PPO's actors as forks of one process on a Ray that was there before the command (`forking.server_process`).
 
 Only where the server can be what Ray's workers there are: Ray is one node, whose raylet is a process on this machine, in the
 command's own user, namespaces and control group, and starts the command's own Python. Elsewhere actors start as ever.
@@ -16,10 +16,10 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.actors.fork_client import surroundings
-from rlhf_ray.actors.forking import fork_server
 from rlhf_ray.actors.session import worker_environment
-from rlhf_ray.threads import ALONE_ENVIRONMENT
+from rlhf_ray.config.threads import ALONE_ENVIRONMENT
+from rlhf_ray.forking.fork_client import surroundings
+from rlhf_ray.forking.server_process import fork_server
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.weight_transport import Transport, choose_transport
 from rlhf_ray.config import ResourcesConfig
-from rlhf_ray.types import WorkUnit
+from rlhf_ray.messages import WorkUnit
 
 WEIGHT_PART_BYTES = 256 * 1024**2
 

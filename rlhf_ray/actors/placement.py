@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import RoleConfig
+from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
-from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 Roles = Mapping[str, RoleConfig]
 Amounts = Mapping[str, float]  # "CPU", "GPU"; a node has other kinds beside them

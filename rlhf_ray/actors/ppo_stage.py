@@ -9,7 +9,6 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray import checkpoint
 from rlhf_ray.actors.forked_actors import forked_actors
 from rlhf_ray.actors.groups import (
     AdapterOff,
@@ -34,13 +33,14 @@ from rlhf_ray.actors.role_actors import (
 )
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
-from rlhf_ray.controller import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.data.store import count_rows
 from rlhf_ray.errors import StageStopped, UserError
-from rlhf_ray.events import EventLog
-from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.card import model_card
-from rlhf_ray.run_folder import RunFolder, start_model
+from rlhf_ray.ppo import checkpoint
+from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.metrics import MetricsWriter
+from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 Progress = Callable[[dict], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.collector import collector_paused
+from rlhf_ray.runs.garbage_collection import collector_paused
 
 with collector_paused():
     import ray
@@ -14,7 +14,7 @@ with collector_paused():
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
     from rlhf_ray.config import Recipe, RoleConfig
-    from rlhf_ray.run_folder import RunFolder
+    from rlhf_ray.runs.run_folder import RunFolder
 
 
 class RoleActor:
@@ -31,7 +31,7 @@ class RoleActor:
         raise NotImplementedError
 
     def compute_dtype(self, setting: str) -> torch.dtype:
-        from rlhf_ray.engines.precision import resolve_precision
+        from rlhf_ray.training.precision import resolve_precision
 
         return resolve_precision(setting, self.device)
 
@@ -83,8 +83,8 @@ MailedGenerationActor = ray.remote(concurrency_groups={MAIL: 1})(Generation)
 @ray.remote
 class RewardActor(RoleActor):
     def build(self, start: Path):
+        from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
         from rlhf_ray.roles.reward import Reward
-        from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
 
         recipe = self.recipe
         models = recipe, self.folder, self.compute_dtype(recipe.ppo.precision), self.device
@@ -125,8 +125,8 @@ class ReferenceActor(RoleActor):
 @ray.remote
 class AssemblerActor(RoleActor):
     def build(self):
-        from rlhf_ray.roles.assembler import Assembler
-        from rlhf_ray.roles.knobs import assemble_settings
+        from rlhf_ray.roles.configs import assemble_settings
+        from rlhf_ray.roles.experience import Assembler
 
         self.role = Assembler(assemble_settings(self.recipe))
 
@@ -173,8 +173,8 @@ class TrainerActor(RoleActor):
 
     def _engine(self, module, address: str, port: int):
         with collector_paused():
-            from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
-            from rlhf_ray.engines.distributed import join_group
+            from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+            from rlhf_ray.training.distributed import join_group
 
         resources = self.recipe.resources
         join_group(
@@ -198,14 +198,14 @@ class TrainerActor(RoleActor):
 
     def save(self, folder: Path) -> int:
         """Write this rank's share of a checkpoint."""
-        from rlhf_ray.checkpoint import write_rank
+        from rlhf_ray.ppo.checkpoint import write_rank
 
         engine = self.role.engine
         write_rank(folder, self.role_name, self.rank, self.ranks, engine.state(), engine.steps_taken)
         return self.rank
 
     def load(self, folder: Path) -> int:
-        from rlhf_ray.checkpoint import read_role
+        from rlhf_ray.ppo.checkpoint import read_role
 
         state, steps = read_role(folder, self.role_name)
         self.role.engine.load_state(state, steps)
@@ -219,11 +219,11 @@ class PolicyActor(TrainerActor, PolicyEnd):
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the policy and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         with collector_paused():
-            from rlhf_ray.engines.forward import LogprobModel
             from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
-            from rlhf_ray.models.trained import train_only_part
-            from rlhf_ray.roles.knobs import policy_knobs
+            from rlhf_ray.models.trained_part import train_only_part
+            from rlhf_ray.roles.configs import policy_knobs
             from rlhf_ray.roles.trainer import PolicyTrainer
+            from rlhf_ray.training.forward import LogprobModel
 
         ppo, self.start = self.recipe.ppo, start
         model = fast_attention(load_causal_lm(start, None, self.recipe.model.trust_remote_code), self.device)
@@ -257,7 +257,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         gather."""
         from rlhf_ray.models.load import load_causal_lm, save_model
         from rlhf_ray.models.tokenizer import load_tokenizer
-        from rlhf_ray.models.trained import load_trained, save_adapter
+        from rlhf_ray.models.trained_part import load_trained, save_adapter
 
         ppo = self.recipe.ppo
         keep = self.rank == 0
@@ -281,11 +281,11 @@ class CriticActor(TrainerActor):
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the critic and meet the other ranks."""
         with collector_paused():
-            from rlhf_ray.engines.forward import ValueModel
             from rlhf_ray.models.critic import build_critic
             from rlhf_ray.models.load import fast_attention
-            from rlhf_ray.models.trained import train_only_part
+            from rlhf_ray.models.trained_part import train_only_part
             from rlhf_ray.roles.trainer import CriticTrainer
+            from rlhf_ray.training.forward import ValueModel
 
         ppo = self.recipe.ppo
         critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)

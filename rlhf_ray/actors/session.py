@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import ray
 
-from rlhf_ray.actors.forking import fork_server
+from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
-from rlhf_ray.threads import ALONE_ENVIRONMENT
+from rlhf_ray.forking.server_process import fork_server
 
 # Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
@@ -42,7 +42,7 @@ def ray_session(
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
-    stages: whose workers a local Ray has forked (`actors.forking`). spins: the generators' threads are to
+    stages: whose workers a local Ray has forked (`forking.server_process`). spins: the generators' threads are to
     (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp. The others' own share of the cores is theirs.
     """
     environment = worker_environment()

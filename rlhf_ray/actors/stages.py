@@ -9,11 +9,11 @@ import ray
 from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
-from rlhf_ray.collector import collector_paused
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.pipeline import Stage
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.runs.pipeline import Stage
+from rlhf_ray.runs.run_folder import RunFolder
 
 Progress = Callable[[dict], None]
 
@@ -45,7 +45,7 @@ def prepare_data(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
 
 
 def _supervised(function: str, recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
-    from rlhf_ray.supervised import launch
+    from rlhf_ray.actors import supervised as launch
 
     getattr(launch, function)(recipe, folder, stage, progress)
 
@@ -58,7 +58,7 @@ def run_ppo_stage(recipe: Recipe, folder: RunFolder, progress: Progress) -> None
 
 def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     """Evaluate in one task (the controller holds no models), then write the report."""
-    from rlhf_ray.evaluation.report import write_report
+    from rlhf_ray.report.page import write_report
 
     def on_wait(what: str, seconds: float) -> None:
         progress({"stage": "evaluation", "waiting_for": what, "waiting_s": seconds})

@@ -1,7 +1,7 @@
 """New weights, from the policy's rank 0 to the generation actors: which way is possible, and the actors' ends of it.
 
 - object_store: numpy arrays through Ray's object store; everywhere.
-- collective: one broadcast (`engines.weight_channel`), each on a GPU of its own, or all on CPUs.
+- collective: one broadcast (`training.weight_channel`), each on a GPU of its own, or all on CPUs.
 - ipc: handles of one GPU's memory, which policy and generation share (`models.shared_gpu`).
 """
 
@@ -18,7 +18,7 @@ from rlhf_ray.actors.receipt import Receipt, with_receipt
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf_ray.engines.weight_channel import Layout, WeightChannel
+    from rlhf_ray.training.weight_channel import Layout, WeightChannel
 
 Transport = Literal["object_store", "collective", "ipc"]
 
@@ -86,7 +86,7 @@ class PolicyEnd:
         return [handles, *({} for _ in range(parts - 1))]
 
     def open_channel(self, size: int, address: str, port: int, layout: Layout, timeout_s: float) -> None:
-        from rlhf_ray.engines.weight_channel import WeightChannel
+        from rlhf_ray.training.weight_channel import WeightChannel
 
         self.layout = layout
         if self.rank == 0:
@@ -124,7 +124,7 @@ class GenerationEnd:
     def open_channel(
         self, rank: int, size: int, address: str, port: int, layout: Layout, dtype: torch.dtype, timeout_s: float
     ) -> None:
-        from rlhf_ray.engines.weight_channel import WeightChannel
+        from rlhf_ray.training.weight_channel import WeightChannel
 
         self.layout, self.sent_as = layout, dtype
         self.channel = WeightChannel(

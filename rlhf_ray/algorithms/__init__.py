@@ -1,0 +1,5 @@
+"""The maths of RLHF: tensors in, tensors out, knobs by keyword.
+Pure: Python and torch, nothing of Ray, DeepSpeed or Hugging Face.
+
+May import: cpu.
+"""

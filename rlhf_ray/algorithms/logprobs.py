@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray import kernels
+from rlhf_ray.cpu import kernels
 
 # Logits that are worked on at a time, in float32: 1 MiB stays in a core's cache; a GPU wants work for all of its cores.
 PIECE = {"cpu": 2**18, "cuda": 2**27}

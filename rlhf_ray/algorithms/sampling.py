@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray.kernels import kernel
+from rlhf_ray.cpu.kernels import kernel
 
 Knob = float | int | torch.Tensor
 PIECE = 128  # of the vocabulary

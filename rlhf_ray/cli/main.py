@@ -19,7 +19,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 import typer
 
-from rlhf_ray.cli.bench.commands import bench_app
+from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.words import console, in_words
 from rlhf_ray.errors import UserError
 
@@ -56,7 +56,7 @@ def run(
     """Run all stages; a run folder that stopped goes on where it was."""
     from rlhf_ray.cli.running import closing_words
     from rlhf_ray.cli.running import run as run_recipe
-    from rlhf_ray.recipe_file import load_recipe
+    from rlhf_ray.config.recipe_file import load_recipe
 
     folder = run_recipe(
         load_recipe(recipe, overrides), run_dir, address=address, start_from=start_from, console=console
@@ -78,8 +78,8 @@ def _stage_command(name: str, before: list[str], stages: list[str], text: str) -
     ):
         from rlhf_ray.cli.running import closing_words
         from rlhf_ray.cli.running import run as run_recipe
-        from rlhf_ray.pipeline import stages_of
-        from rlhf_ray.recipe_file import load_recipe
+        from rlhf_ray.config.recipe_file import load_recipe
+        from rlhf_ray.runs.pipeline import stages_of
 
         loaded = load_recipe(recipe, overrides)
         own = [stage for stage in stages if stage in stages_of(loaded)]
@@ -123,8 +123,8 @@ def doctor(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir 
 @in_words
 def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
     """Write RUN_DIR/report.html from what the run folder holds."""
-    from rlhf_ray.evaluation.report import write_report
-    from rlhf_ray.run_folder import RunFolder
+    from rlhf_ray.report.page import write_report
+    from rlhf_ray.runs.run_folder import RunFolder
 
     if not run_dir.is_dir():
         raise UserError(f"'{run_dir}' is no folder; name a run folder, for example runs/demo")
@@ -201,8 +201,8 @@ def submit(
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
 ):
     """Run a recipe as a Ray job on a running cluster; the same run folder again resumes it."""
-    from rlhf_ray.cli import jobs
-    from rlhf_ray.recipe_file import load_recipe
+    from rlhf_ray.actors import jobs
+    from rlhf_ray.config.recipe_file import load_recipe
 
     for pair in env or []:
         if "=" not in pair:
@@ -228,7 +228,7 @@ def logs(
     follow: Annotated[bool, typer.Option(help="until the job ends")] = True,
 ):
     """Print a job's log and return its exit status."""
-    from rlhf_ray.cli import jobs
+    from rlhf_ray.actors import jobs
 
     raise typer.Exit(jobs.logs(job_id, address=address, follow=follow, echo=_echo))
 
@@ -237,7 +237,7 @@ def logs(
 @in_words
 def stop(job_id: JobId, address: ClusterAddress = None):
     """Ask a job to finish its step, write a checkpoint and end."""
-    from rlhf_ray.cli import jobs
+    from rlhf_ray.actors import jobs
 
     raise typer.Exit(jobs.stop(job_id, address=address, echo=_echo))
 
@@ -258,7 +258,7 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
 ):
     """Write a Hugging Face folder from any checkpoint."""
-    from rlhf_ray.cli.export import export_model
+    from rlhf_ray.ppo.export import export_model
 
     console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
 

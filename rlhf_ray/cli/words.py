@@ -7,8 +7,8 @@ import functools
 import typer
 from rich.console import Console
 
-from rlhf_ray.cli.interrupt import EXIT_CODE
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.runs.interrupt import EXIT_CODE
 
 console, errors = Console(), Console(stderr=True)
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.base import Precision, Section, knob
-from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.config.sampling import SamplingParams
 
 
 class GenerationConfig(Section):

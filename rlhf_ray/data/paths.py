@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.config import DataConfig, SourceConfig
+from rlhf_ray.config import DataConfig, Recipe, SourceConfig
+from rlhf_ray.errors import UserError
 
 #: a file's ending -> the reader of `datasets` for it
 READERS = {
@@ -39,3 +40,30 @@ def resolve_paths(data: DataConfig) -> DataConfig:
 
     lists = ("sft", "preferences", "judge", "prompts", "eval_prompts")
     return data.model_copy(update={name: tuple(map(absolute, getattr(data, name))) for name in lists})
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """Data paths and model folders made absolute: a worker's or a job's working directory is another."""
+    root = recipe.data.root
+    if root is not None and "://" not in root and not Path(root).expanduser().exists():
+        raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
+    changes = {"data": resolve_paths(recipe.data)}
+    if not recipe.model.is_from_scratch:
+        changes["model"] = recipe.model.model_copy(update={"name_or_path": _absolute(recipe.model.name_or_path)})
+    for name in ("reward", "judge"):
+        section = getattr(recipe, name)
+        if section is not None and not section.starts_within_run:
+            changes[name] = section.model_copy(update={"base": _absolute(section.base)})
+    rewards = {
+        name: term if term.model in (None, "reward") else term.model_copy(update={"model": _absolute(term.model)})
+        for name, term in recipe.ppo.rewards.items()
+    }
+    if rewards != recipe.ppo.rewards:
+        changes["ppo"] = recipe.ppo.model_copy(update={"rewards": rewards})
+    return recipe.model_copy(update=changes)
+
+
+def _absolute(model: str) -> str:
+    """A model's folder here as an absolute path; a hub name stays."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.exists() else model

@@ -20,7 +20,8 @@ from rlhf_ray.data.sources import call_builder, load_source
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.storage import write_atomically
 
 TOKENIZER_CHARACTERS = 20_000_000  # more text than this changes a small vocabulary no further, and takes minutes
 LISTS = ("sft", "preferences", "judge", "prompts", "eval_prompts")

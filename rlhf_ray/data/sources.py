@@ -16,9 +16,9 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from rlhf_ray.config import DataConfig, SourceConfig
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.errors import UserError
-from rlhf_ray.user_functions import import_function
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
 BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe_file import load_recipe
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
 
 OPENINGS = "eval_openings"  # held-out rows that hold only the beginning of a text, where the builder makes such rows

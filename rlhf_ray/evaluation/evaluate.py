@@ -15,17 +15,18 @@ import torch
 
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.data.store import read_prompts
-from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation import metrics
-from rlhf_ray.evaluation.metrics import Estimate, Resampler
+from rlhf_ray.evaluation import estimates as metrics
+from rlhf_ray.evaluation.estimates import Estimate, Resampler
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.roles.rewards import judge_scorer, reward_scorer
-from rlhf_ray.roles.scorer import RewardScorer, Scorer
-from rlhf_ray.run_folder import RunFolder, write_atomically
+from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
+from rlhf_ray.rewards.scorer import RewardScorer, Scorer
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.training.precision import resolve_precision
 
 FIGURES = (
     "score",

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_ray.algorithms.schedule import draw_seed
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.roles.text import response_text
-from rlhf_ray.run_folder import write_atomically
+from rlhf_ray.runs.storage import write_atomically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

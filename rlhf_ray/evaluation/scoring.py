@@ -10,10 +10,10 @@ import torch
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.tokens import encode_pairs
-from rlhf_ray.engines.forward import response_logprobs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.training.forward import response_logprobs
 
 
 def stage_model(folder: RunFolder, stage: str) -> Path:

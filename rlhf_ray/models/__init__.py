@@ -1,1 +1,5 @@
-"""Tokenizers and models: built, loaded, saved."""
+"""Tokenizers and models: built, loaded, checked, saved; which part of them trains.
+
+May import: errors, config, cpu.
+Heavy packages: peft, transformers.
+"""

@@ -17,7 +17,7 @@ def check_model(recipe: Recipe) -> list[str]:
         return _adapter_problems(recipe)  # its sizes are checked when the recipe is read
     from rlhf_ray.models.load import check_positions, load_config
     from rlhf_ray.models.tokenizer import load_tokenizer
-    from rlhf_ray.models.trained import check_freeze
+    from rlhf_ray.models.trained_part import check_freeze
 
     problems = []
     try:
@@ -57,7 +57,7 @@ def _adapter_problems(recipe: Recipe) -> list[str]:
     if not named:
         return []
     from rlhf_ray.models.load import empty_causal_lm
-    from rlhf_ray.models.trained import adapted_layers
+    from rlhf_ray.models.trained_part import adapted_layers
 
     problems = []
     for key, lora in named.items():

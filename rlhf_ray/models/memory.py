@@ -126,7 +126,7 @@ def memory_problems(
 ) -> list[str]:
     """What cannot fit into `host` bytes of memory, or into GPUs of so many bytes, in a sentence with the remedy.
 
-    forked: the actors' processes are forks of one (`actors.forking`).
+    forked: the actors' processes are forks of one (`forking.server_process`).
     """
     problems = []
     on_cpu = [row for row in memory_plan(recipe, itemsize=itemsize) if row.config.gpus == 0]

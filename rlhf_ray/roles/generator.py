@@ -12,14 +12,14 @@ import torch
 
 from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
-from rlhf_ray.engines.generation import GenerationEngine
-from rlhf_ray.engines.vllm_engine import VllmEngine
-from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.generation.vllm_engine import VllmEngine
+from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit, flatten
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.models.trained import MergedLayers, frozen_names
-from rlhf_ray.types import RolloutBatch, Sequences, WorkUnit, flatten
+from rlhf_ray.models.trained_part import MergedLayers, frozen_names
 
 EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from rlhf_ray.engines.forward import response_logprobs
-from rlhf_ray.engines.packed_linear import pack_linears
+from rlhf_ray.cpu.packed_linear import pack_linears
+from rlhf_ray.messages import RolloutBatch, TokenValues, flatten
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
-from rlhf_ray.types import RolloutBatch, TokenValues, flatten
+from rlhf_ray.training.forward import response_logprobs
 
 
 class Reference:

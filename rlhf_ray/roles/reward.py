@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf_ray.messages import RolloutBatch, Scores
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.rewards.scorer import Scorer
 from rlhf_ray.roles.text import decode_sequences
-from rlhf_ray.types import RolloutBatch, Scores
 
 
 class Reward:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_ray.types import Sequences
+from rlhf_ray.messages import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,12 +17,12 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
-from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, Forwarded
-from rlhf_ray.engines.forward import TokenBatch, token_batch
-from rlhf_ray.engines.padding import action_mask, pad_tokens
-from rlhf_ray.models.trained import adapter_off, plain_name
-from rlhf_ray.roles.knobs import PolicyKnobs
-from rlhf_ray.types import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+from rlhf_ray.messages import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+from rlhf_ray.models.trained_part import adapter_off, plain_name
+from rlhf_ray.roles.configs import PolicyKnobs
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded
+from rlhf_ray.training.forward import TokenBatch, token_batch
+from rlhf_ray.training.padding import action_mask, pad_tokens
 
 
 class Trainer:

@@ -1,4 +1,8 @@
-"""A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. `app.build_app` is the app without Ray."""
+"""A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. `app.build_app` is the app without Ray.
+
+May import: errors, config, runs, models, data, generation, training, forking.
+Heavy packages: fastapi, ray.
+"""
 
 from rlhf_ray.serving.launch import Server, serve
 

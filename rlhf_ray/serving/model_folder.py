@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 # In a results folder, which has no fixed layout, the first of these that holds a language model is served.
 _POLICY_NAMES = ("ppo", "policy", "model", "dpo", "sft")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rlhf_ray.generation_types import SamplingParams
+from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.serving.api_errors import ApiError, bad_request
 
 MAX_STOPS = 4

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Any
 
-from rlhf_ray.generation_types import TokenEvent
+from rlhf_ray.config.sampling import TokenEvent
 from rlhf_ray.serving.text import ResponseText, TokenText
 
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rlhf_ray.config.sampling import SamplingParams, TokenEvent
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation_types import SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import socket
 from dataclasses import dataclass, field
 
 from rlhf_ray.config import Precision
+from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
-from rlhf_ray.threads import ALONE_ENVIRONMENT
 
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
 # Before torch loads: OpenMP threads that spin for long when idle take the cores from Ray's and the proxy's.

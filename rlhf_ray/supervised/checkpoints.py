@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_folder import write_atomically
+from rlhf_ray.runs.storage import write_atomically
 
 MARK = "COMPLETE"
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
 from rlhf_ray.config import RewardConfig
-from rlhf_ray.run_folder import StageFolder
+from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.reward_metrics import heldout_figures
 
 SCORES = ("chosen", "rejected", "scores")  # of what a member leaves; the rest is the same for all members

@@ -15,11 +15,12 @@ import torch
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import read_prompts
 from rlhf_ray.errors import UserError
+from rlhf_ray.messages import WorkUnit
+from rlhf_ray.rewards.scorer import RewardScorer
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.scorer import RewardScorer
-from rlhf_ray.run_folder import RunFolder, start_model, write_atomically
-from rlhf_ray.types import WorkUnit
+from rlhf_ray.runs.run_folder import RunFolder, start_model
+from rlhf_ray.runs.storage import write_atomically
 
 STEP = -1  # no rollout step's number: these samples are none of PPO's
 

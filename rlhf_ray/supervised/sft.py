@@ -1,6 +1,6 @@
 """Supervised fine-tuning on one rank: prepared text in, a Hugging Face folder and held-out perplexity out.
 
-Also trains the separately seeded fluency model. The process group exists already (`supervised.launch` makes it).
+Also trains the separately seeded fluency model. The process group exists already (`actors.supervised` makes it).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
 from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.models.trained import train_only_part
-from rlhf_ray.run_folder import RunFolder
+from rlhf_ray.models.trained_part import train_only_part
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_ray.config import Recipe, TrainConfig
-from rlhf_ray.engines.agreement import rank
-from rlhf_ray.engines.precision import resolve_precision
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.load import save_model
-from rlhf_ray.models.trained import is_adapter, merged_state
-from rlhf_ray.run_folder import RunFolder, StageFolder, write_atomically
+from rlhf_ray.models.trained_part import is_adapter, merged_state
+from rlhf_ray.runs.run_folder import RunFolder, StageFolder
+from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
+from rlhf_ray.training.agreement import rank
+from rlhf_ray.training.precision import resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,118 @@
+"""What would stop a run, found before it starts. Trains nothing, starts no actor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import function_names
+from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.errors import UserError
+from rlhf_ray.forking.server_process import wanted
+from rlhf_ray.models.check import check_model
+from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
+from rlhf_ray.models.size import parameters
+from rlhf_ray.training.precision import resolve_precision
+
+
+def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
+    """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
+
+    hardware: whether the run computes on this machine, so that its hardware says which precisions there are and what fits,
+    and what is installed here which engines.
+    """
+    problems = (_data_problems(recipe) if data else []) + check_model(recipe)
+    problems += _function_problems(recipe) + _reward_problems(recipe)
+    if not hardware:
+        return problems
+    return problems + _precision_problems(recipe) + _engine_problems(recipe) + _memory_problems(recipe)
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    from rlhf_ray.data.check import check_data  # loads datasets
+
+    return check_data(recipe)
+
+
+def _function_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for path in function_names(recipe):
+        try:
+            import_function(path)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _reward_problems(recipe: Recipe) -> list[str]:
+    """Reward models of others that ppo.rewards names: not there, or without a tokenizer. Loads no weights."""
+    others = {name: term.model for name, term in recipe.ppo.rewards.items() if term.model not in (None, "reward")}
+    if not others:
+        return []
+    from rlhf_ray.models.load import load_config  # loads transformers
+    from rlhf_ray.models.tokenizer import load_tokenizer
+
+    problems = []
+    for name, model in others.items():
+        for load in (load_config, load_tokenizer):
+            try:
+                load(model, recipe.model.trust_remote_code)
+            except UserError as error:
+                problems.append(f"ppo.rewards.{name}.model: {error}")
+    return problems
+
+
+def _precision_problems(recipe: Recipe) -> list[str]:
+    stages = {name: getattr(recipe, name) for name in ("sft", "fluency", "reward", "judge", "dpo")}
+    settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in stages.items() if stage is not None]
+    settings += [
+        ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),
+        ("generation", recipe.generation.precision, recipe.resources.generation.gpus),
+    ]
+    problems = []
+    for section, setting, gpus in settings:
+        try:
+            resolve_precision(setting, "cuda" if gpus else "cpu")
+        except UserError as error:
+            problems.append(f"{section}.{error}")
+    return problems
+
+
+def _engine_problems(recipe: Recipe) -> list[str]:
+    if recipe.generation.engine != "vllm":
+        return []
+    from rlhf_ray.generation.vllm_engine import vllm_problem  # loads transformers
+
+    problem = vllm_problem(recipe.resources.generation.gpus)
+    return [] if problem is None else [problem]
+
+
+def _memory_problems(recipe: Recipe) -> list[str]:
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=wanted(["ppo"]))
+
+
+def itemsize_of(recipe: Recipe, kind: str) -> int:
+    """Bytes of what PPO's roles compute in; a precision that this machine has not is another problem's."""
+    try:
+        return resolve_precision(recipe.ppo.precision, kind).itemsize
+    except UserError:
+        return 4
+
+
+def disk_problems(recipe: Recipe, path: Path) -> list[str]:
+    """Checkpoints hold what trains of policy and critic, and its two moments, in float32."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    checkpoint = 3 * sum(trained_by_role(recipe).values())
+    needed = 4 * (checkpoint * (recipe.ppo.keep_checkpoints + 1) + 8 * parameters(recipe))
+    if needed > free:
+        return [
+            f"{existing} has {free / GB:.1f} GB free, the run needs about {needed / GB:.1f} GB; choose another --run-dir"
+        ]
+    return [] if os.access(existing, os.W_OK) else [f"{existing} can't be written to; choose another --run-dir"]

@@ -1,0 +1,315 @@
+"""A run as a Ray job: submit it, follow its log, stop it.
+
+The job is `rlhf-ray run RECIPE --address auto --run-dir RUN_DIR` on the cluster's head node. It outlives the terminal
+that submitted it, and the run folder is its memory: submitting the same one again resumes the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from rlhf_ray.actors import upload
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import run_folder_of
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+STOPPED_EXIT_STATUS = 130  # as after Ctrl-C
+_RUN_DIR = "rlhf_ray_run_dir"  # keys of the job's metadata
+_STOP_WAIT = "rlhf_ray_stop_wait_s"
+
+Echo = Callable[[str], None]
+
+
+def submit(
+    recipe: Recipe,
+    run_dir: str,
+    *,
+    address: str | None = None,
+    data: Sequence[Path] = (),
+    env: Mapping[str, str] | None = None,
+    stop_wait_s: int = 600,
+    echo: Echo = print,
+) -> str:
+    """Submit `recipe` to the cluster whose dashboard is at `address`; return the job's id, e.g. 'demo-1'.
+
+    run_dir: absolute path or URI that every node of the cluster sees. data: files or folders (small) to upload.
+    env: environment variables of the job and its actors. stop_wait_s: how long a stopped run may take to finish its
+    step and write a checkpoint before it is killed. UserError for what can't work, a run folder in use among them.
+    """
+    run_dir = cluster_path(run_dir)
+    run_folder_of(recipe, run_dir)  # what the run itself would refuse
+    client = connect(address)
+    jobs = _jobs(client)
+    for job in jobs:
+        if job.metadata and job.metadata.get(_RUN_DIR) == run_dir and not job.status.is_terminal():
+            raise UserError(
+                f"job {job.submission_id} is still running in {run_dir}; "
+                f"{_handles(job.submission_id, client)}; or choose another run folder"
+            )
+    job_id = _next_id(recipe.name, jobs)
+    with tempfile.TemporaryDirectory(prefix="rlhf_ray_submit_") as folder:
+        items = upload.stage(recipe, Path(folder), run_dir=run_dir, data=data)
+        echo(f"job {job_id} on {client.get_address()}, run folder {run_dir}")
+        for item in items:
+            echo(f"  uploaded  {item}")
+        has_data = (Path(folder) / upload.DATA_FOLDER).exists()
+        runtime_env = {
+            "working_dir": folder,
+            # SIGINT is what the run answers by finishing its step and writing a checkpoint.
+            # The override: without it Ray refuses a variable that the run, too, hands to its actors.
+            "env_vars": {
+                "RAY_JOB_STOP_SIGNAL": "SIGINT",
+                "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
+                "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+                **(env or {}),
+            },
+        }
+        _within(
+            300,
+            f"the upload to {client.get_address()}",
+            lambda: client.submit_job(
+                entrypoint=entrypoint(run_dir, has_data=has_data),
+                submission_id=job_id,
+                runtime_env=runtime_env,
+                metadata={_RUN_DIR: run_dir, _STOP_WAIT: str(stop_wait_s)},
+            ),
+        )
+    echo(f"  {_handles(job_id, client)}")
+    return job_id
+
+
+def logs(job_id: str, *, address: str | None = None, follow: bool = True, echo: Echo = print) -> int:
+    """Print the job's log; with `follow`, until it ends. Returns the run's exit status, 0 for one that still runs.
+
+    Ctrl-C while following leaves the job alone (returns 130) and says how to come back.
+    """
+    client = connect(address)
+    _info(client, job_id)
+    if not follow:
+        sys.stdout.write(_within(120, f"the log of job {job_id}", lambda: client.get_job_logs(job_id)))
+        sys.stdout.flush()
+        return _exit_status(_info(client, job_id), echo)
+    try:
+        asyncio.run(_tail(client, job_id, echo))
+        return _exit_status(_wait_terminal(client, job_id, 60), echo)
+    except KeyboardInterrupt:
+        echo(f"\ndetached; job {job_id} goes on; {_handles(job_id, client)}")
+        return STOPPED_EXIT_STATUS
+
+
+def stop(job_id: str, *, address: str | None = None, echo: Echo = print) -> int:
+    """Ask the run to finish its step, write a checkpoint and end; wait until it has. Returns 0 when it has ended."""
+    client = connect(address)
+    job = _info(client, job_id)
+    if job.status.is_terminal():
+        echo(f"job {job_id} is not running: {job.status.value.lower()}")
+        return 0
+    wait_s = int((job.metadata or {}).get(_STOP_WAIT, 3))  # Ray's own default for a job that we did not submit
+    echo(f"job {job_id} finishes its step and writes a checkpoint; at most {wait_s} s (Ctrl-C leaves it to that)")
+    _within(60, f"the stop of job {job_id}", lambda: client.stop_job(job_id))
+    try:
+        job = _wait_terminal(client, job_id, wait_s + 60)
+    except KeyboardInterrupt:
+        echo(f"\nnot waiting; see {_command('logs', job_id, client)}")
+        return STOPPED_EXIT_STATUS
+    echo(f"job {job_id}: {job.status.value.lower()}; submit the same run folder to resume")
+    return 0
+
+
+def cluster_path(run_dir: str) -> str:
+    """`run_dir` in one spelling; UserError when it means another folder on every machine."""
+    if "://" in run_dir:
+        return run_dir.rstrip("/")
+    if not os.path.isabs(run_dir):
+        raise UserError(
+            f"run folder '{run_dir}' is relative, which on a cluster is another folder on every machine; "
+            "give an absolute path that all nodes see, for example /shared/runs/demo"
+        )
+    return os.path.normpath(run_dir)
+
+
+def entrypoint(run_dir: str, *, has_data: bool = False) -> str:
+    """The job's shell command. `exec`: the process that gets the stop signal is the run itself."""
+    run = ["python", "-m", "rlhf_ray.cli.main", "run", upload.RECIPE_FILE, "--address", "auto", "--run-dir", run_dir]
+    command = "exec " + shlex.join(run)
+    if has_data:
+        target = shlex.quote(f"{run_dir}/{upload.DATA_FOLDER}")
+        command = f"mkdir -p {target} && cp -R {upload.DATA_FOLDER}/. {target}/ && {command}"
+    return command
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the dashboard at `address` (http://HEAD:8265), with this machine's token."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    if "://" not in address:
+        address = f"http://{address}"
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UserError(f"--address '{address}' is no dashboard address; give http://HEAD:8265")
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    try:
+        socket.create_connection((url.hostname, port), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray dashboard answers at {address} ({error.strerror or error}); is the cluster up, and is "
+            "this port open to you (ssh -N -L 8265:127.0.0.1:8265 HEAD)?"
+        ) from None
+    headers = {**json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")), **_token_header()}
+    # Ray lets these two override the address that it is given; an --address that means another cluster must win.
+    logging.getLogger("ray").setLevel(logging.WARNING)  # what is uploaded is said by us; closed sockets are no news
+    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    for module in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return _within(60, f"the dashboard at {address}", lambda: JobSubmissionClient(address, headers=headers))
+    finally:
+        os.environ.update(hidden)
+
+
+def _token_header() -> dict[str, str]:
+    """The token from where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    if os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
+        return {}
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token and file.is_file():
+        token = file.read_text().strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _within(deadline_s: float, what: str, call: Callable):
+    """call(), or a sentence naming what was waited for: Ray's client sets no time-outs of its own."""
+    outcome: list = []
+
+    def work() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as error:  # carried to the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if not outcome:
+        raise UserError(f"waited {deadline_s:.0f} s for {what}; look at the dashboard's log on the head node")
+    value, error = outcome[0]
+    if isinstance(error, AuthenticationError):
+        raise UserError(
+            "the cluster refused this machine's token; copy the head's (`ray get-auth-token` there) into "
+            "~/.ray/auth_token or set RAY_AUTH_TOKEN"
+        ) from None
+    if isinstance(error, ConnectionError):
+        raise UserError(f"lost {what}: {error}") from None
+    if error is not None:
+        raise error
+    return value
+
+
+def _jobs(client: JobSubmissionClient) -> list[JobDetails]:
+    return [job for job in _within(60, "the list of jobs", client.list_jobs) if job.submission_id]
+
+
+def _info(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    try:
+        return _within(60, f"the state of job {job_id}", lambda: client.get_job_info(job_id))
+    except RuntimeError as error:
+        if "404" not in str(error):
+            raise
+        known = ", ".join(f"{job.submission_id} ({job.status.value.lower()})" for job in _jobs(client))
+        raise UserError(f"there is no job '{job_id}' on {client.get_address()}; there are: {known or 'none'}") from None
+
+
+def _next_id(name: str, jobs: list[JobDetails]) -> str:
+    taken = {job.submission_id for job in jobs}
+    count = 1
+    while f"{name}-{count}" in taken:
+        count += 1
+    return f"{name}-{count}"
+
+
+def _command(verb: str, job_id: str, client: JobSubmissionClient) -> str:
+    return f"rlhf-ray {verb} {job_id} --address {client.get_address()}"
+
+
+def _handles(job_id: str, client: JobSubmissionClient) -> str:
+    return f"follow it: {_command('logs', job_id, client)}; stop it: {_command('stop', job_id, client)}"
+
+
+async def _tail(
+    client: JobSubmissionClient, job_id: str, echo: Echo, *, silence_s: float = 30, patience_s: float = 300
+) -> None:
+    """Write the job's log to stdout until it ends. A lost connection is taken up again where it broke."""
+    printed, lost_since = 0, None
+    while True:
+        seen = 0
+        stream = client.tail_job_logs(job_id)
+        pending = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(stream, None))
+                done, _ = await asyncio.wait({pending}, timeout=silence_s)
+                if not done:  # silence: does the dashboard still answer?
+                    await asyncio.to_thread(_info, client, job_id)
+                    continue
+                text, pending = pending.result(), None
+                if text is None:
+                    break
+                fresh = text[max(0, printed - seen) :]  # every connection starts at the log's beginning
+                seen += len(text)
+                if fresh:
+                    sys.stdout.write(fresh)
+                    sys.stdout.flush()
+                    printed, lost_since = seen, None
+            info = await asyncio.to_thread(_info, client, job_id)
+            if info.status.is_terminal():
+                return
+        except (RuntimeError, UserError, aiohttp.ClientError, OSError) as error:
+            if pending is not None:
+                pending.cancel()
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > patience_s:
+                raise UserError(
+                    f"lost the log of job {job_id} for {patience_s:.0f} s ({error}); the job itself may go "
+                    f"on: {_command('logs', job_id, client)}"
+                ) from None
+            echo(f"connection to {client.get_address()} lost ({error}); trying again")
+            await asyncio.sleep(3)
+        await asyncio.sleep(0.3)  # the log's stream may end a moment before the job's state says so
+
+
+def _wait_terminal(client: JobSubmissionClient, job_id: str, deadline_s: float) -> JobDetails:
+    start = time.monotonic()
+    while not (job := _info(client, job_id)).status.is_terminal():
+        if time.monotonic() - start > deadline_s:
+            raise UserError(
+                f"waited {deadline_s:.0f} s for job {job_id} to end, it is {job.status.value.lower()}; see "
+                f"{_command('logs', job_id, client)}"
+            )
+        time.sleep(0.5)
+    return job
+
+
+def _exit_status(job: JobDetails, echo: Echo) -> int:
+    if job.status == JobStatus.FAILED:
+        if job.driver_exit_code is None:  # the run never started or was killed with its node: the log doesn't say why
+            echo(f"job {job.submission_id} failed: {job.message}")
+        return job.driver_exit_code or 1
+    return STOPPED_EXIT_STATUS if job.status == JobStatus.STOPPED else 0

@@ -1,0 +1,320 @@
+"""Runs a supervised stage under Ray Train's TorchTrainer. The only file of this package that knows Ray.
+
+Ray must be initialised. Library noise goes to RUN/logs/<stage>.log; the terminal stays the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import LoggingConfig
+
+from rlhf_ray.actors.process import set_up_process
+from rlhf_ray.config import Recipe, TrainConfig
+from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.supervised.ensemble import ensemble_summary
+
+Progress = Callable[[dict], None]
+RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
+POLL_S = 0.5
+REPORT_S = 1.0
+
+
+def run_sft(recipe: Recipe, folder: RunFolder, stage: str = "sft", on_progress: Progress | None = None) -> dict:
+    """Train the stage "sft" or "fluency" to its end -> its summary, which DONE holds too.
+
+    Raises UserError for a user's mistake, StageStopped once asked to stop (the STOP file) and checkpointed, RunFailed
+    when the workers failed too often or stand still.
+    """
+    assert stage in ("sft", "fluency"), stage
+    return _run(recipe, folder, stage, 1, on_progress)
+
+
+def run_reward(recipe: Recipe, folder: RunFolder, stage: str = "reward", on_progress: Progress | None = None) -> dict:
+    """Train the stage "reward" or "judge" to its end, all members of its ensemble -> its summary. Raises as `run_sft`."""
+    assert stage in ("reward", "judge"), stage
+    config = getattr(recipe, stage)
+    return _run(recipe, folder, stage, 1 if config is None else config.members, on_progress)
+
+
+def run_dpo(recipe: Recipe, folder: RunFolder, stage: str = "dpo", on_progress: Progress | None = None) -> dict:
+    """Train the stage "dpo" to its end -> its summary. Raises as `run_sft`."""
+    assert stage == "dpo", stage
+    return _run(recipe, folder, stage, 1, on_progress)
+
+
+def _run(recipe: Recipe, folder: RunFolder, stage: str, members: int, on_progress: Progress | None) -> dict:
+    target, config = folder.stage(stage), getattr(recipe, stage)
+    if target.done:
+        return target.summary()
+    assert config is not None, f"the recipe has no section '{stage}'"
+    _check_capacity(stage, config)
+    each = []
+    for member in range(members):
+        done = target.member_done(member)
+        if not done.exists():
+            summary = _train(recipe, folder, stage, config, member, on_progress)
+            if members == 1:
+                each.append(summary)
+                break
+            write_atomically(done, json.dumps(summary, indent=2) + "\n")
+        each.append(json.loads(done.read_text()))
+        shutil.rmtree(target.member(member).checkpoints, ignore_errors=True)
+    summary = each[0] if members == 1 else ensemble_summary(each, target, config)
+    target.finish(summary)
+    shutil.rmtree(target.checkpoints, ignore_errors=True)
+    return summary
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
+) -> dict:
+    """Train one model -> its summary."""
+    target = folder.stage(stage).member(member)
+    target.path.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    answer = _fit(recipe, folder, stage, config, member, on_progress)
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    if answer["ended_by"] == "stop":
+        target.stop_file.unlink(missing_ok=True)
+        raise StageStopped(f"{stage} stopped; its checkpoint is written")
+    return answer | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _check_capacity(stage: str, config: TrainConfig) -> None:
+    """Refuse at once what the whole cluster could not hold; what is merely in use is waited for, with a deadline."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        wanted = each * config.workers
+        if wanted > there.get(name, 0):
+            key = f"{stage}.{name.lower()}s_per_worker"
+            raise UserError(
+                f"{stage}.workers = {config.workers} with {key} = {each:g} need {wanted:g} {name}s, the cluster has "
+                f"{there.get(name, 0):g}; lower one of them or add nodes"
+            )
+
+
+def _fit(
+    recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
+) -> dict:
+    """Run the worker group to its end, reporting progress -> what rank 0 returned."""
+    timeout_s = recipe.resources.start_timeout_s
+    # Ray Train reads these here and hands them on. Without a limit on failed starts it would wait for a full cluster
+    # for ever (the failure policy below allows none).
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; a preempted node is a dead one
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
+    storage, name = folder.logs / "ray_train", f"{stage}_{member}"
+    storage.mkdir(parents=True, exist_ok=True)
+    trainer = _Trainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "folder": str(folder.path),
+            "stage": stage,
+            "member": member,
+        },
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker > 0 else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
+            callbacks=[_RecordFailures(folder.events, stage)],
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    box: dict = {}
+
+    def fit() -> None:
+        try:
+            box["result"] = trainer.fit()
+        except BaseException as error:  # handed to the caller's thread below, whatever it is
+            box["error"] = error
+
+    # In a thread of its own: the caller's thread reports progress, and keeps its own handling of Ctrl-C, which fit()
+    # in the main thread would replace by one that aborts without a checkpoint.
+    thread = threading.Thread(target=fit, name=f"{stage} fit", daemon=True)
+    thread.start()
+    _report_until_done(thread, recipe, folder, stage, member, on_progress)
+    shutil.rmtree(storage / name, ignore_errors=True)
+    if "error" in box:
+        raise _explained(box["error"], folder, stage, config, timeout_s)
+    return box["result"].return_value
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Set before the worker loads torch: threads that sleep when idle, DeepSpeed's device, no way to the hub's servers
+    for what is local."""
+    on_gpu = config.gpus_per_worker > 0
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false" if config.threads == 1 else "true",
+        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (
+        {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    )  # fmt: skip
+
+
+def _report_until_done(
+    thread: threading.Thread, recipe: Recipe, folder: RunFolder, stage: str, member: int, on_progress: Progress | None
+) -> None:
+    """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
+    metrics, resources = folder.stage(stage).member(member).metrics, recipe.resources
+    started = reported = changed = time.monotonic()
+    last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
+    limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if time.monotonic() - reported < REPORT_S:
+            continue
+        reported = time.monotonic()
+        row = _last_row(metrics)
+        step = None if row is None else row["step"]
+        if step != last_step:
+            last_step, changed, limit_s = step, reported, resources.call_timeout_s
+        elif reported - changed > limit_s:
+            where = "before its first step" if step is None else f"after step {step}"
+            raise RunFailed(
+                f"{stage} stood still for {reported - changed:.0f} s {where}; see {folder.logs / f'{stage}.log'}, and "
+                "raise resources.call_timeout_s if it is only slow; the same command goes on from the last checkpoint"
+            )
+        if on_progress is None:
+            continue
+        if row is None:
+            waiting = "the worker to start and read its data"
+            on_progress({"stage": stage, "waiting_for": waiting, "waiting_s": reported - started})
+        else:
+            # By time where a time limit will come before the last step.
+            total = max(round(row["step"] / row["progress"]), row["step"])
+            on_progress({"stage": stage, "total": total, **row})
+
+
+def _last_row(path: Path) -> dict | None:
+    """The last whole line of a metrics.jsonl, without reading the others."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - 8192, 0))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last newline is still being written
+    return json.loads(lines[-1]) if lines else None
+
+
+def _explained(
+    error: BaseException, folder: RunFolder, stage: str, config: TrainConfig, timeout_s: float
+) -> BaseException:
+    """A sentence for a start that timed out, or workers or controller that failed; the original stands as its cause."""
+    lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)  # the controller's process or node
+    if not (lost or isinstance(error, TrainingFailedError)):
+        return error
+    log = folder.logs / f"{stage}.log"
+    if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
+        explained: Exception = UserError(
+            f"waited {timeout_s:g} s for {config.workers} {stage} worker(s) with {config.cpus_per_worker:g} CPUs and "
+            f"{config.gpus_per_worker:g} GPUs each, the cluster has no room; free some of it, lower {stage}.workers, "
+            "or raise resources.start_timeout_s"
+        )
+    else:
+        times = "" if lost or isinstance(error, ControllerError) else f" {RESTARTS + 1} times, the last time"
+        explained = RunFailed(
+            f"{stage} failed{times} with: {_last_line(error)}; its log is {log}; "
+            "the same command goes on from the last checkpoint"
+        )
+    explained.__cause__ = error
+    return explained
+
+
+def _last_line(error: BaseException) -> str:
+    """What a text that may be a whole traceback ends with."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer without two actors that a stage has no use for, each a process of 0.2 GB and seconds to start.
+
+    One shares out Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
+    controller that died, which ends with the controller anyhow; it looks for the controller through the state API,
+    which finds a cluster by itself: beside a second one it asks the wrong one and removes our group under the worker.
+    """
+
+    def _create_default_callbacks(self):
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
+class _RecordFailures(UserCallback):
+    """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
+
+    def __init__(self, events: Path, stage: str):
+        self.events, self.stage, self.failures = events, stage, 0
+
+    def after_exception(self, run_context, worker_exceptions):
+        self.failures += 1
+        done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {RESTARTS})"
+        if self.failures > RESTARTS:
+            done = f"the stage failed: that was failure {self.failures}, and {RESTARTS} restarts are allowed"
+        for place, error in worker_exceptions.items():
+            EventLog(self.events).add(
+                f"{self.stage} worker {place} failed: {_last_line(error)}", done, stage=self.stage
+            )
+
+
+def _worker(config: dict) -> dict:
+    """One rank, in its own process -> the stage's summary, or {"refused": sentence} for a user's mistake."""
+    folder, stage = RunFolder(Path(config["folder"])), config["stage"]
+    recipe = Recipe.model_validate(config["recipe"])
+    section: TrainConfig = getattr(recipe, stage)
+    device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
+    print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
+    with collector_paused():
+        train = _training(stage, config["member"], device.type)
+    try:
+        return train(recipe, folder, stage)
+    except UserError as error:  # returned: raised, it would be retried as if a machine had failed
+        return {"refused": str(error)}
+
+
+def _training(stage: str, member: int, device_type: str) -> Callable[[Recipe, RunFolder, str], dict]:
+    """Import what trains the stage: DeepSpeed first, then TRL."""
+    from rlhf_ray.training.distributed import prepare_deepspeed
+
+    prepare_deepspeed(device_type)
+    if stage in ("sft", "fluency"):
+        from rlhf_ray.supervised.sft import train_sft
+
+        return train_sft
+    if stage == "dpo":
+        from rlhf_ray.supervised.dpo import train_dpo
+
+        return train_dpo
+    from rlhf_ray.supervised.reward_model import train_reward
+
+    return partial(train_reward, member=member)

@@ -1,0 +1,7 @@
+"""Benchmarks as ratios against yardsticks, and the cost model they are held against.
+`cli/bench.py` has the commands.
+
+May import: errors, messages, config, algorithms, runs, models, data, cpu, generation, training, roles, ppo, forking,
+actors, serving.
+Heavy packages: ray, rich, transformers, trl, vllm.
+"""

@@ -1,0 +1,153 @@
+"""The arithmetic that a PPO iteration cannot do without, counted from its shape.   Floating-point operations, no timing.
+
+A product of [m, k] and [k, n] is 2 m k n operations. Counted are the matrices of the blocks, attention's two products over
+the tokens that a token sees (itself and those before it), and the head of the language model, where a token is drawn or its
+log-prob is asked for. Left out, because they are below a hundredth: norms, activations, softmax, optimiser, heads of width 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_ray.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A decoder's shape. None: as in GPT-2."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    feed_forward: int | None = None  # None: 4 x width
+    gated: bool = False  # the feed-forward layer has three matrices, not two
+    key_value_heads: int | None = None  # None: as many as heads
+
+    @property
+    def key_value_width(self) -> int:
+        return self.width // self.heads * (self.key_value_heads or self.heads)
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of one block's matrices: query and output, key and value, feed-forward."""
+        return 2 * self.width**2 + 2 * self.width * self.key_value_width + self.feed_forward_weights
+
+    @property
+    def feed_forward_weights(self) -> int:
+        return (3 if self.gated else 2) * self.width * (self.feed_forward or 4 * self.width)
+
+    @property
+    def weights(self) -> int:
+        """Of all blocks and of the embeddings, which the head shares."""
+        return self.layers * self.block_weights + self.vocabulary * self.width
+
+
+def llama_from_scratch(*, layers: int, width: int, heads: int, vocabulary: int) -> Shape:
+    """As `model.from_scratch` builds a Llama: as many key-value heads as heads, three matrices of 8/3 of the width."""
+    return Shape(
+        layers=layers,
+        width=width,
+        heads=heads,
+        vocabulary=vocabulary,
+        gated=True,
+        feed_forward=-(-width * 8 // 96) * 32,
+    )
+
+
+#: name -> shape, for `--size`. 124m is GPT-2's.
+SIZES = {
+    "4m": Shape(layers=4, width=256, heads=4, vocabulary=4096),
+    "14m": Shape(layers=6, width=384, heads=6, vocabulary=8192),
+    "124m": Shape(layers=12, width=768, heads=12, vocabulary=50257),
+    "1b": llama_from_scratch(layers=18, width=2048, heads=16, vocabulary=32000),
+}
+
+
+def shape_of(size: str, *, layers: int | None, width: int | None, heads: int | None, vocabulary: int | None) -> Shape:
+    """A named size, with what is given in place of its own."""
+    if size not in SIZES:
+        raise UserError(f"--size {size!r} is none of {', '.join(SIZES)}")
+    base = SIZES[size]
+    own = {
+        "layers": layers or base.layers, "width": width or base.width, "heads": heads or base.heads,
+        "vocabulary": vocabulary or base.vocabulary,
+    }  # fmt: skip
+    return llama_from_scratch(**own) if base.gated else Shape(**own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One iteration: rows responses of `response` tokens to prompts of `prompt` tokens."""
+
+    rows: int
+    prompt: int
+    response: int
+    epochs: int
+
+
+def blocks(shape: Shape, tokens: int) -> int:
+    """One row of `tokens` tokens through all blocks; token t attends over t keys."""
+    seen = tokens * (tokens + 1) // 2
+    return shape.layers * (2 * shape.block_weights * tokens + 4 * shape.width * seen)
+
+
+def head(shape: Shape, tokens: int) -> int:
+    """Logits at `tokens` places."""
+    return 2 * shape.width * shape.vocabulary * tokens
+
+
+def generation(shape: Shape, work: Work) -> int:
+    """The last token drawn is never fed."""
+    return work.rows * (blocks(shape, work.prompt + work.response - 1) + head(shape, work.response))
+
+
+def language_forward(shape: Shape, work: Work) -> int:
+    """Log-probs of the responses: reference or policy."""
+    return work.rows * (blocks(shape, work.prompt + work.response) + head(shape, work.response))
+
+
+def value_forward(shape: Shape, work: Work) -> int:
+    """A body with a head of width 1: reward model or critic."""
+    return work.rows * blocks(shape, work.prompt + work.response)
+
+
+def phases(shape: Shape, work: Work) -> dict[str, int]:
+    """Operations of each phase of an iteration. The backward pass is two forwards: one gradient for inputs, one for weights."""
+    language, value = language_forward(shape, work), value_forward(shape, work)
+    return {
+        "generate": generation(shape, work),
+        "score": 2 * language + 2 * value,  # reference and policy, reward model and critic
+        "assemble": 0,
+        "update": 3 * work.epochs * (language + value),
+        "sync": 0,
+    }
+
+
+def computed(shape: Shape, work: Work) -> dict[str, int]:
+    """What is still needed of `phases` here, with ppo.reuse_forward: the first epoch starts from the forward passes of the old
+    log-probs and values, and the last block's feed-forward works where its output is read (`models.last_block`)."""
+    feed_forward = 2 * shape.feed_forward_weights * work.rows
+    unread = feed_forward * work.prompt  # of the states before the response's tokens
+    language, value = language_forward(shape, work) - unread, value_forward(shape, work) - unread
+    reward = value_forward(shape, work) - feed_forward * (work.prompt + work.response - 1)  # one state a row
+    score, update = 2 * language + value + reward, (3 * work.epochs - 1) * (language + value)
+    return phases(shape, work) | {"score": score, "update": update}
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRow:
+    """One line of the table."""
+
+    phase: str
+    seconds: float
+    flop: float
+    peak_share: float  # of the seconds, how many the arithmetic takes at the rate measured
+
+
+def peak_shares(seconds: dict[str, float], flop: dict[str, int], flop_per_s: float) -> list[PhaseRow]:
+    """A row a phase, and "iteration" for all of them together."""
+    rows = {name: (seconds[name], flop[name]) for name in seconds}
+    rows["iteration"] = (sum(seconds.values()), sum(flop[name] for name in seconds))
+    return [PhaseRow(name, took, work, work / (took * flop_per_s) if took > 0 else 0.0)
+            for name, (took, work) in rows.items()]  # fmt: skip

@@ -1,0 +1,168 @@
+"""Recipes as files: read, overridden by --set, validated in words."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> path of the recipes that come with the package."""
+    folder = Path(str(resources.files("rlhf_ray") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path_or_name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a YAML file or a packaged name, with key=value overrides. Raises UserError, one line a problem."""
+    return build_recipe(read_yaml(path_or_name), overrides or [], str(path_or_name))
+
+
+def read_yaml(path_or_name: str) -> dict[str, Any]:
+    path = Path(path_or_name)
+    packaged = packaged_recipes()
+    if path_or_name in packaged and not path.is_file():
+        path = packaged[path_or_name]
+    elif path.is_dir():
+        raise UserError(f"'{path_or_name}' is a folder; name the recipe's YAML file (a run folder's is recipe.yaml)")
+    elif not path.exists():
+        near = difflib.get_close_matches(path_or_name, packaged, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"there is no recipe file '{path_or_name}', and no packaged recipe of that name "
+            f"({', '.join(packaged)}){hint}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(
+            f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}: "
+            f"{getattr(error, 'problem', None) or error}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values; a recipe starts with 'name: ...'")
+    return values
+
+
+def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """Validate. Every problem is told, one line each."""
+    for override in overrides:
+        _override(values, override)
+    if "name" not in values:
+        values = {"name": Path(source).stem, **values}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_sentence(part) for part in error.errors())) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write key=value, for example --set ppo.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str) and value == text.strip():  # what stands in quotes is meant as text
+        value = _number(value)
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    values[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error in words, with the key, the value and the remedy."""
+    key = ".".join(str(part) for part in error["loc"])
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        names = known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, 1, 0.5)
+        return f"unknown key '{key}'; " + (
+            f"did you mean '{near[0]}'?" if near else f"the keys there are {', '.join(names)}"
+        )
+    if error["type"] == "missing":
+        return f"'{key}' is missing; set it"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"'{key}' is {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def known_keys(path: tuple) -> list[str]:
+    """The keys that the section at `path` has."""
+    section: Any = Recipe
+    named = False  # whether the next part is a name that the user gave
+    for part in path:
+        if named or isinstance(part, int):
+            named = False
+            continue
+        annotation = section.model_fields[part].annotation
+        section, named = _section_type(annotation), typing.get_origin(annotation) is dict
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Section class in `Section`, `Section | None`, `tuple[Section, ...]` or `dict[str, Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for part in typing.get_args(annotation):
+            found = _section_type(part)
+            if found is not None:
+                return found
+    return None
+
+
+def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
+    """(key path, text) of every field that may hold a local path: data, and models that are not the run's own."""
+    if not recipe.model.is_from_scratch:
+        yield ("model", "name_or_path"), recipe.model.name_or_path
+    for stage in ("reward", "judge"):
+        section = getattr(recipe, stage)
+        if section is not None and not section.starts_within_run:
+            yield (stage, "base"), section.base
+    for name, term in recipe.ppo.rewards.items():
+        if term.model not in (None, "reward"):
+            yield ("ppo", "rewards", name, "model"), term.model
+    if recipe.data.root is not None:
+        yield ("data", "root"), recipe.data.root
+    for role in ("sft", "preferences", "judge", "prompts", "eval_prompts"):
+        for index, source in enumerate(getattr(recipe.data, role)):
+            if recipe.data.root is None or Path(source.path).is_absolute():  # else it is relative to the root
+                yield ("data", role, index, "path"), source.path
+
+
+def function_names(recipe: Recipe) -> list[str]:
+    """The user's functions that score: package.module:function, each."""
+    names = [*(term.function for term in recipe.ppo.terms.values()), recipe.evaluation.judge_function]
+    return [name for name in names if name is not None]
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{'ppo': {'steps': 3}} -> {'ppo.steps': 3}; lists are values."""
+    if isinstance(values, dict) and values:
+        return {key: leaf for name, part in values.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: values}

@@ -1,0 +1,55 @@
+"""How many threads each process computes with, where the recipe leaves it open.
+
+Settled once for a run, since the bits of a gradient depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_ray.config import Recipe
+
+# Read by libgomp when torch is loaded. Who generates does so in thousands of operations too short to fall asleep in between: with
+# 0.2 ms of spinning a decode step of a few rows takes a half to an eighth of the time (rlhf_ray/bench/trials.py spinning).
+# For processes that have their cores to themselves then: others would spin them away from each other.
+ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+SUPERVISED = ("sft", "fluency", "reward", "judge", "dpo")
+
+
+def settle_threads(recipe: Recipe, recorded: Recipe | None, *, cores: int, nodes: int = 1) -> Recipe:
+    """The recipe with a number for every `threads`: its own, else what the run folder has recorded, else a share of the cores.
+
+    cores: of the smallest node that has any; nodes: how many of them there are.
+    """
+    stages, share = stage_shares(recipe, cores, nodes), role_shares(recipe, cores, nodes)
+    sections = {}
+    for name in SUPERVISED:
+        section = getattr(recipe, name)
+        if section is not None and section.threads is None:
+            before = getattr(recorded, name, None)
+            sections[name] = section.model_copy(update={"threads": (before and before.threads) or stages[name]})
+    roles = {}
+    for name, role in recipe.ppo_roles.items():
+        if role.threads is None:
+            before = getattr(recorded.resources, name).threads if recorded is not None else None
+            roles[name] = role.model_copy(update={"threads": before or share[name]})
+    return recipe.model_copy(update=sections | {"resources": recipe.resources.model_copy(update=roles)})
+
+
+def stage_shares(recipe: Recipe, cores: int, nodes: int = 1) -> Mapping[str, int]:
+    """Threads of each worker of a supervised stage: its workers fill a node."""
+    stages = {name: getattr(recipe, name) for name in SUPERVISED}
+    return {name: _each(section.workers, cores, nodes) for name, section in stages.items() if section is not None}
+
+
+def role_shares(recipe: Recipe, cores: int, nodes: int = 1) -> Mapping[str, int]:
+    """Threads of each PPO actor, so that those that work at the same time fill a node and no more.
+
+    Generators have their node to themselves. Policy and critic train side by side, as reward model and reference score.
+    """
+    beside = {"generation": 1, "policy": 2 if recipe.ppo.has_critic else 1}
+    return {name: _each(role.actors * beside.get(name, 2), cores, nodes) for name, role in recipe.ppo_roles.items()}
+
+
+def _each(processes: int, cores: int, nodes: int) -> int:
+    return max(1, cores // -(-processes // nodes))

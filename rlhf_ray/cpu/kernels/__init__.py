@@ -1,0 +1,155 @@
+"""Loops over tensors that torch would make in many passes, in C: compiled on each machine once, by its own C compiler.
+
+Without a compiler, on other systems than Linux, on other devices and for dtypes that a function does not take, callers use torch's
+operations; the numbers differ in rounding only. `RLHF_RAY_KERNELS=off` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rlhf_ray.cpu.kernels.probe import Finding
+    from rlhf_ray.cpu.kernels.recording import Recording
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
+# Not -ffast-math: it treats NaN as impossible, and linked with it a library flushes small numbers to zero for the whole process.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+WIDE = "-mprefer-vector-width=512"  # compilers choose half of it by themselves
+COMPILE_TIMEOUT_S = 120
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
+
+log = logging.getLogger(__name__)
+
+
+class OfThread(threading.local):
+    """recording: what calls of functions on this thread go into, if there is one (kernels/recording.py)."""
+
+    recording: Recording | None = None
+
+
+of_thread = OfThread()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they are switched off or can't be compiled."""
+    if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
+        return None
+    try:
+        path = _path()
+        return None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", None) or error
+        log.warning("the C functions could not be compiled, so torch's operations do their work: %s", words)
+        return None
+
+
+@functools.cache
+def has_blocks() -> bool:
+    """Whether products are made in C: they can be, and on this machine they are right and fast."""
+    found = blocks_finding()
+    return found is not None and found.good
+
+
+def blocks_finding() -> Finding | None:
+    """How such products do here; None: the processor has no unit for them, or the system does not let us use it."""
+    functions = library()
+    if functions is None or not functions.has_blocks():
+        return None
+    from rlhf_ray.cpu.kernels.probe import finding
+
+    return finding(_path())
+
+
+def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None):
+    """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work.
+
+    dtype: of the numbers it works on, where there is one for each of several dtypes (kernels/each_dtype.h).
+    """
+    if dtype is not None:
+        if dtype not in DTYPES:
+            return None
+        name = f"{name}_{DTYPES[dtype]}"
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    functions = library()
+    return None if functions is None else functools.partial(_call, getattr(functions, name))
+
+
+def _call(function, *arguments) -> None:
+    """Tensors by where their numbers are (None: nowhere), whole numbers as int64, others as float; then the threads."""
+    if of_thread.recording is not None:
+        of_thread.recording.take(function.__name__, arguments)
+        return
+    if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
+        function.argtypes = [*map(_c_type, arguments), ctypes.c_int]
+    places = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+    function(*places, torch.get_num_threads())
+
+
+def _c_type(argument):
+    if argument is None or isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
+
+
+@functools.cache
+def _path() -> Path | None:
+    return compiled()
+
+
+def compiled(more_flags: Sequence[str] = ()) -> Path | None:
+    """The library for this machine and these sources, made if it is not there; None: there is no compiler.
+
+    Raises OSError or subprocess.SubprocessError where it can't be made.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    flags = [*FLAGS, *([WIDE] if platform.machine() in ("x86_64", "AMD64") else []), *more_flags]
+    made_of = hashlib.sha256(repr((compiler, flags, platform.machine(), _cpu())).encode())
+    for file in (*SOURCES, *HEADERS):
+        made_of.update(file.read_bytes())
+    path = _folder() / f"kernels-{made_of.hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")  # several processes may start at once
+        command = [compiler, *flags, "-o", str(part), *map(str, SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(part, path)
+    return path
+
+
+def _folder() -> Path:
+    """For files that can be made again; of this user, since code is loaded from it."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.access(home if os.path.isdir(home) else os.path.dirname(home), os.W_OK):
+        return Path(home) / "rlhf_ray"
+    return Path(tempfile.mkdtemp(prefix="rlhf_ray_"))
+
+
+def _cpu() -> str:
+    """What -march=native looks at: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model", "Features", "CPU part"))}))

@@ -1,0 +1,93 @@
+"""A decode step that is recorded when it comes again, and then made by one call.   n rows, R those that the cache has room for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.kernels.recording import OtherWork, Program, Recording
+from rlhf_ray.generation.decode_step import DecodeStep
+from rlhf_ray.generation.kv_cache import RaggedCache
+
+
+class RecordedStep:
+    """A model's decode step, to the bit, in a fraction of the time in which Python goes through it.
+
+    The first step over a cache, and the first after weights have changed or the cache has moved, goes the plain way, which packs
+    weights; the next one is recorded. A step with work that is not in C (`kernels.recording.NAMES`) never is. Weights may change
+    while a batch runs, into other tensors too; modules may not.
+    """
+
+    def __init__(self, model: PreTrainedModel, step: DecodeStep, *, records: bool = True):
+        self.model, self.step = model, step
+        places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+        self._places = [(parameters, name) for parameters, name in places if parameters[name] is not None]
+        self._records = records and kernels.library() is not None
+        self._seen: tuple | None = None  # the last step's state
+        self._refused: tuple | None = None  # that of a step with other work
+        self._weights: list[torch.Tensor] = []  # its: while they are here no others have their identities
+        self._program: Program | None = None
+        self._inputs = np.zeros((2, 0), np.int64)  # tokens and positions, where the program reads them
+
+    def __call__(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Feed tokens [n] at positions [n]; -> logits [n, V], which the next call may write over."""
+        state = self._state(cache) if self._records else None
+        if state is None or state != self._seen:
+            self._seen, self._program = state, None
+            return self._plain(cache, tokens, positions)
+        if self._program is None and not self._record(cache):
+            return self._plain(cache, tokens, positions)
+        n = len(tokens)
+        self._inputs[0, :n], self._inputs[1, :n] = tokens, positions
+        self._program.run(n)
+        return self._program.result[:n]
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._program is not None
+
+    def forget(self) -> None:
+        """Give back what a recording holds."""
+        self._seen = self._refused = self._program = None
+        self._weights = []
+
+    def _plain(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        inputs = torch.from_numpy(np.stack([tokens, positions]))
+        cache.begin_decode(inputs[1], cache.write.slots)
+        return self.step(self.model, cache, inputs[0], inputs[1])
+
+    def _record(self, cache: RaggedCache) -> bool:
+        if self._seen == self._refused:
+            return False
+        self._inputs = np.zeros((2, cache.write.rows), np.int64)
+        tokens, positions = torch.from_numpy(self._inputs)
+        cache.begin_decode(positions, cache.write.slots)
+        try:
+            with Recording() as recording:
+                logits = self.step(self.model, cache, tokens, positions)
+        except OtherWork:
+            self._refused = self._seen
+            return False
+        self._program = Program(recording, logits, theirs=_tensors(cache))
+        return True
+
+    def _state(self, cache: RaggedCache) -> tuple | None:
+        """What a recording depends on; None: what is done depends on more, or has to be done once."""
+        computes = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if computes or not all(layer.is_initialized for layer in cache.layers):
+            return None
+        self._weights = weights = [parameters[name] for parameters, name in self._places]
+        if any(each.is_inference() for each in weights):  # they have no versions
+            return None
+        return (
+            [(id(each), each.data_ptr(), each._version) for each in weights],
+            [each.data_ptr() for each in _tensors(cache)],
+            cache.write.rows,
+            cache.write.slots,
+        )
+
+
+def _tensors(cache: RaggedCache) -> list[torch.Tensor]:
+    return [each for layer in cache.layers for each in (layer.keys, layer.values, layer.centres)]

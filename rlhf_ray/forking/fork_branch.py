@@ -1,0 +1,252 @@
+"""A fork of the fork server (`forking.fork_server`) that imports Ray, and forks itself into workers.
+
+A client sends the worker's command, environment, folder, cores and standard streams; back go the worker's process number, which
+the worker itself says, and at its end its exit status, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+
+from rlhf_ray.forking.fork_server import REQUEST_S, import_all
+
+WORKER = ("ray.actor", "ray._private.node", "ray._private.parameter", "ray._private.runtime_env.setup_hook")
+STAGES = {
+    "supervised": ("rlhf_ray.actors.supervised",),
+    "ppo": ("rlhf_ray.actors.role_actors",),
+    "serving": ("rlhf_ray.serving.deployment", "ray.serve._private.controller", "ray.serve._private.proxy"),
+}
+YOUNG_S = 10.0
+FAILURES = 3  # of workers at their start, one after the other: it is the fork that fails them
+CRASHED = (70, -signal.SIGABRT, -signal.SIGSEGV)  # exit statuses; the first is ours, that of one that Ray ends is 1
+
+
+def main(listener: socket.socket, variables: dict[str, str], stages: Sequence[str]) -> None:
+    os.environ.update(variables)
+    with _no_ids_drawn():
+        import_all((*WORKER, *(module for stage in stages for module in STAGES[stage])))
+    request = Branch(listener).run()
+    if request is None:
+        sys.stderr.flush()
+        os._exit(0)
+    become(request)
+
+
+@contextmanager
+def _no_ids_drawn():
+    """Ray's generator of ids goes on alike in all forks of a process that has drawn one. A class of actors draws one."""
+    import ray.actor
+
+    drawn = ray.actor.ActorClassID
+
+    class Drawn(drawn):
+        @classmethod
+        def from_random(cls):
+            return drawn(os.urandom(drawn.size()))
+
+    ray.actor.ActorClassID = Drawn
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = drawn
+
+
+class Request:
+    """A worker that a client asks for."""
+
+    def __init__(self, client: socket.socket):
+        self.client = client
+        self.streams: list[int] = []
+
+    def read(self) -> None:
+        """Raises OSError, ValueError or KeyError for a client that is gone or sends something else."""
+        self.client.settimeout(REQUEST_S)
+        head, self.streams, *_ = socket.recv_fds(self.client, 8, 3)
+        size, body = int.from_bytes(head, "big"), bytearray()
+        while len(body) < size and (part := self.client.recv(size - len(body))):
+            body += part
+        asked = json.loads(body)
+        self.command, self.environment = asked["command"], asked["environment"]
+        self.folder, self.cores = asked["folder"], asked["cores"]
+        self.client.settimeout(None)
+        with suppress(BlockingIOError):
+            self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # it has no more to say
+            raise ValueError("its client has given up")
+
+    def close_streams(self) -> None:
+        for stream in self.streams:
+            os.close(stream)
+
+
+class Branch:
+    """The workers that are alive, by their process numbers, and the clients that stand for them."""
+
+    def __init__(self, listener: socket.socket):
+        self.listener: socket.socket | None = listener
+        self.clients: dict[int, socket.socket] = {}
+        self.started: dict[int, float] = {}  # by time.monotonic
+        self.failures = 0
+        self.selector = selectors.DefaultSelector()
+        self.ended, self._end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # has something to read when a worker has ended
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
+        for source in (sys.stdin, listener, self.ended):
+            self.selector.register(source, selectors.EVENT_READ)
+
+    def run(self) -> Request | None:
+        """Serves until standard input ends: None. In each worker it returns what that is to be."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is sys.stdin:
+                    return None
+                if key.fileobj == self.ended:
+                    self._tell_of_ends()
+                elif key.data in self.clients:
+                    self._end_worker(key.data)
+                elif key.fileobj is self.listener:
+                    request = self._fork()
+                    if request is not None:
+                        return request
+
+    def _fork(self) -> Request | None:
+        request = None
+        try:
+            client, _ = self.listener.accept()
+            request = Request(client)
+            request.read()
+            worker = os.fork()
+        except (OSError, ValueError, KeyError) as error:  # the client, if it is there, then starts the worker itself
+            print(f"a request that came to nothing: {error!r}", file=sys.stderr, flush=True)
+            if request is not None:
+                request.close_streams()
+                request.client.close()
+            return None
+        if worker == 0:
+            self._leave()
+            return request
+        request.close_streams()
+        self.clients[worker], self.started[worker] = client, time.monotonic()
+        self.selector.register(client, selectors.EVENT_READ, worker)
+        return None
+
+    def _end_worker(self, worker: int) -> None:
+        """Its client is gone, without whom Ray has no hold on it."""
+        self.selector.unregister(self.clients[worker])
+        if not _is_known_to_ray(worker):
+            self._count_failure()
+        os.kill(worker, signal.SIGKILL)
+
+    def _tell_of_ends(self) -> None:
+        os.read(self.ended, 1 << 16)
+        while self.clients:
+            worker, status = os.waitpid(-1, os.WNOHANG)
+            if worker == 0:
+                return
+            client = self.clients.pop(worker, None)
+            if client is None:  # some library's child
+                continue
+            if client in self.selector.get_map():
+                self.selector.unregister(client)
+            code, age = os.waitstatus_to_exitcode(status), time.monotonic() - self.started.pop(worker)
+            with suppress(OSError):
+                client.sendall(b"%d\n" % (code % 256))
+            client.close()
+            if code in CRASHED and age < YOUNG_S:
+                self._count_failure()
+            elif code != -signal.SIGKILL:
+                self.failures = 0
+
+    def _count_failure(self) -> None:
+        self.failures += 1
+        if self.failures >= FAILURES and self.listener is not None:
+            print(f"the last {FAILURES} workers failed at their start: no more forks", file=sys.stderr, flush=True)
+            self.selector.unregister(self.listener)
+            self.listener.close()
+            self.listener = None
+
+    def _leave(self) -> None:
+        """In a worker: nothing of the branch's stays open."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.selector.close()
+        for client in self.clients.values():
+            client.close()
+        self.listener.close()
+        os.close(self.ended)
+        os.close(self._end)
+
+
+def _is_known_to_ray(worker: int) -> bool:
+    """Ray names a worker's process when that has answered."""
+    try:
+        with open(f"/proc/{worker}/cmdline", "rb") as file:
+            return file.read(5) == b"ray::"
+    except OSError:
+        return False
+
+
+def become(request: Request) -> None:
+    """Turn this process, just forked, into the worker, and work until its end."""
+    os.setsid()  # Ray ends a worker with its process group
+    _take_oom_score(request.client)
+    request.client.sendall(b"%d\n" % os.getpid())
+    request.client.close()
+    for number, stream in enumerate(request.streams):
+        os.dup2(stream, number)
+    request.close_streams()
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    os.sched_setaffinity(0, request.cores)
+    _seed()
+    if "torch" in sys.modules:
+        _follow_threads(sys.modules["torch"])
+    script, *_ = sys.argv = request.command
+    sys.path.insert(0, os.path.dirname(script))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(CRASHED[0])
+
+
+def _take_oom_score(client: socket.socket) -> None:
+    """The kernel is to end workers first where memory is short: Ray says so of the process that it started."""
+    number, *_ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    with suppress(OSError), open(f"/proc/{number}/oom_score_adj") as its, open("/proc/self/oom_score_adj", "w") as own:
+        own.write(its.read())
+
+
+def _seed() -> None:
+    """What nobody seeds is each worker's own. Python's generator sees to that itself."""
+    for library in {"numpy.random", "torch"} & sys.modules.keys():
+        sys.modules[library].seed()
+    if "datasets.fingerprint" in sys.modules:
+        sys.modules["datasets.fingerprint"].fingerprint_rng.seed()
+
+
+def _follow_threads(torch) -> None:
+    """Ray tells a worker how many threads to use by OMP_NUM_THREADS, which torch reads when it is loaded, and here it is."""
+    import ray._private.utils as utils
+
+    set_variable = utils.set_omp_num_threads_if_unset
+
+    def set_threads() -> bool:
+        was_unset, threads = set_variable(), os.environ.get("OMP_NUM_THREADS", "")
+        if threads.isdigit():
+            torch.set_num_threads(int(threads))
+        return was_unset
+
+    utils.set_omp_num_threads_if_unset = set_threads

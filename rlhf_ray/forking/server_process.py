@@ -1,0 +1,77 @@
+"""Workers of a Ray on this machine as forks of one process, which imports torch, transformers and DeepSpeed for all of them.
+
+A worker is then there in a fraction of a second for several, and holds those libraries in memory together with the others
+(measured: rlhf_ray/bench/trials.py). Where there is no such process (another system than Linux, GPUs, which do not survive a
+fork, RLHF_RAY_FORK=off) or it has ended, workers start as ever; what they compute is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CLIENT = Path(__file__).with_name("fork_client.py")
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvmap")
+END_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def wanted(stages: Sequence[str]) -> bool:
+    """Whether workers of these stages are to be forked on this machine."""
+    on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux" and hasattr(os, "pidfd_open")
+    return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
+
+
+@contextmanager
+def fork_server(
+    stages: Sequence[str], environment: Mapping[str, str], inherited: Mapping[str, str] = os.environ
+) -> Iterator[str | None]:
+    """One for the body of the `with` -> what Ray is to start in place of Python, if there is anything.
+
+    stages: whose workers there will be (`fork_server.LIBRARIES`). environment: variables that workers get, of which libraries read
+    some when they are imported; inherited: those that they have from Ray.
+    """
+    if not wanted(stages):
+        yield None
+        return
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_"))  # nobody else may connect: mode 700
+        path, errors = str(folder / "s"), folder / "errors.log"
+        with socket.socket(socket.AF_UNIX) as listener, open(errors, "wb") as log_file:
+            listener.bind(path)
+            listener.listen(socket.SOMAXCONN)
+            server = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rlhf_ray.forking.fork_server", str(listener.fileno()), path, *stages],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
+                env=dict(inherited) | environment, start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:  # a full disk, say, or a path too long for a socket
+        log.warning("workers will import everything themselves: %s", error)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield None
+        return
+    try:
+        yield shlex.join([sys.executable, "-I", "-S", str(CLIENT), path, sys.executable])
+    finally:
+        if server.poll() is not None:
+            log.warning("the fork server ended early: %s", errors.read_text(errors="replace")[-1000:])
+        server.stdin.close()  # its sign to end
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(END_S)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # branches are of its group, workers are not
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)

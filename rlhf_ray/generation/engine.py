@@ -1,0 +1,173 @@
+"""The in-process generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
+
+Two ways to use it: `generate` draws a closed batch, whose result depends on (weights, prompts, seeds, params) and on
+nothing that ran before; `submit` / `step` / `cancel` keep one open batch that rows join and leave between steps.
+An engine belongs to one thread; the number of torch threads is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence, Set
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent
+from rlhf_ray.errors import UserError
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+from rlhf_ray.generation.row_batch import Request, RowBatch
+from rlhf_ray.models.wire import copy_weights
+
+
+class GenerationEngine:
+    """Draws responses from a Hugging Face causal LM, which it takes over (evaluation mode, device).
+
+    max_rows: rows of the open batch; further requests wait (`generate` runs whatever batch it is given).
+    eos_token_ids: tokens that end a response; default: the tokenizer's EOS.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        *,
+        max_rows: int = 64,
+        device: torch.device | str | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        if eos_token_ids is None:
+            if tokenizer.eos_token_id is None:
+                raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
+            eos_token_ids = [tokenizer.eos_token_id]
+        self.model = model if device is None else model.to(device)
+        self.tokenizer, self.max_rows, self.eos_token_ids = tokenizer, max_rows, tuple(eos_token_ids)
+        self.decoder = RaggedDecoder(self.model)
+        self._open: RowBatch | None = None
+        self._waiting: deque[Request] = deque()
+        self._next_id = 0
+
+    # ---- a closed batch
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int] | np.ndarray],
+        seeds: Sequence[int],
+        params: SamplingParams | Sequence[SamplingParams],
+    ) -> list[Completion]:
+        """One response to each prompt, all in one batch. Row b draws with seeds[b] (and params[b], if several)."""
+        each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else params
+        requests = [
+            self._request(place, ids, seed, one)
+            for place, (ids, seed, one) in enumerate(zip(prompt_ids, seeds, each, strict=True))
+        ]
+        if not requests:
+            return []
+        batch = self._new_batch()
+        batch.add(requests)
+        results: dict[int, Completion] = {}
+        while len(batch):
+            running, _, _, completions = batch.step()
+            results |= {running[place].request_id: completion for place, completion in completions.items()}
+        return [results[place] for place in range(len(requests))]
+
+    # ---- an open batch
+
+    def submit(self, prompt_ids: Sequence[int] | np.ndarray, seed: int, params: SamplingParams) -> int:
+        """Queue a request; it joins at the next step with a free row. -> its id, which its events carry."""
+        request = self._request(self._next_id, prompt_ids, seed, params)
+        self._next_id += 1
+        self._waiting.append(request)
+        return request.request_id
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Let waiting requests join, then draw one token for every row. -> one event a row; [] when nothing runs."""
+        if self._open is None:
+            self._open = self._new_batch()
+        free = self.max_rows - len(self._open)
+        joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        try:
+            if joining:
+                self._open.add(joining)
+            if not len(self._open):
+                return []
+            running, tokens, logprobs, completions = self._open.step()
+        except BaseException:
+            self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
+            self.decoder.forget()
+            raise
+        if not len(self._open):
+            self._open = None  # gives the cache back while idle
+        return [
+            TokenEvent(
+                request_id=request.request_id,
+                token_id=int(token),
+                logprob=float(logprob),
+                completion=completions.get(place),
+            )
+            for place, (request, token, logprob) in enumerate(zip(running, tokens, logprobs, strict=True))
+        ]
+
+    @torch.inference_mode()
+    def cancel(self, request_id: int) -> bool:
+        """Drop a waiting or running request, between steps. -> whether it was there."""
+        for request in self._waiting:
+            if request.request_id == request_id:
+                self._waiting.remove(request)
+                return True
+        rows = [row for row, request in enumerate(self._running()) if request.request_id == request_id]
+        if rows:
+            self._open.remove(rows)
+        return bool(rows)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # ---- weights
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+        """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
+
+        Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).
+        """
+        if self.num_running or self.num_waiting:
+            raise RuntimeError(
+                f"{self.num_running} rows are running and {self.num_waiting} wait under the old weights; "
+                "let them end or cancel them before load_weights"
+            )
+        copy_weights(self.model, state, kept)
+
+    def model_changed(self) -> None:
+        """Whoever changed the model's weights in place says so. Nothing here is made from them."""
+
+    def sleep(self) -> None:
+        """Give memory back until there is work again. The cache is one of each batch, so there is nothing to give."""
+
+    # ---- inside
+
+    def _new_batch(self) -> RowBatch:
+        return RowBatch(self.decoder, self.tokenizer, self.eos_token_ids)
+
+    def _running(self) -> Iterable[Request]:
+        return self._open.requests if self._open is not None else []
+
+    def _request(self, request_id: int, prompt_ids, seed: int, params: SamplingParams) -> Request:
+        ids = np.asarray(prompt_ids, np.int64)
+        if ids.ndim != 1 or len(ids) == 0:
+            raise UserError(f"prompt {request_id} has no tokens; give it at least one (a BOS or EOS token, say)")
+        if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
+            raise UserError(
+                f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "
+                f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer"
+            )
+        self.decoder.check_length(len(ids), params.max_new_tokens)
+        return Request(request_id=request_id, prompt_ids=ids, seed=int(seed), params=params)

@@ -1,0 +1,238 @@
+"""A key-value cache of rows with different lengths, and the attention that reads it.
+
+R rows, C slots a row, H key-value heads, D channels a head. Row b's tokens occupy slots [0, len_b): no left padding.
+What lies beyond len_b is left over from padding or from rows that have gone; it is finite and always masked, so it
+changes no bit of a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf_ray.cpu.kernels import kernel
+
+PLAIN_LENGTH = 256  # of a prompt: the fused kernel's memory does not grow with the square, which counts beyond
+MORE_SLOTS = 32  # at least, once there are some: a cache that has moved costs a step's new recording too
+SLOT_MULTIPLE = 16  # of capacities, and of the lengths seen by attention: GPU kernels want aligned masks
+
+
+def round_up(length: int) -> int:
+    return -(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+@dataclass(slots=True)
+class _Write:
+    """Where the forward pass under way puts its keys and values, the same in every layer."""
+
+    rows: int = 0  # R, capacity
+    slots: int = 0  # C, capacity
+    first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
+    lengths: torch.Tensor | None = None  # prefill: [n] each row's own tokens, at least 1; the rest is padding
+    targets: torch.Tensor | None = None  # decode: [n] slot len_b of each row's new token; None: prefill
+    length: int = 0  # decode: slots of each row that attention sees
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's keys and values, [R, H, C, D] each, so that one head of one row is one contiguous block.
+
+    centred: keys are stored less the mean of those of the row's prompt. That changes all scores of a row by the same, which the
+    softmax ignores; but where keys have much in common (a bias, say), 16-bit keys and scores would spend their digits on that.
+    """
+
+    is_sliding = False
+
+    def __init__(self, write: _Write, centred: bool):
+        super().__init__()
+        self.write, self.centred = write, centred
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Zeros, not empty: masked slots are multiplied by a weight of 0, and 0 * NaN is NaN.
+        rows, slots = self.write.rows, self.write.slots
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], slots, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.centres = key_states.new_zeros(rows, key_states.shape[1], 1, key_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new keys and values [n, H, q, D]; return those that attention reads, [n, H, length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, write = len(key_states), self.write
+        if write.targets is None:
+            rows, length = slice(write.first_row, write.first_row + n), key_states.shape[2]
+            if self.centred:
+                own = (torch.arange(length, device=key_states.device) < write.lengths[:, None])[:, None, :, None]
+                self.centres[rows] = (key_states * own).sum(2, keepdim=True) / write.lengths[:, None, None, None]
+            self.keys[rows, :, :length] = key_states - self.centres[rows]
+            self.values[rows, :, :length] = value_states
+            return key_states, value_states
+        if self.centred:
+            key_states = key_states - self.centres[:n]
+        rows = torch.arange(n, device=key_states.device)
+        self.keys[rows, :, write.targets] = key_states.squeeze(2)
+        self.values[rows, :, write.targets] = value_states.squeeze(2)
+        return self.keys[:n, :, : write.length], self.values[:n, :, : write.length]
+
+    def attend(self, query, key, value, scaling: float) -> torch.Tensor:
+        """`update` for a decode step and the attention over what it returns, in C.
+
+        query [n, heads, D], key and value [n, H, D] (apart by the same step) -> [n, heads * D]
+        """
+        (n, heads, channels), groups = query.shape, key.shape[1]
+        if not self.is_initialized:
+            self.lazy_initialization(key[:, :, None], value[:, :, None])
+        mixed = query.new_empty(n, heads * channels)
+        given = [query, key, value, self.keys, self.values]
+        pair = 1
+        if query.dtype == torch.bfloat16:  # counted in twos, which are 32 bits
+            given.append(self.centres if self.centred else None)
+            pair = 2
+        run = kernel("decode_attention", self.keys, self.values, self.write.targets, dtype=query.dtype)
+        run(
+            *given, self.write.targets, mixed, n, groups, heads // groups, channels // pair, self.keys.shape[2],
+            query.stride(0) // pair, key.stride(0) // pair, scaling,
+        )  # fmt: skip
+        return mixed
+
+    def resize(self) -> None:
+        if not self.is_initialized:
+            return
+        for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
+            old = getattr(self, name)
+            new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
+            setattr(self, name, new)
+
+    def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        for states in (self.keys[:, :, :length], self.values[:, :, :length], self.centres):
+            states[target] = states[source]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.write.targets is None else self.write.length), 0
+
+    def get_seq_length(self) -> int:
+        return 0  # rows differ: masks and position_ids are always given, nothing is to be derived from this
+
+    def get_max_length(self) -> int:
+        return self.write.slots
+
+
+class RaggedCache(Cache):
+    """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds."""
+
+    def __init__(self, num_layers: int, *, centred: bool = False):
+        self.write = _Write()
+        super().__init__(layers=[RaggedLayer(self.write, centred) for _ in range(num_layers)])
+        self.centred = centred
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least, and a
+        few: growing stays cheap, and without the functions in C attention reads all slots of a row."""
+        write = self.write
+        if rows <= write.rows and slots <= write.slots:
+            return
+        if rows > write.rows:
+            write.rows = max(rows, 2 * write.rows)
+        if slots > write.slots:
+            write.slots = round_up(max(slots, write.slots + max(write.slots // 8, MORE_SLOTS)))
+        self._resize()
+
+    def shrink(self, slots: int) -> None:
+        """Keep room for that many slots, if there is much more than twice as much: long rows have left."""
+        if self.write.slots > 2 * round_up(slots) + MORE_SLOTS:
+            self.write.slots = round_up(slots)
+            self._resize()
+
+    def _resize(self) -> None:
+        for layer in self.layers:
+            layer.resize()
+
+    def begin_prefill(self, first_row: int, lengths: torch.Tensor) -> None:
+        """The next forward pass writes rows of these lengths [n], and padding, from slot 0, starting at row first_row."""
+        self.write.first_row, self.write.lengths, self.write.targets = first_row, lengths, None
+
+    def begin_decode(self, positions: torch.Tensor, length: int) -> None:
+        """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
+        self.write.targets, self.write.length = positions, length
+
+    def decode_attention(self, dtype: torch.dtype, groups: int, channels: int):
+        """How the decode step that has begun attends, the same in every layer of H groups and D channels.
+
+        -> (layer, query [n, heads, D], key and value [n, H, D], scaling) -> [n, heads * D]
+        """
+        targets, length = self.write.targets, self.write.length
+        fits = channels % 2 == 0 if dtype == torch.bfloat16 else not self.centred
+        if fits and kernel("decode_attention", targets, dtype=dtype) is not None:
+            return RaggedLayer.attend
+        mask = (torch.arange(length, device=targets.device) <= targets[:, None])[:, None, None]
+        offsets = score_offsets(mask, groups, dtype)
+
+        def attend(layer, query, key, value, scaling):
+            keys, values = layer.update(key[:, :, None], value[:, :, None])
+            query = query.reshape(len(query), groups, -1, channels)
+            return plain_products(query, keys, values, offsets, scaling).view(len(query), -1)
+
+        return attend
+
+    def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Copy the first length slots of rows source [m] over rows target [m] (no row in both)."""
+        for layer in self.layers:
+            layer.move_rows(source, target, length)
+
+
+def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Transformers' sdpa attention, except for short prompts on CPUs and a single query token a row, the decode step.
+
+    There the query heads of a key-value head become its lines of queries, so grouped-query attention copies no keys. Other
+    callers may give no mask (nothing is hidden from one token), or numbers to be added.
+    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool -> [n, q, heads, D].
+    """
+    n, heads, tokens, channels = query.shape
+    masked = attention_mask is not None and attention_mask.dtype == torch.bool
+    plain = masked and query.device.type == "cpu" and tokens <= PLAIN_LENGTH and dropout == 0.0
+    if tokens != 1 and not plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    query = query.reshape(n, key.shape[1], heads // key.shape[1] * tokens, channels)
+    if plain:
+        mask = attention_mask.expand(n, -1, -1, -1)
+        offsets = score_offsets(mask, key.shape[1], key.dtype, lines=query.shape[2] // tokens)
+        output = plain_products(query, key, value, offsets, channels**-0.5 if scaling is None else scaling)
+    else:
+        output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return output.reshape(n, heads, tokens, value.shape[-1]).transpose(1, 2), None
+
+
+def score_offsets(mask: torch.Tensor, groups: int, dtype: torch.dtype, lines: int = 1) -> torch.Tensor:
+    """For `plain_products`: 0 where a slot is seen, else so low that it gets no weight (a token that sees nothing stays finite).
+
+    mask [n, 1, q, length] bool, for H groups of that many lines -> [n * H, lines * q, length]
+    """
+    offsets = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return offsets[:, :, None].expand(-1, groups, lines, -1, -1).flatten(2, 3).flatten(0, 1)
+
+
+def plain_products(query, key, value, offsets, scaling: float) -> torch.Tensor:
+    """Softmax attention as two batches of matrix products, for CPUs: several times as fast as the fused kernel where a row has
+    one query and its keys lie together, and faster for short prompts (measured: rlhf_ray/bench/trials.py).
+
+    query [n, H, g, D], key and value [n, H, length, D], offsets [n * H, 1 or g, length] -> [n * H, g, D]
+    """
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    scores = torch.baddbmm(offsets, query, key.transpose(1, 2), alpha=scaling)
+    return torch.bmm(scores.softmax(-1), value)
+
+
+RAGGED = "rlhf_ray_ragged"
+AttentionInterface.register(RAGGED, ragged_attention)
+# With sdpa's own masks the model stays right for anyone who calls it without this cache.
+AttentionMaskInterface.register(RAGGED, sdpa_mask)

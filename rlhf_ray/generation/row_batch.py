@@ -1,0 +1,184 @@
+"""Rows in flight: who they are, what they have drawn, when they end.   n rows, T their longest max_new_tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.sampling import draw
+from rlhf_ray.config.sampling import Completion, FinishReason, SamplingParams
+from rlhf_ray.generation.kv_cache import MORE_SLOTS
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to draw."""
+
+    request_id: int
+    prompt_ids: np.ndarray  # [P] int64
+    seed: int
+    params: SamplingParams
+
+
+def row_uniforms(seed: int, count: int) -> np.ndarray:
+    """The row's draws in [0, 1), [count] float32. Token t's depends on (seed, t) only, not on count or the batch."""
+    return np.random.Generator(np.random.Philox(key=seed % 2**64)).random(count, dtype=np.float32)
+
+
+@dataclass(slots=True)
+class _RowArrays:
+    """One entry, or one line of T entries, a row; rows [0, n) are in use."""
+
+    positions: np.ndarray  # [R] int64: tokens in the cache, so where the next one goes
+    next_tokens: np.ndarray  # [R] int64: drawn (or the prompt's last), not yet in the cache
+    counts: np.ndarray  # [R] int64: response tokens drawn
+    budgets: np.ndarray  # [R] int64: max_new_tokens
+    minima: np.ndarray  # [R] int64: min_new_tokens
+    uniforms: np.ndarray  # [R, T] float32
+    tokens: np.ndarray  # [R, T] int32: the response so far
+    logprobs: np.ndarray  # [R, T] float32
+
+    @classmethod
+    def empty(cls) -> _RowArrays:
+        flat, wide = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+        return cls(flat, flat, flat, flat, flat, wide, wide.astype(np.int32), wide)
+
+    def grow(self, rows: int, width: int) -> None:
+        rows, width = max(rows, len(self.counts)), max(width, self.tokens.shape[1])
+        for field in fields(self):
+            old = getattr(self, field.name)
+            new = np.zeros((rows,) if old.ndim == 1 else (rows, width), old.dtype)
+            new[tuple(slice(size) for size in old.shape)] = old
+            setattr(self, field.name, new)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        for field in fields(self):
+            array = getattr(self, field.name)
+            array[target] = array[source]
+
+
+class RowBatch:
+    """Rows [0, n) decode together; a row that ends or is removed leaves at once, its place taken by the last one."""
+
+    def __init__(self, decoder: RaggedDecoder, tokenizer, eos_token_ids: Sequence[int]):
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.eos_token_ids = np.array(eos_token_ids)
+        self.cache = decoder.new_cache()
+        self.requests: list[Request] = []
+        self.arrays = _RowArrays.empty()
+        self._knobs: dict = {}
+        self._stop_windows: dict[int, int] = {}  # row -> last tokens in which its stop strings are looked for
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Prefill the requests' prompts together, as the last rows of the batch."""
+        n, arrays = len(self), self.arrays
+        arrays.grow(n + len(requests), max(request.params.max_new_tokens for request in requests))
+        slots = max(len(request.prompt_ids) + min(request.params.max_new_tokens, MORE_SLOTS) for request in requests)
+        self.cache.reserve(n + len(requests), slots)
+        self.decoder.prefill(self.cache, n, [request.prompt_ids for request in requests])
+        for row, request in enumerate(requests, start=n):
+            arrays.positions[row] = len(request.prompt_ids) - 1
+            arrays.next_tokens[row] = request.prompt_ids[-1]
+            arrays.counts[row] = 0
+            arrays.budgets[row] = request.params.max_new_tokens
+            arrays.minima[row] = request.params.min_new_tokens
+            arrays.uniforms[row, : arrays.budgets[row]] = row_uniforms(request.seed, request.params.max_new_tokens)
+        self.requests += requests
+        self._members_changed()
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[Request], np.ndarray, np.ndarray, dict[int, Completion]]:
+        """Draw one token for every row; rows that end leave.
+
+        -> the requests that were running [n], their tokens [n] and log-probs [n], and completions by place in these.
+        """
+        n, arrays = len(self), self.arrays
+        logits = self.decoder.decode(self.cache, arrays.next_tokens[:n], arrays.positions[:n])
+        rows, counts = np.arange(n), arrays.counts[:n]
+        uniforms = torch.from_numpy(arrays.uniforms[rows, counts]).to(logits.device)
+        # float64 holds token ids and float32 log-probs exactly: one copy to the host instead of two.
+        drawn = torch.stack([part.double() for part in draw(logits, uniforms, **self._knobs)]).cpu().numpy()
+        tokens, logprobs = drawn[0].astype(np.int64), drawn[1].astype(np.float32)
+        if not np.isfinite(logprobs).all():
+            row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            raise FloatingPointError(
+                f"the model's logits for token {counts[row]} of request {self.requests[row].request_id} are not finite"
+            )
+
+        arrays.tokens[rows, counts], arrays.logprobs[rows, counts] = tokens, logprobs
+        arrays.next_tokens[:n] = tokens
+        arrays.positions[:n] += 1
+        arrays.counts[:n] += 1
+
+        at_eos = (tokens[:, None] == self.eos_token_ids).any(1) & (arrays.counts[:n] >= arrays.minima[:n])
+        ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos)}
+        for row in self._stop_windows:
+            if row not in ended and self._is_stopped(row):
+                ended[row] = "stop"
+        for row in np.flatnonzero(arrays.counts[:n] >= arrays.budgets[:n]):
+            ended.setdefault(int(row), "length")
+        requests = list(self.requests) if ended else self.requests
+        completions = {row: self._completion(row, reason) for row, reason in ended.items()}
+        self.remove(sorted(ended))
+        return requests, tokens, logprobs, completions
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Drop these rows (ascending); the last ones move into the gaps."""
+        if not rows:
+            return
+        n = len(self) - len(rows)
+        target = np.array([row for row in rows if row < n], np.int64)
+        source = np.array(sorted(set(range(n, len(self))) - set(rows)), np.int64)
+        if len(source) > 0:
+            length = int(self.arrays.positions[source].max())
+            if length > 0:
+                to = self.decoder.device
+                self.cache.move_rows(torch.from_numpy(source).to(to), torch.from_numpy(target).to(to), length)
+            self.arrays.move(source, target)
+            for new, old in zip(target, source, strict=True):
+                self.requests[new] = self.requests[old]
+        del self.requests[n:]
+        if n == 0:
+            self.decoder.forget()
+        self._members_changed()
+
+    def _completion(self, row: int, reason: FinishReason) -> Completion:
+        count = self.arrays.counts[row]
+        return Completion(
+            response_ids=self.arrays.tokens[row, :count].copy(),
+            logprobs=self.arrays.logprobs[row, :count].copy(),
+            finish_reason=reason,
+        )
+
+    def _members_changed(self) -> None:
+        """One number a knob while all rows agree, which spares the vocabulary-wide work of the ones that are off."""
+        self._knobs = {}
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            values = [getattr(request.params, name) for request in self.requests]
+            if len(set(values)) <= 1:
+                self._knobs[name] = values[0] if values else 0
+            else:
+                self._knobs[name] = torch.tensor(values, dtype=torch.float32, device=self.decoder.device)
+        self._stop_windows = {
+            row: max(len(text.encode()) for text in request.params.stop) + 8
+            for row, request in enumerate(self.requests)
+            if request.params.stop
+        }
+
+    def _is_stopped(self, row: int) -> bool:
+        """Whether a stop string is complete.
+
+        A token is at least a byte of text, so a tail of the response is enough; the tokens beyond it give the decoder
+        its context (half a character, a leading space).
+        """
+        count = self.arrays.counts[row]
+        tail = self.arrays.tokens[row, max(0, count - self._stop_windows[row]) : count]
+        text = self.tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self.requests[row].params.stop)

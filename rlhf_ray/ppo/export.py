@@ -1,0 +1,106 @@
+"""`rlhf-ray export`: a Hugging Face folder from a run folder, a PPO checkpoint or a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import RunFolder, start_model
+
+
+def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub: str | None) -> Path:
+    """Write `target`; returns it. Raises UserError where the source holds no model or the target is taken."""
+    import torch
+
+    from rlhf_ray.models.card import model_card
+    from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model, save_model
+    from rlhf_ray.models.tokenizer import load_tokenizer
+    from rlhf_ray.models.trained_part import load_trained
+    from rlhf_ray.ppo.checkpoint import read_state
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another folder to write")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} exists and is not empty; choose another folder")
+    if (source / "state.json").exists():
+        recipe, start = _checkpoint_start(source.absolute())
+        trust = recipe.model.trust_remote_code
+        model, tokenizer = load_causal_lm(start, None, trust), load_tokenizer(start, trust)
+        ppo = recipe.ppo
+        load_trained(model, _checkpoint_weights(source), lora=ppo.lora, freeze_layers=ppo.freeze_layers)
+        model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
+        card = model_card(recipe, "ppo", {"steps": read_state(source)["step"]})
+    else:
+        folder = _model_folder(source.absolute(), stage)
+        is_reward = any("SequenceClassification" in name for name in load_config(folder).architectures or [])
+        model, tokenizer = (load_reward_model if is_reward else load_causal_lm)(folder), load_tokenizer(folder)
+        own = folder / "README.md"
+        card = own.read_text() if own.exists() else f"Exported from {source.name}.\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rmdir()
+    save_model(model.to(getattr(torch, dtype)), tokenizer, target, card)
+    if push_to_hub is not None:
+        _push(target, push_to_hub)
+    return target
+
+
+def _push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError  # the HTTP library changes from version to version
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True, private=True)
+        api.upload_folder(folder_path=str(folder), repo_id=repository)
+    except (HTTPError, HFValidationError, OSError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"can't upload to '{repository}' ({first}); the folder {folder} is written; "
+            "check the name, the network and `hf auth login`"
+        ) from error
+
+
+def _model_folder(source: Path, stage: str) -> Path:
+    """Where the config, the tokenizer and the weights are."""
+    if (source / "config.json").exists():
+        return source
+    run = RunFolder(source)
+    folders = {"best": run.best_model} | {
+        name: run.stage(name).model for name in ("ppo", "dpo", "sft", "fluency", "reward", "judge")
+    }
+    if stage not in folders:
+        raise UserError(f"--stage {stage!r} is none of {', '.join(folders)}")
+    if not (folders[stage] / "config.json").exists():
+        there = [name for name, folder in folders.items() if (folder / "config.json").exists()]
+        raise UserError(
+            f"{source} holds no model of '{stage}'"
+            + (f"; it has {', '.join(there)}" if there else "; name a run folder, a PPO checkpoint or a model folder")
+        )
+    return folders[stage]
+
+
+def _checkpoint_start(checkpoint: Path) -> tuple[Recipe, str]:
+    """The recipe of the run that wrote RUN/ppo/checkpoints/step_..., and the model whose shape and tokenizer it has."""
+    run = RunFolder(checkpoint.parents[2])
+    if not run.recipe.exists():
+        raise UserError(
+            f"{run.recipe} is not there, and a checkpoint has no config and tokenizer of its own; "
+            "export from inside its run folder"
+        )
+    recipe = load_recipe(str(run.recipe))
+    return recipe, start_model(recipe, run)
+
+
+def _checkpoint_weights(checkpoint: Path) -> dict:
+    from rlhf_ray.models.trained_part import plain_name
+    from rlhf_ray.ppo.checkpoint import read_role
+
+    state, _ = read_role(checkpoint, "policy")
+    weights = {name.removeprefix("weight/"): tensor for name, tensor in state.items() if name.startswith("weight/")}
+    return {plain_name(name): tensor for name, tensor in weights.items()}

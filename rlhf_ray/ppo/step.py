@@ -1,0 +1,287 @@
+"""One PPO step as one sentence. No Ray here: roles are whoever has the verbs. Its steps in a row: `controller`.
+
+A handle is what a verb returns before its result is there: an ObjectRef over actors, the value itself in one process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation
+from rlhf_ray.errors import RunFailed
+from rlhf_ray.messages import WorkUnit
+
+Handle = Any
+EVERYBODYS = ("grad_norm", "optimiser_steps")  # statistics of an update that are the same on every rank
+
+
+class Generation(Protocol):
+    def generate(self, units: Sequence[WorkUnit]) -> list[Handle]: ...
+    def load_weights(self, weights: Sequence[Handle], policy_version: int) -> list[Handle]: ...
+
+
+class Scoring(Protocol):
+    def score(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def judge(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def texts(self, rollout: Handle, count: int) -> Handle: ...
+
+
+class ReferenceLogprobs(Protocol):
+    def logprobs(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+
+
+class Policy(Protocol):
+    def logprobs(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def update(self, shards: Sequence[Handle], learning_rate: float, kl_coef: float) -> list[Handle]: ...
+    def weights(self) -> list[Handle]: ...
+
+
+class CriticValues(Protocol):
+    def values(self, rollouts: Sequence[Handle]) -> list[Handle]: ...
+    def update(self, shards: Sequence[Handle], learning_rate: float) -> list[Handle]: ...
+
+
+class Assembly(Protocol):
+    def assemble(
+        self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
+    ) -> tuple[Handle, list[Handle], list[Handle]]: ...
+    def evaluate(self, rollouts, scores, ref_logprobs, judged) -> Handle: ...
+    def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
+    def flat(self, scores: Sequence[Handle]) -> Handle: ...
+    def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
+
+
+class Roles(Protocol):
+    """The roles, and the one way to wait for what they return."""
+
+    generation: Generation
+    reward: Scoring
+    reference: ReferenceLogprobs
+    policy: Policy
+    critic: CriticValues | None  # None: the advantages need none
+    assembler: Assembly
+
+    def wait(self, handles: Sequence[Handle], what: str) -> None:
+        """Until all are there, or a deadline has passed; `what` names the wait. A failed call raises here."""
+        ...
+
+    def get(self, handles: Sequence[Handle], what: str) -> list[Any]:
+        """`wait`, then the values: numbers and a few texts, never tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKnobs:
+    """What changes from step to step."""
+
+    step: int
+    kl_coef: float
+    learning_rate: float
+    critic_learning_rate: float
+    max_mismatch: float
+    max_first_approx_kl: float
+    trains_policy: bool = True  # False: a step that warms the critic up
+    steps_ahead: int = 0  # by how many versions the samples may be older than the policy
+
+
+class MismatchError(RunFailed):
+    """Generator and policy disagree about the log-probs of sampled tokens."""
+
+
+def ppo_step(
+    roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs, redraw: Redraw | None = None
+) -> dict[str, float]:
+    """Rollout, targets, update, sync: one PPO iteration. Returns its metrics."""
+    clock = Clock()
+    rollouts = roles.generation.generate(units)
+    scores = roles.reward.score(rollouts)
+    drawn: dict[str, float] = {}
+    if redraw is not None:
+        rollouts, scores, drawn = draw_again(roles, rollouts, scores, redraw, knobs.step)
+    metrics = train_on(roles, rollouts, scores, knobs, clock)
+    sync_weights(roles, knobs.step + 1)
+    clock.lap("sync")
+    return metrics | drawn | clock.laps
+
+
+def train_on(
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], knobs: StepKnobs, clock: Clock
+) -> dict[str, float]:
+    """What an iteration does with its samples: targets and update. Returns its metrics."""
+    ref_logprobs = roles.reference.logprobs(rollouts)
+    old_logprobs = roles.policy.logprobs(rollouts)
+    old_values = roles.critic.values(rollouts) if roles.critic is not None else []
+    stats, policy_shards, critic_shards = roles.assembler.assemble(
+        rollouts, scores, ref_logprobs, old_logprobs, old_values, knobs.kl_coef
+    )
+    roles.wait(rollouts, f"generation (step {knobs.step})")
+    clock.lap("generate")
+    roles.wait([*scores, *ref_logprobs, *old_logprobs, *old_values], f"scoring and log-probs (step {knobs.step})")
+    clock.lap("score")
+    metrics = roles.get([stats], f"assembling (step {knobs.step})")[0]
+    clock.lap("assemble")
+    if knobs.steps_ahead == 0:
+        check_mismatch(metrics, knobs.max_mismatch)
+    else:
+        check_off_policy(metrics, knobs.steps_ahead, knobs.max_mismatch)
+
+    updates = {}
+    if knobs.trains_policy:
+        updates["policy"] = roles.policy.update(policy_shards, knobs.learning_rate, knobs.kl_coef)
+    if roles.critic is not None:
+        updates["value"] = roles.critic.update(critic_shards, knobs.critic_learning_rate)
+    for name, parts in updates.items():
+        metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {knobs.step})"))
+    clock.lap("update")
+    check_first_minibatch(metrics, knobs.max_first_approx_kl)
+    return metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redraw:
+    """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
+
+    units: Callable[[int, int], list[WorkUnit]]  # (other prompts drawn so far, how many more) -> what to draw
+    rounds: int
+    prompts: int  # of a step
+    chunk_size: int
+
+
+def draw_again(
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], redraw: Redraw, step: int
+) -> tuple[list[Handle], list[Handle], dict[str, float]]:
+    """Other prompts in place of those whose samples all score the same -> rollouts, scores, metrics.
+
+    Each round draws as many as are missing, so there is never one too many and none that serves is thrown away. After the
+    last round the rest are prompts that don't: they add nothing to a gradient, and the batch keeps its size.
+    """
+    what = f"drawing other prompts (step {step})"
+    for number in range(redraw.rounds + 1):
+        (flat,) = roles.get([roles.assembler.flat(scores)], what)
+        missing = redraw.prompts - flat.count(False)
+        units = redraw.units(len(flat) - redraw.prompts, missing) if missing and number < redraw.rounds else []
+        if not units:
+            break
+        more = roles.generation.generate(units)
+        rollouts, scores = [*rollouts, *more], [*scores, *roles.reward.score(more)]
+    metrics = {"rollout/prompts_drawn": float(len(flat)), "rollout/prompts_missing": float(missing)}
+    if len(flat) > redraw.prompts:
+        roles.wait([*rollouts, *scores], what)
+        rollouts, scores = roles.assembler.pack(rollouts, scores, redraw.prompts, redraw.chunk_size)
+    return rollouts, scores, metrics
+
+
+def sync_weights(roles: Roles, policy_version: int) -> None:
+    """The generators get the policy's weights; from now on they stamp what they make with this version."""
+    synced = send_weights(roles, policy_version)
+    roles.wait(synced, f"weight sync (version {policy_version})")
+
+
+def send_weights(roles: Roles, policy_version: int) -> list[Handle]:
+    """Waits until the policy has given its weights, not until the generators have taken them: that is what it returns."""
+    weights = roles.policy.weights()
+    synced = roles.generation.load_weights(weights, policy_version)
+    roles.wait(weights, f"weight sync (version {policy_version})")
+    return synced
+
+
+def check_mismatch(metrics: dict[str, float], limit: float) -> None:
+    """The gate between rollout and update: a generator on other weights than the policy's would train on noise."""
+    gap = metrics["policy/mismatch_max"]
+    if not gap <= limit:  # NaN is not
+        raise MismatchError(
+            f"generator and policy differ by {gap:.3f} in the log-prob of a sampled token, above ppo.max_mismatch = "
+            f"{limit}; set generation.precision and ppo.precision to float32, or raise ppo.max_mismatch"
+        )
+
+
+def check_off_policy(metrics: dict[str, float], steps_ahead: int, max_mismatch: float) -> None:
+    """The same gate where samples may be older than the policy, whose log-probs then differ by design.
+
+    It holds samples of the policy's own version to `max_mismatch`, where there are any; each evaluation does too, on responses
+    of the newest weights (`controller`). A lost sync shows here as an age that the order of calls does not allow.
+    """
+    age = metrics["rollout/age_max"]
+    if not age <= steps_ahead:
+        raise MismatchError(
+            f"a sample is {age:.0f} policy versions old, above ppo.steps_ahead = {steps_ahead}: a weight sync got lost; look "
+            "in the run folder's logs/ of the generation actors, then run the same command again"
+        )
+    if not math.isfinite(metrics["rollout/importance_mean"]):
+        raise MismatchError(
+            "the log-prob of a sampled token is not a number; set generation.precision and ppo.precision to float32, or "
+            "lower ppo.learning_rate"
+        )
+    if "policy/mismatch_max" in metrics:
+        check_mismatch(metrics, max_mismatch)
+
+
+def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:
+    """Before a policy has moved, its ratio to itself is 1: if not, the old log-probs are those of something else."""
+    moved = metrics.get("first_policy/approx_kl", 0.0)
+    if not moved <= limit:  # NaN is not
+        raise MismatchError(
+            f"approx_kl of an update's first minibatch is {moved:.2g}, above ppo.max_first_approx_kl = {limit}, though the "
+            "policy had not moved yet: its log-probs are not repeatable; set ppo.precision to float32, or raise the limit"
+        )
+
+
+def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each rank reports its share of a mean over tokens; gradient norm and number of steps are everybody's."""
+    return {
+        name: parts[0][name] if name.endswith(EVERYBODYS) else sum(part[name] for part in parts) for name in parts[0]
+    }
+
+
+class Clock:
+    """Seconds of the phases of one step, as metrics time/<phase>_s."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{phase}_s"] = now - self._last
+        self._last = now
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
+    """Rows of the prompt set for one step: each epoch a fresh permutation, its last incomplete batch left out.
+
+    A pure function of the step, so the data position is the step number.
+    """
+    steps_per_epoch = prompts // batch
+    epoch, place = divmod(step, steps_per_epoch)
+    order = epoch_permutation(prompts, draw_seed(seed, "prompts", epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def other_prompts(step: int, prompts: int, taken: Sequence[int], seed: int) -> list[int]:
+    """The prompt set without `taken`, in an order of the step's own: where dynamic sampling draws from, front to back."""
+    taken = set(taken)
+    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row not in taken]
+
+
+def cut_units(
+    step: int, prompts: Sequence[int], samples: int, chunk_size: int, evaluation: bool = False
+) -> list[WorkUnit]:
+    """The step's rows (samples of a prompt side by side) in chunks of chunk_size."""
+    rows = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    return [
+        WorkUnit(
+            step=step,
+            chunk=chunk,
+            prompt_indices=tuple(prompt for prompt, _ in rows[start : start + chunk_size]),
+            sample_indices=tuple(sample for _, sample in rows[start : start + chunk_size]),
+            evaluation=evaluation,
+        )
+        for chunk, start in enumerate(range(0, len(rows), chunk_size))
+    ]

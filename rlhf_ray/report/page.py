@@ -1,0 +1,161 @@
+"""report.html: one self-contained page from whatever a run folder holds so far.
+
+It shows the files of the run folder and computes no figure of its own. Texts in it are written by models and strangers:
+the template escapes everything (autoescape), and its Content-Security-Policy allows no script at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from rlhf_ray.evaluation.verdict import verdict, warnings
+from rlhf_ray.report import charts
+from rlhf_ray.report import curves as report_curves
+from rlhf_ray.report import figures as report_figures
+from rlhf_ray.report.words import duration, figure, flat, percent, shown
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.storage import write_atomically
+
+TEMPLATE = Path(__file__).with_name("template.html")
+STAGE_NAMES = {
+    "data": "Data",
+    "sft": "SFT",
+    "fluency": "Fluency model",
+    "reward": "Reward model",
+    "judge": "Judge",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "evaluation": "Evaluation",
+}
+OPTIONAL_STAGES = ("fluency", "judge", "sft", "reward", "dpo")
+WORST = 3  # samples shown where PPO lost most
+EVENTS = 200  # latest events shown
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write RUN/report.html and return its path."""
+    write_atomically(folder.report, render(folder))
+    return folder.report
+
+
+def render(folder: RunFolder) -> str:
+    """The page as text."""
+    recipe = yaml.safe_load(folder.recipe.read_text()) if folder.recipe.exists() else {}
+    summary = _json(folder.stage("evaluation").path / "summary.json")
+    samples = read_metrics(folder.stage("evaluation").path / "samples.jsonl")
+    metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in STAGES}
+    closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in STAGES}
+    stages = _stages(folder, recipe, metrics, closing)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": charts.number, "percent": percent, "figure": figure, "duration": duration}
+    return environment.from_string(TEMPLATE.read_text()).render(
+        name=recipe.get("name", folder.path.name),
+        recipe=recipe,
+        stages=stages,
+        verdict=verdict(summary, stages),
+        warnings=warnings(summary),
+        ended=_ended(closing["ppo"]),
+        cards=report_figures.cards(summary),
+        models=[title for name, title in report_figures.MODELS.items() if name in summary],
+        rows=report_figures.table(summary),
+        summary=summary,
+        missing=summary.get("missing", {}),
+        definitions=summary.get("definitions", {}),
+        histograms=report_figures.histograms(samples),
+        curves=[(STAGE_NAMES[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
+        quality=report_figures.quality(closing),
+        quality_columns=[title for stage, title in report_figures.PAIR_MODELS.items() if closing[stage]],
+        calibrations=report_figures.calibrations(closing),
+        samples=_shown(samples, recipe),
+        closing=_closing(closing),
+        events=read_metrics(folder.events)[-EVENTS:][::-1],
+        environment=flat(_json(folder.path / "environment.json")),
+        recipe_text=folder.recipe.read_text() if folder.recipe.exists() else "",
+    )
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
+    """One row a stage that the recipe has: its state (done, running, waiting), last step and time."""
+    rows, timings = [], _json(folder.path / "timings.json")
+    for stage in STAGES:
+        begun = folder.stage(stage).path.exists()
+        if stage in OPTIONAL_STAGES and recipe.get(stage) is None and not begun:
+            continue
+        done, steps = closing[stage] is not None, metrics[stage]
+        seconds = timings.get(stage, (closing[stage] or {}).get("seconds"))
+        rows.append(
+            {
+                "key": stage,
+                "name": STAGE_NAMES[stage],
+                "state": "done" if done else "begun" if begun else "waiting",
+                "step": steps[-1]["step"] if steps else None,
+                "seconds": seconds if isinstance(seconds, (int, float)) else None,
+            }
+        )
+    longest = max((row["seconds"] or 0 for row in rows), default=0) or 1
+    return [row | {"share": 100 * (row["seconds"] or 0) / longest} for row in rows]
+
+
+def _ended(ppo: dict | None) -> str:
+    """Why PPO ended, and which step's policy it left, where that is not simply the last one's."""
+    if not ppo or "model_step" not in ppo or (ppo["model_step"] == ppo["steps"] and ppo["ended_by"] == "steps"):
+        return ""
+    what = "judge's score" if ppo["best_by"] == "judge" else "score"
+    words = f"PPO ended after step {ppo['steps']}"
+    if ppo["ended_by"] == "patience":
+        words += f", because {ppo['worse_since']} evaluations in a row found no better held-out {what}"
+    best = f"{charts.number(ppo['best_score'])} at step {ppo['best_step']}"
+    if ppo["model_step"] == ppo["steps"]:
+        return f"{words}. Its model is that of the last step; the best {what} was {best}."
+    return f"{words}. Its model is that of step {ppo['model_step']}, rolled back to the best held-out {what}: {best}."
+
+
+def _closing(closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Every stage's DONE as rows of (name, value), without the evaluation's: the page shows that in full."""
+    return [
+        (STAGE_NAMES[stage], [(name, shown(name, value)) for name, value in flat(figures).items()])
+        for stage, figures in closing.items()
+        if figures and stage != "evaluation"
+    ]
+
+
+def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
+    """The first prompts (nobody chose them), and those where PPO lost most by the judge, else by the score."""
+    count = recipe.get("evaluation", {}).get("samples", 12)
+    first_seed = [row for row in samples if row["seed"] == samples[0]["seed"]]
+    key = "judge" if first_seed and first_seed[0]["sft"].get("judge") is not None else "score"
+    rest = [row for row in first_seed[count:] if row["ppo"].get(key) is not None and row["sft"].get(key) is not None]
+    worst = sorted(rest, key=lambda row: row["ppo"][key] - row["sft"][key])[:WORST]
+    worst = [row for row in worst if row["ppo"][key] < row["sft"][key]]
+    return {name: [{"prompt": row["prompt"], "replies": _replies(row)} for row in rows]
+            for name, rows in (("first", first_seed[:count]), ("worst", worst))}  # fmt: skip
+
+
+def _replies(row: dict) -> list[dict]:
+    """The models' answers in a row of samples.jsonl, each with its title, colour and the scorers by which it is the best."""
+    answers = [(title, row[name]) for name, title in report_figures.MODELS.items() if name in row]
+
+    def best(answer: dict, scorer: str) -> bool:
+        scores = [other.get(scorer) for _, other in answers if other is not answer]
+        return answer.get(scorer) is not None and all(one is not None and answer[scorer] > one for one in scores)
+
+    return [
+        {
+            "who": title,
+            "tone": f"m{i}",
+            "answer": answer,
+            "best": [key for key in ("score", "judge") if best(answer, key)],
+        }
+        for i, (title, answer) in enumerate(answers)
+    ]

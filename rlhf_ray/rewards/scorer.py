@@ -1,0 +1,206 @@
+"""Scores a response to its prompt: with a reward model, an ensemble of them, the user's own Python function, or a weighted
+sum of such.   B responses.   `rewards.from_recipe` makes the one that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
+from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.cpu.norms import norms_in_c
+from rlhf_ray.cpu.packed_linear import pack_linears
+from rlhf_ray.data.tokens import encode_pairs
+from rlhf_ray.errors import UserError
+from rlhf_ray.messages import Scores
+from rlhf_ray.models.float_head import score_in_float32
+from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.isolated_function import IsolatedFunction
+from rlhf_ray.training.packing import Layout, line_inputs, pack
+
+PACKED_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
+
+
+class Scorer(Protocol):
+    """What turns text into one score each."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+        """`ended` says whether the response ended by itself, that is, whether EOS is part of it."""
+        ...
+
+
+class RewardScorer:
+    """A reward model with its own tokenizer, whatever the policy's is. Scores are normalised: (raw - mean) / std.
+
+    A text longer than the model's positions keeps its end: the score is read at the last token.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        trust_remote_code: bool = False,
+    ):
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
+        disable_dropout(self.model)
+        score_in_float32(self.model)
+        self.mean, self.std = reward_normalisation(self.model.config)
+        self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
+        config = self.model.config.get_text_config()
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
+        self.pad_token_id = self._padding()
+        # These score by their head at one token; a class that does something else with the body's output reads rows.
+        self.packed = type(self.model).__name__.removesuffix(
+            "ForSequenceClassification"
+        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        self._last_feed_forward = last_feed_forward(self.model)
+        norms_in_c(self.model)
+        pack_linears(self.model, dtype=compute_dtype, frozen=True)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+        rows = encode_pairs(self.tokenizer, prompts, responses)
+        token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
+        token_ids = [ids[-(self.positions or 0) :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
+        raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
+        return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
+
+    def _padding(self) -> int:
+        """What the model itself skips when it looks for the last token. Other people's models may skip EOS there, or
+        nothing at all: then a PAD of its own is added."""
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None:
+            fit_embeddings(self.model, self.tokenizer)
+            config.pad_token_id = self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        return config.pad_token_id
+
+    @torch.inference_mode()
+    def _raw(self, token_ids: list[list[int]]) -> np.ndarray:
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            logits = self._packed_logits(token_ids) if self.packed else self._padded_logits(token_ids)
+        return logits.squeeze(-1).float().cpu().numpy()
+
+    def _packed_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
+        rows = [np.array(ids) for ids in token_ids]
+        lengths = np.array([len(row) for row in rows])
+        # Where the model would read its score: at the last token that is not its PAD, which for some is EOS.
+        last = np.array([np.flatnonzero(row != self.pad_token_id).max(initial=0) for row in rows])
+        places = torch.from_numpy(lengths.cumsum() - lengths + last).to(self.device)
+        inputs = line_inputs(rows, Layout.of(lengths, self.device), self.device)
+        with only_at(self._last_feed_forward, places):
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        return score_head(self.model)(hidden[places])
+
+    def _padded_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
+        width = max(map(len, token_ids))
+        input_ids = torch.full((len(token_ids), width), self.pad_token_id)
+        for row, ids in zip(input_ids, token_ids, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(width) < torch.tensor([len(ids) for ids in token_ids])[:, None]).long()
+        return self.model(
+            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+        ).logits
+
+
+class EnsembleScorer:
+    """Several reward models that score together (`algorithms.ensembles`)."""
+
+    def __init__(self, members: Sequence[Scorer], *, combine: Combine, std: float):
+        self.members, self.combine, self.std = members, combine, std
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+        each = np.stack([member.score(prompts, responses, ended).total for member in self.members])  # [M, B]
+        together = torch.from_numpy(each)
+        return Scores(
+            total=combine_scores(together, combine=self.combine, std=self.std).numpy(),
+            disagreement=disagreement(together).numpy(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedTerm:
+    weight: float
+    scorer: Scorer
+
+
+class WeightedSum:
+    """Several rewards at once: total = sum of weight * score over the named terms."""
+
+    def __init__(self, terms: dict[str, WeightedTerm]):
+        self.terms = terms
+        # A function in a process of its own is only waited for, so that the models and the others compute meanwhile.
+        self.aside = [name for name, term in terms.items() if isinstance(term.scorer, IsolatedFunction)]
+        self._threads = ThreadPoolExecutor(max(len(self.aside), 1))
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+        scorers = {name: term.scorer for name, term in self.terms.items()}
+        waiting = {name: self._threads.submit(scorers[name].score, prompts, responses, ended) for name in self.aside}
+        here: dict[int, Scores] = {}  # a model that is part of two terms scores once
+        for name, scorer in scorers.items():
+            if name not in waiting and id(scorer) not in here:
+                here[id(scorer)] = scorer.score(prompts, responses, ended)
+        parts = {
+            name: waiting[name].result() if name in waiting else here[id(scorer)] for name, scorer in scorers.items()
+        }
+        total = sum(np.float32(term.weight) * parts[name].total for name, term in self.terms.items())
+        late = [part.late for part in parts.values() if part.late is not None]
+        apart = [part.disagreement for part in parts.values() if part.disagreement is not None]
+        return Scores(
+            total=np.asarray(total, np.float32),
+            terms={name: part.total for name, part in parts.items()},
+            disagreement=apart[0] if apart else None,  # the reward stage's: there is no other ensemble
+            late=np.logical_or.reduce(late) if late else None,
+        )
+
+
+class FunctionScorer:
+    """A user's function (prompts, responses) -> scores. An error in it is the user's, and is shown with the sample."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.function = import_function(path)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+        try:
+            scores = self._call(prompts, responses)
+        except Exception as error:  # the user's code may raise anything
+            self._raise_for_first(prompts, responses)
+            raise UserError(
+                f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
+                f"them alone; the first is prompt {prompts[0]!r}, response {responses[0]!r}"
+            ) from error
+        if scores.shape != (len(prompts),):
+            raise UserError(
+                f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each"
+            )
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise UserError(
+                f"{self.path} returned {scores[bad]} for prompt {prompts[bad]!r}, response {responses[bad]!r}"
+            )
+        return Scores(total=scores)
+
+    def _call(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        return np.asarray(self.function(list(prompts), list(responses)), np.float32)
+
+    def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+        """UserError with the first sample that the function raises on when it is given alone."""
+        for prompt, response in zip(prompts, responses, strict=True):
+            try:
+                self._call([prompt], [response])
+            except Exception as error:
+                raise UserError(
+                    f"{self.path} raised {type(error).__name__}: {error} on prompt {prompt!r}, response {response!r}"
+                ) from error

@@ -1,0 +1,238 @@
+"""Puts what the other roles found out about a rollout together, and cuts it into one training shard a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.experience import AssembleKnobs, assemble
+from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
+from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
+from rlhf_ray.algorithms.scores import flat_groups
+from rlhf_ray.messages import (
+    OptimiserStep,
+    RolloutBatch,
+    Scores,
+    Sequences,
+    TokenValues,
+    TrainShard,
+    WorkUnit,
+    flatten,
+    unflatten,
+)
+from rlhf_ray.training.padding import action_mask, pad_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssembleSettings:
+    """The recipe's knobs of this role."""
+
+    knobs: AssembleKnobs
+    minibatch_size: int
+    ppo_epochs: int
+    policy_ranks: int
+    critic_ranks: int  # 0: no critic
+    seed: int
+    importance_cap: float | None = None  # of tokens that another policy drew; None: none did
+
+
+class Assembler:
+    """Works on [B, T] floats of the whole rollout batch; token ids only pass through, as arrays."""
+
+    def __init__(self, settings: AssembleSettings):
+        self.settings = settings
+
+    def assemble(
+        self,
+        rollouts: list[RolloutBatch],
+        scores: list[Scores],
+        ref_logprobs: list[TokenValues],
+        old_logprobs: list[TokenValues],
+        old_values: list[TokenValues],
+        kl_coef: float,
+    ) -> tuple[dict[str, float], list[TrainShard], list[TrainShard]]:
+        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by unit of work, in order;
+        old_values is empty where there is no critic."""
+        settings, step = self.settings, rollouts[0].unit.step
+        prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
+        responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
+        sequences = Sequences.of(prompts, responses)
+        lengths = sequences.response_lengths
+        mask = action_mask(torch.from_numpy(lengths))
+
+        def padded(flats: list[np.ndarray]) -> torch.Tensor:
+            return pad_tokens(unflatten(np.concatenate(flats), lengths))
+
+        logprobs = padded([part.values for part in old_logprobs])
+        reference = padded([part.values for part in ref_logprobs])
+        values = padded([part.values for part in old_values]) if old_values else None
+        drawn = padded([rollout.rollout_logprobs for rollout in rollouts])
+        together = Scores.join(scores)
+        result = assemble(
+            torch.from_numpy(together.total),
+            torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
+            drawn,
+            logprobs,
+            reference,
+            values,
+            mask,
+            settings.knobs,
+            kl_coef=kl_coef,
+        )
+        tokens = np.array([len(part.values) for part in old_logprobs])
+        entropies = np.array([part.entropy for part in old_logprobs])
+        stats = result.stats | score_stats(together, "objective") | {
+            "policy/entropy": float((entropies * tokens).sum() / tokens.sum()),
+            "rollout/tokens": float(tokens.sum()),
+            "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
+        }  # fmt: skip
+        advantages = result.advantages
+        if settings.importance_cap is not None:
+            # A factor of the loss that is never negative passes through its maxima and minima into the advantages.
+            cap = settings.importance_cap
+            importance = truncated_importance(logprobs, drawn, mask, cap=cap)
+            advantages = advantages * importance
+            stats = {name: value for name, value in stats.items() if not name.startswith("policy/mismatch_")}
+            stats |= off_policy_stats(importance, logprobs, drawn, ages_of(rollouts), mask, cap=cap)
+        # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
+        schedule = minibatch_rows(
+            len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
+        )
+        policy = cut_shards(
+            step, sequences, logprobs, advantages, schedule, settings.policy_ranks,
+            reference=None if settings.knobs.kl_in_reward else reference,
+        )  # fmt: skip
+        critic = (
+            cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks) if old_values else []
+        )
+        return stats, policy, critic
+
+    def own_mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
+        """How far generator and policy are apart, of rollouts that both have the same weights for."""
+        flats = [rollout.rollout_logprobs for rollout in rollouts], [part.values for part in logprobs]
+        drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
+        return mismatch(own, drawn, torch.ones_like(own, dtype=torch.bool))
+
+    def flat(self, scores: list[Scores]) -> list[bool]:
+        """For each prompt of the units, in order, whether its samples all score the same."""
+        together = torch.from_numpy(Scores.join(scores).total)
+        return flat_groups(together, group_size=self.settings.knobs.group_size).tolist()
+
+    def pack(
+        self, rollouts: list[RolloutBatch], scores: list[Scores], prompts: int, chunk_size: int
+    ) -> tuple[list[RolloutBatch], list[Scores]]:
+        """Units of chunk_size rows with `prompts` prompts: those whose samples differ, filled up with others, in the
+        order in which they were drawn."""
+        size = self.settings.knobs.group_size
+        flat = np.array(self.flat(scores))
+        best = np.argsort(flat, kind="stable")[:prompts]  # False before True
+        rows = [row for group in sorted(best) for row in range(group * size, (group + 1) * size)]
+        parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
+        together = Scores.join(scores)
+        packed = [gather(rollouts, part, chunk) for chunk, part in enumerate(parts)]
+        return packed, [together.rows(part) for part in parts]
+
+    def evaluate(
+        self,
+        rollouts: list[RolloutBatch],
+        scores: list[Scores],
+        ref_logprobs: list[TokenValues],
+        judged: list[Scores],
+    ) -> dict[str, float]:
+        """Figures of held-out rollouts; `judged` is empty where no judge was asked. The policy's log-probs are the
+        generator's: no trainer is needed."""
+        flat = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
+        kl = flat - np.concatenate([part.values for part in ref_logprobs])
+        rows = sum(len(rollout.sequences) for rollout in rollouts)
+        together = Scores.join(scores)
+        judge = {"eval/judge": float(Scores.join(judged).total.mean())} if judged else {}
+        return judge | score_stats(together, "eval") | {
+            "eval/score": float(together.total.mean()),
+            "eval/kl": float(kl.sum() / rows),
+            "eval/response_length": len(flat) / rows,
+            "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
+        }  # fmt: skip
+
+
+def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:
+    """[B] policy versions between the weights that drew a row and those it is trained on, whose version is the step."""
+    ages = torch.tensor([rollout.unit.step - rollout.policy_version for rollout in rollouts])
+    assert (ages >= 0).all(), "drawn by weights that are not there yet"
+    return ages.repeat_interleave(torch.tensor([len(rollout.sequences) for rollout in rollouts]))
+
+
+def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
+    """What there is to say of a score beside its value: its terms, how far its models are apart, what came too late."""
+    stats = {f"{prefix}/score/{name}": float(values.mean()) for name, values in scores.terms.items()}
+    if scores.disagreement is not None:
+        stats[f"{prefix}/disagreement"] = float(scores.disagreement.mean())
+    if scores.late is not None:
+        stats[f"{prefix}/timeouts"] = float(scores.late.sum())
+    return stats
+
+
+def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:
+    """One unit of some rows of several, counted through all of them."""
+    prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
+    responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
+    logprobs = [
+        row for rollout in rollouts for row in unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
+    ]
+    places = [place for rollout in rollouts for place in zip(
+        rollout.unit.prompt_indices, rollout.unit.sample_indices, strict=True
+    )]  # fmt: skip
+    ended = np.concatenate([rollout.ended for rollout in rollouts])
+    return RolloutBatch(
+        unit=WorkUnit(
+            step=rollouts[0].unit.step, chunk=chunk, prompt_indices=tuple(places[row][0] for row in rows),
+            sample_indices=tuple(places[row][1] for row in rows),
+        ),
+        policy_version=min(rollout.policy_version for rollout in rollouts),
+        sequences=Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows]),
+        rollout_logprobs=flatten((logprobs[row] for row in rows), np.float32),
+        ended=ended[rows],
+    )  # fmt: skip
+
+
+def cut_shards(
+    step: int,
+    sequences: Sequences,
+    old: torch.Tensor,  # [B, T]
+    target: torch.Tensor,  # [B, T]
+    schedule: list[list[int]],
+    ranks: int,
+    *,
+    reference: torch.Tensor | None = None,  # [B, T]
+) -> list[TrainShard]:
+    """Each rank takes its part of each minibatch; its shard holds the rows it ever needs, once."""
+    lengths = sequences.response_lengths
+    dealt = [deal_rows(rows, sequences.lengths, ranks) for rows in schedule]
+
+    def flat(padded: torch.Tensor, rows: list[int]) -> np.ndarray:
+        return flatten((padded[row, : lengths[row]].numpy() for row in rows), np.float32)
+
+    shards = []
+    for rank in range(ranks):
+        own = [hands[rank] for hands in dealt]
+        needed = sorted({row for rows in own for row in rows})
+        place = {row: i for i, row in enumerate(needed)}
+        shards.append(
+            TrainShard(
+                step=step,
+                sequences=sequences.rows(needed),
+                old=flat(old, needed),
+                target=flat(target, needed),
+                reference=None if reference is None else flat(reference, needed),
+                schedule=tuple(
+                    OptimiserStep(
+                        rows=np.array([place[row] for row in mine]),
+                        num_tokens=int(lengths[rows].sum()),
+                        num_sequences=len(rows),
+                    )
+                    for rows, mine in zip(schedule, own, strict=True)
+                ),
+            )
+        )
+    return shards

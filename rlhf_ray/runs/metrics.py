@@ -1,0 +1,172 @@
+"""Where a stage's numbers go: metrics.jsonl always, TensorBoard, Weights & Biases and MLflow when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.runs.storage import write_atomically
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            # Only the last line can be half-written: each is flushed whole before the next begins.
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not JSON; delete that line") from None
+    return rows
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to `path`; the trackers get the same numbers.
+
+    path: the stage's metrics.jsonl
+    resume_step: drop lines of later steps first, so that a step run twice after a crash stands there once
+    tensorboard_dir: folder for event files; None: none
+    wandb: Weights & Biases project; mlflow: MLflow experiment; None: not imported at all
+    run_name: how W&B and MLflow call this run
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensorboard_dir: Path | None = None,
+        wandb: str | None = None,
+        mlflow: str | None = None,
+        *,
+        resume_step: int | None = None,
+        run_name: str | None = None,
+    ):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None or _ends_mid_line(self.path):
+            drop_after(self.path, math.inf if resume_step is None else resume_step)
+        # Trackers before the file: a missing extra is refused before anything is open.
+        self._trackers: list[_Tracker] = []
+        if wandb is not None:
+            self._trackers.append(_WandbTracker(wandb, run_name))
+        if mlflow is not None:
+            self._trackers.append(_MlflowTracker(mlflow, run_name))
+        if tensorboard_dir is not None:
+            self._trackers.append(_TensorBoardTracker(Path(tensorboard_dir), resume_step))
+        self._file = open(self.path, "a")  # noqa: SIM115  (open as long as the writer is)
+
+    def write(self, step: int, values: dict) -> None:
+        """values: name -> number or short text. NaN and infinity become null: they are not JSON."""
+        row = {"step": step, **{name: _plain(value) for name, value in values.items() if name != "step"}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {
+            name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))
+        }
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _ends_mid_line(path: Path) -> bool:
+    """Whether a crash cut the last line off; appending to it would spoil the next line too."""
+    return path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+
+
+def drop_after(path: Path, step: float) -> int:
+    """Rewrite a metrics.jsonl without the lines of later steps and without a cut-off last line; how many steps went."""
+    if not path.exists():
+        return 0
+    rows = read_metrics(path)
+    kept = [row for row in rows if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return len(rows) - len(kept)
+
+
+def _plain(value):
+    """A JSON value of a number, numpy scalar, 0-d tensor or text."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class _Tracker:
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _TensorBoardTracker(_Tracker):
+    def __init__(self, folder: Path, resume_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an earlier, crashed writer recorded at this step and later.
+        self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+
+    def write(self, step, numbers):
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+
+class _WandbTracker(_Tracker):
+    def __init__(self, project: str, run_name: str | None):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install 'rlhf-ray[wandb]'"
+            ) from None
+        self._run = wandb.init(project=project, name=run_name)
+
+    def write(self, step, numbers):
+        self._run.log(numbers, step=step)
+
+    def close(self):
+        self._run.finish()
+
+
+class _MlflowTracker(_Tracker):
+    def __init__(self, experiment: str, run_name: str | None):
+        try:
+            import mlflow
+        except ImportError:
+            raise UserError(
+                f"tracking.mlflow = {experiment!r} needs the package mlflow; "
+                "install it with: pip install 'rlhf-ray[mlflow]'"
+            ) from None
+        mlflow.set_experiment(experiment)
+        self._mlflow = mlflow
+        self._run = mlflow.start_run(run_name=run_name)
+
+    def write(self, step, numbers):
+        # MLflow refuses no slash but reads it as a folder, which is what the names mean.
+        self._mlflow.log_metrics(numbers, step=step)
+
+    def close(self):
+        self._mlflow.end_run()

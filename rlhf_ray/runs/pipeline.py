@@ -1,0 +1,162 @@
+"""All stages of a run in order, each skipped when it is done. No Ray here: stages are whoever has the callables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
+from rlhf_ray.runs.run_folder import STAGES, RunFolder, StageFolder
+from rlhf_ray.runs.storage import write_atomically
+
+Progress = Callable[[dict], None]
+Stage = Callable[[Recipe, RunFolder, Progress], None]
+#: what a stage reads
+NEEDS = {
+    "data": (), "sft": ("data",), "fluency": ("data",), "reward": ("data", "sft"), "judge": ("data", "sft"),
+    "dpo": ("data", "sft"), "ppo": ("data", "sft", "reward"),
+    "evaluation": ("sft", "fluency", "reward", "judge", "dpo", "ppo"),
+}  # fmt: skip
+#: the command that runs a stage, where it has another name
+COMMANDS = {"data": "sft", "fluency": "reward", "judge": "reward"}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that this recipe has, in order."""
+    optional = {name for name in ("sft", "fluency", "reward", "judge", "dpo") if getattr(recipe, name) is None}
+    return [name for name in STAGES if name not in optional]
+
+
+def needs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """The recipe's stages that `stage` reads."""
+    asks_judge = stage == "ppo" and recipe.ppo.judge_evaluations and recipe.evaluation.judge_function is None
+    needed = NEEDS[stage] + (("judge",) if asks_judge else ())
+    return tuple(name for name in needed if name in stages_of(recipe))
+
+
+def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
+    """Create the run folder, or check that this recipe may go on in it; write the recipe and the environment."""
+    changed = check_resume(recipe, folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    reopen_finished(recipe, folder, changed)
+    write_recipe(recipe, folder.recipe)
+    write_atomically(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
+    """More PPO steps than were done, or something else to evaluate by, reopen what had finished."""
+    ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
+    if ppo.done:
+        done = ppo.summary()["steps"]
+        if recipe.ppo.steps < done:
+            raise UserError(
+                f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
+                f"set it to {done} or more"
+            )
+        if ppo_goes_on(recipe, ppo.summary()):
+            _reopen_evaluation(evaluation)
+            ppo.done_file.unlink()
+    if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency", "dpo"}:
+        _reopen_evaluation(evaluation)
+
+
+def _reopen_evaluation(evaluation: StageFolder) -> None:
+    """Its figures go too: until there are new ones, a report would show them for what the run folder holds now."""
+    evaluation.done_file.unlink(missing_ok=True)
+    (evaluation.path / "summary.json").unlink(missing_ok=True)
+
+
+def run_stages(
+    recipe: Recipe,
+    folder: RunFolder,
+    stages: Mapping[str, Stage],
+    progress: Progress,
+    names: list[str] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run the named stages (default: all of the recipe's) in order. A finished one is skipped.
+
+    Raises StageStopped when asked to stop, from inside a stage that looks for it or else after the stage.
+    """
+    wanted = stages_of(recipe) if names is None else names
+    for name in wanted:
+        if name not in stages_of(recipe):
+            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': its section is null")
+    for name in wanted:
+        stage = folder.stage(name)
+        if stage.done:
+            progress({"stage": name, "skipped": True})
+            continue
+        for needed in needs_of(recipe, name):
+            if not folder.stage(needed).done:
+                raise UserError(
+                    f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
+                    f"run it first: rlhf-ray run (or {COMMANDS.get(needed, needed)}) with the same recipe and --run-dir"
+                )
+        stage.path.mkdir(parents=True, exist_ok=True)
+        stage.stop_file.unlink(missing_ok=True)
+        progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which has to stay
+        started = time.time()
+        try:
+            stages[name](recipe, folder, progress)
+        finally:
+            _add_seconds(folder, name, time.time() - started)
+        progress({"stage": name, "done": True, "seconds": time.time() - started})
+        if stop_requested() and name != wanted[-1]:
+            raise StageStopped(f"{name} is done; stopped before the next stage")
+
+
+def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
+    """timings.json: seconds by stage, summed over resumes."""
+    path = folder.path / "timings.json"
+    timings = json.loads(path.read_text()) if path.exists() else {}
+    timings[name] = round(timings.get(name, 0.0) + seconds, 1)
+    write_atomically(path, json.dumps(timings, indent=2) + "\n")
+
+
+def environment() -> dict:
+    """Versions, the code's git commit, hardware."""
+    packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "peft", "datasets", "numpy")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").strip() or None,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """None for our own package where a cluster has it as uploaded source only."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(*command: str) -> str:
+    """What a tool prints; nothing where it fails or is not installed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,143 @@
+"""Names inside a run folder. People script against them; they are listed in the README."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.runs.storage import write_atomically
+
+STAGES = ("data", "sft", "fluency", "reward", "judge", "dpo", "ppo", "evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """One stage's folder: model/ metrics.jsonl checkpoints/ DONE. Or that of a member of the stage's ensemble."""
+
+    path: Path
+    stage: Path | None = None  # of a member: the folder of its stage
+
+    def member(self, number: int) -> StageFolder:
+        """Of an ensemble's model: the first is where a stage's only model would be, the others in member_1/ ..."""
+        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path)
+
+    def member_done(self, number: int) -> Path:
+        """Marks that a member is trained, and holds its figures: the stage's DONE is there when all are."""
+        return self.path / f"member_{number}" / "DONE"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done_file(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def stop_file(self) -> Path:
+        """Present while the stage is asked to checkpoint and stop; workers look for it after every step."""
+        return (self.stage or self.path) / "STOP"
+
+    @property
+    def done(self) -> bool:
+        return self.done_file.exists()
+
+    def finish(self, summary: dict) -> None:
+        """Mark the stage finished; `summary` (its closing figures) is the file's content."""
+        write_atomically(self.done_file, json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict:
+        return json.loads(self.done_file.read_text())
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The run folder (absolute path)."""
+
+    path: Path
+
+    def stage(self, name: str) -> StageFolder:
+        assert name in STAGES, name
+        return StageFolder(self.path / name)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "data" / "tokenizer"
+
+    @property
+    def logs(self) -> Path:
+        """What the run's processes print: one file each."""
+        return self.path / "logs"
+
+    @property
+    def best_model(self) -> Path:
+        """The policy with the best held-out score so far, as the newest checkpoint knows it."""
+        return self.path / "ppo" / "best"
+
+    def candidate(self, step: int) -> Path:
+        """A policy that was the best one at `step`; it becomes `best_model` with the next checkpoint."""
+        return self.path / "ppo" / f".best_{step:06d}"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def data(self, role: str) -> Path:
+        """Prepared rows of one role, e.g. data('reward_train'): a Parquet file."""
+        return self.path / "data" / f"{role}.parquet"
+
+
+def start_model(recipe: Recipe, folder: RunFolder) -> str:
+    """What PPO and DPO start from and stay close to: the SFT model, or the recipe's model where there is no SFT stage."""
+    return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path
+
+
+def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
+    """RUN_DIR, absolute before any process starts: a worker's working directory is not ours."""
+    if run_dir is not None and "://" in run_dir:
+        raise UserError(
+            f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
+        )
+    return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """This process alone works in the run folder; the lock goes with the process, however it ends."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.path / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{folder.path} is in use by {lock.read().strip() or 'another run'}; wait for it, or choose another --run-dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield

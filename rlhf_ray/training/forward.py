@@ -1,0 +1,156 @@
+"""Log-probs and values of given responses under a model.   B rows, P prompt, T response, S = P + T, A action tokens.
+
+Rows are packed (`training.packing`) where the model can read them so, and padded on the right where it can't. Either way no
+token sees another row or any padding, and positions are 0, 1, 2, ... for every row: left padding's silent position errors
+can't happen.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.schedule import cut_microbatches
+from rlhf_ray.cpu.norms import norms_in_c
+from rlhf_ray.models.critic import Critic
+from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.training.packing import TESTED_FAMILIES, Layout, line_inputs, pack
+from rlhf_ray.training.padding import action_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Prompts with their responses, as a module's forward takes them."""
+
+    inputs: dict  # of the model: packed, or padded to [B, S]
+    states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
+    targets: torch.Tensor  # [A] int64, the response tokens
+    response_lengths: torch.Tensor  # [B]
+
+    @cached_property
+    def action_mask(self) -> torch.Tensor:
+        return action_mask(self.response_lengths)
+
+    def in_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """[A] -> [B, T], zeros on the right."""
+        return torch.zeros(self.action_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            self.action_mask, values
+        )
+
+
+def token_batch(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, packed: bool, device: torch.device | str = "cpu"
+) -> TokenBatch:
+    rows = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = np.array([len(row) for row in rows])
+    responded = np.array([len(response) for response in responses])
+    if packed:
+        inputs = line_inputs(rows, Layout.of(lengths, device), device)
+        starts = np.cumsum(lengths) - lengths
+    else:
+        padded = np.zeros((len(rows), lengths.max()), np.int64)
+        for out, row in zip(padded, rows, strict=True):
+            out[: len(row)] = row
+        inputs = {"input_ids": torch.from_numpy(padded).to(device)}
+        starts = np.arange(len(rows)) * lengths.max()
+    before = starts + lengths - responded - 1  # of each row, the prompt's last token
+    states = np.concatenate([first + np.arange(count) for first, count in zip(before, responded, strict=True)])
+    return TokenBatch(
+        inputs=inputs,
+        states=torch.from_numpy(states).to(device),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+        response_lengths=torch.from_numpy(responded).to(device),
+    )
+
+
+class LogprobModel(nn.Module):
+    """A causal LM whose forward returns response log-probs [B, T] (and entropy), not logits.
+
+    DeepSpeed needs a module whose forward does the work (ZeRO-3 gathers there). Logits are computed for the response's
+    tokens only, in the compute dtype; the softmax is float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+    ):
+        """entropy_gradient: whether entropies are for a loss, too."""
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.compute_dtype = compute_dtype
+        self.packed = pack(model)
+        norms_in_c(model)
+        self.entropy_gradient = entropy_gradient
+        self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
+        # Their logits are a product's result, which no backward pass reads.
+        self._overwrites = model.config.get_text_config(decoder=True).model_type in TESTED_FAMILIES
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(self, batch: TokenBatch, with_entropy: bool = False):
+        device = batch.states.device
+        keep = {"logits_to_keep": batch.states} if "packed" in batch.inputs and self._keeps_logits else {}
+        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        with autocast, self._only_at(batch.states):
+            logits = self.model(**batch.inputs, **keep, use_cache=False).logits
+        logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
+        given = {
+            "temperature": self.temperature,
+            "overwrite": self._overwrites and not (with_entropy and self.entropy_gradient),
+        }
+        if with_entropy and not self.entropy_gradient:
+            both = selected_logprobs_and_entropy(logits, batch.targets, **given)
+            return tuple(batch.in_rows(each) for each in both)
+        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, **given))
+        return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
+
+
+class ValueModel(nn.Module):
+    """A critic whose forward returns the value [B, T] of the state before each response token."""
+
+    def __init__(self, critic: Critic, *, compute_dtype: torch.dtype):
+        super().__init__()
+        self.model = critic
+        self.compute_dtype = compute_dtype
+        self.packed = pack(critic.backbone)
+        norms_in_c(critic.backbone)
+        self._only_at = partial(only_at, last_feed_forward(critic.backbone))
+
+    def forward(self, batch: TokenBatch):
+        device = batch.states.device
+        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        with autocast, self._only_at(batch.states):
+            values = self.model(**batch.inputs).float()
+        return batch.in_rows(values.flatten()[batch.states])
+
+
+def response_logprobs(
+    model: nn.Module,
+    prompt_ids: Sequence[np.ndarray],
+    response_ids: Sequence[np.ndarray],
+    *,
+    temperature: float = 1.0,
+    compute_dtype: torch.dtype = torch.float32,
+    microbatch_size: int = 32,
+    microbatch_tokens: int | None = None,
+) -> list[np.ndarray]:
+    """Log-probs of each response's tokens given its prompt, float32, one array a row. No gradient.
+
+    A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
+    """
+    module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
+    device = next(model.parameters()).device
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    found: dict[int, np.ndarray] = {}
+    for rows in cut_microbatches(lengths, size=microbatch_size, tokens=microbatch_tokens):
+        prompts, responses = [prompt_ids[row] for row in rows], [response_ids[row] for row in rows]
+        with torch.no_grad():
+            padded = module(token_batch(prompts, responses, packed=module.packed, device=device)).float().cpu().numpy()
+        found |= {row: line[: len(response)] for row, line, response in zip(rows, padded, responses, strict=True)}
+    return [found[row] for row in range(len(lengths))]
