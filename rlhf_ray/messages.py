@@ -1,6 +1,6 @@
 """What crosses a process: frozen, slotted, keyword-only, checked once. Arrays are numpy, flat and unpadded.
 
-B rollouts of a unit of work; N action tokens of them all together. Row b's tokens stand in the flat arrays after those of
+B rollouts of a chunk; N action tokens of them all together. Row b's tokens stand in the flat arrays after those of
 the rows before it (`np.split(flat, np.cumsum(lengths)[:-1])`). Read only: what came from the object store is shared.
 """
 
@@ -24,11 +24,11 @@ def unflatten(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkUnit:
+class Chunk:
     """A fixed chunk of prompts to answer. The result depends on it, the weights and the seed, and on nothing else."""
 
     step: int
-    chunk: int
+    index: int  # among the step's chunks
     prompt_indices: tuple[int, ...]  # rows of the prompt set
     sample_indices: tuple[int, ...]  # which of the n samples a prompt each row is
     evaluation: bool = False  # rows of the held-out prompts instead
@@ -84,9 +84,9 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """One unit of work, answered."""
+    """One chunk, answered."""
 
-    unit: WorkUnit
+    chunk: Chunk
     policy_version: int
     sequences: Sequences
     rollout_logprobs: np.ndarray  # float32 [N], as the generator drew them
@@ -94,7 +94,7 @@ class RolloutBatch:
 
     def __post_init__(self):
         assert len(self.rollout_logprobs) == len(self.sequences.response_ids)
-        assert len(self.ended) == len(self.sequences) == len(self.unit.prompt_indices)
+        assert len(self.ended) == len(self.sequences) == len(self.chunk.prompt_indices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Scores:
 
     @classmethod
     def join(cls, parts: Iterable[Scores]) -> Scores:
-        """The scores of several units, one after the other."""
+        """The scores of several chunks, one after the other."""
         parts = list(parts)
         first = parts[0]
         return cls(
@@ -134,7 +134,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:
-    """One float a response token, e.g. log-probs or values of a unit of work."""
+    """One float a response token, e.g. log-probs or values of a chunk."""
 
     values: np.ndarray  # float32 [N]
     entropy: float = 0.0  # mean nats a token, where the role knows it
@@ -151,18 +151,32 @@ class OptimiserStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainShard:
-    """What one rank needs for one update, and nothing else.
-
-    For the policy `old` is old_logprobs and `target` advantages; for the critic old_values and returns.
-    """
+    """What one rank needs for one update, and nothing else."""
 
     step: int
     sequences: Sequences
-    old: np.ndarray  # float32 [N]
-    target: np.ndarray  # float32 [N]
-    reference: np.ndarray | None = None  # float32 [N], ref_logprobs where the KL is part of the policy's loss
     schedule: tuple[OptimiserStep, ...]
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyShard(TrainShard):
+    """A policy rank's part of the experience."""
+
+    old_logprobs: np.ndarray  # float32 [N]
+    advantages: np.ndarray  # float32 [N]
+    ref_logprobs: np.ndarray | None = None  # float32 [N], where the KL is part of the policy's loss
+
     def __post_init__(self):
-        assert len(self.old) == len(self.target) == len(self.sequences.response_ids)
-        assert self.reference is None or len(self.reference) == len(self.old)
+        assert len(self.old_logprobs) == len(self.advantages) == len(self.sequences.response_ids)
+        assert self.ref_logprobs is None or len(self.ref_logprobs) == len(self.old_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticShard(TrainShard):
+    """A critic rank's part of the experience."""
+
+    old_values: np.ndarray  # float32 [N]
+    returns: np.ndarray  # float32 [N]
+
+    def __post_init__(self):
+        assert len(self.old_values) == len(self.returns) == len(self.sequences.response_ids)

@@ -9,8 +9,8 @@ from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
-from rlhf_ray.roles.configs import assemble_settings, policy_knobs
-from rlhf_ray.roles.experience import Assembler
+from rlhf_ray.roles.configs import experience_config, policy_loss_config
+from rlhf_ray.roles.experience import ExperienceMaker
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward import Reward
@@ -56,7 +56,7 @@ class TorchEngine:
 
 
 class Each:
-    """Several plain roles of a kind: unit i goes to number i modulo their number."""
+    """Several plain roles of a kind: chunk i goes to number i modulo their number."""
 
     def __init__(self, *roles):
         self.roles = roles
@@ -68,8 +68,8 @@ class Each:
 class LocalGeneration(Each):
     synced = True  # False: weights get lost on the way
 
-    def generate(self, units):
-        return self.each("generate", units)
+    def generate(self, chunks):
+        return self.each("generate", chunks)
 
     def load_weights(self, weights, policy_version):
         named = {name: array for part in weights for name, array in part.items()}
@@ -154,7 +154,7 @@ class LocalRoles:
         policy = LogprobModel(model, temperature=generation.temperature, compute_dtype=torch.float32)
         self.policy = LocalTrainer(
             PolicyTrainer(
-                TorchEngine(policy), **ppo.microbatches, reuse_forward=ppo.reuse_forward, knobs=policy_knobs(recipe)
+                TorchEngine(policy), **ppo.microbatches, reuse_forward=ppo.reuse_forward, config=policy_loss_config(recipe)
             )
         )
         if ppo.lora is not None:
@@ -176,7 +176,7 @@ class LocalRoles:
                     vf_coef=ppo.vf_coef,
                 )
             )
-        self.assembler = Assembler(assemble_settings(recipe))
+        self.experience = ExperienceMaker(experience_config(recipe))
 
     def wait(self, handles, what):
         pass

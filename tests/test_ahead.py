@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import LocalRoles
-from test_loop import Diary, ScriptedRoles, count_t, differing, knobs, real_loop, run_real, scripted_loop
+from test_loop import Diary, ScriptedRoles, count_t, differing, options, real_loop, run_real, scripted_loop
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.algorithms.off_policy import off_policy_stats, truncated_importance
@@ -38,18 +38,18 @@ def folder(tmp_path_factory):
 
 @dataclass
 class QueueingRoles(ScriptedRoles):
-    """Generators that do what they are asked in order: a rollout is (its unit, the version that was sent before it)."""
+    """Generators that do what they are asked in order: a rollout is (its chunk, the version that was sent before it)."""
 
     version: int = 0
-    trained: list[tuple] = field(default_factory=list)  # (unit, version) of each update
+    trained: list[tuple] = field(default_factory=list)  # (chunk, version) of each update
     own_gap: float = 0.0
     importance: float = 1.0
     causes: list[tuple] = field(default_factory=list)  # (handle, those that it needs)
     synced: list = field(default_factory=list)
 
-    def generate(self, units):
-        self._log("generate", units[0].step, "evaluation" if units[0].evaluation else "training")
-        rollouts = self._answer("generate", *((unit, self.version) for unit in units))
+    def generate(self, chunks):
+        self._log("generate", chunks[0].step, "evaluation" if chunks[0].evaluation else "training")
+        rollouts = self._answer("generate", *((chunk, self.version) for chunk in chunks))
         self.causes += [(rollout, self.synced) for rollout in rollouts]
         return rollouts
 
@@ -64,7 +64,7 @@ class QueueingRoles(ScriptedRoles):
         self.causes.append((handle, [*rollouts, *(each for part in rest[:-1] for each in part)]))
         drawn = [rollout.value for rollout in rollouts]
         self.trained += drawn
-        ages = [unit.step - version for unit, version in drawn]
+        ages = [chunk.step - version for chunk, version in drawn]
         handle.value |= {"rollout/age_max": float(max(ages)), "rollout/importance_mean": self.importance}
         if max(ages) > 0:
             del handle.value["policy/mismatch_max"]
@@ -73,13 +73,13 @@ class QueueingRoles(ScriptedRoles):
     def own_mismatch(self, rollouts, logprobs):
         self._log("own_mismatch")
         assert {handle.verb for handle in logprobs} == {"logprobs"}
-        assert all(unit.evaluation and version == unit.step for unit, version in (each.value for each in rollouts))
+        assert all(chunk.evaluation and version == chunk.step for chunk, version in (each.value for each in rollouts))
         return self._answer("own_mismatch", {"policy/mismatch_max": self.own_gap})[0]
 
 
-def run_queueing(diary=None, state=None, **knobs):
+def run_queueing(diary=None, state=None, **options):
     roles, diary = QueueingRoles(kl=3.0), diary or Diary()
-    finished = scripted_loop(roles, diary, state, **{"steps_ahead": 1, **knobs}).run()
+    finished = scripted_loop(roles, diary, state, **{"steps_ahead": 1, **options}).run()
     return roles, diary, finished
 
 
@@ -104,17 +104,17 @@ def test_no_sample_is_older_than_the_steps_ahead_and_none_is_left_out(steps_ahea
     """7 steps of 4 of 10 prompts, an epoch of 8. All of a step are drawn by weights that were sent steps_ahead before."""
     roles, diary, finished = run_queueing(steps_ahead=steps_ahead, weights_in_flight=in_flight)
     assert finished and diary.steps() == list(range(8))
-    assert [version for unit, version in roles.trained] == [
-        max(0, unit.step - steps_ahead) for unit, _ in roles.trained
+    assert [version for chunk, version in roles.trained] == [
+        max(0, chunk.step - steps_ahead) for chunk, _ in roles.trained
     ]
     ages = [metrics["rollout/age_max"] for _, metrics in diary.records[1:]]
     assert ages == [min(step, steps_ahead) for step in range(7)]
-    counts = Counter((unit.step, prompt) for unit, _ in roles.trained for prompt in unit.prompt_indices)
+    counts = Counter((chunk.step, prompt) for chunk, _ in roles.trained for prompt in chunk.prompt_indices)
     assert len(counts) == 28 and set(counts.values()) == {1}
     synchronous = ScriptedRoles()
     scripted_loop(synchronous, Diary()).run()
-    units = [unit for verb, *what in synchronous.events if verb == "generate" for unit in what[0]]
-    assert [unit for unit, _ in roles.trained] == [unit for unit in units if not unit.evaluation]
+    chunks = [chunk for verb, *what in synchronous.events if verb == "generate" for chunk in what[0]]
+    assert [chunk for chunk, _ in roles.trained] == [chunk for chunk in chunks if not chunk.evaluation]
 
 
 @pytest.mark.parametrize("in_flight", [False, True])
@@ -149,9 +149,9 @@ def test_a_stopped_run_trains_on_each_prompt_once(stop_after, steps_ahead):
     state = LoopState.from_json(json.loads(json.dumps(first.saves[-1].to_json())))
     after, rest, finished = run_queueing(Diary(), state, steps_ahead=steps_ahead)
     assert finished and state.step == stop_after
-    assert [unit for unit, _ in before.trained + after.trained] == [unit for unit, _ in whole.trained]
-    assert [version for _, version in after.trained[:2]] == [stop_after] * 2, "two units a step, of the newest weights"
-    assert all(0 <= unit.step - version <= steps_ahead for unit, version in after.trained)
+    assert [chunk for chunk, _ in before.trained + after.trained] == [chunk for chunk, _ in whole.trained]
+    assert [version for _, version in after.trained[:2]] == [stop_after] * 2, "two chunks a step, of the newest weights"
+    assert all(0 <= chunk.step - version <= steps_ahead for chunk, version in after.trained)
     assert rest.steps() == [step for step in range(8) if step > stop_after or step == stop_after == 0]
 
 
@@ -162,7 +162,7 @@ def test_a_crash_after_a_checkpoint_loses_and_repeats_nothing():
     (state,) = (state for state in before.saves if state.step == 4)
     after, _, _ = run_queueing(Diary(), state, steps_ahead=2)
     whole, _, _ = run_queueing(steps_ahead=2)
-    assert [unit for unit, _ in after.trained] == [unit for unit, _ in whole.trained if unit.step >= 4]
+    assert [chunk for chunk, _ in after.trained] == [chunk for chunk, _ in whole.trained if chunk.step >= 4]
 
 
 def test_generators_that_lose_weights_stop_the_run():
@@ -277,11 +277,11 @@ def test_zero_steps_ahead_is_the_synchronous_loop_bit_for_bit(folder, synchronou
     recipe = tiny_recipe(ppo={"steps_ahead": 0, "importance_cap": 1e-6})
     roles = LocalRoles(recipe, folder)
     loop = real_loop(recipe, roles, Diary())
-    assert loop.ahead is None and roles.assembler.settings.importance_cap is None
+    assert loop.ahead is None and roles.experience.config.importance_cap is None
     sync_weights(roles, 0)
     for step in range(4):
         rate = 1e-3 * (1 - step / 4)
-        ppo_step(roles, loop._units(step), knobs(
+        ppo_step(roles, loop._chunks(step), options(
             step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate
         ))  # fmt: skip
     assert differing(roles.weights(), synchronous[0].weights()) == []
@@ -294,12 +294,12 @@ def test_the_step_of_the_asynchronous_loop_is_that_of_the_synchronous_one(folder
     """Never ahead, it draws, trains and syncs the same; without a cap near it a sample of the policy's own weighs 1."""
     recipe = tiny_recipe()
     roles = LocalRoles(recipe, folder)
-    units = real_loop(recipe, roles, Diary())._units
-    ahead = Ahead(roles, units, steps_ahead=0, steps=4, in_flight=False)
+    chunks = real_loop(recipe, roles, Diary())._chunks
+    ahead = Ahead(roles, chunks, steps_ahead=0, steps=4, in_flight=False)
     sync_weights(roles, 0)
     for step in range(4):
         rate = 1e-3 * (1 - step / 4)
-        ahead.step(knobs(step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate))
+        ahead.step(options(step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate))
     assert differing(roles.weights(), synchronous[0].weights()) == []
 
 
@@ -360,15 +360,15 @@ def test_a_stopped_run_goes_on_with_all_prompts(folder):
 
     def watched():
         roles = LocalRoles(recipe, folder)
-        assemble = roles.assembler.assemble
+        assemble = roles.experience.assemble
 
         def spy(rollouts, *rest):
             trained.extend(
-                (rollout.unit.step, prompt) for rollout in rollouts for prompt in rollout.unit.prompt_indices
+                (rollout.chunk.step, prompt) for rollout in rollouts for prompt in rollout.chunk.prompt_indices
             )
             return assemble(rollouts, *rest)
 
-        roles.assembler.assemble = spy
+        roles.experience.assemble = spy
         return roles
 
     before, diary = watched(), Diary(stop_after=3)
@@ -388,22 +388,22 @@ def test_posted_weights_are_taken_before_the_next_unit(folder):
     recipe = tiny_recipe()
     roles, other = LocalRoles(recipe, folder), LocalRoles(recipe, folder)
     (generator,), (straight,) = roles.generation.roles, other.generation.roles
-    (unit, *_) = real_loop(recipe, roles, Diary())._units(3)
-    start = generator.generate(unit)
+    (chunk, *_) = real_loop(recipe, roles, Diary())._chunks(3)
+    start = generator.generate(chunk)
 
     def moved(by):
         weights = ((name, tensor + by) for name, tensor in roles.policy.roles[0].weights())
         return {name: array for part in pack_weights(weights, 2, torch.float32) for name, array in part.items()}
 
     assert generator.post_weights(moved(0.5), 1) == 1
-    assert generator.policy_version == 0, "not while a unit may be at work"
+    assert generator.policy_version == 0, "not while a chunk may be at work"
     generator.post_weights(moved(0.02), 2)
     straight.load_weights(moved(0.02), 2)
-    found, wanted = generator.generate(unit), straight.generate(unit)
+    found, wanted = generator.generate(chunk), straight.generate(chunk)
     assert found.policy_version == wanted.policy_version == 2, "the newest, none between"
     assert np.array_equal(found.rollout_logprobs, wanted.rollout_logprobs)
     assert not np.array_equal(found.rollout_logprobs, start.rollout_logprobs)
-    assert generator.generate(unit).policy_version == 2
+    assert generator.generate(chunk).policy_version == 2
 
 
 def test_an_update_starts_from_the_forward_passes_of_its_own_rollouts(folder, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.advantages import group_centred, group_standardised, leave_one_out, rewards_to_go
-from rlhf_ray.algorithms.experience import AssembleKnobs, assemble
+from rlhf_ray.algorithms.experience import AdvantageConfig, assemble
 from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
@@ -231,13 +231,13 @@ def numeric_gradient(function, at, step=1e-6):
     return gradient
 
 
-def losses(kind, now, old, target, mask, num_tokens, **knobs):
+def losses(kind, now, old, target, mask, num_tokens, **options):
     if kind == "policy":
         weights = token_weights(
             mask, "token", num_tokens=num_tokens, num_sequences=0, max_new_tokens=0, dtype=now.dtype
         )
-        knobs = {"clip_range": 0.2, "clip_range_high": 0.2, "dual_clip": None} | knobs
-        return policy_loss(now, old, target, mask, weights, num_tokens=num_tokens, **knobs)
+        options = {"clip_range": 0.2, "clip_range_high": 0.2, "dual_clip": None} | options
+        return policy_loss(now, old, target, mask, weights, num_tokens=num_tokens, **options)
     return value_loss(now, old, target, mask, value_clip_range=0.2, num_tokens=num_tokens)
 
 
@@ -313,8 +313,8 @@ def test_clip_higher_and_dual_clip_case_by_case(high, dual_clip):
         for ratio in ratios:
             log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
             zero, mask = torch.zeros(1, 1, dtype=torch.float64), masks(1)
-            knobs = {"clip_range_high": high, "dual_clip": dual_clip}
-            loss, _ = losses("policy", log_ratio, zero, zero + advantage, mask, 1, **knobs)
+            options = {"clip_range_high": high, "dual_clip": dual_clip}
+            loss, _ = losses("policy", log_ratio, zero, zero + advantage, mask, 1, **options)
             loss.backward()
 
             def plain(value, advantage=advantage):
@@ -494,14 +494,14 @@ def test_minibatches_cover_every_row_in_every_epoch():
 # -- all together -----------------------------------------------------------------------------------------------------
 
 
-KNOBS = AssembleKnobs(
+CONFIG = AdvantageConfig(
     advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.5,
     score_clip=None, missing_eos_penalty=1.0,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=3, whiten_rewards=False, whiten_advantages=False,
 )  # fmt: skip
 
 
-def hand_worked(**knobs):
+def hand_worked(**options):
     """Row 0: three tokens, no EOS, score 2 less a penalty of 1. Row 1: two tokens and EOS, score 1. kl_coef 0.1."""
     mask = masks(3, 2)
     return mask, assemble(
@@ -512,7 +512,7 @@ def hand_worked(**knobs):
         ref_logprobs=floats([-2, -2, -2], [-3, -3, NAN]),
         old_values=floats([0.5, 0.5, 0.5], [0, 0.2, NAN]),
         action_mask=mask,
-        knobs=replace(KNOBS, **knobs),
+        config=replace(CONFIG, **options),
         kl_coef=0.1,
     )
 
@@ -587,9 +587,9 @@ def test_the_missing_eos_penalty_is_for_responses_that_did_not_end():
     np.testing.assert_allclose(without.returns - with_penalty.returns, [[2.5, 2.5, 2.5], [0, 0, 0]], atol=1e-12)
 
 
-def group_of_two(**knobs):
+def group_of_two(**options):
     """`hand_worked` as two samples of one prompt: penalised scores 1 and 1, less 0.1 * (0, 4) of KL: rewards 1 and 0.6."""
-    return hand_worked(group_size=2, **knobs)
+    return hand_worked(group_size=2, **options)
 
 
 @pytest.mark.parametrize("advantage, first", [
@@ -600,14 +600,14 @@ def test_a_group_advantage_is_the_same_for_all_tokens_of_a_response(advantage, f
     assert result.advantages[mask].tolist() == pytest.approx([first] * 3 + [-first] * 2)
     assert (result.advantages[~mask] == 0).all()
     assert result.returns is None and not any(name.startswith("value/") for name in result.stats)
-    assert result.stats["objective/flat_groups"] == 1.0  # equal before the KL
+    assert result.stats["objective/zero_variance_groups"] == 1.0  # equal before the KL
 
 
 def test_a_kl_in_the_loss_is_not_in_the_reward_too():
     """Penalised scores alone are 1 and 1; with an over-long penalty of 1 for the three tokens they are 0 and 1."""
     mask, result = group_of_two(advantage="dr_grpo", kl_in_reward=False, overlong_buffer=1)
     assert result.advantages[mask].tolist() == pytest.approx([-0.5] * 3 + [0.5] * 2)
-    assert result.stats["objective/kl"] == 2.0 and result.stats["objective/flat_groups"] == 0.0
+    assert result.stats["objective/kl"] == 2.0 and result.stats["objective/zero_variance_groups"] == 0.0
     assert result.stats["objective/rlhf_reward"] == pytest.approx(0.5 - 0.1 * 2.0)  # what is maximised, either way
 
 

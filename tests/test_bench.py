@@ -62,7 +62,7 @@ def test_flop_that_are_left_by_hand():
 
 def test_rays_share_by_hand():
     """Of 2 s: 0.1 s beyond the generator, 0.05 beyond the slowest scorer, 0.02 beyond the slower update, and all of the sync."""
-    busy = {"generation": 0.4, "reward": 0.1, "reference": 0.2, "policy": 0.35, "critic": 0.3, "assembler": 0.01,
+    busy = {"generation": 0.4, "reward": 0.1, "reference": 0.2, "policy": 0.35, "critic": 0.3, "experience": 0.01,
             "policy_update": 1.08, "critic_update": 0.9, "policy_sync": 0.004}  # fmt: skip
     took = {"generate": 0.5, "score": 0.4, "assemble": 0.01, "update": 1.1, "sync": 0.03}
     run = {"seconds": 2.0} | {f"busy/{name}_s": value for name, value in busy.items()}

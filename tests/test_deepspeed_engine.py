@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.ppo.checkpoint import read_role, write_rank
-from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserSettings
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserConfig
 from rlhf_ray.training.distributed import join_group
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
@@ -79,7 +79,7 @@ def microbatches(rank, world):
 
 def make_engine(stage, clip=CLIP, **settings):
     settings = {"adam_eps": 1e-5, "max_grad_norm": clip, "zero_stage": stage} | settings
-    return DeepSpeedEngine(make_module(), OptimiserSettings(**settings), device=CPU)
+    return DeepSpeedEngine(make_module(), OptimiserConfig(**settings), device=CPU)
 
 
 def clones(pairs):
@@ -111,7 +111,7 @@ def mean_logprob(output, _=None):
 
 def language_model_norms(stage, rank, world):
     """Gradient norms of four steps in bfloat16, each rank with its rows in two microbatches."""
-    settings = OptimiserSettings(adam_eps=1e-3, max_grad_norm=1.0, zero_stage=stage)
+    settings = OptimiserConfig(adam_eps=1e-3, max_grad_norm=1.0, zero_stage=stage)
     engine = DeepSpeedEngine(make_language_model(torch.bfloat16), settings, device=CPU)
     texts = TEXTS[rank::world]
     parts = [texts[:1], texts[1:]]

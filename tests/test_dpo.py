@@ -153,9 +153,9 @@ def by_the_papers(config, model, reference, tokenizer, pairs):
 LOSSES = [{"beta": 0.1}, {"beta": 0.5, "label_smoothing": 0.2}, {"beta": 0.25, "loss": "ipo"}]
 
 
-@pytest.mark.parametrize("knobs", LOSSES, ids=["dpo", "cdpo", "ipo"])
-def test_the_losses_are_those_of_the_papers(recipe, tokenizer, tmp_path, knobs):
-    config = DpoConfig(**knobs)
+@pytest.mark.parametrize("options", LOSSES, ids=["dpo", "cdpo", "ipo"])
+def test_the_losses_are_those_of_the_papers(recipe, tokenizer, tmp_path, options):
+    config = DpoConfig(**options)
     pairs = pairs_of(random.Random(4), 6)
     model, reference = model_of(recipe, tokenizer, 0), model_of(recipe, tokenizer, 1)
     expected, rewards = by_the_papers(config, model, reference, tokenizer, pairs)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from in_process import TorchEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.algorithms.experience import AssembleKnobs
-from rlhf_ray.messages import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit
-from rlhf_ray.roles.configs import PolicyKnobs
-from rlhf_ray.roles.experience import Assembler, AssembleSettings
+from rlhf_ray.algorithms.experience import AdvantageConfig
+from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences, TokenValues
+from rlhf_ray.roles.configs import PolicyLossConfig
+from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker
 from rlhf_ray.roles.trainer import PolicyTrainer
 from rlhf_ray.training.forward import LogprobModel
 
@@ -71,46 +71,46 @@ def gradients(
 ):  # fmt: skip
     """The gradient of one update over all rows as one minibatch, and the statistics.
 
-    order: of the rows, which come as units of work that end at `cuts`.
+    order: of the rows, which come as chunks that end at `cuts`.
     """
     prompts, responses, ref, values, scores, ended = batch
     order = list(range(len(prompts))) if order is None else order
-    knobs = PolicyKnobs(
+    config = PolicyLossConfig(
         clip_range=0.2, clip_range_high=0.3, dual_clip=2.0, aggregation=aggregation, max_new_tokens=LONGEST, kl_loss=kl,
         entropy_coef=0.1, max_approx_kl=None,
     )  # fmt: skip
     model = copy.deepcopy(START)
     module = LogprobModel(model, temperature=0.9, compute_dtype=torch.float32)
     module.packed = packed
-    trainer = PolicyTrainer(Gradients(module), microbatch_size=microbatch_size, microbatch_tokens=tokens, knobs=knobs)
+    trainer = PolicyTrainer(Gradients(module), microbatch_size=microbatch_size, microbatch_tokens=tokens, config=config)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < len(order)}), len(order)]
-    units = []
+    chunks = []
     for chunk, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
         rows = order[first:last]
         sequences = Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows])
-        units.append(RolloutBatch(
-            unit=WorkUnit(step=0, chunk=chunk, prompt_indices=tuple(rows), sample_indices=(0,) * len(rows)),
+        chunks.append(RolloutBatch(
+            chunk=Chunk(step=0, index=chunk, prompt_indices=tuple(rows), sample_indices=(0,) * len(rows)),
             policy_version=0, sequences=sequences, ended=ended[rows],
             rollout_logprobs=np.zeros(len(sequences.response_ids), np.float32),
         ))  # fmt: skip
 
-    def told(what, unit):
-        return TokenValues(values=np.concatenate([what[row] for row in unit.unit.prompt_indices]))
+    def told(what, chunk):
+        return TokenValues(values=np.concatenate([what[row] for row in chunk.chunk.prompt_indices]))
 
-    assemble = AssembleKnobs(
+    assemble = AdvantageConfig(
         advantage=advantage, group_size=1 if advantage in ("gae", "reinforce_pp") else 2, kl_in_reward=kl is None,
         kl_estimator="k1", gamma=0.95, gae_lambda=0.9, score_clip=None, missing_eos_penalty=0.5,
         missing_eos_score=None, overlong_buffer=2,
         max_new_tokens=LONGEST, whiten_rewards=False, whiten_advantages=advantage == "gae",
     )  # fmt: skip
-    assembler = Assembler(AssembleSettings(
-        knobs=assemble, minibatch_size=len(order), ppo_epochs=1, policy_ranks=ranks, critic_ranks=1, seed=0,
+    experience = ExperienceMaker(ExperienceConfig(
+        advantages=assemble, minibatch_size=len(order), ppo_epochs=1, policy_ranks=ranks, critic_ranks=1, seed=0,
     ))  # fmt: skip
-    ref = [told(ref, unit) for unit in units]
-    old = [told([row - 0.3 for row in trainer_logprobs(trainer, batch)], unit) for unit in units]
-    stats, shards, _ = assembler.assemble(
-        units, [Scores(total=scores[list(unit.unit.prompt_indices)]) for unit in units], ref, old,
-        [told(values, unit) for unit in units] if advantage == "gae" else [], kl_coef=0.1,
+    ref = [told(ref, chunk) for chunk in chunks]
+    old = [told([row - 0.3 for row in trainer_logprobs(trainer, batch)], chunk) for chunk in chunks]
+    stats, shards, _ = experience.assemble(
+        chunks, [Scores(total=scores[list(chunk.chunk.prompt_indices)]) for chunk in chunks], ref, old,
+        [told(values, chunk) for chunk in chunks] if advantage == "gae" else [], kl_coef=0.1,
     )  # fmt: skip
     parts = [trainer.update(shard, 0.0, 0.1) for shard in shards]
     summed = {
@@ -120,16 +120,16 @@ def gradients(
 
 
 def trainer_logprobs(trainer, batch):
-    """Each row's log-probs by itself, whatever unit it will be in."""
+    """Each row's log-probs by itself, whatever chunk it will be in."""
     prompts, responses, *_ = batch
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
-        unit = RolloutBatch(
-            unit=WorkUnit(step=0, chunk=0, prompt_indices=(0,), sample_indices=(0,)), policy_version=0,
+        chunk = RolloutBatch(
+            chunk=Chunk(step=0, index=0, prompt_indices=(0,), sample_indices=(0,)), policy_version=0,
             sequences=Sequences.of([prompt], [response]), ended=np.array([True]),
             rollout_logprobs=np.zeros(len(response), np.float32),
         )  # fmt: skip
-        rows.append(trainer.logprobs(unit).values)
+        rows.append(trainer.logprobs(chunk).values)
     return rows
 
 
@@ -170,10 +170,10 @@ def test_how_many_ranks_share_it_changes_nothing(batch, ranks, aggregation):
 @settings(max_examples=30, deadline=None)
 @given(batch=batches(), data=st.data(), advantage=st.sampled_from(["gae", "reinforce_pp", "rloo", "grpo", "dr_grpo"]))
 def test_the_order_of_prompts_and_units_changes_nothing(batch, data, advantage):
-    """Groups of two samples stay together and change places; units of work end anywhere, within groups too."""
+    """Groups of two samples stay together and change places; chunks end anywhere, within groups too."""
     groups = data.draw(st.permutations(range(len(batch[0]) // 2)))
     cuts = data.draw(st.lists(st.integers(1, 7), max_size=3))
     order = [row for group in groups for row in (2 * group, 2 * group + 1)]
     plain = gradients(batch, advantage=advantage, kl=None)
     other = gradients(batch, order, cuts=cuts, advantage=advantage, kl=None)
-    same(plain, other, "order of prompts, units of work")
+    same(plain, other, "order of prompts, chunks")

@@ -16,8 +16,8 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores, Sequences
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
-from rlhf_ray.ppo.step import MismatchError, StepKnobs, cut_units, ppo_step, step_prompts, sum_over_ranks
-from rlhf_ray.roles.experience import cut_shards
+from rlhf_ray.ppo.step import MismatchError, StepConfig, cut_chunks, ppo_step, step_prompts, sum_over_ranks
+from rlhf_ray.roles.experience import policy_shards, rank_parts
 from rlhf_ray.runs.run_folder import RunFolder
 
 # -- scripted roles ---------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ class ScriptedRoles:
     waits: list[list[Handle]] = field(default_factory=list)
 
     def __post_init__(self):
-        self.generation = self.reward = self.reference = self.policy = self.critic = self.assembler = self
+        self.generation = self.reward = self.reference = self.policy = self.critic = self.experience = self
 
     def _answer(self, verb, *values):
         made = [Handle(verb, value) for value in values]
@@ -62,9 +62,9 @@ class ScriptedRoles:
     def verbs(self):
         return [event[0] for event in self.events]
 
-    def generate(self, units):
-        self._log("generate", units)
-        return self._answer("generate", *units)
+    def generate(self, chunks):
+        self._log("generate", chunks)
+        return self._answer("generate", *chunks)
 
     def load_weights(self, weights, policy_version):
         self._log("load_weights", policy_version)
@@ -147,7 +147,7 @@ class Diary:
         return [step for step, _ in self.records]
 
 
-def scripted_loop(roles, diary, state=None, prompts=10, **knobs):
+def scripted_loop(roles, diary, state=None, prompts=10, **options):
     config = PPOConfig(
         **{
             "steps": 7,
@@ -157,7 +157,7 @@ def scripted_loop(roles, diary, state=None, prompts=10, **knobs):
             "eval_every": 3,
             "eval_prompts": 3,
             "checkpoint_every": 2,
-            **knobs,
+            **options,
         }
     )
     return PPOLoop(
@@ -173,7 +173,7 @@ def scripted_loop(roles, diary, state=None, prompts=10, **knobs):
 
 
 def training_units(roles):
-    return [unit for verb, *what in roles.events if verb == "generate" for unit in what[0] if not unit.evaluation]
+    return [chunk for verb, *what in roles.events if verb == "generate" for chunk in what[0] if not chunk.evaluation]
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -196,19 +196,19 @@ def test_the_rest_of_an_epoch_is_left_out_and_no_prompt_is_forgotten_for_ever():
 
 
 def test_units_hold_every_sample_of_every_prompt_once_in_chunks():
-    units = cut_units(5, [9, 4, 7], samples=2, chunk_size=4)
-    assert [(unit.prompt_indices, unit.sample_indices) for unit in units] == [
+    chunks = cut_chunks(5, [9, 4, 7], samples=2, chunk_size=4)
+    assert [(chunk.prompt_indices, chunk.sample_indices) for chunk in chunks] == [
         ((9, 9, 4, 4), (0, 1, 0, 1)),
         ((7, 7), (0, 1)),
     ]
-    assert [(unit.step, unit.chunk, unit.evaluation) for unit in units] == [(5, 0, False), (5, 1, False)]
+    assert [(chunk.step, chunk.index, chunk.evaluation) for chunk in chunks] == [(5, 0, False), (5, 1, False)]
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
-def knobs(**values):
-    return StepKnobs(
+def options(**values):
+    return StepConfig(
         **{
             "step": 4,
             "kl_coef": 0.1,
@@ -223,7 +223,7 @@ def knobs(**values):
 
 def test_a_step_rolls_out_assembles_updates_and_syncs():
     roles = ScriptedRoles()
-    ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+    ppo_step(roles, cut_chunks(4, range(6), 1, 3), options())
     assert roles.verbs() == [
         "generate",
         "score",
@@ -248,7 +248,7 @@ def test_a_step_rolls_out_assembles_updates_and_syncs():
 def test_a_step_drops_no_handle():
     """A failed call whose handle nobody waits for would be a silent loss: a lost load_weights means stale rollouts."""
     roles = ScriptedRoles()
-    ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+    ppo_step(roles, cut_chunks(4, range(6), 1, 3), options())
     assert {id(handle) for handle in roles.handles} == {id(handle) for handle in roles.waited}
 
 
@@ -260,7 +260,7 @@ def test_a_run_drops_no_handle():
 
 
 def test_causes_are_waited_for_before_what_needs_them():
-    """A dead reward model takes the assembler's call along; the failure that is told must be the reward model's."""
+    """A dead reward model takes the experience actor's call along; the failure that is told must be the reward model's."""
     needs = {
         "score": {"generate"},
         "logprobs": {"generate"},
@@ -285,14 +285,14 @@ def test_causes_are_waited_for_before_what_needs_them():
 )
 def test_a_failure_of_any_verb_ends_the_step(verb):
     with pytest.raises(UserError, match=f"{verb} failed"):
-        ppo_step(ScriptedRoles(broken=verb), cut_units(4, range(6), 1, 3), knobs())
+        ppo_step(ScriptedRoles(broken=verb), cut_chunks(4, range(6), 1, 3), options())
 
 
 @pytest.mark.parametrize("mismatch", [0.51, math.inf, math.nan])
 def test_the_mismatch_gate_stands_before_the_update(mismatch):
     roles = ScriptedRoles(mismatch=mismatch)
     with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
-        ppo_step(roles, cut_units(4, range(6), 1, 3), knobs())
+        ppo_step(roles, cut_chunks(4, range(6), 1, 3), options())
     assert roles.verbs()[-1] == "assemble"
 
 
@@ -343,11 +343,11 @@ def test_a_long_step_makes_a_checkpoint_overdue():
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_resumed_loop_does_what_the_undisturbed_one_would(stop_after):
-    knobs = {"adaptive_kl": {"target": 2.0, "horizon": 10}, "samples_per_prompt": 2, "minibatch_size": 8}
+    options = {"adaptive_kl": {"target": 2.0, "horizon": 10}, "samples_per_prompt": 2, "minibatch_size": 8}
     scores = [1.0, 0.5, 2.0, 1.5]
 
     def run(roles, diary, state=None):
-        scripted_loop(roles, diary, state, **knobs).run()
+        scripted_loop(roles, diary, state, **options).run()
         return [(verb, *what) for verb, *what in roles.events if verb in ("generate", "update", "assemble", "evaluate")]
 
     whole = Diary()
@@ -365,9 +365,9 @@ def test_a_resumed_loop_does_what_the_undisturbed_one_would(stop_after):
 
 
 def test_learning_rates_fall_linearly_or_stay():
-    def rates(**knobs):
+    def rates(**options):
         roles = ScriptedRoles()
-        scripted_loop(roles, Diary(), steps=4, learning_rate=0.4, critic_learning_rate=0.8, **knobs).run()
+        scripted_loop(roles, Diary(), steps=4, learning_rate=0.4, critic_learning_rate=0.8, **options).run()
         return [event[2] for event in roles.events if event[0] == "update"]
 
     assert rates() == pytest.approx([0.4, 0.8, 0.3, 0.6, 0.2, 0.4, 0.1, 0.2])
@@ -377,9 +377,9 @@ def test_learning_rates_fall_linearly_or_stay():
 def test_the_adaptive_coefficient_follows_the_kl_and_a_fixed_one_stays():
     """kl 3 against a target of 2: the error 0.5 is clipped to 0.2; 4 episodes of a horizon of 10: 1.08 a step."""
 
-    def coefficients(**knobs):
+    def coefficients(**options):
         roles, diary = ScriptedRoles(kl=3.0), Diary()
-        scripted_loop(roles, diary, steps=3, kl_coef=0.1, **knobs).run()
+        scripted_loop(roles, diary, steps=3, kl_coef=0.1, **options).run()
         return [event[1] for event in roles.events if event[0] == "assemble"], diary.saves[-1].kl_coef
 
     used, after = coefficients(adaptive_kl={"target": 2.0, "horizon": 10})
@@ -394,10 +394,10 @@ def test_the_best_policy_is_kept():
     assert diary.best == [3] and (loop.state.best_step, loop.state.best_score) == (3, 3.0)
 
 
-def run_until(roles, stop_after=None, state=None, **knobs):
+def run_until(roles, stop_after=None, state=None, **options):
     """(the loop, whether it finished, what it told) of a run of at most 12 steps that evaluates each."""
     diary = Diary(stop_after=stop_after)
-    loop = scripted_loop(roles, diary, state, **{"steps": 12, "eval_every": 1, "checkpoint_every": 3, **knobs})
+    loop = scripted_loop(roles, diary, state, **{"steps": 12, "eval_every": 1, "checkpoint_every": 3, **options})
     return loop, loop.run(), diary
 
 
@@ -485,9 +485,9 @@ def test_the_state_survives_json_before_the_first_evaluation_too():
 def test_every_step_trains_on_its_own_prompts():
     roles = ScriptedRoles()
     scripted_loop(roles, Diary(), steps=6, prompts=12).run()
-    units = training_units(roles)
+    chunks = training_units(roles)
     for epoch in ((0, 1, 2), (3, 4, 5)):
-        rows = [row for unit in units if unit.step in epoch for row in unit.prompt_indices]
+        rows = [row for chunk in chunks if chunk.step in epoch for row in chunk.prompt_indices]
         assert sorted(rows) == list(range(12))
 
 
@@ -500,7 +500,9 @@ def test_the_ranks_together_hold_each_row_of_each_minibatch_once(ranks):
     rows, schedule = 8, [[0, 3, 5, 6], [1, 2, 4, 7], [0, 1, 2, 3], [4, 5, 6, 7]]
     ids = [np.full(b + 1, b, np.int32) for b in range(rows)]
     floats = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, rows)
-    shards = cut_shards(3, Sequences.of(ids, ids), floats + 0.25, floats + 0.5, schedule, ranks)
+    shards = policy_shards(
+        3, rank_parts(Sequences.of(ids, ids), schedule, ranks), floats + 0.25, floats + 0.5, None
+    )
     assert len(shards) == ranks and all(shard.step == 3 for shard in shards)
     found = [[] for _ in schedule]
     for shard in shards:
@@ -508,8 +510,8 @@ def test_the_ranks_together_hold_each_row_of_each_minibatch_once(ranks):
         parts = zip(
             responses,
             shard.sequences.prompts(),
-            np.split(shard.old, np.cumsum(lengths)[:-1]),
-            np.split(shard.target, np.cumsum(lengths)[:-1]),
+            np.split(shard.old_logprobs, np.cumsum(lengths)[:-1]),
+            np.split(shard.advantages, np.cumsum(lengths)[:-1]),
             strict=True,
         )
         whose = []
@@ -569,12 +571,12 @@ def test_the_first_minibatch_has_ratio_one_exactly_at_equal_padding(folder):
         assert metrics["policy/approx_kl"] > 0.0  # the second epoch sees another policy
 
 
-@pytest.mark.parametrize("knobs", [{}, {"microbatch_tokens": 60, "entropy_coef": 0.05}, {"critic_warmup_steps": 1}])
-def test_a_first_step_from_the_forward_passes_that_are_there_is_the_same_step(folder, knobs):
+@pytest.mark.parametrize("options", [{}, {"microbatch_tokens": 60, "entropy_coef": 0.05}, {"critic_warmup_steps": 1}])
+def test_a_first_step_from_the_forward_passes_that_are_there_is_the_same_step(folder, options):
     """Two chunks of four in microbatches of two: equal weights, as many forward passes fewer, and no approx_kl at all."""
     ends, passes = [], []
     for reuse in (False, True):
-        ppo = {"steps": 2, "minibatch_size": 8, "reuse_forward": reuse} | knobs
+        ppo = {"steps": 2, "minibatch_size": 8, "reuse_forward": reuse} | options
         recipe = tiny_recipe(ppo=ppo)
         roles, diary = LocalRoles(recipe, folder), Diary()
         count = [0, 0]
@@ -592,7 +594,7 @@ def test_a_first_step_from_the_forward_passes_that_are_there_is_the_same_step(fo
             torch.testing.assert_close(
                 other[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
-    if not knobs:  # 2 steps of 4 microbatches: once for the old ones and once each epoch
+    if not options:  # 2 steps of 4 microbatches: once for the old ones and once each epoch
         assert passes == [[2 * 4 * 3] * 2, [2 * 4 * 2] * 2]
     assert passes[1][0] < passes[0][0] and passes[1][1] < passes[0][1]
 
@@ -644,9 +646,9 @@ def test_evaluation_draws_the_same_responses_from_the_same_policy(folder):
     roles = LocalRoles(tiny_recipe(), folder)
     drawn = []
     for step in (0, 3):
-        rollouts = roles.generation.generate(cut_units(step, range(6), 1, 4, evaluation=True))
+        rollouts = roles.generation.generate(cut_chunks(step, range(6), 1, 4, evaluation=True))
         drawn.append([ids.tolist() for rollout in rollouts for ids in rollout.sequences.responses()])
-    training = roles.generation.generate(cut_units(0, range(6), 1, 4))
+    training = roles.generation.generate(cut_chunks(0, range(6), 1, 4))
     assert drawn[0] == drawn[1]
     assert drawn[0] != [ids.tolist() for rollout in training for ids in rollout.sequences.responses()]
 
@@ -654,13 +656,13 @@ def test_evaluation_draws_the_same_responses_from_the_same_policy(folder):
 def test_evaluation_asks_the_held_out_prompts(folder):
     roles = LocalRoles(tiny_recipe(), folder)
     for evaluation, expected in ((False, TEXTS[2:5]), (True, TEXTS[18:21])):
-        (rollout,) = roles.generation.generate(cut_units(0, [2, 3, 4], 1, 4, evaluation=evaluation))
+        (rollout,) = roles.generation.generate(cut_chunks(0, [2, 3, 4], 1, 4, evaluation=evaluation))
         assert [prompt for prompt, _ in roles.reward.texts(rollout, 3)] == expected
 
 
 def test_samples_of_a_prompt_differ(folder):
     roles = LocalRoles(tiny_recipe(), folder)
-    (rollout,) = roles.generation.generate(cut_units(0, [3], 4, 4))
+    (rollout,) = roles.generation.generate(cut_chunks(0, [3], 4, 4))
     assert len({tuple(ids) for ids in rollout.sequences.responses()}) > 1
     assert len({tuple(ids) for ids in rollout.sequences.prompts()}) == 1
 
@@ -733,7 +735,7 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
     once = tiny_recipe(ppo=shape)
     roles = LocalRoles(once, folder)
     prompts = step_prompts(0, 16, 6, once.seed)
-    (scores,) = roles.reward.score(roles.generation.generate(cut_units(0, prompts, 2, 12)))
+    (scores,) = roles.reward.score(roles.generation.generate(cut_chunks(0, prompts, 2, 12)))
     pairs = scores.total.reshape(6, 2)
     telling = [prompt for prompt, (one, other) in zip(prompts, pairs, strict=True) if one != other]
     assert 0 < len(telling) < 5, "the case needs some prompts that tell and some that don't"
@@ -742,24 +744,24 @@ def test_prompts_that_tell_nothing_make_room_for_others(folder):
     for rounds in (1, 20):
         recipe = tiny_recipe(ppo=shape | {"dynamic_sampling_rounds": rounds})
         roles, diary = LocalRoles(recipe, folder), Diary()
-        assemble = roles.assembler.assemble
+        assemble = roles.experience.assemble
 
         def spy(rollouts, scores, *rest, assemble=assemble):
-            seen.append(([unit.unit.prompt_indices for unit in rollouts], Scores.join(scores).total.reshape(6, 2)))
+            seen.append(([chunk.chunk.prompt_indices for chunk in rollouts], Scores.join(scores).total.reshape(6, 2)))
             return assemble(rollouts, scores, *rest)
 
-        roles.assembler.assemble = spy
+        roles.experience.assemble = spy
         real_loop(recipe, roles, diary).run()
-        units, scores = seen[-1]
-        places = [prompt for unit in units for prompt in unit]
-        assert [len(unit) for unit in units] == [4, 4, 4]
+        chunks, scores = seen[-1]
+        places = [prompt for chunk in chunks for prompt in chunk]
+        assert [len(chunk) for chunk in chunks] == [4, 4, 4]
         trained = places[::2]
         assert trained == places[1::2] and len(set(trained)) == 6, "both samples of six different prompts"
         assert set(telling) <= set(trained)
         metrics = diary.records[1][1]
         differ = sum(one != other for one, other in scores)
         assert metrics["rollout/prompts_missing"] == 6 - differ
-        assert metrics["objective/flat_groups"] == pytest.approx(1 - differ / 6)
+        assert metrics["objective/zero_variance_groups"] == pytest.approx(1 - differ / 6)
         if rounds == 1:
             assert metrics["rollout/prompts_drawn"] == 6 + 6 - len(telling)
     assert metrics["rollout/prompts_drawn"] <= 16, "the prompt set is drawn once at most"

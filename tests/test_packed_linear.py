@@ -16,7 +16,7 @@ from rlhf_ray.cpu.activation import fast_activation
 from rlhf_ray.cpu.packed_linear import PackedForward, pack_linears
 from rlhf_ray.cpu.trained_layers import train_in_place
 from rlhf_ray.generation.engine import GenerationEngine
-from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit
+from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
 from rlhf_ray.models.float_head import Float32Linear
 from rlhf_ray.models.load import disable_dropout, fit_embeddings, save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
@@ -160,7 +160,7 @@ def rollout() -> RolloutBatch:
         [draws.integers(2, VOCAB - 2, n).astype(np.int32) for n in lengths] for lengths in ((3, 9), (12, 5))
     )
     return RolloutBatch(
-        unit=WorkUnit(step=0, chunk=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
+        chunk=Chunk(step=0, index=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
         sequences=Sequences.of(prompts, responses), rollout_logprobs=np.zeros(17, np.float32), ended=np.zeros(2, bool),
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.ppo.checkpoint import complete, last_good, read_role
 from rlhf_ray.ppo.export import export_model
-from rlhf_ray.ppo.step import cut_units
+from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.resume import write_recipe
 from rlhf_ray.runs.run_folder import RunFolder
@@ -46,7 +46,7 @@ EVERY_STEP = {
     "rollout/tokens", "rollout/policy_version_min", "episodes", "samples_per_s", "time/generate_s", "time/score_s",
     "time/assemble_s", "time/update_s", "time/sync_s", "time/step_s", "busy/generation_s", "busy/policy_s",
     "busy/policy_update_s",
-    "bytes/generation", "bytes/policy", "bytes/assembler",
+    "bytes/generation", "bytes/policy", "bytes/experience",
 }  # fmt: skip
 EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "time/evaluate_s"}
 
@@ -310,11 +310,11 @@ class Toy:
 
 @ray.remote(num_cpus=0, concurrency_groups={MAIL: 1})
 class SlowGenerator:
-    """Says of each unit how many syncs came before it."""
+    """Says of each chunk how many syncs came before it."""
 
     version = 0
 
-    def generate(self, unit):
+    def generate(self, chunk):
         version = self.version
         time.sleep(0.5)
         return version, Receipt(0.5, 8)
@@ -393,10 +393,10 @@ def test_a_task_whose_process_ended_is_named(toy):
     """Ray's WorkerCrashedError, like its errors for memory and lost objects, is no error of an actor."""
     waiting = waiter()
     dead = waiting.track(dying_task.remote(), "the evaluation task")
-    needs_it = waiting.track(toy.answer.remote(dead), "assembler")
+    needs_it = waiting.track(toy.answer.remote(dead), "experience")
     with pytest.raises(ActorDied, match="the evaluation task died .*run the same command again"):
         waiting.wait([dead], "evaluation")
-    with pytest.raises(ActorDied, match="a process that assembler waited for died"):
+    with pytest.raises(ActorDied, match="a process that experience waited for died"):
         waiting.wait([needs_it], "a test")
 
 
@@ -418,13 +418,13 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
 def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session, in_flight):
     actor, waiting = SlowGenerator.remote(), waiter()
     group = GenerationGroup([actor], waiting, in_flight)
-    units = cut_units(1, range(4), 1, 1)
-    rollouts = group.generate(units)
+    chunks = cut_chunks(1, range(4), 1, 1)
+    rollouts = group.generate(chunks)
     waiting.wait(rollouts[:1], "the first")
     waiting.wait(group.load_weights([ray.put("weights")], 1), "weights")
     versions = waiting.get(rollouts, "the others")
     assert (versions[0], versions[-1]) == (0, 1 if in_flight else 0), versions
-    assert waiting.get(group.generate(units[:1]), "one more") == [1]
+    assert waiting.get(group.generate(chunks[:1]), "one more") == [1]
     ray.kill(actor)
 
 
@@ -460,10 +460,10 @@ def test_what_no_node_can_hold_is_refused_at_once(roles, strategy, says):
 def test_a_dead_actor_is_named(session):
     waiting, actor, other = waiter(), Toy.remote(), Toy.remote()
     dead = waiting.track(actor.die.remote(), "reward actor 1 (chunk 3)")
-    needs_it = waiting.track(other.answer.remote(dead), "assembler")
+    needs_it = waiting.track(other.answer.remote(dead), "experience")
     with pytest.raises(ActorDied, match=r"reward actor 1 \(chunk 3\) died .*go on from the last checkpoint"):
         waiting.wait([dead], "a test")
-    with pytest.raises(ActorDied, match="a process that assembler waited for died"):
+    with pytest.raises(ActorDied, match="a process that experience waited for died"):
         waiting.wait([needs_it], "a test")
     ray.kill(other)
 

@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
-from rlhf_ray.algorithms.scores import flat_groups, length_correlation
+from rlhf_ray.algorithms.scores import length_correlation, zero_variance_groups
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.messages import RolloutBatch, Scores, Sequences, WorkUnit
+from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
@@ -40,8 +40,8 @@ def test_three_ways_to_combine_three_members():
 
 def test_a_flat_group_is_one_whose_samples_all_score_the_same():
     scores = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 0.5])
-    assert flat_groups(scores, group_size=2).tolist() == [True, False, True]
-    assert flat_groups(scores, group_size=3).tolist() == [False, False]
+    assert zero_variance_groups(scores, group_size=2).tolist() == [True, False, True]
+    assert zero_variance_groups(scores, group_size=3).tolist() == [False, False]
 
 
 def test_the_correlation_with_length_by_hand():
@@ -192,9 +192,9 @@ def test_a_model_with_another_tokenizer_scores_the_text_as_plain_transformers_do
         [np.array(policy(prompt).input_ids) for prompt in prompts],
         [np.array(policy(text).input_ids + ending) for text, ending in zip(texts, endings, strict=True)],
     )
-    unit = WorkUnit(step=0, chunk=0, prompt_indices=(0, 1, 2), sample_indices=(0, 0, 0))
+    chunk = Chunk(step=0, index=0, prompt_indices=(0, 1, 2), sample_indices=(0, 0, 0))
     rollout = RolloutBatch(
-        unit=unit, policy_version=0, sequences=sequences, ended=np.array([True, True, False]),
+        chunk=chunk, policy_version=0, sequences=sequences, ended=np.array([True, True, False]),
         rollout_logprobs=np.zeros(len(sequences.response_ids), np.float32),
     )  # fmt: skip
     terms = {"other": {"model": str(tmp_path / "other")}}

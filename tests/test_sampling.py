@@ -24,7 +24,7 @@ def test_draws_have_the_frequencies_of_the_distribution():
 def test_truncation_by_hand():
     """p = 0.4 0.3 0.2 0.1: the kept sets and what they are renormalised to, worked out by hand."""
     logprobs = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
-    for knobs, expected in [
+    for options, expected in [
         ({}, [0.2, 0.4, 0.1, 0.3]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
@@ -36,11 +36,11 @@ def test_truncation_by_hand():
         ({"top_k": 3, "top_p": 0.8, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
     ]:
         expected = torch.tensor([expected], dtype=torch.float32)
-        torch.testing.assert_close(truncate(logprobs, **knobs).exp(), expected, atol=1e-6, rtol=0)
-        vectors = {name: torch.tensor([value, OFF[name]]) for name, value in knobs.items()}
+        torch.testing.assert_close(truncate(logprobs, **options).exp(), expected, atol=1e-6, rtol=0)
+        vectors = {name: torch.tensor([value, OFF[name]]) for name, value in options.items()}
         both = truncate(logprobs.expand(2, -1), **vectors).exp()
         torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)  # the row whose knobs are off
+        torch.testing.assert_close(both[1:], logprobs.exp(), atol=1e-6, rtol=0)  # the row whose options are off
 
 
 def test_ties_with_the_last_kept_token_are_kept():
@@ -157,19 +157,19 @@ def test_rows_with_knobs_of_their_own():
     assert kept.all()
 
 
-@pytest.mark.parametrize("knobs", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 5, "top_p": 0.9}])
-def test_any_number_of_dimensions_before_the_vocabulary(knobs):
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 5, "top_p": 0.9}])
+def test_any_number_of_dimensions_before_the_vocabulary(options):
     """Each row by itself in float64, from the definition."""
     logprobs = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-    found = truncate(logprobs, **knobs).reshape(-1, 9)
+    found = truncate(logprobs, **options).reshape(-1, 9)
     for row, mine in zip(logprobs.double().reshape(-1, 9).numpy(), found.double().numpy(), strict=True):
         probs = np.exp(row)
         order = np.argsort(-probs)
-        kept = probs * np.isin(np.arange(9), order[: knobs.get("top_k", 9)])
+        kept = probs * np.isin(np.arange(9), order[: options.get("top_k", 9)])
         kept /= kept.sum()
         sums = np.cumsum(kept[order])
-        kept[order[np.searchsorted(sums, knobs.get("top_p", 1.0)) + 1 :]] = 0.0
-        kept[kept < knobs.get("min_p", 0.0) * kept.max()] = 0.0
+        kept[order[np.searchsorted(sums, options.get("top_p", 1.0)) + 1 :]] = 0.0
+        kept[kept < options.get("min_p", 0.0) * kept.max()] = 0.0
         np.testing.assert_allclose(np.exp(mine), kept / kept.sum(), atol=1e-6)
 
 
@@ -191,14 +191,14 @@ def test_a_draw_is_from_the_truncated_distribution(vector):
     """p = 0.1 0.2 0.3 0.4 and u = 0.05: the first token, unless a knob has cut it off."""
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     temperature = torch.tensor([1.0]) if vector else 1.0
-    for knobs, token, prob in (
+    for options, token, prob in (
         ({}, 0, 0.1),
         ({"top_k": 2}, 2, 3 / 7),
         ({"top_p": 0.85}, 1, 2 / 9),
         ({"min_p": 0.8}, 3, 1.0),  # 0.8 * 0.4 = 0.32
     ):
-        tokens, logprobs = draw(logits, torch.tensor([0.05]), temperature=temperature, **knobs)
-        assert tokens.tolist() == [token] and logprobs.item() == pytest.approx(np.log(prob), abs=1e-6), knobs
+        tokens, logprobs = draw(logits, torch.tensor([0.05]), temperature=temperature, **options)
+        assert tokens.tolist() == [token] and logprobs.item() == pytest.approx(np.log(prob), abs=1e-6), options
 
 
 def test_a_greedy_row_beside_one_that_is_drawn():

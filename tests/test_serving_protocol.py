@@ -15,17 +15,17 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.serving.app import build_app
-from rlhf_ray.serving.loading import load
-from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
-from rlhf_ray.serving.settings import (
-    AppSettings,
+from rlhf_ray.serving.config import (
+    AppConfig,
     EngineOptions,
     Limits,
     is_loopback,
     replica_environment,
     resolve_api_key,
 )
+from rlhf_ray.serving.loading import load
+from rlhf_ray.serving.model_folder import find_model, model_name
+from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
 from rlhf_ray.serving.streaming import EventStream
 from rlhf_ray.serving.text import ResponseText
 
@@ -57,7 +57,7 @@ def tokenizer(folder):
 
 
 def transport(served, **settings):
-    app = build_app(*served, AppSettings(name="tiny", limits=LIMITS, **settings))
+    app = build_app(*served, AppConfig(name="tiny", limits=LIMITS, **settings))
     return httpx.ASGITransport(app=app, raise_app_exceptions=False)
 
 
@@ -538,7 +538,7 @@ def test_rows_beyond_batch_and_queue_are_refused_and_leave_no_trace(served):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(served, stream):
     runner, reader = served
-    app = build_app(runner, reader, AppSettings(name="tiny", limits=LIMITS))
+    app = build_app(runner, reader, AppConfig(name="tiny", limits=LIMITS))
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 80, "n": 4, "stream": stream, "top_k": 1}).encode()
     scope = {
         "type": "http",
@@ -744,7 +744,7 @@ def test_only_loopback_goes_without_a_key(monkeypatch):
     for key in ("", "two words", "schlüssel"):
         with pytest.raises(UserError):
             resolve_api_key("127.0.0.1", key)
-    assert "s3cret" not in repr(AppSettings(name="x", api_key="s3cret"))
+    assert "s3cret" not in repr(AppConfig(name="x", api_key="s3cret"))
     with pytest.raises(UserError, match="max_rows"):
         Limits(max_rows=0)
 

@@ -128,8 +128,8 @@ def test_progress_is_that_of_steps_or_time_whichever_is_further():
 
 
 def test_deepspeed_configuration():
-    def config_of(**knobs) -> dict:
-        return deepspeed_config(microbatch_size=4, **knobs)
+    def config_of(**options) -> dict:
+        return deepspeed_config(microbatch_size=4, **options)
 
     config = config_of(zero_stage=0, compute_dtype=torch.float32, accumulation_steps=3, workers=2)
     assert config["train_batch_size"] == 24 and config["gradient_clipping"] == 1.0

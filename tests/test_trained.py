@@ -29,7 +29,7 @@ from rlhf_ray.models.trained_part import (
     save_adapter,
     train_only_part,
 )
-from rlhf_ray.ppo.step import cut_units
+from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.runs.run_folder import RunFolder
@@ -317,7 +317,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_all_the_rest_moves(trained, folder
 @pytest.mark.parametrize("part", ["lora"], indirect=True)
 def test_the_policy_with_its_adapter_off_answers_as_a_reference_does(trained, start, part):
     recipe, roles, _ = trained
-    (rollout,) = roles.generation.generate(cut_units(9, range(8), 1, 8))
+    (rollout,) = roles.generation.generate(cut_chunks(9, range(8), 1, 8))
     settings = {"temperature": 1.0, "compute_dtype": torch.float32, "microbatch_size": recipe.ppo.microbatch_size}
     reference = Reference(start, **settings)
     policy = roles.policy.roles[0].engine.module.model

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.trained_part import adapter_off, train_only_part
 from rlhf_ray.ppo.checkpoint import read_role, write_rank
-from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
@@ -111,7 +111,7 @@ def work(rank, world, port, folder):
         for stage in STAGES:
 
             def make(part=part, stage=stage):
-                settings = OptimiserSettings(adam_eps=1e-5, max_grad_norm=0.1, zero_stage=stage)
+                settings = OptimiserConfig(adam_eps=1e-5, max_grad_norm=0.1, zero_stage=stage)
                 return Sharding(make_module(part), settings, device=torch.device("cpu"))
 
             def train(engine, rates):

@@ -13,7 +13,7 @@ from rlhf_ray.cpu import kernels
 from rlhf_ray.cpu.activation import fast_activation
 from rlhf_ray.cpu.norms import norms_in_c
 from rlhf_ray.cpu.trained_layers import _FeedForward, train_in_place
-from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit
+from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
 from rlhf_ray.models.load import save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
@@ -223,7 +223,7 @@ def test_a_reference_computes_as_the_policy_does_where_products_are_in_c(
     draws = np.random.default_rng(0)
     prompts, responses = ([draws.integers(2, 48, n).astype(np.int32) for n in lengths] for lengths in ((3, 9), (12, 5)))
     batch = RolloutBatch(
-        unit=WorkUnit(step=0, chunk=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
+        chunk=Chunk(step=0, index=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
         sequences=Sequences.of(prompts, responses), rollout_logprobs=np.zeros(17, np.float32), ended=np.zeros(2, bool),
     )  # fmt: skip
     expected = Reference(tmp_path, temperature=1.0, compute_dtype=torch.bfloat16).logprobs(batch).values.tolist()

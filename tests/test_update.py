@@ -15,10 +15,10 @@ from differences import saw
 from in_process import TorchEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.algorithms.experience import AssembleKnobs
-from rlhf_ray.messages import RolloutBatch, Scores, Sequences, WorkUnit
-from rlhf_ray.roles.configs import PolicyKnobs
-from rlhf_ray.roles.experience import Assembler, AssembleSettings
+from rlhf_ray.algorithms.experience import AdvantageConfig
+from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
+from rlhf_ray.roles.configs import PolicyLossConfig
+from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 from rlhf_ray.training.forward import LogprobModel, ValueModel
 
@@ -175,32 +175,32 @@ def plain_train(model, loss, schedule):
 
 
 def shards_of(settings, policy, reference, critic, drawn=None):
-    """What the roles make of two units of work with the four rows. drawn: each row's rollout_logprobs."""
+    """What the roles make of two chunks with the four rows. drawn: each row's rollout_logprobs."""
     drawn = [[0.0] * len(ids) for ids in RESPONSES] if drawn is None else drawn
-    units = []
+    chunks = []
     for chunk, rows in enumerate(((0, 1, 2), (3,))):
         sequences = Sequences.of(*([np.array(ids[row]) for row in rows] for ids in (PROMPTS, RESPONSES)))
-        unit = WorkUnit(step=0, chunk=chunk, prompt_indices=rows, sample_indices=(0,) * len(rows))
-        units.append(RolloutBatch(
-            unit=unit, policy_version=0, sequences=sequences, ended=np.array([ENDED[row] for row in rows]),
+        chunk = Chunk(step=0, index=chunk, prompt_indices=rows, sample_indices=(0,) * len(rows))
+        chunks.append(RolloutBatch(
+            chunk=chunk, policy_version=0, sequences=sequences, ended=np.array([ENDED[row] for row in rows]),
             rollout_logprobs=np.array([value for row in rows for value in drawn[row]], np.float32),
         ))  # fmt: skip
     scores = [Scores(total=np.array(part, np.float32)) for part in (SCORES[:3], SCORES[3:])]
-    old = [policy.logprobs(unit) for unit in units]
-    ref = [reference.logprobs(unit) for unit in units]
-    values = [critic.values(unit) for unit in units]
-    return Assembler(settings).assemble(units, scores, ref, old, values, KL_COEF)
+    old = [policy.logprobs(chunk) for chunk in chunks]
+    ref = [reference.logprobs(chunk) for chunk in chunks]
+    values = [critic.values(chunk) for chunk in chunks]
+    return ExperienceMaker(settings).assemble(chunks, scores, ref, old, values, KL_COEF)
 
 
-PLAIN = PolicyKnobs(
+PLAIN = PolicyLossConfig(
     clip_range=CLIP, clip_range_high=CLIP, dual_clip=None, aggregation="token", max_new_tokens=4, kl_loss=None,
     entropy_coef=0.0, max_approx_kl=None,
 )  # fmt: skip
 
 
-def policy_trainer(model, microbatch_size, knobs):
+def policy_trainer(model, microbatch_size, options):
     module = LogprobModel(model, temperature=TEMPERATURE, compute_dtype=torch.float32)
-    return PolicyTrainer(TorchEngine(module, MAX_NORM), microbatch_size=microbatch_size, knobs=knobs)
+    return PolicyTrainer(TorchEngine(module, MAX_NORM), microbatch_size=microbatch_size, config=options)
 
 
 def critic_trainer(critic, microbatch_size):
@@ -224,14 +224,14 @@ EXTRAS = {
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS.keys())
 def test_one_update_is_that_of_the_formulas(extra):
     policy, reference, critic = models()
-    knobs = AssembleKnobs(
+    options = AdvantageConfig(
         advantage="gae", group_size=1, kl_in_reward=extra["kl_loss"] is None, kl_estimator="k1", gamma=GAMMA,
         gae_lambda=LAMBDA, score_clip=None, missing_eos_penalty=0.4,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False,
         whiten_advantages=True,
     )  # fmt: skip
-    settings = AssembleSettings(
-        knobs=knobs, minibatch_size=2, ppo_epochs=2, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED,
+    settings = ExperienceConfig(
+        advantages=options, minibatch_size=2, ppo_epochs=2, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED,
         importance_cap=extra["cap"],
     )  # fmt: skip
     exact = [copy.deepcopy(model).double() for model in (policy, reference, critic)]
@@ -279,13 +279,13 @@ def test_one_update_is_that_of_the_formulas(extra):
 
 def test_the_update_stops_when_the_policy_has_moved_far_enough():
     """At a small rate approx_kl of the minibatches rises from 0, so their mean lies between two of them."""
-    knobs = AssembleKnobs(
+    options = AdvantageConfig(
         advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.95,
         score_clip=None, missing_eos_penalty=0.0,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False, whiten_advantages=True,
     )  # fmt: skip
-    settings = AssembleSettings(
-        knobs=knobs, minibatch_size=4, ppo_epochs=6, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED
+    settings = ExperienceConfig(
+        advantages=options, minibatch_size=4, ppo_epochs=6, policy_ranks=1, critic_ranks=1, seed=SCHEDULE_SEED
     )
 
     def update(max_approx_kl, of_other_ranks=0.0):

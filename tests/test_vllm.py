@@ -89,16 +89,16 @@ def largest_gap(model, prompts, completions, params):
 
 @needs_vllm
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 7}, {"top_p": 0.7}, {"min_p": 0.2},
      {"temperature": 0.8, "top_k": 20, "top_p": 0.9}],
     ids=str,
 )  # fmt: skip
-def test_logprobs_are_those_of_the_distribution_that_is_drawn_from(case, knobs):
+def test_logprobs_are_those_of_the_distribution_that_is_drawn_from(case, options):
     engine, start, dtype = case
-    if dtype == torch.bfloat16 and knobs.keys() - {"temperature"}:
+    if dtype == torch.bfloat16 and options.keys() - {"temperature"}:
         pytest.skip("whether a token at the edge is kept depends on bits that bfloat16 has not")
-    params = SamplingParams(max_new_tokens=20, **knobs)
+    params = SamplingParams(max_new_tokens=20, **options)
     completions = engine.generate(PROMPTS, SEEDS, params)
     assert largest_gap(load_causal_lm(start, dtype), PROMPTS, completions, params) < TOLERANCE[dtype]
     assert all(each.logprobs.dtype == np.float32 and each.response_ids.dtype == np.int32 for each in completions)

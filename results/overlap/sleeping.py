@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.groups import (
-    AssemblerHandle,
+    ExperienceHandle,
     GenerationGroup,
     PolicyGroup,
     RayRoles,
@@ -29,7 +29,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.messages import Scores
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 
-UNITS = 4  # of a step
+CHUNKS = 4  # of a step
 MODES = {"alternating": {}, "1 ahead": {"steps_ahead": 1}, "2 ahead": {"steps_ahead": 2},
          "1 ahead, in flight": {"steps_ahead": 1, "weights_in_flight": True}}  # fmt: skip
 
@@ -40,12 +40,12 @@ class Sleeper:
     def begin(self, seconds):
         self.seconds, self.version, self.posted = seconds, 0, deque(maxlen=1)
 
-    def generate(self, unit):
+    def generate(self, chunk):
         if self.posted:
             self.version = self.posted.popleft()
         version = self.version
-        time.sleep(0 if unit.evaluation else self.seconds / UNITS)
-        return (unit.step, version), Receipt(self.seconds, 0)
+        time.sleep(0 if chunk.evaluation else self.seconds / CHUNKS)
+        return (chunk.step, version), Receipt(self.seconds, 0)
 
     def load_weights(self, version, *parts):
         self.version = version
@@ -60,11 +60,11 @@ class Sleeper:
         return [("prompt", "response")]
 
     def logprobs(self, rollout):
-        time.sleep(0.1 * self.seconds / UNITS)
+        time.sleep(0.1 * self.seconds / CHUNKS)
         return rollout, Receipt(0.0, 0)
 
-    def assemble(self, units, kl_coef, *parts):
-        ages = [step - version for step, version in parts[:units]]
+    def assemble(self, chunks, kl_coef, *parts):
+        ages = [step - version for step, version in parts[:chunks]]
         stats = {"objective/kl": 0.0, "policy/mismatch_max": 0.0, "rollout/importance_mean": 1.0,
                  "rollout/age_max": float(max(ages)), "rollout/age_mean": float(np.mean(ages))}  # fmt: skip
         return stats, "shard", Receipt(0.0, 0)
@@ -86,7 +86,7 @@ class Sleeper:
 def start_actors() -> dict:
     plain, mailed = ray.remote(Sleeper), ray.remote(concurrency_groups={MAIL: 1})(Sleeper)
     here, there = ({"num_cpus": 0, "resources": {host: 0.1}} for host in ("host_of_generators", "host_of_trainers"))
-    trainers = {name: plain.options(**there).remote() for name in ("reward", "reference", "policy", "assembler")}
+    trainers = {name: plain.options(**there).remote() for name in ("reward", "reference", "policy", "experience")}
     return trainers | {"generation": plain.options(**here).remote(), "in flight": mailed.options(**here).remote()}
 
 
@@ -102,7 +102,7 @@ def seconds_of(actors: dict, mode: dict, *, generate: float, train: float, steps
     roles = RayRoles(
         GenerationGroup([generator], waiter, in_flight), RewardGroup("reward", [actors["reward"]], waiter),
         ReferenceGroup("reference", [actors["reference"]], waiter), PolicyGroup("policy", [actors["policy"]], waiter),
-        None, AssemblerHandle(actors["assembler"], waiter, 1, 0, 1), waiter,
+        None, ExperienceHandle(actors["experience"], waiter, 1, 0, 1), waiter,
     )  # fmt: skip
     records = []
     hooks = LoopHooks(
@@ -110,7 +110,7 @@ def seconds_of(actors: dict, mode: dict, *, generate: float, train: float, steps
         samples=lambda *told: None, save=lambda state: None, save_best=lambda state: None,
     )  # fmt: skip
     config = PPOConfig(
-        steps=steps, rollout_batch_size=2 * UNITS, minibatch_size=8, microbatch_size=8, eval_every=steps, eval_prompts=1,
+        steps=steps, rollout_batch_size=2 * CHUNKS, minibatch_size=8, microbatch_size=8, eval_every=steps, eval_prompts=1,
         advantage="reinforce_pp", **mode,
     )  # fmt: skip
     started = time.perf_counter()

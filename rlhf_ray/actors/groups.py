@@ -11,7 +11,7 @@ from rlhf_ray.actors.role_actors import MAIL
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.weight_transport import Transport, choose_transport
 from rlhf_ray.config import ResourcesConfig
-from rlhf_ray.messages import WorkUnit
+from rlhf_ray.messages import Chunk
 
 WEIGHT_PART_BYTES = 256 * 1024**2
 
@@ -20,20 +20,20 @@ class GenerationGroup:
     """Unit i goes to actor i modulo their number; what comes back does not depend on which that is."""
 
     def __init__(self, actors: Sequence, waiter: Waiter, in_flight: bool = False, rests: bool = False):
-        """in_flight: the actors take new weights between two units of what they were asked, not behind all of it.
+        """in_flight: the actors take new weights between two chunks of what they were asked, not behind all of it.
 
-        rests: an actor gives its GPU memory back when the last unit that it was asked for is drawn.
+        rests: an actor gives its GPU memory back when the last chunk that it was asked for is drawn.
         """
         self.actors, self.waiter, self.in_flight, self.rests = actors, waiter, in_flight, rests
         self.by_channel = False  # `connect_weights`
 
-    def generate(self, units: Sequence[WorkUnit]) -> list[ray.ObjectRef]:
+    def generate(self, chunks: Sequence[Chunk]) -> list[ray.ObjectRef]:
         handles = []
-        for i, unit in enumerate(units):
+        for i, chunk in enumerate(chunks):
             number = i % len(self.actors)
-            last = (True,) if self.rests and i + len(self.actors) >= len(units) else ()
-            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(unit, *last)
-            name = f"generation actor {number} (step {unit.step}, chunk {unit.chunk})"
+            last = (True,) if self.rests and i + len(self.actors) >= len(chunks) else ()
+            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(chunk, *last)
+            name = f"generation actor {number} (step {chunk.step}, chunk {chunk.index})"
             handles.append(self.waiter.track(rollout, name, receipt))
         return handles
 
@@ -53,7 +53,7 @@ class GenerationGroup:
         return taking.remote(policy_version, *weights)
 
 
-class UnitGroup:
+class ChunkGroup:
     """Actors that turn each rollout into one small result: scores, reference log-probs, old log-probs, values."""
 
     def __init__(self, role: str, actors: Sequence, waiter: Waiter):
@@ -69,7 +69,7 @@ class UnitGroup:
         return handles
 
 
-class RewardGroup(UnitGroup):
+class RewardGroup(ChunkGroup):
     def score(self, rollouts):
         return self._each("score", rollouts)
 
@@ -80,12 +80,12 @@ class RewardGroup(UnitGroup):
         return self.waiter.track(self.actors[0].texts.remote(rollout, count), "reward actor 0 (texts)")
 
 
-class ReferenceGroup(UnitGroup):
+class ReferenceGroup(ChunkGroup):
     def logprobs(self, rollouts):
         return self._each("logprobs", rollouts)
 
 
-class TrainerGroup(UnitGroup):
+class TrainerGroup(ChunkGroup):
     """The ranks of a DeepSpeed group. A collective call goes to all of them."""
 
     def _forward(self, method: str, rollouts: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
@@ -186,7 +186,7 @@ class CriticGroup(TrainerGroup):
         return self._forward("values", rollouts)
 
 
-class AssemblerHandle:
+class ExperienceHandle:
     def __init__(self, actor, waiter: Waiter, policy_ranks: int, critic_ranks: int, group_size: int):
         self.actor, self.waiter, self.group_size = actor, waiter, group_size
         self.policy_ranks, self.critic_ranks = policy_ranks, critic_ranks
@@ -196,27 +196,27 @@ class AssemblerHandle:
         stats, *shards, receipt = self.actor.assemble.options(num_returns=returns + 1).remote(
             len(rollouts), kl_coef, *rollouts, *scores, *ref_logprobs, *old_logprobs, *old_values
         )
-        self.waiter.track(stats, "assembler", receipt)
+        self.waiter.track(stats, "experience", receipt)
         return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
 
     def own_mismatch(self, rollouts, logprobs):
         ref = self.actor.own_mismatch.remote(len(rollouts), *rollouts, *logprobs)
-        return self.waiter.track(ref, "assembler (mismatch)")
+        return self.waiter.track(ref, "experience (mismatch)")
 
-    def flat(self, scores):
-        return self.waiter.track(self.actor.flat.remote(*scores), "assembler (prompts that tell)")
+    def zero_variance(self, scores):
+        return self.waiter.track(self.actor.zero_variance.remote(*scores), "experience (prompts that tell)")
 
     def pack(self, rollouts, scores, prompts: int, chunk_size: int):
         chunks = -(-prompts * self.group_size // chunk_size)
         call = self.actor.pack.options(num_returns=2 * chunks + 1)
         *packed, receipt = call.remote(len(rollouts), prompts, chunk_size, *rollouts, *scores)
         for ref in packed:
-            self.waiter.track(ref, "assembler (pack)", receipt)
+            self.waiter.track(ref, "experience (pack)", receipt)
         return packed[:chunks], packed[chunks:]
 
     def evaluate(self, rollouts, scores, ref_logprobs, judged):
         ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs, *judged)
-        return self.waiter.track(ref, "assembler (evaluation)")
+        return self.waiter.track(ref, "experience (evaluation)")
 
 
 class RayRoles:
@@ -229,11 +229,11 @@ class RayRoles:
         reference: ReferenceGroup | AdapterOff,
         policy: PolicyGroup,
         critic: CriticGroup | None,
-        assembler: AssemblerHandle,
+        experience: ExperienceHandle,
         waiter: Waiter,
     ):
         self.generation, self.reward, self.reference = generation, reward, reference
-        self.policy, self.critic, self.assembler, self.waiter = policy, critic, assembler, waiter
+        self.policy, self.critic, self.experience, self.waiter = policy, critic, experience, waiter
 
     def wait(self, handles, what: str) -> None:
         self.waiter.wait(handles, what)

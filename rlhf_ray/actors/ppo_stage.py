@@ -12,8 +12,8 @@ import ray
 from rlhf_ray.actors.forked_actors import forked_actors
 from rlhf_ray.actors.groups import (
     AdapterOff,
-    AssemblerHandle,
     CriticGroup,
+    ExperienceHandle,
     GenerationGroup,
     PolicyGroup,
     RayRoles,
@@ -23,8 +23,8 @@ from rlhf_ray.actors.groups import (
 )
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.role_actors import (
-    AssemblerActor,
     CriticActor,
+    ExperienceActor,
     GenerationActor,
     MailedGenerationActor,
     PolicyActor,
@@ -81,10 +81,10 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         critic = []
         if recipe.ppo.has_critic:
             critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
-        assembler = AssemblerActor.options(num_cpus=0, runtime_env=runtime_env).remote(
-            "assembler-0", recipe, folder, RoleConfig(threads=1)
+        experience = ExperienceActor.options(num_cpus=0, runtime_env=runtime_env).remote(
+            "experience-0", recipe, folder, RoleConfig(threads=1)
         )
-        everyone = [*generation, *reward, *reference, *policy, *critic, assembler]
+        everyone = [*generation, *reward, *reference, *policy, *critic, experience]
         names = [
             f"{role} actor {number}"
             for role, group in (
@@ -103,11 +103,11 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 generation_group, RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
                 CriticGroup("critic", critic, waiter) if critic else None,
-                AssemblerHandle(assembler, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
+                ExperienceHandle(experience, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
             )  # fmt: skip
             ready = [
                 waiter.track(actor.ready.remote(), f"{name} (start)")
-                for actor, name in zip(everyone, [*names, "assembler"], strict=True)
+                for actor, name in zip(everyone, [*names, "experience"], strict=True)
             ]
             roles.join(Path(start), Path(critic_start), resources.start_timeout_s)
             waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
@@ -207,7 +207,7 @@ def copy_model(source: Path, target: Path) -> None:
 def publish_best(folder: RunFolder, state: LoopState) -> None:
     """The best policy that the checkpoint knows becomes ppo/best; other candidates go.
 
-    It waits for the checkpoint, because a run that goes on from an older one, with other knobs perhaps, must not find the
+    It waits for the checkpoint, because a run that goes on from an older one, with another recipe perhaps, must not find the
     best policy of steps that it never took.
     """
     chosen = folder.candidate(state.best_step)

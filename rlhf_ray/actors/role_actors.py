@@ -70,8 +70,8 @@ class Generation(RoleActor, GenerationEnd):
         )  # fmt: skip
 
     @with_receipt
-    def generate(self, unit, last=False):
-        return self.role.generate(unit, last)
+    def generate(self, chunk, last=False):
+        return self.role.generate(chunk, last)
 
 
 GenerationActor = ray.remote(Generation)
@@ -123,36 +123,36 @@ class ReferenceActor(RoleActor):
 
 
 @ray.remote
-class AssemblerActor(RoleActor):
+class ExperienceActor(RoleActor):
     def build(self):
-        from rlhf_ray.roles.configs import assemble_settings
-        from rlhf_ray.roles.experience import Assembler
+        from rlhf_ray.roles.configs import experience_config
+        from rlhf_ray.roles.experience import ExperienceMaker
 
-        self.role = Assembler(assemble_settings(self.recipe))
+        self.role = ExperienceMaker(experience_config(self.recipe))
 
     @with_receipt
-    def assemble(self, units: int, kl_coef: float, *parts):
-        """parts: rollouts, scores, ref_logprobs, old_logprobs and old_values (unless there is no critic), `units` of each,
+    def assemble(self, chunks: int, kl_coef: float, *parts):
+        """parts: rollouts, scores, ref_logprobs, old_logprobs and old_values (unless there is no critic), `chunks` of each,
         as refs that Ray resolves."""
-        groups = [list(parts[i : i + units]) for i in range(0, 5 * units, units)]  # no critic: the last one is empty
+        groups = [list(parts[i : i + chunks]) for i in range(0, 5 * chunks, chunks)]  # no critic: the last one is empty
         stats, policy, critic = self.role.assemble(*groups, kl_coef=kl_coef)
         return [stats, *policy, *critic]
 
-    def own_mismatch(self, units: int, *parts):
-        """parts: rollouts and the policy's log-probs, `units` of each."""
-        return self.role.own_mismatch(list(parts[:units]), list(parts[units:]))
+    def own_mismatch(self, chunks: int, *parts):
+        """parts: rollouts and the policy's log-probs, `chunks` of each."""
+        return self.role.own_mismatch(list(parts[:chunks]), list(parts[chunks:]))
 
-    def flat(self, *scores):
-        return self.role.flat(list(scores))
+    def zero_variance(self, *scores):
+        return self.role.zero_variance(list(scores))
 
     @with_receipt
-    def pack(self, units: int, prompts: int, chunk_size: int, *parts):
-        rollouts, scores = self.role.pack(list(parts[:units]), list(parts[units:]), prompts, chunk_size)
+    def pack(self, chunks: int, prompts: int, chunk_size: int, *parts):
+        rollouts, scores = self.role.pack(list(parts[:chunks]), list(parts[chunks:]), prompts, chunk_size)
         return [*rollouts, *scores]
 
-    def evaluate(self, units: int, *parts):
-        """parts: rollouts, scores, ref_logprobs and the judge's scores (if it was asked), `units` of each."""
-        return self.role.evaluate(*(list(parts[i : i + units]) for i in range(0, 4 * units, units)))
+    def evaluate(self, chunks: int, *parts):
+        """parts: rollouts, scores, ref_logprobs and the judge's scores (if it was asked), `chunks` of each."""
+        return self.role.evaluate(*(list(parts[i : i + chunks]) for i in range(0, 4 * chunks, chunks)))
 
 
 class TrainerActor(RoleActor):
@@ -173,7 +173,7 @@ class TrainerActor(RoleActor):
 
     def _engine(self, module, address: str, port: int):
         with collector_paused():
-            from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+            from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
             from rlhf_ray.training.distributed import join_group
 
         resources = self.recipe.resources
@@ -186,7 +186,7 @@ class TrainerActor(RoleActor):
             timeout_s=resources.call_timeout_s,
         )
         ppo = self.recipe.ppo
-        settings = OptimiserSettings(
+        settings = OptimiserConfig(
             adam_eps=ppo.adam_eps, adam_form=ppo.adam_form, max_grad_norm=ppo.max_grad_norm,
             zero_stage=self.settings.zero_stage,
         )  # fmt: skip
@@ -221,7 +221,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         with collector_paused():
             from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
             from rlhf_ray.models.trained_part import train_only_part
-            from rlhf_ray.roles.configs import policy_knobs
+            from rlhf_ray.roles.configs import policy_loss_config
             from rlhf_ray.roles.trainer import PolicyTrainer
             from rlhf_ray.training.forward import LogprobModel
 
@@ -240,7 +240,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         )  # fmt: skip
         engine = self._engine(module, address, port)
         self.role = PolicyTrainer(
-            engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, knobs=policy_knobs(self.recipe)
+            engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, config=policy_loss_config(self.recipe)
         )
         return weight_bytes
 

@@ -109,7 +109,7 @@ class GenerationEnd:
     """Of a generation actor."""
 
     def load_weights(self, policy_version, *parts):
-        """parts: name -> weight, together all that trains. In place, before the next unit."""
+        """parts: name -> weight, together all that trains. In place, before the next chunk."""
         weights = {name: weight for part in parts for name, weight in part.items()}
         version = self.role.load_weights(weights, policy_version)
         if self.device.type == "cuda":
@@ -117,7 +117,7 @@ class GenerationEnd:
         return version
 
     def post_weights(self, policy_version, *parts):
-        """As `load_weights`, for a generator at work: taken between two units."""
+        """As `load_weights`, for a generator at work: taken between two chunks."""
         weights = {name: weight for part in parts for name, weight in part.items()}
         return self.role.post_weights(weights, policy_version)
 

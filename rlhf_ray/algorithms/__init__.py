@@ -1,4 +1,4 @@
-"""The maths of RLHF: tensors in, tensors out, knobs by keyword.
+"""The maths of RLHF: tensors in, tensors out, options by keyword.
 Pure: Python and torch, nothing of Ray, DeepSpeed or Hugging Face.
 
 May import: cpu.

@@ -12,7 +12,13 @@ from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
-from rlhf_ray.algorithms.scores import end_scores, flat_groups, length_correlation, overlong_penalty, token_rewards
+from rlhf_ray.algorithms.scores import (
+    end_scores,
+    length_correlation,
+    overlong_penalty,
+    token_rewards,
+    zero_variance_groups,
+)
 
 #: Advantages of whole responses from the rewards [B] of their group; every token of a response gets the same.
 GROUP_ADVANTAGES = {"rloo": leave_one_out, "grpo": group_standardised, "dr_grpo": group_centred}
@@ -20,7 +26,7 @@ Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AssembleKnobs:
+class AdvantageConfig:
     """How the recipe wants rewards and advantages."""
 
     advantage: Advantage
@@ -55,24 +61,24 @@ def assemble(
     ref_logprobs: torch.Tensor,  # [B, T]
     old_values: torch.Tensor | None,  # [B, T]; None without a critic
     action_mask: torch.Tensor,  # [B, T] bool
-    knobs: AssembleKnobs,
+    config: AdvantageConfig,
     *,
     kl_coef: float,
 ) -> Assembled:
     """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch."""
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
     penalised = end_scores(
-        scores, ended, clip=knobs.score_clip, penalty=knobs.missing_eos_penalty, replacement=knobs.missing_eos_score
+        scores, ended, clip=config.score_clip, penalty=config.missing_eos_penalty, replacement=config.missing_eos_score
     )
-    if knobs.overlong_buffer > 0:
+    if config.overlong_buffer > 0:
         lengths = action_mask.sum(1).to(scores.dtype)
-        penalised = penalised - overlong_penalty(lengths, longest=knobs.max_new_tokens, buffer=knobs.overlong_buffer)
-    if knobs.advantage == "reinforce_pp_baseline":  # the group's mean goes first, the KL is added to what is left
-        paid = group_centred(penalised, group_size=knobs.group_size)
+        penalised = penalised - overlong_penalty(lengths, longest=config.max_new_tokens, buffer=config.overlong_buffer)
+    if config.advantage == "reinforce_pp_baseline":  # the group's mean goes first, the KL is added to what is left
+        paid = group_centred(penalised, group_size=config.group_size)
     else:
         paid = penalised
-    penalty = torch.where(action_mask, KL_ESTIMATORS[knobs.kl_estimator](old_logprobs, ref_logprobs), 0.0)
-    rewards = token_rewards(paid, penalty, action_mask, kl_coef=kl_coef if knobs.kl_in_reward else 0.0)
+    penalty = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
+    rewards = token_rewards(paid, penalty, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
     stats = {
         "objective/score": float(scores.mean()),
         "objective/score_std": float(scores.std(unbiased=False)),
@@ -85,23 +91,24 @@ def assemble(
         "policy/mismatch_max": float((rollout_logprobs - old_logprobs)[action_mask].abs().max()),
         "policy/mismatch_kl": float(masked_mean(rollout_logprobs - old_logprobs, action_mask)),
     }
-    if knobs.group_size > 1:
-        stats["objective/flat_groups"] = float(flat_groups(penalised, group_size=knobs.group_size).float().mean())
-    if knobs.whiten_rewards:
+    if config.group_size > 1:
+        equal = zero_variance_groups(penalised, group_size=config.group_size)
+        stats["objective/zero_variance_groups"] = float(equal.float().mean())
+    if config.whiten_rewards:
         rewards = masked_whiten(rewards, action_mask, shift_mean=False)
     returns = None
-    if knobs.advantage == "gae":
-        advantages, returns = gae(rewards, old_values, action_mask, gamma=knobs.gamma, gae_lambda=knobs.gae_lambda)
+    if config.advantage == "gae":
+        advantages, returns = gae(rewards, old_values, action_mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
         stats |= {
             "value/explained_variance": explained_variance(old_values, returns, action_mask),
             "value/returns": float(masked_mean(returns, action_mask)),
         }
-    elif knobs.advantage in GROUP_ADVANTAGES:
-        of_response = GROUP_ADVANTAGES[knobs.advantage](rewards.sum(1), group_size=knobs.group_size)
+    elif config.advantage in GROUP_ADVANTAGES:
+        of_response = GROUP_ADVANTAGES[config.advantage](rewards.sum(1), group_size=config.group_size)
         advantages = torch.where(action_mask, of_response[:, None], 0.0)
     else:
-        advantages = rewards_to_go(rewards, action_mask, gamma=knobs.gamma)
+        advantages = rewards_to_go(rewards, action_mask, gamma=config.gamma)
     stats["policy/advantage_std"] = float(advantages[action_mask].std(unbiased=False))
-    if knobs.whiten_advantages:
+    if config.whiten_advantages:
         advantages = masked_whiten(advantages, action_mask, shift_mean=True)
     return Assembled(advantages=advantages, returns=returns, stats=stats)

@@ -5,7 +5,7 @@ tokens, then to the smallest set with probability top_p of what is left, then to
 the likeliest one's probability, then renormalised. Tokens are kept by value: those that tie with the last one kept are
 kept too, so the set does not depend on the order of the vocabulary.
 
-Every knob is one number for all rows, or a tensor [n].
+Every parameter is one number for all rows, or a tensor [n].
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 
 from rlhf_ray.cpu.kernels import kernel
 
-Knob = float | int | torch.Tensor
+Parameter = float | int | torch.Tensor
 PIECE = 128  # of the vocabulary
 
 
-def tempered_logprobs(logits: torch.Tensor, *, temperature: Knob) -> torch.Tensor:
+def tempered_logprobs(logits: torch.Tensor, *, temperature: Parameter) -> torch.Tensor:
     """log softmax(logits / temperature) in float32.   logits [..., V]; temperature above 0."""
     return _tempered(logits, temperature).log_softmax(-1)
 
 
-def _tempered(logits: torch.Tensor, temperature: Knob) -> torch.Tensor:
+def _tempered(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
     logits = logits.float()
     if isinstance(temperature, torch.Tensor):
         return logits / temperature[..., None]
     return logits / temperature if temperature != 1.0 else logits
 
 
-def truncate(logprobs: torch.Tensor, *, top_k: Knob = 0, top_p: Knob = 1.0, min_p: Knob = 0.0) -> torch.Tensor:
+def truncate(logprobs: torch.Tensor, *, top_k: Parameter = 0, top_p: Parameter = 1.0, min_p: Parameter = 0.0) -> torch.Tensor:
     """Drop the unlikely tokens (-inf) and renormalise the others.   logprobs [..., V], normalised -> the same shape.
 
     top_k 0, top_p 1 and min_p 0 keep every token; when all three do so for every row, the input comes back as it is.
@@ -81,10 +81,10 @@ def draw(
     logits: torch.Tensor,  # [n, V]
     uniforms: torch.Tensor,  # [n] in [0, 1)
     *,
-    temperature: Knob,  # 0: the likeliest token, with its log-prob under the untempered distribution
-    top_k: Knob = 0,
-    top_p: Knob = 1.0,
-    min_p: Knob = 0.0,
+    temperature: Parameter,  # 0: the likeliest token, with its log-prob under the untempered distribution
+    top_k: Parameter = 0,
+    top_p: Parameter = 1.0,
+    min_p: Parameter = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row and its log-prob under the distribution it was drawn from.   -> [n] int64, [n] float32."""
     if isinstance(temperature, torch.Tensor):
@@ -123,17 +123,17 @@ def _at(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def _is_on(knob: Knob, off: float) -> bool:
-    return isinstance(knob, torch.Tensor) or knob != off
+def _is_on(parameter: Parameter, off: float) -> bool:
+    return isinstance(parameter, torch.Tensor) or parameter != off
 
 
-def _column(knob: Knob, like: torch.Tensor) -> torch.Tensor:
-    """A knob as a float32 tensor that broadcasts over the vocabulary."""
-    knob = torch.as_tensor(knob, dtype=torch.float32, device=like.device)
-    return knob[..., None] if knob.ndim else knob
+def _column(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:
+    """A parameter as a float32 tensor that broadcasts over the vocabulary."""
+    parameter = torch.as_tensor(parameter, dtype=torch.float32, device=like.device)
+    return parameter[..., None] if parameter.ndim else parameter
 
 
-def _kth_largest(logprobs: torch.Tensor, top_k: Knob) -> torch.Tensor:
+def _kth_largest(logprobs: torch.Tensor, top_k: Parameter) -> torch.Tensor:
     """The top_k-th largest entry of each row; -inf where top_k is 0 or not below V."""
     vocab_size = logprobs.shape[-1]
     if not isinstance(top_k, torch.Tensor):
@@ -145,7 +145,7 @@ def _kth_largest(logprobs: torch.Tensor, top_k: Knob) -> torch.Tensor:
     return torch.where(on, values.gather(-1, (top_k - 1).clamp(0, largest - 1)), -torch.inf)
 
 
-def _nucleus_edge(logprobs: torch.Tensor, top_p: Knob) -> torch.Tensor:
+def _nucleus_edge(logprobs: torch.Tensor, top_p: Parameter) -> torch.Tensor:
     """The least likely entry of the smallest set with probability top_p, a row; -inf where top_p is 1."""
     top_p = _column(top_p, logprobs)
     total = logprobs.logsumexp(-1, keepdim=True)  # not 0 after a top_k

@@ -1,6 +1,6 @@
 """`rlhf-ray bench controller`: what the PPO loop itself costs with many generation actors, and whether it stays flat.
 
-Real: the loop, the groups, the waiter, the assembler, Ray's calls and its object store. Pretended: all other roles, a few
+Real: the loop, the groups, the waiter, the experience, Ray's calls and its object store. Pretended: all other roles, a few
 processes that stand for many actors (`fakes`). The yardstick is as many bare Ray calls to the same processes.
 """
 
@@ -67,7 +67,7 @@ def measure_controller(crowd: Crowd, *, steps: int) -> dict:
 def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Watch:
     import ray
 
-    from rlhf_ray.actors.role_actors import AssemblerActor
+    from rlhf_ray.actors.role_actors import ExperienceActor
     from rlhf_ray.actors.wait import Waiter
     from rlhf_ray.bench.fakes import Fakes
     from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
@@ -76,18 +76,18 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
         Fakes.options(num_cpus=0, max_concurrency=THREADS).remote(crowd.work.prompt, crowd.work.response, weight_bytes)
         for weight_bytes in [crowd.weight_bytes] * crowd.processes + [0]
     ]
-    assembler = AssemblerActor.options(num_cpus=0).remote("assembler-0", recipe, folder, RoleConfig(threads=1))
+    experience = ExperienceActor.options(num_cpus=0).remote("experience-0", recipe, folder, RoleConfig(threads=1))
     waiter = Waiter(600, "look at what else runs on this machine")
     waiter.wait([waiter.track(one.nothing.remote(), "pretended actor (start)") for one in processes], "start")
     watch = Watch(processes[:-1], crowd.calls, max(1, steps // SAMPLES), max(2, int(WARM_UP * steps)), waiter)
     hooks = LoopHooks(record=watch.record, samples=_ignore, save=_ignore, save_best=_ignore)
     every = {"steps": steps, "eval_every": steps + 1, "checkpoint_every": steps + 1, "checkpoint_minutes": 1e6}
     loop = PPOLoop(
-        _roles(processes, assembler, crowd, waiter), recipe.ppo.model_copy(update=every), hooks, LoopState(kl_coef=0.05),
+        _roles(processes, experience, crowd, waiter), recipe.ppo.model_copy(update=every), hooks, LoopState(kl_coef=0.05),
         prompts=crowd.work.rows, eval_prompts=crowd.rows, chunk_size=crowd.rows, seed=0,
     )  # fmt: skip
     loop.run()
-    for actor in (*processes, assembler):
+    for actor in (*processes, experience):
         ray.kill(actor)
     return watch
 
@@ -96,7 +96,7 @@ def _ignore(*args) -> None:
     """A hook without an outside."""
 
 
-def _roles(processes: list, assembler, crowd: Crowd, waiter):
+def _roles(processes: list, experience, crowd: Crowd, waiter):
     """The real groups; number i of a role is process i modulo their number. The last process is the policy's other ranks,
     which have no weights to send."""
     from rlhf_ray.actors import groups
@@ -115,7 +115,7 @@ def _roles(processes: list, assembler, crowd: Crowd, waiter):
         groups.ReferenceGroup("reference", actors(scorers), waiter),
         policy,
         groups.CriticGroup("critic", actors(crowd.ranks), waiter),
-        groups.AssemblerHandle(assembler, waiter, crowd.ranks, crowd.ranks, 1),
+        groups.ExperienceHandle(experience, waiter, crowd.ranks, crowd.ranks, 1),
         waiter,
     )
 
@@ -217,7 +217,7 @@ def show_controller(result: dict, *, as_json: bool) -> None:
         _drift(result["rss_bytes"], "controller's memory (RSS)"),
         _drift(result["store_bytes"], "object store in use between steps"),
         f"{work['generators']} generation actors, pretended by {work['processes']} processes that answer at once; real: loop, "
-        f"groups, waits, assembler, store. {work['chunks']} chunks of {work['rows']} x ({work['prompt_tokens']} + "
+        f"groups, waits, experience, store. {work['chunks']} chunks of {work['rows']} x ({work['prompt_tokens']} + "
         f"{work['response_tokens']}) tokens and {work['calls']} calls a step, {work['steps']} steps ({on_hardware(result)})",
     ]
     show(result, lines, as_json=as_json, columns=("", "median (least to most)"), rows=rows)

@@ -58,7 +58,7 @@ def run_ours(recipe, folder: RunFolder, work: Work, iterations: int) -> dict[str
     from rlhf_ray.actors.ppo_stage import ray_roles
     from rlhf_ray.actors.session import ray_session
     from rlhf_ray.actors.wait import Waiter
-    from rlhf_ray.ppo.step import StepKnobs, cut_units, ppo_step, sync_weights
+    from rlhf_ray.ppo.step import StepConfig, cut_chunks, ppo_step, sync_weights
 
     found = []
     waiter = Waiter(1800, "look at what else runs on this machine")
@@ -66,10 +66,10 @@ def run_ours(recipe, folder: RunFolder, work: Work, iterations: int) -> dict[str
         sync_weights(roles, 0)
         for step in range(iterations):
             rate = LEARNING_RATE * (1 - step / iterations)
-            units = cut_units(step, range(step * work.rows, (step + 1) * work.rows), 1, work.rows)
-            knobs = StepKnobs(step=step, kl_coef=KL_COEF, learning_rate=rate, critic_learning_rate=rate, max_mismatch=1.0,
+            chunks = cut_chunks(step, range(step * work.rows, (step + 1) * work.rows), 1, work.rows)
+            config = StepConfig(step=step, kl_coef=KL_COEF, learning_rate=rate, critic_learning_rate=rate, max_mismatch=1.0,
                               max_first_approx_kl=1.0)  # fmt: skip
-            found.append(ppo_step(roles, units, knobs))
+            found.append(ppo_step(roles, chunks, config))
     return {name: [metrics[f"objective/{name}"] for metrics in found] for name in ("score", "kl")}
 
 

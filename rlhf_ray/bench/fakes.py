@@ -10,12 +10,12 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.receipt import with_receipt
-from rlhf_ray.messages import RolloutBatch, Scores, Sequences, TokenValues, WorkUnit, flatten
+from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences, TokenValues, flatten
 
 
 @ray.remote
 class Fakes:
-    """All roles but the assembler. Every row has `prompt` and `response` tokens."""
+    """All roles but the experience. Every row has `prompt` and `response` tokens."""
 
     def __init__(self, prompt: int, response: int, weight_bytes: int):
         self.prompt, self.response, self.weight_bytes = prompt, response, weight_bytes
@@ -25,10 +25,10 @@ class Fakes:
         return None
 
     @with_receipt
-    def generate(self, unit: WorkUnit) -> RolloutBatch:
-        rows = len(unit.prompt_indices)
+    def generate(self, chunk: Chunk) -> RolloutBatch:
+        rows = len(chunk.prompt_indices)
         return RolloutBatch(
-            unit=unit, policy_version=unit.step,
+            chunk=chunk, policy_version=chunk.step,
             sequences=Sequences.of([np.arange(self.prompt)] * rows, [np.arange(self.response)] * rows),
             rollout_logprobs=np.full(rows * self.response, -8.0, np.float32), ended=np.ones(rows, bool),
         )  # fmt: skip
@@ -38,7 +38,7 @@ class Fakes:
 
     @with_receipt
     def score(self, rollout: RolloutBatch) -> Scores:
-        return Scores(total=np.array(rollout.unit.prompt_indices, np.float32))
+        return Scores(total=np.array(rollout.chunk.prompt_indices, np.float32))
 
     def texts(self, rollout: RolloutBatch, count: int) -> list[tuple[str, str]]:
         return [("a prompt", "a response")] * count
@@ -54,7 +54,7 @@ class Fakes:
 
     @with_receipt
     def update(self, shard, *rates: float) -> dict[str, float]:
-        return {"first_policy/approx_kl": 0.0, "tokens": float(len(shard.old))}
+        return {"first_policy/approx_kl": 0.0, "tokens": float(len(shard.sequences.response_ids))}
 
     @with_receipt
     def weights(self, parts: int) -> list[dict[str, np.ndarray]]:

@@ -63,7 +63,7 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
     from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
     from rlhf_ray.actors.wait import Waiter
     from rlhf_ray.models.size import parameters
-    from rlhf_ray.ppo.step import StepKnobs, cut_units, ppo_step, sync_weights
+    from rlhf_ray.ppo.step import StepConfig, cut_chunks, ppo_step, sync_weights
 
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_bench_") as path:
         folder = RunFolder(Path(path))
@@ -76,13 +76,13 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
             start_s = time.perf_counter() - started
             runs = []
             for step in range(iterations + 1):
-                units = cut_units(step, range(work.rows), 1, work.rows)
-                knobs = StepKnobs(
+                chunks = cut_chunks(step, range(work.rows), 1, work.rows)
+                config = StepConfig(
                     step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0,
                     max_first_approx_kl=1.0,
                 )  # fmt: skip
                 began = time.perf_counter()
-                metrics = ppo_step(roles, units, knobs)
+                metrics = ppo_step(roles, chunks, config)
                 runs.append(metrics | {"seconds": time.perf_counter() - began} | waiter.take_totals())
             pss = tree_pss(os.getpid())
     return start_s, runs[1:], pss and pss / 1e9
@@ -92,7 +92,7 @@ def _waiting(runs: list[dict]) -> dict[str, float]:
     """By phase: the share of an iteration in which even its slowest role does not compute, but Ray serialises, schedules and
     stores, or the controller waits. The sync is all of it: packing is no computing. Median over the iterations. For one actor
     a role: the accounts add up over actors."""
-    roles = {"generate": ("generation",), "score": ("reward", "reference", "policy", "critic"), "assemble": ("assembler",),
+    roles = {"generate": ("generation",), "score": ("reward", "reference", "policy", "critic"), "assemble": ("experience",),
              "update": ("policy_update", "critic_update"), "sync": ()}  # fmt: skip
     shares = [
         {phase: (run[f"time/{phase}_s"] - max((run[f"busy/{role}_s"] for role in of), default=0)) / run["seconds"]

@@ -52,7 +52,7 @@ class Rates:
     store_per_s: float = 4e9  # packing and putting into the object store, one process, bytes
     pull_per_s: float = 2e9  # Ray's object manager from node to node, one stream, bytes
     call_s: float = 5e-4  # of the controller, for a call: `rlhf-ray bench controller`
-    assemble_token_s: float = 1e-6  # of the one assembler process, for a response token: the same
+    assemble_token_s: float = 1e-6  # of the one experience process, for a response token: the same
     microbatch_tokens: int = 16384  # of a rank's forward pass
 
 

@@ -119,7 +119,7 @@ def _load_engine(model: Path, precision: Precision):
     from rlhf_ray.generation.engine import GenerationEngine
     from rlhf_ray.models.load import load_causal_lm
     from rlhf_ray.models.tokenizer import load_tokenizer
-    from rlhf_ray.serving.settings import Limits
+    from rlhf_ray.serving.config import Limits
     from rlhf_ray.training.precision import resolve_precision
 
     causal = load_causal_lm(model, resolve_precision(precision, "cpu"))

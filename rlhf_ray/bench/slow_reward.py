@@ -24,7 +24,7 @@ def main(steps: int) -> None:
     from rlhf_ray.actors.wait import Waiter
     from rlhf_ray.bench.random_run import write_random_run
     from rlhf_ray.config import Recipe
-    from rlhf_ray.ppo.step import StepKnobs, cut_units, ppo_step, sync_weights
+    from rlhf_ray.ppo.step import StepConfig, cut_chunks, ppo_step, sync_weights
     from rlhf_ray.runs.run_folder import RunFolder
 
     role = {"cpus": 0.1, "threads": 1}
@@ -41,7 +41,7 @@ def main(steps: int) -> None:
         with ray_roles(recipe, folder, waiter) as roles:
             sync_weights(roles, 0)
             for step in range(steps + 1):
-                metrics = ppo_step(roles, cut_units(step, range(32), 1, 8), StepKnobs(
+                metrics = ppo_step(roles, cut_chunks(step, range(32), 1, 8), StepConfig(
                     step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0,
                     max_first_approx_kl=1.0,
                 )) | waiter.take_totals()  # fmt: skip

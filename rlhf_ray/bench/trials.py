@@ -35,7 +35,7 @@ from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.models.last_block import only_at
 from rlhf_ray.models.load import disable_dropout
 from rlhf_ray.training import packed_attention
-from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group
 from rlhf_ray.training.forward import LogprobModel, token_batch
 from rlhf_ray.training.precision import resolve_precision
@@ -292,7 +292,7 @@ def gradient_bucket() -> None:
         port = probe.getsockname()[1]
     join_group(rank=0, world_size=1, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
     layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))
-    settings = OptimiserSettings(adam_eps=1e-5, max_grad_norm=1.0, zero_stage=0)
+    settings = OptimiserConfig(adam_eps=1e-5, max_grad_norm=1.0, zero_stage=0)
     engine, x = DeepSpeedEngine(layers, settings, device=torch.device("cpu")), torch.randn(64, 1024)
 
     def step(reduces: bool) -> None:

@@ -34,13 +34,13 @@ def measure(way: dict, microbatch: int) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from rlhf_ray.config import PPOConfig, Recipe
-    from rlhf_ray.messages import OptimiserStep, Sequences, TrainShard
+    from rlhf_ray.messages import OptimiserStep, PolicyShard, Sequences
     from rlhf_ray.models.load import disable_dropout
     from rlhf_ray.models.trained_part import train_only_part
     from rlhf_ray.models.wire import pack_weights
-    from rlhf_ray.roles.configs import policy_knobs
+    from rlhf_ray.roles.configs import policy_loss_config
     from rlhf_ray.roles.trainer import PolicyTrainer
-    from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserSettings
+    from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
     from rlhf_ray.training.distributed import join_group
     from rlhf_ray.training.forward import LogprobModel
 
@@ -56,17 +56,19 @@ def measure(way: dict, microbatch: int) -> dict:
     train_only_part(
         model, lora=ppo.lora, freeze_layers=ppo.freeze_layers, gradient_checkpointing=ppo.gradient_checkpointing, seed=0
     )
-    settings = OptimiserSettings(adam_eps=1e-5, max_grad_norm=1.0, zero_stage=0)
+    settings = OptimiserConfig(adam_eps=1e-5, max_grad_norm=1.0, zero_stage=0)
     before = peak_mb()
     engine = DeepSpeedEngine(
         LogprobModel(model, temperature=1.0, compute_dtype=torch.float32), settings, device=torch.device("cpu")
     )
-    trainer = PolicyTrainer(engine, microbatch_size=microbatch, knobs=policy_knobs(Recipe(name="bench")))
+    trainer = PolicyTrainer(engine, microbatch_size=microbatch, config=policy_loss_config(Recipe(name="bench")))
     draws = np.random.default_rng(0)
     tokens = [[draws.integers(0, 8192, length).astype(np.int32) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
     once = OptimiserStep(rows=np.arange(ROWS), num_tokens=ROWS * RESPONSE, num_sequences=ROWS)
     floats = draws.normal(size=ROWS * RESPONSE).astype(np.float32)
-    shard = TrainShard(step=0, sequences=Sequences.of(*tokens), old=floats - 9.0, target=floats, schedule=(once,))
+    shard = PolicyShard(
+        step=0, sequences=Sequences.of(*tokens), old_logprobs=floats - 9.0, advantages=floats, schedule=(once,)
+    )
     seconds = []
     for _ in range(STEPS):
         started = time.process_time()

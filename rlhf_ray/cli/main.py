@@ -156,8 +156,8 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
 ):
     """Put a model behind Ray Serve with OpenAI's HTTP API."""
+    from rlhf_ray.serving.config import Limits
     from rlhf_ray.serving.launch import serve as serve_model
-    from rlhf_ray.serving.settings import Limits
 
     limits = Limits(
         max_prompt_tokens=max_prompt_tokens,

@@ -1,4 +1,4 @@
-"""The recipe: every knob of a run, typed, validated before anything starts, and frozen.
+"""The recipe: every option of a run, typed, validated before anything starts, and frozen.
 
 A default lives on its field and nowhere else; what follows from other fields is a property. The README's recipe
 reference is generated from these classes, so each field carries its one-line description.

@@ -21,5 +21,5 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
-def knob(default, description: str, **kwargs):
+def option(default, description: str, **kwargs):
     return Field(default, description=description, **kwargs)

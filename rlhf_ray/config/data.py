@@ -6,18 +6,18 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Section, exact_div, knob
+from rlhf_ray.config.base import Section, exact_div, option
 
 
 class FromScratch(Section):
     """The architecture of a model that starts from random weights."""
 
-    architecture: Literal["gpt2", "llama", "qwen2"] = knob("gpt2", "model family")
-    layers: int = knob(4, "transformer blocks", gt=0)
-    width: int = knob(256, "hidden size", gt=0)
-    heads: int = knob(4, "attention heads", gt=0)
-    positions: int = knob(256, "longest sequence in tokens, prompt and response together", gt=1)
-    vocab_size: int = knob(4096, "entries of the byte-level BPE tokenizer trained on the recipe's text", ge=260)
+    architecture: Literal["gpt2", "llama", "qwen2"] = option("gpt2", "model family")
+    layers: int = option(4, "transformer blocks", gt=0)
+    width: int = option(256, "hidden size", gt=0)
+    heads: int = option(4, "attention heads", gt=0)
+    positions: int = option(256, "longest sequence in tokens, prompt and response together", gt=1)
+    vocab_size: int = option(4096, "entries of the byte-level BPE tokenizer trained on the recipe's text", ge=260)
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -28,10 +28,10 @@ class FromScratch(Section):
 class ModelConfig(Section):
     """The language model that is tuned."""
 
-    name_or_path: str = knob("from_scratch", "Hugging Face folder, hub name, or 'from_scratch'")
-    from_scratch: FromScratch = knob(FromScratch(), "architecture when name_or_path is 'from_scratch'")
-    trust_remote_code: bool = knob(False, "run Python code that a hub model ships; only for authors you trust")
-    chat_template: str | None = knob(None, "Jinja chat template to use in place of the tokenizer's own")
+    name_or_path: str = option("from_scratch", "Hugging Face folder, hub name, or 'from_scratch'")
+    from_scratch: FromScratch = option(FromScratch(), "architecture when name_or_path is 'from_scratch'")
+    trust_remote_code: bool = option(False, "run Python code that a hub model ships; only for authors you trust")
+    chat_template: str | None = option(None, "Jinja chat template to use in place of the tokenizer's own")
 
     @property
     def is_from_scratch(self) -> bool:
@@ -41,34 +41,34 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One data set; several are mixed by weight."""
 
-    path: str = knob(
+    path: str = option(
         ..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given"
     )
-    name: str | None = knob(None, "hub configuration (subset) name")
-    split: str = knob("train", "split to read")
-    columns: dict[str, str] = knob({}, "our column name -> the data set's, where they differ")
-    weight: float | None = knob(
+    name: str | None = option(None, "hub configuration (subset) name")
+    split: str = option("train", "split to read")
+    columns: dict[str, str] = option({}, "our column name -> the data set's, where they differ")
+    weight: float | None = option(
         None, "share of this source in the mix, relative to the others; none given: every row once", gt=0
     )
-    max_rows: int | None = knob(None, "read at most this many rows", gt=0)
+    max_rows: int | None = option(None, "read at most this many rows", gt=0)
 
 
 class DataConfig(Section):
     """Where the text, the preferences and the prompts come from."""
 
-    root: str | None = knob(None, "local folder to read in place of the hub")
-    builder: str | None = knob(
+    root: str | None = option(None, "local folder to read in place of the hub")
+    builder: str | None = option(
         None, "package.module:function that returns the data sets by role, in place of the lists below"
     )
-    builder_args: dict = knob({}, "keyword arguments of the builder")
-    sft: tuple[SourceConfig, ...] = knob((), "text, prompt/response or chat messages to imitate")
-    preferences: tuple[SourceConfig, ...] = knob((), "prompt/chosen/rejected pairs or prompt/response/score rows")
-    judge: tuple[SourceConfig, ...] = knob((), "preferences that only the independent judge sees")
-    prompts: tuple[SourceConfig, ...] = knob((), "prompts for PPO; default: those of the preferences")
-    eval_prompts: tuple[SourceConfig, ...] = knob((), "held-out prompts; default: a share of prompts")
-    holdout: float = knob(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
-    max_prompt_tokens: int = knob(64, "longer prompts are cut", gt=0)
-    truncate_prompt: Literal["left", "right", "drop"] = knob(
+    builder_args: dict = option({}, "keyword arguments of the builder")
+    sft: tuple[SourceConfig, ...] = option((), "text, prompt/response or chat messages to imitate")
+    preferences: tuple[SourceConfig, ...] = option((), "prompt/chosen/rejected pairs or prompt/response/score rows")
+    judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")
+    prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences")
+    eval_prompts: tuple[SourceConfig, ...] = option((), "held-out prompts; default: a share of prompts")
+    holdout: float = option(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
+    max_prompt_tokens: int = option(64, "longer prompts are cut", gt=0)
+    truncate_prompt: Literal["left", "right", "drop"] = option(
         "left", "side of a long prompt that is cut, or drop the row"
     )
-    drop_duplicates: bool = knob(True, "drop rows that repeat another of the same source exactly")
+    drop_duplicates: bool = option(True, "drop rows that repeat another of the same source exactly")

@@ -6,29 +6,29 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, knob
+from rlhf_ray.config.base import Precision, Section, option
 from rlhf_ray.config.sampling import SamplingParams
 
 
 class GenerationConfig(Section):
     """How responses are drawn, in training and evaluation alike."""
 
-    max_new_tokens: int = knob(48, "longest response in tokens", gt=0)
-    min_new_tokens: int = knob(
+    max_new_tokens: int = option(48, "longest response in tokens", gt=0)
+    min_new_tokens: int = option(
         0, "an EOS before this token does not end the response; max_new_tokens: all are of one length", ge=0
     )
-    temperature: float = knob(1.0, "divides the logits in sampling and in every log-prob", gt=0)
-    top_k: int = knob(0, "sample from the k likeliest tokens; 0: all", ge=0)
-    top_p: float = knob(1.0, "sample from the smallest set with this probability", gt=0, le=1)
-    min_p: float = knob(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
-    stop: tuple[str, ...] = knob((), "strings that end a response")
-    chunk_size: int = knob(32, "prompts a unit of work; fixes the batch, whoever runs it", gt=0)
-    precision: Precision = knob("auto", "auto: as ppo.precision")
-    engine: Literal["torch", "vllm"] = knob("torch", "what draws PPO's rollouts; vllm: needs the extra of that name")
+    temperature: float = option(1.0, "divides the logits in sampling and in every log-prob", gt=0)
+    top_k: int = option(0, "sample from the k likeliest tokens; 0: all", ge=0)
+    top_p: float = option(1.0, "sample from the smallest set with this probability", gt=0, le=1)
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
+    stop: tuple[str, ...] = option((), "strings that end a response")
+    chunk_size: int = option(32, "prompts a chunk; fixes the batch, whoever runs it", gt=0)
+    precision: Precision = option("auto", "auto: as ppo.precision")
+    engine: Literal["torch", "vllm"] = option("torch", "what draws PPO's rollouts; vllm: needs the extra of that name")
 
     @property
     def sampling(self) -> SamplingParams:
-        """These knobs as the engine takes them."""
+        """These options as the engine takes them."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,

@@ -7,30 +7,30 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, exact_div, knob
+from rlhf_ray.config.base import Precision, Section, exact_div, option
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
 
 
 class KlConfig(Section):
     """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
 
-    target: float = knob(6.0, "nats a sequence, summed over its tokens", gt=0)
-    horizon: int = knob(10000, "episodes over which the coefficient adapts", gt=0)
+    target: float = option(6.0, "nats a sequence, summed over its tokens", gt=0)
+    horizon: int = option(10000, "episodes over which the coefficient adapts", gt=0)
 
 
 class RewardTerm(Section):
     """One of several rewards whose weighted sum is the score."""
 
-    weight: float = knob(1.0, "factor of this term in the sum; negative: a price")
-    function: str | None = knob(None, "package.module:function scoring (prompts, responses); or model")
-    model: str | None = knob(
+    weight: float = option(1.0, "factor of this term in the sum; negative: a price")
+    function: str | None = option(None, "package.module:function scoring (prompts, responses); or model")
+    model: str | None = option(
         None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; or function"
     )
-    timeout_s: float | None = knob(
+    timeout_s: float | None = option(
         None, "longest time of the function for a sample, which it gets one at a time in a process of its own; null: none",
         gt=0,
     )  # fmt: skip
-    timeout_score: float | None = knob(None, "score of a sample over the limit, before the weight; null: the run stops")
+    timeout_score: float | None = option(None, "score of a sample over the limit, before the weight; null: the run stops")
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -53,122 +53,122 @@ COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
 class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
-    steps: int = knob(100, "rollout-and-update iterations", gt=0)
-    seed: int | None = knob(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
-    rollout_batch_size: int = knob(64, "prompts a step, whole job", gt=0)
-    samples_per_prompt: int = knob(1, "responses drawn for each prompt", gt=0)
-    minibatch_size: int = knob(64, "rollouts an optimiser step, whole job", gt=0)
-    microbatch_size: int = knob(32, "rollouts a forward pass, per rank", gt=0)
-    microbatch_tokens: int | None = knob(
+    steps: int = option(100, "rollout-and-update iterations", gt=0)
+    seed: int | None = option(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
+    rollout_batch_size: int = option(64, "prompts a step, whole job", gt=0)
+    samples_per_prompt: int = option(1, "responses drawn for each prompt", gt=0)
+    minibatch_size: int = option(64, "rollouts an optimiser step, whole job", gt=0)
+    microbatch_size: int = option(32, "rollouts a forward pass, per rank", gt=0)
+    microbatch_tokens: int | None = option(
         None,
         "tokens a forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
         gt=0,
     )
-    reuse_forward: bool = knob(
+    reuse_forward: bool = option(
         False,
         "the first optimiser step starts from the passes that gave old log-probs and values: less time, more memory "
         "(the activations of a whole step)",
     )
-    ppo_epochs: int = knob(4, "passes over each rollout batch", gt=0)
-    learning_rate: float = knob(1e-5, "policy's peak rate", gt=0)
-    critic_learning_rate: float = knob(1e-5, "critic's peak rate", gt=0)
-    anneal: bool = knob(True, "learning rates fall linearly to zero over the steps")
-    adam_eps: float = knob(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: never", ge=0)
-    kl_coef: float = knob(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
-    adaptive_kl: KlConfig | None = knob(None, "adapt kl_coef to a target; null: fixed")
-    gamma: float = knob(1.0, "discount", ge=0, le=1)
-    gae_lambda: float = knob(0.95, "GAE's lambda", ge=0, le=1)
-    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = knob(
+    ppo_epochs: int = option(4, "passes over each rollout batch", gt=0)
+    learning_rate: float = option(1e-5, "policy's peak rate", gt=0)
+    critic_learning_rate: float = option(1e-5, "critic's peak rate", gt=0)
+    anneal: bool = option(True, "learning rates fall linearly to zero over the steps")
+    adam_eps: float = option(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
+    max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: never", ge=0)
+    kl_coef: float = option(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
+    adaptive_kl: KlConfig | None = option(None, "adapt kl_coef to a target; null: fixed")
+    gamma: float = option(1.0, "discount", ge=0, le=1)
+    gae_lambda: float = option(0.95, "GAE's lambda", ge=0, le=1)
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = option(
         "gae", "gae has a critic; the others compare the samples of a prompt, or whiten over the batch"
     )
-    loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = knob(
+    loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = option(
         "token",
         "mean over all tokens; over responses of their sums; of their means; of sums over max_new_tokens",
     )
-    kl_in: Literal["reward", "loss"] = knob("reward", "where the KL stands: in each token's reward or in the loss")
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of the KL in the reward or the loss")
-    clip_range: float = knob(0.2, "ratio clip of the policy loss", gt=0)
-    clip_range_high: float | None = knob(None, "upper ratio clip (clip-higher); null: clip_range", gt=0)
-    dual_clip: float | None = knob(None, "caps the loss of negative advantages at this multiple; null: off", gt=1)
-    entropy_coef: float = knob(0.0, "weight of an entropy bonus in the policy loss", ge=0)
-    max_approx_kl: float | None = knob(
+    kl_in: Literal["reward", "loss"] = option("reward", "where the KL stands: in each token's reward or in the loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL in the reward or the loss")
+    clip_range: float = option(0.2, "ratio clip of the policy loss", gt=0)
+    clip_range_high: float | None = option(None, "upper ratio clip (clip-higher); null: clip_range", gt=0)
+    dual_clip: float | None = option(None, "caps the loss of negative advantages at this multiple; null: off", gt=1)
+    entropy_coef: float = option(0.0, "weight of an entropy bonus in the policy loss", ge=0)
+    max_approx_kl: float | None = option(
         None, "end a step's policy updates once approx_kl of a minibatch exceeds this; null: never", gt=0
     )
-    dynamic_sampling_rounds: int = knob(
+    dynamic_sampling_rounds: int = option(
         0,
         "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
         ge=0,
     )
-    steps_ahead: int = knob(
+    steps_ahead: int = option(
         0, "generation runs up to so many steps ahead of training, on older weights; 0: each waits for the other", ge=0
     )
-    importance_cap: float = knob(
+    importance_cap: float = option(
         2.0, "with steps_ahead or importance_correction: highest importance weight of a token", gt=0
     )
-    importance_correction: bool = knob(
+    importance_correction: bool = option(
         False,
         "a token counts by its probability under the policy over the generator's, at most importance_cap; always with steps_ahead",
     )
-    weights_in_flight: bool = knob(
+    weights_in_flight: bool = option(
         False, "with steps_ahead: generators take new weights between chunks, not only between steps"
     )
-    critic_warmup_steps: int = knob(0, "first steps in which the critic trains alone", ge=0)
-    value_clip_range: float = knob(0.2, "clip of the value loss around the old values", gt=0)
-    vf_coef: float = knob(0.1, "weight of the value loss", gt=0)
-    whiten_rewards: bool = knob(False, "divide rewards by their deviation over the batch, keeping the mean")
-    whiten_advantages: bool | None = knob(
+    critic_warmup_steps: int = option(0, "first steps in which the critic trains alone", ge=0)
+    value_clip_range: float = option(0.2, "clip of the value loss around the old values", gt=0)
+    vf_coef: float = option(0.1, "weight of the value loss", gt=0)
+    whiten_rewards: bool = option(False, "divide rewards by their deviation over the batch, keeping the mean")
+    whiten_advantages: bool | None = option(
         None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
     )
-    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a response that did not end", ge=0)
-    missing_eos_score: float | None = knob(
+    missing_eos_penalty: float = option(0.0, "subtracted from the score of a response that did not end", ge=0)
+    missing_eos_score: float | None = option(
         None, "the score of every response that did not end, in place of its own (OpenAI's -1); null: its own"
     )
-    score_clip: float | None = knob(None, "scores are cut to between -this and this; null: as they are", gt=0)
-    overlong_buffer: int = knob(
+    score_clip: float | None = option(None, "scores are cut to between -this and this; null: as they are", gt=0)
+    overlong_buffer: int = option(
         0, "a penalty rises from 0 to 1 over this many tokens before max_new_tokens (DAPO); 0: none", ge=0
     )
-    critic_init: Literal["reward", "sft"] = knob(
+    critic_init: Literal["reward", "sft"] = option(
         "reward", "critic starts from the reward model, or from the SFT model with a zero head"
     )
-    reward_function: str | None = knob(
+    reward_function: str | None = option(
         None, "package.module:function scoring (prompts, responses) in place of the reward model"
     )
-    reward_timeout_s: float | None = knob(
+    reward_timeout_s: float | None = option(
         None, "longest time of reward_function for a sample, as timeout_s of a term of rewards", gt=0
     )
-    reward_timeout_score: float | None = knob(None, "score of a sample over that limit; null: the run stops")
-    rewards: dict[str, RewardTerm] = knob(
+    reward_timeout_score: float | None = option(None, "score of a sample over that limit; null: the run stops")
+    rewards: dict[str, RewardTerm] = option(
         {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
     )
-    adam_form: Literal["torch", "tensorflow"] = knob(
+    adam_form: Literal["torch", "tensorflow"] = option(
         "torch", "whether adam_eps stands outside or inside the bias correction"
     )
-    precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
-    lora: LoraConfig | None = knob(
+    precision: Precision = option("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    lora: LoraConfig | None = option(
         None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
     )
-    critic_lora: LoraConfig | None = knob(None, "train low-rank adapters of the critic, and its value head; null: all")
-    freeze_layers: int = knob(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
-    critic_freeze_layers: int = knob(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
-    gradient_checkpointing: bool = knob(
+    critic_lora: LoraConfig | None = option(None, "train low-rank adapters of the critic, and its value head; null: all")
+    freeze_layers: int = option(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
+    critic_freeze_layers: int = option(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
+    gradient_checkpointing: bool = option(
         False, "policy and critic compute activations again in the backward pass: less memory, more time"
     )
-    eval_every: int = knob(20, "steps between evaluations on held-out prompts", gt=0)
-    eval_prompts: int = knob(64, "held-out prompts of these evaluations", gt=0)
-    judge_evaluations: bool = knob(False, "these evaluations ask the independent judge too (metric eval/judge)")
-    best_by: Literal["score", "judge"] = knob("score", "whose held-out mean says which policy is the best one")
-    patience: int | None = knob(
+    eval_every: int = option(20, "steps between evaluations on held-out prompts", gt=0)
+    eval_prompts: int = option(64, "held-out prompts of these evaluations", gt=0)
+    judge_evaluations: bool = option(False, "these evaluations ask the independent judge too (metric eval/judge)")
+    best_by: Literal["score", "judge"] = option("score", "whose held-out mean says which policy is the best one")
+    patience: int | None = option(
         None, "stop after so many evaluations in a row that find no better policy; null: never", gt=0
     )
-    roll_back: bool = knob(False, "the stage's model is the best policy, not the last one")
-    checkpoint_every: int = knob(20, "steps between checkpoints", gt=0)
-    checkpoint_minutes: float = knob(20.0, "longest time between checkpoints", gt=0)
-    keep_checkpoints: int = knob(2, "last good checkpoints kept", gt=0)
-    max_mismatch: float = knob(
+    roll_back: bool = option(False, "the stage's model is the best policy, not the last one")
+    checkpoint_every: int = option(20, "steps between checkpoints", gt=0)
+    checkpoint_minutes: float = option(20.0, "longest time between checkpoints", gt=0)
+    keep_checkpoints: int = option(2, "last good checkpoints kept", gt=0)
+    max_mismatch: float = option(
         0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0
     )
-    max_first_approx_kl: float = knob(
+    max_first_approx_kl: float = option(
         1e-3, "stop if approx_kl of an update's first minibatch, where the policy has not moved, is above", gt=0
     )
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Section, exact_div, knob
+from rlhf_ray.config.base import Section, exact_div, option
 from rlhf_ray.config.data import DataConfig, ModelConfig
 from rlhf_ray.config.generation import GenerationConfig
 from rlhf_ray.config.ppo import PPOConfig
@@ -16,17 +16,17 @@ from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfi
 class EvaluationConfig(Section):
     """SFT model against PPO model on held-out prompts."""
 
-    prompts: int = knob(256, "held-out prompts", gt=0)
-    samples: int = knob(12, "sample pairs shown in the report", gt=0)
-    seeds: tuple[int, ...] = knob((0,), "sampling seeds; every prompt is drawn once for each")
-    bootstrap: int = knob(2000, "resamples of the 95 % intervals", gt=0)
-    judge_function: str | None = knob(
+    prompts: int = option(256, "held-out prompts", gt=0)
+    samples: int = option(12, "sample pairs shown in the report", gt=0)
+    seeds: tuple[int, ...] = option((0,), "sampling seeds; every prompt is drawn once for each")
+    bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
+    judge_function: str | None = option(
         None, "package.module:function(prompts, responses) -> scores: the known true utility"
     )
-    max_kl: float | None = knob(
+    max_kl: float | None = option(
         None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0
     )
-    judge_positive_above: float | None = knob(
+    judge_positive_above: float | None = option(
         None, "raw judge score above which a response counts as positive (judge_positive)"
     )
 
@@ -34,10 +34,10 @@ class EvaluationConfig(Section):
 class RoleConfig(Section):
     """How many Ray actors a role has and what each reserves."""
 
-    actors: int = knob(1, "Ray actors of this role", gt=0)
-    cpus: float = knob(0.3, "CPUs reserved for each", ge=0)
-    gpus: float = knob(0.0, "GPUs reserved for each", ge=0)
-    threads: int | None = knob(
+    actors: int = option(1, "Ray actors of this role", gt=0)
+    cpus: float = option(0.3, "CPUs reserved for each", ge=0)
+    gpus: float = option(0.0, "GPUs reserved for each", ge=0)
+    threads: int | None = option(
         None,
         "torch threads of each, on which bits depend; null: a share of the node's cores, kept in the run's recipe.yaml",
         gt=0,
@@ -47,25 +47,25 @@ class RoleConfig(Section):
 class GroupConfig(RoleConfig):
     """A DeepSpeed group: `actors` is its number of ranks."""
 
-    zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
 
 
 class ResourcesConfig(Section):
     """Placement of the PPO roles; the defaults fit on two cores."""
 
-    generation: RoleConfig = knob(RoleConfig(), "generation actors")
-    reward: RoleConfig = knob(RoleConfig(), "reward actors")
-    reference: RoleConfig = knob(RoleConfig(), "reference actors")
-    policy: GroupConfig = knob(GroupConfig(), "policy ranks")
-    critic: GroupConfig = knob(GroupConfig(), "critic ranks")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = knob("PACK", "Ray placement-group strategy")
-    weight_transport: Literal["auto", "object_store", "collective", "ipc"] = knob(
+    generation: RoleConfig = option(RoleConfig(), "generation actors")
+    reward: RoleConfig = option(RoleConfig(), "reward actors")
+    reference: RoleConfig = option(RoleConfig(), "reference actors")
+    policy: GroupConfig = option(GroupConfig(), "policy ranks")
+    critic: GroupConfig = option(GroupConfig(), "critic ranks")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option("PACK", "Ray placement-group strategy")
+    weight_transport: Literal["auto", "object_store", "collective", "ipc"] = option(
         "auto",
         "how new weights reach the generation actors: through Ray's object store; by one broadcast, each on a GPU of its own (or "
         "all on CPUs); as handles of one GPU's memory, which policy and generation share; auto: the latter two where GPUs allow",
     )
-    start_timeout_s: float = knob(300.0, "longest wait for actors or workers to start", gt=0)
-    call_timeout_s: float = knob(
+    start_timeout_s: float = option(300.0, "longest wait for actors or workers to start", gt=0)
+    call_timeout_s: float = option(
         1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
     )
 
@@ -73,28 +73,28 @@ class ResourcesConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go beside metrics.jsonl."""
 
-    tensorboard: bool = knob(True, "write TensorBoard event files")
-    wandb: str | None = knob(None, "Weights & Biases project (needs the extra 'wandb')")
-    mlflow: str | None = knob(None, "MLflow experiment (needs the extra 'mlflow')")
+    tensorboard: bool = option(True, "write TensorBoard event files")
+    wandb: str | None = option(None, "Weights & Biases project (needs the extra 'wandb')")
+    mlflow: str | None = option(None, "MLflow experiment (needs the extra 'mlflow')")
 
 
 class Recipe(Section):
     """One run from data to evaluated model."""
 
-    name: str = knob(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = knob(0, "every random draw follows from it", ge=0)
-    model: ModelConfig = knob(ModelConfig(), "the language model")
-    data: DataConfig = knob(DataConfig(), "the data")
-    sft: SftConfig | None = knob(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
-    reward: RewardConfig | None = knob(RewardConfig(), "reward model; null where PPO is paid by others")
-    judge: RewardConfig | None = knob(None, "independent judge, trained on data.judge")
-    fluency: SftConfig | None = knob(None, "separately seeded language model for perplexity_independent")
-    dpo: DpoConfig | None = knob(None, "DPO on the reward model's pairs, to compare with PPO")
-    generation: GenerationConfig = knob(GenerationConfig(), "sampling")
-    ppo: PPOConfig = knob(PPOConfig(), "PPO")
-    evaluation: EvaluationConfig = knob(EvaluationConfig(), "final evaluation")
-    resources: ResourcesConfig = knob(ResourcesConfig(), "actors and placement")
-    tracking: TrackingConfig = knob(TrackingConfig(), "metric back-ends")
+    name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = option(0, "every random draw follows from it", ge=0)
+    model: ModelConfig = option(ModelConfig(), "the language model")
+    data: DataConfig = option(DataConfig(), "the data")
+    sft: SftConfig | None = option(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
+    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where PPO is paid by others")
+    judge: RewardConfig | None = option(None, "independent judge, trained on data.judge")
+    fluency: SftConfig | None = option(None, "separately seeded language model for perplexity_independent")
+    dpo: DpoConfig | None = option(None, "DPO on the reward model's pairs, to compare with PPO")
+    generation: GenerationConfig = option(GenerationConfig(), "sampling")
+    ppo: PPOConfig = option(PPOConfig(), "PPO")
+    evaluation: EvaluationConfig = option(EvaluationConfig(), "final evaluation")
+    resources: ResourcesConfig = option(ResourcesConfig(), "actors and placement")
+    tracking: TrackingConfig = option(TrackingConfig(), "metric back-ends")
 
     @property
     def ppo_seed(self) -> int:

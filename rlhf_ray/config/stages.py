@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, exact_div, knob
+from rlhf_ray.config.base import Precision, Section, exact_div, option
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): they train, the model's own weights stay as they are."""
 
-    rank: int = knob(16, "rows of A and columns of B in W + alpha / rank * B A", gt=0)
-    alpha: float = knob(32.0, "the adapter counts alpha / rank times", gt=0)
-    target_modules: tuple[str, ...] | None = knob(
+    rank: int = option(16, "rows of A and columns of B in W + alpha / rank * B A", gt=0)
+    alpha: float = option(32.0, "the adapter counts alpha / rank times", gt=0)
+    target_modules: tuple[str, ...] | None = option(
         None, "ends of the names of the linear layers that get one, e.g. [q_proj, v_proj]; null: all of the body"
     )
 
@@ -45,27 +45,27 @@ def check_trained_part(lora: LoraConfig | None, freeze_layers: int, keys: tuple[
 class TrainConfig(Section):
     """What the supervised stages (SFT, reward model, judge, fluency model, DPO) have in common."""
 
-    learning_rate: float = knob(3e-4, "peak learning rate of AdamW", gt=0)
-    epochs: float = knob(1.0, "passes over the data", gt=0)
-    max_steps: int = knob(-1, "optimiser steps; -1: as many as the epochs need")
-    batch_size: int = knob(32, "sequences an optimiser step, whole job", gt=0)
-    microbatch_size: int = knob(32, "sequences a forward pass, per worker", gt=0)
-    max_length: int = knob(256, "longest sequence in tokens", gt=1)
-    warmup_ratio: float = knob(0.03, "share of the steps in which the rate rises", ge=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant"] = knob("cosine", "shape of the learning rate after the warm-up")
-    weight_decay: float = knob(0.0, "decoupled weight decay", ge=0)
-    precision: Precision = knob("auto", "auto: bfloat16 where the hardware computes in it, else float32")
-    max_minutes: float | None = knob(None, "stop the stage after this many minutes of training, with what it has", gt=0)
-    checkpoint_minutes: float = knob(10.0, "longest time between checkpoints", gt=0)
-    eval_rows: int = knob(500, "held-out rows scored after training", gt=0)
-    workers: int = knob(1, "Ray Train workers (data-parallel ranks)", gt=0)
-    cpus_per_worker: float = knob(1, "CPUs reserved for each worker", gt=0)
-    gpus_per_worker: float = knob(0, "GPUs reserved for each worker", ge=0)
-    threads: int | None = knob(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = knob(0, "DeepSpeed ZeRO stage")
-    lora: LoraConfig | None = knob(None, "train low-rank adapters, merged into the saved model; null: all weights")
-    freeze_layers: int = knob(0, "the embeddings and so many of the first transformer blocks don't train", ge=0)
-    gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, more time")
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", gt=0)
+    epochs: float = option(1.0, "passes over the data", gt=0)
+    max_steps: int = option(-1, "optimiser steps; -1: as many as the epochs need")
+    batch_size: int = option(32, "sequences an optimiser step, whole job", gt=0)
+    microbatch_size: int = option(32, "sequences a forward pass, per worker", gt=0)
+    max_length: int = option(256, "longest sequence in tokens", gt=1)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises", ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = option("cosine", "shape of the learning rate after the warm-up")
+    weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
+    precision: Precision = option("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    max_minutes: float | None = option(None, "stop the stage after this many minutes of training, with what it has", gt=0)
+    checkpoint_minutes: float = option(10.0, "longest time between checkpoints", gt=0)
+    eval_rows: int = option(500, "held-out rows scored after training", gt=0)
+    workers: int = option(1, "Ray Train workers (data-parallel ranks)", gt=0)
+    cpus_per_worker: float = option(1, "CPUs reserved for each worker", gt=0)
+    gpus_per_worker: float = option(0, "GPUs reserved for each worker", ge=0)
+    threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
+    lora: LoraConfig | None = option(None, "train low-rank adapters, merged into the saved model; null: all weights")
+    freeze_layers: int = option(0, "the embeddings and so many of the first transformer blocks don't train", ge=0)
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
 
     @property
     def accumulation_steps(self) -> int:
@@ -86,31 +86,31 @@ class TrainConfig(Section):
 class SftConfig(TrainConfig):
     """Supervised fine-tuning (TRL's SFTTrainer). Also the form of the separately seeded fluency model."""
 
-    packing: bool = knob(False, "fill sequences of max_length with several texts (plain text only)")
+    packing: bool = option(False, "fill sequences of max_length with several texts (plain text only)")
 
 
 class RewardConfig(TrainConfig):
     """A reward model (TRL's RewardTrainer). Also the form of the independent judge."""
 
-    objective: Literal["pairs", "scores"] = knob("pairs", "Bradley-Terry on pairs, or regression to people's scores")
-    base: str = knob(
+    objective: Literal["pairs", "scores"] = option("pairs", "Bradley-Terry on pairs, or regression to people's scores")
+    base: str = option(
         "sft",
         "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
         "or a folder / hub name",
     )
-    truncate_reply: Literal["left", "right", "drop"] = knob(
+    truncate_reply: Literal["left", "right", "drop"] = option(
         "drop", "side of a reply that is cut when its row exceeds max_length, or drop the row"
     )
-    learning_rate: float = knob(1e-4, "peak learning rate of AdamW", gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
-    normalise_samples: int = knob(
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "shape of the learning rate after the warm-up")
+    normalise_samples: int = option(
         256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0
     )
-    members: int = knob(1, "models trained, each with a head and a data order of its own; all score together", gt=0)
-    combine: Literal["mean", "worst", "mean_minus_std"] = knob(
+    members: int = option(1, "models trained, each with a head and a data order of its own; all score together", gt=0)
+    combine: Literal["mean", "worst", "mean_minus_std"] = option(
         "mean", "score of an ensemble: mean of its members, their lowest, or mean - combine_std * deviation"
     )
-    combine_std: float = knob(1.0, "deviations that mean_minus_std subtracts", ge=0)
+    combine_std: float = option(1.0, "deviations that mean_minus_std subtracts", ge=0)
 
     @model_validator(mode="after")
     def _an_ensemble_has_members(self):
@@ -130,21 +130,21 @@ class RewardConfig(TrainConfig):
 class DpoConfig(TrainConfig):
     """Direct preference optimisation on the reward model's own pairs (TRL's DPOTrainer), from the SFT model."""
 
-    beta: float = knob(
+    beta: float = option(
         0.1, "price of leaving the SFT model, as ppo.kl_coef is in the objective that both maximise; IPO's tau", gt=0
     )
-    loss: Literal["sigmoid", "ipo"] = knob(
+    loss: Literal["sigmoid", "ipo"] = option(
         "sigmoid", "sigmoid: DPO's logistic loss; ipo: squared distance of the log-ratios a token from 1 / (2 beta)"
     )
-    label_smoothing: float = knob(
+    label_smoothing: float = option(
         0.0, "share of the pairs taken to be labelled the wrong way round (cDPO); with loss sigmoid only", ge=0, lt=0.5
     )
-    max_length: int | None = knob(
+    max_length: int | None = option(
         None, "longest sequence in tokens; null: reward.max_length, to which the pairs are cut already", gt=1
     )
-    learning_rate: float = knob(1e-5, "peak learning rate of AdamW", gt=0)
-    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises", ge=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "shape of the learning rate after the warm-up")
+    learning_rate: float = option(1e-5, "peak learning rate of AdamW", gt=0)
+    warmup_ratio: float = option(0.1, "share of the steps in which the rate rises", ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "shape of the learning rate after the warm-up")
 
     @model_validator(mode="after")
     def _smoothing_fits(self):

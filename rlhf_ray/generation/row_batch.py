@@ -70,7 +70,7 @@ class RowBatch:
         self.cache = decoder.new_cache()
         self.requests: list[Request] = []
         self.arrays = _RowArrays.empty()
-        self._knobs: dict = {}
+        self._parameters: dict = {}
         self._stop_windows: dict[int, int] = {}  # row -> last tokens in which its stop strings are looked for
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class RowBatch:
         rows, counts = np.arange(n), arrays.counts[:n]
         uniforms = torch.from_numpy(arrays.uniforms[rows, counts]).to(logits.device)
         # float64 holds token ids and float32 log-probs exactly: one copy to the host instead of two.
-        drawn = torch.stack([part.double() for part in draw(logits, uniforms, **self._knobs)]).cpu().numpy()
+        drawn = torch.stack([part.double() for part in draw(logits, uniforms, **self._parameters)]).cpu().numpy()
         tokens, logprobs = drawn[0].astype(np.int64), drawn[1].astype(np.float32)
         if not np.isfinite(logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
@@ -158,14 +158,14 @@ class RowBatch:
         )
 
     def _members_changed(self) -> None:
-        """One number a knob while all rows agree, which spares the vocabulary-wide work of the ones that are off."""
-        self._knobs = {}
+        """One number per parameter while all rows agree, which spares the vocabulary-wide work of those that are off."""
+        self._parameters = {}
         for name in ("temperature", "top_k", "top_p", "min_p"):
             values = [getattr(request.params, name) for request in self.requests]
             if len(set(values)) <= 1:
-                self._knobs[name] = values[0] if values else 0
+                self._parameters[name] = values[0] if values else 0
             else:
-                self._knobs[name] = torch.tensor(values, dtype=torch.float32, device=self.decoder.device)
+                self._parameters[name] = torch.tensor(values, dtype=torch.float32, device=self.decoder.device)
         self._stop_windows = {
             row: max(len(text.encode()) for text in request.params.stop) + 8
             for row, request in enumerate(self.requests)

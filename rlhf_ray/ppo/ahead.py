@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_ray.messages import WorkUnit
-from rlhf_ray.ppo.step import Clock, Handle, Roles, StepKnobs, send_weights, train_on
+from rlhf_ray.messages import Chunk
+from rlhf_ray.ppo.step import Clock, Handle, Roles, StepConfig, send_weights, train_on
 
 
 class Ahead:
@@ -21,15 +21,15 @@ class Ahead:
     def __init__(
         self,
         roles: Roles,
-        units: Callable[[int], list[WorkUnit]],
+        chunks: Callable[[int], list[Chunk]],
         *,
         steps_ahead: int,
         steps: int,
         in_flight: bool,
     ):
-        """units: of a step. steps: of the run, none is drawn beyond them. in_flight: generators take weights between units,
+        """chunks: of a step. steps: of the run, none is drawn beyond them. in_flight: generators take weights between chunks,
         so that a sync does not wait for what they were asked before it."""
-        self.roles, self.units = roles, units
+        self.roles, self.chunks = roles, chunks
         self.steps_ahead, self.steps, self.in_flight = steps_ahead, steps, in_flight
         self._asked: dict[int, tuple[list[Handle], list[Handle]]] = {}  # step -> rollouts, scores
         self._syncs: dict[int, list[Handle]] = {}  # version -> load_weights that nobody has waited for yet
@@ -42,17 +42,17 @@ class Ahead:
         """
         for later in range(step, min(step + self.steps_ahead + 1, self.steps)):
             if later not in self._asked:
-                rollouts = self.roles.generation.generate(self.units(later))
+                rollouts = self.roles.generation.generate(self.chunks(later))
                 self._asked[later] = rollouts, self.roles.reward.score(rollouts)
 
-    def step(self, knobs: StepKnobs) -> dict[str, float]:
+    def step(self, config: StepConfig) -> dict[str, float]:
         """One PPO iteration on what was drawn for it. Returns its metrics."""
         clock = Clock()
-        self.fill(knobs.step)
-        rollouts, scores = self._asked.pop(knobs.step)
-        self.settle(knobs.step - self.steps_ahead)
-        metrics = train_on(self.roles, rollouts, scores, knobs, clock)
-        self._sync(knobs.step + 1)
+        self.fill(config.step)
+        rollouts, scores = self._asked.pop(config.step)
+        self.settle(config.step - self.steps_ahead)
+        metrics = train_on(self.roles, rollouts, scores, config, clock)
+        self._sync(config.step + 1)
         clock.lap("sync")
         return metrics | clock.laps
 
@@ -63,7 +63,7 @@ class Ahead:
             self.roles.wait(self._syncs.pop(sent), f"weight sync (version {sent})")
 
     def _sync(self, version: int) -> None:
-        """Send the weights. Only generators that take them between units answer before all that they were asked is drawn."""
+        """Send the weights. Only generators that take them between chunks answer before all that they were asked is drawn."""
         self._syncs[version] = send_weights(self.roles, version)
         if self.in_flight:
             self.settle(version)

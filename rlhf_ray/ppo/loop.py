@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import linear_anneal
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.messages import WorkUnit
+from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.ahead import Ahead
 from rlhf_ray.ppo.step import (
     Clock,
     Redraw,
     Roles,
-    StepKnobs,
+    StepConfig,
     check_mismatch,
-    cut_units,
+    cut_chunks,
     other_prompts,
     ppo_step,
     step_prompts,
@@ -88,7 +88,7 @@ class PPOLoop:
         self.ahead: Ahead | None = None
         if config.steps_ahead > 0:
             self.ahead = Ahead(
-                roles, self._units, steps_ahead=config.steps_ahead, steps=config.steps, in_flight=config.weights_in_flight
+                roles, self._chunks, steps_ahead=config.steps_ahead, steps=config.steps, in_flight=config.weights_in_flight
             )  # fmt: skip
         self._last_save = time.monotonic()
         self._saved_step = state.step or None  # a state that isn't fresh came from its checkpoint
@@ -112,7 +112,7 @@ class PPOLoop:
     def _one_step(self) -> None:
         config, step = self.config, self.state.step
         anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
-        knobs = StepKnobs(
+        step_config = StepConfig(
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
             max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
@@ -120,9 +120,9 @@ class PPOLoop:
         )  # fmt: skip
         started = time.perf_counter()
         if self.ahead is None:
-            metrics = ppo_step(self.roles, self._units(step), knobs, self._redraw(step))
+            metrics = ppo_step(self.roles, self._chunks(step), step_config, self._redraw(step))
         else:
-            metrics = self.ahead.step(knobs)
+            metrics = self.ahead.step(step_config)
         kl_coef = self.state.kl_coef
         if config.adaptive_kl is not None:
             kl_coef = adapt_kl_coef(
@@ -148,9 +148,9 @@ class PPOLoop:
         if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue):
             self._save()
 
-    def _units(self, step: int) -> list[WorkUnit]:
+    def _chunks(self, step: int) -> list[Chunk]:
         prompts = step_prompts(step, self.prompts, self.config.rollout_batch_size, self.seed)
-        return cut_units(step, prompts, self.config.samples_per_prompt, self.chunk_size)
+        return cut_chunks(step, prompts, self.config.samples_per_prompt, self.chunk_size)
 
     def _redraw(self, step: int) -> Redraw | None:
         """Dynamic sampling, where the recipe has it."""
@@ -160,7 +160,7 @@ class PPOLoop:
         prompts = step_prompts(step, self.prompts, config.rollout_batch_size, self.seed)
         others = other_prompts(step, self.prompts, prompts, self.seed)
         return Redraw(
-            units=lambda start, count: cut_units(
+            chunks=lambda start, count: cut_chunks(
                 step, others[start : start + count], config.samples_per_prompt, self.chunk_size
             ),
             rounds=config.dynamic_sampling_rounds, prompts=config.rollout_batch_size, chunk_size=self.chunk_size,
@@ -173,19 +173,19 @@ class PPOLoop:
     def _evaluate(self, metrics: dict[str, float]) -> None:
         """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""
         clock, step, config = Clock(), self.state.step, self.config
-        units = cut_units(step, range(self.eval_prompts), 1, self.chunk_size, evaluation=True)
-        rollouts = self.roles.generation.generate(units)
+        chunks = cut_chunks(step, range(self.eval_prompts), 1, self.chunk_size, evaluation=True)
+        rollouts = self.roles.generation.generate(chunks)
         scores = self.roles.reward.score(rollouts)
         judged = self.roles.reward.judge(rollouts) if config.judge_evaluations else []
         ref_logprobs = self.roles.reference.logprobs(rollouts)
-        figures = self.roles.assembler.evaluate(rollouts, scores, ref_logprobs, judged)
+        figures = self.roles.experience.evaluate(rollouts, scores, ref_logprobs, judged)
         texts = self.roles.reward.texts(rollouts[0], 3)
         what = f"evaluation (step {step})"
         own, gaps = [], []
         if self.ahead is not None:
             # These are drawn with the policy's own weights, where training steps have older samples: the gate is here.
             own = self.roles.policy.logprobs(rollouts)
-            gaps = [self.roles.assembler.own_mismatch(rollouts, own)]
+            gaps = [self.roles.experience.own_mismatch(rollouts, own)]
             self.ahead.fill(step)
             self.ahead.settle(step)
         self.roles.wait(rollouts, what)

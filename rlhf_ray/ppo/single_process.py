@@ -28,9 +28,9 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.messages import unflatten
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, load_causal_lm
-from rlhf_ray.ppo.step import cut_units, step_prompts
+from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.rewards.scorer import RewardScorer
-from rlhf_ray.roles.configs import assemble_settings
+from rlhf_ray.roles.configs import experience_config
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -97,8 +97,8 @@ class PlainPPO:
 
         # 1. Draw a response to each prompt of this step. Every draw has a seed of its own: (seed, step, prompt, sample).
         rows = step_prompts(step, self.prompts, ppo.rollout_batch_size, recipe.ppo_seed)
-        (unit,) = cut_units(step, rows, ppo.samples_per_prompt, ppo.rollouts_per_step)
-        rollout = self.generator.generate(unit)
+        (chunk,) = cut_chunks(step, rows, ppo.samples_per_prompt, ppo.rollouts_per_step)
+        rollout = self.generator.generate(chunk)
         sequences = rollout.sequences
 
         # 2. Score the texts. One number a response, [B].
@@ -114,9 +114,9 @@ class PlainPPO:
         # 4. Rewards, advantages and returns: -kl_coef * (log p - log p_ref) at every token and the score at the last one;
         #    GAE; whitening over the batch.
         drawn = pad_tokens(unflatten(rollout.rollout_logprobs, sequences.response_lengths))
-        settings = assemble_settings(recipe)
+        config = experience_config(recipe)
         targets = assemble(
-            scores, torch.from_numpy(rollout.ended), drawn, old_logprobs, ref_logprobs, old_values, mask, settings.knobs,
+            scores, torch.from_numpy(rollout.ended), drawn, old_logprobs, ref_logprobs, old_values, mask, config.advantages,
             kl_coef=ppo.kl_coef,
         )  # fmt: skip
 

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation
 from rlhf_ray.errors import RunFailed
-from rlhf_ray.messages import WorkUnit
+from rlhf_ray.messages import Chunk
 
 Handle = Any
 EVERYBODYS = ("grad_norm", "optimiser_steps")  # statistics of an update that are the same on every rank
 
 
 class Generation(Protocol):
-    def generate(self, units: Sequence[WorkUnit]) -> list[Handle]: ...
+    def generate(self, chunks: Sequence[Chunk]) -> list[Handle]: ...
     def load_weights(self, weights: Sequence[Handle], policy_version: int) -> list[Handle]: ...
 
 
@@ -45,13 +45,13 @@ class CriticValues(Protocol):
     def update(self, shards: Sequence[Handle], learning_rate: float) -> list[Handle]: ...
 
 
-class Assembly(Protocol):
+class Experience(Protocol):
     def assemble(
         self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...
     def evaluate(self, rollouts, scores, ref_logprobs, judged) -> Handle: ...
     def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
-    def flat(self, scores: Sequence[Handle]) -> Handle: ...
+    def zero_variance(self, scores: Sequence[Handle]) -> Handle: ...
     def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
 
@@ -63,7 +63,7 @@ class Roles(Protocol):
     reference: ReferenceLogprobs
     policy: Policy
     critic: CriticValues | None  # None: the advantages need none
-    assembler: Assembly
+    experience: Experience
 
     def wait(self, handles: Sequence[Handle], what: str) -> None:
         """Until all are there, or a deadline has passed; `what` names the wait. A failed call raises here."""
@@ -75,7 +75,7 @@ class Roles(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepKnobs:
+class StepConfig:
     """What changes from step to step."""
 
     step: int
@@ -93,51 +93,51 @@ class MismatchError(RunFailed):
 
 
 def ppo_step(
-    roles: Roles, units: Sequence[WorkUnit], knobs: StepKnobs, redraw: Redraw | None = None
+    roles: Roles, chunks: Sequence[Chunk], config: StepConfig, redraw: Redraw | None = None
 ) -> dict[str, float]:
     """Rollout, targets, update, sync: one PPO iteration. Returns its metrics."""
     clock = Clock()
-    rollouts = roles.generation.generate(units)
+    rollouts = roles.generation.generate(chunks)
     scores = roles.reward.score(rollouts)
     drawn: dict[str, float] = {}
     if redraw is not None:
-        rollouts, scores, drawn = draw_again(roles, rollouts, scores, redraw, knobs.step)
-    metrics = train_on(roles, rollouts, scores, knobs, clock)
-    sync_weights(roles, knobs.step + 1)
+        rollouts, scores, drawn = draw_again(roles, rollouts, scores, redraw, config.step)
+    metrics = train_on(roles, rollouts, scores, config, clock)
+    sync_weights(roles, config.step + 1)
     clock.lap("sync")
     return metrics | drawn | clock.laps
 
 
 def train_on(
-    roles: Roles, rollouts: list[Handle], scores: list[Handle], knobs: StepKnobs, clock: Clock
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], config: StepConfig, clock: Clock
 ) -> dict[str, float]:
     """What an iteration does with its samples: targets and update. Returns its metrics."""
     ref_logprobs = roles.reference.logprobs(rollouts)
     old_logprobs = roles.policy.logprobs(rollouts)
     old_values = roles.critic.values(rollouts) if roles.critic is not None else []
-    stats, policy_shards, critic_shards = roles.assembler.assemble(
-        rollouts, scores, ref_logprobs, old_logprobs, old_values, knobs.kl_coef
+    stats, policy_shards, critic_shards = roles.experience.assemble(
+        rollouts, scores, ref_logprobs, old_logprobs, old_values, config.kl_coef
     )
-    roles.wait(rollouts, f"generation (step {knobs.step})")
+    roles.wait(rollouts, f"generation (step {config.step})")
     clock.lap("generate")
-    roles.wait([*scores, *ref_logprobs, *old_logprobs, *old_values], f"scoring and log-probs (step {knobs.step})")
+    roles.wait([*scores, *ref_logprobs, *old_logprobs, *old_values], f"scoring and log-probs (step {config.step})")
     clock.lap("score")
-    metrics = roles.get([stats], f"assembling (step {knobs.step})")[0]
+    metrics = roles.get([stats], f"assembling (step {config.step})")[0]
     clock.lap("assemble")
-    if knobs.steps_ahead == 0:
-        check_mismatch(metrics, knobs.max_mismatch)
+    if config.steps_ahead == 0:
+        check_mismatch(metrics, config.max_mismatch)
     else:
-        check_off_policy(metrics, knobs.steps_ahead, knobs.max_mismatch)
+        check_off_policy(metrics, config.steps_ahead, config.max_mismatch)
 
     updates = {}
-    if knobs.trains_policy:
-        updates["policy"] = roles.policy.update(policy_shards, knobs.learning_rate, knobs.kl_coef)
+    if config.trains_policy:
+        updates["policy"] = roles.policy.update(policy_shards, config.learning_rate, config.kl_coef)
     if roles.critic is not None:
-        updates["value"] = roles.critic.update(critic_shards, knobs.critic_learning_rate)
+        updates["value"] = roles.critic.update(critic_shards, config.critic_learning_rate)
     for name, parts in updates.items():
-        metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {knobs.step})"))
+        metrics |= sum_over_ranks(roles.get(parts, f"{name} update (step {config.step})"))
     clock.lap("update")
-    check_first_minibatch(metrics, knobs.max_first_approx_kl)
+    check_first_minibatch(metrics, config.max_first_approx_kl)
     return metrics
 
 
@@ -145,7 +145,7 @@ def train_on(
 class Redraw:
     """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
 
-    units: Callable[[int, int], list[WorkUnit]]  # (other prompts drawn so far, how many more) -> what to draw
+    chunks: Callable[[int, int], list[Chunk]]  # (other prompts drawn so far, how many more) -> what to draw
     rounds: int
     prompts: int  # of a step
     chunk_size: int
@@ -161,17 +161,17 @@ def draw_again(
     """
     what = f"drawing other prompts (step {step})"
     for number in range(redraw.rounds + 1):
-        (flat,) = roles.get([roles.assembler.flat(scores)], what)
-        missing = redraw.prompts - flat.count(False)
-        units = redraw.units(len(flat) - redraw.prompts, missing) if missing and number < redraw.rounds else []
-        if not units:
+        (zero_variance,) = roles.get([roles.experience.zero_variance(scores)], what)
+        missing = redraw.prompts - zero_variance.count(False)
+        chunks = redraw.chunks(len(zero_variance) - redraw.prompts, missing) if missing and number < redraw.rounds else []
+        if not chunks:
             break
-        more = roles.generation.generate(units)
+        more = roles.generation.generate(chunks)
         rollouts, scores = [*rollouts, *more], [*scores, *roles.reward.score(more)]
-    metrics = {"rollout/prompts_drawn": float(len(flat)), "rollout/prompts_missing": float(missing)}
-    if len(flat) > redraw.prompts:
+    metrics = {"rollout/prompts_drawn": float(len(zero_variance)), "rollout/prompts_missing": float(missing)}
+    if len(zero_variance) > redraw.prompts:
         roles.wait([*rollouts, *scores], what)
-        rollouts, scores = roles.assembler.pack(rollouts, scores, redraw.prompts, redraw.chunk_size)
+        rollouts, scores = roles.experience.pack(rollouts, scores, redraw.prompts, redraw.chunk_size)
     return rollouts, scores, metrics
 
 
@@ -270,15 +270,15 @@ def other_prompts(step: int, prompts: int, taken: Sequence[int], seed: int) -> l
     return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row not in taken]
 
 
-def cut_units(
+def cut_chunks(
     step: int, prompts: Sequence[int], samples: int, chunk_size: int, evaluation: bool = False
-) -> list[WorkUnit]:
+) -> list[Chunk]:
     """The step's rows (samples of a prompt side by side) in chunks of chunk_size."""
     rows = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     return [
-        WorkUnit(
+        Chunk(
             step=step,
-            chunk=chunk,
+            index=chunk,
             prompt_indices=tuple(prompt for prompt, _ in rows[start : start + chunk_size]),
             sample_indices=tuple(sample for _, sample in rows[start : start + chunk_size]),
             evaluation=evaluation,

@@ -1,6 +1,6 @@
-"""The recipe's algorithm as the flat knobs of the roles that carry it out.
+"""The recipe's algorithm as the configs of the roles that carry it out.
 
-`PolicyKnobs` stands here and not beside its role, whose module loads transformers: the assembler needs this one and not that.
+`PolicyLossConfig` stands here and not beside its role, whose module loads transformers: the experience needs this one and not that.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ray.algorithms.experience import AssembleKnobs
+from rlhf_ray.algorithms.experience import AdvantageConfig
 from rlhf_ray.algorithms.losses import Aggregation
 from rlhf_ray.config import Recipe
-from rlhf_ray.roles.experience import AssembleSettings
+from rlhf_ray.roles.experience import ExperienceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyKnobs:
+class PolicyLossConfig:
     """What the policy's update minimises, and when it stops early."""
 
     clip_range: float
@@ -28,9 +28,9 @@ class PolicyKnobs:
     max_approx_kl: float | None
 
 
-def assemble_settings(recipe: Recipe) -> AssembleSettings:
+def experience_config(recipe: Recipe) -> ExperienceConfig:
     ppo, resources = recipe.ppo, recipe.resources
-    knobs = AssembleKnobs(
+    advantages = AdvantageConfig(
         advantage=ppo.advantage, group_size=ppo.samples_per_prompt, kl_in_reward=ppo.kl_in == "reward",
         kl_estimator=ppo.kl_estimator, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda,
         score_clip=ppo.score_clip, missing_eos_penalty=ppo.missing_eos_penalty,
@@ -38,16 +38,16 @@ def assemble_settings(recipe: Recipe) -> AssembleSettings:
         max_new_tokens=recipe.generation.max_new_tokens, whiten_rewards=ppo.whiten_rewards,
         whiten_advantages=ppo.whitens_advantages,
     )  # fmt: skip
-    return AssembleSettings(
-        knobs=knobs, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
+    return ExperienceConfig(
+        advantages=advantages, minibatch_size=ppo.minibatch_size, ppo_epochs=ppo.ppo_epochs,
         policy_ranks=resources.policy.actors, critic_ranks=resources.critic.actors if ppo.has_critic else 0,
         seed=recipe.ppo_seed, importance_cap=ppo.importance_cap if ppo.corrects_importance else None,
     )  # fmt: skip
 
 
-def policy_knobs(recipe: Recipe) -> PolicyKnobs:
+def policy_loss_config(recipe: Recipe) -> PolicyLossConfig:
     ppo = recipe.ppo
-    return PolicyKnobs(
+    return PolicyLossConfig(
         clip_range=ppo.clip_range, clip_range_high=ppo.clip_range_high or ppo.clip_range, dual_clip=ppo.dual_clip,
         aggregation=ppo.loss_aggregation, max_new_tokens=recipe.generation.max_new_tokens,
         kl_loss=ppo.kl_estimator if ppo.kl_in == "loss" else None, entropy_coef=ppo.entropy_coef,

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.experience import AssembleKnobs, assemble
+from rlhf_ray.algorithms.experience import AdvantageConfig, assemble
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
-from rlhf_ray.algorithms.scores import flat_groups
+from rlhf_ray.algorithms.scores import zero_variance_groups
 from rlhf_ray.messages import (
+    Chunk,
+    CriticShard,
     OptimiserStep,
+    PolicyShard,
     RolloutBatch,
     Scores,
     Sequences,
     TokenValues,
-    TrainShard,
-    WorkUnit,
     flatten,
     unflatten,
 )
@@ -26,10 +27,10 @@ from rlhf_ray.training.padding import action_mask, pad_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AssembleSettings:
-    """The recipe's knobs of this role."""
+class ExperienceConfig:
+    """What this role takes from the recipe."""
 
-    knobs: AssembleKnobs
+    advantages: AdvantageConfig
     minibatch_size: int
     ppo_epochs: int
     policy_ranks: int
@@ -38,11 +39,11 @@ class AssembleSettings:
     importance_cap: float | None = None  # of tokens that another policy drew; None: none did
 
 
-class Assembler:
+class ExperienceMaker:
     """Works on [B, T] floats of the whole rollout batch; token ids only pass through, as arrays."""
 
-    def __init__(self, settings: AssembleSettings):
-        self.settings = settings
+    def __init__(self, config: ExperienceConfig):
+        self.config = config
 
     def assemble(
         self,
@@ -52,10 +53,10 @@ class Assembler:
         old_logprobs: list[TokenValues],
         old_values: list[TokenValues],
         kl_coef: float,
-    ) -> tuple[dict[str, float], list[TrainShard], list[TrainShard]]:
-        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by unit of work, in order;
+    ) -> tuple[dict[str, float], list[PolicyShard], list[CriticShard]]:
+        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by chunk, in order;
         old_values is empty where there is no critic."""
-        settings, step = self.settings, rollouts[0].unit.step
+        config, step = self.config, rollouts[0].chunk.step
         prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
         responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
         sequences = Sequences.of(prompts, responses)
@@ -78,7 +79,7 @@ class Assembler:
             reference,
             values,
             mask,
-            settings.knobs,
+            config.advantages,
             kl_coef=kl_coef,
         )
         tokens = np.array([len(part.values) for part in old_logprobs])
@@ -89,24 +90,26 @@ class Assembler:
             "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
         }  # fmt: skip
         advantages = result.advantages
-        if settings.importance_cap is not None:
+        if config.importance_cap is not None:
             # A factor of the loss that is never negative passes through its maxima and minima into the advantages.
-            cap = settings.importance_cap
+            cap = config.importance_cap
             importance = truncated_importance(logprobs, drawn, mask, cap=cap)
             advantages = advantages * importance
             stats = {name: value for name, value in stats.items() if not name.startswith("policy/mismatch_")}
             stats |= off_policy_stats(importance, logprobs, drawn, ages_of(rollouts), mask, cap=cap)
         # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
         schedule = minibatch_rows(
-            len(sequences), settings.minibatch_size, settings.ppo_epochs, draw_seed(settings.seed, "minibatches", step)
+            len(sequences), config.minibatch_size, config.ppo_epochs, draw_seed(config.seed, "minibatches", step)
         )
-        policy = cut_shards(
-            step, sequences, logprobs, advantages, schedule, settings.policy_ranks,
-            reference=None if settings.knobs.kl_in_reward else reference,
+        policy = policy_shards(
+            step, rank_parts(sequences, schedule, config.policy_ranks), logprobs, advantages,
+            None if config.advantages.kl_in_reward else reference,
         )  # fmt: skip
-        critic = (
-            cut_shards(step, sequences, values, result.returns, schedule, settings.critic_ranks) if old_values else []
-        )
+        critic: list[CriticShard] = []
+        if values is not None and result.returns is not None:
+            critic = critic_shards(
+                step, rank_parts(sequences, schedule, config.critic_ranks), values, result.returns
+            )
         return stats, policy, critic
 
     def own_mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
@@ -115,19 +118,19 @@ class Assembler:
         drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
         return mismatch(own, drawn, torch.ones_like(own, dtype=torch.bool))
 
-    def flat(self, scores: list[Scores]) -> list[bool]:
-        """For each prompt of the units, in order, whether its samples all score the same."""
+    def zero_variance(self, scores: list[Scores]) -> list[bool]:
+        """For each prompt of the chunks, in order, whether its samples all score the same."""
         together = torch.from_numpy(Scores.join(scores).total)
-        return flat_groups(together, group_size=self.settings.knobs.group_size).tolist()
+        return zero_variance_groups(together, group_size=self.config.advantages.group_size).tolist()
 
     def pack(
         self, rollouts: list[RolloutBatch], scores: list[Scores], prompts: int, chunk_size: int
     ) -> tuple[list[RolloutBatch], list[Scores]]:
         """Units of chunk_size rows with `prompts` prompts: those whose samples differ, filled up with others, in the
         order in which they were drawn."""
-        size = self.settings.knobs.group_size
-        flat = np.array(self.flat(scores))
-        best = np.argsort(flat, kind="stable")[:prompts]  # False before True
+        size = self.config.advantages.group_size
+        zero_variance = np.array(self.zero_variance(scores))
+        best = np.argsort(zero_variance, kind="stable")[:prompts]  # False before True
         rows = [row for group in sorted(best) for row in range(group * size, (group + 1) * size)]
         parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
         together = Scores.join(scores)
@@ -158,7 +161,7 @@ class Assembler:
 
 def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:
     """[B] policy versions between the weights that drew a row and those it is trained on, whose version is the step."""
-    ages = torch.tensor([rollout.unit.step - rollout.policy_version for rollout in rollouts])
+    ages = torch.tensor([rollout.chunk.step - rollout.policy_version for rollout in rollouts])
     assert (ages >= 0).all(), "drawn by weights that are not there yet"
     return ages.repeat_interleave(torch.tensor([len(rollout.sequences) for rollout in rollouts]))
 
@@ -174,19 +177,19 @@ def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
 
 
 def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:
-    """One unit of some rows of several, counted through all of them."""
+    """One chunk of some rows of several, counted through all of them."""
     prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
     responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
     logprobs = [
         row for rollout in rollouts for row in unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
     ]
     places = [place for rollout in rollouts for place in zip(
-        rollout.unit.prompt_indices, rollout.unit.sample_indices, strict=True
+        rollout.chunk.prompt_indices, rollout.chunk.sample_indices, strict=True
     )]  # fmt: skip
     ended = np.concatenate([rollout.ended for rollout in rollouts])
     return RolloutBatch(
-        unit=WorkUnit(
-            step=rollouts[0].unit.step, chunk=chunk, prompt_indices=tuple(places[row][0] for row in rows),
+        chunk=Chunk(
+            step=rollouts[0].chunk.step, index=chunk, prompt_indices=tuple(places[row][0] for row in rows),
             sample_indices=tuple(places[row][1] for row in rows),
         ),
         policy_version=min(rollout.policy_version for rollout in rollouts),
@@ -196,43 +199,67 @@ def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> Rollout
     )  # fmt: skip
 
 
-def cut_shards(
-    step: int,
-    sequences: Sequences,
-    old: torch.Tensor,  # [B, T]
-    target: torch.Tensor,  # [B, T]
-    schedule: list[list[int]],
-    ranks: int,
-    *,
-    reference: torch.Tensor | None = None,  # [B, T]
-) -> list[TrainShard]:
-    """Each rank takes its part of each minibatch; its shard holds the rows it ever needs, once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPart:
+    """The rows of the experience that one rank ever needs, once, and its part of each minibatch."""
+
+    rows: list[int]
+    sequences: Sequences
+    schedule: tuple[OptimiserStep, ...]
+
+    def of(self, padded: torch.Tensor) -> np.ndarray:
+        """The part's rows of a [B, T], flat and unpadded: float32 [N]."""
+        lengths = self.sequences.response_lengths
+        return flatten((padded[row, :length].numpy() for row, length in zip(self.rows, lengths, strict=True)), np.float32)
+
+
+def rank_parts(sequences: Sequences, schedule: list[list[int]], ranks: int) -> list[RankPart]:
+    """Each rank takes its rows of each minibatch."""
     lengths = sequences.response_lengths
     dealt = [deal_rows(rows, sequences.lengths, ranks) for rows in schedule]
-
-    def flat(padded: torch.Tensor, rows: list[int]) -> np.ndarray:
-        return flatten((padded[row, : lengths[row]].numpy() for row in rows), np.float32)
-
-    shards = []
+    parts = []
     for rank in range(ranks):
-        own = [hands[rank] for hands in dealt]
-        needed = sorted({row for rows in own for row in rows})
+        rank_rows = [minibatch[rank] for minibatch in dealt]
+        needed = sorted({row for rows in rank_rows for row in rows})
         place = {row: i for i, row in enumerate(needed)}
-        shards.append(
-            TrainShard(
-                step=step,
-                sequences=sequences.rows(needed),
-                old=flat(old, needed),
-                target=flat(target, needed),
-                reference=None if reference is None else flat(reference, needed),
-                schedule=tuple(
-                    OptimiserStep(
-                        rows=np.array([place[row] for row in mine]),
-                        num_tokens=int(lengths[rows].sum()),
-                        num_sequences=len(rows),
-                    )
-                    for rows, mine in zip(schedule, own, strict=True)
-                ),
+        steps = tuple(
+            OptimiserStep(
+                rows=np.array([place[row] for row in mine]),
+                num_tokens=int(lengths[rows].sum()),
+                num_sequences=len(rows),
             )
+            for rows, mine in zip(schedule, rank_rows, strict=True)
         )
-    return shards
+        parts.append(RankPart(rows=needed, sequences=sequences.rows(needed), schedule=steps))
+    return parts
+
+
+def policy_shards(
+    step: int,
+    parts: list[RankPart],
+    old_logprobs: torch.Tensor,  # [B, T]
+    advantages: torch.Tensor,  # [B, T]
+    ref_logprobs: torch.Tensor | None,  # [B, T]
+) -> list[PolicyShard]:
+    return [
+        PolicyShard(
+            step=step, sequences=part.sequences, schedule=part.schedule, old_logprobs=part.of(old_logprobs),
+            advantages=part.of(advantages), ref_logprobs=None if ref_logprobs is None else part.of(ref_logprobs),
+        )
+        for part in parts
+    ]  # fmt: skip
+
+
+def critic_shards(
+    step: int,
+    parts: list[RankPart],
+    old_values: torch.Tensor,  # [B, T]
+    returns: torch.Tensor,  # [B, T]
+) -> list[CriticShard]:
+    return [
+        CriticShard(
+            step=step, sequences=part.sequences, schedule=part.schedule, old_values=part.of(old_values),
+            returns=part.of(returns),
+        )
+        for part in parts
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Answers units of work with the current policy."""
+"""Answers chunks with the current policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.generation.vllm_engine import VllmEngine
-from rlhf_ray.messages import RolloutBatch, Sequences, WorkUnit, flatten
+from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, flatten
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, frozen_names
@@ -25,7 +25,7 @@ EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds
 
 
 class Generator:
-    """A generation engine with the run's prompts. What it returns depends on (weights, unit, seed) alone."""
+    """A generation engine with the run's prompts. What it returns depends on (weights, chunk, seed) alone."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Generator:
         engine: Literal["torch", "vllm"] = "torch",
         rows: int = 32,
     ):
-        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. rows: of a unit of work."""
+        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. rows: of a chunk."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
@@ -64,22 +64,22 @@ class Generator:
         self.policy_version = 0
         self._posted: deque[tuple[Mapping[str, np.ndarray], int]] = deque(maxlen=1)  # an older one is of no use
 
-    def generate(self, unit: WorkUnit, last: bool = False) -> RolloutBatch:
+    def generate(self, chunk: Chunk, last: bool = False) -> RolloutBatch:
         """last: nothing more is asked for until other roles have worked; an engine that can gives its GPU memory back."""
         if self._posted:
             self.load_weights(*self._posted.popleft())
-        source = self.eval_prompt_ids if unit.evaluation else self.prompt_ids
-        prompts = [source[index] for index in unit.prompt_indices]
-        step = EVALUATION_STEP if unit.evaluation else unit.step
+        source = self.eval_prompt_ids if chunk.evaluation else self.prompt_ids
+        prompts = [source[index] for index in chunk.prompt_indices]
+        step = EVALUATION_STEP if chunk.evaluation else chunk.step
         seeds = [
             draw_seed(self.seed, "rollout", step, prompt, sample)
-            for prompt, sample in zip(unit.prompt_indices, unit.sample_indices, strict=True)
+            for prompt, sample in zip(chunk.prompt_indices, chunk.sample_indices, strict=True)
         ]
         completions = self.engine.generate(prompts, seeds, self.sampling)
         if last:
             self.engine.sleep()
         return RolloutBatch(
-            unit=unit,
+            chunk=chunk,
             policy_version=self.policy_version,
             sequences=Sequences.of(prompts, [completion.response_ids for completion in completions]),
             rollout_logprobs=flatten((completion.logprobs for completion in completions), np.float32),

@@ -13,7 +13,7 @@ from rlhf_ray.training.forward import response_logprobs
 
 
 class Reference:
-    """Log-probs of a unit's responses under the SFT model, computed just as the policy computes its own.
+    """Log-probs of a chunk's responses under the SFT model, computed just as the policy computes its own.
 
     zero_stage: the policy's.
     """

@@ -1,4 +1,4 @@
-"""Scores units of work."""
+"""Scores chunks."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +18,28 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
-from rlhf_ray.messages import OptimiserStep, RolloutBatch, Sequences, TokenValues, TrainShard, flatten, unflatten
+from rlhf_ray.messages import (
+    CriticShard,
+    OptimiserStep,
+    PolicyShard,
+    RolloutBatch,
+    Sequences,
+    TokenValues,
+    TrainShard,
+    flatten,
+    unflatten,
+)
 from rlhf_ray.models.trained_part import adapter_off, plain_name
-from rlhf_ray.roles.configs import PolicyKnobs
+from rlhf_ray.roles.configs import PolicyLossConfig
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded
 from rlhf_ray.training.forward import TokenBatch, token_batch
 from rlhf_ray.training.padding import action_mask, pad_tokens
 
+Shard = TypeVar("Shard", bound=TrainShard)
 
-class Trainer:
-    """What policy and critic share: forward over a unit of work, and one update over a shard."""
+
+class Trainer(Generic[Shard]):
+    """What policy and critic share: forward over a chunk, and one update over a shard."""
 
     def __init__(
         self,
@@ -46,7 +59,12 @@ class Trainer:
         self._kept: dict[int, list[tuple[list[int], torch.Tensor]]] = {}  # chunk -> its rows and outputs
         self._kept_step = -1
 
-    def _loss(self, output, old, target, reference, mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
+    def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
+        """floats: what `_floats` named of the shard, each [b, T]."""
+        raise NotImplementedError
+
+    def _floats(self, shard: Shard) -> list[np.ndarray]:
+        """What the loss needs of the shard, each float32 [N]."""
         raise NotImplementedError
 
     def _is_enough(self, stats: dict[str, float]) -> bool:
@@ -62,18 +80,18 @@ class Trainer:
 
     def _first_forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
         """As `_forward`, of what the update will start from."""
-        if not self.reuse_forward or rollout.unit.evaluation:  # nothing is trained on that
+        if not self.reuse_forward or rollout.chunk.evaluation:  # nothing is trained on that
             yield from self._forward(rollout, **options)
             return
-        if rollout.unit.step != self._kept_step:
-            self._kept, self._kept_step = {}, rollout.unit.step
-        kept = self._kept[rollout.unit.chunk] = []
+        if rollout.chunk.step != self._kept_step:
+            self._kept, self._kept_step = {}, rollout.chunk.step
+        kept = self._kept[rollout.chunk.index] = []
         for rows, output in self._forward(rollout, keep_graph=True, **options):
             several = isinstance(output, tuple)
             kept.append((rows, output[0] if several and not self._extra_inputs else output))
             yield rows, tuple(each.detach() for each in output) if several else output.detach()
 
-    def _take_kept(self, shard: TrainShard) -> list[tuple[np.ndarray, torch.Tensor]]:
+    def _take_kept(self, shard: Shard) -> list[tuple[np.ndarray, torch.Tensor]]:
         """What `_first_forward` kept of the shard's rows, which are those of the chunks in order; [] where it did not."""
         kept, self._kept = self._kept if self._kept_step == shard.step else {}, {}
         found, first = [], 0
@@ -94,7 +112,7 @@ class Trainer:
     def _batch(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> TokenBatch:
         return token_batch(prompts, responses, packed=self.engine.module.packed, device=self.engine.device)
 
-    def update(self, shard: TrainShard, learning_rate: float) -> dict[str, float]:
+    def update(self, shard: Shard, learning_rate: float) -> dict[str, float]:
         """All optimiser steps of the shard's schedule. Statistics are this rank's share: summing over ranks gives the
         mean over tokens, except for the gradient norm (`.../grad_norm`), which is the same on every rank.
 
@@ -126,22 +144,18 @@ class Trainer:
         steps = {f"{self.name}/grad_norm": float(np.mean(norms)), f"{self.name}/optimiser_steps": float(len(norms))}
         return mean | first | steps
 
-    def _device_rows(self, shard: TrainShard) -> list[tuple[np.ndarray, ...]]:
+    def _device_rows(self, shard: Shard) -> list[tuple[np.ndarray, ...]]:
         lengths = shard.sequences.response_lengths
-        reference = shard.old if shard.reference is None else shard.reference
-        return list(zip(
-            shard.sequences.prompts(), shard.sequences.responses(),
-            unflatten(shard.old, lengths), unflatten(shard.target, lengths), unflatten(reference, lengths), strict=True,
-        ))  # fmt: skip
+        floats = [unflatten(flat, lengths) for flat in self._floats(shard)]
+        return list(zip(shard.sequences.prompts(), shard.sequences.responses(), *floats, strict=True))
 
     def _train_batches(self, data, parts: list[np.ndarray]) -> Iterator[tuple[tuple, tuple]]:
-        """(the module's inputs, (old, target, reference, mask)) of each microbatch."""
+        """(the module's inputs, (floats, mask)) of each microbatch."""
         device = self.engine.device
         for rows in parts:
             prompts, responses, *floats = zip(*(data[row] for row in rows), strict=True)
             batch = self._batch(prompts, responses)
-            rest = *(pad_tokens(each, device) for each in floats), batch.action_mask
-            yield (batch, *self._extra_inputs), rest
+            yield (batch, *self._extra_inputs), ([pad_tokens(each, device) for each in floats], batch.action_mask)
 
     def _kept_batches(self, data, kept: list[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple[Forwarded, tuple]]:
         """The same for outputs that are there already; each graph goes with its backward pass."""
@@ -150,7 +164,7 @@ class Trainer:
             rows, output = kept.pop(0)
             _, responses, *floats = zip(*(data[row] for row in rows), strict=True)
             lengths = torch.tensor([len(response) for response in responses], device=device)
-            yield Forwarded(output), (*(pad_tokens(each, device) for each in floats), action_mask(lengths))
+            yield Forwarded(output), ([pad_tokens(each, device) for each in floats], action_mask(lengths))
 
     #: what the module's forward takes beside the batch when training
     _extra_inputs: tuple = ()
@@ -158,25 +172,25 @@ class Trainer:
     name: str
 
 
-class PolicyTrainer(Trainer):
+class PolicyTrainer(Trainer[PolicyShard]):
     """The policy: old log-probs, clipped update, weights for the generators."""
 
     name = "policy"
 
-    def __init__(self, engine: DeepSpeedEngine, *, knobs: PolicyKnobs, **forwards: int | bool | None):
+    def __init__(self, engine: DeepSpeedEngine, *, config: PolicyLossConfig, **forwards: int | bool | None):
         super().__init__(engine, **forwards)
-        self.knobs = knobs
+        self.config = config
         self._kl_coef = 0.0
-        if knobs.entropy_coef > 0:
+        if config.entropy_coef > 0:
             self._extra_inputs = (True,)  # with_entropy
 
-    def update(self, shard: TrainShard, learning_rate: float, kl_coef: float) -> dict[str, float]:
+    def update(self, shard: PolicyShard, learning_rate: float, kl_coef: float) -> dict[str, float]:
         """As `Trainer.update`; kl_coef weighs the KL loss, where there is one."""
         self._kl_coef = kl_coef
         return super().update(shard, learning_rate)
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
-        """old_logprobs of a unit's responses, and the mean entropy a token."""
+        """old_logprobs of a chunk's responses, and the mean entropy a token."""
         parts, entropy = [], 0.0
         for rows, (logprobs, entropies) in self._first_forward(rollout, with_entropy=True):
             parts.append((rows, logprobs))
@@ -185,7 +199,7 @@ class PolicyTrainer(Trainer):
         return TokenValues(values=values, entropy=entropy / len(values))
 
     def reference_logprobs(self, rollout: RolloutBatch) -> TokenValues:
-        """ref_logprobs of a unit's responses: those of the policy with its adapter off, as `Reference` computes them."""
+        """ref_logprobs of a chunk's responses: those of the policy with its adapter off, as `Reference` computes them."""
         with adapter_off(self.engine.module):
             return TokenValues(values=_in_order(self._forward(rollout), rollout.sequences))
 
@@ -193,30 +207,35 @@ class PolicyTrainer(Trainer):
         """(`plain_name`, full tensor) of what trains, one at a time; all ranks iterate together."""
         return ((plain_name(name), tensor) for name, tensor in self.engine.weights())
 
-    def _loss(self, output, old, target, reference, mask, step):
-        knobs = self.knobs
-        logprobs, entropies = output if knobs.entropy_coef > 0 else (output, None)
+    def _floats(self, shard):
+        floats = [shard.old_logprobs, shard.advantages]
+        return floats if shard.ref_logprobs is None else [*floats, shard.ref_logprobs]
+
+    def _loss(self, output, floats, mask, step):
+        config, (old_logprobs, advantages, *reference) = self.config, floats
+        logprobs, entropies = output if config.entropy_coef > 0 else (output, None)
         weights = token_weights(
-            mask, knobs.aggregation, num_tokens=step.num_tokens, num_sequences=step.num_sequences,
-            max_new_tokens=knobs.max_new_tokens,
+            mask, config.aggregation, num_tokens=step.num_tokens, num_sequences=step.num_sequences,
+            max_new_tokens=config.max_new_tokens,
         )  # fmt: skip
         loss, stats = policy_loss(
-            logprobs, old, target, mask, weights, clip_range=knobs.clip_range, clip_range_high=knobs.clip_range_high,
-            dual_clip=knobs.dual_clip, num_tokens=step.num_tokens,
+            logprobs, old_logprobs, advantages, mask, weights, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip, num_tokens=step.num_tokens,
         )  # fmt: skip
-        if knobs.kl_loss is not None:
-            kl = kl_loss(logprobs, reference, mask, weights, estimator=knobs.kl_loss)
+        if config.kl_loss is not None:
+            (ref_logprobs,) = reference
+            kl = kl_loss(logprobs, ref_logprobs, mask, weights, estimator=config.kl_loss)
             loss, stats["policy/kl_loss"] = loss + self._kl_coef * kl, kl.detach()
         if entropies is not None:
-            loss = loss + knobs.entropy_coef * entropy_bonus(entropies, mask, weights)
+            loss = loss + config.entropy_coef * entropy_bonus(entropies, mask, weights)
         return loss, stats
 
     def _is_enough(self, stats):
-        limit = self.knobs.max_approx_kl
+        limit = self.config.max_approx_kl
         return limit is not None and self.engine.sum_over_ranks(stats["policy/approx_kl"]) > limit
 
 
-class CriticTrainer(Trainer):
+class CriticTrainer(Trainer[CriticShard]):
     """The critic: old values, clipped regression to the returns."""
 
     name = "value"
@@ -231,9 +250,13 @@ class CriticTrainer(Trainer):
         """old_values: of the state before each response token."""
         return TokenValues(values=_in_order(self._first_forward(rollout), rollout.sequences))
 
-    def _loss(self, output, old, target, reference, mask, step):
+    def _floats(self, shard):
+        return [shard.old_values, shard.returns]
+
+    def _loss(self, output, floats, mask, step):
+        old_values, returns = floats
         loss, stats = value_loss(
-            output, old, target, mask, value_clip_range=self.value_clip_range, num_tokens=step.num_tokens
+            output, old_values, returns, mask, value_clip_range=self.value_clip_range, num_tokens=step.num_tokens
         )
         return self.vf_coef * loss, stats
 

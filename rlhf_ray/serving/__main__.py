@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving.config import Limits
 from rlhf_ray.serving.launch import serve
-from rlhf_ray.serving.settings import Limits
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,12 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
+from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.gate import Gate
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, usage
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
-from rlhf_ray.serving.settings import AppSettings
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 from rlhf_ray.serving.text import ResponseText
 
@@ -28,7 +28,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completi
 Writer = CompletionWriter | ChatWriter
 
 
-def build_app(runner: EngineRunner, reader: PromptReader, settings: AppSettings) -> FastAPI:
+def build_app(runner: EngineRunner, reader: PromptReader, settings: AppConfig) -> FastAPI:
     """The app. `runner` draws, `reader` turns requests into token ids, and both have the same model."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, api_key=settings.api_key, max_body_bytes=settings.limits.max_body_bytes)

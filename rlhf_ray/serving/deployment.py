@@ -11,8 +11,8 @@ from ray import serve
 from ray.serve import Application
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
 from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, replica_environment, resolve_api_key
 
 
 @serve.deployment(
@@ -27,7 +27,7 @@ from rlhf_ray.serving.settings import AppSettings, EngineOptions, Limits, replic
 class Replica:
     """One engine in its own thread, and the app in the replica's event loop."""
 
-    def __init__(self, options: EngineOptions, settings: AppSettings):
+    def __init__(self, options: EngineOptions, settings: AppConfig):
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.loading import load
 
@@ -46,7 +46,7 @@ class Replica:
 
 def application(
     options: EngineOptions,
-    settings: AppSettings,
+    settings: AppConfig,
     *,
     replicas: int,
     cpus: float,
@@ -85,7 +85,7 @@ def build_application(args: dict[str, Any]) -> Application:
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
     )
-    settings = AppSettings(
+    settings = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
         limits=Limits(**{name: int(value) for name, value in known.items()}),

@@ -24,15 +24,15 @@ from pathlib import Path
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.forking.server_process import fork_server
-from rlhf_ray.serving.model_folder import find_model, model_name
-from rlhf_ray.serving.settings import (
+from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
-    AppSettings,
+    AppConfig,
     EngineOptions,
     Limits,
     replica_environment,
     resolve_api_key,
 )
+from rlhf_ray.serving.model_folder import find_model, model_name
 
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 _LOST_AFTER_S = 60
@@ -126,7 +126,7 @@ class Server:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
         self.model = find_model(path)
         self.host, self.port = host, port
-        self.settings = AppSettings(
+        self.settings = AppConfig(
             name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
         )
         self.replicas, self.gpus, self.precision = replicas, gpus, precision

@@ -7,9 +7,9 @@ import torch
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader
 from rlhf_ray.serving.runner import EngineRunner
-from rlhf_ray.serving.settings import EngineOptions, Limits
 from rlhf_ray.training.precision import resolve_precision
 
 

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokens import encode_prompt
 from rlhf_ray.serving.api_errors import bad_request
+from rlhf_ray.serving.config import Limits
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
-from rlhf_ray.serving.settings import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import torch
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.store import read_prompts
 from rlhf_ray.errors import UserError
-from rlhf_ray.messages import WorkUnit
+from rlhf_ray.messages import Chunk
 from rlhf_ray.rewards.scorer import RewardScorer
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
@@ -45,8 +45,8 @@ def sample_scores(
     scores = []
     for start in range(0, samples, generation.chunk_size):
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))
-        unit = WorkUnit(step=STEP, chunk=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
-        scores.append(reward.score(generator.generate(unit)).total)
+        chunk = Chunk(step=STEP, index=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
+        scores.append(reward.score(generator.generate(chunk)).total)
     return np.concatenate(scores)
 
 

@@ -1,4 +1,4 @@
-"""A supervised stage's knobs -> DeepSpeed's configuration. Pure: no deepspeed, no torch.distributed."""
+"""A supervised stage's options -> DeepSpeed's configuration. Pure: no deepspeed, no torch.distributed."""
 
 from __future__ import annotations
 

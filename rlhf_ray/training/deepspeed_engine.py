@@ -21,7 +21,7 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimiserSettings:
+class OptimiserConfig:
     """AdamW and clipping, as in the recipe."""
 
     adam_eps: float
@@ -44,7 +44,7 @@ class DeepSpeedEngine:
     Calls are collective: every rank of the group makes the same calls in the same order.
     """
 
-    def __init__(self, module: nn.Module, settings: OptimiserSettings, *, device: torch.device):
+    def __init__(self, module: nn.Module, settings: OptimiserConfig, *, device: torch.device):
         prepare_deepspeed(device.type)
         import deepspeed
 

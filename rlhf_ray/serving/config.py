@@ -61,7 +61,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AppSettings:
+class AppConfig:
     """What the HTTP app needs to know besides the model."""
 
     name: str
