@@ -69,7 +69,10 @@ def test_words_are_the_fields(document):
 
 def test_the_readme_links_to_every_document_in_a_package():
     beside = {name for name in DOCUMENTS if re.fullmatch(r"(rlhf_ray|cluster|results)(/\w+)?/README\.md", name)}
-    generated = {name for name in beside if name.startswith("results/")} - {"results/README.md", "results/bench/README.md"}
+    generated = {name for name in beside if name.startswith("results/")} - {
+        "results/README.md",
+        "results/bench/README.md",
+    }
     links = {target.partition("#")[0] for target in LINK.findall(text_of("README.md"))}
     assert beside - generated <= links
     for name in beside - generated:
@@ -96,7 +99,9 @@ def test_what_registers_an_addition_exists():
     import rlhf_ray
 
     there = {name for name in rlhf_ray.__all__ if name.startswith("register_")}
-    named = {name for document in DOCUMENTS for name in re.findall(r"`(?:rlhf_ray\.)?(register_\w+)", text_of(document))}
+    named = {
+        name for document in DOCUMENTS for name in re.findall(r"`(?:rlhf_ray\.)?(register_\w+)", text_of(document))
+    }
     assert not there or named == there
 
 
@@ -370,11 +375,14 @@ def test_figures_of_the_demo_are_those_of_its_runs():
     assert end and unbacked(figures, ROOT / "results/demo") == []
     kept = [json.loads(line) for file in (ROOT / "results/demo").glob("seed_*/samples.jsonl")
             for line in file.read_text().splitlines()]  # fmt: skip
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")
+    ]
     assert len(rows) == 3
-    shown = [(row["prompt"].strip(), f"({row['sft']['judge']:.1f}) {row['sft']['response'].strip()}",
-              f"({row['ppo']['judge']:.1f}) {row['ppo']['response'].strip()}") for row in kept]  # fmt: skip
-    assert set(map(tuple, rows)) <= set(shown)
+    shown = [(row["prompt"], *(f"({row[model]['judge']:.1f}) {row[model]['response']}" for model in ("sft", "ppo")))
+             for row in kept]  # fmt: skip
+    assert {tuple(row) for row in rows} <= {tuple(" ".join(text.split()) for text in row) for row in shown}
+    assert ("(results/demo/curves.png)" in block) == (ROOT / "results/demo/curves.png").exists()
 
 
 RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overoptimisation")
@@ -382,7 +390,9 @@ RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overo
 
 @pytest.mark.parametrize("experiment", RESULTS)
 def test_figures_of_an_experiment_are_those_of_its_runs(experiment):
-    (section,) = re.findall(rf"^## {experiment}\n(.*?)(?=^## |\Z)", text_of("results/README.md"), re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(
+        rf"^## {experiment}\n(.*?)(?=^## |\Z)", text_of("results/README.md"), re.MULTILINE | re.DOTALL
+    )
     assert len(numbers(section)) > 10
     assert unbacked(section, ROOT / "results" / experiment) == []
 
@@ -392,7 +402,11 @@ def test_a_figure_without_a_run_is_found():
 
 
 def test_benchmarks_are_those_of_each_machines_table():
-    tables = {"Intel Xeon, AMX": "xeon/table.md", "AMD EPYC, AVX512-BF16": "table.md", "AMD EPYC, AVX2": "avx2/table.md"}
+    tables = {
+        "Intel Xeon, AMX": "xeon/table.md",
+        "AMD EPYC, AVX512-BF16": "table.md",
+        "AMD EPYC, AVX2": "avx2/table.md",
+    }
     found = re.findall(r"^\| (Intel[^|]*|AMD[^|]*) (\|.*\|)$", text_of("results/bench/README.md"), re.MULTILINE)
     rows = [(machine, row) for machine, row in found if "](" not in row]
     assert len(rows) > 30
