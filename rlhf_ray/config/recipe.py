@@ -24,7 +24,7 @@ class EvaluationConfig(Section):
         None, "package.module:function(prompts, responses) -> scores: the known true utility"
     )
     max_kl: float | None = option(
-        None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0
+        None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
     )
     judge_positive_above: float | None = option(
         None, "raw judge score above which a response counts as positive (judge_positive)"
@@ -86,7 +86,7 @@ class Recipe(Section):
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")
     sft: SftConfig | None = option(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
-    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where PPO is paid by others")
+    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where PPO's reward comes from elsewhere")
     judge: RewardConfig | None = option(None, "independent judge, trained on data.judge")
     fluency: SftConfig | None = option(None, "separately seeded language model for perplexity_independent")
     dpo: DpoConfig | None = option(None, "DPO on the reward model's pairs, to compare with PPO")
