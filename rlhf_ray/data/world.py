@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.data import world_text as words
 from rlhf_ray.data.world_text import SITUATIONS, SUBJECTS, Subject
-from rlhf_ray.data.world_writer import another_subject, reply
+from rlhf_ray.data.world_writer import draw_skill, reply
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"on_topic": 3.5, "specific": 2.5, "polite": 1.5, "ends_properly": 1.5, "no_repetition": 1.0}
 ANNOTATOR_TEMPERATURE = 0.7  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
-MISPLACED = 0.35  # share of the pairs in which the second reply is one to a question about another subject
+MISREAD = 0.5  # share of the pairs whose replies differ in that one writer misread the request in the second
 PROMPT_END = "\n"  # stands between request and reply
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]?")
@@ -202,16 +202,16 @@ def _reply(prompt: str, rng: random.Random) -> str:
 
 
 def _pairs(prompts: list[str], each: int, rng: random.Random) -> list[dict]:
-    """`each` labelled pairs a prompt. In some the second reply is one to a question about another subject."""
+    """`each` labelled pairs a prompt: by two writers, or (a share of MISREAD) by one who misread the request once."""
     rows = []
     for prompt in (prompt for prompt in prompts for _ in range(each)):
-        first = second = _reply(prompt, rng)
+        asked = subject_of(prompt), _SITUATIONS.search(prompt).group()
+        first = second = reply(*asked, rng)
+        if rng.random() < MISREAD:
+            skill = draw_skill(rng)
+            first, second = (reply(*asked, rng, skill=skill, misreads=misreads) for misreads in (False, True))
         while second == first:
-            if rng.random() < MISPLACED:
-                subject = another_subject(subject_of(prompt), rng)
-                second = reply(subject, _SITUATIONS.search(prompt).group(), rng)
-            else:
-                second = _reply(prompt, rng)
+            second = reply(*asked, rng)
         rows.append(annotate(prompt, first, second, rng))
     return rows
 

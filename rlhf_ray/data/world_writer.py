@@ -16,10 +16,6 @@ def count_words(text: str) -> int:
     return len(_WORD.findall(text))
 
 
-def another_subject(subject: Subject, rng: random.Random) -> Subject:
-    return rng.choice([other for other in SUBJECTS if other is not subject])
-
-
 def _body(subject: Subject, situation: str, skill: float, rng: random.Random) -> list[str]:
     details = rng.sample(subject.details, k=3)
     sentences = []
@@ -38,8 +34,6 @@ def _body(subject: Subject, situation: str, skill: float, rng: random.Random) ->
 
 
 def _draft(subject: Subject, situation: str, skill: float, rng: random.Random) -> str:
-    if rng.random() > 0.55 + 0.4 * skill:  # misreads the request: a reply about something else
-        subject, situation = another_subject(subject, rng), rng.choice(SITUATIONS)
     luck = rng.random()
     opening = []
     if luck < 0.2 + 0.65 * skill:
@@ -56,10 +50,21 @@ def _draft(subject: Subject, situation: str, skill: float, rng: random.Random) -
     return text
 
 
-def reply(subject: Subject, situation: str, rng: random.Random) -> str:
-    """One reply by a writer drawn at random: skill near 0 rambles or misreads the request, skill near 1 advises."""
-    skill = rng.betavariate(0.9, 1.6)
+def reply(subject: Subject, situation: str, rng: random.Random, *, skill: float | None = None, misreads: bool | None = None) -> str:
+    """One reply by a writer of this skill: near 0 it rambles, near 1 it advises. None: a writer drawn at random.
+
+    misreads: it is about another subject, in another situation. None: by chance, the less likely the higher the skill.
+    """
+    skill = draw_skill(rng) if skill is None else skill
+    if misreads or (misreads is None and rng.random() > 0.6 + 0.4 * skill):
+        subject = rng.choice([other for other in SUBJECTS if other is not subject])
+        situation = rng.choice(SITUATIONS)
     while True:
         text = _draft(subject, situation, skill, rng)
         if count_words(text) <= MAX_WORDS:
             return text
+
+
+def draw_skill(rng: random.Random) -> float:
+    """0..1; most writers are rather bad."""
+    return rng.betavariate(0.9, 1.6)
