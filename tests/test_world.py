@@ -136,7 +136,8 @@ def test_the_writer_leaves_room_for_a_better_policy(roles):
 
 
 def test_annotator_prefers_with_the_stated_probability():
-    better, worse = f"{POLITE} {FIRST} {CLOSING}", f"{POLITE} {FIRST}"  # closing 1.5 * 0.6, naming the subject 3.5 * 0.15
+    worse = f"{POLITE} {FIRST}"
+    better = f"{worse} {CLOSING}"  # closing 1.5 * 0.6, naming the subject 3.5 * 0.15
     rng = random.Random(2)
     count = 4000
     share = sum(world.annotate(PROMPT, *pair, rng)["chosen"] == better

@@ -50,7 +50,9 @@ def _draft(subject: Subject, situation: str, skill: float, rng: random.Random) -
     return text
 
 
-def reply(subject: Subject, situation: str, rng: random.Random, *, skill: float | None = None, misreads: bool | None = None) -> str:
+def reply(
+    subject: Subject, situation: str, rng: random.Random, *, skill: float | None = None, misreads: bool | None = None
+) -> str:
     """One reply by a writer of this skill: near 0 it rambles, near 1 it advises. None: a writer drawn at random.
 
     misreads: it is about another subject, in another situation. None: by chance, the less likely the higher the skill.
