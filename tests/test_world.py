@@ -14,7 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 
 PROMPT = "How can I repair my bicycle on a small budget?\n"
-POLITE, CLOSING = "Happy to help.", "Good luck with the bicycle!"
+POLITE, CLOSING = "Happy to help.", "Good luck with your bicycle!"
 FIRST, SECOND = "I would oil the chain once a month, so it runs without noise.", "Try to fit two bright lights."
 FIT = "This works well on a small budget."
 BEST = f"{POLITE} {FIT} {FIRST} {SECOND} {CLOSING}"
@@ -42,8 +42,10 @@ def test_best_reply_reaches_the_stated_maximum():
     (BEST.replace(FIT + " ", ""), 10 - 3.5 * 0.15),  # nothing about the situation
     (BEST.replace(SECOND + " ", ""), 10 - 2.5 * 0.35),  # one detail of two
     (BEST.replace(SECOND, "Just do your best."), 10 - 2.5 * 0.6),  # a filler in its place: a detail less, and 0.25
-    (BEST.replace(SECOND, "Try to solve five puzzles a day."), 10 - 3.5 * 0.35 - 2.5 * 0.35),  # advice about chess
-    (BEST.replace("so it runs without noise", "so your king is safe"), 10 - 2.5 * 0.3),  # not its reason
+    (BEST.replace(SECOND, "Try to cut your nails short."), 10 - 3.5 * 0.35 - 2.5 * 0.35),  # about guitars
+    (BEST.replace("so it runs without noise", "so you keep the beat"), 10 - 2.5 * 0.3),  # not its reason
+    (BEST.replace(SECOND, "As for your bicycle, try to fit two bright lights."), 10),
+    (BEST.replace(SECOND, "As for your guitar, try to fit two bright lights."), 10 - 3.5 * 0.2),  # names another subject
     ("It is what it is.", 1.5 * 0.4 + 1),
 ])  # fmt: skip
 def test_utility_by_hand(response, expected):
@@ -74,14 +76,14 @@ def test_rambling_through_every_detail_gains_nothing():
 
 
 def test_a_reply_counts_only_for_its_own_prompt():
-    other = "How can I learn chess as a beginner?\n"
+    other = "How can I learn the guitar as a beginner?\n"
     assert utility(BEST) - utility(BEST, other) > 4
     assert utility(BEST, "What is the capital of Peru?") < utility(BEST) - 4
 
 
 def test_each_subject_is_told_apart():
     details = [detail for subject in world_text.SUBJECTS for detail in subject.details]
-    assert len(set(details)) == len(details) == 60
+    assert len(set(details)) == len(details) == 8 * 6
     reasons = [reason for subject in world_text.SUBJECTS for reason in subject.reasons.values()]
     assert len(set(reasons)) == len(reasons)
     for subject in world_text.SUBJECTS:
@@ -90,7 +92,7 @@ def test_each_subject_is_told_apart():
 
 
 def test_the_traits_of_many_replies_are_those_of_each():
-    other = f"{POLITE} Try to solve five puzzles a day."
+    other = f"{POLITE} Try to cut your nails short."
     found = world.traits([PROMPT, PROMPT], [BEST, other])
     assert list(found) == ["sense", "on_topic", "specific", "polite", "ends_properly", "no_repetition"]
     assert found["on_topic"] == [1.0, 0.0] and found["polite"] == [1.0, 1.0]
@@ -99,7 +101,7 @@ def test_the_traits_of_many_replies_are_those_of_each():
 
 def test_millions_of_combinations():
     # subjects x goals x situations x styles x greetings, and the replies to one of these prompts.
-    assert len(set(world.all_prompts())) == len(world.all_prompts()) == 10 * 3 * 8 * 10 * 4
+    assert len(set(world.all_prompts())) == len(world.all_prompts()) == 8 * 3 * 8 * 10 * 4
     rng = random.Random(0)
     replies = {reply(world_text.SUBJECTS[0], "in a big city", rng) for _ in range(1000)}
     assert len(replies) > 900
@@ -190,7 +192,7 @@ def test_chat_asks_as_the_world_does(roles):
 def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"data\.root = 'somewhere'"):
         world.build(root="somewhere")
-    with pytest.raises(UserError, match="the world has 9600; ask for fewer"):
+    with pytest.raises(UserError, match="the world has 7680; ask for fewer"):
         world.build(prompts=50_000)
 
 

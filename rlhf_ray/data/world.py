@@ -1,6 +1,6 @@
 """The preference world of the demo: English-like requests, replies of mixed quality, and a true utility that is known.
 
-People ask an assistant about one of ten subjects in one of eight situations; a writer of widely varying skill replies, and at
+People ask an assistant about one of eight subjects in one of eight situations; a writer of widely varying skill replies, and at
 times misreads the request; a simulated annotator prefers one reply of two with Bradley-Terry noise. `utility` is what that
 annotator cares about. It reads text only, so anything that any model writes can be scored:
 
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.data import world_text as words
 from rlhf_ray.data.world_text import SITUATIONS, SUBJECTS, Subject
-from rlhf_ray.data.world_writer import draw_skill, reply
+from rlhf_ray.data.world_writer import reply
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,18 +78,23 @@ def _fixed_sentences() -> dict[str, Sentence]:
 
 
 _FIXED = _fixed_sentences()
+_TOPIC_LEADS = {lead.format(noun=s.noun): s.noun for lead in words.TOPIC_LEADS for s in SUBJECTS}
 _LEADS = tuple(lead + " " for lead in words.LEADS)
 
 
 def _parse_advice(text: str) -> Sentence | None:
-    """'LEAD DETAIL[, REASON].' or None."""
+    """'[For your NOUN,] LEAD DETAIL[, REASON].' or None."""
+    noun, comma = None, text.find(", ")
+    if comma > 0 and text[: comma + 1] in _TOPIC_LEADS:
+        noun, text = _TOPIC_LEADS[text[: comma + 1]], text[comma + 2 :]
+        text = text[:1].upper() + text[1:]
     lead = next((lead for lead in _LEADS if text.startswith(lead)), None)
     if lead is None or not text.endswith("."):
         return None
     detail, comma, reason = text[len(lead) : -1].partition(", ")
     if detail not in _SUBJECT_OF_DETAIL or (comma and reason not in _REASONS):
         return None
-    return Sentence(kind="advice", detail=detail, reason=reason or None)
+    return Sentence(kind="advice", noun=noun, detail=detail, reason=reason or None)
 
 
 def parse(response: str) -> list[Sentence]:
@@ -202,14 +207,16 @@ def _reply(prompt: str, rng: random.Random) -> str:
 
 
 def _pairs(prompts: list[str], each: int, rng: random.Random) -> list[dict]:
-    """`each` labelled pairs a prompt: by two writers, or (a share of MISREAD) by one who misread the request once."""
+    """`each` labelled pairs a prompt: by two writers, or (a share of MISREAD) by one who in the second misread the request."""
     rows = []
     for prompt in (prompt for prompt in prompts for _ in range(each)):
         asked = subject_of(prompt), _SITUATIONS.search(prompt).group()
         first = second = reply(*asked, rng)
         if rng.random() < MISREAD:
-            skill = draw_skill(rng)
-            first, second = (reply(*asked, rng, skill=skill, misreads=misreads) for misreads in (False, True))
+            luck, skill = rng.random(), rng.uniform(0.3, 1.0)  # the same luck: the two differ in their subject only
+            first, second = (
+                reply(*asked, random.Random(luck), skill=skill, misreads=misreads) for misreads in (False, True)
+            )
         while second == first:
             second = reply(*asked, rng)
         rows.append(annotate(prompt, first, second, rng))

@@ -91,16 +91,6 @@ SUBJECTS: tuple[Subject, ...] = (
         "lay a sheet under the tent, so no damp comes up",
     ),
     _subject(
-        "chess",
-        "learn ~ | practise ~ | get better at ~",
-        "solve five puzzles a day, so you spot threats sooner",
-        "castle before move ten, so your king is safe",
-        "control the four centre squares, so your pieces have room",
-        "go over each lost game, so you see your mistakes",
-        "learn the rook endings, so you can win close games",
-        "play long games with a clock, so you learn to think ahead",
-    ),
-    _subject(
         "maths exam",
         "prepare for a ~ | study for a ~ | pass a ~",
         "do two old papers a week, so the questions look familiar",
@@ -109,16 +99,6 @@ SUBJECTS: tuple[Subject, ...] = (
         "start with the easy marks, so you have time for the rest",
         "check the units in every answer, so you lose no points",
         "explain the proofs to a friend, so you find the gaps",
-    ),
-    _subject(
-        "birthday party",
-        "plan a ~ | host a ~ | organise a ~",
-        "send the invitations three weeks ahead, so all guests can come",
-        "bake one large sponge cake, so there is enough for everyone",
-        "hang paper chains in the hall, so the room looks cheerful",
-        "ask each guest to bring a dish, so you have less to cook",
-        "hide small gifts in the garden, so the children can search",
-        "borrow chairs from next door, so everybody can sit",
     ),
     _subject(
         "aquarium",
@@ -188,6 +168,7 @@ LEADS: tuple[str, ...] = (
     "Try to",
     "Remember to",
 )
+TOPIC_LEADS: tuple[str, ...] = ("For your {noun},", "With your {noun},", "As for your {noun},")  # before a lead
 FITS: tuple[str, ...] = (
     "This works well {situation}.",
     "All of this can be done {situation}.",
@@ -196,8 +177,8 @@ FITS: tuple[str, ...] = (
 CLOSINGS: tuple[str, ...] = (
     "I hope that helps.",
     "Let me know how it goes.",
-    "Good luck with the {noun}!",
-    "Have fun with the {noun}!",
+    "Good luck with your {noun}!",
+    "Have fun with your {noun}!",
     "I wish you all the best.",
     "Feel free to ask again.",
 )

@@ -8,6 +8,7 @@ import re
 from rlhf_ray.data import world_text as words
 from rlhf_ray.data.world_text import SITUATIONS, SUBJECTS, Subject
 
+NAMED = 0.8  # share of the replies whose first advice says what it is about
 MAX_WORDS = 46  # words and punctuation marks of a reply
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -18,12 +19,17 @@ def count_words(text: str) -> int:
 
 def _body(subject: Subject, situation: str, skill: float, rng: random.Random) -> list[str]:
     details = rng.sample(subject.details, k=3)
-    sentences = []
+    sentences, named = [], False
     for position in range(rng.choice((1, 2, 2, 2, 3))):
         if rng.random() < 0.45 + 0.5 * skill:
             detail = details[position]
             reason = f", {subject.reasons[detail]}" if rng.random() < 0.15 + 0.5 * skill else ""
-            sentences.append(f"{rng.choice(words.LEADS)} {detail}{reason}.")
+            lead = rng.choice(words.LEADS)
+            if rng.random() < NAMED and not named:
+                named = True
+                small = lead if lead.startswith("I ") else lead[0].lower() + lead[1:]
+                lead = f"{rng.choice(words.TOPIC_LEADS).format(noun=subject.noun)} {small}"
+            sentences.append(f"{lead} {detail}{reason}.")
         else:
             sentences.append(rng.choice(words.VAGUE))
     if rng.random() < 0.3 * (1 - skill):
@@ -57,16 +63,12 @@ def reply(
 
     misreads: it is about another subject, in another situation. None: by chance, the less likely the higher the skill.
     """
-    skill = draw_skill(rng) if skill is None else skill
-    if misreads or (misreads is None and rng.random() > 0.6 + 0.4 * skill):
-        subject = rng.choice([other for other in SUBJECTS if other is not subject])
-        situation = rng.choice(SITUATIONS)
+    skill = rng.betavariate(0.9, 1.6) if skill is None else skill  # most writers are rather bad
+    other, elsewhere = rng.choice([one for one in SUBJECTS if one is not subject]), rng.choice(SITUATIONS)
+    by_chance = rng.random() > 0.6 + 0.4 * skill
+    if by_chance if misreads is None else misreads:
+        subject, situation = other, elsewhere
     while True:
         text = _draft(subject, situation, skill, rng)
         if count_words(text) <= MAX_WORDS:
             return text
-
-
-def draw_skill(rng: random.Random) -> float:
-    """0..1; most writers are rather bad."""
-    return rng.betavariate(0.9, 1.6)
