@@ -20,8 +20,9 @@ def count_words(text: str) -> int:
 def _body(subject: Subject, situation: str, skill: float, rng: random.Random) -> list[str]:
     details = rng.sample(subject.details, k=3)
     sentences, named = [], False
-    for position in range(rng.choice((1, 2, 2, 2, 3))):
-        if rng.random() < 0.45 + 0.5 * skill:
+    rambles = rng.random() < 0.8 * (1 - skill)
+    for position in range(rng.choice((1, 2, 2, 2, 3)) + rambles):
+        if position < len(details) and rng.random() < 0.45 + 0.5 * skill:
             detail = details[position]
             reason = f", {subject.reasons[detail]}" if rng.random() < 0.15 + 0.5 * skill else ""
             lead = rng.choice(words.LEADS)
