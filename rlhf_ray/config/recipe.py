@@ -23,6 +23,10 @@ class EvaluationConfig(Section):
     judge_function: str | None = option(
         None, "package.module:function(prompts, responses) -> scores: the known true utility"
     )
+    trait_function: str | None = option(
+        None,
+        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its scores",
+    )
     max_kl: float | None = option(
         None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
     )
