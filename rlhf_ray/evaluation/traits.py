@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.user_functions import import_function
 
 PREFIX = "trait/"  # of a trait's figure in summary.json and of its score in samples.jsonl
 
