@@ -11,10 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-STAGE_NAMES = {
-    "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
-    "judge": "independent judge", "dpo": "DPO", "ppo": "PPO", "evaluation": "evaluation",
-}  # fmt: skip
+from rlhf_ray.config.stage_table import STAGES
+
 PLAIN_EVERY_S = 10.0
 
 
@@ -49,14 +47,14 @@ class Display:
     def __call__(self, event: dict) -> None:
         stage = event["stage"]
         if event.get("skipped"):
-            return self.log(f"[dim]= {STAGE_NAMES[stage]}: done before[/]")
+            return self.log(f"[dim]= {STAGES[stage].words}: done before[/]")
         if event.get("started"):
             self._stage, self._event, self._first = stage, {}, None
             self._started, self._samples = time.monotonic(), []
             if self.live is None:
-                self.log(f"> {STAGE_NAMES[stage]}")
+                self.log(f"> {STAGES[stage].words}")
         elif event.get("done"):
-            line = f"[green]+[/] {STAGE_NAMES[stage]}: {duration(event['seconds'])}"
+            line = f"[green]+[/] {STAGES[stage].words}: {duration(event['seconds'])}"
             self._event, self._samples = {}, []
             self.log(line + (f"  [dim]{escape(event['summary'])}[/]" if event.get("summary") else ""))
         elif "samples" in event:
@@ -79,7 +77,7 @@ class Display:
     def _block(self) -> list:
         if not self._stage:
             return []
-        head = Text.assemble((f"  {STAGE_NAMES[self._stage]}  ", "bold"), (self._line(), ""))
+        head = Text.assemble((f"  {STAGES[self._stage].words}  ", "bold"), (self._line(), ""))
         block: list = [head]
         if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
             block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))

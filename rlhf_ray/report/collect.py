@@ -20,7 +20,7 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
 SAMPLES = 40
@@ -59,7 +59,7 @@ def record(run: RunFolder, target: Path) -> None:
     shorten = path_shortener(run)
     shutil.rmtree(target, ignore_errors=True)
     files = {name: run.path / name for name in FILES} | {"summary.json": run.path / "evaluation" / "summary.json"}
-    for stage in STAGES:
+    for stage in run.stage_titles:
         folder = run.stage(stage)
         if folder.done and stage not in ("data", "evaluation"):
             files |= {f"{stage}.json": folder.done_file, f"{stage}_metrics.jsonl": folder.metrics}
@@ -150,7 +150,7 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     lines += ["", "Seconds by stage:", "", "| stage | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
               "|---|" + "---|" * len(seeds)]  # fmt: skip
     lines += [f"| {stage} | " + " | ".join(f"{part[stage]:.0f}" if stage in part else "" for part in timings) + " |"
-              for stage in STAGES if any(stage in part for part in timings)]  # fmt: skip
+              for stage in runs[0].stage_titles if any(stage in part for part in timings)]  # fmt: skip
     return lines
 
 
