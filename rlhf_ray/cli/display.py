@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
 
 PLAIN_EVERY_S = 10.0
 
@@ -136,8 +138,8 @@ def one_line(text: str, limit: int) -> str:
 
 def summary_table(summary: dict) -> Table:
     """The closing table: SFT against PPO, and DPO where there is one, with 95 % intervals."""
-    models = [model for model in ("sft", "ppo", "dpo") if model in summary]
-    tuned = [summary, summary["dpo_over_sft"]] if "dpo" in models else [summary]
+    models = models_of_summary(summary)
+    tuned = [over_sft(summary, model) for model in models if model != "sft"]
     between = "\n" if len(models) > 2 else " "  # three intervals side by side are wider than a terminal
     shown: Callable[[dict], str] = lambda figure: interval(figure, between=between)  # noqa: E731
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
@@ -157,10 +159,10 @@ def summary_table(summary: dict) -> Table:
         rates = [one["win_rate"].get(key) for one in tuned]
         if all(rates):
             table.add_row(f"win rate, {name}", "", *map(shown, rates), style="bold")
-    for key, name in scorers.items() if "dpo" in models else ():
-        rate = summary["ppo_over_dpo"]["win_rate"].get(key)
+    for other, (key, name) in itertools.product(other_tuned(summary), scorers.items()):
+        rate = summary[f"ppo_over_{other}"]["win_rate"].get(key)
         if rate:
-            table.add_row(f"over DPO, {name}", "", shown(rate), style="bold")
+            table.add_row(f"over {other.upper()}, {name}", "", shown(rate), style="bold")
     kls = [one.get("kl") for one in tuned]
     if None not in kls:
         table.add_row("KL, nats a response", "", *(f"{kl:.2f}" for kl in kls))

@@ -17,6 +17,7 @@ from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.report import charts
 from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report import figures as report_figures
+from rlhf_ray.report.models import models_of_sample, models_of_summary, title
 from rlhf_ray.report.words import duration, figure, flat, percent, shown
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
@@ -54,7 +55,7 @@ def render(folder: RunFolder) -> str:
         warnings=warnings(summary),
         ended=_ended(closing["ppo"]),
         cards=report_figures.cards(summary),
-        models=[title for name, title in report_figures.MODELS.items() if name in summary],
+        models=[title(model) for model in models_of_summary(summary)],
         rows=report_figures.table(summary),
         summary=summary,
         missing=summary.get("missing", {}),
@@ -62,7 +63,7 @@ def render(folder: RunFolder) -> str:
         histograms=report_figures.histograms(samples),
         curves=[(titles[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
         quality=report_figures.quality(closing),
-        quality_columns=[title for stage, title in report_figures.PAIR_MODELS.items() if closing[stage]],
+        quality_columns=list(report_figures.pair_titles(closing).values()),
         calibrations=report_figures.calibrations(closing),
         samples=_shown(samples, recipe),
         closing=_closing(titles, closing),
@@ -79,7 +80,7 @@ def _json(path: Path) -> dict:
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
     """One row a stage that the recipe has: its state (done, running, waiting), last step and time."""
     rows, timings = [], _json(folder.path / "timings.json")
-    for stage, title in folder.stage_titles.items():
+    for stage, name in folder.stage_titles.items():
         begun = folder.stage(stage).path.exists()
         if stage not in ALWAYS and recipe.get(stage) is None and not begun:
             continue
@@ -88,7 +89,7 @@ def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> li
         rows.append(
             {
                 "key": stage,
-                "name": title,
+                "name": name,
                 "state": "done" if done else "begun" if begun else "waiting",
                 "step": steps[-1]["step"] if steps else None,
                 "seconds": seconds if isinstance(seconds, (int, float)) else None,
@@ -135,7 +136,7 @@ def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
 
 def _replies(row: dict) -> list[dict]:
     """The models' answers in a row of samples.jsonl, each with its title, colour and the scorers by which it is the best."""
-    answers = [(title, row[name]) for name, title in report_figures.MODELS.items() if name in row]
+    answers = [(title(model), row[model]) for model in models_of_sample(row)]
 
     def best(answer: dict, scorer: str) -> bool:
         scores = [other.get(scorer) for _, other in answers if other is not answer]
@@ -143,10 +144,10 @@ def _replies(row: dict) -> list[dict]:
 
     return [
         {
-            "who": title,
+            "who": who,
             "tone": f"m{i}",
             "answer": answer,
             "best": [key for key in ("score", "judge") if best(answer, key)],
         }
-        for i, (title, answer) in enumerate(answers)
+        for i, (who, answer) in enumerate(answers)
     ]
