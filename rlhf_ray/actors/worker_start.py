@@ -1,4 +1,4 @@
-"""How workers of a Ray on this machine start. Here: as Ray starts them; `forking`, which the last line imports, makes forks of them.
+"""How workers of a Ray on this machine start: as Ray starts them. `forking`, which the last line imports, makes forks of them.
 
 Nothing here imports Ray.
 """
@@ -30,4 +30,4 @@ def forked_actors(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-from rlhf_ray.forking.door import fork_server, forked_actors, forks_here  # noqa: E402, F811 - without it all above holds
+from rlhf_ray.forking.door import fork_server, forked_actors, forks_here  # noqa: E402, F401, F811 - without it all above holds

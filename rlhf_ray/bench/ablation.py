@@ -1,11 +1,11 @@
-"""What each faster operation of a CPU brings: whole PPO iterations and generation, with it and without it, in turns.
+"""What each part of `cpu` brings: whole PPO iterations and generation, with it and without it, in turns.
 
-    python -m rlhf_ray.bench.ablation [--size 14m] [--prompts 16] [--repeats 3] [--precision auto] [--generation] [--without A,B] NAME ...
+    python -m rlhf_ray.bench.ablation [--size 14m] [--prompts 16] [--repeats 3] [--precision auto] [--generation] NAME ...
 
-NAME: what to leave out, or several with + between them; `all`: everything. --without: left out on both sides. --generation:
-responses alone. All roles are in this process, on one thread, so that its CPU time is the work: other tenants of the machine
-lengthen a second on the wall, and hardly that. Prints one line a NAME: the seconds with it, and how many times as long it takes
-without: median (least to most).
+NAME: what to leave out, as RLHF_RAY_CPU says it: parts with commas between them, or off. --generation: responses alone.
+All roles are in this process, on one thread, so that its CPU time is the work: other tenants of the machine lengthen a second on
+the wall, and hardly that. Prints one line a NAME: the seconds with it, and how many times as long it takes without: median (least to
+most).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from rlhf_ray.bench.flops import Work, shape_of
 from rlhf_ray.bench.random_run import bench_recipe, write_random_run
 from rlhf_ray.config import Recipe
-from rlhf_ray.cpu import kernels
 from rlhf_ray.data.store import read_prompts
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
@@ -45,8 +44,6 @@ from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group
 from rlhf_ray.training.forward import LogprobModel, ValueModel
 from rlhf_ray.training.precision import resolve_precision
-
-Off = frozenset[str]
 
 
 class Iterations:
@@ -120,41 +117,38 @@ class Iterations:
         return time.process_time() - started, self.generation_s
 
 
-def ablate(build: Callable[[], Callable[[], tuple[float, float]]], names: list[str], below: Off, repeats: int) -> None:
-    """build: -> what to time."""
+def ablate(build: Callable[[], Callable[[], tuple[float, float]]], names: list[str], repeats: int) -> None:
+    """build: -> what to time; it reads RLHF_RAY_CPU."""
 
-    def with_off(off: Off, function: Callable):
-        kernels.OFF.clear()
-        kernels.OFF.update(off)
-        return function()
+    def built(left_out: str) -> Callable[[], tuple[float, float]]:
+        os.environ["RLHF_RAY_CPU"] = left_out
+        run = build()
+        run()
+        return run
 
-    whole = with_off(below, build)
-    with_off(below, whole)
+    whole = built("on")
     for name in names:
-        off = below | set(name.split("+"))
-        part = with_off(off, build)
-        with_off(off, part)
+        part = built(name)
         pairs = []
         for number in range(repeats):
-            turns = [(below, whole), (off, part)]
-            times = [with_off(*turn) for turn in (turns if number % 2 == 0 else turns[::-1])]
-            pairs.append(times if number % 2 == 0 else times[::-1])
+            order = (whole, part) if number % 2 == 0 else (part, whole)
+            times = {run: run() for run in order}
+            pairs.append((times[whole], times[part]))
         said = []
         for place, what in enumerate(("iteration", "generation")):
-            ratios = [after[place] / before[place] for before, after in pairs]
-            seconds = statistics.median(before[place] for before, _ in pairs)
+            ratios = [without[place] / whole_[place] for whole_, without in pairs]
+            seconds = statistics.median(whole_[place] for whole_, _ in pairs)
             said.append(f"{what} {seconds:6.2f} s, x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        print(f"without {name:40} {'   '.join(said)}", flush=True)
+        print(f"without {name:30} {'   '.join(said)}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each faster operation brings, with it and without it, in turns.")
+    parser = argparse.ArgumentParser(description="What each part of cpu/ brings, with it and without it, in turns.")
     parser.add_argument("names", nargs="+")
     parser.add_argument("--size", default="14m")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--without", default="")
     parser.add_argument("--generation", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,8 +168,8 @@ def main() -> None:
             roles = Iterations(recipe, folder, dtype, trains=not given.generation)
             return roles.generate if given.generation else roles.run
 
-        print(f"{given.size}, {given.prompts} prompts, {dtype}, {torch.backends.cpu.get_cpu_capability()}, without {given.without or 'nothing'}")
-        ablate(build, given.names, frozenset(filter(None, given.without.split(","))), given.repeats)
+        print(f"{given.size}, {given.prompts} prompts, {dtype}, {torch.backends.cpu.get_cpu_capability()}, one thread")
+        ablate(build, given.names, given.repeats)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -P -m rlhf_ray.forking.fork_server LISTENER PATH [STAGE ...]
 
 LISTENER: the number of a listening socket that it inherits, which is bound to PATH, in a folder of its own that ends with the
-server. STAGE: whose workers it is for, a key of imports.LIBRARIES. It imports all but Ray, which reads its variables (which job and whose
+server. STAGE: whose workers it is for (`imports.LIBRARIES`). It imports all but Ray, which reads its variables (which job and whose
 workers these are) when it is imported: for each set of them it forks a branch (`forking.fork_branch`), which imports Ray and forks
 workers. A client (`forking.fork_client`) sends its worker's variables and surroundings as a line of JSON and gets a line: the
 branch's path, or why there is none.
