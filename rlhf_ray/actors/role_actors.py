@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.actors.garbage_collection import collector_paused
 
 with collector_paused():
     import ray
@@ -113,7 +113,7 @@ class ReferenceActor(RoleActor):
         recipe = self.recipe
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
-            device=self.device, **recipe.ppo.microbatches, zero_stage=recipe.resources.policy.zero_stage,
+            device=self.device, **recipe.ppo.microbatches,
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
 

@@ -10,9 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from rlhf_ray.cpu.packed_linear import pack_linears
-from rlhf_ray.cpu.recorded_step import RecordedStep
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
@@ -50,8 +49,7 @@ class RaggedDecoder:
         # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
         self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
         step = decode_step_of(model) if self.reads_all_slots else None
-        pack_linears(model, dtype=model.dtype)
-        self.step = None if step is None else RecordedStep(model, step)
+        self.step = None if step is None else accelerate(step)
         self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         if self.config.model_type not in TESTED_FAMILIES:

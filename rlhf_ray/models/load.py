@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.cpu.activation import fast_activation
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.activation import fast_activation
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}

@@ -14,8 +14,6 @@ import torch
 
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.cpu.norms import norms_in_c
-from rlhf_ray.cpu.packed_linear import pack_linears
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
@@ -66,8 +64,6 @@ class RewardScorer:
             "ForSequenceClassification"
         ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
         self._last_feed_forward = last_feed_forward(self.model)
-        norms_in_c(self.model)
-        pack_linears(self.model, dtype=compute_dtype, frozen=True)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)

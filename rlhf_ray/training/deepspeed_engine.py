@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rlhf_ray.cpu.trained_layers import train_in_place
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.training.distributed import prepare_deepspeed
+from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
             parameter.data = parameter.data.contiguous()
         if settings.zero_stage == 0:
-            train_in_place(module)
+            add_to_looked_up_rows(module)
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
         )

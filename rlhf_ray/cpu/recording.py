@@ -1,4 +1,4 @@
-"""Calls of functions in C that are recorded once and then made, again and again, by one call (kernels/calls.c).
+"""Calls of functions in C that are recorded once and then made, again and again, by one call (calls.c).
 
 A decode step is dozens of such calls, each so short that for few rows Python takes as long to ask for it; and Python's lock, which
 a server's other threads want too, is asked for once and not dozens of times.
@@ -15,12 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_ray.cpu import kernels
+from rlhf_ray.cpu.compiled import call, of_thread
 
-NAMES = (  # numbered as in calls.c
-    "add_and_normalise_bfloat16", "add_and_normalise_float32", "embed_bfloat16", "embed_float32", "turn_bfloat16", "turn_float32",
-    "decode_attention_bfloat16", "decode_attention_float32", "linear", "linear_float32",
-)  # fmt: skip
+NAMES = ("add_and_normalise", "embed", "turn", "decode_attention_float32", "linear")  # numbered as in calls.c
 ALLOCATE = ("empty", "empty_like", "new_empty")  # torch's
 
 
@@ -39,11 +36,11 @@ class Recording(TorchDispatchMode):
         self.new: dict[int, torch.UntypedStorage] = {}  # of tensors that were made, by where they begin
 
     def __enter__(self):
-        kernels.of_thread.recording = self
+        of_thread.recording = self
         return super().__enter__()
 
     def __exit__(self, *exception):
-        kernels.of_thread.recording = None
+        of_thread.recording = None
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -94,16 +91,15 @@ class Program:
         places = _places([[begin for _, begin in pairs if begin in recording.new] for pairs in tensors], recording.new)
         moved = {begin: place.data_ptr() - begin for begin, place in places.items()}
         self._calls = (_Call * len(recording.calls))()
-        for call, (number, arguments), pairs in zip(self._calls, recording.calls, tensors, strict=True):
+        for made, (number, arguments), pairs in zip(self._calls, recording.calls, tensors, strict=True):
             addresses = iter([each.data_ptr() + moved.get(begin, 0) for each, begin in pairs])
             words = (next(addresses) if isinstance(each, torch.Tensor) else _word(each) for each in arguments)
-            call.function, call.words[: len(arguments)] = number, list(words)
+            made.function, made.words[: len(arguments)] = number, list(words)
         self._places = places
         self.result = places[_begin(result)].view(result.dtype).view(result.shape)  # of each run
-        self._run = kernels.kernel("make_calls")
 
     def run(self, n: int) -> None:
-        self._run(ctypes.addressof(self._calls), len(self._calls), n)
+        call("make_calls", ctypes.addressof(self._calls), len(self._calls), n)
 
 
 def _places(used: list[list[int]], storages: dict[int, torch.UntypedStorage]) -> dict[int, torch.Tensor]:
@@ -111,12 +107,12 @@ def _places(used: list[list[int]], storages: dict[int, torch.UntypedStorage]) ->
     last = {each: number for number, call in enumerate(used) for each in call}
     places: dict[int, torch.Tensor] = {}
     free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by size in bytes
-    for number, call in enumerate(used):
-        for each in call:
+    for number, needed in enumerate(used):
+        for each in needed:
             if each not in places:
                 size = storages[each].nbytes()
                 places[each] = free[size].pop() if free[size] else torch.empty(size, dtype=torch.uint8)
-        for each in {each for each in call if last[each] == number}:
+        for each in {each for each in needed if last[each] == number}:
             free[places[each].numel()].append(places[each])
     return places
 

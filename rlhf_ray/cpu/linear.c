@@ -25,11 +25,10 @@ void linear_panels(const float *weights, float *panels, int64_t K, int64_t N, in
 }
 
 static inline vec ended(vec sum, ending end, int64_t at, int64_t left) {
-    vec slope;
     switch (end.after) {
         case TIMES: return sum * load(end.other + at, left);
         case SILU: return sum / (exp_each(-larger(sum, all(-87.0f))) + 1.0f);
-        case GELU: return sigmoid_gelu(sum, SLOPE, CUBE, &slope, 1);
+        case GELU: return gelu(sum);
         default: return sum;
     }
 }
@@ -66,8 +65,8 @@ static inline __attribute__((always_inline)) void block(const float *x, int64_t 
 }
 
 // result [n, N] = x [n, K] W + bias, if there is one, then what comes after: an activation, or times other [n, N].
-void linear_float32(const float *x, const float *panels, const float *bias, const float *other, float *result, int64_t n, int64_t K,
-                    int64_t N, int64_t after, int threads) {
+void linear(const float *x, const float *panels, const float *bias, const float *other, float *result, int64_t n, int64_t K,
+            int64_t N, int64_t after, int threads) {
     ending end = {.result = result, .bias = bias, .other = other, .N = N, .after = after};
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t piece = 0; piece < n; piece += PIECE)

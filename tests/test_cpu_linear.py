@@ -1,6 +1,5 @@
 """Linear layers in float32 in C, against float64 products of the same numbers, and the models that have them."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,8 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.cpu import kernels
-from rlhf_ray.cpu.activation import fast_activation
+from rlhf_ray.cpu.compiled import library
 from rlhf_ray.cpu.packed_linear import (
     GELU,
     SILU,
@@ -17,16 +15,13 @@ from rlhf_ray.cpu.packed_linear import (
     PackedForward,
     pack_linears,
     panels_of,
-    product_float32,
+    product,
 )
 from rlhf_ray.generation.engine import GenerationEngine
-from rlhf_ray.models.load import build_reward_model, fit_embeddings, save_model
-from rlhf_ray.models.tokenizer import word_tokenizer
-from rlhf_ray.rewards.scorer import RewardScorer
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.models.activation import fast_activation
 
 VOCAB = 50
-in_c = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or RLHF_RAY_KERNELS=off")
+in_c = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 
 # Rows: none left over of blocks of 6, each number that may be, and more than a piece's 96. Inputs: beyond the 256 of a pass.
@@ -41,7 +36,7 @@ def test_a_product(processor, threads, inputs, outputs, with_bias):
         for rows in (1, 2, 3, 4, 5, 6, 64, 203):
             x = torch.randn(rows, inputs)
             expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
-            found = product_float32(x, panels, bias, outputs)
+            found = product(x, panels, bias, outputs)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 * inputs**0.5)
 
 
@@ -57,7 +52,7 @@ def test_what_comes_after_a_product(processor, after):
         SILU: u * torch.sigmoid(u),
         TIMES: u * other.double(),
     }[after]
-    found = product_float32(x, panels_of(weight), None, 37, after, other=other if after == TIMES else None)
+    found = product(x, panels_of(weight), None, 37, after, other=other if after == TIMES else None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=3e-5)
 
 
@@ -67,11 +62,11 @@ def test_a_rows_result_is_its_own_and_a_threads_number_changes_none(processor):
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(product_float32(x, panels, None, 40, GELU))
+        found.append(product(x, panels, None, 40, GELU))
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     for rows in (slice(0, 1), slice(7, 10), slice(90, 203)):
-        assert torch.equal(product_float32(x[rows], panels, None, 40, GELU), found[0][rows])
+        assert torch.equal(product(x[rows], panels, None, 40, GELU), found[0][rows])
 
 
 @in_c
@@ -80,7 +75,7 @@ def test_a_layer_follows_its_weight(kind):
     layer = nn.Linear(7, 5) if kind is nn.Linear else Conv1D(5, 7)
     nn.init.normal_(layer.bias)
     x, plain = torch.randn(2, 3, 7), kind.forward
-    layer.forward = PackedForward(layer, frozen=False, dtype=torch.float32)
+    layer.forward = PackedForward(layer, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain(layer, x))
         where = layer.forward._packed.data_ptr()
@@ -109,7 +104,7 @@ def build(family):
 def test_a_models_logits_are_those_of_its_own_layers_in_float64(family):
     model, ids = build(family), torch.randint(VOCAB, (3, 9))
     exact = build(family).double()
-    pack_linears(model, dtype=torch.float32)
+    pack_linears(model)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits.double(), exact(ids).logits, rtol=1e-5, atol=1e-5)
     assert isinstance(model.lm_head.forward, PackedForward) and "PackedFeedForward" in {
@@ -133,27 +128,3 @@ def test_a_generator_draws_from_new_weights():
         for _ in range(6):
             ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
         assert found.response_ids.tolist() == ids[len(prompt) :]
-
-
-@in_c
-def test_a_reward_model_is_packed_and_a_reference_as_plain_as_its_policy(tmp_path, monkeypatch):
-    """In float32 the policy's layers are torch's own, and at a run's start the KL to the reference is 0, not rounding."""
-    tokenizer, model = word_tokenizer(VOCAB), build("gpt2")
-    fit_embeddings(model, tokenizer)
-    save_model(model, tokenizer, tmp_path / "sft", "")
-    reference = Reference(tmp_path / "sft", temperature=1.0, compute_dtype=torch.float32)
-    assert all(weight.numel() for weight in reference.model.parameters())
-    assert not packed_layers(reference.model)
-    save_model(build_reward_model(model, tokenizer, 0), tokenizer, tmp_path / "reward", "")
-    texts, packed, scores = (["t4 t5 t6", "t9"], ["t7 t8", "t3 t4 t5 t6 t7"]), [], []
-    for _ in range(2):
-        scorer = RewardScorer(tmp_path / "reward", compute_dtype=torch.float32)
-        packed.append(len(packed_layers(scorer.model)))
-        scores.append(scorer.score(*texts, [True, False]).total)
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    assert packed == [8, 0]  # 4 in a block
-    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
-
-
-def packed_layers(model):
-    return [module for module in model.modules() if isinstance(module.forward, PackedForward)]

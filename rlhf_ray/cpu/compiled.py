@@ -1,7 +1,6 @@
-"""Loops over tensors that torch would make in many passes, in C: compiled on each machine once, by its own C compiler.
+"""The functions in C: compiled on each machine once, by its own C compiler, and called with tensors.
 
-Without a compiler, on other systems than Linux, on other devices and for dtypes that a function does not take, callers use torch's
-operations; the numbers differ in rounding only. `RLHF_RAY_KERNELS=off` asks for that.
+Without a compiler, and on other systems than Linux, there are none, and torch's operations do their work.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from rlhf_ray.cpu.kernels.probe import Finding
-    from rlhf_ray.cpu.kernels.recording import Recording
+    from rlhf_ray.cpu.recording import Recording
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
@@ -33,13 +31,12 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 WIDE = "-mprefer-vector-width=512"  # compilers choose half of it by themselves
 COMPILE_TIMEOUT_S = 120
-DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
 
 log = logging.getLogger(__name__)
 
 
 class OfThread(threading.local):
-    """recording: what calls of functions on this thread go into, if there is one (kernels/recording.py)."""
+    """recording: what calls of functions on this thread go into, if there is one (`cpu.recording`)."""
 
     recording: Recording | None = None
 
@@ -49,11 +46,11 @@ of_thread = OfThread()
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they are switched off or can't be compiled."""
-    if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
+    """None where they can't be compiled."""
+    if sys.platform != "linux":
         return None
     try:
-        path = _path()
+        path = compiled()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or error
@@ -61,44 +58,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@functools.cache
-def has_blocks() -> bool:
-    """Whether products are made in C: they can be, and on this machine they are right and fast."""
-    found = blocks_finding()
-    return found is not None and found.good
-
-
-def blocks_finding() -> Finding | None:
-    """How such products do here; None: the processor has no unit for them, or the system does not let us use it."""
-    functions = library()
-    if functions is None or not functions.has_blocks():
-        return None
-    from rlhf_ray.cpu.kernels.probe import finding
-
-    return finding(_path())
-
-
-def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None):
-    """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work.
-
-    dtype: of the numbers it works on, where there is one for each of several dtypes (kernels/each_dtype.h).
-    """
-    if dtype is not None:
-        if dtype not in DTYPES:
-            return None
-        name = f"{name}_{DTYPES[dtype]}"
-    for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
-            return None
-    functions = library()
-    return None if functions is None else functools.partial(_call, getattr(functions, name))
-
-
-def _call(function, *arguments) -> None:
-    """Tensors by where their numbers are (None: nowhere), whole numbers as int64, others as float; then the threads."""
+def call(name: str, *arguments) -> None:
+    """Tensors, contiguous and on a CPU, by where their numbers are (None: nowhere), whole numbers as int64, others as float; then
+    the threads."""
     if of_thread.recording is not None:
-        of_thread.recording.take(function.__name__, arguments)
+        of_thread.recording.take(name, arguments)
         return
+    function = getattr(library(), name)
     if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
         function.argtypes = [*map(_c_type, arguments), ctypes.c_int]
     places = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
@@ -111,11 +77,6 @@ def _c_type(argument):
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
-@functools.cache
-def _path() -> Path | None:
-    return compiled()
-
-
 def compiled(more_flags: Sequence[str] = ()) -> Path | None:
     """The library for this machine and these sources, made if it is not there; None: there is no compiler.
 
@@ -124,11 +85,12 @@ def compiled(more_flags: Sequence[str] = ()) -> Path | None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    flags = [*FLAGS, *([WIDE] if platform.machine() in ("x86_64", "AMD64") else []), *more_flags]
+    wide = [WIDE] if platform.machine() in ("x86_64", "AMD64") else []
+    flags = [*FLAGS, *wide, *os.environ.get("CFLAGS", "").split(), *more_flags]
     made_of = hashlib.sha256(repr((compiler, flags, platform.machine(), _cpu())).encode())
     for file in (*SOURCES, *HEADERS):
         made_of.update(file.read_bytes())
-    path = _folder() / f"kernels-{made_of.hexdigest()[:16]}.so"
+    path = _folder() / f"cpu-{made_of.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")  # several processes may start at once

@@ -173,65 +173,74 @@ void decode_attention_float32(const float *query, const float *key, const float 
     }
 }
 
-enum { PIECE = 128 };  // of the vocabulary
-
-// `count` of a line's logits from `start` on, as float32: the line itself, or a copy in buffer.
-static inline const float *piece_of(const void *line, int64_t narrow, int64_t start, int64_t count, float *restrict buffer) {
-    if (!narrow) return (const float *)line + start;
-    const bf16 *from = (const bf16 *)line + start;
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) buffer[i] = from_bf16(from[i]);
-    return buffer;
-}
-
-// A token of each line, from softmax(logits / temperature), with its log-prob: the first one whose cumulative share exceeds the
-// line's uniform number in [0, 1). narrow: logits are bf16, else float32.
-void draw_from_all(const void *logits, int64_t narrow, const float *uniforms, int64_t *tokens, float *logprobs, int64_t lines,
-                   int64_t V, float temperature, int threads) {
-    float inverse = 1 / temperature;
-    int64_t pieces = (V + PIECE - 1) / PIECE;
+// Adds change, if there is one, to hidden, and normalises the lines of C numbers: to mean 0 and variance 1, or without a bias (as
+// RMS norms are) to a mean square of 1.
+void add_and_normalise(float *hidden, const float *change, const float *weight, const float *bias, float *result, int64_t lines,
+                       int64_t C, float eps, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        double *ends = malloc(pieces * sizeof(double));  // cumulative
-        float buffer[PIECE];
+        float *x = malloc(C * sizeof(float));
 #pragma omp for schedule(static)
         for (int64_t line = 0; line < lines; line++) {
-            const void *from = (const char *)logits + line * V * (narrow ? sizeof(bf16) : sizeof(float));
-            float top = -INFINITY;
-            for (int64_t start = 0; start < V; start += PIECE) {
-                int64_t count = V - start < PIECE ? V - start : PIECE;
-                const float *x = piece_of(from, narrow, start, count, buffer);
-#pragma omp simd reduction(max : top)
-                for (int64_t i = 0; i < count; i++) top = x[i] > top ? x[i] : top;
-            }
-            double total = 0;
-            for (int64_t piece = 0; piece < pieces; piece++) {
-                int64_t start = piece * PIECE, count = V - start < PIECE ? V - start : PIECE;
-                const float *x = piece_of(from, narrow, start, count, buffer);
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < count; i++) sum += exp_of((x[i] - top) * inverse);
-                ends[piece] = total += sum;
-            }
-            // In another order the piece's sum may be less than the target: then its last token that has a share stands in.
-            // Nothing exceeds a target of NaN; the log-prob tells.
-            double target = uniforms[line] * total;
-            int64_t piece = 0, token = 0;
-            while (piece < pieces - 1 && !(ends[piece] > target)) piece++;
-            double before = piece ? ends[piece - 1] : 0;
-            int64_t start = piece * PIECE, count = V - start < PIECE ? V - start : PIECE;
-            const float *x = piece_of(from, narrow, start, count, buffer);
-            for (int64_t i = 0; i < count; i++) {
-                float share = exp_of((x[i] - top) * inverse);
-                if (share > 0) {
-                    token = i;
-                    before += share;
-                    if (before > target) break;
+            float *from = hidden + line * C, *to = result + line * C;
+            float mean = 0, square = 0;
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) x[i] = from[i];
+            if (change != NULL)
+#pragma omp simd
+                for (int64_t i = 0; i < C; i++) {
+                    from[i] = x[i] + change[line * C + i];
+                    x[i] = from[i];
                 }
+            if (bias != NULL) {
+#pragma omp simd reduction(+ : mean)
+                for (int64_t i = 0; i < C; i++) mean += x[i];
+                mean /= C;
             }
-            tokens[line] = start + token;
-            logprobs[line] = (float)((x[token] - top) * inverse - log(total));
+#pragma omp simd reduction(+ : square)
+            for (int64_t i = 0; i < C; i++) square += (x[i] - mean) * (x[i] - mean);
+            float scale = 1 / sqrtf(square / C + eps);
+            if (bias != NULL)
+#pragma omp simd
+                for (int64_t i = 0; i < C; i++) to[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+            else
+#pragma omp simd
+                for (int64_t i = 0; i < C; i++) to[i] = x[i] * scale * weight[i];
         }
-        free(ends);
+        free(x);
+    }
+}
+
+// The sum of a token's embedding and, if there are any, its place's, which is its position's.
+void embed(const float *words, const float *places, const int64_t *tokens, const int64_t *positions, float *result, int64_t n,
+           int64_t C, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t line = 0; line < n; line++) {
+        const float *word = words + tokens[line] * C, *place = places + positions[line] * C;
+        float *to = result + line * C;
+        if (places == NULL)
+            memcpy(to, word, C * sizeof(float));
+        else
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) to[i] = word[i] + place[i];
+    }
+}
+
+// Rotary positions, in place: channel i of each of a row's heads and channel i + D / 2 turn together, by the angles whose cosines
+// and sines are in line `position` of those, [positions, D].
+void turn(float *states, const float *cos, const float *sin, const int64_t *positions, int64_t n, int64_t heads, int64_t D,
+          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t line = 0; line < n; line++) {
+        const float *c = cos + positions[line] * D, *s = sin + positions[line] * D;
+        for (int64_t head = 0; head < heads; head++) {
+            float *low = states + (line * heads + head) * D, *high = low + D / 2;
+#pragma omp simd
+            for (int64_t i = 0; i < D / 2; i++) {
+                float a = low[i], b = high[i];
+                low[i] = a * c[i] - b * s[i];
+                high[i] = b * c[i + D / 2] + a * s[i + D / 2];
+            }
+        }
     }
 }

@@ -1,10 +1,5 @@
 """Packed linear layers against the plain ones and against float64 written out."""
 
-import copy
-import gc
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,17 +7,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.cpu.activation import fast_activation
 from rlhf_ray.cpu.packed_linear import PackedForward, pack_linears
-from rlhf_ray.cpu.trained_layers import train_in_place
 from rlhf_ray.generation.engine import GenerationEngine
-from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
+from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.float_head import Float32Linear
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, save_model
-from rlhf_ray.models.tokenizer import word_tokenizer
-from rlhf_ray.rewards.scorer import RewardScorer
-from rlhf_ray.roles.reference import Reference
-from rlhf_ray.training.forward import LogprobModel, response_logprobs, token_batch
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no kernel for bfloat16 products"
@@ -48,7 +36,7 @@ def build(family: str = "gpt2", dtype=torch.bfloat16, **kwargs):
 
 
 def packed(layer: nn.Module) -> nn.Module:
-    layer.forward = PackedForward(layer, frozen=False)
+    layer.forward = PackedForward(layer, dtype=torch.bfloat16)
     return layer
 
 
@@ -102,7 +90,7 @@ def test_a_packed_feed_forward_against_its_formula(family):
     model = build(family)
     module = (model.transformer.h if family == "gpt2" else model.model.layers)[0].mlp
     x = torch.randn(2, 7, 64).bfloat16()
-    pack_linears(model, dtype=torch.bfloat16)
+    pack_linears(model)
     with torch.no_grad():
         found = module(x).double()
 
@@ -128,7 +116,7 @@ def test_other_activations_and_classes_stay():
     x = torch.randn(5, 64).bfloat16()
     with torch.no_grad():
         before = block.mlp(x)
-        pack_linears(model, dtype=torch.bfloat16)
+        pack_linears(model)
         torch.testing.assert_close(block.mlp(x), before, atol=0, rtol=2**-7)
     assert isinstance(block.attn.c_attn.forward, PackedForward)
     assert not isinstance(block.attn.c_proj.forward, PackedForward)
@@ -152,72 +140,3 @@ def test_the_generator_follows_its_weights(family):
     for found, wanted in zip(engine.generate(prompts, [0, 0], params), expected, strict=True):
         assert found.response_ids.tolist() == wanted.response_ids.tolist()
         assert found.logprobs.tolist() == wanted.logprobs.tolist()
-
-
-def rollout() -> RolloutBatch:
-    draws = np.random.default_rng(0)
-    prompts, responses = (
-        [draws.integers(2, VOCAB - 2, n).astype(np.int32) for n in lengths] for lengths in ((3, 9), (12, 5))
-    )
-    return RolloutBatch(
-        chunk=Chunk(step=0, index=0, prompt_indices=(0, 1), sample_indices=(0, 0)), policy_version=0,
-        sequences=Sequences.of(prompts, responses), rollout_logprobs=np.zeros(17, np.float32), ended=np.zeros(2, bool),
-    )  # fmt: skip
-
-
-def test_the_reference_computes_as_the_policy_and_holds_one_copy(tmp_path):
-    """Bit for bit: at the start of a run the KL to the reference is 0, not rounding."""
-    model, tokenizer = build(dtype=torch.float32, num_attention_heads=2), word_tokenizer(VOCAB)
-    save_model(model, tokenizer, tmp_path / "model", "")
-    batch = rollout()
-    settings = {"temperature": 1.0, "compute_dtype": torch.bfloat16}
-    by_torch = response_logprobs(model, batch.sequences.prompts(), batch.sequences.responses(), **settings)
-    partitioned = Reference(tmp_path / "model", **settings, zero_stage=1)
-    assert partitioned.logprobs(batch).values.tolist() == np.concatenate(by_torch).tolist()
-    reference = Reference(tmp_path / "model", **settings)
-    expected = reference.logprobs(batch).values
-    np.testing.assert_allclose(expected, np.concatenate(by_torch), atol=0.05)
-    policy = LogprobModel(copy.deepcopy(model), **settings).train()
-    disable_dropout(policy)
-    train_in_place(policy)
-    tokens = token_batch(batch.sequences.prompts(), batch.sequences.responses(), packed=policy.packed)
-    trained = policy(tokens)[tokens.action_mask]
-    assert trained.requires_grad and trained.tolist() == expected.tolist()
-    with torch.no_grad():
-        assert policy(tokens)[tokens.action_mask].tolist() == expected.tolist()
-    held = sum(weight.numel() for weight in reference.model.parameters())
-    blocks = sum(weight.numel() for weight in model.transformer.h.parameters() if weight.ndim == 2)
-    assert held == sum(weight.numel() for weight in model.parameters()) - blocks
-    plain = Reference(tmp_path / "model", temperature=1.0, compute_dtype=torch.float32)
-    assert all(weight.numel() for weight in plain.model.parameters())
-
-
-def test_the_reward_model_scores_as_in_float32(tmp_path):
-    from rlhf_ray.models.load import build_reward_model
-
-    tokenizer = word_tokenizer(VOCAB)
-    language_model = build(dtype=torch.float32)
-    fit_embeddings(language_model, tokenizer)
-    save_model(build_reward_model(language_model, tokenizer, 0), tokenizer, tmp_path / "model", "")
-    texts = ["t4 t5 t6", "t9"], ["t7 t8", "t3 t4 t5 t6 t7"]
-    exact, found = (
-        RewardScorer(tmp_path / "model", compute_dtype=dtype).score(*texts, [True, False]).total
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
-
-
-def test_a_packed_reference_lets_go_of_its_file(tmp_path):
-    """Pages that were read count as the process's for as long as one small weight is a view into the file."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("this system does not tell what a process has mapped")
-    folder = tmp_path / "model"
-    save_model(build(dtype=torch.float32), word_tokenizer(VOCAB), folder, "")
-    plain = Reference(folder, temperature=1.0, compute_dtype=torch.float32)
-    assert str(folder) in maps.read_text(), "weights are no views into their file any more: clone them no longer"
-    del plain
-    gc.collect()
-    packed = Reference(folder, temperature=1.0, compute_dtype=torch.bfloat16)
-    assert str(folder) not in maps.read_text()
-    assert packed.model.lm_head.weight is packed.model.get_input_embeddings().weight, "tied as before"
