@@ -49,7 +49,7 @@ class LineLoss:
         with only_at(self._feed_forward, states):
             logits = model(**line_inputs(rows, _layout(rows)), logits_to_keep=states, use_cache=False).logits
         logprobs = selected_logprobs(
-            logits.squeeze(0), inputs["labels"][:, 1:][labelled], temperature=1.0, overwrite=False
+            logits.squeeze(0), inputs["labels"][:, 1:][labelled], temperature=1.0
         )
         return -logprobs.sum()
 
