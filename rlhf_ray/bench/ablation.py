@@ -4,8 +4,8 @@
 
 NAME: what to leave out, as RLHF_RAY_CPU says it: parts with commas between them, or off. --generation: responses alone.
 All roles are in this process, on one thread, so that its CPU time is the work: other tenants of the machine lengthen a second on
-the wall, and hardly that. Prints one line per NAME: the seconds with it, and how many times as long it takes without:
-median (least to most).
+the wall, and hardly that. Prints one line a NAME: the seconds with it, and how many times as long it takes without: median (least
+to most).
 """
 
 from __future__ import annotations

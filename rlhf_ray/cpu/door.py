@@ -10,8 +10,8 @@ import torch
 from rlhf_ray.cpu.compiled import library
 from rlhf_ray.cpu.operations import OperationsInC
 from rlhf_ray.cpu.packed_linear import pack_linears
+from rlhf_ray.cpu.protocols import Step
 from rlhf_ray.cpu.recorded_step import RecordedStep
-from rlhf_ray.cpu.taken import Step
 
 PARTS = ("packed", "operations", "recorded")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.cpu.compiled import call
-from rlhf_ray.cpu.taken import Cache, Layer, Operations
+from rlhf_ray.cpu.protocols import Cache, Layer, Operations
 
 
 class OperationsInC:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rlhf_ray.cpu.protocols import Cache, Step
 from rlhf_ray.cpu.recording import OtherWork, Program, Recording
-from rlhf_ray.cpu.taken import Cache, Step
 
 
 class RecordedStep:

@@ -29,15 +29,16 @@ REQUEST_S = 5.0  # within which a client has sent all of its request
 
 
 def import_libraries(stages: Sequence[str]) -> None:
-    first = ("rlhf_ray.training.distributed",) if {"supervised", "ppo"} & set(stages) else ()
-    for module in first:
-        importlib.import_module(module).prepare_deepspeed("cpu")  # before TRL
+    gc.disable()  # until all is there
+    if {"supervised", "ppo"} & set(stages):
+        importlib.import_module("rlhf_ray.training.distributed").prepare_deepspeed("cpu")  # before TRL
     _import_all(module for stage in stages for module in LIBRARIES[stage])
 
 
 def import_actors(stages: Sequence[str]) -> None:
-    of_ray = (*WORKER_MODULES["all"], *(module for stage in stages for module in WORKER_MODULES.get(stage, ())))
-    _import_all((*of_ray, *(module for stage in stages for module in ACTORS[stage])))
+    ours = (module for stage in stages for module in ACTORS[stage])
+    rays = (module for stage in stages for module in WORKER_MODULES.get(stage, ()))
+    _import_all((*WORKER_MODULES["all"], *ours, *rays))
 
 
 def _import_all(modules: Iterable[str]) -> None:
