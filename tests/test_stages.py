@@ -233,21 +233,20 @@ def test_a_plugin_s_stage_end_to_end(workplace):
     assert other.returncode == 2 and "toy.steps (3 -> 5) can't change on resume" in other.stderr
 
 
-@pytest.mark.ray
-def test_a_stage_by_its_name_and_one_taken_over(workplace):
-    alone = command_line("stage", "toy", "toy.yaml", "--run-dir", "alone", cwd=workplace)
+def test_a_stage_by_its_name_and_one_taken_over(table, workplace):
+    alone = rlhf_ray("stage", "toy", "toy.yaml", "--run-dir", "alone", cwd=workplace)
     assert alone.returncode == 0, alone.stderr
     first = RunFolder(workplace / "alone")
     assert alone.stdout.splitlines()[-1] == str(first.stage("toy").path)
     assert sorted(path.name for path in first.path.iterdir() if path.is_dir()) == ["data", "toy"]
-    plan = command_line("doctor", "toy.yaml", cwd=workplace)
+    plan = rlhf_ray("doctor", "toy.yaml", cwd=workplace)
     assert plan.returncode == 0, plan.stderr
     assert "stages: data, a toy's turn, teaching, PPO, evaluation" in plan.stdout
 
     more = ("stage", "toy", "toy.yaml", "--run-dir", "second", "--start-from", "alone")
-    taken = command_line(*more, cwd=workplace)
+    taken = rlhf_ray(*more, cwd=workplace)
     assert taken.returncode == 0 and "a toy's turn: done before" in taken.stdout
-    refused = command_line(*more[:-3], "third", "--start-from", "alone", "--set", "toy.start=1", cwd=workplace)
+    refused = rlhf_ray(*more[:-3], "third", "--start-from", "alone", "--set", "toy.start=1", cwd=workplace)
     assert refused.returncode == 2 and "toy.start (16.0 -> 1.0)" in refused.stderr
 
 
