@@ -20,6 +20,7 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.upload import stage as stage_upload
 from rlhf_ray.config import Section
 from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.config.reference import main as reference_main
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES, all_needs_of, needs_of, stages_of_command
 from rlhf_ray.runs.resume import check_resume, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder
@@ -225,7 +226,7 @@ def test_a_plugin_s_stage_end_to_end(workplace):
     assert told.returncode == 0, told.stderr
     page = run.report.read_text()
     assert "Toy stage" in page and "Taught stage" in page and "final_loss" in page
-    assert "step 3: 2" in page  # the last point of its curve
+    assert ": 2.000</title>" in page  # the last point of its curve
 
     again = command_line("run", "toy.yaml", "--set", "toy.steps=3", "--run-dir", "run", cwd=workplace)
     assert again.returncode == 0 and "a toy's turn: done before" in again.stdout
@@ -257,3 +258,10 @@ def test_the_library_s_own_door(table, workplace, monkeypatch):
     folder = package.run(recipe, "library", stages=["data", "toy"])
     assert folder.stage("toy").summary() == {"steps": 1, "final_loss": 8.0}
     assert folder.stage_titles["toy"] == "Toy stage"
+
+
+def test_the_reference_has_the_sections_of_plugins(table, capsys):
+    assert reference_main(["--plugins", "toy_plugin"]) == 0
+    text = capsys.readouterr().out
+    assert "#### `toy`" in text and "| `start` | number > 0 | `8` | the loss at first |" in text
+    assert "| `answer` | integer | `42` | what it leaves |" in text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
@@ -174,20 +175,20 @@ class Recipe(Section):
         """Import the plugins, and validate the sections of their stages, which are no fields."""
         if not isinstance(values, dict):
             return handler(values)
-        plugins = values.get("plugins") or ()
-        if isinstance(plugins, (list, tuple)):
-            import_plugins(name for name in plugins if isinstance(name, str))
-        given, problems = dict(values), list[InitErrorDetails]()
+        given, problems = dict(cast(dict[str, Any], values)), list[InitErrorDetails]()
+        listed = given.get("plugins")
+        plugins = cast(Sequence[Any], listed) if isinstance(listed, (list, tuple)) else ()
+        import_plugins(name for name in plugins if isinstance(name, str))
         for name in [name for name in given if name not in cls.model_fields]:
             try:
-                given[name] = _plugin_section(name, given[name], bool(plugins))
+                given[name] = _plugin_section(name, given[name], has_plugins=bool(plugins))
             except ValidationError as error:
                 problems += _details(error, (name,))
                 del given[name]
         try:
             recipe = handler(given)
         except ValidationError as error:
-            problems += _details(error)
+            raise ValidationError.from_exception_data(cls.__name__, problems + _details(error)) from None
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return recipe
@@ -351,7 +352,7 @@ class Recipe(Section):
                     )
 
 
-def _plugin_section(name: str, value: Any, has_plugins: bool) -> Section | None:
+def _plugin_section(name: str, value: Any, *, has_plugins: bool) -> Section | None:
     """The validated section of a plugin's stage. ValidationError for a name that is no stage, or a value that won't do."""
     stage = STAGES.get(name)
     if stage is None or stage.section is None or not has_plugins:
