@@ -199,8 +199,14 @@ def workplace(tmp_path_factory) -> Path:
              "critic_init": "sft"},
         evaluation={"prompts": 4, "bootstrap": 20, "samples": 2},
     )  # fmt: skip
-    values = recipe.model_dump(mode="json") | {"plugins": ["toy_plugin"], "toy": {"start": 16.0}, "taught": {"max_length": 64}}
-    (here / "toy_reward.py").write_text("def score(prompts, responses):\n    return [len(each) for each in responses]\n")
+    values = recipe.model_dump(mode="json") | {
+        "plugins": ["toy_plugin"],
+        "toy": {"start": 16.0},
+        "taught": {"max_length": 64},
+    }
+    (here / "toy_reward.py").write_text(
+        "def score(prompts, responses):\n    return [len(each) for each in responses]\n"
+    )
     (here / "toy.yaml").write_text(yaml.safe_dump(values))
     return here
 

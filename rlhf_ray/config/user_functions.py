@@ -33,7 +33,9 @@ def import_plugins(modules: Iterable[str]) -> None:
 
 
 def _import(module: str, where: str) -> ModuleType:
-    if "" not in sys.path and not module.startswith("rlhf_ray."):  # an installed command has its own folder there instead
+    if "" not in sys.path and not module.startswith(
+        "rlhf_ray."
+    ):  # an installed command has its own folder there instead
         sys.path.insert(0, "")
     try:
         return importlib.import_module(module)
