@@ -7,11 +7,12 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 from rlhf_ray.errors import UserError
 
 
-def import_function(path: str) -> Callable:
+def import_function(path: str) -> Callable[..., Any]:
     """The function that 'package.module:function' names; the working directory is searched too."""
     module_name, _, name = path.partition(":")
     if not name:
@@ -32,7 +33,9 @@ def import_plugins(modules: Iterable[str]) -> None:
 
 
 def _import(module: str, where: str) -> ModuleType:
-    if "" not in sys.path and not module.startswith("rlhf_ray."):  # an installed command has its own folder there instead
+    if "" not in sys.path and not module.startswith(
+        "rlhf_ray."
+    ):  # an installed command has its own folder there instead
         sys.path.insert(0, "")
     try:
         return importlib.import_module(module)
