@@ -20,7 +20,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.ppo.ahead import Ahead
 from rlhf_ray.ppo.loop import LoopState
-from rlhf_ray.ppo.single_process import PlainPPO
+from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.step import MismatchError, ppo_step, sync_weights
 from rlhf_ray.roles.trainer import PolicyTrainer
 from rlhf_ray.runs.run_folder import RunFolder
@@ -420,8 +420,8 @@ def test_an_update_starts_from_the_forward_passes_of_its_own_rollouts(folder, mo
 
 
 def test_the_one_file_loop_refuses(folder):
-    with pytest.raises(UserError, match="draws and trains in turn, and ppo.steps_ahead is 2"):
-        PlainPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
+    with pytest.raises(UserError, match="does not act on ppo.steps_ahead = 2; set ppo.steps_ahead to 0"):
+        SingleProcessPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
 
 
 @pytest.mark.parametrize("algorithm", [{}, {"advantage": "grpo"}], ids=["ppo", "grpo"])

@@ -7,9 +7,10 @@ a mask made from pad ids hides the one token that ends a reply.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -78,6 +79,34 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of EOS. transformers' type of `eos_token_id` allows anything."""
+    found = tokenizer.eos_token_id
+    assert isinstance(found, int), "load_tokenizer lets no tokenizer without EOS through"
+    return found
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of PAD."""
+    found = tokenizer.pad_token_id
+    assert isinstance(found, int), "load_tokenizer adds a PAD"
+    return found
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of BOS. None: the tokenizer has none."""
+    found = tokenizer.bos_token_id
+    assert found is None or isinstance(found, int)
+    return found
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | np.ndarray, *, special_tokens: bool) -> str:
+    """The text of one sequence as it is. special_tokens: EOS, BOS and PAD are part of it."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "one sequence gives one text"
+    return text
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
