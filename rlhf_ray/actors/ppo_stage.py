@@ -9,7 +9,6 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.actors.forked_actors import forked_actors
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -31,7 +30,9 @@ from rlhf_ray.actors.role_actors import (
     ReferenceActor,
     RewardActor,
 )
+from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
+from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import count_rows
 from rlhf_ray.errors import StageStopped, UserError
@@ -51,7 +52,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
     spins = recipe.ppo.steps_ahead == 0
-    with forked_actors(spins=spins) as runtime_env, Placement(
+    with forked_actors(worker_environment(spins=spins)) as runtime_env, Placement(
         recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s,
         alone="generation" if spins else None, runtime_env=runtime_env,
     ) as placement:  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.actors.garbage_collection import collector_paused
 
 with collector_paused():
     import ray

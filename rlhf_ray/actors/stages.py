@@ -11,7 +11,7 @@ from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.runs.pipeline import Stage
 from rlhf_ray.runs.run_folder import RunFolder
 

@@ -28,7 +28,7 @@ from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.ensemble import ensemble_summary

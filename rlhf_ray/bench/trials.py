@@ -328,7 +328,7 @@ def workers() -> None:
     import ray
 
     from rlhf_ray.actors.session import ray_session, worker_environment
-    from rlhf_ray.forking.server_process import fork_server
+    from rlhf_ray.actors.worker_start import fork_server
 
     class Role:
         def ready(self) -> None:

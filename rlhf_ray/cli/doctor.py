@@ -14,13 +14,13 @@ from rlhf_ray.actors.checks import disk_problems, itemsize_of, recipe_problems
 from rlhf_ray.actors.placement import altogether, nodes_alive
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import cluster_problems
+from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.threads import role_shares
 from rlhf_ray.cpu import kernels
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import wanted
 from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.pipeline import stages_of
@@ -56,7 +56,7 @@ def examine(
         problems += cluster_problems(recipe, stages_of(recipe), nodes)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
-    _print_plan(recipe, altogether(nodes), threads, address is None and wanted(["ppo"]), console)
+    _print_plan(recipe, altogether(nodes), threads, address is None and forks_here(["ppo"]), console)
     if address is None and sys.platform == "linux" and kernels.library() is None:
         console.print(
             "without the functions in C (no compiler here, or they are switched off) CPUs are slower: apt-get install gcc"

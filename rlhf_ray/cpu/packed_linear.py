@@ -182,7 +182,7 @@ def pack_linears(
     stays. trained: round just as the same layers do in training in bfloat16, with (True) or without (False) `trained_layers`; None:
     as is best.
     """
-    if model.device.type != "cpu" or not _has_kernel(model, dtype):
+    if model.device.type != "cpu" or not _has_kernel(model, dtype) or ("packed_frozen" if frozen else "packed_live") in kernels.OFF:
         return
     tied = model.get_input_embeddings().weight
     for module in model.modules():

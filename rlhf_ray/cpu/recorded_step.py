@@ -24,7 +24,7 @@ class RecordedStep:
         self.model, self.step = model, step
         places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
         self._places = [(parameters, name) for parameters, name in places if parameters[name] is not None]
-        self._records = records and kernels.library() is not None
+        self._records = records and kernels.library() is not None and "recorded" not in kernels.OFF
         self._seen: tuple | None = None  # the last step's state
         self._refused: tuple | None = None  # that of a step with other work
         self._weights: list[torch.Tensor] = []  # its: while they are here no others have their identities

@@ -25,7 +25,8 @@ from rlhf_ray.cpu.packed_linear import GELU, GELU_AND_SLOPE, NAMES, NOTHING, pro
 
 def train_in_place(module: nn.Module) -> None:
     """Let the plain layers that train on a CPU work so, in place; weights and their names stay."""
-    sums_in_norms(module)
+    if "sums" not in kernels.OFF: sums_in_norms(module)
+    if "trained" in kernels.OFF: return
     for child in module.modules():
         if type(child) is nn.Embedding and _trains(child) and not _does_more(child):
             child.forward = _Embedding(child)

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import fork_server
 from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
     AppConfig,

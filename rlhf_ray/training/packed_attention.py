@@ -88,7 +88,7 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     if dropout == 0.0 and _in_c(query, key, value):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        in_blocks = query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and kernels.has_blocks()
+        in_blocks = query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and kernels.has_blocks() and "block_attention" not in kernels.OFF
         if in_blocks and packed.longest <= BLOCKS_LENGTH:
             return _BlockAttention.apply(query, key, value, packed, scaling), None
         if packed.longest <= PLAIN_LENGTH:
@@ -107,7 +107,7 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 def _in_c(*states: torch.Tensor) -> bool:
     dtype = states[0].dtype
     return (
-        kernels.library() is not None
+        kernels.library() is not None and "attention" not in kernels.OFF
         and dtype in kernels.DTYPES
         and all(each.device.type == "cpu" and each.dtype == dtype for each in states)
     )

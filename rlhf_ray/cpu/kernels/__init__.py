@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 # Not -ffast-math: it treats NaN as impossible, and linked with it a library flushes small numbers to zero for the whole process.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", *os.environ.get("CFLAGS", "").split(), "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 WIDE = "-mprefer-vector-width=512"  # compilers choose half of it by themselves
 COMPILE_TIMEOUT_S = 120
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # with functions of their own
@@ -47,8 +47,15 @@ class OfThread(threading.local):
 of_thread = OfThread()
 
 
-@functools.cache
+OFF: set[str] = set()  # what is left out, for rlhf_ray/bench/ablation.py
+
+
 def library() -> ctypes.CDLL | None:
+    return None if "all" in OFF else _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     """The compiled functions; None where they are switched off or can't be compiled."""
     if os.environ.get("RLHF_RAY_KERNELS", "on") == "off" or sys.platform != "linux":
         return None
@@ -61,8 +68,12 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@functools.cache
 def has_blocks() -> bool:
+    return not OFF & {"all", "blocks"} and _has_blocks()
+
+
+@functools.cache
+def _has_blocks() -> bool:
     """Whether products are made in C: they can be, and on this machine they are right and fast."""
     found = blocks_finding()
     return found is not None and found.good
@@ -83,6 +94,8 @@ def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None =
 
     dtype: of the numbers it works on, where there is one for each of several dtypes (kernels/each_dtype.h).
     """
+    if name in OFF:
+        return None
     if dtype is not None:
         if dtype not in DTYPES:
             return None
