@@ -202,7 +202,7 @@ def _within(deadline_s: float, what: str, call: Callable):
     def work() -> None:
         try:
             outcome.append((call(), None))
-        except Exception as error:  # carried to the caller's thread
+        except Exception as error:  # fault boundary: this thread; the caller's raises it again
             outcome.append((None, error))
 
     thread = threading.Thread(target=work, daemon=True)

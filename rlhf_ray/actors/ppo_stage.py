@@ -25,7 +25,7 @@ from rlhf_ray.actors.role_actors import (
     CriticActor,
     ExperienceActor,
     GenerationActor,
-    MailedGenerationActor,
+    InFlightGenerationActor,
     PolicyActor,
     ReferenceActor,
     RewardActor,
@@ -70,9 +70,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ]
 
         in_flight = recipe.ppo.weights_in_flight
-        # Where others compute on the same GPU once everything is drawn.
-        rests = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
-        generator = MailedGenerationActor if in_flight else GenerationActor
+        # Other roles compute on the same GPU once everything is drawn.
+        sleeps = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
+        generator = InFlightGenerationActor if in_flight else GenerationActor
         generation = actors(generator, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
         reference = []
@@ -99,7 +99,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         ]
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
-            generation_group = GenerationGroup(generation, waiter, in_flight, rests=rests)
+            generation_group = GenerationGroup(generation, waiter, in_flight, sleeps=sleeps)
             roles = RayRoles(
                 generation_group, RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,

@@ -75,9 +75,9 @@ class Generation(RoleActor, GenerationEnd):
 
 
 GenerationActor = ray.remote(Generation)
-#: one that takes post while it generates: a thread of its own, which calls of this concurrency group run in
-MAIL = "mail"
-MailedGenerationActor = ray.remote(concurrency_groups={MAIL: 1})(Generation)
+#: Calls of this concurrency group run in a thread of their own, so weights arrive while the actor generates.
+IN_FLIGHT = "in_flight"
+InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generation)
 
 
 @ray.remote

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import ray
 
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.runs.pipeline import Stage
 from rlhf_ray.runs.run_folder import RunFolder
 

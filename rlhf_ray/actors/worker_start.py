@@ -30,4 +30,3 @@ def forked_actors(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-from rlhf_ray.forking.door import fork_server, forked_actors, forks_here  # noqa: E402, F811 - without it all above holds

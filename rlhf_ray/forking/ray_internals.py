@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 

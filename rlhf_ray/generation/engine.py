@@ -95,7 +95,7 @@ class GenerationEngine:
             if not len(self._open):
                 return []
             running, tokens, logprobs, completions = self._open.step()
-        except BaseException:
+        except BaseException:  # fault boundary: one call; its rows leave the batch, whatever ended it
             self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
             self.decoder.forget()
             raise

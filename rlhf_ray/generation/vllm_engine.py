@@ -293,8 +293,9 @@ class VllmEngine:
 def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
     """What the keys and values of `rows` sequences of `longest` tokens take, in whole blocks, and one row more."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    options = config.to_dict()  # GPT-2 and others have neither of these two
+    heads = options.get("num_key_value_heads") or config.num_attention_heads
+    width = options.get("head_dim") or config.hidden_size // config.num_attention_heads
     slots = (rows + 1) * -(-longest // CACHE_BLOCK) * CACHE_BLOCK
     return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
 

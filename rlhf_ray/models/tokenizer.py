@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -29,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if architecture == "qwen2":
-        like = Qwen2Tokenizer(unk_token=None, eos_token=EOS, pad_token=PAD).backend_tokenizer
+        like = Qwen2Tokenizer(unk_token=cast(str, None), eos_token=EOS, pad_token=PAD).backend_tokenizer  # no UNK
         tokenizer.normalizer, tokenizer.pre_tokenizer = like.normalizer, like.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -41,8 +42,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
     if architecture == "qwen2":
         learned = json.loads(tokenizer.to_str())["model"]
         merges = [tuple(merge) for merge in learned["merges"]]
-        return Qwen2Tokenizer(
-            vocab=learned["vocab"], merges=merges, unk_token=None, eos_token=EOS, pad_token=PAD,
+        return Qwen2Tokenizer(  # transformers' annotations know neither merges as pairs nor a tokenizer without UNK
+            vocab=learned["vocab"], merges=cast(list[str], merges), unk_token=cast(str, None), eos_token=EOS, pad_token=PAD,
             clean_up_tokenization_spaces=False,
         )  # fmt: skip
     return PreTrainedTokenizerFast(

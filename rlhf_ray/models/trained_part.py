@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def _compute_activations_again(model: PreTrainedModel) -> None:
 # -- low-rank adapters ------------------------------------------------------------------------------------------------
 
 
-def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Module]:
+def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Linear | Conv1D]:
     """Name -> linear layer of the body, for those that get an adapter."""
     body = {id(module) for module in model.base_model.modules()}
     linear = {
@@ -140,7 +141,8 @@ def _peft_config(model: PreTrainedModel, lora: LoraConfig, **extra):
 
     layers = adapted_layers(model, lora)
     return PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without
+        r=lora.rank, lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank, so a float is as good
+        lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without
         target_modules=sorted(layers), bias="none",
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()), **extra,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Protocol
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
@@ -101,9 +102,15 @@ def drop_after(path: Path, step: float) -> int:
     return len(rows) - len(kept)
 
 
-def _plain(value):
+class _Scalar(Protocol):
+    """A numpy scalar or a 0-d tensor."""
+
+    def item(self) -> float | int: ...
+
+
+def _plain(value: float | int | str | _Scalar | None) -> float | int | str | None:
     """A JSON value of a number, numpy scalar, 0-d tensor or text."""
-    if hasattr(value, "item"):
+    if not isinstance(value, (float, int, str)) and value is not None:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
@@ -38,7 +39,7 @@ LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_n
 
 def padding_of(model: PreTrainedModel) -> int:
     """What widths are a multiple of: 16, or less where the model's positions are no multiple of that."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     return PAD_MULTIPLE if positions is None else math.gcd(PAD_MULTIPLE, positions)
 
 
