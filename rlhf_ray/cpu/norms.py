@@ -45,7 +45,7 @@ def sums_in_norms(model: nn.Module) -> None:
             if (
                 type(block) is GPT2Block
                 and isinstance(block.ln_2.forward, _Norm)
-                and not hasattr(block, "crossattention")
+                and "crossattention" not in dict(block.named_children())
             ):
                 block.forward = partial(_block, block, behind)
 

@@ -208,6 +208,7 @@ def _let_go_of_the_rest(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         # A loaded model's weights are views into its file, which stays in memory, all that was read, while one of them does.
         parameter.data = parameter.data.clone()
+    # getattr: ctypes knows at run time only which functions a library has; glibc's has this one, musl's has not.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc returns memory between other memory only when it is asked to
         trim(0)

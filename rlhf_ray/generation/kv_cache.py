@@ -106,7 +106,7 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
-            old = getattr(self, name)
+            old = vars(self)[name]
             new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
             new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
             setattr(self, name, new)

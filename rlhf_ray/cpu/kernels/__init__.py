@@ -63,7 +63,7 @@ def _library() -> ctypes.CDLL | None:
         path = _path()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        words = getattr(error, "stderr", None) or error
+        words = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("the C functions could not be compiled, so torch's operations do their work: %s", words)
         return None
 
@@ -104,6 +104,7 @@ def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None =
         if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
             return None
     functions = library()
+    # getattr: ctypes makes a library's functions as attributes, and keeps each.
     return None if functions is None else functools.partial(_call, getattr(functions, name))
 
 
