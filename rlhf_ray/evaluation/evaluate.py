@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Precision, Recipe
+from rlhf_ray.config.stage_table import tuned_stages
 from rlhf_ray.data.store import read_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import estimates as metrics
@@ -74,10 +75,6 @@ DEFINITIONS = {
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
 }
-DPO_DEFINITIONS = {
-    "dpo_over_sft": "win_rate, kl, difference and ratio as above, of DPO's model and responses in place of PPO's.",
-    "ppo_over_dpo": "Share of (prompt, seed) pairs in which PPO's response scores higher than DPO's; a tie counts half.",
-}
 Progress = Callable[[dict], None]
 
 
@@ -105,7 +102,7 @@ class _Evaluation:
         self.prompts = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
         self.missing: dict[str, str] = {}
-        self.tuned = ("ppo",) if recipe.dpo is None else ("ppo", "dpo")
+        self.tuned = tuned_stages(recipe)
         self.estimates: dict[str, dict[str, Estimate]] = {name: {} for name in ("sft", *self.tuned)}
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
 
@@ -271,11 +268,11 @@ class _Evaluation:
         }
 
     def _summary(self, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
-        dpo, definitions = {}, DEFINITIONS
-        if "dpo" in self.tuned:
-            dpo["dpo_over_sft"] = self._over_sft("dpo", kl, scores)
-            dpo["ppo_over_dpo"] = {"win_rate": self._wins(scores["ppo"], scores["dpo"])}
-            definitions = DEFINITIONS | DPO_DEFINITIONS
+        others, definitions = {}, DEFINITIONS
+        for name in self.tuned[1:]:
+            others[f"{name}_over_sft"] = self._over_sft(name, kl, scores)
+            others[f"ppo_over_{name}"] = {"win_rate": self._wins(scores["ppo"], scores[name])}
+            definitions = definitions | _definitions_of(name)
         keys = self._figures()
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
@@ -284,7 +281,7 @@ class _Evaluation:
                 for name, out in self.estimates.items()
             },
             **self._over_sft("ppo", kl, scores),
-            **dpo,
+            **others,
             "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts),
             "seeds": list(self.seeds),
@@ -301,6 +298,16 @@ class _Evaluation:
 
     def _report(self, doing: str, step: int, total: int) -> None:
         self.progress({"stage": "evaluation", "doing": doing, "step": step, "total": total})
+
+
+def _definitions_of(name: str) -> dict[str, str]:
+    """Of what the summary says of a tuned model beside PPO's."""
+    whose = f"{name.upper()}'s"
+    return {
+        f"{name}_over_sft": f"win_rate, kl, difference and ratio as above, of {whose} model and responses in place of PPO's.",
+        f"ppo_over_{name}": f"Share of (prompt, seed) pairs in which PPO's response scores higher than {whose}; "
+        "a tie counts half.",
+    }
 
 
 def term_key(name: str) -> str:

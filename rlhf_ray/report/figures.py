@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.evaluation.traits import PREFIX, trait_label, trait_names
 from rlhf_ray.report import charts
+from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.report.words import figure, flat, percent, shown
-
-MODELS = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}  # those that the evaluation drew from; DPO where there is one
-PAIR_MODELS = {"reward": "Reward model", "judge": "Judge", "dpo": "DPO's implicit reward"}
 
 # key of summary.json: (label, unit or explanation, percent?, which direction is better: 1, -1, or 0 for neither)
 FIGURES = {
@@ -56,9 +55,9 @@ def cards(summary: dict) -> list[dict]:
         return []
     cards = []
     rates = [(summary["win_rate"], "PPO over SFT")]
-    if "dpo" in summary:
-        rates += [(summary[f"{pair}_over_{other}"]["win_rate"], f"{pair.upper()} over {other.upper()}")
-                  for pair, other in (("dpo", "sft"), ("ppo", "dpo"))]  # fmt: skip
+    for other in other_tuned(summary):
+        rates += [(summary[f"{one}_over_{two}"]["win_rate"], f"{title(one)} over {title(two)}")
+                  for one, two in ((other, "sft"), ("ppo", other))]  # fmt: skip
     for rate, label, note in (
         (by[scorer], label, f"{models}, by {whom}")
         for by, models in rates
@@ -77,13 +76,12 @@ def cards(summary: dict) -> list[dict]:
                     "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
                 }
             )
-    for title, figures in (("", summary), (" (DPO)", summary.get("dpo_over_sft"))):
-        if figures is None:
-            continue
+    for model in ("ppo", *other_tuned(summary)):
+        figures = over_sft(summary, model)
         kl = figures.get("kl_interval")
         cards.append(
             {
-                "label": f"KL to SFT{title}",
+                "label": "KL to SFT" + ("" if model == "ppo" else f" ({title(model)})"),
                 "value": charts.number(figures["kl"]),
                 "note": "nats a response",
                 "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
@@ -112,7 +110,7 @@ def cards(summary: dict) -> list[dict]:
 def table(summary: dict) -> list[dict]:
     """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
-    compared = {"ppo": summary, "dpo": summary.get("dpo_over_sft", {})}
+    models = models_of_summary(summary)
     terms = {
         key: (f"Reward “{key.removeprefix('score/')}”", "before its weight", False, 0)
         for key in summary.get("ppo", {})
@@ -123,13 +121,13 @@ def table(summary: dict) -> list[dict]:
         for name in trait_names(summary.get("ppo", {}))
     }
     for key, (label, unit, as_percent, better) in (FIGURES | terms | traits).items():
-        values = {name: summary[name].get(key) for name in MODELS if name in summary}
+        values = {name: summary[name].get(key) for name in models}
         if not values or None in values.values():
             continue
         cells = []
         for name, value in values.items():
-            difference = compared.get(name, {}).get("difference", {}).get(key)
-            words = figure(difference, as_percent) if name in compared else ""
+            difference = None if name == "sft" else over_sft(summary, name).get("difference", {}).get(key)
+            words = "" if name == "sft" else figure(difference, as_percent)
             cells.append((figure(value, as_percent), words, _tone(difference, better)))
         rows.append(
             {
@@ -151,16 +149,22 @@ def _tone(difference: dict | None, better: int) -> str:
 def histograms(samples: list[dict]) -> list[tuple[str, str]]:
     plots = []
     for key, label in (("score", "Reward-model score"), ("judge", "Judge's score")):
-        scores = [[row[name].get(key) for name in MODELS if name in row] for row in samples]
+        scores = [[row[name].get(key) for name in models_of_sample(row)] for row in samples]
         scores = [row for row in scores if None not in row]
         if len(scores) >= 20:
             plots.append((label, charts.histogram(np.array(scores, dtype=float).T, label)))
     return plots
 
 
+def pair_titles(closing: dict) -> dict[str, str]:
+    """Stage -> the title of its column, of those that are done and say how well they tell replies apart."""
+    titles = {name: stage.pairs_title for name, stage in STAGES.items()}
+    return {name: words for name, words in titles.items() if words is not None and closing.get(name)}
+
+
 def quality(closing: dict) -> list[tuple[str, list[str]]]:
     """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column])."""
-    columns = [flat(closing[stage]) for stage in PAIR_MODELS if closing[stage]]
+    columns = [flat(closing[stage]) for stage in pair_titles(closing)]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
     names = {
         name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
@@ -175,9 +179,9 @@ def quality(closing: dict) -> list[tuple[str, list[str]]]:
 def calibrations(closing: dict) -> list[tuple[str, str]]:
     """Plots of DONE's "calibration": a list of {"predicted", "observed", "count"}."""
     plots = []
-    for stage, title in PAIR_MODELS.items():
-        bins = (closing[stage] or {}).get("calibration")
+    for stage, words in pair_titles(closing).items():
+        bins = closing[stage].get("calibration")
         if isinstance(bins, list):
             points = [(one["predicted"], one["observed"]) for one in bins if one["count"]]
-            plots.append((title, charts.calibration(points)))
+            plots.append((words, charts.calibration(points)))
     return plots
