@@ -61,6 +61,7 @@ OTHER_SECTIONS = {
     "evaluation": "it is for the final evaluation",
     "resources": "it places actors, and there are none",
     "tracking": "nothing is written",
+    "plugins": "they add stages, and rewards that `ppo.rewards` names",
 }
 
 

@@ -45,7 +45,7 @@ def stage_scorer(
     recipe: Recipe, folder: RunFolder, stage: str, dtype: torch.dtype, device: torch.device | str
 ) -> Scorer:
     """The model that the stage "reward" or "judge" trained, or the ensemble of them."""
-    config = dict(recipe)[stage]
+    config = recipe.section(stage)
     assert isinstance(config, RewardConfig)
     paths = [folder.stage(stage).member(number).model for number in range(config.members)]
     for path in paths:

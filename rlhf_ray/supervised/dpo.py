@@ -68,7 +68,7 @@ class Dpo(StageTrainer, DPOTrainer):
 
 def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "dpo" on this rank -> its summary (see `stage.train_stage`)."""
-    config = dict(recipe)[stage]
+    config = recipe.section(stage)
     assert isinstance(config, DpoConfig)
     seed = recipe.seed + DPO_SEED
     train = _read(folder, "reward_train")

@@ -63,7 +63,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
 
     member: which model of the stage's ensemble; they differ in the head's first weights and in the order of the data.
     """
-    config = dict(recipe)[stage]
+    config = recipe.section(stage)
     assert isinstance(config, RewardConfig)
     seed, target = recipe.seed + SEEDS[stage] + MEMBER_SEED * member, folder.stage(stage).member(member)
     train = _read(folder, stage, "train", config)
@@ -198,7 +198,7 @@ def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, s
     trust = recipe.model.trust_remote_code
     if config.starts_within_run:
         tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
-        if config.base != "model" and dict(recipe)[config.base] is not None:
+        if config.base != "model" and recipe.section(config.base) is not None:
             body = folder.stage(config.base).model
             if not (body / "config.json").exists():
                 raise UserError(f"{stage}.base is '{config.base}', but {body} holds no model; run that stage first")

@@ -51,7 +51,7 @@ class Sft(StageTrainer, SFTTrainer):
 
 def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "sft" or "fluency" on this rank -> its summary (see `stage.train_stage`)."""
-    config = dict(recipe)[stage]
+    config = recipe.section(stage)
     assert isinstance(config, SftConfig)
     seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
