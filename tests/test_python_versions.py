@@ -32,7 +32,7 @@ def test_dependencies_resolve_and_the_package_compiles(version, tmp_path):
     python = interpreter(version)
     if python is None:
         pytest.skip(f"Python {version} is not installed here")
-    if version == "%d.%d" % sys.version_info[:2]:
+    if version == ".".join(map(str, sys.version_info[:2])):
         pytest.skip(f"the tests run on Python {version}")
     copy = tmp_path / "package"
     shutil.copytree(PACKAGE, copy / "rlhf_ray", ignore=shutil.ignore_patterns("__pycache__"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,5 +21,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
-def option(default, description: str, **kwargs):
+def option(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field with its default and its line in the reference. kwargs: pydantic's bounds (gt, ge, lt, le, pattern)."""
     return Field(default, description=description, **kwargs)

@@ -226,6 +226,11 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head. transformers' annotation says nn.Module."""
+    return cast(PreTrainedModel, model.base_model)
+
+
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """`model.to(device)`. transformers' own annotation of `to` has lost its `self`."""
     cast(nn.Module, model).to(device)

@@ -7,7 +7,7 @@ a mask made from pad ids hides the one token that ends a reply.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -103,7 +103,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return found
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | np.ndarray, *, special_tokens: bool) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int] | np.ndarray, *, special_tokens: bool) -> str:
     """The text of one sequence as it is. special_tokens: EOS, BOS and PAD are part of it."""
     text = tokenizer.decode(token_ids, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str), "one sequence gives one text"

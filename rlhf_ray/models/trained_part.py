@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.wire import as_tensor, load_named
+from rlhf_ray.models.wire import Weight, as_tensor, load_named
 
 
 def train_only_part(
@@ -189,7 +188,7 @@ class MergedLayers:
         }
 
     @torch.no_grad()
-    def load(self, adapter: Mapping[str, torch.Tensor | np.ndarray]) -> None:
+    def load(self, adapter: Mapping[str, Weight]) -> None:
         """Put the merged weights into the model. `adapter` holds <layer>.lora_A and .lora_B of every layer, no more."""
         expected = {f"{name}.lora_{part}" for name in self.layers for part in "AB"}
         if expected != adapter.keys():

@@ -42,7 +42,10 @@ class LoopState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> LoopState:
-        return cls(**{**state, "best_score": float("-inf") if state["best_score"] is None else state["best_score"]})
+        values = dict(state)
+        if values["best_score"] is None:
+            values["best_score"] = float("-inf")
+        return cls(**values)
 
 
 def judged_best(state: LoopState, value: float) -> LoopState:

@@ -13,6 +13,8 @@ True on the tokens of a response and False in the padding, so padding never coun
 
 from __future__ import annotations
 
+# torch annotates backward, step and from_numpy in part only.
+# pyright: reportUnknownMemberType=false
 import argparse
 import sys
 from collections.abc import Iterator

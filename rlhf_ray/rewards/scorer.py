@@ -22,6 +22,7 @@ from rlhf_ray.messages import Scores
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import (
+    body_of,
     disable_dropout,
     fit_embeddings,
     load_reward_model,
@@ -30,7 +31,7 @@ from rlhf_ray.models.load import (
     score_head,
     to_device,
 )
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 
@@ -71,7 +72,7 @@ class RewardScorer:
         # These score by their head at one token; a class that does something else with the body's output reads rows.
         self.packed = type(self.model).__name__.removesuffix(
             "ForSequenceClassification"
-        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        ).lower() in PACKED_FAMILIES and pack(body_of(self.model))
         self._last_feed_forward = last_feed_forward(self.model)
         norms_in_c(self.model)
         pack_linears(self.model, dtype=compute_dtype, frozen=True)
@@ -79,7 +80,7 @@ class RewardScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
         token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
-        token_ids = [ids[-(self.positions or 0) :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
         return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
@@ -90,7 +91,7 @@ class RewardScorer:
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             fit_embeddings(self.model, self.tokenizer)
-            config.pad_token_id = self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = self.model.config.pad_token_id = pad_id(self.tokenizer)
         return config.pad_token_id
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import (
+    body_of,
     build_causal_lm,
     build_reward_model,
     check_positions,
@@ -74,7 +75,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
             delattr(model.config, name)
     check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
     train_only_part(
-        model.base_model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        body_of(model), lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)

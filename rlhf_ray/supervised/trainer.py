@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,8 +183,8 @@ class StageCallback(TrainerCallback):
         if self.stopped or self.clock.time_is_up:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:  # the closing summary of Trainer.train
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **_):
+        if logs is None or "loss" not in logs:  # the closing summary of Trainer.train
             return
         self.last_loss = logs["loss"]
         if self.writer is None:
