@@ -61,7 +61,7 @@ def submit(
         if job.metadata and job.metadata.get(_RUN_DIR) == run_dir and not job.status.is_terminal():
             raise UserError(
                 f"job {job.submission_id} is still running in {run_dir}; "
-                f"{_handles(job.submission_id, client)}; or choose another run folder"
+                f"{_handles(job.submission_id or '', client)}; or choose another run folder"
             )
     job_id = _next_id(recipe.name, jobs)
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_submit_") as folder:

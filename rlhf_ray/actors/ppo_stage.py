@@ -144,7 +144,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         LoopState(kl_coef=ppo.kl_coef),
         checkpoint.last_good(
             stage.checkpoints,
-            lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"),
+            lambda message: _tell_of_damage(folder, message),
         ),
     )
     if last is not None:
@@ -175,6 +175,10 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
+
+
+def _tell_of_damage(folder: RunFolder, message: str) -> None:
+    EventLog(folder.events).add(message, "read the one before it", stage="ppo")
 
 
 def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:

@@ -50,7 +50,7 @@ def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *
         possible.insert(0, "ipc")
     if setting == "auto":
         return possible[0] if on_gpus else "object_store"
-    chosen = next((way for way in possible if way == setting), None)
+    chosen: Transport | None = next((way for way in possible if way == setting), None)
     if chosen is None:
         devices = ", ".join(sorted({place.gpu or "the CPU" for place in places}))
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# torch.autograd.Function and Tensor.split have no annotations, so strict would find their results unknown.
+# pyright: basic
 import torch
 
 from rlhf_ray.cpu import kernels

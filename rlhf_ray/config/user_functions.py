@@ -7,11 +7,12 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 from rlhf_ray.errors import UserError
 
 
-def import_function(path: str) -> Callable:
+def import_function(path: str) -> Callable[..., Any]:
     """The function that 'package.module:function' names; the working directory is searched too."""
     module_name, _, name = path.partition(":")
     if not name:

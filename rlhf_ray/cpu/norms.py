@@ -7,6 +7,8 @@ those that are compared with them (a policy's reference) are to have it both or 
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from functools import partial
 
 import torch

@@ -7,6 +7,8 @@ rlhf_ray/bench/trials.py). The price is a second copy of the weights, or none wh
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 import ctypes
 
 import torch

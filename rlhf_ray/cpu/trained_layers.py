@@ -10,6 +10,8 @@ For modules whose gradients add up in `.grad` until the optimiser steps: not und
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from collections.abc import Callable
 
 import torch

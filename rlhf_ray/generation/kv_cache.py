@@ -7,6 +7,8 @@ changes no bit of a result.
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from dataclasses import dataclass
 
 import torch

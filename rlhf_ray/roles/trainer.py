@@ -64,7 +64,7 @@ class Trainer(Generic[Shard]):
         """
         self.engine, self.microbatch_size, self.microbatch_tokens = engine, microbatch_size, microbatch_tokens
         self.reuse_forward = reuse_forward
-        self._kept: dict[int, list[tuple[list[int], torch.Tensor]]] = {}  # chunk -> its rows and outputs
+        self._kept: dict[int, list[tuple[list[int], Any]]] = {}  # chunk -> its rows and outputs
         self._kept_step = -1
 
     def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -64,7 +64,7 @@ class MetricsWriter:
             self._trackers.append(_TensorBoardTracker(Path(tensorboard_dir), resume_step))
         self._file = open(self.path, "a")  # noqa: SIM115  (open as long as the writer is)
 
-    def write(self, step: int, values: dict) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """values: name -> number or short text. NaN and infinity become null: they are not JSON."""
         row = {"step": step, **{name: _plain(value) for name, value in values.items() if name != "step"}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -83,7 +83,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

@@ -19,7 +19,7 @@ from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 
-Progress = Callable[[dict], None]
+Progress = Callable[[dict[str, Any]], None]
 #: What does a stage. It writes DONE itself, or returns the closing figures that DONE is to hold.
 StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 
@@ -108,7 +108,7 @@ def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
     write_atomically(path, json.dumps(timings, indent=2) + "\n")
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """Versions, the code's git commit, hardware."""
     packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "peft", "datasets", "numpy")
     return {

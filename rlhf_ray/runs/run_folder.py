@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
@@ -57,11 +58,11 @@ class StageFolder:
     def done(self) -> bool:
         return self.done_file.exists()
 
-    def finish(self, summary: dict) -> None:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Mark the stage finished; `summary` (its closing figures) is the file's content."""
         write_atomically(self.done_file, json.dumps(summary, indent=2) + "\n")
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         return json.loads(self.done_file.read_text())
 
 

@@ -46,6 +46,7 @@ class Sft(StageTrainer, SFTTrainer):
             given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             total = summed_loss(model(**given, use_cache=False).logits, inputs["labels"])
         # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
+        assert num_items_in_batch is not None, "the trainer counts them"
         return total / num_items_in_batch * self.accelerator.num_processes
 
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,7 +89,7 @@ def blocks_finding() -> Finding | None:
     return finding(_path())
 
 
-def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None):
+def kernel(name: str, *tensors: torch.Tensor | None, dtype: torch.dtype | None = None) -> Any:
     """The function of that name, if all the tensors are contiguous and on a CPU; else None, and torch does the work.
 
     dtype: of the numbers it works on, where there is one for each of several dtypes (kernels/each_dtype.h).
