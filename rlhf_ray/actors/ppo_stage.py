@@ -25,7 +25,7 @@ from rlhf_ray.actors.role_actors import (
     CriticActor,
     ExperienceActor,
     GenerationActor,
-    MailedGenerationActor,
+    InFlightGenerationActor,
     PolicyActor,
     ReferenceActor,
     RewardActor,
@@ -70,9 +70,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ]
 
         in_flight = recipe.ppo.weights_in_flight
-        # Where others compute on the same GPU once everything is drawn.
-        rests = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
-        generator = MailedGenerationActor if in_flight else GenerationActor
+        # Other roles compute on the same GPU once everything is drawn.
+        sleeps = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
+        generator = InFlightGenerationActor if in_flight else GenerationActor
         generation = actors(generator, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
         reference = []
@@ -99,7 +99,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         ]
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
-            generation_group = GenerationGroup(generation, waiter, in_flight, rests=rests)
+            generation_group = GenerationGroup(generation, waiter, in_flight, sleeps=sleeps)
             roles = RayRoles(
                 generation_group, RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
@@ -144,7 +144,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         LoopState(kl_coef=ppo.kl_coef),
         checkpoint.last_good(
             stage.checkpoints,
-            lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"),
+            lambda message: _tell_of_damage(folder, message),
         ),
     )
     if last is not None:
@@ -175,6 +175,10 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
+
+
+def _tell_of_damage(folder: RunFolder, message: str) -> None:
+    EventLog(folder.events).add(message, "read the one before it", stage="ppo")
 
 
 def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:

@@ -140,7 +140,7 @@ def _fit(
     def fit() -> None:
         try:
             box["result"] = trainer.fit()
-        except BaseException as error:  # handed to the caller's thread below, whatever it is
+        except BaseException as error:  # fault boundary: this thread; the caller's raises it
             box["error"] = error
 
     # In a thread of its own: the caller's thread reports progress, and keeps its own handling of Ctrl-C, which fit()

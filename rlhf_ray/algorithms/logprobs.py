@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# torch.autograd.Function and Tensor.split have no annotations, so strict would find their results unknown.
+# pyright: basic
 import torch
 
 # Logits that are worked on at a time, in float32: 1 MiB stays in a core's cache; a GPU wants work for all of its cores.

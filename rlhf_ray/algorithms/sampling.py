@@ -10,6 +10,8 @@ Every parameter is one number for all rows, or a tensor [n].
 
 from __future__ import annotations
 
+# torch annotates sum in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import torch
 
 Parameter = float | int | torch.Tensor

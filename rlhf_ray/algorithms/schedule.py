@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# torch annotates tolist in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from collections.abc import Sequence
 
@@ -30,7 +32,7 @@ def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -
     A minibatch's loss is a sum over its rows, so their order inside it carries no meaning; ascending order makes the
     arithmetic the same whatever was drawn.
     """
-    steps = []
+    steps: list[list[int]] = []
     for epoch in range(ppo_epochs):
         order = epoch_permutation(rows, draw_seed(seed, "epoch", epoch))
         steps += [sorted(order[i : i + minibatch_size]) for i in range(0, rows, minibatch_size)]

@@ -123,6 +123,7 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    # getattr: the bound's name depends on its kind.
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
     words, null, _ = _type_words(field.annotation).partition(" or null")

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
         path = compiled()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        words = getattr(error, "stderr", None) or error
+        words = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("the C functions could not be compiled, so torch's operations do their work: %s", words)
         return None
 
@@ -64,7 +64,7 @@ def call(name: str, *arguments) -> None:
     if of_thread.recording is not None:
         of_thread.recording.take(name, arguments)
         return
-    function = getattr(library(), name)
+    function = getattr(library(), name)  # ctypes makes a library's functions as attributes, and keeps each
     if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
         function.argtypes = [*map(_c_type, arguments), ctypes.c_int]
     places = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]

@@ -7,6 +7,8 @@ rlhf_ray/bench/ablation.py). The price is a second copy of the weights.
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 import torch
 from torch import nn
 from transformers import PreTrainedModel

@@ -183,7 +183,7 @@ def become(request: Request) -> None:
     sys.path.insert(0, os.path.dirname(script))
     try:
         runpy.run_path(script, run_name="__main__")
-    except Exception:
+    except Exception:  # fault boundary: the worker; its end must not be the branch's
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(CRASHED[0])

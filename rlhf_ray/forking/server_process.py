@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 def forks_here(stages: Sequence[str]) -> bool:
     """Whether workers of these stages are to be forked on this machine."""
+    # hasattr: Python was built without it where the system's headers are older than Linux 5.3.
     on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux" and hasattr(os, "pidfd_open")
     return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
 

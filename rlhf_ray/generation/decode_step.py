@@ -7,6 +7,8 @@ CPUs (measured: rlhf_ray/bench/trials.py). What a step does beside those modules
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from collections.abc import Callable
 
 import numpy as np

@@ -7,6 +7,8 @@ changes no bit of a result.
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +85,7 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
-            old = getattr(self, name)
+            old = vars(self)[name]
             new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
             new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
             setattr(self, name, new)

@@ -15,6 +15,7 @@ from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.models.load import positions_of
 
 # Families that the tests compare with a plain forward pass; any other is compared once, when its engine is built.
 TESTED_FAMILIES = ("gpt2", "llama", "qwen2")
@@ -152,7 +153,8 @@ class RaggedDecoder:
 def _layers_and_max_length(config) -> tuple[int, int | None]:
     """Cached layers, and the longest sequence that every layer attends over in full (None: no limit)."""
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-    limits = [] if getattr(config, "max_position_embeddings", None) is None else [config.max_position_embeddings]
+    positions = positions_of(config)
+    limits = [] if positions is None else [positions]
     for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):  # shared layers at the end have no cache
         if layer_type not in ("full_attention", "sliding_attention", "chunked_attention"):
             raise UserError(

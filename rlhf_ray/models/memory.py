@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
 
 GB = 1e9
@@ -55,7 +55,7 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
             state = 2 * state * its / 4  # in the order of products too
         if name == "generation" and (ppo.lora is not None or generation.engine == "vllm"):
             state += weights  # what merged weights are computed from; the copy that vLLM's log-probs are compared with
-        sharded = getattr(role, "zero_stage", 0) == 3
+        sharded = isinstance(role, GroupConfig) and role.zero_stage == 3
         state += 3.0 * 4 * trained.get(name, 0)
         state = state / role.actors if sharded else state
         if name in trained:

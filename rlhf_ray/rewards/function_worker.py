@@ -49,7 +49,7 @@ def answer_to(function: Callable, request: dict) -> dict:
     """Call the function on one sample."""
     try:
         scores = function([request["prompt"]], [request["response"]])
-    except Exception as error:  # the user's code may raise anything
+    except Exception as error:  # fault boundary: the user's code may raise anything
         return {"raised": f"{type(error).__name__}: {error}"}
     try:
         (score,) = scores

@@ -19,8 +19,17 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.load import (
+    body_of,
+    disable_dropout,
+    fit_embeddings,
+    load_reward_model,
+    positions_of,
+    reward_normalisation,
+    score_head,
+    to_device,
+)
+from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 
@@ -51,24 +60,23 @@ class RewardScorer:
         trust_remote_code: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
-        self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
+        self.model = to_device(load_reward_model(folder, None, trust_remote_code), device).eval()
         disable_dropout(self.model)
         score_in_float32(self.model)
         self.mean, self.std = reward_normalisation(self.model.config)
         self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
-        config = self.model.config.get_text_config()
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
+        self.positions = positions_of(self.model.config)
         self.pad_token_id = self._padding()
         # These score by their head at one token; a class that does something else with the body's output reads rows.
         self.packed = type(self.model).__name__.removesuffix(
             "ForSequenceClassification"
-        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        ).lower() in PACKED_FAMILIES and pack(body_of(self.model))
         self._last_feed_forward = last_feed_forward(self.model)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
         token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
-        token_ids = [ids[-(self.positions or 0) :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
         return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
@@ -79,7 +87,7 @@ class RewardScorer:
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             fit_embeddings(self.model, self.tokenizer)
-            config.pad_token_id = self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = self.model.config.pad_token_id = pad_id(self.tokenizer)
         return config.pad_token_id
 
     @torch.inference_mode()
@@ -171,7 +179,7 @@ class FunctionScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
         try:
             scores = self._call(prompts, responses)
-        except Exception as error:  # the user's code may raise anything
+        except Exception as error:  # fault boundary: the user's code may raise anything
             self._raise_for_first(prompts, responses)
             raise UserError(
                 f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
@@ -196,7 +204,7 @@ class FunctionScorer:
         for prompt, response in zip(prompts, responses, strict=True):
             try:
                 self._call([prompt], [response])
-            except Exception as error:
+            except Exception as error:  # fault boundary: the user's code may raise anything
                 raise UserError(
                     f"{self.path} raised {type(error).__name__}: {error} on prompt {prompt!r}, response {response!r}"
                 ) from error

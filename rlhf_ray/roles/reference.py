@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.messages import RolloutBatch, TokenValues, flatten
-from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm, to_device
 from rlhf_ray.training.forward import response_logprobs
 
 
@@ -25,16 +25,16 @@ class Reference:
         microbatch_tokens: int | None = None,
         trust_remote_code: bool = False,
     ):
-        self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
+        self.model = to_device(load_causal_lm(folder, None, trust_remote_code), device)
         disable_dropout(self.model)
         fast_attention(self.model, device)
         self.temperature, self.compute_dtype = temperature, compute_dtype
-        self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
+        self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         sequences = rollout.sequences
         rows = response_logprobs(
             self.model, sequences.prompts(), sequences.responses(), temperature=self.temperature,
-            compute_dtype=self.compute_dtype, **self.microbatches,
+            compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size, microbatch_tokens=self.microbatch_tokens,
         )  # fmt: skip
         return TokenValues(values=flatten(rows, "float32"))

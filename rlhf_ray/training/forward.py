@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +24,15 @@ from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 from rlhf_ray.training.padding import action_mask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Prompts with their responses, as a module's forward takes them."""
 
-    inputs: dict  # of the model: packed, or padded to [B, S]
+    inputs: dict[str, Any]  # of the model: packed, or padded to [B, S]
     states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
     targets: torch.Tensor  # [A] int64, the response tokens
     response_lengths: torch.Tensor  # [B]
@@ -77,7 +81,7 @@ class LogprobModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
     ):
         """entropy_gradient: whether entropies are for a loss, too."""
         super().__init__()
@@ -122,7 +126,7 @@ class ValueModel(nn.Module):
 
 
 def response_logprobs(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompt_ids: Sequence[np.ndarray],
     response_ids: Sequence[np.ndarray],
     *,
