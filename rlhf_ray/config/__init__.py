@@ -3,7 +3,7 @@
 A default lives on its field and nowhere else; what follows from other fields is a property. The README's recipe
 reference is generated from these classes, so each field carries its one-line description.
 
-May import: errors.
+May import: errors, tables.
 """
 
 from rlhf_ray.config.base import Precision, Section, exact_div

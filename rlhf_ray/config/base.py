@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from rlhf_ray.tables.table import Table
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -23,3 +27,19 @@ class Section(BaseModel):
 
 def option(default, description: str, **kwargs):
     return Field(default, description=description, **kwargs)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotated[str, OneOf(TABLE)]: a name of the table, also one that was added after this class was made."""
+
+    table: Table[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        problem = self.table.problem(name)
+        if problem is not None:
+            raise ValueError(problem)
+        return name

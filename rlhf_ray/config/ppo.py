@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, exact_div, option
+from rlhf_ray.config.base import OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
+from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
 
 
 class KlConfig(Section):
@@ -46,10 +47,6 @@ class RewardTerm(Section):
         return self
 
 
-#: ppo.advantage that compare the samples of a prompt, so that there have to be several
-COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
-
-
 class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
@@ -79,8 +76,8 @@ class PPOConfig(Section):
     adaptive_kl: KlConfig | None = option(None, "adapt kl_coef to a target; null: fixed")
     gamma: float = option(1.0, "discount", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's lambda", ge=0, le=1)
-    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = option(
-        "gae", "gae has a critic; the others compare the samples of a prompt, or whiten over the batch"
+    advantage: Annotated[str, OneOf(ADVANTAGES)] = option(
+        "gae", "; ".join(f"{advantage.name}: {advantage.words}" for advantage in ADVANTAGES.values())
     )
     loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = option(
         "token",
@@ -118,7 +115,8 @@ class PPOConfig(Section):
     vf_coef: float = option(0.1, "weight of the value loss", gt=0)
     whiten_rewards: bool = option(False, "divide rewards by their deviation over the batch, keeping the mean")
     whiten_advantages: bool | None = option(
-        None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
+        None, "centre and scale advantages over the whole batch; null: "
+        f"with {' and '.join(one.name for one in ADVANTAGES.values() if one.whitens)}",
     )
     missing_eos_penalty: float = option(0.0, "subtracted from the score of a response that did not end", ge=0)
     missing_eos_score: float | None = option(
@@ -173,8 +171,13 @@ class PPOConfig(Section):
     )
 
     @property
+    def estimator(self) -> Advantage:
+        """The entry that `advantage` names."""
+        return ADVANTAGES.named(self.advantage)
+
+    @property
     def has_critic(self) -> bool:
-        return self.advantage == "gae"
+        return self.estimator.needs_critic
 
     @property
     def corrects_importance(self) -> bool:
@@ -198,9 +201,7 @@ class PPOConfig(Section):
 
     @property
     def whitens_advantages(self) -> bool:
-        if self.whiten_advantages is not None:
-            return self.whiten_advantages
-        return self.advantage in ("gae", "reinforce_pp", "reinforce_pp_baseline")
+        return self.estimator.whitens if self.whiten_advantages is None else self.whiten_advantages
 
     @property
     def microbatches(self) -> dict[str, int | None]:
@@ -221,10 +222,11 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _algorithm_fits(self):
-        if self.advantage in COMPARES_SAMPLES and self.samples_per_prompt < 2:
+        if self.estimator.compares_samples and self.samples_per_prompt < 2:
+            others = " or ".join(one.name for one in ADVANTAGES.values() if not one.compares_samples)
             raise ValueError(
                 f"ppo.advantage {self.advantage} compares the samples of a prompt, but samples_per_prompt is "
-                f"{self.samples_per_prompt}; set it to 2 or more, or choose gae or reinforce_pp"
+                f"{self.samples_per_prompt}; set it to 2 or more, or choose {others}"
             )
         if self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2:
             raise ValueError(

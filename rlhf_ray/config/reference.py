@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import Recipe, Section
+from rlhf_ray.config.base import OneOf
 from rlhf_ray.errors import UserError
 
 BEGIN, END = "<!-- recipe-reference -->", "<!-- /recipe-reference -->"
@@ -119,6 +120,9 @@ def _row(name: str, field: FieldInfo) -> str:
 def _type(field: FieldInfo) -> str:
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
+    names = next((part.table for part in field.metadata if isinstance(part, OneOf)), None)
+    if names is not None:
+        return " or ".join(f"`{name}`" for name in names)
     words, null, _ = _type_words(field.annotation).partition(" or null")
     return " ".join([words, ", ".join(bounds)]).strip() + (f"{',' if bounds else ''}{null}" if null else "")
 

@@ -56,8 +56,8 @@ class PlainPPO:
                 f"plain_ppo draws and trains in turn, and ppo.steps_ahead is {ppo.steps_ahead}; set it to 0, or run it with "
                 "rlhf-ray run"
             )
-        paid_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
-        if ppo.advantage != "gae" or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or paid_otherwise:
+        scored_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
+        if not ppo.has_critic or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or scored_otherwise:
             raise UserError(
                 "plain_ppo shows PPO with a critic, one reward model and the KL in the reward; the recipe has "
                 f"ppo.advantage {ppo.advantage}, kl_in {ppo.kl_in}; run it with rlhf-ray run"
