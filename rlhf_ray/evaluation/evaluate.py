@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Precision, Recipe
-from rlhf_ray.data.store import read_prompts
+from rlhf_ray.data.store import check_columns, read_prompt_columns, read_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation import estimates as metrics
 from rlhf_ray.evaluation.estimates import Estimate, Resampler
@@ -87,6 +87,7 @@ def evaluate(
     if stage.done:
         return stage.summary()
     started = time.monotonic()
+    check_columns(recipe, folder)
     summary = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device)).run()
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -100,8 +101,9 @@ class _Evaluation:
         self.device = device
         self.dtype = _dtype(recipe.ppo.precision, device)
         self.seeds = recipe.evaluation.seeds
-        self.prompts = held_out_prompts(recipe, folder)
+        self.prompts, self.columns = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
+        self.repeated_columns = {name: [value for value in each for _ in self.seeds] for name, each in self.columns.items()}
         self.missing: dict[str, str] = {}
         self.tuned = ("ppo",) if recipe.dpo is None else ("ppo", "dpo")
         self.estimates: dict[str, dict[str, Estimate]] = {name: {} for name in ("sft", *self.tuned)}
@@ -177,7 +179,8 @@ class _Evaluation:
 
     def _score(self, scorer: Scorer, drawn: Responses, name: str, key: str) -> np.ndarray:
         """The model's scores [N]; their means, and what else there is to say of PPO's score, become estimates."""
-        scores, out = scorer.score(self.repeated, drawn.texts, drawn.ended.tolist()), self.estimates[name]
+        out = self.estimates[name]
+        scores = scorer.score(self.repeated, drawn.texts, drawn.ended.tolist(), self.repeated_columns)
         out[key] = self.resampler.mean(self._table(scores.total))
         if key == "score":
             correlation = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
@@ -291,7 +294,7 @@ def term_key(name: str) -> str:
 
 
 def reward_in_words(recipe: Recipe) -> str:
-    """What PPO was paid by."""
+    """What PPO was rewarded by."""
     ppo, members = recipe.ppo, 1 if recipe.reward is None else recipe.reward.members
     if ppo.rewards:
         return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
@@ -300,13 +303,14 @@ def reward_in_words(recipe: Recipe) -> str:
     return "reward model" if members == 1 else f"{members} reward models ({recipe.reward.combine})"
 
 
-def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """`evaluation.prompts` of the held-out prompts (or all there are), drawn by the recipe's seed, in their order."""
+def held_out_prompts(recipe: Recipe, folder: RunFolder) -> tuple[list[str], dict[str, list]]:
+    """(prompts, their other columns): `evaluation.prompts` of the held-out ones (or all there are), drawn by the recipe's
+    seed, in their order."""
     prompts = read_prompts(folder, "eval_prompts")
     if not prompts:
         raise UserError(f"{folder.data('eval_prompts')} holds no prompts; set data.eval_prompts or give more prompts")
-    chosen = np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts]
-    return [prompts[i] for i in sorted(chosen)]
+    chosen = sorted(np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts].tolist())
+    return [prompts[i] for i in chosen], read_prompt_columns(folder, "eval_prompts").of(chosen)
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -1,0 +1,389 @@
+"""What people add: one entry of each table, through the public door, end to end. Expected numbers by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from in_process import LocalRoles
+from tiny import TEXTS, tiny_recipe, write_start
+
+import rlhf_ray
+from rlhf_ray.algorithms.experience import assemble
+from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
+from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.data.check import check_data
+from rlhf_ray.data.prepare import prepare
+from rlhf_ray.data.store import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
+from rlhf_ray.errors import UserError
+from rlhf_ray.messages import Scores
+from rlhf_ray.ppo.loop import LoopState, PPOLoop
+from rlhf_ray.ppo.step import cut_chunks
+from rlhf_ray.rewards.from_recipe import reward_scorer
+from rlhf_ray.rewards.isolated_function import IsolatedFunction
+from rlhf_ray.rewards.scorer import FunctionScorer
+from rlhf_ray.roles.configs import experience_config
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.tables.advantages import ADVANTAGES
+from rlhf_ray.tables.rewards import REWARDS
+from rlhf_ray.tables.table import Table, loaded
+
+
+@pytest.fixture
+def added():
+    """added(register, table, entry): registered for the length of a test."""
+    entries = []
+
+    def add(register, table, entry):
+        entries.append((table, register(entry).name))
+        return entry
+
+    yield add
+    for table, name in entries:
+        table.remove(name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run whose prompts have the columns `length` and `level`."""
+    folder = write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("extend")))
+    for role, texts in (("prompts", TEXTS[:16]), ("eval_prompts", TEXTS[16:])):
+        rows = [{"prompt": text, "columns": {"number": text.split()[-1], "level": [len(text)]}} for text in texts]
+        write_role(folder, role, rows, ("prompt",))
+    return folder
+
+
+class Hooks:
+    def __init__(self):
+        self.metrics = []
+
+    def record(self, step, metrics):
+        self.metrics.append(metrics)
+
+    def samples(self, *args): ...
+    def save(self, state): ...
+    def save_best(self, state): ...
+    def stop_requested(self):
+        return False
+
+
+def train(recipe, folder):
+    """The PPO stage on the real roles in one process -> (roles, metrics of every step)."""
+    roles, hooks = LocalRoles(recipe, folder), Hooks()
+    loop = PPOLoop(
+        roles, recipe.ppo, hooks, LoopState(kl_coef=recipe.ppo.kl_coef), prompts=16, eval_prompts=4, chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
+    )  # fmt: skip
+    assert loop.run()
+    return roles, hooks.metrics
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_built_in_entry_finds_its_functions():
+    for advantage in ADVANTAGES.values():
+        assert callable(advantage.estimator) and (advantage.before_kl is None or callable(advantage.score_baseline))
+    for kind in REWARDS.values():
+        assert all(callable(loaded(each)) for each in (kind.make, kind.columns, kind.problems) if each is not None)
+
+
+def test_a_taken_name_is_refused_and_the_same_entry_is_not(added):
+    mine = rlhf_ray.Advantage(name="mine", estimate=above_the_best, words="mine")
+    added(rlhf_ray.register_advantage, ADVANTAGES, mine)
+    assert rlhf_ray.register_advantage(mine) is mine  # a module that is imported twice
+    with pytest.raises(UserError, match="named 'gae' already; choose another name"):
+        rlhf_ray.register_advantage(rlhf_ray.Advantage(name="gae", estimate=above_the_best, words=""))
+    assert isinstance(ADVANTAGES, Table) and ADVANTAGES["gae"].needs_critic
+
+
+# -- advantages -------------------------------------------------------------------------------------------------------
+
+
+def above_the_best(rewards, values, action_mask, options):
+    """A response's reward less the best of its group, on each of its tokens."""
+    of_response = rewards.sum(1).view(-1, options.group_size)
+    gap = (of_response - of_response.max(1, keepdim=True).values).flatten()
+    return gap[:, None].expand_as(rewards) * options.gamma, None
+
+
+def assembled(recipe, **overrides):
+    """Two samples of a prompt, three and two tokens, scores 2 and 1, no KL."""
+    from dataclasses import replace
+
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    zeros = torch.zeros(2, 3)
+    return mask, assemble(
+        torch.tensor([2.0, 1.0]), torch.tensor([True, True]), zeros, zeros, zeros, None, mask,
+        replace(experience_config(recipe).advantages, **overrides), kl_coef=0.0,
+    )  # fmt: skip
+
+
+def test_an_advantage_of_ones_own_trains(added, folder):
+    mine = rlhf_ray.Advantage(name="above_the_best", estimate=above_the_best, words="mine", compares_samples=True)
+    added(rlhf_ray.register_advantage, ADVANTAGES, mine)
+    recipe = tiny_recipe(
+        ppo={"advantage": "above_the_best", "samples_per_prompt": 2, "steps": 2, "rollout_batch_size": 4, "gamma": 0.5},
+        reward={"max_length": 64},
+    )
+    assert not recipe.ppo.has_critic and not recipe.ppo.whitens_advantages
+    mask, result = assembled(recipe)
+    assert result.advantages[mask].tolist() == [0.0, 0.0, 0.0, -0.5, -0.5]  # (2 - 2) / 2 and (1 - 2) / 2
+    assert result.advantages[~mask].tolist() == [0.0]  # though the estimator filled it
+    before = LocalRoles(recipe, folder).weights()
+    roles, metrics = train(recipe, folder)
+    assert roles.critic is None and any((before[name] != each).any() for name, each in roles.weights().items())
+    assert metrics[-1]["policy/advantage_std"] > 0
+    with pytest.raises(ValueError, match="above_the_best compares the samples of a prompt"):
+        tiny_recipe(ppo={"advantage": "above_the_best"})
+
+
+def test_an_advantage_with_a_critic_must_give_returns(added):
+    entry = rlhf_ray.Advantage(name="own_critic", estimate=above_the_best, words="mine", needs_critic=True)
+    added(rlhf_ray.register_advantage, ADVANTAGES, entry)
+    recipe = tiny_recipe(ppo={"advantage": "own_critic"})
+    assert recipe.ppo.has_critic and "critic" in recipe.ppo_roles
+    with pytest.raises(UserError, match="own_critic gave no returns"):
+        assembled(recipe, group_size=2)
+
+
+def test_an_advantage_of_another_shape_is_refused(added):
+    def short(rewards, values, action_mask, options):
+        return rewards.sum(1), None
+
+    added(
+        rlhf_ray.register_advantage, ADVANTAGES, rlhf_ray.Advantage(name="short", estimate=short, words="[B] only")
+    )
+    with pytest.raises(UserError, match=r"short gave advantages of shape \(2,\) for rewards of shape \(2, 3\)"):
+        assembled(tiny_recipe(ppo={"advantage": "short"}))
+
+
+def test_a_name_that_is_no_advantage_trains_nothing():
+    """It was REINFORCE++ once, without a word."""
+    with pytest.raises(ValueError, match="did you mean 'grpo'"):
+        tiny_recipe(ppo={"advantage": "grop"})
+    with pytest.raises(UserError, match="ppo.advantage: 'grop' .* did you mean 'grpo'"):
+        build_recipe({"name": "x", "ppo": {"advantage": "grop"}})
+    with pytest.raises(UserError, match="names no entry that is an advantage"):
+        assembled(tiny_recipe(), advantage="nobody's")
+
+
+# -- columns of the prompts' rows -------------------------------------------------------------------------------------
+
+
+def right_number(prompts, responses, *, number):
+    return [float(prompt.endswith(f" {each}")) for prompt, each in zip(prompts, number, strict=True)]
+
+
+def first_level(prompts, responses, level, scale=2.0):
+    return [scale * each[0] for each in level]
+
+
+def all_there_is(prompts, responses, **columns):
+    return [float(len(columns))] * len(prompts)
+
+
+def two_only(prompts, responses):
+    return [0.0] * len(prompts)
+
+
+def strict_about_five(prompts, responses, *, number):
+    return [1 / (int(each) - 5) for each in number]
+
+
+HERE = __name__
+
+
+def test_what_functions_ask_for():
+    assert asked_by(two_only) == Asked()
+    assert asked_by(right_number) == Asked(needed=("number",))
+    assert asked_by(first_level) == Asked(needed=("level",), welcome=("scale",))
+    assert asked_by(all_there_is) == Asked(everything=True)
+    assert asked_by(len) == Asked() and asked_by(lambda *texts: texts) == Asked()
+    assert asked_by(all_there_is).among(["a", "b"]) == ("a", "b") and asked_by(first_level).among(["a", "scale"]) == ("scale",)
+
+
+def test_a_function_gets_the_columns_it_names_and_no_others():
+    columns = {"number": ["1", "2"], "level": [[3], [4]]}
+    given = ["x 1", "x 3"], ["", ""], [True, True], columns
+    assert FunctionScorer(f"{HERE}:right_number").score(*given).total.tolist() == [1.0, 0.0]
+    assert FunctionScorer(f"{HERE}:first_level").score(*given).total.tolist() == [6.0, 8.0]
+    assert FunctionScorer(f"{HERE}:all_there_is").score(*given).total.tolist() == [2.0, 2.0]
+    assert FunctionScorer(f"{HERE}:two_only").score(*given).total.tolist() == [0.0, 0.0]
+
+
+def test_a_users_error_shows_the_sample_with_its_columns():
+    given = ["a", "b"], ["x", "y"], [True, True], {"number": ["4", "5"], "level": [[1], [2]]}
+    with pytest.raises(UserError, match="ZeroDivisionError.* on prompt 'b', response 'y', number '5'$"):
+        FunctionScorer(f"{HERE}:strict_about_five").score(*given)
+
+
+def test_an_isolated_function_gets_its_columns_too(tmp_path, monkeypatch):
+    (tmp_path / "isolated_scores.py").write_text(
+        "def score(prompts, responses, *, number, level=None):\n"
+        "    return [float(number[0]) + level[0][0]]\n"
+        "def boom(prompts, responses, *, number):\n"
+        "    raise ValueError('no')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    columns = {"number": ["1", "2"], "level": [[30], [40]], "id": [7, 8]}
+    keys = ("limit", "score")
+    scorer = IsolatedFunction("isolated_scores:score", timeout_s=60.0, timeout_score=None, keys=keys)
+    try:
+        assert scorer.score(["a", "b"], ["x", "y"], [True, True], columns).total.tolist() == [31.0, 42.0]
+    finally:
+        scorer.close()
+    scorer = IsolatedFunction("isolated_scores:boom", timeout_s=60.0, timeout_score=None, keys=keys)
+    try:
+        with pytest.raises(UserError, match="ValueError: no on prompt 'a', response 'x', number '1'$"):
+            scorer.score(["a"], ["x"], [True], {"number": ["1"]})
+    finally:
+        scorer.close()
+
+
+def test_columns_reach_the_reward_role_by_prompt_index(folder):
+    recipe = tiny_recipe(
+        ppo={"reward_function": f"{HERE}:right_number", "judge_evaluations": True, "critic_init": "sft"},
+        evaluation={"judge_function": f"{HERE}:first_level"},
+    )
+    roles = LocalRoles(recipe, folder)
+    for evaluation, texts in ((False, TEXTS), (True, TEXTS[16:])):
+        (rollout,) = roles.generation.generate(cut_chunks(0, [3, 0, 3], 1, 4, evaluation=evaluation))
+        assert roles.reward.score([rollout])[0].total.tolist() == [1.0] * 3  # each answer stands beside its own prompt
+        assert roles.reward.judge([rollout])[0].total.tolist() == [2.0 * len(texts[i]) for i in (3, 0, 3)]
+
+
+def test_a_column_that_is_not_there_is_refused_in_words(folder):
+    recipe = tiny_recipe(ppo={"reward_function": f"{HERE}:right_number"}, evaluation={"judge_function": f"{HERE}:two_only"})
+    assert asked_columns(recipe) == {"ppo.reward_function": Asked(("number",)), "evaluation.judge_function": Asked()}
+    assert column_problems(recipe, ["number", "level"], "x") == []
+    (problem,) = column_problems(recipe, ["level"], "data.prompts")
+    assert problem.startswith(
+        "ppo.reward_function: its function asks for the column 'number', but data.prompts has the column 'level'"
+    )
+
+
+def rows_of(path, **columns):
+    pd.DataFrame(columns).to_parquet(path)
+    return {"path": str(path)}
+
+
+@pytest.fixture
+def with_answers(tmp_path):
+    """Two sources of prompts, of which one row is empty, one repeats another and one is too long for 16 tokens."""
+    sft = rows_of(tmp_path / "sft.parquet", text=[f"{text} and so on." for text in TEXTS])
+    long = "word " * 40 + "please tell me about number 99"
+    first = ["ask 1", "", "ask 2", "ask 1", long, *(f"ask {i}" for i in range(3, 20))]
+    answers = ["1", "none", "2", "again", "99", *(str(i) for i in range(3, 20))]
+    prompts = [
+        rows_of(tmp_path / "a.parquet", prompt=first, answer=answers, only_a=list(range(len(first)))),
+        rows_of(tmp_path / "b.parquet", answer=[f"{i}" for i in range(50, 60)], prompt=[f"ask {i}" for i in range(50, 60)]),
+    ]
+    return {"sft": [sft], "prompts": prompts, "holdout": 0.3, "max_prompt_tokens": 16}
+
+
+def answers_match(prompts, responses, *, answer):
+    return [float(prompt.split()[-1] == each) for prompt, each in zip(prompts, answer, strict=True)]
+
+
+def test_rows_and_columns_stay_together_through_duplicates_cuts_mixing_and_holding_out(tmp_path, with_answers):
+    recipe = tiny_recipe(data=with_answers, reward=None, ppo={"reward_function": f"{HERE}:answers_match", "critic_init": "sft"})
+    assert check_data(recipe) == []
+    folder = RunFolder(tmp_path / "run")
+    prepare(recipe, folder)
+    seen = 0
+    for role in ("prompts", "eval_prompts"):
+        prompts, columns = read_prompts(folder, role), read_prompt_columns(folder, role)
+        assert columns.names == ["answer", "only_a"]
+        rows = columns.of(range(len(prompts)))
+        assert rows["answer"] == [prompt.split()[-1] for prompt in prompts]  # also the one that was cut
+        for prompt, only_a in zip(prompts, rows["only_a"], strict=True):
+            assert (only_a is None) == (50 <= int(prompt.split()[-1]) < 60)
+        assert columns.of([2, 0]) == {"answer": [rows["answer"][2], rows["answer"][0]],
+                                      "only_a": [rows["only_a"][2], rows["only_a"][0]]}  # fmt: skip
+        seen += len(prompts)
+    assert seen == 20 + 10  # 22 rows of a, less the empty one and the repeated one
+    assert set(read_role(folder, "sft_train").column_names) == {"prompt", "response"}
+
+
+def needs_solution(prompts, responses, *, solution):
+    return [0.0] * len(prompts)
+
+
+def test_data_without_the_column_is_refused_before_anything_trains(tmp_path, with_answers):
+    recipe = tiny_recipe(data=with_answers, reward=None, ppo={"reward_function": f"{HERE}:needs_solution", "critic_init": "sft"})
+    says = "asks for the column 'solution', but data.prompts has the columns 'answer', 'only_a'"
+    assert any(says in problem for problem in check_data(recipe))
+    with pytest.raises(UserError, match=says):
+        prepare(recipe, RunFolder(tmp_path / "run"))
+    assert not RunFolder(tmp_path / "run").data("prompts").exists()
+
+
+def test_values_of_two_types_are_refused(tmp_path):
+    rows = [{"prompt": "a", "columns": {"answer": 1}}, {"prompt": "b", "columns": {"answer": "one"}}]
+    with pytest.raises(UserError, match="'answer' are of several types"):
+        write_role(RunFolder(tmp_path), "prompts", rows, ("prompt",))
+
+
+# -- kinds of reward --------------------------------------------------------------------------------------------------
+
+
+class Constant:
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, prompts, responses, ended, columns):
+        assert set(columns) == {"number", "level"}
+        return Scores(total=np.full(len(prompts), self.value, np.float32))
+
+
+def constant(setting):
+    return Constant(setting.term.options["value"])
+
+
+def constant_problems(recipe, key, term):
+    return [] if "value" in term.options else [f"{key}.options has no value; set it"]
+
+
+def test_a_kind_of_reward_of_ones_own(added, folder):
+    from rlhf_ray.rewards.check import reward_problems
+
+    kind = rlhf_ray.RewardKind(name="constant", make=constant, words="the same for all", problems=constant_problems,
+                               columns=lambda term: Asked(("number",)))  # fmt: skip
+    added(rlhf_ray.register_reward, REWARDS, kind)
+    terms = {
+        "always": {"kind": "constant", "options": {"value": 3.0}, "weight": 0.5},
+        "right": {"function": f"{HERE}:right_number"},
+    }
+    recipe = tiny_recipe(ppo={"rewards": terms, "critic_init": "sft", "steps": 1})
+    assert reward_problems(recipe) == []
+    _, metrics = train(recipe, folder)
+    assert metrics[-1]["objective/score"] == pytest.approx(0.5 * 3 + 1) and metrics[-1]["objective/score/always"] == 3.0
+    (problem,) = column_problems(recipe, [], "x")[:1]
+    assert problem.startswith("ppo.rewards.always: its function asks for the column 'number', but x has no column")
+    bare = tiny_recipe(ppo={"rewards": {"always": {"kind": "constant"}}, "critic_init": "sft"})
+    assert reward_problems(bare) == ["ppo.rewards.always.options has no value; set it"]
+
+
+@pytest.mark.parametrize(
+    ("term", "says"),
+    [
+        ({"kind": "constnt"}, "'constnt' names no entry that is a kind of reward; .*there are|There are"),
+        ({"kind": "function"}, "follows from the keys"),
+        ({"kind": "constant", "model": "reward"}, "one of the three"),
+        ({"options": {"a": 1}, "model": "reward"}, "no kind that reads them"),
+        ({}, "neither function and model"),
+    ],
+)
+def test_terms_that_say_too_much_or_too_little(added, term, says):
+    added(rlhf_ray.register_reward, REWARDS, rlhf_ray.RewardKind(name="constant", make=constant, words=""))
+    with pytest.raises(ValueError, match=says):
+        tiny_recipe(ppo={"rewards": {"one": term}})
+
+
+def test_models_are_loaded_once_for_two_terms(folder):
+    terms = {"a": {"model": "reward"}, "b": {"model": "reward", "weight": -1.0}}
+    scorer = reward_scorer(tiny_recipe(ppo={"rewards": terms}), folder, torch.float32, "cpu")
+    assert scorer.terms["a"].scorer is scorer.terms["b"].scorer
+    total = scorer.score(["please tell"], [" me"], [True], {}).total
+    assert total.tolist() == [0.0] and not math.isnan(total[0]) and isinstance(read_prompt_columns(folder), PromptColumns)
