@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from rlhf_ray.cli.running import run
     from rlhf_ray.tables.register import (
         Advantage,
+        Engine,
+        Family,
         RewardKind,
         register_advantage,
+        register_engine,
+        register_family,
         register_reward,
     )
 
 __all__ = [
-    "Advantage", "Recipe", "RewardKind", "StageStopped", "UserError", "load_recipe", "register_advantage", "register_reward",
-    "run",
+    "Advantage", "Engine", "Family", "Recipe", "RewardKind", "StageStopped", "UserError", "load_recipe",
+    "register_advantage", "register_engine", "register_family", "register_reward", "run",
 ]  # fmt: skip
 
 # Late: `run` brings Ray along, and reading a recipe should not.

@@ -8,16 +8,27 @@ import pytest
 import torch
 from in_process import LocalRoles
 from tiny import TEXTS, tiny_recipe, write_start
+from transformers import GPTNeoXConfig
 
 import rlhf_ray
+from rlhf_ray.actors.checks import _engine_problems
 from rlhf_ray.algorithms.experience import assemble
+from rlhf_ray.config import RoleConfig
 from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
 from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.data.check import check_data
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.store import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.samples import draw_responses
 from rlhf_ray.messages import Scores
+from rlhf_ray.models.check import check_model
+from rlhf_ray.models.load import load_causal_lm, load_config
+from rlhf_ray.models.memory import memory_plan
+from rlhf_ray.models.size import shape_of_model
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.wire import copy_weights
 from rlhf_ray.ppo.loop import LoopState, PPOLoop
 from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.rewards.from_recipe import reward_scorer
@@ -25,9 +36,15 @@ from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import FunctionScorer
 from rlhf_ray.roles.configs import experience_config
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.serving.config import EngineOptions, Limits
+from rlhf_ray.serving.engine_choice import choose_engine
+from rlhf_ray.serving.loading import load
 from rlhf_ray.tables.advantages import ADVANTAGES
+from rlhf_ray.tables.engines import ENGINES
+from rlhf_ray.tables.families import FAMILIES
 from rlhf_ray.tables.rewards import REWARDS
 from rlhf_ray.tables.table import Table, loaded
+from rlhf_ray.training.forward import response_logprobs
 
 
 @pytest.fixture
@@ -84,6 +101,9 @@ def train(recipe, folder):
 def test_every_built_in_entry_finds_its_functions():
     for advantage in ADVANTAGES.values():
         assert callable(advantage.estimator) and (advantage.before_kl is None or callable(advantage.score_baseline))
+    for entry in (*ENGINES.values(), *FAMILIES.values()):
+        given = (entry.make, entry.problem) if entry.name in ENGINES else (entry.config,)
+        assert all(callable(loaded(each)) for each in given if each is not None)
     for kind in REWARDS.values():
         assert all(callable(loaded(each)) for each in (kind.make, kind.columns, kind.problems) if each is not None)
 
@@ -163,7 +183,7 @@ def test_a_name_that_is_no_advantage_trains_nothing():
     with pytest.raises(ValueError, match="did you mean 'grpo'"):
         tiny_recipe(ppo={"advantage": "grop"})
     with pytest.raises(UserError, match="ppo.advantage: 'grop' .* did you mean 'grpo'"):
-        build_recipe({"name": "x", "ppo": {"advantage": "grop"}})
+        build_recipe({"name": "x", "ppo": {"advantage": "grop"}}, [], "x.yaml")
     with pytest.raises(UserError, match="names no entry that is an advantage"):
         assembled(tiny_recipe(), advantage="nobody's")
 
@@ -387,3 +407,144 @@ def test_models_are_loaded_once_for_two_terms(folder):
     assert scorer.terms["a"].scorer is scorer.terms["b"].scorer
     total = scorer.score(["please tell"], [" me"], [True], {}).total
     assert total.tolist() == [0.0] and not math.isnan(total[0]) and isinstance(read_prompt_columns(folder), PromptColumns)
+
+
+# -- generation engines -----------------------------------------------------------------------------------------------
+
+
+class Spelling:
+    """Draws the ids 5, 6, 7, ... one after the other, whatever the prompt, and says what it was asked."""
+
+    max_length, vocab_size = None, 300
+
+    def __init__(self, setting):
+        self.model, self.asked, self.setting = setting.model, [], setting
+
+    def generate(self, prompt_ids, seeds, params):
+        self.asked.append((len(prompt_ids), params.max_new_tokens))
+        ids = np.arange(5, 5 + params.max_new_tokens, dtype=np.int32)
+        logprobs = response_logprobs(self.model, [np.asarray(one) for one in prompt_ids], [ids] * len(prompt_ids))
+        return [Completion(response_ids=ids, logprobs=each, finish_reason="length") for each in logprobs]
+
+    def load_weights(self, state, kept=frozenset()):
+        copy_weights(self.model, state, kept)
+
+    def model_changed(self): ...
+    def sleep(self): ...
+    def close(self):
+        self.asked.append("closed")
+
+
+@pytest.fixture
+def spelling(added):
+    made = []
+
+    def make(setting):
+        made.append(Spelling(setting))
+        return made[-1]
+
+    entry = rlhf_ray.Engine(
+        name="spelling", make=make, words="the ids in order", coldest=0.3, copies=(2, 0),
+        problem=lambda gpus: "spelling needs no GPU; set gpus to 0" if gpus else None,
+    )  # fmt: skip
+    added(rlhf_ray.register_engine, ENGINES, entry)
+    return made
+
+
+def test_an_engine_of_ones_own_draws_ppos_rollouts(spelling, folder):
+    recipe = tiny_recipe(generation={"engine": "spelling", "stop": ()}, ppo={"steps": 1})
+    roles, metrics = train(recipe, folder)
+    (engine,) = spelling
+    assert engine.asked[0] == (4, 10) and engine.setting.rows == 4 and engine.setting.longest > 10
+    assert metrics[-1]["objective/response_length"] == 10 and metrics[-1]["policy/mismatch_max"] < 1e-4
+    name, trained = next(iter(roles.policy.roles[0].weights()))
+    assert torch.equal(dict(engine.model.named_parameters())[name], trained)  # it got the new weights
+
+
+def test_an_engines_needs_are_checked(spelling):
+    with pytest.raises(ValueError, match="below 0.3, the least that spelling draws at"):
+        tiny_recipe(generation={"engine": "spelling", "temperature": 0.2})
+    with pytest.raises(ValueError, match="did you mean 'spelling'"):
+        tiny_recipe(generation={"engine": "speling"})
+    recipe = tiny_recipe(generation={"engine": "spelling"})
+    assert _engine_problems(recipe) == []
+    on_gpu = recipe.model_copy(
+        update={"resources": recipe.resources.model_copy(update={"generation": RoleConfig(gpus=1.0)})}
+    )
+    assert _engine_problems(on_gpu) == ["spelling needs no GPU; set gpus to 0"]
+    with_copies, plain = ({row.role: row.state for row in memory_plan(each)}["generation"]
+                          for each in (recipe, tiny_recipe(generation={"engine": "torch"})))  # fmt: skip
+    assert with_copies == 1.5 * plain  # the model and two copies; the model and one
+
+
+def test_the_evaluation_draws_with_the_recipes_engine(spelling, folder):
+    path = folder.stage("sft").model
+    drawn = draw_responses(
+        load_causal_lm(path), load_tokenizer(path), TEXTS[:3], (0, 1), SamplingParams(max_new_tokens=4), chunk_size=4,
+        device="cpu", progress=lambda count: None, engine="spelling", folder=path,
+    )  # fmt: skip
+    assert [ids.tolist() for ids in drawn.response_ids] == [[5, 6, 7, 8]] * 6
+    assert spelling[0].asked == [(4, 4), (2, 4), "closed"] and spelling[0].setting.folder == path
+
+
+def test_what_a_server_draws_with(spelling, added, tmp_path):
+    """The recipe's engine where it can serve; else torch, in words; one that is asked for and can't serve is refused."""
+    recipe = tmp_path / "recipe.yaml"
+    assert choose_engine(None, tmp_path, 0.0) == ("torch", None)  # no recipe: a model folder
+    recipe.write_text("name: x\ngeneration: {engine: vllm}\n")
+    name, note = choose_engine(None, tmp_path / "ppo" / "model", 0.0)
+    assert name == "torch" and note.startswith("drawing with torch: the engine vllm has no batch that requests join")
+    with pytest.raises(UserError, match="the engine vllm has no batch .*; give --engine torch"):
+        choose_engine("vllm", tmp_path, 0.0)
+    recipe.write_text("name: x\ngeneration: {engine: open}\n")
+    assert choose_engine(None, tmp_path, 0.0) == ("torch", None)  # of a plugin that is not here
+    entry = rlhf_ray.Engine(name="open", make=Spelling, words="", continuous=True, problem=lambda gpus: "no" if gpus else None)
+    added(rlhf_ray.register_engine, ENGINES, entry)
+    assert choose_engine(None, tmp_path, 0.0) == choose_engine("open", tmp_path, 0.0) == ("open", None)
+    assert choose_engine(None, tmp_path, 1.0) == ("torch", "drawing with torch: no")
+    with pytest.raises(UserError, match="did you mean 'open'"):
+        choose_engine("opn", tmp_path, 0.0)
+
+
+def test_a_server_loads_the_engine_it_was_told(added, folder):
+    entry = rlhf_ray.Engine(name="open", make=Spelling, words="", continuous=True)
+    added(rlhf_ray.register_engine, ENGINES, entry)
+    options = EngineOptions(model=str(folder.stage("sft").model), engine="open", precision="float32")
+    threads = torch.get_num_threads()
+    try:
+        runner, reader = load(options, Limits(max_rows=3))
+    finally:
+        torch.set_num_threads(threads)
+    assert isinstance(runner.engine, Spelling) and runner.engine.setting.rows == 3 and reader.vocab_size == 300
+    runner.close()
+
+
+# -- model families ---------------------------------------------------------------------------------------------------
+
+
+def neox_config(shape, token_ids):
+    return GPTNeoXConfig(
+        hidden_size=shape.width, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width, max_position_embeddings=shape.positions, hidden_dropout=0.0, attention_dropout=0.0,
+        **token_ids,
+    )  # fmt: skip
+
+
+def test_a_family_of_ones_own_trains_from_random_weights(added, tmp_path):
+    family = rlhf_ray.Family(name="gpt_neox", words="GPT-NeoX", config=neox_config, gated=False)
+    added(rlhf_ray.register_family, FAMILIES, family)
+    recipe = tiny_recipe(
+        model={"from_scratch": {"architecture": "gpt_neox"}}, ppo={"steps": 1, "lora": {"target_modules": ["dense"]}},
+    )  # fmt: skip
+    assert not shape_of_model(recipe).gated and check_model(recipe) == []
+    folder = write_start(recipe, RunFolder(tmp_path))
+    assert load_config(folder.stage("sft").model).model_type == "gpt_neox"
+    roles, metrics = train(recipe, folder)
+    assert metrics[-1]["policy/mismatch_max"] < 1e-4 and len(roles.policy.roles[0].engine.optimizer.param_groups[0]["params"]) == 4
+
+
+def test_a_family_that_does_not_start_from_random_weights_is_refused():
+    with pytest.raises(ValueError, match="'mistral' is a model family of which this can't be; there are gpt2, llama, qwen2$"):
+        tiny_recipe(model={"from_scratch": {"architecture": "mistral"}})
+    with pytest.raises(ValueError, match="did you mean 'qwen2'"):
+        tiny_recipe(model={"from_scratch": {"architecture": "qwn2"}})

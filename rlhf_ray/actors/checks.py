@@ -14,6 +14,7 @@ from rlhf_ray.forking.server_process import wanted
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
 from rlhf_ray.models.size import parameters
+from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
 
@@ -59,11 +60,7 @@ def _precision_problems(recipe: Recipe) -> list[str]:
 
 
 def _engine_problems(recipe: Recipe) -> list[str]:
-    if recipe.generation.engine != "vllm":
-        return []
-    from rlhf_ray.generation.vllm_engine import vllm_problem  # loads transformers
-
-    problem = vllm_problem(recipe.resources.generation.gpus)
+    problem = ENGINES.named(recipe.generation.engine).problem_here(recipe.resources.generation.gpus)
     return [] if problem is None else [problem]
 
 

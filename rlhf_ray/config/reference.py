@@ -120,7 +120,7 @@ def _row(name: str, field: FieldInfo) -> str:
 def _type(field: FieldInfo) -> str:
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
-    names = next((part.table for part in field.metadata if isinstance(part, OneOf)), None)
+    names = next((part.names for part in field.metadata if isinstance(part, OneOf)), None)
     if names is not None:
         return " or ".join(f"`{name}`" for name in names)
     words, null, _ = _type_words(field.annotation).partition(" or null")

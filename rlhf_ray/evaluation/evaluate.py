@@ -128,7 +128,7 @@ class _Evaluation:
     def _load(self, path) -> LanguageModel:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
-        return LanguageModel(load_causal_lm(path, self.dtype, trust).to(self.device), tokenizer, self.dtype)
+        return LanguageModel(load_causal_lm(path, self.dtype, trust).to(self.device), tokenizer, self.dtype, path)
 
     def _draw(self, name: str, model: LanguageModel) -> Responses:
         cfg = self.recipe.generation
@@ -140,6 +140,9 @@ class _Evaluation:
             cfg.sampling,
             chunk_size=cfg.chunk_size,
             device=self.device,
+            engine=cfg.engine,
+            folder=model.folder,
+            trust_remote_code=self.recipe.model.trust_remote_code,
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
         )
 

@@ -25,9 +25,8 @@ from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.isolated_function import NO_COLUMNS, IsolatedFunction, row_of, sample_words
+from rlhf_ray.tables.families import FAMILIES
 from rlhf_ray.training.packing import Layout, line_inputs, pack
-
-PACKED_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 
 
 class Scorer(Protocol):
@@ -66,9 +65,8 @@ class RewardScorer:
         self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
         self.pad_token_id = self._padding()
         # These score by their head at one token; a class that does something else with the body's output reads rows.
-        self.packed = type(self.model).__name__.removesuffix(
-            "ForSequenceClassification"
-        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        family = FAMILIES.get(type(self.model).__name__.removesuffix("ForSequenceClassification").lower())
+        self.packed = family is not None and family.scores_at_one_token and pack(self.model.base_model)
         self._last_feed_forward = last_feed_forward(self.model)
         norms_in_c(self.model)
         pack_linears(self.model, dtype=compute_dtype, frozen=True)

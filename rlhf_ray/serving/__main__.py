@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=float)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--engine")
     for name in Limits.__slots__:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name))
     given = vars(parser.parse_args(arguments))

@@ -58,6 +58,8 @@ class EngineOptions:
     threads: int = 1
     """torch threads; more is not faster for a model of a few million parameters."""
     trust_remote_code: bool = False
+    engine: str = "torch"
+    """A name of `tables.engines` that is continuous."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
+from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
 
 
@@ -68,7 +69,7 @@ def application(
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision,
+    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
     trust_remote_code, api_key and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
@@ -84,6 +85,7 @@ def build_application(args: dict[str, Any]) -> Application:
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
+        engine=choose_engine(given.pop("engine", None), path, gpus)[0],
     )
     settings = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),

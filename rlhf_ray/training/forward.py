@@ -21,7 +21,8 @@ from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.cpu.norms import norms_in_c
 from rlhf_ray.models.critic import Critic
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.training.packing import TESTED_FAMILIES, Layout, line_inputs, pack
+from rlhf_ray.tables.families import is_tested
+from rlhf_ray.training.packing import Layout, line_inputs, pack
 from rlhf_ray.training.padding import action_mask
 
 
@@ -90,7 +91,7 @@ class LogprobModel(nn.Module):
         self.entropy_gradient = entropy_gradient
         self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
         # Their logits are a product's result, which no backward pass reads.
-        self._overwrites = model.config.get_text_config(decoder=True).model_type in TESTED_FAMILIES
+        self._overwrites = is_tested(model.config.get_text_config(decoder=True).model_type)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
