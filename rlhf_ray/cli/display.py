@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.evaluation.traits import PREFIX, trait_label, trait_names
+
 STAGE_NAMES = {
     "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
     "judge": "independent judge", "dpo": "DPO", "ppo": "PPO", "evaluation": "evaluation",
@@ -146,7 +148,8 @@ def summary_table(summary: dict) -> Table:
     table.add_column("")
     for model in models:
         table.add_column(model.upper(), justify="right")
-    names = (("score", "reward-model score"), ("judge", "independent judge"), ("perplexity", "perplexity, SFT model"),
+    traits = [(PREFIX + name, f"  {trait_label(name)}") for name in trait_names(summary["ppo"])]
+    names = (("score", "reward-model score"), ("judge", "independent judge"), *traits, ("perplexity", "perplexity, SFT model"),
              ("perplexity_independent", "perplexity, separate model"), ("relevance", "relevance to the prompt"),
              ("length", "tokens"), ("eos_rate", "ended by itself"), ("distinct_2", "distinct bigrams"),
              ("repetition", "repetition"))  # fmt: skip

@@ -16,14 +16,14 @@ from rlhf_ray.tables.rewards import REWARDS
 class KlConfig(Section):
     """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
 
-    target: float = option(6.0, "nats a sequence, summed over its tokens", gt=0)
+    target: float = option(6.0, "nats per sequence, summed over its tokens", gt=0)
     horizon: int = option(10000, "episodes over which the coefficient adapts", gt=0)
 
 
 class RewardTerm(Section):
     """One of several rewards whose weighted sum is the score."""
 
-    weight: float = option(1.0, "factor of this term in the sum; negative: what it lowers")
+    weight: float = option(1.0, "factor of this term in the sum; negative: a penalty")
     function: str | None = option(
         None,
         "package.module:function scoring (prompts, responses), and columns of the prompts' rows that its other parameters "
@@ -35,7 +35,7 @@ class RewardTerm(Section):
     kind: str | None = option(None, "name of a kind of reward that a plugin registered; in place of function and model")
     options: dict[str, Any] = option({}, "what that kind reads")
     timeout_s: float | None = option(
-        None, "longest time of the function for a sample, which it gets one at a time in a process of its own; null: none",
+        None, "longest time of the function per sample; it gets one sample at a time, in a process of its own; null: no limit",
         gt=0,
     )  # fmt: skip
     timeout_score: float | None = option(None, "score of a sample over the limit, before the weight; null: the run stops")
@@ -68,13 +68,13 @@ class PPOConfig(Section):
 
     steps: int = option(100, "rollout-and-update iterations", gt=0)
     seed: int | None = option(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
-    rollout_batch_size: int = option(64, "prompts a step, whole job", gt=0)
+    rollout_batch_size: int = option(64, "prompts per step, all ranks", gt=0)
     samples_per_prompt: int = option(1, "responses drawn for each prompt", gt=0)
-    minibatch_size: int = option(64, "rollouts an optimiser step, whole job", gt=0)
-    microbatch_size: int = option(32, "rollouts a forward pass, per rank", gt=0)
+    minibatch_size: int = option(64, "rollouts per optimiser step, all ranks", gt=0)
+    microbatch_size: int = option(32, "rollouts per forward pass, per rank", gt=0)
     microbatch_tokens: int | None = option(
         None,
-        "tokens a forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
+        "tokens per forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
         gt=0,
     )
     reuse_forward: bool = option(
@@ -110,18 +110,18 @@ class PPOConfig(Section):
     )
     dynamic_sampling_rounds: int = option(
         0,
-        "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
+        "a step replaces prompts whose samples all score the same, in at most this many rounds (DAPO); 0: never",
         ge=0,
     )
     steps_ahead: int = option(
-        0, "generation runs up to so many steps ahead of training, on older weights; 0: each waits for the other", ge=0
+        0, "generation runs at most this many steps ahead of training, on older weights; 0: each waits for the other", ge=0
     )
     importance_cap: float = option(
-        2.0, "with steps_ahead or importance_correction: highest importance weight of a token", gt=0
+        2.0, "with steps_ahead or importance_correction: highest importance weight per token", gt=0
     )
     importance_correction: bool = option(
         False,
-        "a token counts by its probability under the policy over the generator's, at most importance_cap; always with steps_ahead",
+        "weight tokens by the policy's probability over the generator's, at most importance_cap; always on with steps_ahead",
     )
     weights_in_flight: bool = option(
         False, "with steps_ahead: generators take new weights between chunks, not only between steps"
@@ -149,9 +149,9 @@ class PPOConfig(Section):
         None, "package.module:function scoring (prompts, responses) in place of the reward model, as function of a term"
     )
     reward_timeout_s: float | None = option(
-        None, "longest time of reward_function for a sample, as timeout_s of a term of rewards", gt=0
+        None, "longest time of reward_function per sample, as timeout_s of a term of rewards", gt=0
     )
-    reward_timeout_score: float | None = option(None, "score of a sample over that limit; null: the run stops")
+    reward_timeout_score: float | None = option(None, "score of a sample over this limit; null: the run stops")
     rewards: dict[str, RewardTerm] = option(
         {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
     )
@@ -163,8 +163,8 @@ class PPOConfig(Section):
         None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
     )
     critic_lora: LoraConfig | None = option(None, "train low-rank adapters of the critic, and its value head; null: all")
-    freeze_layers: int = option(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
-    critic_freeze_layers: int = option(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
+    freeze_layers: int = option(0, "the policy's embeddings and first N blocks do not train", ge=0)
+    critic_freeze_layers: int = option(0, "the critic's embeddings and first N blocks do not train", ge=0)
     gradient_checkpointing: bool = option(
         False, "policy and critic compute activations again in the backward pass: less memory, more time"
     )
@@ -173,7 +173,7 @@ class PPOConfig(Section):
     judge_evaluations: bool = option(False, "these evaluations ask the independent judge too (metric eval/judge)")
     best_by: Literal["score", "judge"] = option("score", "whose held-out mean says which policy is the best one")
     patience: int | None = option(
-        None, "stop after so many evaluations in a row that find no better policy; null: never", gt=0
+        None, "stop after this many evaluations in a row without a better policy; null: never", gt=0
     )
     roll_back: bool = option(False, "the stage's model is the best policy, not the last one")
     checkpoint_every: int = option(20, "steps between checkpoints", gt=0)

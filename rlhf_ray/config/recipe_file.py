@@ -156,8 +156,9 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
 
 
 def function_names(recipe: Recipe) -> list[str]:
-    """The user's functions that score: package.module:function, each."""
-    names = [*(term.function for term in recipe.ppo.terms.values()), recipe.evaluation.judge_function]
+    """The user's functions that score, or tell traits: package.module:function, each."""
+    names = [*(term.function for term in recipe.ppo.terms.values())]
+    names += [recipe.evaluation.judge_function, recipe.evaluation.trait_function]
     return [name for name in names if name is not None]
 
 

@@ -1,7 +1,7 @@
 """The recipe reference: markdown tables made from the types, so that it can't say anything else than they do.
 
     python -m rlhf_ray.config.reference                     print it
-    python -m rlhf_ray.config.reference --write README.md   put it between the file's two markers
+    python -m rlhf_ray.config.reference --write FILE   put it between the two markers of FILE (README.md beside this module)
 
 A section class that several keys use is one table; what a class inherits is in the table of its parent.
 """

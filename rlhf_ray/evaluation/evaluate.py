@@ -20,6 +20,7 @@ from rlhf_ray.evaluation import estimates as metrics
 from rlhf_ray.evaluation.estimates import Estimate, Resampler
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
+from rlhf_ray.evaluation.traits import PREFIX, trait_scores
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
@@ -54,6 +55,7 @@ DEFINITIONS = {
     "judge": "The same under the independent judge, a model trained on data that the reward model never saw, or the "
     "known true utility.",
     "judge_positive": "Share of responses with a raw judge's score above evaluation.judge_positive_above.",
+    "trait": "trait/NAME: mean over the responses of what evaluation.trait_function says of them under that name.",
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "perplexity": "exp of the mean negative log-prob of a token of the responses given their prompts, under the SFT "
     "model at temperature 1, over all tokens of all responses.",
@@ -120,6 +122,8 @@ class _Evaluation:
             del model  # before the next one is loaded
         self._texts(responses)
         scores = self._scores(responses)
+        for name, traits in self._traits(responses).items():
+            scores[name] |= traits
         self._fluency(sft, responses)
         path = self.folder.stage("evaluation").path / "samples.jsonl"
         write_samples(path, self.prompts, self.seeds, responses, scores)
@@ -179,6 +183,19 @@ class _Evaluation:
         if scores["sft"]["judge"] is None:
             self.missing["judge"] = "The recipe has no independent judge (`judge` or `evaluation.judge_function`)."
         return scores
+
+    def _traits(self, responses: dict[str, Responses]) -> dict[str, dict[str, np.ndarray]]:
+        """model -> trait/NAME -> [N], where the recipe has a trait function; their means become estimates."""
+        path = self.recipe.evaluation.trait_function
+        if path is None:
+            return {}
+        self._report("traits", 0, 1)
+        found = {}
+        for name, drawn in responses.items():
+            traits = trait_scores(path, self.repeated, drawn.texts)
+            found[name] = {PREFIX + trait: values for trait, values in traits.items()}
+            self.estimates[name] |= {key: self.resampler.mean(self._table(part)) for key, part in found[name].items()}
+        return found
 
     def _score(self, scorer: Scorer, drawn: Responses, name: str, key: str) -> np.ndarray:
         """The model's scores [N]; their means, and what else there is to say of PPO's score, become estimates."""
@@ -244,7 +261,8 @@ class _Evaluation:
         }
 
     def _figures(self) -> tuple[str, ...]:
-        return (*FIGURES, *map(term_key, self.recipe.ppo.rewards))
+        traits = dict.fromkeys(key for out in self.estimates.values() for key in out if key.startswith(PREFIX))
+        return (*FIGURES, *map(term_key, self.recipe.ppo.rewards), *traits)
 
     def _over_sft(self, name: str, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
         """How far the tuned model has gone from the SFT model, and what it gained."""

