@@ -19,16 +19,18 @@ if TYPE_CHECKING:
         Advantage,
         Engine,
         Family,
+        Figure,
         RewardKind,
         register_advantage,
         register_engine,
         register_family,
+        register_figure,
         register_reward,
     )
 
 __all__ = [
-    "Advantage", "Engine", "Family", "Recipe", "RewardKind", "StageStopped", "UserError", "load_recipe",
-    "register_advantage", "register_engine", "register_family", "register_reward", "run",
+    "Advantage", "Engine", "Family", "Figure", "Recipe", "RewardKind", "StageStopped", "UserError", "load_recipe",
+    "register_advantage", "register_engine", "register_family", "register_figure", "register_reward", "run",
 ]  # fmt: skip
 
 # Late: `run` brings Ray along, and reading a recipe should not.

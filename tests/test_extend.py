@@ -1,5 +1,6 @@
 """What people add: one entry of each table, through the public door, end to end. Expected numbers by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -7,12 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from in_process import LocalRoles
+from rich.console import Console
 from tiny import TEXTS, tiny_recipe, write_start
 from transformers import GPTNeoXConfig
 
 import rlhf_ray
 from rlhf_ray.actors.checks import _engine_problems
 from rlhf_ray.algorithms.experience import assemble
+from rlhf_ray.cli.display import summary_table
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
 from rlhf_ray.config.recipe_file import build_recipe
@@ -21,6 +24,7 @@ from rlhf_ray.data.check import check_data
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.store import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.evaluation.samples import draw_responses
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.check import check_model
@@ -31,6 +35,8 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import copy_weights
 from rlhf_ray.ppo.loop import LoopState, PPOLoop
 from rlhf_ray.ppo.step import cut_chunks
+from rlhf_ray.report.collect import _readme
+from rlhf_ray.report.figures import table
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import FunctionScorer
@@ -42,6 +48,7 @@ from rlhf_ray.serving.loading import load
 from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.tables.families import FAMILIES
+from rlhf_ray.tables.figures import FIGURES, GROUPS, shown_figures
 from rlhf_ray.tables.rewards import REWARDS
 from rlhf_ray.tables.table import Table, loaded
 from rlhf_ray.training.forward import response_logprobs
@@ -57,8 +64,8 @@ def added():
         return entry
 
     yield add
-    for table, name in entries:
-        table.remove(name)
+    for of_it, name in entries:
+        of_it.remove(name)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,8 @@ def train(recipe, folder):
     """The PPO stage on the real roles in one process -> (roles, metrics of every step)."""
     roles, hooks = LocalRoles(recipe, folder), Hooks()
     loop = PPOLoop(
-        roles, recipe.ppo, hooks, LoopState(kl_coef=recipe.ppo.kl_coef), prompts=16, eval_prompts=4, chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
+        roles, recipe.ppo, hooks, LoopState(kl_coef=recipe.ppo.kl_coef), prompts=16, eval_prompts=4,
+        chunk_size=recipe.generation.chunk_size, seed=recipe.seed,
     )  # fmt: skip
     assert loop.run()
     return roles, hooks.metrics
@@ -104,6 +112,7 @@ def test_every_built_in_entry_finds_its_functions():
     for entry in (*ENGINES.values(), *FAMILIES.values()):
         given = (entry.make, entry.problem) if entry.name in ENGINES else (entry.config,)
         assert all(callable(loaded(each)) for each in given if each is not None)
+    assert all(callable(loaded(each.measure)) for each in (*FIGURES.values(), *GROUPS.values()))
     for kind in REWARDS.values():
         assert all(callable(loaded(each)) for each in (kind.make, kind.columns, kind.problems) if each is not None)
 
@@ -544,7 +553,70 @@ def test_a_family_of_ones_own_trains_from_random_weights(added, tmp_path):
 
 
 def test_a_family_that_does_not_start_from_random_weights_is_refused():
-    with pytest.raises(ValueError, match="'mistral' is a model family of which this can't be; there are gpt2, llama, qwen2$"):
+    with pytest.raises(ValueError, match="'mistral' is a model family of which this can't be; there are gpt2, llama, qwen2"):
         tiny_recipe(model={"from_scratch": {"architecture": "mistral"}})
     with pytest.raises(ValueError, match="did you mean 'qwen2'"):
         tiny_recipe(model={"from_scratch": {"architecture": "qwn2"}})
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def letters(evidence):
+    """A number from the texts and one from the prompts' columns."""
+    numbers = zip(evidence.responses.texts, evidence.columns["number"], strict=True)
+    return evidence.mean([len(text) + 1000 * int(number) for text, number in numbers])
+
+
+def nowhere(evidence):
+    return None
+
+
+def on_level(prompts, responses, *, level):
+    return {"level_told": [float(each[0]) for each in level]}
+
+
+def test_a_figure_of_ones_own_is_in_summary_report_closing_table_and_pages(added, folder):
+    """Both models are the same one, so what differs is nothing."""
+    figures = (
+        rlhf_ray.Figure(name="letters", measure=letters, label="Letters", unit="and numbers", definition="Letters and more.",
+                        better=1, ratio=True, short="letters in all"),
+        rlhf_ray.Figure(name="nowhere", measure=nowhere, label="Nowhere", unit="", absent="Nobody can measure this."),
+    )  # fmt: skip
+    for figure in figures:
+        added(rlhf_ray.register_figure, FIGURES, figure)
+    (folder.path / "ppo").symlink_to(folder.stage("sft").path)
+    recipe = tiny_recipe(
+        evaluation={"prompts": 5, "seeds": (0, 1), "bootstrap": 20, "trait_function": f"{HERE}:on_level"},
+        ppo={"reward_function": f"{HERE}:right_number", "critic_init": "sft"}, reward=None,
+    )  # fmt: skip
+    summary = evaluate(recipe, folder)
+    samples = [json.loads(line) for line in (folder.path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    expected = np.mean([len(row["ppo"]["response"]) + 1000 * int(row["prompt"].split()[-1]) for row in samples])
+    assert len(samples) == 10 and summary["ppo"]["letters"]["mean"] == pytest.approx(expected)
+    assert summary["ppo"]["score"]["mean"] == 1.0  # every response was scored beside its own number
+    assert summary["ppo"]["trait/level_told"]["mean"] == np.mean([len(row["prompt"]) for row in samples])
+    assert summary["difference"]["letters"]["mean"] == 0 and summary["ratio"]["letters"]["mean"] == 1
+    assert summary["definitions"]["letters"] == "Letters and more."
+    assert summary["ppo"]["nowhere"] is None and summary["missing"]["nowhere"] == "Nobody can measure this."
+    (row,) = [row for row in table(summary) if row["label"] == "Letters"]
+    assert row["unit"] == "and numbers" and len(row["cells"]) == 2
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(summary_table(summary))
+    assert "letters in all" in capture.get() and "level told" in capture.get() and "Nowhere" not in capture.get()
+    for name in ("environment.json", "timings.json"):
+        (folder.path / name).write_text('{"cpus": 2, "cpu": "x", "gpus": []}' if name.startswith("env") else "{}")
+    assert any(line.startswith("| letters in all | PPO |") for line in _readme("x", {0: summary}, [folder]))
+
+
+def test_figures_of_a_group_follow_their_figure():
+    keys = ["length", "trait/on_topic", "score/gaps", "judge", "score", "unknown"]
+    shown = [(each.name, each.label, each.short) for each in shown_figures(keys)]
+    assert shown == [
+        ("score", "Reward-model score", "reward-model score"),
+        ("score/gaps", "Reward “gaps”", None),
+        ("judge", "Judge's score", "judge's score"),
+        ("trait/on_topic", "Trait: on topic", "on topic"),
+        ("length", "Length", "tokens"),
+    ]

@@ -19,6 +19,7 @@ from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.tables.rewards import kind_of
 
 Columns = Mapping[str, Sequence[Any]]  # name -> a value for each response
+NO_COLUMNS: Columns = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,10 @@ def asked_by_term(term: RewardTerm) -> Asked:
 def asked_columns(recipe: Recipe) -> dict[str, Asked]:
     """Key of the recipe -> what its function asks for. Raises UserError for a function that can't be imported."""
     asked = {recipe.ppo.key_of(name): kind_of(term).asked(term) for name, term in recipe.ppo.terms.items()}
-    if recipe.evaluation.judge_function is not None:
-        asked["evaluation.judge_function"] = asked_by(import_function(recipe.evaluation.judge_function))
+    evaluation = recipe.evaluation
+    for key, path in (("judge_function", evaluation.judge_function), ("trait_function", evaluation.trait_function)):
+        if path is not None:
+            asked[f"evaluation.{key}"] = asked_by(import_function(path))
     return {key: each for key, each in asked.items() if each is not None}
 
 

@@ -28,7 +28,8 @@ def build(
     sft_eval_rows: int = 200,
     eval_prompts: int = 512,
 ) -> dict[str, Dataset]:
-    """Demonstrations, prompts and held-out prompts, these with their `answer`: pairs of numbers of `digits` digits whose sum needs a carry.
+    """Demonstrations, prompts and held-out prompts, these with their `answer`: pairs of numbers of
+    `digits` digits whose sum needs a carry.
 
     No pair stands in two roles. A share `careless` of the demonstrations forgets every carry. Raises UserError if `root` is
     given (there is nothing to read) or there are not so many pairs.

@@ -58,7 +58,8 @@ def draw_responses(
 ) -> Responses:
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
-    engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
+    engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random
+    numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
     """
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
     drawing = ENGINES.named(engine).engine(

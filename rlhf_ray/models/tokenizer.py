@@ -22,8 +22,8 @@ EOS, PAD = "<|eos|>", "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "gpt2") -> PreTrainedTokenizerBase:
     """Byte-level BPE (any text encodes, without UNK) with at most `vocab_size` entries, EOS and PAD included.
 
-    Text is split into words as GPT-2 does, except for families like "qwen2" (`tables.families`): AutoTokenizer reads every tokenizer
-    that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
+    Text is split into words as GPT-2 does, except for families like "qwen2" (`tables.families`): AutoTokenizer reads every
+    tokenizer that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
     """
     like_qwen2 = FAMILIES.named(architecture).tokenizer == "qwen2"
     tokenizer = Tokenizer(models.BPE())

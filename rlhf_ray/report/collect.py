@@ -20,18 +20,11 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation.traits import PREFIX, trait_label, trait_names
 from rlhf_ray.runs.run_folder import STAGES, RunFolder
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.tables.figures import shown_figures
 
 SAMPLES = 40
-FIGURES = {
-    "score": "reward-model score", "disagreement": "disagreement of the reward models",
-    "judge": "judge's score", "judge_positive": "share the judge calls positive",
-    "perplexity": "perplexity, SFT model", "perplexity_independent": "perplexity, separate model",
-    "relevance": "relevance, nats a token", "length": "tokens", "eos_rate": "ended by itself",
-    "distinct_2": "distinct-2", "repetition": "repetition",
-}  # fmt: skip
 FILES = ("environment.json", "timings.json", "report.html", "events.jsonl")
 OWN_MODELS = ("sft", "fluency", "model", "from_scratch")  # what these say in a recipe is not a folder
 
@@ -130,8 +123,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
              "over the held-out prompts of one run.", ""]  # fmt: skip
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",
               "|---|---|" + "---|" * (len(seeds) + 1)]  # fmt: skip
-    traits = {PREFIX + name: f"trait: {trait_label(name)}" for name in trait_names(summaries[seeds[0]]["ppo"])}
-    for key, title in (FIGURES | traits).items():
+    titles = {each.name: each.short for each in shown_figures(summaries[seeds[0]]["ppo"]) if each.short is not None}
+    for key, title in titles.items():
         for model in ("sft", "ppo", "dpo"):
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):

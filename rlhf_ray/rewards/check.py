@@ -9,12 +9,13 @@ from rlhf_ray.tables.rewards import kind_of
 
 
 def reward_problems(recipe: Recipe) -> list[str]:
-    """Of PPO's rewards and of the judge's function."""
+    """Of PPO's rewards, and of the judge's and the trait function."""
     problems = []
     for name, term in recipe.ppo.terms.items():
         problems += kind_of(term).found_problems(recipe, recipe.ppo.key_of(name), term)
-    judge = recipe.evaluation.judge_function
-    return problems if judge is None else [*problems, *_import_problems(judge)]
+    for path in (recipe.evaluation.judge_function, recipe.evaluation.trait_function):
+        problems += [] if path is None else _import_problems(path)
+    return problems
 
 
 def function_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:

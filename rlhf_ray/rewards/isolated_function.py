@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.config.columns import Asked, Columns
+from rlhf_ray.config.columns import NO_COLUMNS, Asked, Columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 
-NO_COLUMNS: Columns = {}
 START_S = 300.0  # for the import of the function's module, which may load a model
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
-from rlhf_ray.config.columns import Columns, asked_by
+from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.cpu.norms import norms_in_c
 from rlhf_ray.cpu.packed_linear import pack_linears
@@ -24,7 +24,7 @@ from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.rewards.isolated_function import NO_COLUMNS, IsolatedFunction, row_of, sample_words
+from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of, sample_words
 from rlhf_ray.tables.families import FAMILIES
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 

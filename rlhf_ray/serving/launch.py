@@ -67,8 +67,9 @@ def serve(
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
-    torch's, per replica (None: the cores shared out). `engine` None: the run's, or torch (`serving.engine_choice`). With `block` it ends only by KeyboardInterrupt (Ctrl-C; the
-    command exits with 130) or SystemExit (SIGTERM), and releases everything; without, the caller closes the server.
+    torch's, per replica (None: the cores shared out). `engine` None: the run's, or torch (`serving.engine_choice`).
+    With `block` it ends only by KeyboardInterrupt (Ctrl-C; the command exits with 130) or SystemExit (SIGTERM), and
+    releases everything; without, the caller closes the server.
 
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """

@@ -8,11 +8,12 @@ from __future__ import annotations
 from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
 from rlhf_ray.tables.engines import ENGINES, Engine
 from rlhf_ray.tables.families import FAMILIES, Family
+from rlhf_ray.tables.figures import FIGURES, Figure
 from rlhf_ray.tables.rewards import REWARDS, RewardKind
 
 __all__ = [
-    "Advantage", "Engine", "Family", "RewardKind",
-    "register_advantage", "register_engine", "register_family", "register_reward",
+    "Advantage", "Engine", "Family", "Figure", "RewardKind",
+    "register_advantage", "register_engine", "register_family", "register_figure", "register_reward",
 ]  # fmt: skip
 
 
@@ -34,3 +35,8 @@ def register_engine(engine: Engine) -> Engine:
 def register_family(family: Family) -> Family:
     """A value of `model.from_scratch.architecture`, where it has a config."""
     return FAMILIES.add(family)
+
+
+def register_figure(figure: Figure) -> Figure:
+    """A figure of the evaluation, in summary.json, the report and (with `short`) the closing table."""
+    return FIGURES.add(figure)
