@@ -26,7 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
-def option(default, description: str, **kwargs):
+def option(default: Any, description: str, **kwargs: Any) -> Any:
     return Field(default, description=description, **kwargs)
 
 

@@ -104,10 +104,10 @@ def prompt_columns(folder: RunFolder, role: str) -> list[str]:
     return [name for name in pq.read_schema(_path(folder, role)).names if name != "prompt"]
 
 
-def check_columns(recipe: Recipe, folder: RunFolder) -> None:
+def check_columns(recipe: Recipe, folder: RunFolder, roles: Sequence[str] = ("prompts", "eval_prompts")) -> None:
     """UserError where a function of the recipe asks for a column that the prepared prompts have not."""
-    problems = []
-    for role in ("prompts", "eval_prompts"):
+    problems: list[str] = []
+    for role in roles:
         problems += column_problems(recipe, prompt_columns(folder, role), str(folder.data(role)))
     if problems:
         raise UserError("\n".join(problems))

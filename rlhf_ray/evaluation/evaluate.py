@@ -54,7 +54,7 @@ def evaluate(
     if stage.done:
         return stage.summary()
     started = time.monotonic()
-    check_columns(recipe, folder)
+    check_columns(recipe, folder, ("eval_prompts",))
     summary = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device)).run()
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

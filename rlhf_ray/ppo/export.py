@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder, start_model
+
+if TYPE_CHECKING:
+    import torch
 
 
 def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub: str | None) -> Path:
@@ -97,7 +101,7 @@ def _checkpoint_start(checkpoint: Path) -> tuple[Recipe, str]:
     return recipe, start_model(recipe, run)
 
 
-def _checkpoint_weights(checkpoint: Path) -> dict:
+def _checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     from rlhf_ray.models.trained_part import plain_name
     from rlhf_ray.ppo.checkpoint import read_role
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.algorithms.experience import assemble
-from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
+from rlhf_ray.algorithms.losses import Stats, policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
@@ -56,7 +56,8 @@ class PlainPPO:
                 f"plain_ppo draws and trains in turn, and ppo.steps_ahead is {ppo.steps_ahead}; set it to 0, or run it with "
                 "rlhf-ray run"
             )
-        scored_otherwise = ppo.rewards or ppo.reward_function is not None or recipe.reward.members > 1
+        members = 0 if recipe.reward is None else recipe.reward.members
+        scored_otherwise = bool(ppo.rewards) or ppo.reward_function is not None or members != 1
         if not ppo.has_critic or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or scored_otherwise:
             raise UserError(
                 "plain_ppo shows PPO with a critic, one reward model and the KL in the reward; the recipe has "
@@ -120,10 +121,14 @@ class PlainPPO:
             kl_coef=ppo.kl_coef,
         )  # fmt: skip
 
+        assert targets.returns is not None, "there is a critic"
+
         # 5. Several passes over the batch in minibatches. In the first one the ratio is 1; then the policy has moved, and
         #    the clip keeps it from moving too far on old data.
         anneal = linear_anneal(1.0, step, ppo.steps) if ppo.anneal else 1.0
         seed = draw_seed(recipe.ppo_seed, "minibatches", step)
+        stats: Stats = {}
+        value_stats: Stats = {}
         for minibatch in minibatch_rows(len(sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
             rows = sequences.rows(minibatch)
             part = token_batch(rows.prompts(), rows.responses(), packed=False)

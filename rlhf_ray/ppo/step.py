@@ -47,12 +47,26 @@ class CriticValues(Protocol):
 
 class Experience(Protocol):
     def assemble(
-        self, rollouts, scores, ref_logprobs, old_logprobs, old_values, kl_coef: float
+        self,
+        rollouts: Sequence[Handle],
+        scores: Sequence[Handle],
+        ref_logprobs: Sequence[Handle],
+        old_logprobs: Sequence[Handle],
+        old_values: Sequence[Handle],
+        kl_coef: float,
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...
-    def evaluate(self, rollouts, scores, ref_logprobs, judged) -> Handle: ...
+    def evaluate(
+        self,
+        rollouts: Sequence[Handle],
+        scores: Sequence[Handle],
+        ref_logprobs: Sequence[Handle],
+        judged: Sequence[Handle],
+    ) -> Handle: ...
     def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
     def zero_variance(self, scores: Sequence[Handle]) -> Handle: ...
-    def pack(self, rollouts, scores, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
+    def pack(
+        self, rollouts: Sequence[Handle], scores: Sequence[Handle], prompts: int, chunk_size: int
+    ) -> tuple[list[Handle], list[Handle]]: ...
 
 
 class Roles(Protocol):
@@ -129,7 +143,7 @@ def train_on(
     else:
         check_off_policy(metrics, config.steps_ahead, config.max_mismatch)
 
-    updates = {}
+    updates: dict[str, list[Handle]] = {}
     if config.trains_policy:
         updates["policy"] = roles.policy.update(policy_shards, config.learning_rate, config.kl_coef)
     if roles.critic is not None:
@@ -160,6 +174,8 @@ def draw_again(
     last round the rest are prompts that don't: they add nothing to a gradient, and the batch keeps its size.
     """
     what = f"drawing other prompts (step {step})"
+    zero_variance: list[bool] = []
+    missing = 0
     for number in range(redraw.rounds + 1):
         (zero_variance,) = roles.get([roles.experience.zero_variance(scores)], what)
         missing = redraw.prompts - zero_variance.count(False)
@@ -266,8 +282,8 @@ def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
 
 def other_prompts(step: int, prompts: int, taken: Sequence[int], seed: int) -> list[int]:
     """The prompt set without `taken`, in an order of the step's own: where dynamic sampling draws from, front to back."""
-    taken = set(taken)
-    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row not in taken]
+    others = set(range(prompts)) - set(taken)
+    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row in others]
 
 
 def cut_chunks(
