@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.plugins import register_stage
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import Stage, StageModel
 from rlhf_ray.errors import StageStopped, UserError
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Advantage", "Engine", "Family", "Figure", "Recipe", "RewardKind", "StageStopped", "UserError", "load_recipe",
-    "register_advantage", "register_engine", "register_family", "register_figure", "register_reward", "run",
+    "Advantage", "Engine", "Family", "Figure", "Recipe", "RewardKind", "Stage", "StageModel", "StageStopped", "UserError",
+    "load_recipe", "register_advantage", "register_engine", "register_family", "register_figure", "register_reward",
+    "register_stage", "run",
 ]  # fmt: skip
 
 # Late: `run` brings Ray along, and reading a recipe should not.

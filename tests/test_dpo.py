@@ -313,10 +313,10 @@ def test_a_part_of_the_weights_trains_as_in_a_plain_loop(folder, recipe, tmp_pat
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, folder, recipe):
-    from rlhf_ray.actors.supervised import run_dpo
+    from rlhf_ray.actors.supervised import run_supervised
 
     trained = with_dpo(recipe, workers=2, zero_stage=2)
-    summary, stage = run_dpo(trained, folder), folder.stage("dpo")
+    summary, stage = run_supervised(trained, folder, "dpo"), folder.stage("dpo")
     model, losses = plain_dpo(trained, folder)
     rows = read_metrics(stage.metrics)
     assert [row["step"] for row in rows] == list(range(1, 31)) and summary["steps"] == 30
@@ -335,7 +335,7 @@ def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, fol
     assert saved.config.response_stops == ["e"]
     names = {file.name for file in stage.model.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= names and not stage.checkpoints.exists()
-    assert json.loads(stage.done_file.read_text()) == summary == run_dpo(trained, folder)
+    assert json.loads(stage.done_file.read_text()) == summary == run_supervised(trained, folder, "dpo")
 
 
 @pytest.mark.ray
@@ -343,7 +343,7 @@ def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, fol
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_stopped_and_resumed_it_is_still_the_plain_loop(ray_cluster, folder, recipe, tmp_path, zero_stage):
-    from rlhf_ray.actors.supervised import run_dpo
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     for name in ("data", "sft"):
@@ -355,10 +355,10 @@ def test_stopped_and_resumed_it_is_still_the_plain_loop(ray_cluster, folder, rec
             stage.stop_file.touch()
 
     with pytest.raises(StageStopped):
-        run_dpo(trained, run, on_progress=stop_once_training)
+        run_supervised(trained, run, "dpo", on_progress=stop_once_training)
     stopped_at = read_metrics(stage.metrics)[-1]["step"]
     assert 0 < stopped_at < 80
-    run_dpo(trained, run)
+    run_supervised(trained, run, "dpo")
     model, losses = plain_dpo(trained, run)
     rows = read_metrics(stage.metrics)
     assert [row["step"] for row in rows] == list(range(1, 81))

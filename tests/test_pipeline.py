@@ -14,7 +14,7 @@ from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.garbage_collection import collector_paused
-from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages, stages_of
+from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume
 from rlhf_ray.runs.run_folder import RunFolder, held
 
@@ -36,10 +36,10 @@ def test_stages_run_in_order_once_and_only_those_of_the_recipe(tmp_path):
     folder, log, events = RunFolder(tmp_path), [], []
     recipe = Recipe(name="r")
     run_stages(recipe, folder, stages(folder, log), events.append)
-    assert log == stages_of(recipe) == ["data", "sft", "reward", "ppo", "evaluation"]
+    assert log == recipe.stages == ["data", "sft", "reward", "ppo", "evaluation"]
     run_stages(recipe, folder, stages(folder, log), events.append)
     assert len(log) == 5
-    assert [event["stage"] for event in events if event.get("skipped")] == stages_of(recipe)
+    assert [event["stage"] for event in events if event.get("skipped")] == recipe.stages
 
 
 def test_a_stop_that_no_stage_saw_ends_the_run_after_the_stage(tmp_path):

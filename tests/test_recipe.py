@@ -6,10 +6,11 @@ from tiny import tiny_recipe
 
 from rlhf_ray.config import Recipe, exact_div
 from rlhf_ray.config.recipe_file import build_recipe, load_recipe, packaged_recipes, read_yaml
+from rlhf_ray.config.stage_table import BUILT_IN, needs_of
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.pipeline import needs_of, prepare_folder, run_stages, stages_of
+from rlhf_ray.runs.pipeline import prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
-from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 
 
 def refusal(values, overrides=()):
@@ -320,12 +321,12 @@ def test_an_override_switches_a_section_on_that_is_null_or_not_there(values, ove
 
 def test_dpo_is_as_long_as_the_reward_models_pairs_unless_told_otherwise():
     def length(**sections):
-        return build_recipe({"name": "x", **sections}, [], "x").dpo_max_length
+        return build_recipe({"name": "x", **sections}, [], "x").max_length_of("dpo")
 
     assert length(dpo={}, reward={"max_length": 96}) == 96
     assert length(dpo={"max_length": 80}, reward={"max_length": 96}) == 80
     assert length(dpo={}, reward=None, ppo={"reward_function": "a:b", "critic_init": "sft"}) == 256
-    assert load_recipe("demo", ["dpo={}"]).dpo_max_length == load_recipe("demo").reward.max_length
+    assert load_recipe("demo", ["dpo={}"]).max_length_of("dpo") == load_recipe("demo").reward.max_length
 
 
 def test_a_number_in_quotes_stays_text():
@@ -465,7 +466,7 @@ def scripted_stages(folder, ran, stop_at=None):
 
         return run
 
-    return {name: stage(name) for name in STAGES}
+    return {name: stage(name) for name in BUILT_IN}
 
 
 def quiet(progress):
@@ -482,10 +483,9 @@ def test_stages_run_in_order_and_finished_ones_are_skipped(tmp_path):
 
 
 def test_optional_stages_are_those_of_the_recipe():
-    assert stages_of(tiny_recipe()) == ["data", "sft", "reward", "ppo", "evaluation"]
-    assert stages_of(tiny_recipe(judge={"max_length": 64}, fluency={"max_length": 64}, dpo={"max_length": 64})) == list(
-        STAGES
-    )
+    assert tiny_recipe().stages == ["data", "sft", "reward", "ppo", "evaluation"]
+    optional = {name: {"max_length": 64} for name in ("judge", "fluency", "dpo")}
+    assert tiny_recipe(**optional).stages == list(BUILT_IN)
 
 
 def test_a_stage_whose_input_is_missing_says_which(tmp_path):

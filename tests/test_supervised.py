@@ -232,9 +232,9 @@ def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module, atol:
 
 @pytest.fixture(scope="module")
 def sft(ray_cluster, folder) -> dict:
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
-    return run_sft(recipe_of(sft=STAGE | {"epochs": 4}), folder)
+    return run_supervised(recipe_of(sft=STAGE | {"epochs": 4}), folder, "sft")
 
 
 @pytest.mark.ray
@@ -252,7 +252,7 @@ def test_sft_trains_as_a_plain_loop_does(sft, folder):
 
 @pytest.mark.ray
 def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, folder):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     stage = folder.stage("sft")
     names = {file.name for file in stage.model.iterdir()}
@@ -260,14 +260,14 @@ def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, fol
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     assert not stage.checkpoints.exists()
     before = os.stat(stage.model / "model.safetensors").st_mtime_ns
-    assert run_sft(recipe_of(), folder) == sft
+    assert run_supervised(recipe_of(), folder, "sft") == sft
     assert os.stat(stage.model / "model.safetensors").st_mtime_ns == before
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -280,12 +280,12 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
             stage.stop_file.touch()
 
     with pytest.raises(StageStopped):
-        run_sft(recipe, run, on_progress=stop_once_training)
+        run_supervised(recipe, run, "sft", on_progress=stop_once_training)
     stopped_at = read_metrics(stage.metrics)[-1]["step"]
     assert 0 < stopped_at < 200 and not stage.done and not stage.stop_file.exists()
     assert (stage.checkpoints / f"checkpoint-{stopped_at}" / "COMPLETE").exists()
 
-    summary = run_sft(recipe, run)
+    summary = run_supervised(recipe, run, "sft")
     rows = read_metrics(stage.metrics)
     assert summary["steps"] == 200 and [row["step"] for row in rows] == list(range(1, 201))
     assert rows[stopped_at]["elapsed_s"] > rows[stopped_at - 1]["elapsed_s"]  # time goes on where it stopped
@@ -297,7 +297,7 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -309,7 +309,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
             killed.append(int(re.findall(r"process (\d+)", (run.logs / "sft.log").read_text())[-1]))
             os.kill(killed[0], signal.SIGKILL)
 
-    summary = run_sft(recipe, run, on_progress=kill_once_checkpointed)
+    summary = run_supervised(recipe, run, "sft", on_progress=kill_once_checkpointed)
     assert killed and summary["steps"] == 250
     assert [row["step"] for row in read_metrics(stage.metrics)] == list(range(1, 251))
     assert_same_weights(AutoModelForCausalLM.from_pretrained(stage.model), plain_sft(recipe, run, 250)[0], 2e-3)
@@ -320,7 +320,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     run.path.joinpath("data").mkdir()
@@ -330,7 +330,7 @@ def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
     with pytest.raises(
         RunFailed, match=r"^sft failed 4 times, the last time with: .*Parquet.*; its log is .*sft.log; "
     ):
-        run_sft(recipe_of(), run)
+        run_supervised(recipe_of(), run, "sft")
     done = [event["done"] for event in read_metrics(run.events)]
     assert ["restarted" in what for what in done] == [True, True, True, False] and "the stage failed" in done[3]
 
@@ -338,7 +338,7 @@ def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
@@ -353,7 +353,7 @@ def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, fold
     with pytest.raises(
         RunFailed, match=r"sft stood still for \d+ s after step \d+; .*sft.log.*resources.call_timeout_s"
     ):
-        run_sft(recipe, run, on_progress=freeze_once_training)
+        run_supervised(recipe, run, "sft", on_progress=freeze_once_training)
     run.stage("sft").stop_file.touch()  # the controller of this test's Ray goes on: it ends at its next step
     os.kill(frozen[0], signal.SIGCONT)
 
@@ -361,12 +361,12 @@ def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, fold
 @pytest.mark.ray
 @pytest.mark.slow
 def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     fluency = STAGE | {"max_steps": 100_000, "max_minutes": 0.05, "packing": False}
-    summary = run_sft(recipe_of(fluency=fluency), run, stage="fluency")
+    summary = run_supervised(recipe_of(fluency=fluency), run, "fluency")
     assert summary["ended_by"] == "max_minutes" and 3 <= summary["train_seconds"] < 6
     rows = read_metrics(run.stage("fluency").metrics)
     assert max(row["learning_rate"] for row in rows) > 2.5e-4 and rows[-1]["learning_rate"] < 3e-5
@@ -374,10 +374,10 @@ def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
 
 @pytest.mark.ray
 def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder(sft, folder):
-    from rlhf_ray.actors.supervised import run_reward
+    from rlhf_ray.actors.supervised import run_supervised
 
     reward = STAGE | {"epochs": 12, "learning_rate": 3e-3, "normalise_samples": 64}
-    summary = run_reward(recipe_of(reward=reward), folder)
+    summary = run_supervised(recipe_of(reward=reward), folder, "reward")
     assert summary["accuracy"] > 0.9 > summary["longer_accuracy"]
     path = folder.stage("reward").model
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -413,7 +413,7 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
 @pytest.mark.slow
 def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, folder, tmp_path):
     """The run ends between the two members, and goes on with the second."""
-    from rlhf_ray.actors.supervised import run_reward
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     for name in ("data", "sft"):
@@ -423,11 +423,11 @@ def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, fold
     stage.path.mkdir()
     (stage.path / "member_1").touch()  # a folder can't be made there
     with pytest.raises(FileExistsError):
-        run_reward(recipe, run)
+        run_supervised(recipe, run, "reward")
     before = os.stat(stage.model / "model.safetensors").st_mtime_ns
     assert json.loads((stage.path / "member_0" / "DONE").read_text())["steps"] == 20 and not stage.done
     (stage.path / "member_1").unlink()
-    summary = run_reward(recipe, run)
+    summary = run_supervised(recipe, run, "reward")
     assert os.stat(stage.model / "model.safetensors").st_mtime_ns == before, "the first is not trained again"
     assert stage.summary() == summary and summary["members"] == 2 and not stage.member(1).checkpoints.exists()
 
@@ -460,10 +460,10 @@ def test_an_ensemble_is_trained_member_by_member_and_measured_together(sft, fold
 
 @pytest.mark.ray
 def test_regression_to_scores_correlates_with_them(sft, folder):
-    from rlhf_ray.actors.supervised import run_reward
+    from rlhf_ray.actors.supervised import run_supervised
 
     judge = STAGE | {"objective": "scores", "epochs": 16, "learning_rate": 3e-3, "precision": "auto"}
-    summary = run_reward(recipe_of(judge=judge | {"normalise_samples": 0}), folder, stage="judge")
+    summary = run_supervised(recipe_of(judge=judge | {"normalise_samples": 0}), folder, "judge")
     assert summary["pearson"] > 0.8 and summary["spearman"] > 0.6 and summary["accuracy"] > 0.8
     assert abs(summary["score_mean"]) < 0.5 and 0.4 < summary["score_std"] < 1.6  # fitted to standardised scores
     assert "reward_mean" not in json.loads((folder.stage("judge").model / "config.json").read_text())
@@ -471,31 +471,31 @@ def test_regression_to_scores_correlates_with_them(sft, folder):
 
 @pytest.mark.ray
 def test_a_users_mistake_comes_out_of_the_worker_as_one_sentence(sft, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_reward
+    from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     with pytest.raises(UserError, match=r"reward.objective is 'scores'.*no column response, score.*objective: pairs"):
-        run_reward(recipe_of(reward=STAGE | {"objective": "scores"}), run)
+        run_supervised(recipe_of(reward=STAGE | {"objective": "scores"}), run, "reward")
     assert not run.stage("reward").done
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_full_cluster_is_waited_for_with_a_deadline(ray_cluster, folder, tmp_path):
-    from rlhf_ray.actors.supervised import run_sft
+    from rlhf_ray.actors.supervised import run_supervised
 
     ray = ray_cluster
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     with pytest.raises(UserError, match=r"need 3 CPUs, the cluster has 2"):
-        run_sft(recipe_of(sft=STAGE | {"cpus_per_worker": 3}), run)
+        run_supervised(recipe_of(sft=STAGE | {"cpus_per_worker": 3}), run, "sft")
     group = ray.util.placement_group([{"CPU": 2}])
     ray.get(group.ready(), timeout=60)
     started = time.monotonic()
     try:
         with pytest.raises(UserError, match=r"waited 2 s for 1 sft worker"):
-            run_sft(recipe_of(resources={"start_timeout_s": 2}), run)
+            run_supervised(recipe_of(resources={"start_timeout_s": 2}), run, "sft")
     finally:
         ray.util.remove_placement_group(group)
     assert time.monotonic() - started < 60

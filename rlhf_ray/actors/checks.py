@@ -44,8 +44,7 @@ def _reward_problems(recipe: Recipe) -> list[str]:
 
 
 def _precision_problems(recipe: Recipe) -> list[str]:
-    stages = {name: getattr(recipe, name) for name in ("sft", "fluency", "reward", "judge", "dpo")}
-    settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in stages.items() if stage is not None]
+    settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in recipe.trained.items()]
     settings += [
         ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),
         ("generation", recipe.generation.precision, recipe.resources.generation.gpus),

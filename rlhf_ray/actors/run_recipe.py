@@ -16,18 +16,17 @@ from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.threads import SUPERVISED, settle_threads
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import prepare_folder, run_stages, stages_of
+from rlhf_ray.runs.pipeline import prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
-
-WORKERS = {"supervised": set(SUPERVISED), "ppo": {"ppo", "evaluation"}}  # kind of worker -> the stages that have some
 
 
 class RunDisplay(Protocol):
@@ -67,11 +66,11 @@ def run(
                 running[0] = event["stage"] if event.get("started") else None
             shown(event)
 
-        left = [name for name in (stages or stages_of(recipe)) if not folder.stage(name).done]
+        left = [name for name in (stages or recipe.stages) if not folder.stage(name).done]
         with ExitStack() as stack:
-            connected = bool(left) and left != ["data"]
+            kinds = list(dict.fromkeys(STAGES[name].workers for name in left if STAGES[name].workers != "none"))
+            connected = bool(kinds)
             if connected:
-                kinds = [kind for kind, of in WORKERS.items() if of.intersection(left)]
                 stack.enter_context(
                     ray_session(
                         address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import ray
 
@@ -10,58 +11,49 @@ from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_ali
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.garbage_collection import collector_paused
-from rlhf_ray.runs.pipeline import Stage
+from rlhf_ray.runs.pipeline import StageFunction
 from rlhf_ray.runs.run_folder import RunFolder
 
 Progress = Callable[[dict], None]
 
 
-def ray_stages() -> dict[str, Stage]:
-    """Every stage's callable. Heavy imports happen inside."""
-    return {
-        "data": prepare_data,
-        "sft": lambda recipe, folder, progress: _supervised("run_sft", recipe, folder, "sft", progress),
-        "fluency": lambda recipe, folder, progress: _supervised("run_sft", recipe, folder, "fluency", progress),
-        "reward": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "reward", progress),
-        "judge": lambda recipe, folder, progress: _supervised("run_reward", recipe, folder, "judge", progress),
-        "dpo": lambda recipe, folder, progress: _supervised("run_dpo", recipe, folder, "dpo", progress),
-        "ppo": run_ppo_stage,
-        "evaluation": evaluate_and_report,
-    }
+def ray_stages() -> dict[str, StageFunction]:
+    """Every stage's function, which is imported when it is called."""
+    return {name: partial(_run_stage, name) for name in STAGES}
 
 
-def prepare_data(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+def _run_stage(name: str, recipe: Recipe, folder: RunFolder, progress: Progress) -> dict | None:
+    return import_function(STAGES[name].run)(recipe, folder, name, progress)
+
+
+def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
     from rlhf_ray.data.prepare import prepare
 
     rows = prepare(recipe, folder)["roles"]["prompts"]["rows"]
     if rows < recipe.ppo.rollout_batch_size:
-        folder.stage("data").done_file.unlink()  # so that the recipe's data may be corrected
+        folder.stage(stage).done_file.unlink()  # so that the recipe's data may be corrected
         raise UserError(
             f"there are {rows} prompts, fewer than ppo.rollout_batch_size = {recipe.ppo.rollout_batch_size}; "
             "lower it or add prompts"
         )
 
 
-def _supervised(function: str, recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
-    from rlhf_ray.actors import supervised as launch
-
-    getattr(launch, function)(recipe, folder, stage, progress)
-
-
-def run_ppo_stage(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+def run_ppo_stage(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
     from rlhf_ray.actors.ppo_stage import run_ppo
 
     run_ppo(recipe, folder, progress)
 
 
-def evaluate_and_report(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+def evaluate_and_report(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
     """Evaluate in one task (the controller holds no models), then write the report."""
     from rlhf_ray.report.page import write_report
 
     def on_wait(what: str, seconds: float) -> None:
-        progress({"stage": "evaluation", "waiting_for": what, "waiting_s": seconds})
+        progress({"stage": stage, "waiting_for": what, "waiting_s": seconds})
 
     resources = recipe.resources
     waiter = Waiter(resources.call_timeout_s, "raise resources.call_timeout_s", on_wait)
@@ -91,9 +83,8 @@ def check_cluster(recipe: Recipe, stages: list[str]) -> None:
 
 def cluster_problems(recipe: Recipe, stages: list[str], nodes: Sequence[Amounts]) -> list[str]:
     problems, cluster = [], altogether(nodes)
-    for name in ("sft", "fluency", "reward", "judge", "dpo"):
-        stage = getattr(recipe, name)
-        if name not in stages or stage is None:
+    for name, stage in recipe.trained.items():
+        if name not in stages:
             continue
         for kind, each in (("CPU", stage.cpus_per_worker), ("GPU", stage.gpus_per_worker)):
             needed, there = stage.workers * each, cluster[kind]

@@ -25,7 +25,9 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.config import Recipe, TrainConfig
+from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.garbage_collection import collector_paused
@@ -39,35 +41,17 @@ POLL_S = 0.5
 REPORT_S = 1.0
 
 
-def run_sft(recipe: Recipe, folder: RunFolder, stage: str = "sft", on_progress: Progress | None = None) -> dict:
-    """Train the stage "sft" or "fluency" to its end -> its summary, which DONE holds too.
+def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None = None) -> dict:
+    """Train the stage to its end, all members of an ensemble -> its summary, which DONE holds too.
 
     Raises UserError for a user's mistake, StageStopped once asked to stop (the STOP file) and checkpointed, RunFailed
     when the workers failed too often or stand still.
     """
-    assert stage in ("sft", "fluency"), stage
-    return _run(recipe, folder, stage, 1, on_progress)
-
-
-def run_reward(recipe: Recipe, folder: RunFolder, stage: str = "reward", on_progress: Progress | None = None) -> dict:
-    """Train the stage "reward" or "judge" to its end, all members of its ensemble -> its summary. Raises as `run_sft`."""
-    assert stage in ("reward", "judge"), stage
-    config = getattr(recipe, stage)
-    return _run(recipe, folder, stage, 1 if config is None else config.members, on_progress)
-
-
-def run_dpo(recipe: Recipe, folder: RunFolder, stage: str = "dpo", on_progress: Progress | None = None) -> dict:
-    """Train the stage "dpo" to its end -> its summary. Raises as `run_sft`."""
-    assert stage == "dpo", stage
-    return _run(recipe, folder, stage, 1, on_progress)
-
-
-def _run(recipe: Recipe, folder: RunFolder, stage: str, members: int, on_progress: Progress | None) -> dict:
-    target, config = folder.stage(stage), getattr(recipe, stage)
+    target, config = folder.stage(stage), recipe.trained[stage]
     if target.done:
         return target.summary()
-    assert config is not None, f"the recipe has no section '{stage}'"
     _check_capacity(stage, config)
+    members = config.members if isinstance(config, RewardConfig) else 1
     each = []
     for member in range(members):
         done = target.member_done(member)
@@ -291,7 +275,7 @@ def _worker(config: dict) -> dict:
     """One rank, in its own process -> the stage's summary, or {"refused": sentence} for a user's mistake."""
     folder, stage = RunFolder(Path(config["folder"])), config["stage"]
     recipe = Recipe.model_validate(config["recipe"])
-    section: TrainConfig = getattr(recipe, stage)
+    section = recipe.trained[stage]
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
     with collector_paused():
@@ -307,14 +291,7 @@ def _training(stage: str, member: int, device_type: str) -> Callable[[Recipe, Ru
     from rlhf_ray.training.distributed import prepare_deepspeed
 
     prepare_deepspeed(device_type)
-    if stage in ("sft", "fluency"):
-        from rlhf_ray.supervised.sft import train_sft
-
-        return train_sft
-    if stage == "dpo":
-        from rlhf_ray.supervised.dpo import train_dpo
-
-        return train_dpo
-    from rlhf_ray.supervised.reward_model import train_reward
-
-    return partial(train_reward, member=member)
+    path = STAGES[stage].train
+    assert path is not None, stage
+    train = import_function(path)
+    return partial(train, member=member) if member else train

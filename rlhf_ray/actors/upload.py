@@ -105,8 +105,8 @@ def _copy_data(source: Path, folder: Path, run_dir: str) -> Item:
 
 
 def _own_modules(recipe: Recipe, here: Path) -> list[Path]:
-    """Modules named as package.module:function that lie in `here`: files or package folders, each once."""
-    names = (recipe.data.builder, *function_names(recipe))
+    """Modules named as plugins or package.module:function that lie in `here`: files or package folders, each once."""
+    names = (recipe.data.builder, *function_names(recipe), *recipe.plugins)
     roots = {name.partition(":")[0].partition(".")[0] for name in names if name} - {"rlhf_ray"}
     found = [PathFinder.find_spec(root, [str(here)]) for root in sorted(roots)]
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -11,12 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
 from rlhf_ray.tables.figures import shown_figures
 
-STAGE_NAMES = {
-    "data": "data", "sft": "supervised fine-tuning", "fluency": "fluency model", "reward": "reward model",
-    "judge": "independent judge", "dpo": "DPO", "ppo": "PPO", "evaluation": "evaluation",
-}  # fmt: skip
 PLAIN_EVERY_S = 10.0
 
 
@@ -51,14 +50,14 @@ class Display:
     def __call__(self, event: dict) -> None:
         stage = event["stage"]
         if event.get("skipped"):
-            return self.log(f"[dim]= {STAGE_NAMES[stage]}: done before[/]")
+            return self.log(f"[dim]= {STAGES[stage].words}: done before[/]")
         if event.get("started"):
             self._stage, self._event, self._first = stage, {}, None
             self._started, self._samples = time.monotonic(), []
             if self.live is None:
-                self.log(f"> {STAGE_NAMES[stage]}")
+                self.log(f"> {STAGES[stage].words}")
         elif event.get("done"):
-            line = f"[green]+[/] {STAGE_NAMES[stage]}: {duration(event['seconds'])}"
+            line = f"[green]+[/] {STAGES[stage].words}: {duration(event['seconds'])}"
             self._event, self._samples = {}, []
             self.log(line + (f"  [dim]{escape(event['summary'])}[/]" if event.get("summary") else ""))
         elif "samples" in event:
@@ -81,7 +80,7 @@ class Display:
     def _block(self) -> list:
         if not self._stage:
             return []
-        head = Text.assemble((f"  {STAGE_NAMES[self._stage]}  ", "bold"), (self._line(), ""))
+        head = Text.assemble((f"  {STAGES[self._stage].words}  ", "bold"), (self._line(), ""))
         block: list = [head]
         if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
             block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))
@@ -140,8 +139,8 @@ def one_line(text: str, limit: int) -> str:
 
 def summary_table(summary: dict) -> Table:
     """The closing table: SFT against PPO, and DPO where there is one, with 95 % intervals."""
-    models = [model for model in ("sft", "ppo", "dpo") if model in summary]
-    tuned = [summary, summary["dpo_over_sft"]] if "dpo" in models else [summary]
+    models = models_of_summary(summary)
+    tuned = [over_sft(summary, model) for model in models if model != "sft"]
     between = "\n" if len(models) > 2 else " "  # three intervals side by side are wider than a terminal
     shown: Callable[[dict], str] = lambda figure: interval(figure, between=between)  # noqa: E731
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
@@ -157,10 +156,10 @@ def summary_table(summary: dict) -> Table:
         rates = [one["win_rate"].get(key) for one in tuned]
         if all(rates):
             table.add_row(f"win rate, {name}", "", *map(shown, rates), style="bold")
-    for key, name in scorers.items() if "dpo" in models else ():
-        rate = summary["ppo_over_dpo"]["win_rate"].get(key)
+    for other, (key, name) in itertools.product(other_tuned(summary), scorers.items()):
+        rate = summary[f"ppo_over_{other}"]["win_rate"].get(key)
         if rate:
-            table.add_row(f"over DPO, {name}", "", shown(rate), style="bold")
+            table.add_row(f"over {other.upper()}, {name}", "", shown(rate), style="bold")
     kls = [one.get("kl") for one in tuned]
     if None not in kls:
         table.add_row("KL, nats a response", "", *(f"{kl:.2f}" for kl in kls))

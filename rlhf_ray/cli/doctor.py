@@ -16,6 +16,7 @@ from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import cluster_problems
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import role_shares
 from rlhf_ray.cpu import kernels
 from rlhf_ray.data.paths import absolute_paths
@@ -23,7 +24,6 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.forking.server_process import wanted
 from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan
 from rlhf_ray.models.size import parameters
-from rlhf_ray.runs.pipeline import stages_of
 from rlhf_ray.runs.resume import check_resume
 from rlhf_ray.runs.run_folder import run_folder_of
 
@@ -53,7 +53,7 @@ def examine(
     problems += recipe_problems(recipe, hardware=address is None)
     nodes = check(_nodes, address) or []
     if nodes:
-        problems += cluster_problems(recipe, stages_of(recipe), nodes)
+        problems += cluster_problems(recipe, recipe.stages, nodes)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
     _print_plan(recipe, altogether(nodes), threads, address is None and wanted(["ppo"]), console)
@@ -87,6 +87,7 @@ def _print_plan(
         f"[bold]{recipe.name}[/]: policy of about {parameters(recipe) / 1e6:.1f} M parameters; "
         f"the cluster has {cluster['CPU']:g} CPUs and {cluster['GPU']:g} GPUs"
     )
+    console.print(f"stages: {', '.join(STAGES[name].words for name in recipe.stages)}")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("PPO role", "actors", "CPUs each", "GPUs each", "threads each", "memory, about"):
         table.add_column(column, justify="left" if column == "PPO role" else "right")

@@ -21,6 +21,7 @@ import typer
 
 from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.words import console, in_words
+from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError
 
 app = typer.Typer(
@@ -64,8 +65,8 @@ def run(
     closing_words(folder, console)
 
 
-def _stage_command(name: str, before: list[str], stages: list[str], text: str) -> None:
-    """A command that runs `stages`, those that the recipe has, and `before` them what they need."""
+def _stage_command(name: str, text: str) -> None:
+    """A command that runs its stages, those that the recipe has, and before them what they need."""
 
     @app.command(name=name, help=text)
     @in_words
@@ -76,36 +77,33 @@ def _stage_command(name: str, before: list[str], stages: list[str], text: str) -
         address: Address = None,
         start_from: StartFrom = None,
     ):
-        from rlhf_ray.cli.running import closing_words
-        from rlhf_ray.cli.running import run as run_recipe
-        from rlhf_ray.config.recipe_file import load_recipe
-        from rlhf_ray.runs.pipeline import stages_of
+        from rlhf_ray.cli.running import run_some
 
-        loaded = load_recipe(recipe, overrides)
-        own = [stage for stage in stages if stage in stages_of(loaded)]
-        if not own:
-            raise UserError(f"the recipe '{loaded.name}' has no stage '{name}': its section is null")
-        needed = [stage for stage in before if stage in stages_of(loaded)]
-        folder = run_recipe(
-            loaded, run_dir, address=address, stages=needed + own, start_from=start_from, console=console
-        )
-        if name == "evaluate":
-            closing_words(folder, console)
-        else:
-            for stage in own:
-                console.print(f"{folder.stage(stage).path}", highlight=False, soft_wrap=True)
+        run_some(
+            stages_of_command(name), recipe, overrides, run_dir,
+            address=address, start_from=start_from, console=console, called=name,
+        )  # fmt: skip
 
 
-_stage_command("sft", ["data"], ["sft"], "Supervised fine-tuning (and the data it needs).")
-_stage_command(
-    "reward", ["data", "sft"], ["fluency", "reward", "judge"],
-    "The fluency model, the reward model and the judge, those that the recipe has.",
-)  # fmt: skip
-_stage_command("dpo", ["data", "sft"], ["dpo"], "DPO on the reward model's pairs (and the data and SFT it needs).")
-_stage_command("ppo", [], ["ppo"], "PPO on the run folder's SFT and reward model.")
-_stage_command(
-    "evaluate", [], ["evaluation"], "The tuned models against the SFT model on held-out prompts, and the report."
-)
+for each in STAGES.values():
+    if each.command is not None and each.help is not None:
+        _stage_command(each.command, each.help)
+
+
+@app.command()
+@in_words
+def stage(
+    name: Annotated[str, typer.Argument(help="a stage of the recipe; one of a plugin, say, which has no command")],
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    address: Address = None,
+    start_from: StartFrom = None,
+):
+    """One stage (and what it needs), by its name."""
+    from rlhf_ray.cli.running import run_some
+
+    run_some([name], recipe, overrides, run_dir, address=address, start_from=start_from, console=console, called=name)
 
 
 @app.command()
@@ -257,7 +255,7 @@ def export(
         Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")
     ],
     target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
-    stage: Annotated[str, typer.Option(help="of a run folder: ppo, best, dpo, sft, fluency, reward or judge")] = "ppo",
+    stage: Annotated[str, typer.Option(help=f"of a run folder: {', '.join(model_names())}")] = "ppo",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
 ):

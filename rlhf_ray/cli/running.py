@@ -10,6 +10,10 @@ from rich.markup import escape
 
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import STAGES, all_needs_of
+from rlhf_ray.errors import UserError
+from rlhf_ray.report.models import models_of_summary
 from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -35,6 +39,37 @@ def run(
     )
 
 
+def run_some(
+    stages: list[str],
+    recipe_name: str,
+    overrides: list[str] | None,
+    run_dir: str | None,
+    *,
+    address: str | None,
+    start_from: str | None,
+    console: Console,
+    called: str,
+) -> None:
+    """Run those of the stages that the recipe has, before them what they need; print where their results are.
+
+    called: what the user asked for, for the message where there are none.
+    """
+    recipe = load_recipe(recipe_name, overrides)
+    own = [name for name in stages if name in recipe.stages]
+    if not own:
+        known = called in STAGES or any(stage.command == called for stage in STAGES.values())
+        why = "its section is null" if known else f"it has {', '.join(recipe.stages)}"
+        raise UserError(f"the recipe '{recipe.name}' has no stage '{called}': {why}")
+    needed = {other for name in own if STAGES[name].brings_needs for other in all_needs_of(recipe, name)}
+    wanted = [name for name in recipe.stages if name in needed or name in own]
+    folder = run(recipe, run_dir, address=address, stages=wanted, start_from=start_from, console=console)
+    if "evaluation" in own:
+        closing_words(folder, console)
+        return
+    for name in own:
+        console.print(f"{folder.stage(name).path}", highlight=False, soft_wrap=True)
+
+
 def closing_words(folder: RunFolder, console: Console) -> None:
     """The table, three sample pairs, where the report is, and the line that serves the model."""
     evaluation = folder.stage("evaluation").path
@@ -49,9 +84,9 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]     {escape(one_line(sample['prompt'], 200))}")
-        for model, style in (("sft", "dim"), ("dpo", "dim"), ("ppo", "bold")):
+        for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last
             if model in sample:
-                answer = one_line(response_of(sample, model), 240)
+                style, answer = "bold" if model == "ppo" else "dim", one_line(response_of(sample, model), 240)
                 console.print(f"[{style}]{model.upper()}[/]{judged(sample, model):>8}  {escape(answer)}")
     console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)

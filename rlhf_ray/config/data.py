@@ -75,3 +75,11 @@ class DataConfig(Section):
         "left", "side of a long prompt that is cut, or drop the row"
     )
     drop_duplicates: bool = option(True, "drop rows that repeat another of the same source exactly")
+
+    @property
+    def lists(self) -> dict[str, tuple[SourceConfig, ...]]:
+        """Role -> its sources."""
+        return {
+            "sft": self.sft, "preferences": self.preferences, "judge": self.judge, "prompts": self.prompts,
+            "eval_prompts": self.eval_prompts,
+        }  # fmt: skip

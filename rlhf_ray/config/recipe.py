@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from rlhf_ray.config.base import Section, exact_div, option
 from rlhf_ray.config.data import DataConfig, ModelConfig
 from rlhf_ray.config.generation import GenerationConfig
 from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
+from rlhf_ray.config.user_functions import import_plugins
 
 
 class EvaluationConfig(Section):
@@ -73,6 +76,12 @@ class ResourcesConfig(Section):
         1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
     )
 
+    @property
+    def roles(self) -> dict[str, RoleConfig]:
+        """Role -> its actors."""
+        trained: dict[str, RoleConfig] = {"policy": self.policy, "critic": self.critic}
+        return {"generation": self.generation, "reward": self.reward, "reference": self.reference} | trained
+
 
 class TrackingConfig(Section):
     """Where metrics go beside metrics.jsonl."""
@@ -83,7 +92,9 @@ class TrackingConfig(Section):
 
 
 class Recipe(Section):
-    """One run from data to evaluated model."""
+    """One run from data to evaluated model. The section of a plugin's stage stands beside the others."""
+
+    model_config = ConfigDict(extra="allow")  # sections of plugins, which `_plugins_are_known` checks
 
     name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = option(0, "every random draw follows from it", ge=0)
@@ -99,6 +110,29 @@ class Recipe(Section):
     evaluation: EvaluationConfig = option(EvaluationConfig(), "final evaluation")
     resources: ResourcesConfig = option(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = option(TrackingConfig(), "metric back-ends")
+    plugins: tuple[str, ...] = option((), "modules of your own that are imported first, which may add stages")
+
+    def section(self, name: str) -> Section | None:
+        """The section of a stage; None where the recipe has not that stage."""
+        section = dict(self).get(name)
+        assert section is None or isinstance(section, Section), name
+        return section
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that this recipe has, in order."""
+        return [name for name in STAGES if self.section(name) is not None]
+
+    @property
+    def trained(self) -> dict[str, TrainConfig]:
+        """Stage -> its section, for the supervised stages that this recipe has."""
+        sections = {name: self.section(name) for name in self.stages}
+        return {name: section for name, section in sections.items() if isinstance(section, TrainConfig)}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """In another process the plugins' stages have to be in its table too."""
+        import_plugins(state["__dict__"]["plugins"])
+        super().__setstate__(state)
 
     @property
     def ppo_seed(self) -> int:
@@ -110,13 +144,11 @@ class Recipe(Section):
         names = ("generation", "reward", "reference", "policy", *(("critic",) if self.ppo.has_critic else ()))
         if self.ppo.lora is not None:  # the policy with its adapter off is the reference
             names = tuple(name for name in names if name != "reference")
-        return {name: getattr(self.resources, name) for name in names}
+        return {name: self.resources.roles[name] for name in names}
 
-    @property
-    def dpo_max_length(self) -> int:
-        """dpo.max_length, or the reward model's."""
-        assert self.dpo is not None
-        return self.dpo.max_length or (self.reward or RewardConfig()).max_length
+    def max_length_of(self, stage: str) -> int:
+        """Tokens of the longest sequence that a supervised stage trains on: its max_length, or the reward model's."""
+        return self.trained[stage].max_length or (self.reward or RewardConfig()).max_length
 
     @property
     def frozen_layers(self) -> dict[str, int]:
@@ -135,16 +167,40 @@ class Recipe(Section):
 
     @property
     def _stages_on_own_model(self) -> dict[str, TrainConfig]:
-        stages = {name: getattr(self, name) for name in ("sft", "fluency", "reward", "judge", "dpo")}
         return {
-            name: stage for name, stage in stages.items()
-            if stage is not None and not (isinstance(stage, RewardConfig) and not stage.starts_within_run)
+            name: stage for name, stage in self.trained.items()
+            if not isinstance(stage, RewardConfig) or stage.starts_within_run
         }  # fmt: skip
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _plugins_are_known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Import the plugins, and validate the sections of their stages, which are no fields."""
+        if not isinstance(values, dict):
+            return handler(values)
+        plugins = values.get("plugins") or ()
+        if isinstance(plugins, (list, tuple)):
+            import_plugins(name for name in plugins if isinstance(name, str))
+        given, problems = dict(values), list[InitErrorDetails]()
+        for name in [name for name in given if name not in cls.model_fields]:
+            try:
+                given[name] = _plugin_section(name, given[name], bool(plugins))
+            except ValidationError as error:
+                problems += _details(error, (name,))
+                del given[name]
+        try:
+            recipe = handler(given)
+        except ValidationError as error:
+            problems += _details(error)
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return recipe
 
     @model_validator(mode="after")
     def _ranks_share_batches(self):
         ppo = self.ppo
-        for role, ranks in (("policy", self.resources.policy.actors), ("critic", self.resources.critic.actors)):
+        for role, group in (("policy", self.resources.policy), ("critic", self.resources.critic)):
+            ranks = group.actors
             per_rank = exact_div(
                 ppo.minibatch_size, ranks, f"ppo.minibatch_size must divide by resources.{role}.actors"
             )
@@ -154,7 +210,6 @@ class Recipe(Section):
                     min(ppo.microbatch_size, per_rank),
                     f"ppo.minibatch_size / resources.{role}.actors must divide by ppo.microbatch_size",
                 )
-            group = getattr(self.resources, role)
             if ppo.reuse_forward and ranks > 1:
                 raise ValueError(
                     f"ppo.reuse_forward is true, but resources.{role}.actors = {ranks}, and ranks score other rollouts than "
@@ -233,9 +288,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self):
-        for name in ("reward", "judge"):
-            stage = getattr(self, name)
-            if stage is not None and stage.base == "fluency" and self.fluency is None:
+        for name, stage in self.trained.items():
+            if isinstance(stage, RewardConfig) and stage.base == "fluency" and self.fluency is None:
                 raise ValueError(
                     f"{name}.base is 'fluency', but fluency is null; set the section fluency or {name}.base to 'sft'"
                 )
@@ -270,9 +324,8 @@ class Recipe(Section):
                     f"data.max_prompt_tokens + generation.max_new_tokens = {longest} is longer than "
                     f"model.from_scratch.positions = {self.model.from_scratch.positions}; lower one or raise positions"
                 )
-            for name in ("sft", "reward", "judge", "fluency", "dpo"):
-                stage = getattr(self, name)
-                if stage is not None and (stage.max_length or 0) > self.model.from_scratch.positions:
+            for name, stage in self.trained.items():
+                if (stage.max_length or 0) > self.model.from_scratch.positions:
                     raise ValueError(
                         f"{name}.max_length = {stage.max_length} is longer than model.from_scratch.positions = "
                         f"{self.model.from_scratch.positions}; lower it or raise positions"
@@ -288,7 +341,8 @@ class Recipe(Section):
                     f"set it to {self.model.from_scratch.layers - 1} or less"
                 )
         for name, stage in self._stages_on_own_model.items():
-            if (isinstance(stage, RewardConfig) and stage.base != "model") or (name == "dpo" and self.sft is not None):
+            starts_from_sft = self.sft is not None and "sft" in STAGES[name].needs
+            if stage.base != "model" if isinstance(stage, RewardConfig) else starts_from_sft:
                 continue  # it starts from a trained model
             for key, is_set, off in (
                 ("lora", stage.lora is not None, "null"),
@@ -299,3 +353,20 @@ class Recipe(Section):
                         f"{name}.{key} is set, but {name} starts from random weights, and those that don't train would "
                         f"stay random; set it to {off}, or name a model in model.name_or_path"
                     )
+
+
+def _plugin_section(name: str, value: Any, has_plugins: bool) -> Section | None:
+    """The validated section of a plugin's stage. ValidationError for a name that is no stage, or a value that won't do."""
+    stage = STAGES.get(name)
+    if stage is None or stage.section is None or not has_plugins:
+        unknown = InitErrorDetails(type="extra_forbidden", loc=(), input=value)
+        raise ValidationError.from_exception_data(name, [unknown])
+    return None if value is None else stage.section.model_validate(value)
+
+
+def _details(error: ValidationError, prefix: tuple[str, ...] = ()) -> list[InitErrorDetails]:
+    """The error's problems, to be raised again together with others."""
+    return [
+        InitErrorDetails(type=each["type"], loc=(*prefix, *each["loc"]), input=each["input"], ctx=each.get("ctx", {}))
+        for each in error.errors()
+    ]

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Recipe, RewardConfig
+from rlhf_ray.config.stage_table import BUILT_IN, STAGES
 from rlhf_ray.errors import UserError
 
 
@@ -45,10 +46,10 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         raise UserError(
-            f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}: "
-            f"{getattr(error, 'problem', None) or error}"
+            f"{path} is not YAML{f' (line {mark.line + 1})' if mark else ''}: {problem or error}"
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of keys to values; a recipe starts with 'name: ...'")
@@ -113,9 +114,12 @@ def _sentence(error: dict[str, Any]) -> str:
 
 def known_keys(path: tuple) -> list[str]:
     """The keys that the section at `path` has."""
-    section: Any = Recipe
+    if not path:
+        return [*Recipe.model_fields, *(name for name in STAGES if name not in Recipe.model_fields)]
+    registered = STAGES[path[0]].section if path[0] in STAGES else None
+    section: Any = registered or Recipe
     named = False  # whether the next part is a name that the user gave
-    for part in path:
+    for part in path[1:] if registered else path:
         if named or isinstance(part, int):
             named = False
             continue
@@ -140,25 +144,26 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
     """(key path, text) of every field that may hold a local path: data, and models that are not the run's own."""
     if not recipe.model.is_from_scratch:
         yield ("model", "name_or_path"), recipe.model.name_or_path
-    for stage in ("reward", "judge"):
-        section = getattr(recipe, stage)
-        if section is not None and not section.starts_within_run:
+    for stage, section in recipe.trained.items():
+        if isinstance(section, RewardConfig) and not section.starts_within_run:
             yield (stage, "base"), section.base
     for name, term in recipe.ppo.rewards.items():
         if term.model not in (None, "reward"):
             yield ("ppo", "rewards", name, "model"), term.model
     if recipe.data.root is not None:
         yield ("data", "root"), recipe.data.root
-    for role in ("sft", "preferences", "judge", "prompts", "eval_prompts"):
-        for index, source in enumerate(getattr(recipe.data, role)):
+    for role, sources in recipe.data.lists.items():
+        for index, source in enumerate(sources):
             if recipe.data.root is None or Path(source.path).is_absolute():  # else it is relative to the root
                 yield ("data", role, index, "path"), source.path
 
 
 def function_names(recipe: Recipe) -> list[str]:
-    """The user's functions that score, or tell traits: package.module:function, each."""
+    """The user's functions that score, tell traits or run a stage: package.module:function, each."""
     names = [*(term.function for term in recipe.ppo.terms.values())]
     names += [recipe.evaluation.judge_function, recipe.evaluation.trait_function]
+    for stage in (STAGES[name] for name in recipe.stages if name not in BUILT_IN):
+        names.append(stage.run if stage.train is None else stage.train)
     return [name for name in names if name is not None]
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Recipe, Section
 
 # Read by libgomp when torch is loaded. Who generates does so in thousands of operations too short to fall asleep in between: with
 # 0.2 ms of spinning a decode step of a few rows takes a half to an eighth of the time (rlhf_ray/bench/trials.py spinning).
 # For processes that have their cores to themselves then: others would spin them away from each other.
 ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
-SUPERVISED = ("sft", "fluency", "reward", "judge", "dpo")
 
 
 def settle_threads(recipe: Recipe, recorded: Recipe | None, *, cores: int, nodes: int = 1) -> Recipe:
@@ -22,24 +21,22 @@ def settle_threads(recipe: Recipe, recorded: Recipe | None, *, cores: int, nodes
     cores: of the smallest node that has any; nodes: how many of them there are.
     """
     stages, share = stage_shares(recipe, cores, nodes), role_shares(recipe, cores, nodes)
-    sections = {}
-    for name in SUPERVISED:
-        section = getattr(recipe, name)
-        if section is not None and section.threads is None:
-            before = getattr(recorded, name, None)
+    sections: dict[str, Section] = {}
+    for name, section in recipe.trained.items():
+        if section.threads is None:
+            before = recorded.trained.get(name) if recorded is not None else None
             sections[name] = section.model_copy(update={"threads": (before and before.threads) or stages[name]})
-    roles = {}
+    roles: dict[str, Section] = {}
     for name, role in recipe.ppo_roles.items():
         if role.threads is None:
-            before = getattr(recorded.resources, name).threads if recorded is not None else None
+            before = recorded.resources.roles[name].threads if recorded is not None else None
             roles[name] = role.model_copy(update={"threads": before or share[name]})
     return recipe.model_copy(update=sections | {"resources": recipe.resources.model_copy(update=roles)})
 
 
 def stage_shares(recipe: Recipe, cores: int, nodes: int = 1) -> Mapping[str, int]:
     """Threads of each worker of a supervised stage: its workers fill a node."""
-    stages = {name: getattr(recipe, name) for name in SUPERVISED}
-    return {name: _each(section.workers, cores, nodes) for name, section in stages.items() if section is not None}
+    return {name: _each(section.workers, cores, nodes) for name, section in recipe.trained.items()}
 
 
 def role_shares(recipe: Recipe, cores: int, nodes: int = 1) -> Mapping[str, int]:

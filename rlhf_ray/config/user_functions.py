@@ -1,11 +1,12 @@
-"""The user's own functions: a recipe names them as 'package.module:function', and here they are imported."""
+"""What is the user's own: functions that a recipe names as 'package.module:function', and modules named as plugins."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import ModuleType
 
 from rlhf_ray.errors import UserError
 
@@ -15,18 +16,28 @@ def import_function(path: str) -> Callable:
     module_name, _, name = path.partition(":")
     if not name:
         raise UserError(f"'{path}' names no function; write package.module:function")
-    if "" not in sys.path:  # an installed command has its own folder there instead
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"'{path}': the module '{module_name}' could not be imported ({error}); install it, correct the name, or "
-            "run in the folder that holds it"
-        ) from error
+    module = _import(module_name, f"'{path}'")
     if not hasattr(module, name):
         names = [other for other in dir(module) if not other.startswith("_")]
         near = difflib.get_close_matches(name, names, 1)
         remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
         raise UserError(f"'{path}': the module '{module_name}' has no function '{name}'; {remedy}")
     return getattr(module, name)
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Import the modules: what they register is in the tables then. UserError for one that can't be imported."""
+    for name in modules:
+        _import(name, "plugins")
+
+
+def _import(module: str, where: str) -> ModuleType:
+    if "" not in sys.path and not module.startswith("rlhf_ray."):  # an installed command has its own folder there instead
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{where}: the module '{module}' could not be imported ({error}); install it, correct the name, or "
+            "run in the folder that holds it"
+        ) from error

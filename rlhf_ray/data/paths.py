@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.config import DataConfig, Recipe, SourceConfig
+from rlhf_ray.config import DataConfig, Recipe, RewardConfig, SourceConfig
 from rlhf_ray.errors import UserError
 
 #: a file's ending -> the reader of `datasets` for it
@@ -38,8 +38,7 @@ def resolve_paths(data: DataConfig) -> DataConfig:
         local = "://" not in source.path and (path.exists() or suffix_of(path) in READERS or source.path[0] in "./~")
         return source.model_copy(update={"path": str(path.absolute())}) if local else source
 
-    lists = ("sft", "preferences", "judge", "prompts", "eval_prompts")
-    return data.model_copy(update={name: tuple(map(absolute, getattr(data, name))) for name in lists})
+    return data.model_copy(update={name: tuple(map(absolute, sources)) for name, sources in data.lists.items()})
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -50,9 +49,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     changes = {"data": resolve_paths(recipe.data)}
     if not recipe.model.is_from_scratch:
         changes["model"] = recipe.model.model_copy(update={"name_or_path": _absolute(recipe.model.name_or_path)})
-    for name in ("reward", "judge"):
-        section = getattr(recipe, name)
-        if section is not None and not section.starts_within_run:
+    for name, section in recipe.trained.items():
+        if isinstance(section, RewardConfig) and not section.starts_within_run:
             changes[name] = section.model_copy(update={"base": _absolute(section.base)})
     rewards = {
         name: term if term.model in (None, "reward") else term.model_copy(update={"model": _absolute(term.model)})

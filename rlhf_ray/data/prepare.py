@@ -11,8 +11,9 @@ from dataclasses import replace
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config import Recipe, RewardConfig, SourceConfig
+from rlhf_ray.config import Recipe, RewardConfig, SftConfig, SourceConfig
 from rlhf_ray.config.columns import column_problems
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.mixing import mix, split
@@ -78,13 +79,10 @@ Raw = Mapping[str, list[RawSource]]
 
 def needed_lists(recipe: Recipe) -> dict[str, str]:
     """The recipe's data lists that must not be empty -> the section that needs them."""
-    needed = {}
-    if recipe.sft is not None or recipe.fluency is not None:
-        needed["sft"] = "sft" if recipe.sft is not None else "fluency"
-    if recipe.reward is not None or recipe.dpo is not None:
-        needed["preferences"] = "reward" if recipe.reward is not None else "dpo"
-    if recipe.judge is not None:
-        needed["judge"] = "judge"
+    needed: dict[str, str] = {}
+    for name in recipe.stages:
+        for role in STAGES[name].lists:
+            needed.setdefault(role, name)
     return needed
 
 
@@ -93,9 +91,13 @@ def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
 
     DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as one's would be.
     """
-    if role == "preferences" and recipe.reward is None and recipe.dpo is not None:
-        return RewardConfig(max_length=recipe.dpo_max_length)
-    return {"preferences": recipe.reward, "judge": recipe.judge}.get(role)
+    name = needed_lists(recipe).get(role) if role in ("preferences", "judge") else None
+    if name is None:
+        return None
+    section = recipe.section(name)
+    if isinstance(section, RewardConfig):
+        return section
+    return RewardConfig(max_length=recipe.max_length_of(name)) if name in recipe.trained else RewardConfig()
 
 
 def _read_sources(recipe: Recipe) -> Raw:
@@ -161,11 +163,13 @@ class _Preparation:
     def roles(self) -> dict[str, tuple[list[dict], tuple[str, ...]]]:
         """Role -> (rows, columns)."""
         recipe, written = self._recipe, {}
-        sft_section = recipe.sft or recipe.fluency
+        sft_stage = needed_lists(recipe).get("sft")
         pool: dict[str, tuple[list[dict], list[dict]]] = {}  # training and held-out rows that prompts may come from
-        if sft_section is not None:
-            plain_text = "packed" if sft_section.packing else "trainer_cuts"
-            limits = self._limits(self._tokenizer, sft_section.max_length, plain_text=plain_text)
+        if sft_stage is not None:
+            section = recipe.section(sft_stage)
+            section = section if isinstance(section, SftConfig) else SftConfig()
+            plain_text = "packed" if section.packing else "trainer_cuts"
+            limits = self._limits(self._tokenizer, section.max_length, plain_text=plain_text)
             pool["sft"] = self._train_and_eval("sft", "sft", limits)
             written["sft_train"], written["sft_eval"] = ((rows, COLUMNS["sft"]) for rows in pool["sft"])
         for name, role in (("reward", "preferences"), ("judge", "judge")):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Precision, Recipe
+from rlhf_ray.config.stage_table import tuned_stages
 from rlhf_ray.data.store import check_columns, read_prompt_columns, read_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners, win_rate
@@ -38,10 +39,6 @@ DEFINITIONS = {
     "temperature without truncation: nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
-}
-DPO_DEFINITIONS = {
-    "dpo_over_sft": "win_rate, kl, difference and ratio as above, of DPO's model and responses in place of PPO's.",
-    "ppo_over_dpo": "Share of (prompt, seed) pairs in which PPO's response scores higher than DPO's; a tie counts half.",
 }
 Progress = Callable[[dict], None]
 
@@ -73,7 +70,7 @@ class _Evaluation:
         self.prompts, columns = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
         self.columns = {name: [value for value in each for _ in self.seeds] for name, each in columns.items()}
-        self.tuned = ("ppo",) if recipe.dpo is None else ("ppo", "dpo")
+        self.tuned = tuned_stages(recipe)
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
         self.evidence: dict[str, Evidence] = {}  # by model
 
@@ -202,17 +199,17 @@ class _Evaluation:
         }
 
     def _summary(self, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
-        dpo, explained = {}, definitions() | DEFINITIONS
-        if "dpo" in self.tuned:
-            dpo["dpo_over_sft"] = self._over_sft("dpo", kl, found)
-            dpo["ppo_over_dpo"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence["dpo"])}
-            explained |= DPO_DEFINITIONS
+        others, explained = {}, definitions() | DEFINITIONS
+        for name in self.tuned[1:]:
+            others[f"{name}_over_sft"] = self._over_sft(name, kl, found)
+            others[f"ppo_over_{name}"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence[name])}
+            explained |= _definitions_of(name)
         keys = list(dict.fromkeys((*FIGURES, *(key for out in found.values() for key in out))))
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
             **{name: {key: out[key].figure() if key in out else None for key in keys} for name, out in found.items()},
             **self._over_sft("ppo", kl, found),
-            **dpo,
+            **others,
             "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts),
             "seeds": list(self.seeds),
@@ -229,6 +226,16 @@ class _Evaluation:
 
     def _report(self, doing: str, step: int, total: int) -> None:
         self.progress({"stage": "evaluation", "doing": doing, "step": step, "total": total})
+
+
+def _definitions_of(name: str) -> dict[str, str]:
+    """Of what the summary says of a tuned model beside PPO's."""
+    whose = f"{name.upper()}'s"
+    return {
+        f"{name}_over_sft": f"win_rate, kl, difference and ratio as above, of {whose} model and responses in place of PPO's.",
+        f"ppo_over_{name}": f"Share of (prompt, seed) pairs in which PPO's response scores higher than {whose}; "
+        "a tie counts half.",
+    }
 
 
 def estimates_of(evidence: Evidence) -> dict[str, Estimate]:

@@ -6,22 +6,15 @@ import json
 from collections.abc import Mapping
 
 from rlhf_ray.config import Recipe
-
-KINDS = {
-    "sft": ("text-generation", "a language model fine-tuned on demonstrations"),
-    "fluency": ("text-generation", "a separately seeded language model, used to measure fluency"),
-    "reward": ("text-classification", "a reward model: one raw logit a text, read at EOS"),
-    "judge": ("text-classification", "an independent judge: one raw logit a text, read at EOS"),
-    "dpo": ("text-generation", "a language model tuned with DPO on preferences between pairs of replies"),
-    "ppo": ("text-generation", "a language model tuned with PPO against a reward model"),
-}
+from rlhf_ray.config.stage_table import STAGES
 
 
 def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str:
     """Markdown with the front matter that the hub reads. `figures` are shown as they are, numbers to four digits."""
-    task, what = KINDS[stage]
+    kind = STAGES[stage].model
+    assert kind is not None, f"the stage '{stage}' has no model"
     base = recipe.model.name_or_path
-    front = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
+    front = ["---", "library_name: transformers", f"pipeline_tag: {kind.task}"]
     front += [] if recipe.model.is_from_scratch else [f"base_model: {base}"]
     front += ["tags:", "- rlhf", f"- {stage}", "---"]
     origin = (
@@ -32,17 +25,17 @@ def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str
     )
     rows = [f"| {name} | {_show(value)} |" for name, value in figures.items()]
     table = ["| figure | value |", "|---|---|", *rows] if rows else ["No figures were recorded."]
-    section = recipe.sft if stage == "sft" else getattr(recipe, stage)
+    section = recipe.section(stage)
     settings = json.dumps(section.model_dump(mode="json") if section is not None else {}, indent=2)
     notes = []
-    if task == "text-classification":
+    if kind.task == "text-classification":
         notes = [
             "Scores are `(logit - reward_mean) / reward_std` with the two numbers in config.json, where it has them.\n",
         ]
     return "\n".join([
         *front, "",
         f"# {recipe.name}: {stage}", "",
-        f"This is {what}. It was made by rlhf_ray from {origin}, seed {recipe.seed}.", "",
+        f"This is {kind.words}. It was made by rlhf_ray from {origin}, seed {recipe.seed}.", "",
         *notes,
         "A sequence is the prompt's tokens, the response's tokens, and EOS.", "",
         "## Figures", "", *table, "",

@@ -5,7 +5,7 @@ Imports happen where they are needed: transformers takes seconds, and a model fr
 
 from __future__ import annotations
 
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.errors import UserError
 
 
@@ -32,12 +32,9 @@ def check_model(recipe: Recipe) -> list[str]:
         "data.max_prompt_tokens + generation.max_new_tokens": recipe.data.max_prompt_tokens
         + recipe.generation.max_new_tokens
     }
-    if recipe.dpo is not None:
-        lengths["dpo.max_length"] = recipe.dpo_max_length
-    for name in ("sft", "fluency", "reward", "judge"):
-        section = getattr(recipe, name)
-        if section is not None and (name not in ("reward", "judge") or section.starts_within_run):
-            lengths[f"{name}.max_length"] = section.max_length
+    for name, section in recipe.trained.items():
+        if not isinstance(section, RewardConfig) or section.starts_within_run:
+            lengths[f"{name}.max_length"] = recipe.max_length_of(name)
     for what, longest in lengths.items():
         try:
             check_positions(config, longest, what)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import model_names
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
@@ -75,9 +76,9 @@ def _model_folder(source: Path, stage: str) -> Path:
     if (source / "config.json").exists():
         return source
     run = RunFolder(source)
-    folders = {"best": run.best_model} | {
-        name: run.stage(name).model for name in ("ppo", "dpo", "sft", "fluency", "reward", "judge")
-    }
+    if run.recipe.exists():
+        load_recipe(str(run.recipe))  # imports its plugins, which may have stages
+    folders = {name: run.best_model if name == "best" else run.stage(name).model for name in model_names()}
     if stage not in folders:
         raise UserError(f"--stage {stage!r} is none of {', '.join(folders)}")
     if not (folders[stage] / "config.json").exists():

@@ -20,7 +20,8 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import shown_figures
 
@@ -53,7 +54,7 @@ def record(run: RunFolder, target: Path) -> None:
     shorten = path_shortener(run)
     shutil.rmtree(target, ignore_errors=True)
     files = {name: run.path / name for name in FILES} | {"summary.json": run.path / "evaluation" / "summary.json"}
-    for stage in STAGES:
+    for stage in run.stage_titles:
         folder = run.stage(stage)
         if folder.done and stage not in ("data", "evaluation"):
             files |= {f"{stage}.json": folder.done_file, f"{stage}_metrics.jsonl": folder.metrics}
@@ -123,29 +124,33 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
              "over the held-out prompts of one run.", ""]  # fmt: skip
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",
               "|---|---|" + "---|" * (len(seeds) + 1)]  # fmt: skip
+    models = models_of_summary(summaries[seeds[0]])
+    pairs: list[tuple[str | None, str]] = [(None, "PPO over SFT")]
+    for model in other_tuned(summaries[seeds[0]]):
+        pairs += [(f"{model}_over_sft", f"{title(model)} over SFT"), (f"ppo_over_{model}", f"PPO over {title(model)}")]
     titles = {each.name: each.short for each in shown_figures(summaries[seeds[0]]["ppo"]) if each.short is not None}
-    for key, title in titles.items():
-        for model in ("sft", "ppo", "dpo"):
+    for key, words in titles.items():
+        for model in models:
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):
-                lines.append(_row(title, model.upper(), cells))
-    for key, title in (("judge", "win rate, judge"), ("reward_model", "win rate, reward model")):
-        for place, who in ((None, "PPO over SFT"), ("dpo_over_sft", "DPO over SFT"), ("ppo_over_dpo", "PPO over DPO")):
+                lines.append(_row(words, title(model), cells))
+    for key, words in (("judge", "win rate, judge"), ("reward_model", "win rate, reward model")):
+        for place, who in pairs:
             parts = [summaries[seed] if place is None else summaries[seed].get(place) for seed in seeds]
             cells = [part and part["win_rate"].get(key) for part in parts]
             if all(cells):
-                lines.append(_row(f"**{title}**", who, cells))
-    lines.append(_row("KL, nats a response", "PPO to SFT", [summaries[seed]["kl_interval"] for seed in seeds]))
-    if all("dpo_over_sft" in summaries[seed] for seed in seeds):
-        cells = [summaries[seed]["dpo_over_sft"]["kl_interval"] for seed in seeds]
-        lines.append(_row("KL, nats a response", "DPO to SFT", cells))
+                lines.append(_row(f"**{words}**", who, cells))
+    for model in models[1:]:
+        if all(model in summaries[seed] for seed in seeds):
+            cells = [over_sft(summaries[seed], model)["kl_interval"] for seed in seeds]
+            lines.append(_row("KL, nats a response", f"{title(model)} to SFT", cells))
     ratios = [summaries[seed].get("ratio", {}).get("distinct_2") for seed in seeds]
     if all(ratios):
         lines.append(_row("distinct-2", "PPO / SFT", ratios))
     lines += ["", "Seconds by stage:", "", "| stage | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
               "|---|" + "---|" * len(seeds)]  # fmt: skip
     lines += [f"| {stage} | " + " | ".join(f"{part[stage]:.0f}" if stage in part else "" for part in timings) + " |"
-              for stage in STAGES if any(stage in part for part in timings)]  # fmt: skip
+              for stage in runs[0].stage_titles if any(stage in part for part in timings)]  # fmt: skip
     return lines
 
 

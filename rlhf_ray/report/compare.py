@@ -18,6 +18,7 @@ import yaml
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.report.collect import path_shortener
+from rlhf_ray.report.models import other_tuned, over_sft, title
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -152,9 +153,11 @@ def _readme(out: Path, groups: Groups) -> list[str]:
         summaries = [json.loads(file.read_text()) for file in files if file.exists()]
         views = [(summary, summary["ppo"], summary) for summary in summaries]
         lines.append(_line(label, seeds[label], views))
-        if summaries and all("dpo" in summary for summary in summaries):
-            views = [(summary, summary["dpo"], summary["dpo_over_sft"]) for summary in summaries]
-            lines.append(_line("DPO" if len(groups) == 1 else f"DPO beside {label}", seeds[label], views))
+        for model in other_tuned(summaries[0]) if summaries else ():
+            if all(model in summary for summary in summaries):
+                views = [(summary, summary[model], over_sft(summary, model)) for summary in summaries]
+                words = title(model) if len(groups) == 1 else f"{title(model)} beside {label}"
+                lines.append(_line(words, seeds[label], views))
     return lines
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.report import charts
+from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.report.words import figure, flat, percent, shown
 from rlhf_ray.tables.figures import shown_figures
-
-MODELS = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}  # those that the evaluation drew from; DPO where there is one
-PAIR_MODELS = {"reward": "Reward model", "judge": "Judge", "dpo": "DPO's implicit reward"}
 
 QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
     "pairs": "Held-out pairs",
@@ -38,9 +37,9 @@ def cards(summary: dict) -> list[dict]:
         return []
     cards = []
     rates = [(summary["win_rate"], "PPO over SFT")]
-    if "dpo" in summary:
-        rates += [(summary[f"{pair}_over_{other}"]["win_rate"], f"{pair.upper()} over {other.upper()}")
-                  for pair, other in (("dpo", "sft"), ("ppo", "dpo"))]  # fmt: skip
+    for other in other_tuned(summary):
+        rates += [(summary[f"{one}_over_{two}"]["win_rate"], f"{title(one)} over {title(two)}")
+                  for one, two in ((other, "sft"), ("ppo", other))]  # fmt: skip
     for rate, label, note in (
         (by[scorer], label, f"{models}, by {whom}")
         for by, models in rates
@@ -59,13 +58,12 @@ def cards(summary: dict) -> list[dict]:
                     "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
                 }
             )
-    for title, figures in (("", summary), (" (DPO)", summary.get("dpo_over_sft"))):
-        if figures is None:
-            continue
+    for model in ("ppo", *other_tuned(summary)):
+        figures = over_sft(summary, model)
         kl = figures.get("kl_interval")
         cards.append(
             {
-                "label": f"KL to SFT{title}",
+                "label": "KL to SFT" + ("" if model == "ppo" else f" ({title(model)})"),
                 "value": charts.number(figures["kl"]),
                 "note": "nats a response",
                 "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
@@ -94,15 +92,15 @@ def cards(summary: dict) -> list[dict]:
 def table(summary: dict) -> list[dict]:
     """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
-    compared = {"ppo": summary, "dpo": summary.get("dpo_over_sft", {})}
+    models = models_of_summary(summary)
     for each in shown_figures(summary.get("ppo", {})):
-        values = {name: summary[name].get(each.name) for name in MODELS if name in summary}
+        values = {name: summary[name].get(each.name) for name in models}
         if not values or None in values.values():
             continue
         cells = []
         for name, value in values.items():
-            difference = compared.get(name, {}).get("difference", {}).get(each.name)
-            words = figure(difference, each.percent) if name in compared else ""
+            difference = None if name == "sft" else over_sft(summary, name).get("difference", {}).get(each.name)
+            words = "" if name == "sft" else figure(difference, each.percent)
             cells.append((figure(value, each.percent), words, _tone(difference, each.better)))
         rows.append(
             {
@@ -124,16 +122,22 @@ def _tone(difference: dict | None, better: int) -> str:
 def histograms(samples: list[dict]) -> list[tuple[str, str]]:
     plots = []
     for key, label in (("score", "Reward-model score"), ("judge", "Judge's score")):
-        scores = [[row[name].get(key) for name in MODELS if name in row] for row in samples]
+        scores = [[row[name].get(key) for name in models_of_sample(row)] for row in samples]
         scores = [row for row in scores if None not in row]
         if len(scores) >= 20:
             plots.append((label, charts.histogram(np.array(scores, dtype=float).T, label)))
     return plots
 
 
+def pair_titles(closing: dict) -> dict[str, str]:
+    """Stage -> the title of its column, of those that are done and say how well they tell replies apart."""
+    titles = {name: stage.pairs_title for name, stage in STAGES.items()}
+    return {name: words for name, words in titles.items() if words is not None and closing.get(name)}
+
+
 def quality(closing: dict) -> list[tuple[str, list[str]]]:
     """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column])."""
-    columns = [flat(closing[stage]) for stage in PAIR_MODELS if closing[stage]]
+    columns = [flat(closing[stage]) for stage in pair_titles(closing)]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
     names = {
         name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
@@ -148,9 +152,9 @@ def quality(closing: dict) -> list[tuple[str, list[str]]]:
 def calibrations(closing: dict) -> list[tuple[str, str]]:
     """Plots of DONE's "calibration": a list of {"predicted", "observed", "count"}."""
     plots = []
-    for stage, title in PAIR_MODELS.items():
-        bins = (closing[stage] or {}).get("calibration")
+    for stage, words in pair_titles(closing).items():
+        bins = closing[stage].get("calibration")
         if isinstance(bins, list):
             points = [(one["predicted"], one["observed"]) for one in bins if one["count"]]
-            plots.append((title, charts.calibration(points)))
+            plots.append((words, charts.calibration(points)))
     return plots

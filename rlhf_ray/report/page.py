@@ -12,27 +12,18 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from rlhf_ray.config.stage_table import ALWAYS
 from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.report import charts
 from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report import figures as report_figures
+from rlhf_ray.report.models import models_of_sample, models_of_summary, title
 from rlhf_ray.report.words import duration, figure, flat, percent, shown
 from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
 TEMPLATE = Path(__file__).with_name("template.html")
-STAGE_NAMES = {
-    "data": "Data",
-    "sft": "SFT",
-    "fluency": "Fluency model",
-    "reward": "Reward model",
-    "judge": "Judge",
-    "dpo": "DPO",
-    "ppo": "PPO",
-    "evaluation": "Evaluation",
-}
-OPTIONAL_STAGES = ("fluency", "judge", "sft", "reward", "dpo")
 WORST = 3  # samples shown where PPO lost most
 EVENTS = 200  # latest events shown
 
@@ -48,8 +39,9 @@ def render(folder: RunFolder) -> str:
     recipe = yaml.safe_load(folder.recipe.read_text()) if folder.recipe.exists() else {}
     summary = _json(folder.stage("evaluation").path / "summary.json")
     samples = read_metrics(folder.stage("evaluation").path / "samples.jsonl")
-    metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in STAGES}
-    closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in STAGES}
+    titles = folder.stage_titles
+    metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in titles}
+    closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in titles}
     stages = _stages(folder, recipe, metrics, closing)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -63,18 +55,18 @@ def render(folder: RunFolder) -> str:
         warnings=warnings(summary),
         ended=_ended(closing["ppo"]),
         cards=report_figures.cards(summary),
-        models=[title for name, title in report_figures.MODELS.items() if name in summary],
+        models=[title(model) for model in models_of_summary(summary)],
         rows=report_figures.table(summary),
         summary=summary,
         missing=summary.get("missing", {}),
         definitions=summary.get("definitions", {}),
         histograms=report_figures.histograms(samples),
-        curves=[(STAGE_NAMES[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
+        curves=[(titles[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
         quality=report_figures.quality(closing),
-        quality_columns=[title for stage, title in report_figures.PAIR_MODELS.items() if closing[stage]],
+        quality_columns=list(report_figures.pair_titles(closing).values()),
         calibrations=report_figures.calibrations(closing),
         samples=_shown(samples, recipe),
-        closing=_closing(closing),
+        closing=_closing(titles, closing),
         events=read_metrics(folder.events)[-EVENTS:][::-1],
         environment=flat(_json(folder.path / "environment.json")),
         recipe_text=folder.recipe.read_text() if folder.recipe.exists() else "",
@@ -88,16 +80,16 @@ def _json(path: Path) -> dict:
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
     """One row a stage that the recipe has: its state (done, running, waiting), last step and time."""
     rows, timings = [], _json(folder.path / "timings.json")
-    for stage in STAGES:
+    for stage, name in folder.stage_titles.items():
         begun = folder.stage(stage).path.exists()
-        if stage in OPTIONAL_STAGES and recipe.get(stage) is None and not begun:
+        if stage not in ALWAYS and recipe.get(stage) is None and not begun:
             continue
         done, steps = closing[stage] is not None, metrics[stage]
         seconds = timings.get(stage, (closing[stage] or {}).get("seconds"))
         rows.append(
             {
                 "key": stage,
-                "name": STAGE_NAMES[stage],
+                "name": name,
                 "state": "done" if done else "begun" if begun else "waiting",
                 "step": steps[-1]["step"] if steps else None,
                 "seconds": seconds if isinstance(seconds, (int, float)) else None,
@@ -121,10 +113,10 @@ def _ended(ppo: dict | None) -> str:
     return f"{words}. Its model is that of step {ppo['model_step']}, rolled back to the best held-out {what}: {best}."
 
 
-def _closing(closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+def _closing(titles: dict[str, str], closing: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """Every stage's DONE as rows of (name, value), without the evaluation's: the page shows that in full."""
     return [
-        (STAGE_NAMES[stage], [(name, shown(name, value)) for name, value in flat(figures).items()])
+        (titles[stage], [(name, shown(name, value)) for name, value in flat(figures).items()])
         for stage, figures in closing.items()
         if figures and stage != "evaluation"
     ]
@@ -144,7 +136,7 @@ def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
 
 def _replies(row: dict) -> list[dict]:
     """The models' answers in a row of samples.jsonl, each with its title, colour and the scorers by which it is the best."""
-    answers = [(title, row[name]) for name, title in report_figures.MODELS.items() if name in row]
+    answers = [(title(model), row[model]) for model in models_of_sample(row)]
 
     def best(answer: dict, scorer: str) -> bool:
         scores = [other.get(scorer) for _, other in answers if other is not answer]
@@ -152,10 +144,10 @@ def _replies(row: dict) -> list[dict]:
 
     return [
         {
-            "who": title,
+            "who": who,
             "tone": f"m{i}",
             "answer": answer,
             "best": [key for key in ("score", "judge") if best(answer, key)],
         }
-        for i, (title, answer) in enumerate(answers)
+        for i, (who, answer) in enumerate(answers)
     ]

@@ -1,4 +1,4 @@
-"""All stages of a run in order, each skipped when it is done. No Ray here: stages are whoever has the callables."""
+"""All stages of a run in order, each skipped when it is done. No Ray here: the caller brings the functions."""
 
 from __future__ import annotations
 
@@ -10,36 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.stage_table import STAGES, needs_of
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
-from rlhf_ray.runs.run_folder import STAGES, RunFolder, StageFolder
+from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 
 Progress = Callable[[dict], None]
-Stage = Callable[[Recipe, RunFolder, Progress], None]
-#: what a stage reads
-NEEDS = {
-    "data": (), "sft": ("data",), "fluency": ("data",), "reward": ("data", "sft"), "judge": ("data", "sft"),
-    "dpo": ("data", "sft"), "ppo": ("data", "sft", "reward"),
-    "evaluation": ("sft", "fluency", "reward", "judge", "dpo", "ppo"),
-}  # fmt: skip
-#: the command that runs a stage, where it has another name
-COMMANDS = {"data": "sft", "fluency": "reward", "judge": "reward"}
-
-
-def stages_of(recipe: Recipe) -> list[str]:
-    """The stages that this recipe has, in order."""
-    optional = {name for name in ("sft", "fluency", "reward", "judge", "dpo") if getattr(recipe, name) is None}
-    return [name for name in STAGES if name not in optional]
-
-
-def needs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    """The recipe's stages that `stage` reads."""
-    asks_judge = stage == "ppo" and recipe.ppo.judge_evaluations and recipe.evaluation.judge_function is None
-    needed = NEEDS[stage] + (("judge",) if asks_judge else ())
-    return tuple(name for name in needed if name in stages_of(recipe))
+#: What does a stage. It writes DONE itself, or returns the closing figures that DONE is to hold.
+StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 
 
 def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
@@ -48,6 +30,7 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     reopen_finished(recipe, folder, changed)
     write_recipe(recipe, folder.recipe)
+    folder.record_stages()
     write_atomically(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
@@ -64,7 +47,8 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
         if ppo_goes_on(recipe, ppo.summary()):
             _reopen_evaluation(evaluation)
             ppo.done_file.unlink()
-    if {key.partition(".")[0] for key in changed} & {"evaluation", "judge", "fluency", "dpo"}:
+    measured = {"evaluation", *needs_of(recipe, "evaluation")} - {"ppo"}
+    if {key.partition(".")[0] for key in changed} & measured:
         _reopen_evaluation(evaluation)
 
 
@@ -77,7 +61,7 @@ def _reopen_evaluation(evaluation: StageFolder) -> None:
 def run_stages(
     recipe: Recipe,
     folder: RunFolder,
-    stages: Mapping[str, Stage],
+    stages: Mapping[str, StageFunction],
     progress: Progress,
     names: list[str] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -86,9 +70,9 @@ def run_stages(
 
     Raises StageStopped when asked to stop, from inside a stage that looks for it or else after the stage.
     """
-    wanted = stages_of(recipe) if names is None else names
+    wanted = recipe.stages if names is None else names
     for name in wanted:
-        if name not in stages_of(recipe):
+        if name not in recipe.stages:
             raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': its section is null")
     for name in wanted:
         stage = folder.stage(name)
@@ -99,14 +83,16 @@ def run_stages(
             if not folder.stage(needed).done:
                 raise UserError(
                     f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
-                    f"run it first: rlhf-ray run (or {COMMANDS.get(needed, needed)}) with the same recipe and --run-dir"
+                    f"run it first: rlhf-ray run (or {STAGES[needed].started_by}) with the same recipe and --run-dir"
                 )
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
         progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which has to stay
         started = time.time()
         try:
-            stages[name](recipe, folder, progress)
+            figures = stages[name](recipe, folder, progress)
+            if not stage.done:
+                stage.finish(figures or {})
         finally:
             _add_seconds(folder, name, time.time() - started)
         progress({"stage": name, "done": True, "seconds": time.time() - started})

@@ -9,13 +9,14 @@ import yaml
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import build_recipe, flatten
+from rlhf_ray.config.stage_table import ALWAYS, STAGES
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.run_folder import STAGES, RunFolder
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
 #: Keys that may change when a run folder is picked up again. Others would mix two experiments in one folder.
 SAFE_ON_RESUME = (
-    "name", "ppo.steps", "ppo.patience", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate",
+    "name", "plugins", "ppo.steps", "ppo.patience", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate",
     "ppo.critic_learning_rate", "ppo.anneal", "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every",
     "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.max_mismatch", "ppo.precision", "generation.precision",
     "generation.engine", "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes",
@@ -75,7 +76,7 @@ def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:
     section = key.partition(".")[0]
     if section == "ppo" and ppo_stays:
         return key == "ppo.steps"  # told apart by `pipeline.reopen_finished`
-    if section in ("sft", "fluency", "reward", "judge", "dpo") and folder.stage(section).done:
+    if section in STAGES and section not in ALWAYS and folder.stage(section).done:
         return False  # recipe.yaml would no longer say how the stage was trained
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):
         return True

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
-
-STAGES = ("data", "sft", "fluency", "reward", "judge", "dpo", "ppo", "evaluation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,17 @@ class RunFolder:
     path: Path
 
     def stage(self, name: str) -> StageFolder:
-        assert name in STAGES, name
         return StageFolder(self.path / name)
+
+    @property
+    def stage_titles(self) -> dict[str, str]:
+        """Stage -> its title, in order, as the run recorded them: who reads them may not have imported its plugins."""
+        path = self.path / "stages.json"
+        return json.loads(path.read_text()) if path.exists() else {name: stage.title for name, stage in STAGES.items()}
+
+    def record_stages(self) -> None:
+        titles = {name: stage.title for name, stage in STAGES.items()}
+        write_atomically(self.path / "stages.json", json.dumps(titles, indent=2) + "\n")
 
     @property
     def recipe(self) -> Path:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import build_recipe, flatten, read_yaml
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.pipeline import stages_of
 from rlhf_ray.runs.run_folder import RunFolder
 
 #: What a stage's result follows from, beside its own section. A reward model's scores are normalised on samples too, but
 #: its mean and deviation stand in its config.json, so another `generation` does not make it another model.
 COMMON = ("seed", "model", "data")
-ALSO = {"reward": ("sft",), "judge": ("sft", "fluency"), "dpo": ("sft", "reward")}  # the reward model's pairs
-BEFORE_PPO = ("data", "sft", "fluency", "reward", "judge", "dpo")
 
 
 def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[str]:
@@ -28,9 +26,10 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
     if not source.recipe.exists():
         raise UserError(f"--start-from {source.path} is no run folder (it has no recipe.yaml)")
     theirs = build_recipe(read_yaml(str(source.recipe)), [], str(source.recipe))
-    wanted = [name for name in BEFORE_PPO if name in stages_of(recipe) and name in stages_of(theirs)]
+    before_ppo = list(STAGES)[: list(STAGES).index("ppo")]
+    wanted = [name for name in before_ppo if name in recipe.stages and name in theirs.stages]
     found = [name for name in wanted if source.stage(name).done and not folder.stage(name).path.exists()]
-    sections = {section for name in found for section in (*COMMON, name, *ALSO.get(name, ()))}
+    sections = {part for name in found for part in (*COMMON, name, *STAGES[name].needs, *STAGES[name].reads)}
     differing = _differing(recipe, theirs, sections)
     if differing:
         raise UserError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rlhf_ray.config.stage_table import policies
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 
 # In a results folder, which has no fixed layout, the first of these that holds a language model is served.
-_POLICY_NAMES = ("ppo", "policy", "model", "dpo", "sft")
+_OTHER_NAMES = ("policy", "model")
 
 
 def find_model(path: str | Path) -> Path:
@@ -21,16 +22,17 @@ def find_model(path: str | Path) -> Path:
     if _is_model(folder):
         return _checked(folder)
     run = RunFolder(folder)
-    for stage in ("ppo", "dpo", "sft"):
+    for stage in policies():
         if _is_model(run.stage(stage).model):
             return _checked(run.stage(stage).model)
     found = _language_models_in(folder)
     if not found:
         raise UserError(
-            f"'{given}' holds no model: neither config.json, nor ppo/model, dpo/model or sft/model, nor a folder with a "
-            "language model; give a finished run folder or a Hugging Face model folder"
+            f"'{given}' holds no model: neither config.json, nor {', '.join(f'{name}/model' for name in policies())}, nor a "
+            "folder with a language model; give a finished run folder or a Hugging Face model folder"
         )
-    named = [name for name in _POLICY_NAMES if name in found]
+    first, *others = policies()
+    named = [name for name in (first, *_OTHER_NAMES, *others) if name in found]
     if named or len(found) == 1:
         return _checked(found[(named or list(found))[0]])
     raise UserError(f"'{given}' holds several models ({', '.join(found)}); give one of these folders")

@@ -67,7 +67,7 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     start = partial(_start, recipe, folder, tokenizer, device_of(config))
     model = start()
-    max_length = recipe.dpo_max_length
+    max_length = recipe.max_length_of(stage)
     check_positions(model.config, max_length, f"{stage}.max_length asks for sequences that")
     model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
     train_only_part(

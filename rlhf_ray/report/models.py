@@ -1,0 +1,34 @@
+"""The models that an evaluation compares, as its summary.json and a line of its samples.jsonl name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OVER_SFT = "_over_sft"
+
+
+def models_of_summary(summary: Mapping[str, Any]) -> list[str]:
+    """SFT first, then PPO, then the other tuned models."""
+    others = [key.removesuffix(OVER_SFT) for key in summary if key.endswith(OVER_SFT)]
+    return [name for name in ("sft", "ppo", *others) if name in summary]
+
+
+def models_of_sample(row: Mapping[str, Any]) -> list[str]:
+    """Likewise, those whose response is in the line."""
+    found = [name for name, part in row.items() if isinstance(part, dict)]
+    return sorted(found, key=lambda name: {"sft": 0, "ppo": 1}.get(name, 2))
+
+
+def other_tuned(summary: Mapping[str, Any]) -> list[str]:
+    """The tuned models beside PPO's."""
+    return [name for name in models_of_summary(summary) if name not in ("sft", "ppo")]
+
+
+def over_sft(summary: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """How far the tuned model has gone from SFT and what it gained: win_rate, kl, difference, ratio. PPO's are at the top."""
+    return summary if model == "ppo" else summary[f"{model}{OVER_SFT}"]
+
+
+def title(model: str) -> str:
+    return model.upper()

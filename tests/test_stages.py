@@ -1,0 +1,260 @@
+"""The table of stages: a stage of somebody else's works end to end, and the package's own are named in one place."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from command import rlhf_ray
+from tiny import TEXTS, tiny_recipe, write_start
+
+import rlhf_ray as package
+from rlhf_ray import Recipe, Stage, UserError, load_recipe, register_stage
+from rlhf_ray.actors.checks import recipe_problems
+from rlhf_ray.actors.upload import stage as stage_upload
+from rlhf_ray.config import Section
+from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.config.stage_table import BUILT_IN, STAGES, all_needs_of, needs_of, stages_of_command
+from rlhf_ray.runs.resume import check_resume, write_recipe
+from rlhf_ray.runs.run_folder import RunFolder
+
+PLUGIN = Path(__file__).with_name("toy_plugin.py")
+
+
+@pytest.fixture
+def table():
+    """What a test registers is gone after it, and so is the plugin."""
+    before = dict(STAGES)
+    yield STAGES
+    STAGES.clear()
+    STAGES.update(before)
+    sys.modules.pop("toy_plugin", None)
+
+
+def toy_recipe(**sections) -> Recipe:
+    return build_recipe({"name": "r", "plugins": ["toy_plugin"], **sections}, [], "r")
+
+
+class Config(Section):
+    pass
+
+
+def new(**changes) -> Stage:
+    return Stage(**{"name": "extra", "title": "Extra", "words": "extra", "section": Config, "run": "m:f"} | changes)
+
+
+def refusal(build) -> str:
+    with pytest.raises(UserError) as caught:
+        build()
+    return str(caught.value)
+
+
+def test_a_stage_comes_into_the_table_in_its_place(table):
+    register_stage(new())
+    assert list(table) == ["data", "sft", "fluency", "reward", "judge", "dpo", "extra", "ppo", "evaluation"]
+    register_stage(new())  # a module that is imported under two names
+    register_stage(new(name="after", before="evaluation", needs=("ppo", "extra")))
+    register_stage(new(name="last", before=None))
+    assert list(table)[-5:] == ["extra", "ppo", "after", "evaluation", "last"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "Two words"}, "a name of small letters"),
+        ({"name": "reward"}, "has a name that is taken"),
+        ({"name": "resources"}, "has a name that is taken"),
+        ({"name": "logs"}, "has a name that is taken"),
+        ({"section": None}, "has no section"),
+        ({"run": Stage(name="x", title="x", words="x").run}, "has no `run`"),
+        ({"before": "pretraining"}, "comes before 'pretraining', which is no stage"),
+        ({"needs": ("ppo",)}, "needs 'ppo', which is not among the stages before it"),
+    ],
+)
+def test_a_stage_that_can_not_be_is_refused(table, changes, says):
+    assert says in refusal(lambda: register_stage(new(**changes)))
+    assert list(table) == list(BUILT_IN)
+
+
+def test_a_recipe_has_the_sections_of_its_plugins(table):
+    recipe = toy_recipe(toy={"steps": 3}, taught={})
+    assert recipe.stages == ["data", "sft", "reward", "toy", "taught", "ppo", "evaluation"]
+    assert recipe.section("toy").model_dump() == {"steps": 3, "start": 8.0}
+    assert list(recipe.trained) == ["sft", "reward", "taught"]
+    assert needs_of(recipe, "taught") == ("data", "toy") == all_needs_of(recipe, "taught")
+    assert toy_recipe(toy=None).stages == toy_recipe().stages == ["data", "sft", "reward", "ppo", "evaluation"]
+    dumped = recipe.model_dump(mode="json")
+    assert Recipe.model_validate(dumped) == recipe and dumped["taught"]["answer"] == 42
+    assert build_recipe(dumped, ["toy.start=2"], "r").section("toy").start == 2.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"toy": {"stepz": 3}}, "unknown key 'toy.stepz'; did you mean 'steps'?"),
+        ({"toy": {"steps": 0}}, "'toy.steps' is 0"),
+        ({"taught": {"learning_rat": 1}}, "unknown key 'taught.learning_rat'; did you mean 'learning_rate'?"),
+        ({"toyy": {}}, "unknown key 'toyy'; did you mean 'toy'?"),
+        ({"taught": {"batch_size": 3, "microbatch_size": 2}}, "batch_size / workers must divide by microbatch_size"),
+        ({"taught": {"max_length": 512}}, "taught.max_length = 512 is longer than model.from_scratch.positions = 256"),
+        ({"plugins": ["no_such_plugin"]}, "plugins: the module 'no_such_plugin' could not be imported"),
+        ({"toy": {}, "plugins": []}, "unknown key 'toy'"),
+    ],
+)
+def test_a_plugin_s_keys_are_checked_as_any(table, sections, says):
+    toy_recipe()  # the table knows them
+    assert says in refusal(lambda: toy_recipe(**sections))
+
+
+def test_all_mistakes_are_told_at_once(table):
+    lines = refusal(lambda: toy_recipe(toy={"steps": 0}, ppo={"stepz": 3}, seeed=1)).splitlines()
+    assert sorted(re.findall(r"'([\w.]+)'", line)[0] for line in lines) == ["ppo.stepz", "seeed", "toy.steps"]
+
+
+def test_another_process_knows_the_stage_from_the_recipe_alone(table, tmp_path):
+    for sections in ({"toy": {"steps": 3}}, {}):
+        (tmp_path / "recipe.pickle").write_bytes(pickle.dumps(toy_recipe(**sections)))
+        code = (
+            "import pickle, sys; recipe = pickle.load(open('recipe.pickle', 'rb'))\n"
+            "from rlhf_ray.config.stage_table import STAGES; print(STAGES['toy'].title, recipe.section('toy'))"
+        )
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PLUGIN.parent), *sys.path])}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              check=True, timeout=60)  # fmt: skip
+        assert done.stdout.strip() == f"Toy stage {'steps=3 start=8.0' if sections else None}"
+
+
+def test_doctor_asks_for_the_functions_of_a_plugin_s_stage(table, monkeypatch):
+    recipe = toy_recipe(toy={})
+    assert not [problem for problem in recipe_problems(recipe, data=False, hardware=False) if "toy" in problem]
+    monkeypatch.delattr(sys.modules["toy_plugin"], "halve")
+    problems = recipe_problems(recipe, data=False, hardware=False)
+    assert any("the module 'toy_plugin' has no function 'halve'" in problem for problem in problems)
+
+
+def test_a_submitted_job_takes_the_plugin_along(table, tmp_path):
+    items = stage_upload(toy_recipe(toy={}), tmp_path, run_dir="/shared/run", here=PLUGIN.parent)
+    assert [item.path for item in items if item.what == "your module"] == [PLUGIN]
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["toy"] == {"steps": 4, "start": 8.0}
+
+
+def test_what_may_change_on_resume(table, tmp_path):
+    folder = RunFolder(tmp_path)
+    write_recipe(toy_recipe(toy={}), folder.recipe)
+    folder.stage("data").path.mkdir()
+    folder.stage("data").finish({})
+    assert check_resume(toy_recipe(toy={"steps": 9}), folder) == ["toy.steps"]
+    folder.stage("toy").path.mkdir()
+    folder.stage("toy").finish({})
+    for changed in ({"toy": {"steps": 9}}, {}):
+        assert "toy.steps" in refusal(lambda changed=changed: check_resume(toy_recipe(**changed), folder))
+    added = check_resume(toy_recipe(toy={}, taught={"answer": 1}), folder)
+    assert "taught.answer" in added and {key.partition(".")[0] for key in added} == {"taught"}
+
+
+def test_commands_of_the_table():
+    answer = rlhf_ray("--help")
+    for command, stages in {
+        "sft": ["sft"], "reward": ["fluency", "reward", "judge"], "dpo": ["dpo"], "ppo": ["ppo"], "evaluate": ["evaluation"],
+    }.items():  # fmt: skip
+        assert stages_of_command(command) == stages and f" {command} " in answer.stdout
+    answer = rlhf_ray("stage", "toyy", "demo")
+    assert answer.returncode == 2 and "has no stage 'toyy': it has data, sft" in answer.stderr
+
+
+def test_the_names_of_the_stages_stand_in_the_table_and_where_they_are_made():
+    """What is said of all stages is read from the table: no other file names one that nothing else depends on."""
+    root = Path(package.__file__).parent
+    sources = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
+    assert {name for name, text in sources.items() if '"dpo"' in text} <= {"config/stage_table.py", "supervised/dpo.py"}
+    copies = re.compile(r'"sft", "fluency", "reward"|"reward", "judge", "dpo"|"judge", "dpo"|"ppo", "dpo"')
+    assert [name for name, text in sources.items() if copies.search(text)] == ["config/stage_table.py"]
+
+
+def command_line(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """In a process of its own, with the plugin in its working directory as for a user."""
+    environment = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-m", "rlhf_ray", *arguments], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=280, check=False)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the plugin, a tiny model, data, and a recipe whose own stages are few."""
+    here = tmp_path_factory.mktemp("workplace")
+    shutil.copy(PLUGIN, here)
+    start = write_start(tiny_recipe(), RunFolder(here / "start"))
+    (here / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    recipe = tiny_recipe(
+        model={"name_or_path": str(start.stage("sft").model)}, sft=None, reward=None,
+        data={"max_prompt_tokens": 16, "prompts": [{"path": "prompts.jsonl"}], "holdout": 0.3},
+        ppo={"steps": 2, "reward_function": "toy_reward:score", "advantage": "rloo", "samples_per_prompt": 2,
+             "critic_init": "sft"},
+        evaluation={"prompts": 4, "bootstrap": 20, "samples": 2},
+    )  # fmt: skip
+    values = recipe.model_dump(mode="json") | {"plugins": ["toy_plugin"], "toy": {"start": 16.0}, "taught": {"max_length": 64}}
+    (here / "toy_reward.py").write_text("def score(prompts, responses):\n    return [len(each) for each in responses]\n")
+    (here / "toy.yaml").write_text(yaml.safe_dump(values))
+    return here
+
+
+@pytest.mark.ray
+def test_a_plugin_s_stage_end_to_end(workplace):
+    """Run, resumed, reported and taken over, each by a process that knows the plugin from the recipe alone."""
+    run = RunFolder(workplace / "run")
+    done = command_line("run", "toy.yaml", "--set", "toy.steps=3", "--run-dir", "run", cwd=workplace)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "a toy's turn" in done.stdout and "teaching" in done.stdout
+    assert run.stage("toy").summary() == {"steps": 3, "final_loss": 2.0}  # 16 halved three times
+    taught = run.stage("taught").summary()
+    recorded = yaml.safe_load(run.recipe.read_text())
+    assert recorded["toy"] == {"steps": 3, "start": 16.0} and recorded["plugins"] == ["toy_plugin"]
+    assert (taught["answer"], taught["threads"]) == (42, recorded["taught"]["threads"]) and taught["threads"] >= 1
+    assert json.loads((run.path / "timings.json").read_text()).keys() == {"data", "toy", "taught", "ppo", "evaluation"}
+
+    run.report.unlink()
+    (workplace / "toy_plugin.py").rename(workplace / "away.py")  # a report runs nothing of a plugin
+    told = command_line("report", "run", cwd=workplace)
+    (workplace / "away.py").rename(workplace / "toy_plugin.py")
+    assert told.returncode == 0, told.stderr
+    page = run.report.read_text()
+    assert "Toy stage" in page and "Taught stage" in page and "final_loss" in page
+    assert "step 3: 2" in page  # the last point of its curve
+
+    again = command_line("run", "toy.yaml", "--set", "toy.steps=3", "--run-dir", "run", cwd=workplace)
+    assert again.returncode == 0 and "a toy's turn: done before" in again.stdout
+    other = command_line("run", "toy.yaml", "--set", "toy.steps=5", "--run-dir", "run", cwd=workplace)
+    assert other.returncode == 2 and "toy.steps (3 -> 5) can't change on resume" in other.stderr
+
+
+@pytest.mark.ray
+def test_a_stage_by_its_name_and_one_taken_over(workplace):
+    alone = command_line("stage", "toy", "toy.yaml", "--run-dir", "alone", cwd=workplace)
+    assert alone.returncode == 0, alone.stderr
+    first = RunFolder(workplace / "alone")
+    assert alone.stdout.splitlines()[-1] == str(first.stage("toy").path)
+    assert sorted(path.name for path in first.path.iterdir() if path.is_dir()) == ["data", "toy"]
+    plan = command_line("doctor", "toy.yaml", cwd=workplace)
+    assert plan.returncode == 0, plan.stderr
+    assert "stages: data, a toy's turn, teaching, PPO, evaluation" in plan.stdout
+
+    more = ("stage", "toy", "toy.yaml", "--run-dir", "second", "--start-from", "alone")
+    taken = command_line(*more, cwd=workplace)
+    assert taken.returncode == 0 and "a toy's turn: done before" in taken.stdout
+    refused = command_line(*more[:-3], "third", "--start-from", "alone", "--set", "toy.start=1", cwd=workplace)
+    assert refused.returncode == 2 and "toy.start (16.0 -> 1.0)" in refused.stderr
+
+
+def test_the_library_s_own_door(table, workplace, monkeypatch):
+    """`rlhf_ray.run` with the stages that need no Ray."""
+    monkeypatch.chdir(workplace)
+    recipe = load_recipe("toy.yaml", ["toy.steps=1"])
+    folder = package.run(recipe, "library", stages=["data", "toy"])
+    assert folder.stage("toy").summary() == {"steps": 1, "final_loss": 8.0}
+    assert folder.stage_titles["toy"] == "Toy stage"
