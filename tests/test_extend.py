@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from rlhf_ray.models.size import shape_of_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import copy_weights
 from rlhf_ray.ppo.loop import LoopState, PPOLoop
-from rlhf_ray.ppo.step import cut_chunks
+from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.report.collect import _readme
 from rlhf_ray.report.figures import table
 from rlhf_ray.rewards.from_recipe import reward_scorer
@@ -43,7 +44,7 @@ from rlhf_ray.rewards.scorer import FunctionScorer
 from rlhf_ray.roles.configs import experience_config
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.config import EngineOptions, Limits
-from rlhf_ray.serving.engine_choice import choose_engine
+from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
 from rlhf_ray.serving.loading import load
 from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.tables.engines import ENGINES
@@ -124,6 +125,52 @@ def test_a_taken_name_is_refused_and_the_same_entry_is_not(added):
     with pytest.raises(UserError, match="named 'gae' already; choose another name"):
         rlhf_ray.register_advantage(rlhf_ray.Advantage(name="gae", estimate=above_the_best, words=""))
     assert isinstance(ADVANTAGES, Table) and ADVANTAGES["gae"].needs_critic
+
+
+PLUGIN = """
+import rlhf_ray
+from rlhf_ray.config.columns import Asked
+
+def first_token(rewards, values, action_mask, options):
+    total = rewards.sum(1, keepdim=True)
+    advantages = total.new_zeros(rewards.shape)
+    advantages[:, 0] = total[:, 0]
+    return advantages, None
+
+class Half:
+    def score(self, prompts, responses, ended, columns):
+        import numpy as np
+        from rlhf_ray.messages import Scores
+        return Scores(total=np.array([0.5 * int(number) for number in columns["number"]], np.float32))
+
+rlhf_ray.register_advantage(rlhf_ray.Advantage(name="plugged", estimate=first_token, words="the first token gets all"))
+rlhf_ray.register_reward(rlhf_ray.RewardKind(
+    name="plugged", make=lambda setting: Half(), words="half the number", columns=lambda term: Asked(("number",))))
+"""
+
+
+def test_a_plugin_of_the_recipe_is_all_it_takes(tmp_path, monkeypatch, folder):
+    """The recipe names the module; a name of it is no name without that."""
+    (tmp_path / "my_additions.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sections = {
+        "ppo": {"advantage": "plugged", "rewards": {"half": {"kind": "plugged"}}, "critic_init": "sft", "steps": 1},
+        "reward": None,
+    }
+    with pytest.raises(ValueError, match="'plugged' names no entry that is an advantage"):
+        tiny_recipe(**sections)
+    try:
+        recipe = tiny_recipe(plugins=("my_additions",), **sections)
+        _, metrics = train(pickle.loads(pickle.dumps(recipe)), folder)
+        assert metrics[-1]["objective/score"] == 0.5 * np.mean([int(text.split()[-1]) for text in drawn(recipe)])
+    finally:
+        ADVANTAGES.remove("plugged")
+        REWARDS.remove("plugged")
+
+
+def drawn(recipe):
+    """The prompts of the first step."""
+    return [TEXTS[row] for row in step_prompts(0, 16, recipe.ppo.rollout_batch_size, recipe.seed)]
 
 
 # -- advantages -------------------------------------------------------------------------------------------------------
@@ -499,18 +546,19 @@ def test_the_evaluation_draws_with_the_recipes_engine(spelling, folder):
 def test_what_a_server_draws_with(spelling, added, tmp_path):
     """The recipe's engine where it can serve; else torch, in words; one that is asked for and can't serve is refused."""
     recipe = tmp_path / "recipe.yaml"
-    assert choose_engine(None, tmp_path, 0.0) == ("torch", None)  # no recipe: a model folder
+    assert choose_engine(None, tmp_path, 0.0) == EngineChoice("torch")  # no recipe: a model folder
     recipe.write_text("name: x\ngeneration: {engine: vllm}\n")
-    name, note = choose_engine(None, tmp_path / "ppo" / "model", 0.0)
-    assert name == "torch" and note.startswith("drawing with torch: the engine vllm has no batch that requests join")
+    chosen = choose_engine(None, tmp_path / "ppo" / "model", 0.0)
+    assert chosen.name == "torch"
+    assert chosen.note.startswith("drawing with torch: the engine vllm has no batch that requests join")
     with pytest.raises(UserError, match="the engine vllm has no batch .*; give --engine torch"):
         choose_engine("vllm", tmp_path, 0.0)
     recipe.write_text("name: x\ngeneration: {engine: open}\n")
-    assert choose_engine(None, tmp_path, 0.0) == ("torch", None)  # of a plugin that is not here
+    assert choose_engine(None, tmp_path, 0.0) == EngineChoice("torch")  # of a plugin that is not here
     entry = rlhf_ray.Engine(name="open", make=Spelling, words="", continuous=True, problem=lambda gpus: "no" if gpus else None)
     added(rlhf_ray.register_engine, ENGINES, entry)
-    assert choose_engine(None, tmp_path, 0.0) == choose_engine("open", tmp_path, 0.0) == ("open", None)
-    assert choose_engine(None, tmp_path, 1.0) == ("torch", "drawing with torch: no")
+    assert choose_engine(None, tmp_path, 0.0) == choose_engine("open", tmp_path, 0.0) == EngineChoice("open")
+    assert choose_engine(None, tmp_path, 1.0) == EngineChoice("torch", "drawing with torch: no")
     with pytest.raises(UserError, match="did you mean 'open'"):
         choose_engine("opn", tmp_path, 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -21,8 +22,8 @@ def linear_anneal(peak: float, step: int, total: int) -> float:
 
 def epoch_permutation(rows: int, seed: int) -> list[int]:
     """A permutation of range(rows) that depends on the seed alone."""
-    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return cast(list[int], order.tolist())
 
 
 def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -> list[list[int]]:

@@ -42,8 +42,9 @@ class LoopState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> LoopState:
-        best: float = float("-inf") if state["best_score"] is None else state["best_score"]
-        return cls(**{**state, "best_score": best})
+        values: dict[str, Any] = dict(state)
+        values["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
+        return cls(**values)
 
 
 def judged_best(state: LoopState, value: float) -> LoopState:

@@ -60,6 +60,8 @@ class EngineOptions:
     trust_remote_code: bool = False
     engine: str = "torch"
     """A name of `tables.engines` that is continuous."""
+    plugins: tuple[str, ...] = ()
+    """Modules that are imported first, of which one may have registered it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

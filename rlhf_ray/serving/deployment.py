@@ -79,13 +79,15 @@ def build_application(args: dict[str, Any]) -> Application:
     model = find_model(path)
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
+    engine = choose_engine(given.pop("engine", None), path, gpus)
     options = EngineOptions(
         model=str(model),
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
-        engine=choose_engine(given.pop("engine", None), path, gpus)[0],
+        engine=engine.name,
+        plugins=engine.plugins,
     )
     settings = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),

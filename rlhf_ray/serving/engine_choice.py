@@ -6,6 +6,7 @@ Serving writes one token at a time to many readers, who come and go: it needs an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config.recipe_file import load_recipe
@@ -16,20 +17,29 @@ from rlhf_ray.tables.engines import ENGINES
 DEFAULT = "torch"
 
 
-def choose_engine(asked: str | None, path: str | Path, gpus: float) -> tuple[str, str | None]:
-    """(the engine's name, what to tell where it is not the recipe's). gpus: of each replica.
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    name: str
+    note: str | None = None  # what to tell where it is not the recipe's
+    plugins: tuple[str, ...] = ()  # modules of the run's recipe, of which one may have registered the engine
+
+
+def choose_engine(asked: str | None, path: str | Path, gpus: float) -> EngineChoice:
+    """gpus: of each replica.
 
     Raises UserError for an engine that is asked for and can't serve; the recipe's, which was chosen for training, only
     gives way.
     """
+    named, plugins = _of_recipe(Path(path).expanduser().resolve())
     if asked is not None:
         problem = _problem(asked, gpus)
         if problem is not None:
             raise UserError(f"{problem}; give --engine {DEFAULT}, or leave it out")
-        return asked, None
-    named = _of_recipe(Path(path).expanduser().resolve())
+        return EngineChoice(asked, None, plugins)
     problem = _problem(named, gpus)
-    return (named, None) if problem is None else (DEFAULT, f"drawing with {DEFAULT}: {problem}")
+    if problem is None:
+        return EngineChoice(named, None, plugins)
+    return EngineChoice(DEFAULT, f"drawing with {DEFAULT}: {problem}")
 
 
 def _problem(name: str, gpus: float) -> str | None:
@@ -39,13 +49,14 @@ def _problem(name: str, gpus: float) -> str | None:
     return engine.problem_here(gpus)
 
 
-def _of_recipe(folder: Path) -> str:
-    """Of the run folder that `folder` is, or is a stage's model of; torch where there is none."""
+def _of_recipe(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """(engine, plugins) of the run folder that `folder` is, or is a stage's model of; torch where there is none."""
     for place in (folder, folder.parent.parent):
-        recipe = RunFolder(place).recipe
-        if recipe.is_file():
+        path = RunFolder(place).recipe
+        if path.is_file():
             try:
-                return load_recipe(str(recipe)).generation.engine
-            except UserError:  # of another version of this package: its model can be served all the same
-                return DEFAULT
-    return DEFAULT
+                recipe = load_recipe(str(path))
+            except UserError:  # of another version, or of a plugin that is not here: the model can be served all the same
+                break
+            return recipe.generation.engine, recipe.plugins
+    return DEFAULT, ()

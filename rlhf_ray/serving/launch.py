@@ -87,8 +87,8 @@ def serve(
         trust_remote_code=trust_remote_code,
         limits=limits,
     )
-    if server.note is not None:
-        say(server.note)
+    if server.engine.note is not None:
+        say(server.engine.note)
     if not block:
         try:
             server.start()
@@ -132,7 +132,7 @@ class Server:
         if replicas < 1:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
         self.model = find_model(path)
-        self.engine, self.note = choose_engine(engine, path, gpus or 0.0)
+        self.engine = choose_engine(engine, path, gpus or 0.0)
         self.host, self.port = host, port
         self.settings = AppConfig(
             name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
@@ -201,7 +201,8 @@ class Server:
             device="cuda" if gpus else "cpu",
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
-            engine=self.engine,
+            engine=self.engine.name,
+            plugins=self.engine.plugins,
         )
         try:
             ray_serve.run(

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.generation.protocol import ContinuousEngine, EngineSetting
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from rlhf_ray.training.precision import resolve_precision
 def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptReader]:
     """Load the model and start its engine. UserError for a folder that holds no usable language model."""
     torch.set_num_threads(options.threads)
+    import_plugins(options.plugins)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     dtype = resolve_precision(options.precision, options.device)
     model = load_causal_lm(options.model, dtype, options.trust_remote_code)
