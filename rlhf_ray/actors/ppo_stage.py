@@ -34,7 +34,7 @@ from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
-from rlhf_ray.data.store import count_rows
+from rlhf_ray.data.store import check_columns, count_rows
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
@@ -134,6 +134,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up",
         on_wait,
     )
+    check_columns(recipe, folder)  # of data that an older run prepared, say
     prompts, eval_prompts = count_rows(folder, "prompts"), count_rows(folder, "eval_prompts")
     if prompts < ppo.rollout_batch_size:
         raise UserError(

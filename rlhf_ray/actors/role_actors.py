@@ -84,6 +84,7 @@ InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generati
 @ray.remote
 class RewardActor(RoleActor):
     def build(self, start: Path):
+        from rlhf_ray.data.store import read_prompt_columns
         from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
         from rlhf_ray.roles.reward import Reward
 
@@ -92,6 +93,7 @@ class RewardActor(RoleActor):
         self.role = Reward(
             reward_scorer(*models), start, judge=judge_scorer(*models) if recipe.ppo.judge_evaluations else None,
             stop=recipe.generation.stop, trust_remote_code=recipe.model.trust_remote_code,
+            columns=(read_prompt_columns(self.folder), read_prompt_columns(self.folder, "eval_prompts")),
         )  # fmt: skip
 
     @with_receipt

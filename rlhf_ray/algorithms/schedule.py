@@ -6,6 +6,7 @@ from __future__ import annotations
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -23,7 +24,8 @@ def linear_anneal(peak: float, step: int, total: int) -> float:
 
 def epoch_permutation(rows: int, seed: int) -> list[int]:
     """A permutation of range(rows) that depends on the seed alone."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return cast(list[int], order.tolist())
 
 
 def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -> list[list[int]]:
@@ -47,10 +49,11 @@ def cut_microbatches(
     lengths: tokens of each row, prompt included. at_least: groups wanted, at most as many as rows (ranks that work together
     need equally many); the first of the largest is halved until there are so many. A row longer than `tokens` stands alone.
     """
+    groups: list[list[int]] = []
     if tokens is None:
         groups = [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
     else:
-        groups, room = [], 0
+        room = 0
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
             if lengths[row] > room:
                 groups.append([])

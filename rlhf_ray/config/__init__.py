@@ -3,7 +3,7 @@
 A default lives on its field and nowhere else; what follows from other fields is a property. This folder's README.md
 has the reference, generated from these classes: each field carries its one-line description.
 
-May import: errors.
+May import: errors, tables.
 """
 
 from rlhf_ray.config.base import Precision, Section, exact_div

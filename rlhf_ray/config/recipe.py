@@ -27,7 +27,7 @@ class EvaluationConfig(Section):
     seeds: tuple[int, ...] = option((0,), "sampling seeds; every prompt is drawn once for each")
     bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
     judge_function: str | None = option(
-        None, "package.module:function(prompts, responses) -> scores: the known true utility"
+        None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"
     )
     trait_function: str | None = option(
         None,

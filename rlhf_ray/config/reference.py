@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import Recipe, Section
+from rlhf_ray.config.base import OneOf
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
@@ -126,6 +127,9 @@ def _type(field: FieldInfo) -> str:
     # getattr: the bound's name depends on its kind.
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
+    names = next((part.names for part in field.metadata if isinstance(part, OneOf)), None)
+    if names is not None:
+        return " or ".join(f"`{name}`" for name in names)
     words, null, _ = _type_words(field.annotation).partition(" or null")
     return " ".join([words, ", ".join(bounds)]).strip() + (f"{',' if bounds else ''}{null}" if null else "")
 

@@ -6,27 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
 
-PREFIX = "trait/"  # of a trait's figure in summary.json and of its score in samples.jsonl
 
+def trait_scores(
+    path: str, prompts: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS
+) -> dict[str, np.ndarray]:
+    """trait -> its score of each response, [N]. UserError unless the function returns N finite numbers a trait.
 
-def trait_names(figures: Mapping[str, object]) -> list[str]:
-    """The traits among a model's figures, in their order."""
-    return [key.removeprefix(PREFIX) for key in figures if key.startswith(PREFIX)]
-
-
-def trait_label(name: str) -> str:
-    """'no_repetition' -> 'no repetition'."""
-    return name.replace("_", " ")
-
-
-def trait_scores(path: str, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, np.ndarray]:
-    """trait -> its score of each response, [N]. UserError unless the function returns N finite numbers a trait."""
+    columns: the prompts' other columns, of which the function gets those that it asks for
+    """
     function = import_function(path)
+    own = {name: list(values) for name, values in asked_by(function).of(columns).items()}
     try:
-        found = function(list(prompts), list(responses))
+        found = function(list(prompts), list(responses), **own)
     except Exception as error:  # fault boundary: the user's code may raise anything
         raise UserError(f"evaluation.trait_function {path} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) and name for name in found):

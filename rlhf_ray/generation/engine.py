@@ -16,10 +16,18 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.row_batch import Request, RowBatch
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
+
+
+def torch_engine(setting: EngineSetting) -> GenerationEngine:
+    """As the table of engines makes it."""
+    return GenerationEngine(
+        setting.model, setting.tokenizer, max_rows=setting.rows, device=setting.device, eos_token_ids=setting.eos_token_ids
+    )
 
 
 class GenerationEngine:
@@ -125,6 +133,14 @@ class GenerationEngine:
         return bool(rows)
 
     @property
+    def max_length(self) -> int | None:
+        return self.decoder.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
     def num_running(self) -> int:
         return len(self._running())
 
@@ -152,6 +168,9 @@ class GenerationEngine:
 
     def sleep(self) -> None:
         """Give memory back until there is work again. The cache is one of each batch, so there is nothing to give."""
+
+    def close(self) -> None:
+        """Nothing stays: see `sleep`."""
 
     # ---- inside
 

@@ -16,9 +16,7 @@ from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import positions_of
-
-# Families that the tests compare with a plain forward pass; any other is compared once, when its engine is built.
-TESTED_FAMILIES = ("gpt2", "llama", "qwen2")
+from rlhf_ray.tables.families import is_tested
 
 
 class RaggedDecoder:
@@ -53,7 +51,8 @@ class RaggedDecoder:
         self.step = None if step is None else accelerate(step)
         self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
-        if self.config.model_type not in TESTED_FAMILIES:
+        # Any other family than the tested ones is compared with a plain forward pass once.
+        if not is_tested(self.config.model_type):
             self._compare_with_plain_forward()
 
     @property

@@ -1,6 +1,6 @@
 """vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
 
-The same two verbs as `generation.engine`, in this process: `generate` and `load_weights`. A second copy of the model, a
+The contract of `generation.protocol`, in this process; no open batch. A second copy of the model, a
 plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
 writing the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
@@ -10,6 +10,7 @@ another batch a row's logits differ in their last digits, so that now and then a
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -23,15 +24,17 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
+from rlhf_ray.tables.engines import ENGINES
 
 PROBES, PROBE_TOKENS = 4, 8  # the gate draws so many responses of so many tokens
 #: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
 CACHE_BLOCK = 128  # tokens; vLLM's on CPUs, and a multiple of what it takes on GPUs
-COLDEST = 0.01  # vLLM draws at no lower temperature, but for 0
+COLDEST = ENGINES["vllm"].coldest
 
 #: Read by vLLM when it is imported or started.
 ENVIRONMENT = {
@@ -85,6 +88,15 @@ def _torch_needed(distribution: str) -> str | None:
 def _public(version: str) -> str:
     """'2.13.0+cpu' -> '2.13.0'."""
     return version.partition("+")[0]
+
+
+def vllm_engine(setting: EngineSetting) -> VllmEngine:
+    """As the table of engines makes it. It needs to know the longest sequence, and prompts to try its weights on."""
+    assert setting.longest is not None and setting.probes
+    return VllmEngine(
+        setting.folder, setting.model, setting.tokenizer, longest=setting.longest, rows=setting.rows, probes=setting.probes,
+        device=setting.device, eos_token_ids=setting.eos_token_ids, trust_remote_code=setting.trust_remote_code,
+    )  # fmt: skip
 
 
 class VllmEngine:
@@ -284,6 +296,13 @@ class VllmEngine:
         if self.device.type == "cuda" and not self.asleep:
             self.llm.sleep(level=1)
             self.asleep = True
+
+    def close(self) -> None:
+        """vLLM's weights and cache go; it is not asked again."""
+        del self.llm
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _wake(self) -> None:
         if self.asleep:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Their feed-forward works on each token by itself; tests/test_forward.py compares them with the whole block.
-FAMILIES = ("gpt2", "llama", "qwen2")
+from rlhf_ray.tables.families import is_tested
 
 
 class _Select(torch.autograd.Function):
@@ -40,7 +39,8 @@ def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
     model: a causal LM or a body, adapters or not.
     """
     config = model.config.get_text_config(decoder=True)
-    if config.model_type not in FAMILIES or model.is_gradient_checkpointing:
+    # The feed-forward of a tested family works on each token by itself (tests/test_forward.py).
+    if not is_tested(config.model_type) or model.is_gradient_checkpointing:
         return None
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [stack[-1] for stack in stacks if len(stack) == config.num_hidden_layers and "mlp" in dict(stack[-1].named_children())]

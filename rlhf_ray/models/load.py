@@ -15,18 +15,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
 )
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
@@ -40,31 +38,7 @@ def scratch_config(cfg: FromScratch, tokenizer: PreTrainedTokenizerBase) -> Pret
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if cfg.architecture == "gpt2":
-        return GPT2Config(
-            n_positions=cfg.positions, n_embd=cfg.width, n_layer=cfg.layers, n_head=cfg.heads,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh",  # gelu_new's formula in one kernel
-            **ids,
-        )  # fmt: skip
-    if cfg.width // cfg.heads % 2:
-        raise UserError(
-            f"model.from_scratch: width / heads = {cfg.width // cfg.heads} is odd, and {cfg.architecture} turns "
-            f"pairs of dimensions (rotary positions); try width {2 * cfg.heads * max(cfg.width // cfg.heads // 2, 1)}"
-        )
-    family = LlamaConfig if cfg.architecture == "llama" else Qwen2Config
-    return family(
-        hidden_size=cfg.width,
-        # A gated feed-forward has three matrices for GPT-2's two: 8/3 of the width keeps the parameters equal.
-        intermediate_size=math.ceil(cfg.width * 8 / 3 / 32) * 32,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads,
-        max_position_embeddings=cfg.positions,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        **ids,
-    )
+    return FAMILIES.named(cfg.architecture).scratch_config(cfg, ids)
 
 
 def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -88,7 +62,7 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
     """The recipe's model without weights, for the names and kinds of its layers."""
     if cfg.is_from_scratch:
-        config = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen2": Qwen2Config}[cfg.from_scratch.architecture]()
+        config = FAMILIES.named(cfg.from_scratch.architecture).scratch_config(cfg.from_scratch, {})
     else:
         config = load_config(cfg.name_or_path, cfg.trust_remote_code)
     with torch.device("meta"):

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.tables.families import FAMILIES
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 
@@ -23,13 +24,14 @@ EOS, PAD = "<|eos|>", "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "gpt2") -> PreTrainedTokenizerBase:
     """Byte-level BPE (any text encodes, without UNK) with at most `vocab_size` entries, EOS and PAD included.
 
-    Text is split into words as GPT-2 does, except for the architecture "qwen2": AutoTokenizer reads every tokenizer
-    that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
+    Text is split into words as GPT-2 does, except for families like "qwen2" (`tables.families`): AutoTokenizer reads every
+    tokenizer that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
     """
+    like_qwen2 = FAMILIES.named(architecture).tokenizer == "qwen2"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if architecture == "qwen2":
+    if like_qwen2:
         like = Qwen2Tokenizer(unk_token=cast(str, None), eos_token=EOS, pad_token=PAD).backend_tokenizer  # no UNK
         tokenizer.normalizer, tokenizer.pre_tokenizer = like.normalizer, like.pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -39,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if architecture == "qwen2":
+    if like_qwen2:
         learned = json.loads(tokenizer.to_str())["model"]
         merges = [tuple(merge) for merge in learned["merges"]]
         return Qwen2Tokenizer(  # transformers' annotations know neither merges as pairs nor a tokenizer without UNK

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -59,9 +59,8 @@ def read_role(folder: Path, role: str) -> tuple[dict[str, torch.Tensor], int]:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         state |= load_file(file)
-    with safe_open(files[0], "pt") as opened:
-        metadata: dict[str, str] = opened.metadata()
-    return state, int(metadata["steps_taken"])
+    with cast(Any, safe_open)(files[0], "pt") as opened:  # it comes without types
+        return state, int(opened.metadata()["steps_taken"])
 
 
 def publish(checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -42,9 +42,8 @@ class LoopState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> LoopState:
-        values = dict(state)
-        if values["best_score"] is None:
-            values["best_score"] = float("-inf")
+        values: dict[str, Any] = dict(state)
+        values["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
         return cls(**values)
 
 

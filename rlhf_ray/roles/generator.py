@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,13 +13,13 @@ from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
-from rlhf_ray.generation.engine import GenerationEngine
-from rlhf_ray.generation.vllm_engine import VllmEngine
+from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, flatten
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, frozen_names
 from rlhf_ray.models.wire import Weight
+from rlhf_ray.tables.engines import ENGINES
 
 EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
 
@@ -41,10 +40,11 @@ class Generator:
         trust_remote_code: bool = False,
         lora: LoraConfig | None = None,
         freeze_layers: int = 0,
-        engine: Literal["torch", "vllm"] = "torch",
+        engine: str = "torch",
         rows: int = 32,
     ):
-        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. rows: of a chunk."""
+        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name of
+        `tables.engines`. rows: of a chunk."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
@@ -53,14 +53,13 @@ class Generator:
             self.adapted = MergedLayers(to_device(model, device), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
-        if engine == "torch":
-            self.engine = GenerationEngine(model, self.tokenizer, device=device)
-        else:
-            everything = [*self.prompt_ids, *self.eval_prompt_ids]
-            self.engine = VllmEngine(
-                folder, model, self.tokenizer, longest=max(map(len, everything)) + sampling.max_new_tokens, rows=rows,
-                probes=everything, device=device, trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        everything = [*self.prompt_ids, *self.eval_prompt_ids]
+        self.engine = ENGINES.named(engine).engine(
+            EngineSetting(
+                folder=folder, model=model, tokenizer=self.tokenizer, device=device, rows=rows, probes=everything,
+                longest=max(map(len, everything), default=0) + sampling.max_new_tokens, trust_remote_code=trust_remote_code,
+            )
+        )  # fmt: skip
         self.sampling, self.seed = sampling, seed
         self.policy_version = 0
         self._in_flight: deque[tuple[Mapping[str, Weight], int]] = deque(maxlen=1)  # newer weights replace older ones

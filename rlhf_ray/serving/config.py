@@ -57,6 +57,10 @@ class EngineOptions:
     threads: int = 1
     """torch threads; more is not faster for a model of a few million parameters."""
     trust_remote_code: bool = False
+    engine: str = "torch"
+    """A name of `tables.engines` that is continuous."""
+    plugins: tuple[str, ...] = ()
+    """Modules that are imported first, of which one may have registered it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
+from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
 
 
@@ -68,7 +69,7 @@ def application(
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision,
+    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
     trust_remote_code, api_key and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
@@ -78,12 +79,15 @@ def build_application(args: dict[str, Any]) -> Application:
     model = find_model(path)
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
+    engine = choose_engine(given.pop("engine", None), path, gpus)
     options = EngineOptions(
         model=str(model),
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
+        engine=engine.name,
+        plugins=engine.plugins,
     )
     config = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),

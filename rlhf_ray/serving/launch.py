@@ -33,6 +33,7 @@ from rlhf_ray.serving.config import (
     replica_environment,
     resolve_api_key,
 )
+from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def serve(
     gpus: float | None = None,
     threads: int | None = None,
     precision: Precision = "auto",
+    engine: str | None = None,
     trust_remote_code: bool = False,
     limits: Limits = Limits(),
     block: bool = True,
@@ -69,8 +71,9 @@ def serve(
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
-    torch's, per replica (None: the cores shared out). With `block` it ends only by KeyboardInterrupt (Ctrl-C; the
-    command exits with 130) or SystemExit (SIGTERM), and releases everything; without, the caller closes the server.
+    torch's, per replica (None: the cores shared out). `engine` None: the run's, or torch (`serving.engine_choice`).
+    With `block` it ends only by KeyboardInterrupt (Ctrl-C; the command exits with 130) or SystemExit (SIGTERM), and
+    releases everything; without, the caller closes the server.
 
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """
@@ -84,9 +87,12 @@ def serve(
         gpus=gpus,
         threads=threads,
         precision=precision,
+        engine=engine,
         trust_remote_code=trust_remote_code,
         limits=limits,
     )
+    if server.engine.note is not None:
+        say(server.engine.note)
     if not block:
         try:
             server.start()
@@ -121,6 +127,7 @@ class Server:
         gpus: float | None,
         threads: int | None,
         precision: Precision,
+        engine: str | None,
         trust_remote_code: bool,
         limits: Limits,
     ):
@@ -129,6 +136,7 @@ class Server:
         if replicas < 1:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
         self.model = find_model(path)
+        self.engine = choose_engine(engine, path, gpus or 0.0)
         self.host, self.port = host, port
         self.config = AppConfig(
             name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
@@ -198,6 +206,8 @@ class Server:
             device="cuda" if gpus else "cpu",
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
+            engine=self.engine.name,
+            plugins=self.engine.plugins,
         )
         try:
             ray_serve.run(
