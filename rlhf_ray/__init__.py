@@ -43,4 +43,5 @@ _LATE = {"run": "rlhf_ray.cli.running"}
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'rlhf_ray' has no attribute {name!r}")
+    # getattr: a module's name is looked up when somebody asks for it.
     return getattr(import_module(_LATE.get(name, "rlhf_ray.tables.register")), name)
