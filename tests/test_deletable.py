@@ -24,7 +24,8 @@ for module in sys.argv[1:]:
 def naming(package: str, root: Path) -> list[Path]:
     """Modules outside it that name it in an import; once for each line."""
     said = re.compile(rf"^\s*(from|import) rlhf_ray\.{package}\b", re.M)
-    return [path for path in root.rglob("*.py") if package not in path.parts for _ in said.findall(path.read_text())]
+    others = [path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != package]
+    return [path for path in others for _ in said.findall(path.read_text())]
 
 
 @pytest.mark.parametrize("package", LINES)
@@ -32,19 +33,19 @@ def test_one_line_imports_it(package):
     assert naming(package, ROOT) == [ROOT / LINES[package]]
 
 
-@pytest.fixture(params=LINES)
-def without(request, tmp_path):
-    """(package, a folder with a copy of all without it, and without the line)."""
-    package = request.param
-    shutil.copytree(ROOT, tmp_path / "rlhf_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(TESTS, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(tmp_path / "rlhf_ray" / package)
-    file = tmp_path / "rlhf_ray" / LINES[package]
-    lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if f"rlhf_ray.{package}" not in line]
-    assert len(kept) == len(lines) - 1
-    file.write_text("".join(kept))
-    return package, tmp_path
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """A folder with a copy of all but these packages and their lines."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT, folder / "rlhf_ray", ignore=shutil.ignore_patterns("__pycache__", *LINES))
+    shutil.copytree(TESTS, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for package, name in LINES.items():
+        file = folder / "rlhf_ray" / name
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if f"rlhf_ray.{package}" not in line]
+        assert len(kept) == len(lines) - 1 and not (folder / "rlhf_ray" / package).exists()
+        file.write_text("".join(kept))
+    return folder
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -57,21 +58,14 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 def test_all_else_can_be_imported_and_keeps_its_layers(without):
-    package, folder = without
     optional = ("bench", "vllm", "__main__", "fork_client")  # they import what need not be installed, or run
-    modules = [".".join(path.relative_to(folder).with_suffix("").parts) for path in (folder / "rlhf_ray").rglob("*.py")]
-    run(folder, "-c", IMPORT_ALL, *(each for each in modules if not any(word in each for word in optional)))
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py")
-
-
-WORK = {
-    "cpu": ("tests/test_generation.py", "tests/test_single_process.py"),
-    "forking": ("tests/test_weight_transport.py",),
-}
+    modules = [".".join(path.relative_to(without).with_suffix("").parts) for path in (without / "rlhf_ray").rglob("*.py")]
+    run(without, "-c", IMPORT_ALL, *(each for each in modules if not any(word in each for word in optional)))
+    run(without, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "tests/test_layers.py")
 
 
 @pytest.mark.slow
 def test_all_else_works(without):
     """Generation, PPO updates; workers of Ray."""
-    package, folder = without
-    assert "passed" in run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WORK[package])
+    for files in (("test_generation.py", "test_single_process.py"), ("test_weight_transport.py",)):
+        assert "passed" in run(without, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{file}" for file in files))
