@@ -182,7 +182,7 @@ def command_line(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     """In a process of its own, with the plugin in its working directory as for a user."""
     environment = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
     return subprocess.run([sys.executable, "-m", "rlhf_ray", *arguments], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=280, check=False)  # fmt: skip
+                          text=True, timeout=500, check=False)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_a_plugin_s_stage_end_to_end(workplace):
     """Run, resumed, reported and taken over, each by a process that knows the plugin from the recipe alone."""
     run = RunFolder(workplace / "run")

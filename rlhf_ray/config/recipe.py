@@ -47,7 +47,7 @@ class Recipe(Section):
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")
     sft: SftConfig | None = option(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
-    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where PPO is paid by others")
+    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where something else scores PPO's responses")
     judge: RewardConfig | None = option(None, "independent judge, trained on data.judge")
     fluency: SftConfig | None = option(None, "separately seeded language model for perplexity_independent")
     dpo: DpoConfig | None = option(None, "DPO on the reward model's pairs, to compare with PPO")

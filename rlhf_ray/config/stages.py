@@ -131,7 +131,7 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation on the reward model's own pairs (TRL's DPOTrainer), from the SFT model."""
 
     beta: float = option(
-        0.1, "price of leaving the SFT model, as ppo.kl_coef is in the objective that both maximise; IPO's tau", gt=0
+        0.1, "weight of the KL to the SFT model, as ppo.kl_coef is in the objective that both maximise; IPO's tau", gt=0
     )
     loss: Literal["sigmoid", "ipo"] = option(
         "sigmoid", "sigmoid: DPO's logistic loss; ipo: squared distance of the log-ratios a token from 1 / (2 beta)"

@@ -21,7 +21,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     from rlhf_ray.models.trained_part import load_trained
     from rlhf_ray.ppo.checkpoint import read_state
 
-    if dtype not in ("float32", "bfloat16"):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
         raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
@@ -45,7 +46,7 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rmdir()
-    save_model(model.to(getattr(torch, dtype)), tokenizer, target, card)
+    save_model(model.to(dtypes[dtype]), tokenizer, target, card)
     if push_to_hub is not None:
         _push(target, push_to_hub)
     return target
