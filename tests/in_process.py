@@ -3,7 +3,7 @@
 import torch
 
 from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.store import read_prompt_columns, read_role
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.trained_part import train_only_part
@@ -135,7 +135,10 @@ class LocalRoles:
                 for _ in range(actors)
             )
         )  # fmt: skip
-        self.reward = LocalReward(*(Reward(scorer, start, judge=judge, stop=generation.stop) for _ in range(actors)))
+        columns = (read_prompt_columns(folder), read_prompt_columns(folder, "eval_prompts"))
+        self.reward = LocalReward(
+            *(Reward(scorer, start, judge=judge, stop=generation.stop, columns=columns) for _ in range(actors))
+        )
         self.reference = LocalReference(
             *(
                 Reference(

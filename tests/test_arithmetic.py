@@ -3,15 +3,28 @@
 import pytest
 
 from rlhf_ray.config.recipe_file import load_recipe
-from rlhf_ray.data.arithmetic import answer, build, exact, forgetful, question
+from rlhf_ray.data.arithmetic import add, build, exact, forgetful, question, written
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 
 
 def test_a_sum_by_hand():
     assert question(37, 5, 2) == "3 7 + 0 5 ="
-    assert answer("3 7 + 0 5 =") == " 2 4 0"
-    assert answer("9 9 9 + 0 0 1 =") == " 0 0 0 1"
+    assert written(add(37, 5), 3) == " 2 4 0"
+    assert written(add(999, 1), 4) == " 0 0 0 1"
+
+
+def numbers_of(prompt):
+    """The two numbers, read from the prompt by another way than the one that wrote it."""
+    return [int(number.replace(" ", "")) for number in prompt.removesuffix(" =").split(" + ")]
+
+
+def test_every_prompt_stands_beside_its_own_answer():
+    roles = build(sft_rows=2000, sft_eval_rows=20, eval_prompts=50)
+    assert all(set(roles[role].column_names) == {"prompt", "answer"} for role in ("prompts", "eval_prompts"))
+    for role in ("prompts", "eval_prompts"):
+        for prompt, answer in zip(roles[role]["prompt"], roles[role]["answer"], strict=True):
+            assert int(answer[::-1].replace(" ", "")) == sum(numbers_of(prompt)) and len(answer) == 6  # three digits
 
 
 def test_who_forgets_to_carry():
@@ -20,7 +33,7 @@ def test_who_forgets_to_carry():
 
 def test_only_the_sum_and_nothing_else_counts():
     responses = [" 2 4 0", " 2 4 0 ", " 2 4", "2 4 0", " 2 4 0 0", " 0 4 2", ""]
-    assert exact(["3 7 + 0 5 ="] * 7, responses) == [1, 0, 0, 0, 0, 0, 0]
+    assert exact(["3 7 + 0 5 ="] * 7, responses, answer=[" 2 4 0"] * 7) == [1, 0, 0, 0, 0, 0, 0]
 
 
 def test_no_pair_of_numbers_stands_in_two_roles_and_every_sum_needs_a_carry():
@@ -31,10 +44,12 @@ def test_no_pair_of_numbers_stands_in_two_roles_and_every_sum_needs_a_carry():
     }  # fmt: skip
     prompts = [prompt for rows in roles.values() for prompt in rows["prompt"]]
     assert len(set(prompts)) == len(prompts)
-    right = exact(list(roles["sft"]["prompt"]), list(roles["sft"]["response"]))
+    right = []
+    for prompt, response in zip(roles["sft"]["prompt"], roles["sft"]["response"], strict=True):
+        right.append(int(response[::-1].replace(" ", "")) == sum(numbers_of(prompt)))
     assert 0.07 < sum(right) / len(right) < 0.13  # one in ten: a deviation of 0.007
     for prompt, response, good in zip(roles["sft"]["prompt"], roles["sft"]["response"], right, strict=True):
-        a, b = (int(number.replace(" ", "")) for number in prompt.removesuffix(" =").split(" + "))
+        a, b = numbers_of(prompt)
         assert int(response[::-1].replace(" ", "")) == (a + b if good else forgetful(a, b))
     assert build(seed=1)["sft"]["prompt"] != build(seed=0)["sft"]["prompt"]
 

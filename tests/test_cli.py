@@ -214,3 +214,10 @@ def test_dpo_is_a_stage_of_its_own(tmp_path):
     assert yaml.safe_load(run.recipe.read_text())["dpo"]["beta"] == 0.2
     answer = rlhf_ray("dpo", recipe, "--run-dir", str(tmp_path / "other"))
     assert answer.returncode == 2 and "has no stage 'dpo': its section is null" in answer.stderr
+
+
+def test_doctor_tells_a_trait_function_that_is_not_there():
+    evaluation = {"trait_function": "rlhf_ray.data.world:trait"}
+    recipe = Recipe.model_validate({"name": "own", "evaluation": evaluation})
+    (problem,) = recipe_problems(recipe, data=False)
+    assert "the module 'rlhf_ray.data.world' has no function 'trait'; did you mean 'traits'?" in problem

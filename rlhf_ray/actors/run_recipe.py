@@ -109,7 +109,7 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
         yield
     except StageStopped:
         raise
-    except Exception as error:
+    except Exception as error:  # fault boundary: the run; what ends it is recorded, and raised
         failure = machine_failed(current_stage() or "the run", error) if isinstance(error, OSError) else error
         if isinstance(failure, (RunFailed, UserError)):
             what = str(failure)

@@ -1,4 +1,4 @@
-"""Advantages without a critic: a response is compared with others, of its own group or of the batch.
+"""Advantages: from the rewards of a batch to which tokens were better than expected. `tables.advantages` names them.
 
 B rollouts, T response tokens. The samples of a prompt are a group of `group_size` rows side by side.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_ray.algorithms.gae import gae
+from rlhf_ray.tables.advantages import AdvantageOptions
 
 STD_EPS = 1e-4  # TRL's; a group whose rewards are all equal gets advantages of zero, not of noise
 
@@ -41,3 +42,42 @@ def group_standardised(rewards: torch.Tensor, *, group_size: int) -> torch.Tenso
 def rewards_to_go(rewards: torch.Tensor, action_mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
     """R_t = r_t + gamma R_{t+1}, zero outside the mask: GAE with lambda 1 and a critic that says 0.   [B, T] -> [B, T]"""
     return gae(rewards, torch.zeros_like(rewards), action_mask, gamma=gamma, gae_lambda=1.0)[0]
+
+
+# -- the estimators: one signature (`tables.advantages.Estimator`) -------------------------------------------------------
+
+
+def with_critic(
+    rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert values is not None, "there is a critic"
+    return gae(rewards, values, action_mask, gamma=options.gamma, gae_lambda=options.gae_lambda)
+
+
+def rloo(
+    rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
+) -> tuple[torch.Tensor, None]:
+    return _of_response(leave_one_out(rewards.sum(1), group_size=options.group_size), action_mask), None
+
+
+def grpo(
+    rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
+) -> tuple[torch.Tensor, None]:
+    return _of_response(group_standardised(rewards.sum(1), group_size=options.group_size), action_mask), None
+
+
+def dr_grpo(
+    rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
+) -> tuple[torch.Tensor, None]:
+    return _of_response(group_centred(rewards.sum(1), group_size=options.group_size), action_mask), None
+
+
+def reinforce_pp(
+    rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
+) -> tuple[torch.Tensor, None]:
+    return rewards_to_go(rewards, action_mask, gamma=options.gamma), None
+
+
+def _of_response(advantages: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The same for every token of a response.   [B] -> [B, T]"""
+    return torch.where(action_mask, advantages[:, None], 0.0)

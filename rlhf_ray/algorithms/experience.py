@@ -7,8 +7,6 @@ from typing import Literal
 
 import torch
 
-from rlhf_ray.algorithms.advantages import group_centred, group_standardised, leave_one_out, rewards_to_go
-from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
@@ -19,17 +17,15 @@ from rlhf_ray.algorithms.scores import (
     token_rewards,
     zero_variance_groups,
 )
-
-#: Advantages of whole responses from the rewards [B] of their group; every token of a response gets the same.
-GROUP_ADVANTAGES = {"rloo": leave_one_out, "grpo": group_standardised, "dr_grpo": group_centred}
-Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"]
+from rlhf_ray.errors import UserError
+from rlhf_ray.tables.advantages import ADVANTAGES, Advantage, AdvantageOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageConfig:
     """How the recipe wants rewards and advantages."""
 
-    advantage: Advantage
+    advantage: str  # a name of `tables.advantages`
     group_size: int  # samples of a prompt, side by side
     kl_in_reward: bool
     kl_estimator: Literal["k1", "k2", "k3"]  # of the KL in the reward
@@ -66,19 +62,13 @@ def assemble(
     kl_coef: float,
 ) -> Assembled:
     """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch."""
+    advantage = ADVANTAGES.named(config.advantage)
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
-    penalised = end_scores(
-        scores, ended, clip=config.score_clip, penalty=config.missing_eos_penalty, replacement=config.missing_eos_score
-    )
-    if config.overlong_buffer > 0:
-        lengths = action_mask.sum(1).to(scores.dtype)
-        penalised = penalised - overlong_penalty(lengths, longest=config.max_new_tokens, buffer=config.overlong_buffer)
-    if config.advantage == "reinforce_pp_baseline":  # the group's mean goes first, the KL is added to what is left
-        paid = group_centred(penalised, group_size=config.group_size)
-    else:
-        paid = penalised
+    penalised = _penalised(scores, ended, action_mask, config)
+    baseline = advantage.score_baseline
+    compared = penalised if baseline is None else baseline(penalised, group_size=config.group_size)
     penalty = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
-    rewards = token_rewards(paid, penalty, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
+    rewards = token_rewards(compared, penalty, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
     stats = {
         "objective/score": float(scores.mean()),
         "objective/score_std": float(scores.std(unbiased=False)),
@@ -96,19 +86,48 @@ def assemble(
         stats["objective/zero_variance_groups"] = float(equal.float().mean())
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, action_mask, shift_mean=False)
-    returns = None
-    if config.advantage == "gae":
-        advantages, returns = gae(rewards, old_values, action_mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    advantages, returns = _estimated(advantage, rewards, old_values, action_mask, config)
+    if old_values is not None and returns is not None:
         stats |= {
             "value/explained_variance": explained_variance(old_values, returns, action_mask),
             "value/returns": float(masked_mean(returns, action_mask)),
         }
-    elif config.advantage in GROUP_ADVANTAGES:
-        of_response = GROUP_ADVANTAGES[config.advantage](rewards.sum(1), group_size=config.group_size)
-        advantages = torch.where(action_mask, of_response[:, None], 0.0)
-    else:
-        advantages = rewards_to_go(rewards, action_mask, gamma=config.gamma)
     stats["policy/advantage_std"] = float(advantages[action_mask].std(unbiased=False))
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, action_mask, shift_mean=True)
     return Assembled(advantages=advantages, returns=returns, stats=stats)
+
+
+def _penalised(
+    scores: torch.Tensor, ended: torch.Tensor, action_mask: torch.Tensor, config: AdvantageConfig
+) -> torch.Tensor:
+    """Scores [B] less what responses lose that did not end, or are too long."""
+    penalised = end_scores(
+        scores, ended, clip=config.score_clip, penalty=config.missing_eos_penalty, replacement=config.missing_eos_score
+    )
+    if config.overlong_buffer == 0:
+        return penalised
+    lengths = action_mask.sum(1).to(scores.dtype)
+    return penalised - overlong_penalty(lengths, longest=config.max_new_tokens, buffer=config.overlong_buffer)
+
+
+def _estimated(
+    advantage: Advantage,
+    rewards: torch.Tensor,
+    values: torch.Tensor | None,
+    action_mask: torch.Tensor,
+    config: AdvantageConfig,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(advantages, returns), zero outside the mask, whoever wrote the estimator. UserError for other shapes than [B, T]."""
+    options = AdvantageOptions(group_size=config.group_size, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    advantages, returns = advantage.estimator(rewards, values, action_mask, options)
+    for what, given in (("advantages", advantages), ("returns", returns)):
+        if given is None and advantage.needs_critic:
+            raise UserError(f"ppo.advantage {advantage.name} gave no {what}, from which its critic would learn")
+        if given is not None and given.shape != action_mask.shape:
+            raise UserError(
+                f"ppo.advantage {advantage.name} gave {what} of shape {tuple(given.shape)} for rewards of shape "
+                f"{tuple(action_mask.shape)}; give one number per token"
+            )
+    outside = ~action_mask
+    return advantages.masked_fill(outside, 0.0), None if returns is None else returns.masked_fill(outside, 0.0)

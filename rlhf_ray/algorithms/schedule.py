@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+# torch annotates tolist in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -21,7 +24,8 @@ def linear_anneal(peak: float, step: int, total: int) -> float:
 
 def epoch_permutation(rows: int, seed: int) -> list[int]:
     """A permutation of range(rows) that depends on the seed alone."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return cast(list[int], order.tolist())
 
 
 def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -> list[list[int]]:
@@ -30,7 +34,7 @@ def minibatch_rows(rows: int, minibatch_size: int, ppo_epochs: int, seed: int) -
     A minibatch's loss is a sum over its rows, so their order inside it carries no meaning; ascending order makes the
     arithmetic the same whatever was drawn.
     """
-    steps = []
+    steps: list[list[int]] = []
     for epoch in range(ppo_epochs):
         order = epoch_permutation(rows, draw_seed(seed, "epoch", epoch))
         steps += [sorted(order[i : i + minibatch_size]) for i in range(0, rows, minibatch_size)]
@@ -45,10 +49,11 @@ def cut_microbatches(
     lengths: tokens of each row, prompt included. at_least: groups wanted, at most as many as rows (ranks that work together
     need equally many); the first of the largest is halved until there are so many. A row longer than `tokens` stands alone.
     """
+    groups: list[list[int]] = []
     if tokens is None:
         groups = [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
     else:
-        groups, room = [], 0
+        room = 0
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
             if lengths[row] > room:
                 groups.append([])

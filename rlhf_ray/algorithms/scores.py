@@ -18,7 +18,7 @@ def end_scores(
     penalty: float,
     replacement: float | None,
 ) -> torch.Tensor:
-    """Scores [B] as they are paid: cut to +-clip, then those of responses that did not end lowered, or replaced.
+    """Scores [B] as they count: cut to +-clip, then those of responses that did not end lowered, or replaced.
 
     OpenAI's lm-human-preferences replaces them by -1, TRL lowers them.
     """

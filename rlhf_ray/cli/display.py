@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
+from rlhf_ray.tables.figures import shown_figures
 
 PLAIN_EVERY_S = 10.0
 
@@ -146,14 +147,10 @@ def summary_table(summary: dict) -> Table:
     table.add_column("")
     for model in models:
         table.add_column(model.upper(), justify="right")
-    names = (("score", "reward-model score"), ("judge", "independent judge"), ("perplexity", "perplexity, SFT model"),
-             ("perplexity_independent", "perplexity, separate model"), ("relevance", "relevance to the prompt"),
-             ("length", "tokens"), ("eos_rate", "ended by itself"), ("distinct_2", "distinct bigrams"),
-             ("repetition", "repetition"))  # fmt: skip
-    for key, name in names:
-        figures = [summary[model].get(key) for model in models]
-        if all(figures):
-            table.add_row(name, *map(shown, figures))
+    for each in shown_figures(summary["ppo"]):
+        figures = [summary[model].get(each.name) for model in models]
+        if each.short is not None and all(figures):
+            table.add_row(each.short, *map(shown, figures))
     scorers = {"reward_model": "reward model", "judge": "judge"}
     for key, name in scorers.items():
         rates = [one["win_rate"].get(key) for one in tuned]

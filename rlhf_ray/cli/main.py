@@ -143,6 +143,9 @@ def serve(
     gpus: Annotated[float | None, typer.Option(help="GPUs a replica; default: one where there are enough")] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads a replica; default: the cores shared out")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    engine: Annotated[
+        str | None, typer.Option(help="generation engine; default: the run's if it can serve, else torch")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings along")] = False,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="longest prompt; default: the model's positions less one")
@@ -177,6 +180,7 @@ def serve(
         gpus=gpus,
         threads=threads,
         precision=precision,
+        engine=engine,
         trust_remote_code=trust_remote_code,
         limits=limits,
     )

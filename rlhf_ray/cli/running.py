@@ -83,13 +83,19 @@ def closing_words(folder: RunFolder, console: Console) -> None:
         )
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
-        console.print(f"\n[dim]prompt[/]  {escape(one_line(sample['prompt'], 200))}")
+        console.print(f"\n[dim]prompt[/]     {escape(one_line(sample['prompt'], 200))}")
         for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last
             if model in sample:
                 style, answer = "bold" if model == "ppo" else "dim", one_line(response_of(sample, model), 240)
-                console.print(f"[{style}]{model.upper()}[/]     {escape(answer)}")
+                console.print(f"[{style}]{model.upper()}[/]{judged(sample, model):>8}  {escape(answer)}")
     console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
+
+
+def judged(sample: dict, model: str) -> str:
+    """The judge's score of the model's answer; nothing where there is no judge."""
+    score = sample[model].get("judge") if isinstance(sample[model], dict) else None
+    return "" if score is None else f"{score:.1f}"
 
 
 def response_of(sample: dict, model: str) -> str:

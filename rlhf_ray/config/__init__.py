@@ -1,9 +1,9 @@
 """The recipe: every option of a run, typed, validated before anything starts, and frozen.
 
-A default lives on its field and nowhere else; what follows from other fields is a property. The README's recipe
-reference is generated from these classes, so each field carries its one-line description.
+A default lives on its field and nowhere else; what follows from other fields is a property. This folder's README.md
+has the reference, generated from these classes: each field carries its one-line description.
 
-May import: errors.
+May import: errors, tables.
 """
 
 from rlhf_ray.config.base import Precision, Section, exact_div

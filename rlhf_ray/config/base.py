@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from rlhf_ray.tables.table import Table
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -22,4 +27,31 @@ class Section(BaseModel):
 
 
 def option(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field with its default and its line in the reference. kwargs: pydantic's bounds (gt, ge, lt, le, pattern)."""
     return Field(default, description=description, **kwargs)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotated[str, OneOf(TABLE)]: a name of the table, also one that was added after this class was made.
+
+    only: which entries may be named here; None: all
+    """
+
+    table: Table[Any]
+    only: Callable[[Any], bool] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, entry in self.table.items() if self.only is None or self.only(entry)]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        problem = self.table.problem(name)
+        if problem is None and name not in self.names:
+            problem = f"'{name}' is {self.table.what} of which this can't be; there are {', '.join(self.names)}"
+        if problem is not None:
+            raise ValueError(problem)
+        return name

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Section, exact_div, option
+from rlhf_ray.config.base import OneOf, Section, exact_div, option
+from rlhf_ray.tables.families import FAMILIES
 
 
 class FromScratch(Section):
     """The architecture of a model that starts from random weights."""
 
-    architecture: Literal["gpt2", "llama", "qwen2"] = option("gpt2", "model family")
+    architecture: Annotated[str, OneOf(FAMILIES, only=lambda family: family.config is not None)] = option(
+        "gpt2", "model family"
+    )
     layers: int = option(4, "transformer blocks", gt=0)
     width: int = option(256, "hidden size", gt=0)
     heads: int = option(4, "attention heads", gt=0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, option
+from rlhf_ray.config.base import OneOf, Precision, Section, option
 from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.tables.engines import ENGINES
 
 
 class GenerationConfig(Section):
@@ -22,9 +23,13 @@ class GenerationConfig(Section):
     top_p: float = option(1.0, "sample from the smallest set with this probability", gt=0, le=1)
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
     stop: tuple[str, ...] = option((), "strings that end a response")
-    chunk_size: int = option(32, "prompts a chunk; fixes the batch, whoever runs it", gt=0)
+    chunk_size: int = option(32, "prompts per chunk; a chunk is one batch, whichever actor draws it", gt=0)
     precision: Precision = option("auto", "auto: as ppo.precision")
-    engine: Literal["torch", "vllm"] = option("torch", "what draws PPO's rollouts; vllm: needs the extra of that name")
+    engine: Annotated[str, OneOf(ENGINES)] = option(
+        "torch",
+        "what draws responses, in training, evaluation and serving; "
+        + "; ".join(f"{engine.name}: {engine.words}" for engine in ENGINES.values()),
+    )
 
     @property
     def sampling(self) -> SamplingParams:
@@ -49,9 +54,10 @@ class GenerationConfig(Section):
 
     @model_validator(mode="after")
     def _engine_draws_so_cold(self):
-        if self.engine == "vllm" and self.temperature < 0.01:
+        coldest = ENGINES.named(self.engine).coldest
+        if self.temperature < coldest:
             raise ValueError(
-                f"generation.temperature = {self.temperature} is below 0.01, the least that vLLM draws at; raise it, or set "
-                "generation.engine to torch"
+                f"generation.temperature = {self.temperature} is below {coldest:g}, the least that {self.engine} draws at; "
+                "raise it, or set generation.engine to another"
             )
         return self

@@ -3,51 +3,71 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import Precision, Section, exact_div, option
+from rlhf_ray.config.base import OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
+from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
+from rlhf_ray.tables.rewards import REWARDS
 
 
 class KlConfig(Section):
     """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
 
-    target: float = option(6.0, "nats a sequence, summed over its tokens", gt=0)
+    target: float = option(6.0, "nats per sequence, summed over its tokens", gt=0)
     horizon: int = option(10000, "episodes over which the coefficient adapts", gt=0)
+
+
+class Microbatches(TypedDict):
+    """How rollouts are cut for a forward pass."""
+
+    microbatch_size: int
+    microbatch_tokens: int | None
 
 
 class RewardTerm(Section):
     """One of several rewards whose weighted sum is the score."""
 
-    weight: float = option(1.0, "factor of this term in the sum; negative: a price")
-    function: str | None = option(None, "package.module:function scoring (prompts, responses); or model")
+    weight: float = option(1.0, "factor of this term in the sum; negative: a penalty")
+    function: str | None = option(
+        None,
+        "package.module:function scoring (prompts, responses), and columns of the prompts' rows that its other parameters "
+        "name; or model",
+    )
     model: str | None = option(
         None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; or function"
     )
+    kind: str | None = option(None, "name of a kind of reward that a plugin registered; in place of function and model")
+    options: dict[str, Any] = option({}, "what that kind reads")
     timeout_s: float | None = option(
-        None, "longest time of the function for a sample, which it gets one at a time in a process of its own; null: none",
+        None, "longest time of the function per sample; it gets one sample at a time, in a process of its own; null: no limit",
         gt=0,
     )  # fmt: skip
     timeout_score: float | None = option(None, "score of a sample over the limit, before the weight; null: the run stops")
 
     @model_validator(mode="after")
     def _one_source(self):
-        if (self.function is None) == (self.model is None):
+        if self.kind is not None:
+            problem = REWARDS.problem(self.kind)
+            if problem is not None:
+                raise ValueError(f"kind: {problem}")
+            if REWARDS[self.kind].chosen_by is not None:
+                raise ValueError(f"kind {self.kind} follows from the keys function, model and timeout_s; remove kind")
+            if self.function is not None or self.model is not None:
+                raise ValueError(f"the term has kind {self.kind} and a function or model; give it one of the three")
+        elif self.options:
+            raise ValueError(f"options are {self.options}, but there is no kind that reads them; set kind, or remove them")
+        elif (self.function is None) == (self.model is None):
             has = "neither" if self.function is None else "both"
             raise ValueError(f"the term has {has} function and model; give it exactly one of the two")
         if self.timeout_s is not None and self.function is None:
-            raise ValueError(
-                f"timeout_s is {self.timeout_s:g}, but model '{self.model}' is no function; remove timeout_s"
-            )
+            other = f"model '{self.model}'" if self.kind is None else f"kind {self.kind}"
+            raise ValueError(f"timeout_s is {self.timeout_s:g}, but {other} is no function; remove timeout_s")
         if self.timeout_score is not None and self.timeout_s is None:
             raise ValueError(f"timeout_score is {self.timeout_score:g}, but there is no timeout_s; set it too")
         return self
-
-
-#: ppo.advantage that compare the samples of a prompt, so that there have to be several
-COMPARES_SAMPLES = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
 
 
 class PPOConfig(Section):
@@ -55,13 +75,13 @@ class PPOConfig(Section):
 
     steps: int = option(100, "rollout-and-update iterations", gt=0)
     seed: int | None = option(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
-    rollout_batch_size: int = option(64, "prompts a step, whole job", gt=0)
+    rollout_batch_size: int = option(64, "prompts per step, all ranks", gt=0)
     samples_per_prompt: int = option(1, "responses drawn for each prompt", gt=0)
-    minibatch_size: int = option(64, "rollouts an optimiser step, whole job", gt=0)
-    microbatch_size: int = option(32, "rollouts a forward pass, per rank", gt=0)
+    minibatch_size: int = option(64, "rollouts per optimiser step, all ranks", gt=0)
+    microbatch_size: int = option(32, "rollouts per forward pass, per rank", gt=0)
     microbatch_tokens: int | None = option(
         None,
-        "tokens a forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
+        "tokens per forward pass, per rank, in place of microbatch_size: as many rollouts of like length as fit",
         gt=0,
     )
     reuse_forward: bool = option(
@@ -79,8 +99,8 @@ class PPOConfig(Section):
     adaptive_kl: KlConfig | None = option(None, "adapt kl_coef to a target; null: fixed")
     gamma: float = option(1.0, "discount", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's lambda", ge=0, le=1)
-    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = option(
-        "gae", "gae has a critic; the others compare the samples of a prompt, or whiten over the batch"
+    advantage: Annotated[str, OneOf(ADVANTAGES)] = option(
+        "gae", "; ".join(f"{advantage.name}: {advantage.words}" for advantage in ADVANTAGES.values())
     )
     loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = option(
         "token",
@@ -97,18 +117,18 @@ class PPOConfig(Section):
     )
     dynamic_sampling_rounds: int = option(
         0,
-        "a step draws other prompts for those whose samples all score the same, at most so often (DAPO); 0: never",
+        "a step replaces prompts whose samples all score the same, in at most this many rounds (DAPO); 0: never",
         ge=0,
     )
     steps_ahead: int = option(
-        0, "generation runs up to so many steps ahead of training, on older weights; 0: each waits for the other", ge=0
+        0, "generation runs at most this many steps ahead of training, on older weights; 0: each waits for the other", ge=0
     )
     importance_cap: float = option(
-        2.0, "with steps_ahead or importance_correction: highest importance weight of a token", gt=0
+        2.0, "with steps_ahead or importance_correction: highest importance weight per token", gt=0
     )
     importance_correction: bool = option(
         False,
-        "a token counts by its probability under the policy over the generator's, at most importance_cap; always with steps_ahead",
+        "weight tokens by the policy's probability over the generator's, at most importance_cap; always on with steps_ahead",
     )
     weights_in_flight: bool = option(
         False, "with steps_ahead: generators take new weights between chunks, not only between steps"
@@ -118,7 +138,8 @@ class PPOConfig(Section):
     vf_coef: float = option(0.1, "weight of the value loss", gt=0)
     whiten_rewards: bool = option(False, "divide rewards by their deviation over the batch, keeping the mean")
     whiten_advantages: bool | None = option(
-        None, "centre and scale advantages over the whole batch; null: with gae and reinforce_pp, not within groups"
+        None, "centre and scale advantages over the whole batch; null: "
+        f"with {' and '.join(one.name for one in ADVANTAGES.values() if one.whitens)}",
     )
     missing_eos_penalty: float = option(0.0, "subtracted from the score of a response that did not end", ge=0)
     missing_eos_score: float | None = option(
@@ -132,12 +153,12 @@ class PPOConfig(Section):
         "reward", "critic starts from the reward model, or from the SFT model with a zero head"
     )
     reward_function: str | None = option(
-        None, "package.module:function scoring (prompts, responses) in place of the reward model"
+        None, "package.module:function scoring (prompts, responses) in place of the reward model, as function of a term"
     )
     reward_timeout_s: float | None = option(
-        None, "longest time of reward_function for a sample, as timeout_s of a term of rewards", gt=0
+        None, "longest time of reward_function per sample, as timeout_s of a term of rewards", gt=0
     )
-    reward_timeout_score: float | None = option(None, "score of a sample over that limit; null: the run stops")
+    reward_timeout_score: float | None = option(None, "score of a sample over this limit; null: the run stops")
     rewards: dict[str, RewardTerm] = option(
         {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
     )
@@ -149,8 +170,8 @@ class PPOConfig(Section):
         None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
     )
     critic_lora: LoraConfig | None = option(None, "train low-rank adapters of the critic, and its value head; null: all")
-    freeze_layers: int = option(0, "the policy's embeddings and so many of its first blocks don't train", ge=0)
-    critic_freeze_layers: int = option(0, "the critic's embeddings and so many of its first blocks don't train", ge=0)
+    freeze_layers: int = option(0, "the policy's embeddings and first N blocks do not train", ge=0)
+    critic_freeze_layers: int = option(0, "the critic's embeddings and first N blocks do not train", ge=0)
     gradient_checkpointing: bool = option(
         False, "policy and critic compute activations again in the backward pass: less memory, more time"
     )
@@ -159,7 +180,7 @@ class PPOConfig(Section):
     judge_evaluations: bool = option(False, "these evaluations ask the independent judge too (metric eval/judge)")
     best_by: Literal["score", "judge"] = option("score", "whose held-out mean says which policy is the best one")
     patience: int | None = option(
-        None, "stop after so many evaluations in a row that find no better policy; null: never", gt=0
+        None, "stop after this many evaluations in a row without a better policy; null: never", gt=0
     )
     roll_back: bool = option(False, "the stage's model is the best policy, not the last one")
     checkpoint_every: int = option(20, "steps between checkpoints", gt=0)
@@ -173,8 +194,13 @@ class PPOConfig(Section):
     )
 
     @property
+    def estimator(self) -> Advantage:
+        """The entry that `advantage` names."""
+        return ADVANTAGES.named(self.advantage)
+
+    @property
     def has_critic(self) -> bool:
-        return self.advantage == "gae"
+        return self.estimator.needs_critic
 
     @property
     def corrects_importance(self) -> bool:
@@ -191,6 +217,10 @@ class PPOConfig(Section):
             function=self.reward_function, timeout_s=self.reward_timeout_s, timeout_score=self.reward_timeout_score
         )}  # fmt: skip
 
+    def key_of(self, name: str) -> str:
+        """Where the recipe says what the term is."""
+        return f"ppo.rewards.{name}" if self.rewards else "ppo.reward_function"
+
     @property
     def uses_reward_model(self) -> bool:
         """Whether a term is the reward stage's model."""
@@ -198,12 +228,10 @@ class PPOConfig(Section):
 
     @property
     def whitens_advantages(self) -> bool:
-        if self.whiten_advantages is not None:
-            return self.whiten_advantages
-        return self.advantage in ("gae", "reinforce_pp", "reinforce_pp_baseline")
+        return self.estimator.whitens if self.whiten_advantages is None else self.whiten_advantages
 
     @property
-    def microbatches(self) -> dict[str, int | None]:
+    def microbatches(self) -> Microbatches:
         """How rollouts are cut for a forward pass."""
         return {"microbatch_size": self.microbatch_size, "microbatch_tokens": self.microbatch_tokens}
 
@@ -221,10 +249,11 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _algorithm_fits(self):
-        if self.advantage in COMPARES_SAMPLES and self.samples_per_prompt < 2:
+        if self.estimator.compares_samples and self.samples_per_prompt < 2:
+            others = " or ".join(one.name for one in ADVANTAGES.values() if not one.compares_samples)
             raise ValueError(
                 f"ppo.advantage {self.advantage} compares the samples of a prompt, but samples_per_prompt is "
-                f"{self.samples_per_prompt}; set it to 2 or more, or choose gae or reinforce_pp"
+                f"{self.samples_per_prompt}; set it to 2 or more, or choose {others}"
             )
         if self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2:
             raise ValueError(

@@ -27,10 +27,14 @@ class EvaluationConfig(Section):
     seeds: tuple[int, ...] = option((0,), "sampling seeds; every prompt is drawn once for each")
     bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
     judge_function: str | None = option(
-        None, "package.module:function(prompts, responses) -> scores: the known true utility"
+        None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"
+    )
+    trait_function: str | None = option(
+        None,
+        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its scores",
     )
     max_kl: float | None = option(
-        None, "cap on the KL to the SFT model, nats a response; above it the result counts as failed", gt=0
+        None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
     )
     judge_positive_above: float | None = option(
         None, "raw judge score above which a response counts as positive (judge_positive)"
@@ -47,7 +51,7 @@ class Recipe(Section):
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")
     sft: SftConfig | None = option(SftConfig(), "supervised fine-tuning; null: start from the model as it is")
-    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where something else scores PPO's responses")
+    reward: RewardConfig | None = option(RewardConfig(), "reward model; null where PPO's reward comes from elsewhere")
     judge: RewardConfig | None = option(None, "independent judge, trained on data.judge")
     fluency: SftConfig | None = option(None, "separately seeded language model for perplexity_independent")
     dpo: DpoConfig | None = option(None, "DPO on the reward model's pairs, to compare with PPO")

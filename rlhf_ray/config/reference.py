@@ -1,7 +1,7 @@
 """The recipe reference: markdown tables made from the types, so that it can't say anything else than they do.
 
     python -m rlhf_ray.config.reference                     print it
-    python -m rlhf_ray.config.reference --write README.md   put it between the file's two markers
+    python -m rlhf_ray.config.reference --write FILE        put it between the two markers of FILE (README.md beside this module)
     python -m rlhf_ray.config.reference --plugins MODULE    with the sections of the stages that MODULE adds
 
 A section class that several keys use is one table; what a class inherits is in the table of its parent.
@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import Recipe, Section
+from rlhf_ray.config.base import OneOf
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
@@ -123,8 +124,12 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    # getattr: the bound's name depends on its kind.
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
+    names = next((part.names for part in field.metadata if isinstance(part, OneOf)), None)
+    if names is not None:
+        return " or ".join(f"`{name}`" for name in names)
     words, null, _ = _type_words(field.annotation).partition(" or null")
     return " ".join([words, ", ".join(bounds)]).strip() + (f"{',' if bounds else ''}{null}" if null else "")
 

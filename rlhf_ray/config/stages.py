@@ -48,8 +48,8 @@ class TrainConfig(Section):
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", gt=0)
     epochs: float = option(1.0, "passes over the data", gt=0)
     max_steps: int = option(-1, "optimiser steps; -1: as many as the epochs need")
-    batch_size: int = option(32, "sequences an optimiser step, whole job", gt=0)
-    microbatch_size: int = option(32, "sequences a forward pass, per worker", gt=0)
+    batch_size: int = option(32, "sequences per optimiser step, all workers", gt=0)
+    microbatch_size: int = option(32, "sequences per forward pass, per worker", gt=0)
     max_length: int = option(256, "longest sequence in tokens", gt=1)
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises", ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "shape of the learning rate after the warm-up")
@@ -64,7 +64,7 @@ class TrainConfig(Section):
     threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     lora: LoraConfig | None = option(None, "train low-rank adapters, merged into the saved model; null: all weights")
-    freeze_layers: int = option(0, "the embeddings and so many of the first transformer blocks don't train", ge=0)
+    freeze_layers: int = option(0, "the embeddings and the first N transformer blocks do not train", ge=0)
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
 
     @property
@@ -131,10 +131,10 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation on the reward model's own pairs (TRL's DPOTrainer), from the SFT model."""
 
     beta: float = option(
-        0.1, "weight of the KL to the SFT model, as ppo.kl_coef is in the objective that both maximise; IPO's tau", gt=0
+        0.1, "weight of the KL to the SFT model, as ppo.kl_coef in the objective that both maximise; IPO's tau", gt=0
     )
     loss: Literal["sigmoid", "ipo"] = option(
-        "sigmoid", "sigmoid: DPO's logistic loss; ipo: squared distance of the log-ratios a token from 1 / (2 beta)"
+        "sigmoid", "sigmoid: DPO's logistic loss; ipo: squared distance of the log-ratios per token from 1 / (2 beta)"
     )
     label_smoothing: float = option(
         0.0, "share of the pairs taken to be labelled the wrong way round (cDPO); with loss sigmoid only", ge=0, lt=0.5

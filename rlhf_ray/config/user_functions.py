@@ -18,12 +18,13 @@ def import_function(path: str) -> Callable[..., Any]:
     if not name:
         raise UserError(f"'{path}' names no function; write package.module:function")
     module = _import(module_name, f"'{path}'")
-    if not hasattr(module, name):
+    found = getattr(module, name, None)  # getattr: the recipe names the function
+    if found is None:
         names = [other for other in dir(module) if not other.startswith("_")]
         near = difflib.get_close_matches(name, names, 1)
         remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
         raise UserError(f"'{path}': the module '{module_name}' has no function '{name}'; {remedy}")
-    return getattr(module, name)
+    return found
 
 
 def import_plugins(modules: Iterable[str]) -> None:

@@ -28,7 +28,8 @@ def build(
     sft_eval_rows: int = 200,
     eval_prompts: int = 512,
 ) -> dict[str, Dataset]:
-    """Demonstrations, prompts and held-out prompts: pairs of numbers of `digits` digits whose sum needs a carry.
+    """Demonstrations, prompts and held-out prompts, these with their `answer`: pairs of numbers of
+    `digits` digits whose sum needs a carry.
 
     No pair stands in two roles. A share `careless` of the demonstrations forgets every carry. Raises UserError if `root` is
     given (there is nothing to read) or there are not so many pairs.
@@ -55,6 +56,8 @@ def build(
         if role.startswith("sft"):
             sums = [(forgetful if rng.random() < careless else add)(a, b) for a, b in chosen]
             columns["response"] = [written(number, digits + 1) for number in sums]
+        else:
+            columns["answer"] = [written(add(a, b), digits + 1) for a, b in chosen]
         roles[role] = Dataset.from_dict(columns)
     return roles
 
@@ -82,12 +85,6 @@ def written(number: int, digits: int) -> str:
     return " " + " ".join(reversed(f"{number:0{digits}d}"))
 
 
-def answer(prompt: str) -> str:
-    """The sum with one digit more than the numbers have."""
-    a, b = prompt.removesuffix("=").replace(" ", "").split("+")
-    return written(int(a) + int(b), len(a) + 1)
-
-
-def exact(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 for the sum and nothing else, 0 for anything else."""
-    return [float(response == answer(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
+def exact(prompts: list[str], responses: list[str], *, answer: list[str]) -> list[float]:
+    """1 for the sum and nothing else, 0 for anything else. `answer` is a column of the prompts' rows."""
+    return [float(response == sum_) for response, sum_ in zip(responses, answer, strict=True)]

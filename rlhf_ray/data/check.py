@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import detect
-from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section
+from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
 
@@ -28,7 +29,7 @@ def check_data(recipe: Recipe) -> list[str]:
     if data.root is not None and not Path(data.root).expanduser().is_dir():
         return [f"data.root = '{data.root}' is not a folder; give the folder that holds the data"]
     needed = needed_lists(recipe)
-    given = [role for role in LISTS if getattr(data, role)]
+    given = [role for role in LISTS if data.lists[role]]
     if data.builder is not None:
         attempt(lambda: find_builder(data, recipe.seed))
         problems += [f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
@@ -40,23 +41,40 @@ def check_data(recipe: Recipe) -> list[str]:
         problems.append(
             "data.prompts is empty and there is no other data to take prompts from; list a source of prompts"
         )
+    others: dict[str, list[str] | None] = {}  # role -> its rows' other columns; None: not known before they are read
     for role in given:
         if role not in needed and not role.endswith("prompts") and not (role == "preferences" and not data.prompts):
             continue  # prepare does not read it either
         form = _form(recipe, role)
-        for index, source in enumerate(getattr(data, role)):
+        for index, source in enumerate(data.lists[role]):
             where = f"data.{role}[{index}]"
 
-            def columns_fit(source=source, where=where, form=form) -> None:
+            def columns_fit(source=source, where=where, form=form, role=role) -> None:
                 columns = columns_of(source, data.root, where)
-                if columns is not None:
-                    detect(columns, source.columns, form, where)
+                if columns is None:
+                    others[role] = None
+                    return
+                used = {"prompt", *detect(columns, source.columns, form, where).values()}
+                known = others.setdefault(role, [])
+                if known is not None:
+                    known += [name for name in columns if name not in used]
 
             attempt(columns_fit)
-        weights = [source.weight for source in getattr(data, role)]
+        weights = [source.weight for source in data.lists[role]]
         if None in weights and any(weight is not None for weight in weights):
             problems.append(f"some of data.{role} have a weight and some have none; give all of them one, or none")
+    attempt(lambda: problems.extend(_asked_problems(recipe, given, others)))
     return problems
+
+
+def _asked_problems(recipe: Recipe, given: list[str], others: dict[str, list[str] | None]) -> list[str]:
+    """Columns of the prompts that functions ask for and no source has."""
+    found = []
+    for role in prompt_origins(given):
+        there = others.get(role)
+        if there is not None:
+            found += column_problems(recipe, there, f"data.{role}")
+    return found
 
 
 def _form(recipe: Recipe, role: str) -> str:

@@ -3,8 +3,9 @@
     sft       prompt, response              pairs     prompt, chosen, rejected
     prompts   prompt                        scores    prompt, response, score
 
-and, beside these, `key` (the uncut prompt, or the text where there is none: what decides whether a row is held out) and
-`messages` (the prompt's messages where there were any, else None).
+and, beside these, `key` (the uncut prompt, or the text where there is none: what decides whether a row is held out),
+`messages` (the prompt's messages where there were any, else None) and `columns` (those of the row's other columns that were
+to be kept, by name).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import difflib
 import os.path
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,8 +97,13 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" (nearest: '{near[0]}')" if near else ""
 
 
-def normalise(rows: Iterable[Mapping], columns: Mapping[str, str], role: Role, chat: ChatFormat) -> list[dict]:
-    """The role's rows (see top), every one of them: what is wrong with them is for the rules to say."""
+def normalise(
+    rows: Iterable[Mapping], columns: Mapping[str, str], role: Role, chat: ChatFormat, keep: Sequence[str] = ()
+) -> list[dict]:
+    """The role's rows (see top), every one of them: what is wrong with them is for the rules to say.
+
+    keep: the data set's own names of the other columns that stay with the row
+    """
     make = {"sft": _sft, "pairs": _pair, "scores": _scored, "prompts": _prompt}[role]
     normalised = []
     for row in rows:
@@ -107,6 +113,7 @@ def normalise(rows: Iterable[Mapping], columns: Mapping[str, str], role: Role, c
             out = {"prompt": "", "messages": None, "refused": True} | dict.fromkeys(REPLIES[role], "")
         reply = out.get("response", out.get("chosen", ""))
         out["key"] = out["prompt"] or reply
+        out["columns"] = {name: row[name] for name in keep}
         normalised.append(out)
     return normalised
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Recipe, RewardConfig, SftConfig, SourceConfig
+from rlhf_ray.config.columns import column_problems
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
-from rlhf_ray.data.sources import call_builder, load_source
+from rlhf_ray.data.sources import call_builder, load_source, other_columns
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -42,6 +43,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
     tokenizer = _tokenizer(recipe, raw)
     builder = _Preparation(recipe, tokenizer, raw)
     written = builder.roles()
+    _check_columns(recipe, written)
     tokenizer.save_pretrained(folder.tokenizer)
     for role, (rows, columns) in written.items():
         write_role(folder, role, rows, columns)
@@ -59,6 +61,16 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     stage.finish(summary)
     return summary
+
+
+def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple[str, ...]]]) -> None:
+    """UserError where a function asks for a column that the prompts have not: now, not after the models are trained."""
+    problems = []
+    for role in ("prompts", "eval_prompts"):
+        names = dict.fromkeys(name for row in written[role][0] for name in row["columns"])
+        problems += column_problems(recipe, names, f"data.{role}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 RawSource = tuple[str, SourceConfig, Dataset]  # its name in messages, its settings, its rows
@@ -96,12 +108,12 @@ def _read_sources(recipe: Recipe) -> Raw:
             raw[role] = [(f"{data.builder} ({role})", SourceConfig(path=f"{data.builder}#{role}"), rows)]
     needed = needed_lists(recipe)
     for role in LISTS:
-        if getattr(data, role) and data.builder is not None:
+        if data.lists[role] and data.builder is not None:
             raise UserError(
                 f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
             )
         if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
-            for index, source in enumerate(getattr(data, role)):
+            for index, source in enumerate(data.lists[role]):
                 where = f"data.{role}[{index}]"
                 raw.setdefault(role, []).append((where, source, load_source(source, data.root, recipe.seed, where)))
     for role, section in needed.items():
@@ -196,8 +208,9 @@ class _Preparation:
         parts, counted = [], []
         for where, source, dataset in self._raw[role]:
             columns = detect(dataset.column_names, source.columns, form, where)
+            keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
-            parts.append(apply_rules(normalise(dataset, columns, form, self._chat), form, limits, tally))
+            parts.append(apply_rules(normalise(dataset, columns, form, self._chat, keep), form, limits, tally))
             if not parts[-1]:
                 raise UserError(
                     f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"
@@ -235,7 +248,7 @@ class _Preparation:
 
     def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: Limits) -> list[dict]:
         tally = Tally()
-        copies = [{"prompt": row["prompt"], "messages": row["messages"], "key": row["key"]} for row in rows]
+        copies = [{name: row[name] for name in ("prompt", "messages", "key", "columns")} for row in rows]
         # One prompt may have many pairs, whatever is wanted of rows that repeat.
         prompts = apply_rules(copies, "prompts", replace(limits, drop_duplicates=True), tally)
         if not prompts:
@@ -258,6 +271,12 @@ class _Preparation:
         if tally.dropped:
             self.tallies["prompts_not_in_eval"] = [{"source": "the prompts that are left", **tally.as_dict()}]
         return kept
+
+
+def prompt_origins(given: Collection[str]) -> tuple[str, ...]:
+    """Of the given roles, those whose rows become prompts (`_Preparation._prompts`)."""
+    origin = next((role for role in ("prompts", "preferences", "sft") if role in given), "prompts")
+    return (origin, f"{origin}_eval", "eval_prompts")
 
 
 def _remedy(tally: Tally, form: Role, role: str) -> str:

@@ -7,9 +7,10 @@ import glob
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -106,6 +107,20 @@ def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] 
     return list(builder.info.features) if builder.info.features else None
 
 
+def other_columns(dataset: Dataset, used: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns that make no part of a role's row and can stay with it as they are: text, numbers, lists and structs of such."""
+    taken = {*used.values(), "prompt"}
+    return tuple(name for name, kind in dataset.features.items() if name not in taken and _is_plain(kind))
+
+
+def _is_plain(kind: object) -> bool:
+    if isinstance(kind, dict):
+        return all(_is_plain(part) for part in kind.values())
+    if isinstance(kind, (list, datasets.List, datasets.LargeList)):
+        return _is_plain(kind[0] if isinstance(kind, list) else kind.feature)
+    return isinstance(kind, (datasets.Value, datasets.ClassLabel))
+
+
 def find_builder(data: DataConfig, seed: int) -> Callable[[], dict[str, Dataset]]:
     """The recipe's builder with its arguments bound, not called yet."""
     assert data.builder is not None
@@ -191,7 +206,7 @@ def _load(source: SourceConfig, root: str | None, where: str) -> Dataset:
 
 
 def _read_files(place: LocalFiles, streaming: bool = False):
-    extra = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
+    extra: dict[str, Any] = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
     empty = [file for file in place.files if "://" not in file and Path(file).stat().st_size == 0]
     files = [file for file in place.files if file not in empty]
     if not files:

@@ -4,7 +4,7 @@
     sft_train, sft_eval                       prompt, response                 (plain text: prompt == "")
     reward_train, reward_eval (also judge_*)  prompt, chosen, rejected         (objective: pairs)
                                               prompt, response, score (float)  (objective: scores)
-    prompts, eval_prompts                     prompt
+    prompts, eval_prompts                     prompt, and the rows' other columns (a gold answer, an id, ...)
 
 reward_eval_<name> and judge_eval_<name> are further held-out sets, where a builder makes them.
 
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf_ray.config import Recipe
+from rlhf_ray.config.columns import column_problems
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -37,11 +40,16 @@ ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+
 
 
 def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[str, ...]) -> None:
-    """Write one role's rows (of which only `columns` are kept), under a temporary name first."""
+    """Write one role's rows (of which only `columns` are kept, and of prompts their other columns), under a temporary name
+    first."""
     assert ROLES.fullmatch(role), role
     types = {"score": pa.float64()}
     schema = pa.schema([(column, types.get(column, pa.string())) for column in columns])
     table = pa.Table.from_pydict({column: [row[column] for row in rows] for column in columns}, schema=schema)
+    if role.endswith("prompts"):
+        others = [row.get("columns", {}) for row in rows]
+        for name in dict.fromkeys(name for each in others for name in each):
+            table = table.append_column(name, _array(name, [each.get(name) for each in others], role))
     target: Path = folder.data(role)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -69,6 +77,50 @@ def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
     PPO's processes read nothing else, and start half a second sooner each for not importing `datasets`.
     """
     return pq.read_table(_path(folder, role), columns=["prompt"])["prompt"].to_pylist()
+
+
+class PromptColumns:
+    """The other columns of a role's prompts. They stay as they are in memory; only what is asked for becomes Python's."""
+
+    def __init__(self, table: pa.Table):
+        self._table = table
+
+    @property
+    def names(self) -> list[str]:
+        return self._table.column_names
+
+    def of(self, rows: Sequence[int]) -> dict[str, list]:
+        """name -> the values of these rows, in their order."""
+        return self._table.take(pa.array(rows, pa.int64())).to_pydict() if self.names else {}
+
+
+def read_prompt_columns(folder: RunFolder, role: str = "prompts") -> PromptColumns:
+    """Of the role "prompts" or "eval_prompts". Raises as `read_role`."""
+    return PromptColumns(pq.read_table(_path(folder, role), columns=prompt_columns(folder, role)))
+
+
+def prompt_columns(folder: RunFolder, role: str) -> list[str]:
+    """Their names, without reading them."""
+    return [name for name in pq.read_schema(_path(folder, role)).names if name != "prompt"]
+
+
+def check_columns(recipe: Recipe, folder: RunFolder, roles: Sequence[str] = ("prompts", "eval_prompts")) -> None:
+    """UserError where a function of the recipe asks for a column that the prepared prompts have not."""
+    problems: list[str] = []
+    for role in roles:
+        problems += column_problems(recipe, prompt_columns(folder, role), str(folder.data(role)))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _array(name: str, values: list, role: str) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            f"data.{role}: the values of the column '{name}' are of several types ({error}); give them one, "
+            "or leave the column out"
+        ) from error
 
 
 def count_rows(folder: RunFolder, role: str) -> int:

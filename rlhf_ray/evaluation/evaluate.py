@@ -15,61 +15,28 @@ import torch
 
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.stage_table import tuned_stages
-from rlhf_ray.data.store import read_prompts
+from rlhf_ray.data.store import check_columns, read_prompt_columns, read_prompts
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation import estimates as metrics
-from rlhf_ray.evaluation.estimates import Estimate, Resampler
+from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners, win_rate
+from rlhf_ray.evaluation.evidence import Evidence, Rated
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
+from rlhf_ray.evaluation.traits import trait_scores
+from rlhf_ray.messages import Scores
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions
 from rlhf_ray.training.precision import resolve_precision
 
-FIGURES = (
-    "score",
-    "disagreement",
-    "score_length_corr",
-    "judge",
-    "judge_positive",
-    "perplexity",
-    "perplexity_independent",
-    "relevance",
-    "retrieval_accuracy",
-    "length",
-    "eos_rate",
-    "distinct_1",
-    "distinct_2",
-    "distinct_3",
-    "repetition",
-)
-RATIOS = ("perplexity", "perplexity_independent", "length", "distinct_1", "distinct_2", "distinct_3")
+#: of what is no figure of one model; those are in `tables.figures`
 DEFINITIONS = {
-    "score": "The reward's score of a response: (raw - mean) / deviation of the reward model, or the reward function's "
-    "own value. EOS is scored only where the response ended by itself.",
-    "disagreement": "Deviation of the normalised scores of an ensemble's reward models for a response, mean over responses.",
-    "score_length_corr": "Pearson correlation of the score with the length of the response over all responses.",
-    "judge": "The same under the independent judge, a model trained on data that the reward model never saw, or the "
-    "known true utility.",
-    "judge_positive": "Share of responses with a raw judge's score above evaluation.judge_positive_above.",
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
-    "perplexity": "exp of the mean negative log-prob of a token of the responses given their prompts, under the SFT "
-    "model at temperature 1, over all tokens of all responses.",
-    "perplexity_independent": "The same under a language model trained from another seed, in its own tokenizer.",
-    "relevance": "Log-prob of the responses given their own prompts minus that given other held-out prompts (a seeded "
-    "shuffle), divided by their tokens: nats a token, 0 for responses that ignore their prompt.",
-    "retrieval_accuracy": "Share of responses that are likelier after their own prompt than after the other one.",
-    "length": "Tokens of a response, EOS included.",
-    "eos_rate": "Share of responses that ended by EOS or a stop string before max_new_tokens.",
-    "distinct_2": "Different pairs of neighbouring words divided by all pairs, over all responses together (words: "
-    "lower case, punctuation apart); distinct_1 and distinct_3 likewise. Compares only equally many "
-    "responses of like length.",
-    "repetition": "Mean share of a response's 4-grams of words that stood in it before.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
-    "temperature without truncation: nats a response.",
+    "temperature without truncation: nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
 }
@@ -84,6 +51,7 @@ def evaluate(
     if stage.done:
         return stage.summary()
     started = time.monotonic()
+    check_columns(recipe, folder, ("eval_prompts",))
     summary = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device)).run()
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -92,42 +60,45 @@ def evaluate(
 
 
 class _Evaluation:
+    """Gathers the evidence of every model, then makes figures of it (`tables.figures`)."""
+
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress, device: torch.device):
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.device = device
         self.dtype = _dtype(recipe.ppo.precision, device)
         self.seeds = recipe.evaluation.seeds
-        self.prompts = held_out_prompts(recipe, folder)
+        self.prompts, columns = held_out_prompts(recipe, folder)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
-        self.missing: dict[str, str] = {}
+        self.columns = {name: [value for value in each for _ in self.seeds] for name, each in columns.items()}
         self.tuned = tuned_stages(recipe)
-        self.estimates: dict[str, dict[str, Estimate]] = {name: {} for name in ("sft", *self.tuned)}
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
+        self.evidence: dict[str, Evidence] = {}  # by model
 
     def run(self) -> dict:
         sft = self._load(sft_model(self.recipe, self.folder))
-        responses, kl = {"sft": self._draw("sft", sft)}, {}
+        self._draw("sft", sft)
+        kl = {}
         for name in self.tuned:
             model = self._load(stage_model(self.folder, name))
-            responses[name] = self._draw(name, model)
+            self._draw(name, model)
             self._report("language-model figures", 0, 1)
-            kl[name] = self._kl(model, sft, responses[name])
+            kl[name] = self._kl(model, sft, self.evidence[name].responses)
             del model  # before the next one is loaded
-        self._texts(responses)
-        scores = self._scores(responses)
-        self._fluency(sft, responses)
+        self._scores()
+        self._fluency(sft)
         path = self.folder.stage("evaluation").path / "samples.jsonl"
-        write_samples(path, self.prompts, self.seeds, responses, scores)
-        return self._summary(kl, scores)
+        responses = {name: each.responses for name, each in self.evidence.items()}
+        write_samples(path, self.prompts, self.seeds, responses, {name: _told(each) for name, each in self.evidence.items()})
+        return self._summary(kl, {name: estimates_of(each) for name, each in self.evidence.items()})
 
     def _load(self, path) -> LanguageModel:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
-        return LanguageModel(load_causal_lm(path, self.dtype, trust).to(self.device), tokenizer, self.dtype)
+        return LanguageModel(load_causal_lm(path, self.dtype, trust).to(self.device), tokenizer, self.dtype, path)
 
-    def _draw(self, name: str, model: LanguageModel) -> Responses:
+    def _draw(self, name: str, model: LanguageModel) -> None:
         cfg = self.recipe.generation
-        return draw_responses(
+        drawn = draw_responses(
             model.model,
             model.tokenizer,
             self.prompts,
@@ -135,7 +106,13 @@ class _Evaluation:
             cfg.sampling,
             chunk_size=cfg.chunk_size,
             device=self.device,
+            engine=cfg.engine,
+            folder=model.folder,
+            trust_remote_code=self.recipe.model.trust_remote_code,
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
+        )
+        self.evidence[name] = Evidence(
+            recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn
         )
 
     def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
@@ -143,126 +120,95 @@ class _Evaluation:
         ours, theirs = (model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature) for model in (tuned, sft))
         return self.resampler.mean(self._table(ours - theirs))
 
-    def _texts(self, responses: dict[str, Responses]) -> None:
-        for name, drawn in responses.items():
-            out, texts = (
-                self.estimates[name],
-                [drawn.texts[i : i + len(self.seeds)] for i in range(0, len(drawn.texts), len(self.seeds))],
-            )
-            out["length"] = self.resampler.mean(self._table(drawn.lengths))
-            out["eos_rate"] = self.resampler.mean(self._table(drawn.ended))
-            out |= {f"distinct_{n}": self.resampler.distinct(texts, n) for n in (1, 2, 3)}
-            out["repetition"] = self.resampler.mean([[metrics.repetition(text) for text in row] for row in texts])
+    def _scores(self) -> None:
+        """By what PPO is rewarded by, by the judge and by the trait function, where the recipe has them."""
+        models = self.recipe, self.folder, self.dtype, self.device
+        self._report("score", 0, 1)
+        scorer = reward_scorer(*models)
+        for each in self.evidence.values():
+            each.scores = self._scored(scorer, each)
+        self._report("judge", 0, 1)
+        judge = judge_scorer(*models)
+        if judge is not None:
+            for each in self.evidence.values():
+                each.judge = self._scored(judge, each).total
+                if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
+                    each.judge_scale = (judge.mean, judge.std)
+        path = self.recipe.evaluation.trait_function
+        if path is not None:
+            self._report("traits", 0, 1)
+            for each in self.evidence.values():
+                each.traits = trait_scores(path, each.prompts, each.responses.texts, each.columns)
 
-    def _scores(self, responses: dict[str, Responses]) -> dict[str, dict[str, np.ndarray | None]]:
-        scores: dict[str, dict[str, np.ndarray | None]] = {name: {} for name in responses}
-        for key, make in (("score", reward_scorer), ("judge", judge_scorer)):
-            self._report(key, 0, 1)
-            scorer = make(self.recipe, self.folder, self.dtype, self.device)
-            for name, drawn in responses.items():
-                scores[name][key] = None if scorer is None else self._score(scorer, drawn, name, key)
-            threshold = self.recipe.evaluation.judge_positive_above
-            if key == "judge" and scorer is not None and threshold is not None:
-                # Models give normalised scores, the threshold is on their raw scale; a function has only one.
-                mean, std = (scorer.mean, scorer.std) if isinstance(scorer, RewardScorer) else (0.0, 1.0)
-                for name in responses:
-                    positive = scores[name][key] * std + mean > threshold
-                    self.estimates[name]["judge_positive"] = self.resampler.mean(self._table(positive))
-        if scores["sft"]["judge"] is None:
-            self.missing["judge"] = "The recipe has no independent judge (`judge` or `evaluation.judge_function`)."
-        return scores
+    def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
+        return scorer.score(each.prompts, each.responses.texts, each.responses.ended.tolist(), each.columns)
 
-    def _score(self, scorer: Scorer, drawn: Responses, name: str, key: str) -> np.ndarray:
-        """The model's scores [N]; their means, and what else there is to say of PPO's score, become estimates."""
-        scores, out = scorer.score(self.repeated, drawn.texts, drawn.ended.tolist()), self.estimates[name]
-        out[key] = self.resampler.mean(self._table(scores.total))
-        if key == "score":
-            correlation = self.resampler.correlation(self._table(scores.total), self._table(drawn.lengths))
-            if correlation.figure() is not None:  # responses of one length have none
-                out["score_length_corr"] = correlation
-            out |= {term_key(term): self.resampler.mean(self._table(part)) for term, part in scores.terms.items()}
-            if scores.disagreement is not None:
-                out["disagreement"] = self.resampler.mean(self._table(scores.disagreement))
-        return scores.total
-
-    def _fluency(self, sft: LanguageModel, responses: dict[str, Responses]) -> None:
+    def _fluency(self, sft: LanguageModel) -> None:
         self._report("perplexity", 0, 1)
-        own = {}
-        for name, drawn in responses.items():
-            own[name] = sft.rate_tokens(drawn.prompt_ids, drawn.response_ids)
-            self.estimates[name]["perplexity"] = self.resampler.perplexity(
-                self._table(own[name]), self._table(drawn.lengths)
+        for each in self.evidence.values():
+            drawn = each.responses
+            each.sft = each.own = Rated(
+                logprobs=sft.rate_tokens(drawn.prompt_ids, drawn.response_ids), tokens=drawn.lengths
             )
         if self.recipe.fluency is None:
-            self.missing["perplexity_independent"] = "The recipe has no separately seeded language model (`fluency`)."
-            self._relevance(sft, responses, own)
+            self._relevance(sft)
             return
         independent = self._load(stage_model(self.folder, "fluency"))
-        for name, drawn in responses.items():
-            prompt_ids, response_ids = independent.encode(self.repeated, drawn)
-            own[name] = independent.rate_tokens(prompt_ids, response_ids)
-            self.estimates[name]["perplexity_independent"] = self.resampler.perplexity(
-                self._table(own[name]), self._table([len(ids) for ids in response_ids])
+        for each in self.evidence.values():
+            prompt_ids, response_ids = independent.encode(self.repeated, each.responses)
+            each.independent = each.own = Rated(
+                logprobs=independent.rate_tokens(prompt_ids, response_ids),
+                tokens=np.array([len(ids) for ids in response_ids]),
             )
-        self._relevance(independent, responses, own)
+        self._relevance(independent)
 
-    def _relevance(self, model: LanguageModel, responses: dict[str, Responses], own: dict[str, np.ndarray]) -> None:
-        """own: the responses' summed log-probs given their own prompts under `model`."""
+    def _relevance(self, model: LanguageModel) -> None:
+        """The responses given other prompts, under the model that `own` is of."""
         self._report("relevance", 0, 1)
         if len(set(self.prompts)) < 2:
-            self.missing["relevance"] = "All held-out prompts are equal, so there is no other prompt to compare with."
             return
-        partners = metrics.shuffled_partners(self.prompts, self.recipe.seed)
+        partners = shuffled_partners(self.prompts, self.recipe.seed)
         other_prompts = [self.prompts[partner] for partner in partners for _ in self.seeds]
-        for name, drawn in responses.items():
-            prompt_ids, response_ids = model.encode(other_prompts, drawn)
+        for each in self.evidence.values():
+            prompt_ids, response_ids = model.encode(other_prompts, each.responses)
             if self.recipe.fluency is None:
-                response_ids = drawn.response_ids  # the sampled ids themselves, as in `own`
-            other = model.rate_tokens(prompt_ids, response_ids)
-            tokens = self._table([len(ids) for ids in response_ids])
-            self.estimates[name]["relevance"] = self.resampler.ratio(self._table(own[name] - other), tokens)
-            self.estimates[name]["retrieval_accuracy"] = self.resampler.mean(
-                self._table(metrics.win_rate(own[name], other))
-            )
+                response_ids = each.responses.response_ids  # the sampled ids themselves, as in `own`
+            each.other = model.rate_tokens(prompt_ids, response_ids)
 
-    def _wins(self, ours: dict[str, np.ndarray | None], theirs: dict[str, np.ndarray | None]) -> dict:
+    def _wins(self, ours: Evidence, theirs: Evidence) -> dict:
         """The win rate under each scorer; null for one that is not there."""
+        pairs = {
+            "reward_model": [None if each.scores is None else each.scores.total for each in (ours, theirs)],
+            "judge": [ours.judge, theirs.judge],
+        }
         return {
-            key: None
-            if ours[scorer] is None
-            else self.resampler.mean(self._table(metrics.win_rate(ours[scorer], theirs[scorer]))).figure()
-            for key, scorer in (("reward_model", "score"), ("judge", "judge"))
+            key: None if one is None or other is None else ours.mean(win_rate(one, other)).figure()
+            for key, (one, other) in pairs.items()
         }
 
-    def _figures(self) -> tuple[str, ...]:
-        return (*FIGURES, *map(term_key, self.recipe.ppo.rewards))
-
-    def _over_sft(self, name: str, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
+    def _over_sft(self, name: str, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
         """How far the tuned model has gone from the SFT model, and what it gained."""
-        sft, tuned = self.estimates["sft"], self.estimates[name]
-        keys = self._figures()
+        sft, tuned = found["sft"], found[name]
+        both = [key for key in tuned if key in sft]
         return {
-            "win_rate": self._wins(scores[name], scores["sft"]),
+            "win_rate": self._wins(self.evidence[name], self.evidence["sft"]),
             "kl": kl[name].point,
             "kl_interval": kl[name].figure(),
-            "difference": {key: (tuned[key] - sft[key]).figure() for key in keys if key in sft and key in tuned},
-            "ratio": {key: (tuned[key] / sft[key]).figure() for key in RATIOS if key in sft},
+            "difference": {key: (tuned[key] - sft[key]).figure() for key in both},
+            "ratio": {key: (tuned[key] / sft[key]).figure() for key in both if key in FIGURES and FIGURES[key].ratio},
         }
 
-    def _summary(self, kl: dict[str, Estimate], scores: dict[str, dict[str, np.ndarray | None]]) -> dict:
-        others, definitions = {}, DEFINITIONS
+    def _summary(self, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
+        others, explained = {}, definitions() | DEFINITIONS
         for name in self.tuned[1:]:
-            others[f"{name}_over_sft"] = self._over_sft(name, kl, scores)
-            others[f"ppo_over_{name}"] = {"win_rate": self._wins(scores["ppo"], scores[name])}
-            definitions = definitions | _definitions_of(name)
-        keys = self._figures()
+            others[f"{name}_over_sft"] = self._over_sft(name, kl, found)
+            others[f"ppo_over_{name}"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence[name])}
+            explained |= _definitions_of(name)
+        keys = list(dict.fromkeys((*FIGURES, *(key for out in found.values() for key in out))))
         model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
         return {
-            **{
-                name: {key: out[key].figure() if key in out else None for key in keys}
-                for name, out in self.estimates.items()
-            },
-            **self._over_sft("ppo", kl, scores),
+            **{name: {key: out[key].figure() if key in out else None for key in keys} for name, out in found.items()},
+            **self._over_sft("ppo", kl, found),
             **others,
             "max_kl": self.recipe.evaluation.max_kl,
             "prompts": len(self.prompts),
@@ -270,8 +216,8 @@ class _Evaluation:
             "sampling": self.recipe.generation.model_dump(mode="json"),
             "reward": reward_in_words(self.recipe),
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
-            "definitions": definitions | {"relevance": f"{DEFINITIONS['relevance']} Under {model}."},
-            "missing": self.missing,
+            "definitions": explained | {"relevance": f"{explained['relevance']} Under {model}."},
+            "missing": {name: figure.absent for name, figure in FIGURES.items() if figure.absent and name not in found["sft"]},
         }
 
     def _table(self, values) -> np.ndarray:
@@ -292,13 +238,22 @@ def _definitions_of(name: str) -> dict[str, str]:
     }
 
 
-def term_key(name: str) -> str:
-    """The figure of one of several rewards."""
-    return f"score/{name}"
+def estimates_of(evidence: Evidence) -> dict[str, Estimate]:
+    """Every figure that can be measured, by key."""
+    found = {name: figure.estimate(evidence) for name, figure in FIGURES.items()}
+    for group in GROUPS.values():
+        found |= group.estimates(evidence)
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _told(evidence: Evidence) -> dict[str, np.ndarray | None]:
+    """What samples.jsonl says of each response."""
+    scores = None if evidence.scores is None else evidence.scores.total
+    return {"score": scores, "judge": evidence.judge} | {f"trait/{name}": each for name, each in evidence.traits.items()}
 
 
 def reward_in_words(recipe: Recipe) -> str:
-    """What PPO was paid by."""
+    """What PPO was rewarded by."""
     ppo, members = recipe.ppo, 1 if recipe.reward is None else recipe.reward.members
     if ppo.rewards:
         return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
@@ -307,13 +262,14 @@ def reward_in_words(recipe: Recipe) -> str:
     return "reward model" if members == 1 else f"{members} reward models ({recipe.reward.combine})"
 
 
-def held_out_prompts(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """`evaluation.prompts` of the held-out prompts (or all there are), drawn by the recipe's seed, in their order."""
+def held_out_prompts(recipe: Recipe, folder: RunFolder) -> tuple[list[str], dict[str, list]]:
+    """(prompts, their other columns): `evaluation.prompts` of the held-out ones (or all there are), drawn by the recipe's
+    seed, in their order."""
     prompts = read_prompts(folder, "eval_prompts")
     if not prompts:
         raise UserError(f"{folder.data('eval_prompts')} holds no prompts; set data.eval_prompts or give more prompts")
-    chosen = np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts]
-    return [prompts[i] for i in sorted(chosen)]
+    chosen = sorted(np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts].tolist())
+    return [prompts[i] for i in chosen], read_prompt_columns(folder, "eval_prompts").of(chosen)
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

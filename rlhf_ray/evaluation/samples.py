@@ -10,15 +10,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
-from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.tables.engines import ENGINES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,32 +43,42 @@ class Responses:
 
 
 def draw_responses(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     seeds: Sequence[int],
     params: SamplingParams,
     *,
     chunk_size: int,
-    device: str,
+    device: torch.device | str,
     progress: Callable[[int], None],
+    engine: str = "torch",
+    folder: str | Path = "",
+    trust_remote_code: bool = False,
 ) -> Responses:
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
-    The random numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
+    engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random
+    numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
     """
-    engine = GenerationEngine(model, tokenizer, device=device)
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
+    drawing = ENGINES.named(engine).engine(
+        EngineSetting(
+            folder=folder, model=model, tokenizer=tokenizer, device=device, rows=chunk_size, probes=ids,
+            longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
+        )
+    )  # fmt: skip
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     completions = []
     for start in range(0, len(rows), chunk_size):
         chunk = rows[start : start + chunk_size]
-        completions += engine.generate(
+        completions += drawing.generate(
             [ids[prompt] for prompt, _ in chunk],
             [draw_seed(seed, "evaluation", prompt) for prompt, seed in chunk],
             params,
         )
         progress(len(completions))
+    drawing.close()
     return Responses(
         prompt_ids=[ids[prompt] for prompt, _ in rows],
         response_ids=[completion.response_ids for completion in completions],

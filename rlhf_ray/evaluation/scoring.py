@@ -35,8 +35,9 @@ class LanguageModel:
     temperature divides the logits: 1 for perplexity and relevance, the sampling temperature for KL.
     """
 
-    def __init__(self, model, tokenizer, dtype: torch.dtype):
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+    def __init__(self, model, tokenizer, dtype: torch.dtype, folder: Path | str = ""):
+        """folder: where the model is from."""
+        self.model, self.tokenizer, self.dtype, self.folder = model, tokenizer, dtype, folder
 
     def rate_tokens(
         self, prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], temperature: float = 1.0

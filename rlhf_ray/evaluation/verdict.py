@@ -70,7 +70,7 @@ def warnings(summary: dict) -> list[str]:
     if length is not None and length["mean"] > MAX_LENGTH_RATIO and correlation > MAX_LENGTH_CORRELATION:
         found.append(
             f"Responses grew: PPO's are {length['mean']:.2f} times as long as SFT's (above {MAX_LENGTH_RATIO}), and the score "
-            f"goes with length (correlation {correlation:.2f}, above {MAX_LENGTH_CORRELATION}): PPO may be paid for length."
+            f"goes with length (correlation {correlation:.2f}, above {MAX_LENGTH_CORRELATION}): PPO may be rewarded for length."
         )
     if judge is None:
         found.append("There is no independent judge in this run: the win rate is the reward model's own opinion.")

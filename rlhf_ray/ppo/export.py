@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.stage_table import model_names
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder, start_model
+
+if TYPE_CHECKING:
+    import torch
 
 
 def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub: str | None) -> Path:
@@ -46,7 +50,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rmdir()
-    save_model(model.to(dtypes[dtype]), tokenizer, target, card)
+    cast(torch.nn.Module, model).to(dtypes[dtype])  # transformers' own annotation of `to` has lost its `self`
+    save_model(model, tokenizer, target, card)
     if push_to_hub is not None:
         _push(target, push_to_hub)
     return target
@@ -99,7 +104,7 @@ def _checkpoint_start(checkpoint: Path) -> tuple[Recipe, str]:
     return recipe, start_model(recipe, run)
 
 
-def _checkpoint_weights(checkpoint: Path) -> dict:
+def _checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     from rlhf_ray.models.trained_part import plain_name
     from rlhf_ray.ppo.checkpoint import read_role
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import linear_anneal
@@ -35,13 +36,15 @@ class LoopState:
     best_step: int = -1
     worse_since: int = 0  # evaluations since the best one
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         state = asdict(self)
         return state | {"best_score": None if self.best_step < 0 else self.best_score}
 
     @classmethod
-    def from_json(cls, state: dict) -> LoopState:
-        return cls(**state | {"best_score": float("-inf") if state["best_score"] is None else state["best_score"]})
+    def from_json(cls, state: dict[str, Any]) -> LoopState:
+        values: dict[str, Any] = dict(state)
+        values["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
+        return cls(**values)
 
 
 def judged_best(state: LoopState, value: float) -> LoopState:

@@ -23,15 +23,9 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.tables.figures import shown_figures
 
 SAMPLES = 40
-FIGURES = {
-    "score": "reward-model score", "disagreement": "disagreement of the reward models",
-    "judge": "judge's score", "judge_positive": "share the judge calls positive",
-    "perplexity": "perplexity, SFT model", "perplexity_independent": "perplexity, separate model",
-    "relevance": "relevance, nats a token", "length": "tokens", "eos_rate": "ended by itself",
-    "distinct_2": "distinct-2", "repetition": "repetition",
-}  # fmt: skip
 FILES = ("environment.json", "timings.json", "report.html", "events.jsonl")
 OWN_MODELS = ("sft", "fluency", "model", "from_scratch")  # what these say in a recipe is not a folder
 
@@ -134,7 +128,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     pairs: list[tuple[str | None, str]] = [(None, "PPO over SFT")]
     for model in other_tuned(summaries[seeds[0]]):
         pairs += [(f"{model}_over_sft", f"{title(model)} over SFT"), (f"ppo_over_{model}", f"PPO over {title(model)}")]
-    for key, words in FIGURES.items():
+    titles = {each.name: each.short for each in shown_figures(summaries[seeds[0]]["ppo"]) if each.short is not None}
+    for key, words in titles.items():
         for model in models:
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):

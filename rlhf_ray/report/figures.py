@@ -8,25 +8,8 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.report import charts
 from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.report.words import figure, flat, percent, shown
+from rlhf_ray.tables.figures import shown_figures
 
-# key of summary.json: (label, unit or explanation, percent?, which direction is better: 1, -1, or 0 for neither)
-FIGURES = {
-    "score": ("Reward-model score", "deviations of the SFT model's scores", False, 1),
-    "disagreement": ("Disagreement", "deviation over the ensemble's reward models", False, 0),
-    "score_length_corr": ("Score with length", "correlation over responses", False, 0),
-    "judge": ("Judge's score", "independent of the reward model", False, 1),
-    "judge_positive": ("Judged positive", "share above the recipe's threshold", True, 1),
-    "perplexity": ("Perplexity, SFT model", "of the responses given their prompts", False, 0),
-    "perplexity_independent": ("Perplexity, independent model", "a separately seeded language model", False, -1),
-    "relevance": ("Relevance", "nats a token, own prompt against another's", False, 1),
-    "retrieval_accuracy": ("Own prompt likelier", "share of responses; 50 % is chance", True, 1),
-    "length": ("Length", "tokens, EOS included", False, 0),
-    "eos_rate": ("Ended by itself", "share of responses", True, 1),
-    "distinct_1": ("Distinct-1", "different words / all words", False, 1),
-    "distinct_2": ("Distinct-2", "different word pairs / all pairs", False, 1),
-    "distinct_3": ("Distinct-3", "different word triples / all triples", False, 1),
-    "repetition": ("Repetition", "4-grams said before in the same response", True, -1),
-}
 QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
     "pairs": "Held-out pairs",
     "accuracy": "Accuracy on held-out pairs",
@@ -110,24 +93,19 @@ def table(summary: dict) -> list[dict]:
     """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
     models = models_of_summary(summary)
-    terms = {
-        key: (f"Reward “{key.removeprefix('score/')}”", "before its weight", False, 0)
-        for key in summary.get("ppo", {})
-        if key.startswith("score/")
-    }
-    for key, (label, unit, as_percent, better) in (FIGURES | terms).items():
-        values = {name: summary[name].get(key) for name in models}
+    for each in shown_figures(summary.get("ppo", {})):
+        values = {name: summary[name].get(each.name) for name in models}
         if not values or None in values.values():
             continue
         cells = []
         for name, value in values.items():
-            difference = None if name == "sft" else over_sft(summary, name).get("difference", {}).get(key)
-            words = "" if name == "sft" else figure(difference, as_percent)
-            cells.append((figure(value, as_percent), words, _tone(difference, better)))
+            difference = None if name == "sft" else over_sft(summary, name).get("difference", {}).get(each.name)
+            words = "" if name == "sft" else figure(difference, each.percent)
+            cells.append((figure(value, each.percent), words, _tone(difference, each.better)))
         rows.append(
             {
-                "label": label,
-                "unit": unit,
+                "label": each.label,
+                "unit": each.unit,
                 "cells": cells,
                 "plot": charts.intervals(list(values.values())),
             }

@@ -2,8 +2,9 @@
 
     python -m rlhf_ray.rewards.function_worker package.module:function
 
-    out  {"ready": true} or {"refused": sentence}           once, after the import
-    in   {"prompt": text, "response": text}
+    out  {"ready": true, "needed": names, "welcome": names, "everything": true or false}, the columns it asks for,
+         or {"refused": sentence}                           once, after the import
+    in   {"prompt": text, "response": text, "columns": {name: value}}
     out  {"score": number} or {"raised": sentence} or {"returned": text}
 
 What the function prints goes to standard error: the answers have a pipe that it does not know of. JSON, so nothing that
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from rlhf_ray.config.columns import asked_by
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
 
@@ -40,7 +42,8 @@ def main(path: str) -> None:
     except UserError as error:
         say({"refused": str(error)})
         return
-    say({"ready": True})
+    asked = asked_by(function)
+    say({"ready": True, "needed": asked.needed, "welcome": asked.welcome, "everything": asked.everything})
     for line in requests:
         say(answer_to(function, json.loads(line)))
 
@@ -48,8 +51,9 @@ def main(path: str) -> None:
 def answer_to(function: Callable, request: dict) -> dict:
     """Call the function on one sample."""
     try:
-        scores = function([request["prompt"]], [request["response"]])
-    except Exception as error:  # the user's code may raise anything
+        columns = {name: [value] for name, value in request["columns"].items()}
+        scores = function([request["prompt"]], [request["response"]], **columns)
+    except Exception as error:  # fault boundary: the user's code may raise anything
         return {"raised": f"{type(error).__name__}: {error}"}
     try:
         (score,) = scores

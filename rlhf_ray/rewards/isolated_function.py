@@ -14,15 +14,27 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
+from rlhf_ray.config.columns import NO_COLUMNS, Asked, Columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 
 START_S = 300.0  # for the import of the function's module, which may load a model
+
+
+def row_of(columns: Columns, place: int) -> dict[str, Any]:
+    """One response's values."""
+    return {name: values[place] for name, values in columns.items()}
+
+
+def sample_words(prompt: str, response: str, row: Mapping[str, Any]) -> str:
+    """A sample as a message shows it."""
+    return ", ".join(f"{name} {value!r}" for name, value in {"prompt": prompt, "response": response, **row}.items())
 
 
 class IsolatedFunction:
@@ -35,8 +47,11 @@ class IsolatedFunction:
         self.path, self.timeout_s, self.timeout_score, self.keys = path, timeout_s, timeout_score, keys
         self._process = FunctionProcess(path)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
-        answers = [self._one(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
+        samples = enumerate(zip(prompts, responses, strict=True))
+        answers = [self._one(prompt, response, row_of(columns, place)) for place, (prompt, response) in samples]
         late = np.array([answer is None for answer in answers], bool)
         total = np.array([self.timeout_score if answer is None else answer for answer in answers], np.float32)
         return Scores(total=total, late=late)
@@ -44,12 +59,13 @@ class IsolatedFunction:
     def close(self) -> None:
         self._process.end()
 
-    def _one(self, prompt: str, response: str) -> float | None:
+    def _one(self, prompt: str, response: str, row: dict[str, Any]) -> float | None:
         """The score of a sample; None: it is over the limit, and has a score for that."""
-        sample = f"prompt {prompt!r}, response {response!r}"
         if not self._process.alive:
             self._process = FunctionProcess(self.path)
-        answer = self._process.ask({"prompt": prompt, "response": response}, self.timeout_s)
+        row = {name: row[name] for name in self._process.asked.among(row)}
+        sample = sample_words(prompt, response, row)
+        answer = self._process.ask({"prompt": prompt, "response": response, "columns": row}, self.timeout_s)
         if answer is None:
             return self._late(sample)
         if "ended" in answer:
@@ -83,12 +99,15 @@ class FunctionProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": search},
             start_new_session=True,  # a group of its own, so that its children end with it
         )  # fmt: skip
+        assert self._popen.stdin is not None and self._popen.stdout is not None  # pipes, as asked for
+        self._input, self._output = self._popen.stdin, self._popen.stdout
         self._end = weakref.finalize(self, _end_group, self._popen)
         self._pending = b""
         answer = self._answer(START_S)
         if answer is None or "ready" not in answer:
             self.end()
             raise UserError(_refusal(path, answer))
+        self.asked = Asked(tuple(answer["needed"]), tuple(answer["welcome"]), answer["everything"])
 
     @property
     def alive(self) -> bool:
@@ -97,8 +116,8 @@ class FunctionProcess:
     def ask(self, request: dict, timeout_s: float) -> dict | None:
         """The answer; None after timeout_s without one; {"ended": how} where the process is gone."""
         try:
-            self._popen.stdin.write(json.dumps(request).encode() + b"\n")
-            self._popen.stdin.flush()
+            self._input.write(json.dumps(request, default=str).encode() + b"\n")
+            self._input.flush()
         except OSError:  # it ended between two calls
             return {"ended": self._how_it_ended()}
         return self._answer(timeout_s)
@@ -109,11 +128,11 @@ class FunctionProcess:
     def _answer(self, timeout_s: float) -> dict | None:
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
-            selector.register(self._popen.stdout, selectors.EVENT_READ)
+            selector.register(self._output, selectors.EVENT_READ)
             while b"\n" not in self._pending:
                 if not selector.select(max(deadline - time.monotonic(), 0.0)):
                     return None
-                part = os.read(self._popen.stdout.fileno(), 65536)
+                part = os.read(self._output.fileno(), 65536)
                 if not part:
                     return {"ended": self._how_it_ended()}
                 self._pending += part
@@ -140,5 +159,6 @@ def _end_group(popen: subprocess.Popen) -> None:
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()
     for pipe in (popen.stdin, popen.stdout):
-        with suppress(OSError):  # what was not sent yet can't be sent any more
-            pipe.close()
+        if pipe is not None:
+            with suppress(OSError):  # what was not sent yet can't be sent any more
+                pipe.close()

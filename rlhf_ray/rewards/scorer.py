@@ -13,27 +13,37 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
+from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.cpu.norms import norms_in_c
-from rlhf_ray.cpu.packed_linear import pack_linears
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
-from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.rewards.isolated_function import IsolatedFunction
+from rlhf_ray.models.load import (
+    body_of,
+    disable_dropout,
+    fit_embeddings,
+    load_reward_model,
+    positions_of,
+    reward_normalisation,
+    score_head,
+    to_device,
+)
+from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
+from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of, sample_words
+from rlhf_ray.tables.families import FAMILIES
 from rlhf_ray.training.packing import Layout, line_inputs, pack
-
-PACKED_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 
 
 class Scorer(Protocol):
     """What turns text into one score each."""
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
-        """`ended` says whether the response ended by itself, that is, whether EOS is part of it."""
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
+        """ended: whether the response ended by itself, that is, whether EOS is part of it. columns: what else stands in the
+        prompts' rows, a value for each response; a scorer takes what it asks for."""
         ...
 
 
@@ -53,26 +63,24 @@ class RewardScorer:
         trust_remote_code: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
-        self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
+        self.model = to_device(load_reward_model(folder, None, trust_remote_code), device).eval()
         disable_dropout(self.model)
         score_in_float32(self.model)
         self.mean, self.std = reward_normalisation(self.model.config)
         self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
-        config = self.model.config.get_text_config()
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
+        self.positions = positions_of(self.model.config)
         self.pad_token_id = self._padding()
         # These score by their head at one token; a class that does something else with the body's output reads rows.
-        self.packed = type(self.model).__name__.removesuffix(
-            "ForSequenceClassification"
-        ).lower() in PACKED_FAMILIES and pack(self.model.base_model)
+        family = FAMILIES.get(type(self.model).__name__.removesuffix("ForSequenceClassification").lower())
+        self.packed = family is not None and family.scores_at_one_token and pack(body_of(self.model))
         self._last_feed_forward = last_feed_forward(self.model)
-        norms_in_c(self.model)
-        pack_linears(self.model, dtype=compute_dtype, frozen=True)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
         token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
-        token_ids = [ids[-(self.positions or 0) :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
         return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
@@ -83,7 +91,7 @@ class RewardScorer:
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             fit_embeddings(self.model, self.tokenizer)
-            config.pad_token_id = self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = self.model.config.pad_token_id = pad_id(self.tokenizer)
         return config.pad_token_id
 
     @torch.inference_mode()
@@ -120,8 +128,10 @@ class EnsembleScorer:
     def __init__(self, members: Sequence[Scorer], *, combine: Combine, std: float):
         self.members, self.combine, self.std = members, combine, std
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
-        each = np.stack([member.score(prompts, responses, ended).total for member in self.members])  # [M, B]
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
+        each = np.stack([member.score(prompts, responses, ended, columns).total for member in self.members])  # [M, B]
         together = torch.from_numpy(each)
         return Scores(
             total=combine_scores(together, combine=self.combine, std=self.std).numpy(),
@@ -144,13 +154,16 @@ class WeightedSum:
         self.aside = [name for name, term in terms.items() if isinstance(term.scorer, IsolatedFunction)]
         self._threads = ThreadPoolExecutor(max(len(self.aside), 1))
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
         scorers = {name: term.scorer for name, term in self.terms.items()}
-        waiting = {name: self._threads.submit(scorers[name].score, prompts, responses, ended) for name in self.aside}
+        given = prompts, responses, ended, columns
+        waiting = {name: self._threads.submit(scorers[name].score, *given) for name in self.aside}
         here: dict[int, Scores] = {}  # a model that is part of two terms scores once
         for name, scorer in scorers.items():
             if name not in waiting and id(scorer) not in here:
-                here[id(scorer)] = scorer.score(prompts, responses, ended)
+                here[id(scorer)] = scorer.score(*given)
         parts = {
             name: waiting[name].result() if name in waiting else here[id(scorer)] for name, scorer in scorers.items()
         }
@@ -166,20 +179,25 @@ class WeightedSum:
 
 
 class FunctionScorer:
-    """A user's function (prompts, responses) -> scores. An error in it is the user's, and is shown with the sample."""
+    """A user's function (prompts, responses) -> scores, which may ask for columns of the prompts' rows by name
+    (`config.columns`). An error in it is the user's, and is shown with the sample."""
 
     def __init__(self, path: str):
         self.path = path
         self.function = import_function(path)
+        self.asked = asked_by(self.function)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Scores:
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
+    ) -> Scores:
+        own = self.asked.of(columns)
         try:
-            scores = self._call(prompts, responses)
-        except Exception as error:  # the user's code may raise anything
-            self._raise_for_first(prompts, responses)
+            scores = self._call(prompts, responses, own)
+        except Exception as error:  # fault boundary: the user's code may raise anything
+            self._raise_for_first(prompts, responses, own)
             raise UserError(
                 f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
-                f"them alone; the first is prompt {prompts[0]!r}, response {responses[0]!r}"
+                f"them alone; the first is {sample_words(prompts[0], responses[0], row_of(own, 0))}"
             ) from error
         if scores.shape != (len(prompts),):
             raise UserError(
@@ -188,19 +206,22 @@ class FunctionScorer:
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise UserError(
-                f"{self.path} returned {scores[bad]} for prompt {prompts[bad]!r}, response {responses[bad]!r}"
+                f"{self.path} returned {scores[bad]} for {sample_words(prompts[bad], responses[bad], row_of(own, bad))}"
             )
         return Scores(total=scores)
 
-    def _call(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        return np.asarray(self.function(list(prompts), list(responses)), np.float32)
+    def _call(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> np.ndarray:
+        # Lists of their own: what the function does to them stays with it.
+        own = {name: list(values) for name, values in columns.items()}
+        return np.asarray(self.function(list(prompts), list(responses), **own), np.float32)
 
-    def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+    def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> None:
         """UserError with the first sample that the function raises on when it is given alone."""
-        for prompt, response in zip(prompts, responses, strict=True):
+        for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            row = row_of(columns, place)
             try:
-                self._call([prompt], [response])
-            except Exception as error:
+                self._call([prompt], [response], {name: [value] for name, value in row.items()})
+            except Exception as error:  # fault boundary: the user's code may raise anything
                 raise UserError(
-                    f"{self.path} raised {type(error).__name__}: {error} on prompt {prompt!r}, response {response!r}"
+                    f"{self.path} raised {type(error).__name__}: {error} on {sample_words(prompt, response, row)}"
                 ) from error

@@ -216,7 +216,7 @@ class RankPart:
 def rank_parts(sequences: Sequences, schedule: list[list[int]], ranks: int) -> list[RankPart]:
     """Each rank takes its rows of each minibatch."""
     lengths = sequences.response_lengths
-    dealt = [deal_rows(rows, sequences.lengths, ranks) for rows in schedule]
+    dealt = [deal_rows(rows, sequences.lengths.tolist(), ranks) for rows in schedule]
     parts = []
     for rank in range(ranks):
         rank_rows = [minibatch[rank] for minibatch in dealt]

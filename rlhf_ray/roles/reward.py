@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.messages import RolloutBatch, Scores
+from rlhf_ray.config.columns import Columns
+from rlhf_ray.data.store import PromptColumns
+from rlhf_ray.messages import Chunk, RolloutBatch, Scores
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.scorer import Scorer
 from rlhf_ray.roles.text import decode_sequences
@@ -21,7 +23,10 @@ class Reward:
         judge: Scorer | None = None,
         stop: tuple[str, ...] = (),
         trust_remote_code: bool = False,
+        columns: tuple[PromptColumns, PromptColumns] | None = None,
     ):
+        """columns: the other columns of the prompts and of the held-out prompts, for scorers that ask for them."""
+        self.columns = columns
         self.scorer, self.judge_scorer, self.stop = scorer, judge, stop
         self.tokenizer = load_tokenizer(policy_folder, trust_remote_code)
 
@@ -36,7 +41,10 @@ class Reward:
 
     def _score(self, scorer: Scorer, rollout: RolloutBatch) -> Scores:
         prompts, responses = decode_sequences(self.tokenizer, rollout.sequences, self.stop)
-        return scorer.score(prompts, responses, rollout.ended.tolist())
+        return scorer.score(prompts, responses, rollout.ended.tolist(), self._columns_of(rollout.chunk))
+
+    def _columns_of(self, chunk: Chunk) -> Columns:
+        return {} if self.columns is None else self.columns[chunk.evaluation].of(chunk.prompt_indices)
 
     def texts(self, rollout: RolloutBatch, count: int) -> list[tuple[str, str]]:
         """The first `count` (prompt, response) pairs, to show."""

@@ -20,7 +20,7 @@ class EventLog:
     def add(self, what: str, done: str, cost_s: float | None = None, **details: Any) -> dict[str, Any]:
         """what: what failed ("reward actor 1 died"); done: the answer ("restarted, chunk 3 sent again");
         cost_s: seconds lost, None if unknown; details: short JSON values, e.g. stage="ppo", step=17."""
-        event = {
+        event: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "what": what,
             "done": done,

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -118,7 +117,7 @@ def environment() -> dict[str, Any]:
         "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").strip() or None,
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
     }

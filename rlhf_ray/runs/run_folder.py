@@ -1,4 +1,4 @@
-"""Names inside a run folder. People script against them; they are listed in the README."""
+"""Names inside a run folder. People script against them; README.md of this folder lists them."""
 
 from __future__ import annotations
 

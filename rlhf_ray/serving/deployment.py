@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
+from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
 
 
@@ -27,17 +28,17 @@ from rlhf_ray.serving.model_folder import find_model, model_name
 class Replica:
     """One engine in its own thread, and the app in the replica's event loop."""
 
-    def __init__(self, options: EngineOptions, settings: AppConfig):
+    def __init__(self, options: EngineOptions, config: AppConfig):
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.loading import load
 
-        self.settings = settings
-        self.runner, self.reader = load(options, settings.limits)
+        self.config = config
+        self.runner, self.reader = load(options, config.limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from rlhf_ray.serving.app import build_app
 
-        return build_app(self.runner, self.reader, self.settings)
+        return build_app(self.runner, self.reader, self.config)
 
     def check_health(self) -> None:
         if not self.runner.healthy:
@@ -46,7 +47,7 @@ class Replica:
 
 def application(
     options: EngineOptions,
-    settings: AppConfig,
+    config: AppConfig,
     *,
     replicas: int,
     cpus: float,
@@ -54,7 +55,7 @@ def application(
     environment: Mapping[str, str],
 ) -> Application:
     """The deployment of `replicas` engines, each reserving `cpus` and `gpus`, in processes with these variables."""
-    limits = settings.limits
+    limits = config.limits
     # Serve's default of 5 requests at once would cap the batch. The app refuses (429) before this limit is reached.
     ongoing = 2 * (limits.max_rows + limits.max_waiting_rows) + 64
     return Replica.options(
@@ -62,13 +63,13 @@ def application(
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
-    ).bind(options, settings)
+    ).bind(options, config)
 
 
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision,
+    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
     trust_remote_code, api_key and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
@@ -78,14 +79,17 @@ def build_application(args: dict[str, Any]) -> Application:
     model = find_model(path)
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
+    engine = choose_engine(given.pop("engine", None), path, gpus)
     options = EngineOptions(
         model=str(model),
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
+        engine=engine.name,
+        plugins=engine.plugins,
     )
-    settings = AppConfig(
+    config = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
         limits=Limits(**{name: int(value) for name, value in known.items()}),
@@ -93,4 +97,4 @@ def build_application(args: dict[str, Any]) -> Application:
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
-    return application(options, settings, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    return application(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)

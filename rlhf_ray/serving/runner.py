@@ -11,25 +11,20 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rlhf_ray.config.sampling import SamplingParams, TokenEvent
 from rlhf_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_ray.generation.protocol import ContinuousEngine
 
 logger = logging.getLogger(__name__)
 
 # A failed step costs the rows that were in the batch; this many in a row cost the replica.
 MAX_FAILED_STEPS = 3
-
-
-class ContinuousEngine(Protocol):
-    """The part of a generation engine that serving uses."""
-
-    def submit(self, prompt_ids: Sequence[int], seed: int, params: SamplingParams) -> int: ...
-    def step(self) -> list[TokenEvent]: ...
-    def cancel(self, request_id: int) -> bool: ...
 
 
 class Overloaded(Exception):
@@ -174,11 +169,11 @@ class EngineRunner:
             self._fail_all(EngineFailed("the engine is shut down" if self._closed else "the engine has failed"))
 
     def _step(self) -> bool:
-        # The thread is the engine's fault boundary: those whose rows were lost are told, and after too many failures
-        # `healthy` turns False, so that the replica is replaced.
+        # A failed step fails the requests whose rows were in the batch. After several in a row `healthy` turns False, and
+        # Serve replaces the replica.
         try:
             events = self.engine.step()
-        except Exception as error:
+        except Exception as error:  # fault boundary: one step
             logger.exception("a step of the generation engine failed")
             self._fail_running(EngineFailed(f"the engine failed: {type(error).__name__}"))
             return False

@@ -17,9 +17,10 @@ from trl import SFTTrainer
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
 from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.supervised.lines import LineLoss
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
@@ -28,24 +29,31 @@ FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initiali
 
 
 class Sft(StageTrainer, SFTTrainer):
-    """TRL's trainer; on CPUs with the plain loss.
+    """TRL's trainer; on CPUs with the plain loss, on packed lines where the model can read them.
 
     TRL computes the loss in a fused head that saves the logits' memory and reports entropy. Without Triton it takes
     half of a step's time on a CPU and forms the logits anyway.
     """
 
+    line_loss: LineLoss | None = None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-        total = summed_loss(logits, inputs["labels"])
+        if self.line_loss is not None:
+            total = self.line_loss.summed(model, inputs)
+        else:
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            total = summed_loss(model(**given, use_cache=False).logits, inputs["labels"])
         # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
+        assert num_items_in_batch is not None, "the trainer counts them"
         return total / num_items_in_batch * self.accelerator.num_processes
 
 
 def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "sft" or "fluency" on this rank -> its summary (see `stage.train_stage`)."""
-    config: SftConfig = getattr(recipe, stage)
+    config = recipe.section(stage)
+    assert isinstance(config, SftConfig)
     seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
@@ -66,7 +74,10 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
             TrlSftConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
             dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
-        return Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        made = Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        if device_of(config).type == "cpu" and not config.packing:
+            made.line_loss = LineLoss.of(model)
+        return made
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
         if not has_role(folder, "sft_eval"):
@@ -94,7 +105,7 @@ def heldout_loss(
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         batch = rows.dataset[order[start : start + batch_size]]
-        ids, mask = padded(batch["input_ids"], tokenizer.pad_token_id, padding_of(model))
+        ids, mask = padded(batch["input_ids"], pad_id(tokenizer), padding_of(model))
         labels, _ = padded(batch["labels"], IGNORED, padding_of(model))
         ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

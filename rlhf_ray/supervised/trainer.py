@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
@@ -38,7 +39,7 @@ LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_n
 
 def padding_of(model: PreTrainedModel) -> int:
     """What widths are a multiple of: 16, or less where the model's positions are no multiple of that."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     return PAD_MULTIPLE if positions is None else math.gcd(PAD_MULTIPLE, positions)
 
 
@@ -75,6 +76,12 @@ class StageTrainer(Trainer):
         # The middle of the step: neither the first nor the last step is spent at a rate of 0.
         progress = self.clock.progress(step + 0.5)
         return rate_factor(progress, schedule=config.schedule, warmup_ratio=config.warmup_ratio)
+
+    def begin(self) -> None:
+        """What only works once the optimiser and DeepSpeed's engine are there."""
+        self.set_rate()
+        if world_size() == 1 and self.stage_config.zero_stage == 0:
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
 
     def set_rate(self) -> None:
         """Follow the recipe as it is now: a checkpoint brings back the rate that it had when it was written."""
@@ -148,7 +155,7 @@ class StageCallback(TrainerCallback):
     tokens_per_step: np.ndarray  # [total_steps], of all ranks
     writer: MetricsWriter | None  # rank 0 only
     device: torch.device
-    set_rate: Callable[[], None]
+    begin: Callable[[], None]
     started: float = field(default_factory=time.monotonic)
     resumed_s: float = 0.0
     saved_s: float = 0.0
@@ -157,7 +164,7 @@ class StageCallback(TrainerCallback):
     step_s: float = 0.0
 
     def on_train_begin(self, args, state, control, **_):
-        self.set_rate()
+        self.begin()
         self.started, self.resumed_s = time.monotonic(), self.clock.elapsed_s
         self.saved_s = self.resumed_s
 
@@ -176,8 +183,8 @@ class StageCallback(TrainerCallback):
         if self.stopped or self.clock.time_is_up:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:  # the closing summary of Trainer.train
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **_):
+        if logs is None or "loss" not in logs:  # the closing summary of Trainer.train
             return
         self.last_loss = logs["loss"]
         if self.writer is None:
@@ -227,7 +234,7 @@ def run_training(
     trainer.clock, trainer.stage_config = clock, config
     writer = _writer(folder, stage, tracking, found)
     callback = StageCallback(
-        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, set_rate=trainer.set_rate
+        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)

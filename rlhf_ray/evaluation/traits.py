@@ -1,0 +1,47 @@
+"""The traits of responses, as the function that `evaluation.trait_function` names sees them.   N responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
+from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.errors import UserError
+
+
+def trait_scores(
+    path: str, prompts: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS
+) -> dict[str, np.ndarray]:
+    """trait -> its score of each response, [N]. UserError unless the function returns N finite numbers a trait.
+
+    columns: the prompts' other columns, of which the function gets those that it asks for
+    """
+    function = import_function(path)
+    own = {name: list(values) for name, values in asked_by(function).of(columns).items()}
+    try:
+        found = function(list(prompts), list(responses), **own)
+    except Exception as error:  # fault boundary: the user's code may raise anything
+        raise UserError(f"evaluation.trait_function {path} raised {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) and name for name in found):
+        raise UserError(
+            f"evaluation.trait_function {path} returned {found!r:.80}; return {{name: scores}}, one number for each response"
+        )
+    scores = {}
+    for name, values in found.items():
+        try:
+            scores[name] = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"evaluation.trait_function {path} returned for '{name}' what are no numbers") from None
+        if scores[name].shape != (len(responses),):
+            raise UserError(
+                f"evaluation.trait_function {path} returned shape {scores[name].shape} for '{name}' and {len(responses)} "
+                "responses; return one number each"
+            )
+        if not np.isfinite(scores[name]).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores[name]))[0])
+            raise UserError(
+                f"evaluation.trait_function {path} returned {scores[name][bad]} as '{name}' of response {responses[bad]!r}"
+            )
+    return scores

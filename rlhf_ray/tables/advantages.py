@@ -1,0 +1,91 @@
+"""Advantage estimators: the values of `ppo.advantage`.   B rollouts, T response tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rlhf_ray.tables.table import Table, loaded
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageOptions:
+    """What the recipe says to every estimator."""
+
+    group_size: int  # samples of a prompt: so many rows side by side
+    gamma: float
+    gae_lambda: float
+
+
+class Estimator(Protocol):
+    """(advantages, returns), both [B, T]. The returns are what a critic learns; None where there is none."""
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,  # [B, T]: the score on the last token, less the KL where it is in the reward
+        values: torch.Tensor | None,  # [B, T], of the state before each token; None without a critic
+        action_mask: torch.Tensor,  # [B, T] bool: what is outside counts for nothing
+        options: AdvantageOptions,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+class ScoreBaseline(Protocol):
+    def __call__(self, scores: torch.Tensor, /, *, group_size: int) -> torch.Tensor: ...  # [B] -> [B]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantage:
+    """One way of saying which responses, or tokens, were better than expected."""
+
+    name: str
+    estimate: Estimator | str
+    words: str  # in the recipe reference, after the name
+    citation: str = ""
+    needs_critic: bool = False
+    compares_samples: bool = False  # the samples of a prompt, of which there have to be several
+    whitens: bool = False  # advantages are centred and scaled over the batch, unless the recipe says otherwise
+    #: of the scores, before the KL is taken off each token; None: scores as they are, and the KL counts in the comparison
+    before_kl: ScoreBaseline | str | None = None
+
+    @property
+    def estimator(self) -> Estimator:
+        return loaded(self.estimate)
+
+    @property
+    def score_baseline(self) -> ScoreBaseline | None:
+        return None if self.before_kl is None else loaded(self.before_kl)
+
+
+_HERE = "rlhf_ray.algorithms.advantages"
+ADVANTAGES: Table[Advantage] = Table(
+    "an advantage",
+    Advantage(
+        name="gae", estimate=f"{_HERE}:with_critic", words="has a critic",
+        citation="Schulman et al. 2015, arXiv 1506.02438", needs_critic=True, whitens=True,
+    ),
+    Advantage(
+        name="rloo", estimate=f"{_HERE}:rloo", words="a sample against the mean of the prompt's others",
+        citation="Ahmadian et al. 2024, arXiv 2402.14740", compares_samples=True,
+    ),
+    Advantage(
+        name="grpo", estimate=f"{_HERE}:grpo", words="against the mean of all, divided by their deviation",
+        citation="Shao et al. 2024, arXiv 2402.03300", compares_samples=True,
+    ),
+    Advantage(
+        name="dr_grpo", estimate=f"{_HERE}:dr_grpo", words="without the division",
+        citation="Liu et al. 2025, arXiv 2503.20783", compares_samples=True,
+    ),
+    Advantage(
+        name="reinforce_pp", estimate=f"{_HERE}:reinforce_pp", words="the reward to go, whitened over the batch",
+        citation="Hu et al. 2025, arXiv 2501.03262", whitens=True,
+    ),
+    Advantage(
+        name="reinforce_pp_baseline", estimate=f"{_HERE}:reinforce_pp",
+        words="the same of scores less the prompt's mean", citation="Hu et al. 2025, arXiv 2501.03262",
+        compares_samples=True, whitens=True, before_kl=f"{_HERE}:group_centred",
+    ),
+)  # fmt: skip

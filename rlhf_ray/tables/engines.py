@@ -1,0 +1,48 @@
+"""Generation engines: the values of `generation.engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_ray.tables.table import Table, loaded
+
+if TYPE_CHECKING:
+    from rlhf_ray.generation.protocol import BatchEngine, EngineSetting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What draws responses: in training, in the evaluation and, if it can, in serving."""
+
+    name: str
+    make: Callable[[EngineSetting], BatchEngine] | str
+    words: str
+    #: GPUs of each actor -> why it can't run here, one sentence with the remedy; None where it always can
+    problem: Callable[[float], str | None] | str | None = None
+    #: it also is a `generation.protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
+    continuous: bool = False
+    coldest: float = 0.0  # the lowest temperature that it draws at, but for 0
+    #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
+    copies: tuple[int, int] = (0, 0)
+
+    def engine(self, setting: EngineSetting) -> BatchEngine:
+        return loaded(self.make)(setting)
+
+    def problem_here(self, gpus: float) -> str | None:
+        return None if self.problem is None else loaded(self.problem)(gpus)
+
+
+_VLLM = "rlhf_ray.generation.vllm_engine"
+ENGINES: Table[Engine] = Table(
+    "a generation engine",
+    Engine(
+        name="torch", make="rlhf_ray.generation.engine:torch_engine", words="plain torch, in this package", continuous=True,
+        copies=(1, 0),
+    ),
+    Engine(
+        name="vllm", make=f"{_VLLM}:vllm_engine", words="vLLM; needs the extra of that name", problem=f"{_VLLM}:vllm_problem",
+        coldest=0.01, copies=(1, 1),
+    ),
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""Supervised passes on packed lines: the numbers are those of each row alone, as transformers computes them."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from rlhf_ray.models.load import disable_dropout
+from rlhf_ray.supervised.lines import LineLoss, classify_lines
+
+LENGTHS, WIDTH, PAD, IGNORED = (5, 17, 9, 1, 16), 32, 0, -100
+GPT2 = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": PAD,
+        "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
+LLAMA = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
+def batch():
+    """Rows padded on the right; the first three tokens of each are its prompt."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.full((len(LENGTHS), WIDTH), PAD)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, length in enumerate(LENGTHS):
+        ids[row, :length] = torch.randint(2, 100, (length,), generator=generator)
+        mask[row, :length] = 1
+        labels[row, 3:length] = ids[row, 3:length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def largest_gap(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max(float((one.grad.double() - two.grad.double()).abs().max()) for one, two in pairs if two.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), lambda: LlamaForCausalLM(LlamaConfig(**LLAMA))],
+    ids=["gpt2", "llama"],
+)  # fmt: skip
+def test_the_loss_is_that_of_each_row_alone_in_float64(make):
+    torch.manual_seed(1)
+    model = make()
+    disable_dropout(model)
+    exact, inputs = copy.deepcopy(model).double(), batch()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, length in enumerate(LENGTHS):
+        logits = exact(input_ids=inputs["input_ids"][row : row + 1, :length]).logits[0]
+        expected = expected + cross_entropy(
+            logits[:-1], inputs["labels"][row, 1:length], ignore_index=IGNORED, reduction="sum"
+        )
+    expected.backward()
+    line_loss = LineLoss.of(model)
+    assert line_loss is not None
+    found = line_loss.summed(model, inputs)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert largest_gap(model, exact) < 1e-5
+
+
+def test_a_batch_without_labels_costs_nothing():
+    model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    inputs = batch() | {"labels": torch.full((len(LENGTHS), WIDTH), IGNORED)}
+    found = LineLoss.of(model).summed(model, inputs)
+    found.backward()
+    assert found.item() == 0.0
+
+
+def test_a_classifier_scores_each_row_as_it_does_alone_in_float64():
+    torch.manual_seed(2)
+    model = GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=1))
+    disable_dropout(model)
+    exact, inputs = copy.deepcopy(model).double(), batch()
+    weights = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64)
+    expected = torch.cat(
+        [exact(input_ids=inputs["input_ids"][row : row + 1, :length]).logits[0] for row, length in enumerate(LENGTHS)]
+    )
+    (expected * weights).sum().backward()
+    assert classify_lines(model)
+    found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    (found.squeeze(-1) * weights).sum().backward()
+    torch.testing.assert_close(found.squeeze(-1).double(), expected, atol=1e-6, rtol=0)
+    assert largest_gap(model, exact) < 1e-6
