@@ -10,6 +10,8 @@ import torch
 
 from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import stage_functions
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
@@ -25,7 +27,7 @@ def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True)
     and what is installed here which engines.
     """
     problems = (_data_problems(recipe) if data else []) + check_model(recipe)
-    problems += _reward_problems(recipe)
+    problems += _reward_problems(recipe) + _stage_problems(recipe)
     if not hardware:
         return problems
     return problems + _precision_problems(recipe) + _engine_problems(recipe) + _memory_problems(recipe)
@@ -41,6 +43,16 @@ def _reward_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.rewards.check import reward_problems
 
     return reward_problems(recipe)
+
+
+def _stage_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for path in stage_functions(recipe):
+        try:
+            import_function(path)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _precision_problems(recipe: Recipe) -> list[str]:

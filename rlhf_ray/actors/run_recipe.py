@@ -124,7 +124,7 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Room for the policy's weights in float32 three times over, and for rollouts."""
+    """Bytes for the policy's weights in float32 three times over, and for rollouts."""
     return 512 * 1024**2 + 3 * 4 * parameters(recipe)
 
 

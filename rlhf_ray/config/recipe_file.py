@@ -163,9 +163,13 @@ def function_names(recipe: Recipe) -> list[str]:
     """The user's functions that score, tell traits or run a stage: package.module:function, each."""
     names = [*(term.function for term in recipe.ppo.terms.values())]
     names += [recipe.evaluation.judge_function, recipe.evaluation.trait_function]
-    for stage in (STAGES[name] for name in recipe.stages if name not in BUILT_IN):
-        names.append(stage.run if stage.train is None else stage.train)
-    return [name for name in names if name is not None]
+    return [name for name in names if name is not None] + stage_functions(recipe)
+
+
+def stage_functions(recipe: Recipe) -> list[str]:
+    """The functions of the recipe's stages that plugins add."""
+    stages = [STAGES[name] for name in recipe.stages if name not in BUILT_IN]
+    return [stage.run if stage.train is None else stage.train for stage in stages]
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
