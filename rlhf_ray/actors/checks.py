@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.actors.worker_start import forks_here
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
@@ -44,6 +44,7 @@ def _reward_problems(recipe: Recipe) -> list[str]:
 
 
 def _precision_problems(recipe: Recipe) -> list[str]:
+    settings: list[tuple[str, Precision, float]]
     settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in recipe.trained.items()]
     settings += [
         ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),
