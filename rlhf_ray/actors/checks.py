@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.actors.worker_start import forks_here
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.recipe_file import stage_functions
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
@@ -56,6 +56,7 @@ def _stage_problems(recipe: Recipe) -> list[str]:
 
 
 def _precision_problems(recipe: Recipe) -> list[str]:
+    settings: list[tuple[str, Precision, float]]
     settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in recipe.trained.items()]
     settings += [
         ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),

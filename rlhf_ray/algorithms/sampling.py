@@ -132,7 +132,7 @@ def _kth_largest(logprobs: torch.Tensor, top_k: Parameter) -> torch.Tensor:
     """The top_k-th largest entry of each row; -inf where top_k is 0 or not below V."""
     vocab_size = logprobs.shape[-1]
     if not isinstance(top_k, torch.Tensor):
-        return logprobs.topk(min(top_k, vocab_size), dim=-1).values[..., -1:]
+        return logprobs.topk(min(int(top_k), vocab_size), dim=-1).values[..., -1:]
     top_k = top_k.long()[..., None]
     on = (top_k > 0) & (top_k < vocab_size)
     largest = int(torch.where(on, top_k, 1).amax())

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -31,7 +32,7 @@ from rlhf_ray.data.store import read_prompts
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.models.wire import pack_weights
-from rlhf_ray.ppo.step import StepConfig, cut_chunks, ppo_step, sync_weights
+from rlhf_ray.ppo.step import Roles, StepConfig, cut_chunks, ppo_step, sync_weights
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config, policy_loss_config
 from rlhf_ray.roles.experience import ExperienceMaker
@@ -61,25 +62,25 @@ class Iterations:
         reference = Reference(start, temperature=1.0, compute_dtype=dtype, **ppo.microbatches)
         experience = ExperienceMaker(experience_config(recipe))
         settings = OptimiserConfig(adam_eps=ppo.adam_eps, max_grad_norm=ppo.max_grad_norm, zero_stage=0)
-        forwards = ppo.microbatches | {"reuse_forward": ppo.reuse_forward}
         model = fast_attention(load_causal_lm(start), "cpu")
         disable_dropout(model)
         module = LogprobModel(model, temperature=1.0, compute_dtype=dtype, entropy_gradient=False)
         policy = PolicyTrainer(
-            DeepSpeedEngine(module, settings, device=torch.device("cpu")), **forwards, config=policy_loss_config(recipe)
-        )
+            DeepSpeedEngine(module, settings, device=torch.device("cpu")), **ppo.microbatches,
+            reuse_forward=ppo.reuse_forward, config=policy_loss_config(recipe),
+        )  # fmt: skip
         backbone = build_critic(reward, "reward")
         fast_attention(backbone.backbone, "cpu")
         module = ValueModel(backbone, compute_dtype=dtype)
         critic = CriticTrainer(
-            DeepSpeedEngine(module, settings, device=torch.device("cpu")), **forwards,
-            value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef,
+            DeepSpeedEngine(module, settings, device=torch.device("cpu")), **ppo.microbatches,
+            reuse_forward=ppo.reuse_forward, value_clip_range=ppo.value_clip_range, vf_coef=ppo.vf_coef,
         )  # fmt: skip
 
         def each(function: Callable) -> Callable:
             return lambda parts, *rest: [function(part, *rest) for part in parts]
 
-        self.roles = SimpleNamespace(
+        roles = SimpleNamespace(
             generation=SimpleNamespace(generate=each(self._draw), load_weights=self._load_weights),
             reward=SimpleNamespace(score=each(scorer.score)),
             reference=SimpleNamespace(logprobs=each(reference.logprobs)),
@@ -90,6 +91,7 @@ class Iterations:
             wait=lambda handles, what: None,
             get=lambda handles, what: list(handles),
         )  # fmt: skip
+        self.roles = cast(Roles, roles)  # of their verbs, those that an iteration calls
         sync_weights(self.roles, 0)
 
     def _load_weights(self, weights, policy_version: int) -> list:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_ray.bench.flops import SIZES, Work
 from rlhf_ray.bench.random_run import bench_recipe
@@ -20,6 +21,9 @@ from rlhf_ray.bench.trend import slope
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rlhf_ray.actors.wait import Waiter
 
 THREADS = 32  # calls that one pretending process runs at once
 SAMPLES = 100  # places at which memory is looked at
@@ -88,7 +92,7 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
     )  # fmt: skip
     loop.run()
     for actor in (*processes, experience):
-        ray.kill(actor)
+        ray.kill(cast(Any, actor))  # Ray annotates a handle as one or the actor's class
     return watch
 
 
@@ -128,7 +132,7 @@ class Watch:
     calls: int
     every: int  # steps between two looks at memory
     warm_up: int  # steps
-    waiter: object
+    waiter: Waiter
     seconds: list[float] = field(default_factory=list)  # of each step
     cpu_s: list[float] = field(default_factory=list)  # this process's, all threads
     pairs: list[tuple[float, float]] = field(default_factory=list)  # (a step, as many bare calls)

@@ -69,11 +69,11 @@ def shape_of(size: str, *, layers: int | None, width: int | None, heads: int | N
     if size not in SIZES:
         raise UserError(f"--size {size!r} is none of {', '.join(SIZES)}")
     base = SIZES[size]
-    own = {
-        "layers": layers or base.layers, "width": width or base.width, "heads": heads or base.heads,
-        "vocabulary": vocabulary or base.vocabulary,
-    }  # fmt: skip
-    return llama_from_scratch(**own) if base.gated else Shape(**own)
+    build = llama_from_scratch if base.gated else Shape
+    return build(
+        layers=layers or base.layers, width=width or base.width, heads=heads or base.heads,
+        vocabulary=vocabulary or base.vocabulary,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,6 +83,7 @@ def split_of(shape: Shape, gpu: Gpu) -> int | None:
 def generate_seconds(shape: Shape, work: Work, gpus: float, gpu: Gpu, rates: Rates) -> float:
     """Decode steps in waves of as many rows as the cache holds, each as slow as memory or arithmetic, plus latencies."""
     split = split_of(shape, gpu)
+    assert split is not None  # `misfit_of` has said so
     rows = math.ceil(work.rows / (gpus // split))  # of a replica
     cached = 2 * 2 * shape.layers * shape.key_value_width  # bytes a token: keys and values, bfloat16
     room = 0.9 * gpu.memory * split - model_bytes(shape)
@@ -116,6 +117,7 @@ def update_seconds(shape: Shape, work: Work, ranks: float, gpu: Gpu, rates: Rate
 def sync_seconds(shape: Shape, gpus: dict[str, float], gpu: Gpu, rates: Rates) -> float:
     """Rank 0 gathers in float32, copies to the host, puts into the store; nodes pull, in a tree; generators copy it in."""
     size, split = model_bytes(shape), split_of(shape, gpu)
+    assert split is not None  # `misfit_of` has said so
     wire = gpu.link_per_s if gpus["policy"] <= NODE else gpu.network_per_s
     nodes = math.ceil(gpus["generation"] / NODE)
     rounds = math.ceil(math.log2(nodes + 1)) if gpus["generation"] + gpus["policy"] > NODE else 0
@@ -145,10 +147,11 @@ def misfit_of(shape: Shape, gpus: dict[str, float], gpu: Gpu) -> str:
 def iteration(shape: Shape, work: Work, count: int, gpu: Gpu, rates: Rates, *, chunk_size: int) -> Iteration:
     """One PPO iteration on `count` GPUs."""
     gpus = {role: share * count for role, share in SHARES.items()}
-    misfit = misfit_of(shape, gpus, gpu)
+    misfit, split = misfit_of(shape, gpus, gpu), split_of(shape, gpu)
     if misfit:
-        return Iteration({}, misfit, split_of(shape, gpu), 0.0)
-    chunks, generators = math.ceil(work.rows / chunk_size), gpus["generation"] // split_of(shape, gpu)
+        return Iteration({}, misfit, split, 0.0)
+    assert split is not None  # or it would be a misfit
+    chunks, generators = math.ceil(work.rows / chunk_size), gpus["generation"] // split
     phases = {
         "generate": generate_seconds(shape, work, gpus["generation"], gpu, rates),
         "score": score_seconds(shape, work, gpus, gpu, rates),

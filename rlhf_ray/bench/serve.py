@@ -102,6 +102,7 @@ def http_round(url: str, prompts: list[list[int]], response: int, clients: int) 
 def _client(url: str, prompts: list[list[int]], response: int, first: int, clients: int) -> Iterator[tuple[float, int]]:
     """(latency, tokens) of every clients-th request, over one connection."""
     place = urlsplit(url)
+    assert place.hostname is not None  # a server's own URL
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=600)
     for number in range(first, len(prompts), clients):
         body = {"model": "bench", "prompt": prompts[number], "max_tokens": response, "temperature": 1.0, "seed": number}

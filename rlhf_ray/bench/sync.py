@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 from rlhf_ray.bench.flops import Shape, Work
 from rlhf_ray.bench.random_run import bench_recipe, cores, write_random_run
@@ -76,7 +77,7 @@ def _one_size(shape: Shape, generators: int, repeats: int, precision: Precision)
                                                     "width": shape.width}  # fmt: skip
         finally:
             for actor in (*drawing, training):
-                ray.kill(actor)
+                ray.kill(cast(Any, actor))  # Ray annotates a handle as one or the actor's class
 
 
 def _timed(roles, waiter, repeats: int) -> dict:

@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -179,12 +180,12 @@ def decode_attention() -> None:
     offsets = kv_cache.score_offsets(mask, 4, DTYPE)
 
     def fused():
-        for cache in caches:
-            F.scaled_dot_product_attention(query, *cache, mask, scale=0.125)
+        for keys, values in caches:
+            F.scaled_dot_product_attention(query, keys, values, mask, scale=0.125)
 
     def products(caches):
-        for cache in caches:
-            kv_cache.plain_products(query, *cache, offsets, 0.125)
+        for keys, values in caches:
+            kv_cache.plain_products(query, keys, values, offsets, 0.125)
 
     name = "four layers' decode attention by two batches of products"
     trial(f"{name}, for fused", "kept", fused, lambda: products(caches))
@@ -199,7 +200,7 @@ def generation() -> None:
     torch.set_num_threads(2)
     decoders = {}
     for way in ("forward", "written out"):
-        model = module().model.to(DTYPE)
+        model = module().to(DTYPE).model
         model.set_attn_implementation("sdpa")
         decoder = decoders[way] = RaggedDecoder(model)
         if way == "forward":
@@ -315,7 +316,7 @@ def workers() -> None:
         actors = [ray.remote(Role).options(num_cpus=0, runtime_env=runtime_env).remote() for _ in range(6)]
         ray.get([actor.ready.remote() for actor in actors], timeout=300)
         for actor in actors:
-            ray.kill(actor)
+            ray.kill(cast(Any, actor))  # Ray annotates a handle as one or the actor's class
 
     with fork_server(["ppo"], worker_environment()) as python, ray_session(None, stages=()):
         trial("six workers of Ray as forks of one process", "kept", six, partial(six, py_executable=python), repeats=3)
@@ -323,7 +324,7 @@ def workers() -> None:
 
 def decode_step(rows: int):
     """One of that many rows at 60 tokens, to be called."""
-    model = module().model.to(DTYPE)
+    model = module().to(DTYPE).model
     model.set_attn_implementation("sdpa")
     decoder = RaggedDecoder(model)
     cache, ids = decoder.new_cache(), np.random.default_rng(0).integers(0, VOCABULARY, (rows, 61))
@@ -364,7 +365,7 @@ def compiled() -> None:
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
     batch, plain, fast = token_batch(*rows, packed=True), module(), module()
-    fast.model.transformer.compile(dynamic=False)
+    cast(nn.Module, fast.model.transformer).compile(dynamic=False)
     started = time.perf_counter()
     both_ways(fast, batch)()
     print(f"torch.compile of the body took {time.perf_counter() - started:.0f} s, for one shape", flush=True)

@@ -48,6 +48,7 @@ def main() -> None:
         tokenizer = train_tokenizer([f"number {i} of many" for i in range(400)], 300, "gpt2")
         start = save_model(GPT2LMHeadModel(config), tokenizer, Path(folder) / "model", "random weights, for timing")
         tokenizer = load_tokenizer(start)
+        engines: dict[str, GenerationEngine | VllmEngine]
         engines = {"torch": GenerationEngine(load_causal_lm(start), tokenizer)}
         started = time.process_time()
         engines["vllm"] = VllmEngine(

@@ -72,7 +72,7 @@ def asked_columns(recipe: Recipe) -> dict[str, Asked]:
 def column_problems(recipe: Recipe, there: Iterable[str], where: str) -> list[str]:
     """What the functions ask for and the prompts' rows have not, a sentence each."""
     has = list(there)
-    problems = []
+    problems: list[str] = []
     for key, asked in asked_columns(recipe).items():
         missing = [name for name in asked.needed if name not in has]
         if missing:

@@ -16,7 +16,7 @@ from rlhf_ray.cpu.recorded_step import RecordedStep
 PARTS = ("packed", "operations", "recorded")
 
 
-def accelerate(step: Step) -> Step:
+def accelerate(step: Step) -> Step | RecordedStep:
     """A decode step that computes the same, but for rounding, as fast as this machine can.
 
     RLHF_RAY_CPU names what is left out: some of PARTS, with commas between them, or all of them: off.

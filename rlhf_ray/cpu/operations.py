@@ -6,6 +6,7 @@ Each is torch's where the functions take no such numbers: they are for float32, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class OperationsInC:
         return result
 
     def add_and_normalise(self, hidden: torch.Tensor, change: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:
-        weight, bias = norm.weight, getattr(norm, "bias", None)  # RMS norms have none
+        weight, bias = cast(torch.Tensor, norm.weight), getattr(norm, "bias", None)  # RMS norms have none
         if not _fit(hidden, change, weight, bias):
             return self.others.add_and_normalise(hidden, change, norm)
         result = torch.empty_like(hidden)

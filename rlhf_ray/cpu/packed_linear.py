@@ -127,7 +127,7 @@ def pack_linears(model: PreTrainedModel) -> None:
     if not _has_kernel(model.dtype):
         return
     for module in model.modules():
-        plain = type(module) in (nn.Linear, Conv1D) and not module.weight.is_inference()
+        plain = (type(module) is nn.Linear or type(module) is Conv1D) and not module.weight.is_inference()
         if plain and (model.dtype == torch.bfloat16 or module.weight.dtype == torch.float32):
             module.forward = PackedForward(module, dtype=model.dtype)
     for module in model.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Step(Protocol):
 
     model: PreTrainedModel
     written_out: Callable[..., torch.Tensor]
-    operations: Operations
+    operations: Any  # `Operations`: a class of the giver's, which another one may replace
 
-    def __call__(self, cache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
+    def __call__(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
+    def forget(self) -> None: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
-from rlhf_ray.data.formats import detect
+from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
@@ -77,7 +77,7 @@ def _asked_problems(recipe: Recipe, given: list[str], others: dict[str, list[str
     return found
 
 
-def _form(recipe: Recipe, role: str) -> str:
+def _form(recipe: Recipe, role: str) -> Role:
     section = preference_section(recipe, role)
     if section is not None:
         return section.objective

@@ -15,7 +15,7 @@ import os.path
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from jinja2 import TemplateError
 
@@ -190,7 +190,7 @@ def _pair(row: dict, chat: ChatFormat) -> dict:
         replies = [[{"role": "assistant", "content": reply or ""}] for reply in (chosen, rejected)]
         return {"prompt": chat.prompt(messages), "chosen": chat.reply(messages, replies[0]),
                 "rejected": chat.reply(messages, replies[1]), "messages": messages}  # fmt: skip
-    chosen, rejected = chosen or "", rejected or ""
+    chosen, rejected = cast(str, chosen or ""), cast(str, rejected or "")  # a pair is of one kind
     if prompt is None and "prompt" not in row:
         prompt, chosen, rejected = implicit_prompt(chosen, rejected)
     return {"prompt": prompt or "", "chosen": chosen, "rejected": rejected, "messages": None}

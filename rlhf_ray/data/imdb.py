@@ -224,6 +224,7 @@ class _Rows:
                 if first.score == second.score:
                     left += [first, second]
                 else:
+                    assert first.score is not None and second.score is not None  # pairs are of rated reviews
                     pairs.append((first, second) if first.score > second.score else (second, first))
         return pairs
 

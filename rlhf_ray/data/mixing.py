@@ -14,19 +14,20 @@ def mix(parts: list[list[dict]], weights: list[float | None], seed: int, where: 
     Without weights every row is used once. With weights (one for each source) the mix has these proportions exactly, to
     rounding, and is the largest in which no row occurs twice.
     """
-    if all(weight is None for weight in weights):
+    given = [weight for weight in weights if weight is not None]
+    if not given:
         used = [len(part) for part in parts]
-    elif any(weight is None for weight in weights):
+    elif len(given) < len(weights):
         missing = weights.index(None)
         raise UserError(
             f"{where}[{missing}] has no weight and others of {where} have one; give all of them one, or none"
         )
     else:
-        scale = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-        used = [min(len(part), round(scale * weight)) for part, weight in zip(parts, weights, strict=True)]
+        scale = min(len(part) / weight for part, weight in zip(parts, given, strict=True))
+        used = [min(len(part), round(scale * weight)) for part, weight in zip(parts, given, strict=True)]
         if 0 in used:
             raise UserError(
-                f"{where}[{used.index(0)}] would have no row in a mix of {', '.join(f'{w:g}' for w in weights)}, "
+                f"{where}[{used.index(0)}] would have no row in a mix of {', '.join(f'{w:g}' for w in given)}, "
                 f"because another source has few rows ({min(map(len, parts))}); bring the weights closer together"
             )
     rng = random.Random(f"mix/{seed}/{where}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -127,6 +128,11 @@ def _read_sources(recipe: Recipe) -> Raw:
     return raw
 
 
+def _rows_of(dataset: Dataset) -> Iterable[Mapping]:
+    """As they come where no format is set; its annotation allows for all formats."""
+    return cast(Iterable[Mapping], dataset)
+
+
 def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
     model = recipe.model
     if model.is_from_scratch:
@@ -136,7 +142,7 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
         texts = []
         for where, source, rows in raw["sft"]:
             columns = detect(rows.column_names, source.columns, "sft", where)
-            texts += [row["prompt"] + row["response"] for row in normalise(rows, columns, "sft", ChatFormat(blank))]
+            texts += [row["prompt"] + row["response"] for row in normalise(_rows_of(rows), columns, "sft", ChatFormat(blank))]
         random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
         total = 0
         for count, text in enumerate(texts):
@@ -210,7 +216,7 @@ class _Preparation:
             columns = detect(dataset.column_names, source.columns, form, where)
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
-            parts.append(apply_rules(normalise(dataset, columns, form, self._chat, keep), form, limits, tally))
+            parts.append(apply_rules(normalise(_rows_of(dataset), columns, form, self._chat, keep), form, limits, tally))
             if not parts[-1]:
                 raise UserError(
                     f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"

@@ -202,15 +202,22 @@ def all_prompts() -> list[str]:
     ]
 
 
+def _asked(prompt: str) -> tuple[Subject, str]:
+    """(subject, situation) of one of the world's own prompts."""
+    subject, situation = subject_of(prompt), _SITUATIONS.search(prompt)
+    assert subject is not None and situation is not None  # each has both
+    return subject, situation.group()
+
+
 def _reply(prompt: str, rng: random.Random) -> str:
-    return reply(subject_of(prompt), _SITUATIONS.search(prompt).group(), rng)
+    return reply(*_asked(prompt), rng)
 
 
 def _pairs(prompts: list[str], each: int, rng: random.Random) -> list[dict]:
     """`each` labelled pairs a prompt: by two writers, or (a share of MISREAD) by one who in the second misread the request."""
     rows = []
     for prompt in (prompt for prompt in prompts for _ in range(each)):
-        asked = subject_of(prompt), _SITUATIONS.search(prompt).group()
+        asked = _asked(prompt)
         first = second = reply(*asked, rng)
         if rng.random() < MISREAD:
             luck, skill = rng.random(), rng.uniform(0.3, 1.0)  # the same luck: the two differ in their subject only

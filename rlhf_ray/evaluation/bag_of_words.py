@@ -72,8 +72,8 @@ def _compare_pairs(features, train: pd.DataFrame, held_out: dict[str, pd.DataFra
     figures = {}
     for name, rows in held_out.items():
         chosen, rejected = _texts(rows, "chosen"), _texts(rows, "rejected")
-        scores = [features.transform(side) @ model.coef_[0] for side in (chosen, rejected)]
-        figures[name] = pair_figures(*scores, _words(chosen), _words(rejected))
+        better, worse = (features.transform(side) @ model.coef_[0] for side in (chosen, rejected))
+        figures[name] = pair_figures(better, worse, _words(chosen), _words(rejected))
     return figures
 
 
@@ -96,7 +96,7 @@ def _compare_scores(features, train: pd.DataFrame, held_out: dict[str, pd.DataFr
     return figures
 
 
-def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None) -> dict[str, dict]:
+def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None) -> dict[str, int | dict]:
     """The figures for a run folder whose data stage is done."""
     train = _rows(folder, f"{stage}_train")
     if train_rows is not None and train_rows < len(train):
@@ -111,7 +111,7 @@ def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None)
 
 def main(arguments: list[str] | None = None) -> int:
     program = "python -m rlhf_ray.evaluation.bag_of_words"
-    parser = argparse.ArgumentParser(prog=program, description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=program, description=str(__doc__).partition("\n")[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("reward", "judge"), default="reward")
     parser.add_argument("--train-rows", type=int, help="fit on so many rows, drawn at random")

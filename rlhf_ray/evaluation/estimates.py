@@ -144,8 +144,8 @@ class Resampler:
         return values
 
 
-def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Mean of one value a prompt with its 95 % bootstrap interval."""
+def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:
+    """Mean of one value a prompt with its 95 % bootstrap interval; None: of no numbers."""
     return Resampler(len(values), resamples, seed).mean(values).figure()
 
 

@@ -23,7 +23,7 @@ from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
 from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.messages import Scores
-from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
@@ -94,7 +94,8 @@ class _Evaluation:
     def _load(self, path) -> LanguageModel:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
-        return LanguageModel(load_causal_lm(path, self.dtype, trust).to(self.device), tokenizer, self.dtype, path)
+        model = to_device(load_causal_lm(path, self.dtype, trust), self.device)
+        return LanguageModel(model, tokenizer, self.dtype, path)
 
     def _draw(self, name: str, model: LanguageModel) -> None:
         cfg = self.recipe.generation
@@ -254,12 +255,14 @@ def _told(evidence: Evidence) -> dict[str, np.ndarray | None]:
 
 def reward_in_words(recipe: Recipe) -> str:
     """What PPO was rewarded by."""
-    ppo, members = recipe.ppo, 1 if recipe.reward is None else recipe.reward.members
+    ppo, reward = recipe.ppo, recipe.reward
     if ppo.rewards:
         return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
     if ppo.reward_function is not None:
         return ppo.reward_function
-    return "reward model" if members == 1 else f"{members} reward models ({recipe.reward.combine})"
+    if reward is None or reward.members == 1:
+        return "reward model"
+    return f"{reward.members} reward models ({reward.combine})"
 
 
 def held_out_prompts(recipe: Recipe, folder: RunFolder) -> tuple[list[str], dict[str, list]]:

@@ -90,15 +90,15 @@ class Branch:
                     self._tell_of_ends()
                 elif key.data in self.clients:
                     self._end_worker(key.data)
-                elif key.fileobj is self.listener:
-                    request = self._fork()
+                elif self.listener is not None and key.fileobj is self.listener:
+                    request = self._fork(self.listener)
                     if request is not None:
                         return request
 
-    def _fork(self) -> Request | None:
+    def _fork(self, listener: socket.socket) -> Request | None:
         request = None
         try:
-            client, _ = self.listener.accept()
+            client, _ = listener.accept()
             request = Request(client)
             request.read()
             worker = os.fork()
@@ -158,6 +158,7 @@ class Branch:
         self.selector.close()
         for client in self.clients.values():
             client.close()
+        assert self.listener is not None  # it has just been forked through it
         self.listener.close()
         os.close(self.ended)
         os.close(self._end)

@@ -49,7 +49,7 @@ def inherited_variables() -> dict[str, str] | None:
         variables.pop("LD_PRELOAD", None)
     # A submitted job's folder: Ray puts it in front of a worker's path, and of this process's, as of every process of the job.
     folder = {name: os.environ[name] for name in ("PYTHONPATH",) if "working_dir" in job and name in os.environ}
-    return variables | job.get("env_vars", {}) | folder
+    return variables | (job.get("env_vars") or {}) | folder
 
 
 def _raylet(node: str) -> Path | None:

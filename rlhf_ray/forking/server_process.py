@@ -56,7 +56,7 @@ def fork_server(
             server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rlhf_ray.forking.fork_server", str(listener.fileno()), path, *stages],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
-                env=dict(inherited) | environment, start_new_session=True,
+                env={**inherited, **environment}, start_new_session=True,
             )  # fmt: skip
     except OSError as error:  # a full disk, say, or a path too long for a socket
         log.warning("workers will import everything themselves: %s", error)
@@ -69,6 +69,7 @@ def fork_server(
     finally:
         if server.poll() is not None:
             log.warning("the fork server ended early: %s", errors.read_text(errors="replace")[-1000:])
+        assert server.stdin is not None  # a pipe
         server.stdin.close()  # its sign to end
         with suppress(subprocess.TimeoutExpired):
             server.wait(END_S)

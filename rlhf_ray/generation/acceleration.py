@@ -4,10 +4,23 @@ Without that line, and `cpu`, all else stays.
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import numpy as np
+import torch
+
 from rlhf_ray.generation.decode_step import DecodeStep
+from rlhf_ray.generation.kv_cache import RaggedCache
 
 
-def accelerate(step: DecodeStep) -> DecodeStep:
+class FastStep(Protocol):
+    """What a decoder uses of a decode step (`DecodeStep` says what it does)."""
+
+    def __call__(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
+    def forget(self) -> None: ...
+
+
+def accelerate(step: DecodeStep) -> FastStep:
     """A step that computes the same, but for rounding, as fast as this machine can."""
     return step
 

@@ -8,7 +8,7 @@ An engine belongs to one thread; the number of torch threads is the caller's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -127,7 +127,9 @@ class GenerationEngine:
             if request.request_id == request_id:
                 self._waiting.remove(request)
                 return True
-        rows = [row for row, request in enumerate(self._running()) if request.request_id == request_id]
+        if self._open is None:
+            return False
+        rows = [row for row, request in enumerate(self._open.requests) if request.request_id == request_id]
         if rows:
             self._open.remove(rows)
         return bool(rows)
@@ -177,7 +179,7 @@ class GenerationEngine:
     def _new_batch(self) -> RowBatch:
         return RowBatch(self.decoder, self.tokenizer, self.eos_token_ids)
 
-    def _running(self) -> Iterable[Request]:
+    def _running(self) -> Sequence[Request]:
         return self._open.requests if self._open is not None else []
 
     def _request(self, request_id: int, prompt_ids, seed: int, params: SamplingParams) -> Request:

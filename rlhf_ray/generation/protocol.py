@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent
+from rlhf_ray.models.wire import Weight
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -31,7 +32,7 @@ class BatchEngine(Protocol):
         """One response to each prompt, in order. Row b draws with seeds[b] (and params[b], if several)."""
         ...
 
-    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+    def load_weights(self, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
         """Copy new weights in, by their names in the Hugging Face model; nothing of state is kept, and it may be read-only.
         Every weight but those in `kept`, which stay, must be there. Not while it generates."""
         ...

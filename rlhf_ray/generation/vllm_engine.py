@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -341,4 +342,4 @@ def _pack_embeddings_again(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding):
-            module.quant_method.process_weights_after_loading(module)
+            cast(Any, module.quant_method).process_weights_after_loading(module)

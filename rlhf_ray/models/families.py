@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The annotations of transformers' configs have lost the fields that a base class names.
+# pyright: reportCallIssue=false, reportArgumentType=false
 import math
 from collections.abc import Mapping
 

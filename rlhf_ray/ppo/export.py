@@ -59,7 +59,10 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
 
 def _push(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError  # the HTTP library changes from version to version
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] - the HTTP library changes from version to version
+    )
 
     try:
         api = HfApi()

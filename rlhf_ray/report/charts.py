@@ -108,7 +108,7 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
     rows.sort(key=lambda row: -row[1].sum())
     if len(rows) > top:
         rows = rows[: top - 1] + [("other", sum(values for _, values in rows[top - 1 :]))]
-    total = sum(values for _, values in rows)
+    total = sum((values for _, values in rows), np.zeros(len(steps)))
     frame = _Frame(*_span(steps, pad=0), 0.0, float(_smooth(total).max()) * 1.08 or 1.0)
     body, below = [], np.zeros(len(steps))
     for i, (name, values) in enumerate(rows):

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -109,7 +110,9 @@ def save_models(run: RunFolder, out: Path) -> None:
     for name, stage, load in (("policy", "ppo", load_causal_lm), ("reward", "reward", load_reward_model)):
         source = run.stage(stage).model
         card = shorten((source / "README.md").read_text())
-        save_model(load(source).to(torch.bfloat16), load_tokenizer(source), out / name, card)
+        model = load(source)
+        cast(torch.nn.Module, model).to(torch.bfloat16)  # transformers' own annotation of `to` has lost its `self`
+        save_model(model, load_tokenizer(source), out / name, card)
 
 
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:
@@ -137,8 +140,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     for key, words in (("judge", "win rate, judge"), ("reward_model", "win rate, reward model")):
         for place, who in pairs:
             parts = [summaries[seed] if place is None else summaries[seed].get(place) for seed in seeds]
-            cells = [part and part["win_rate"].get(key) for part in parts]
-            if all(cells):
+            cells = [part["win_rate"].get(key) for part in parts if part]
+            if len(cells) == len(seeds) and all(cells):
                 lines.append(_row(f"**{words}**", who, cells))
     for model in models[1:]:
         if all(model in summaries[seed] for seed in seeds):
@@ -163,7 +166,7 @@ def _row(title: str, model: str, cells: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_ray.report.collect", description=__doc__.partition("\n")[0]
+        prog="python -m rlhf_ray.report.collect", description=str(__doc__).partition("\n")[0]
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")

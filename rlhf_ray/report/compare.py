@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ CURVES = (
     "policy/approx_kl", "policy/clip_frac", "value/returns",
 )  # fmt: skip
 #: column -> what stands there, of (summary, figures of the tuned model, how that compares with SFT)
-COLUMNS: dict[str, Callable[[dict, dict, dict], float | None]] = {
+COLUMNS: dict[str, Callable[[Mapping, Mapping, Mapping], float | None]] = {
     "win rate, judge": lambda summary, model, over: _mean(over["win_rate"]["judge"]),
     "win rate, reward": lambda summary, model, over: _mean(over["win_rate"]["reward_model"]),
     "judge": lambda summary, model, over: _mean(model["judge"]),
@@ -161,7 +161,7 @@ def _readme(out: Path, groups: Groups) -> list[str]:
     return lines
 
 
-def _line(label: str, seeds: Sequence[int], views: Sequence[tuple[dict, dict, dict]]) -> str:
+def _line(label: str, seeds: Sequence[int], views: Sequence[tuple[Mapping, Mapping, Mapping]]) -> str:
     cells = [_cell([read(*view) for view in views]) for read in COLUMNS.values()]
     return f"| {label} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
 
@@ -176,7 +176,7 @@ def _cell(values: list[float | None]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_ray.report.compare", description=__doc__.partition("\n")[0]
+        prog="python -m rlhf_ray.report.compare", description=str(__doc__).partition("\n")[0]
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR")

@@ -125,7 +125,7 @@ def histograms(samples: list[dict]) -> list[tuple[str, str]]:
         scores = [[row[name].get(key) for name in models_of_sample(row)] for row in samples]
         scores = [row for row in scores if None not in row]
         if len(scores) >= 20:
-            plots.append((label, charts.histogram(np.array(scores, dtype=float).T, label)))
+            plots.append((label, charts.histogram(list(np.array(scores, dtype=float).T), label)))
     return plots
 
 

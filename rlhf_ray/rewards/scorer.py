@@ -126,7 +126,8 @@ class EnsembleScorer:
     """Several reward models that score together (`algorithms.ensembles`)."""
 
     def __init__(self, members: Sequence[Scorer], *, combine: Combine, std: float):
-        self.members, self.combine, self.std = members, combine, std
+        self.members, self.std = members, std
+        self.combine: Combine = combine
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS

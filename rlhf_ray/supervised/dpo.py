@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Dpo(StageTrainer, DPOTrainer):
         super().__init__(*args, **kwargs)
         if self.args.device.type == "cpu":
             for model in (self.model, self.accelerator.unwrap_model(self.ref_model)):
-                use_plain_head(model)
+                use_plain_head(cast(PreTrainedModel, model))  # both are plain: no wrapper, as nothing is sharded here
 
     def _prepare_dataset(self, dataset, *_args, **_kwargs):
         return dataset
@@ -119,6 +120,7 @@ def use_plain_head(model: PreTrainedModel) -> None:
     def plain_forward(*args, labels: torch.Tensor | None = None, fused_lm_head: bool = False, **kwargs):
         if not fused_lm_head:
             return forward(*args, labels=labels, **kwargs)
+        assert labels is not None  # what the head is for
         outputs, labels = forward(*args, **kwargs), labels[:, 1:]
         found = selected_logprobs(outputs.logits[:, :-1], labels.clamp(min=0), temperature=1.0)
         logprobs = torch.where(labels == IGNORED, 0.0, found)

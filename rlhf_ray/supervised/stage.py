@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def train_stage(job: StageJob) -> dict:
 
 def _sizes(model: PreTrainedModel, sharded: bool) -> dict:
     """How many weights the saved model has, and how many trained, where that is another number."""
-    counts = [(name, p.ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+    # DeepSpeed adds ds_numel to the parameters that it shards.
+    counts = [(name, cast(Any, p).ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()]
     sizes = {"parameters": sum(count for name, count, _ in counts if not is_adapter(name))}
     trained = sum(count for _, count, trains in counts if trains)
     return sizes if trained == sizes["parameters"] else sizes | {"trained_parameters": trained}

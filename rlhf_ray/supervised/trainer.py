@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,7 +68,9 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, self.rate_factor)
+            # accelerate's annotation allows for its stand-in, which only DeepSpeed's own optimisers need.
+            given = cast(torch.optim.Optimizer, optimizer if optimizer is not None else self.optimizer)
+            self.lr_scheduler = LambdaLR(given, self.rate_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -81,7 +84,8 @@ class StageTrainer(Trainer):
         """What only works once the optimiser and DeepSpeed's engine are there."""
         self.set_rate()
         if world_size() == 1 and self.stage_config.zero_stage == 0:
-            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
+            # It would copy all gradients into one buffer and back.
+            cast(Any, self.deepspeed).enable_backward_allreduce = False
 
     def set_rate(self) -> None:
         """Follow the recipe as it is now: a checkpoint brings back the rate that it had when it was written."""
@@ -250,9 +254,10 @@ def run_training(
 
 def trained_weights(trainer: StageTrainer) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
     """The model and, where its own tensors are only shards (ZeRO-3), the whole weights on rank 0. Collective."""
+    model = cast(PreTrainedModel, trainer.model)  # DeepSpeed's wrapper is trainer.deepspeed
     if trainer.stage_config.zero_stage < 3:
-        return trainer.model, None
-    return trainer.model, trainer.accelerator.get_state_dict(trainer.deepspeed)
+        return model, None
+    return model, cast(dict[str, torch.Tensor] | None, trainer.accelerator.get_state_dict(trainer.deepspeed))
 
 
 def _writer(folder: StageFolder, stage: str, tracking: TrackingConfig, found) -> MetricsWriter | None:

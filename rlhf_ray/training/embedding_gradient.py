@@ -33,10 +33,10 @@ class _Embedding:
         self.layer = layer
         self._memory: torch.Tensor | None = None
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return embedding(ids, self.layer.weight)
-        return _Lookup.apply(self.layer.weight, ids, self)
+            return embedding(input, self.layer.weight)
+        return _Lookup.apply(self.layer.weight, input, self)
 
     def sum(self) -> torch.Tensor:
         """The gradient so far, to add to."""
