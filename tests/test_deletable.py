@@ -51,7 +51,7 @@ def without(tmp_path_factory):
 def run(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True,
-        timeout=280,
+        timeout=700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -65,7 +65,8 @@ def test_all_else_can_be_imported_and_keeps_its_layers(without):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_all_else_works(without):
     """Generation, PPO updates; workers of Ray."""
     for files in (("test_generation.py", "test_single_process.py"), ("test_weight_transport.py",)):
-        assert "passed" in run(without, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{file}" for file in files))
+        assert "passed" in run(without, "-m", "pytest", "-q", "-m", "not gpu and not slow", *(f"tests/{file}" for file in files))

@@ -58,10 +58,10 @@ def _stage_problems(recipe: Recipe) -> list[str]:
 def _precision_problems(recipe: Recipe) -> list[str]:
     settings: list[tuple[str, Precision, float]]
     settings = [(name, stage.precision, stage.gpus_per_worker) for name, stage in recipe.trained.items()]
-    settings += [
+    settings.extend([
         ("ppo", recipe.ppo.precision, recipe.resources.policy.gpus),
         ("generation", recipe.generation.precision, recipe.resources.generation.gpus),
-    ]
+    ])  # fmt: skip
     problems = []
     for section, setting, gpus in settings:
         try:

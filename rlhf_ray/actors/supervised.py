@@ -63,8 +63,7 @@ def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: P
             write_atomically(done, json.dumps(summary, indent=2) + "\n")
         each.append(json.loads(done.read_text()))
         shutil.rmtree(target.member(member).checkpoints, ignore_errors=True)
-    ensemble = isinstance(config, RewardConfig) and members > 1
-    summary = ensemble_summary(each, target, config) if ensemble else each[0]
+    summary = ensemble_summary(each, target, config) if isinstance(config, RewardConfig) and members > 1 else each[0]
     target.finish(summary)
     shutil.rmtree(target.checkpoints, ignore_errors=True)
     return summary

@@ -49,7 +49,7 @@ def check_data(recipe: Recipe) -> list[str]:
         for index, source in enumerate(data.lists[role]):
             where = f"data.{role}[{index}]"
 
-            def columns_fit(source=source, where=where, form=form, role=role) -> None:
+            def columns_fit(source=source, where=where, form: Role = form, role=role) -> None:
                 columns = columns_of(source, data.root, where)
                 if columns is None:
                     others[role] = None

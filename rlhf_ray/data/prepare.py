@@ -142,7 +142,8 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
         texts = []
         for where, source, rows in raw["sft"]:
             columns = detect(rows.column_names, source.columns, "sft", where)
-            texts += [row["prompt"] + row["response"] for row in normalise(_rows_of(rows), columns, "sft", ChatFormat(blank))]
+            normalised = normalise(_rows_of(rows), columns, "sft", ChatFormat(blank))
+            texts += [row["prompt"] + row["response"] for row in normalised]
         random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
         total = 0
         for count, text in enumerate(texts):
@@ -216,7 +217,8 @@ class _Preparation:
             columns = detect(dataset.column_names, source.columns, form, where)
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
-            parts.append(apply_rules(normalise(_rows_of(dataset), columns, form, self._chat, keep), form, limits, tally))
+            normalised = normalise(_rows_of(dataset), columns, form, self._chat, keep)
+            parts.append(apply_rules(normalised, form, limits, tally))
             if not parts[-1]:
                 raise UserError(
                     f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"

@@ -4,19 +4,19 @@ Without that line, and `cpu`, all else stays.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from rlhf_ray.generation.decode_step import DecodeStep
-from rlhf_ray.generation.kv_cache import RaggedCache
 
 
 class FastStep(Protocol):
     """What a decoder uses of a decode step (`DecodeStep` says what it does)."""
 
-    def __call__(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
+    # cache: a RaggedCache, of which `cpu` knows only what it reads
+    def __call__(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
     def forget(self) -> None: ...
 
 

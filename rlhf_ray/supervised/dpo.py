@@ -61,7 +61,7 @@ class Dpo(StageTrainer, DPOTrainer):
         super().__init__(*args, **kwargs)
         if self.args.device.type == "cpu":
             for model in (self.model, self.accelerator.unwrap_model(self.ref_model)):
-                use_plain_head(cast(PreTrainedModel, model))  # both are plain: no wrapper, as nothing is sharded here
+                use_plain_head(cast(PreTrainedModel, model))  # neither is in a wrapper here
 
     def _prepare_dataset(self, dataset, *_args, **_kwargs):
         return dataset

@@ -92,7 +92,9 @@ def train_stage(job: StageJob) -> dict:
 def _sizes(model: PreTrainedModel, sharded: bool) -> dict:
     """How many weights the saved model has, and how many trained, where that is another number."""
     # DeepSpeed adds ds_numel to the parameters that it shards.
-    counts = [(name, cast(Any, p).ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+    counts = [
+        (name, cast(Any, p).ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()
+    ]
     sizes = {"parameters": sum(count for name, count, _ in counts if not is_adapter(name))}
     trained = sum(count for _, count, trains in counts if trains)
     return sizes if trained == sizes["parameters"] else sizes | {"trained_parameters": trained}
