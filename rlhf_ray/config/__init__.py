@@ -9,7 +9,7 @@ May import: errors, tables.
 from rlhf_ray.config.base import Precision, Section, exact_div
 from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig
 from rlhf_ray.config.generation import GenerationConfig
-from rlhf_ray.config.ppo import KlConfig, PPOConfig, RewardTerm
+from rlhf_ray.config.ppo import KlConfig, PPOConfig
 from rlhf_ray.config.recipe import (
     EvaluationConfig,
     GroupConfig,
@@ -18,6 +18,7 @@ from rlhf_ray.config.recipe import (
     RoleConfig,
     TrackingConfig,
 )
+from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 
 __all__ = [

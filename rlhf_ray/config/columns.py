@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.config.ppo import RewardTerm
 from rlhf_ray.config.recipe import Recipe
+from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.tables.rewards import kind_of
 
