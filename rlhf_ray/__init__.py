@@ -25,14 +25,14 @@ if TYPE_CHECKING:
         RewardKind,
         register_advantage,
         register_engine,
-        register_family,
         register_figure,
+        register_model_family,
         register_reward,
     )
 
 __all__ = [
     "Advantage", "Engine", "Family", "Figure", "Recipe", "RewardKind", "Stage", "StageModel", "StageStopped", "UserError",
-    "load_recipe", "register_advantage", "register_engine", "register_family", "register_figure", "register_reward",
+    "load_recipe", "register_advantage", "register_engine", "register_model_family", "register_figure", "register_reward",
     "register_stage", "run",
 ]  # fmt: skip
 

@@ -589,7 +589,7 @@ def neox_config(shape, token_ids):
 
 def test_a_family_of_ones_own_trains_from_random_weights(added, tmp_path):
     family = rlhf_ray.Family(name="gpt_neox", words="GPT-NeoX", config=neox_config, gated=False)
-    added(rlhf_ray.register_family, FAMILIES, family)
+    added(rlhf_ray.register_model_family, FAMILIES, family)
     recipe = tiny_recipe(
         model={"from_scratch": {"architecture": "gpt_neox"}}, ppo={"steps": 1, "lora": {"target_modules": ["dense"]}},
     )  # fmt: skip
