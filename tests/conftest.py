@@ -11,7 +11,7 @@ os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not
 import pytest
 import torch
 from differences import table
-from processors import processor, processor_with_blocks, threads  # noqa: F401 - fixtures
+from processors import processor, threads  # noqa: F401 - fixtures
 from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():

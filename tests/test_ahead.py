@@ -20,7 +20,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.ppo.ahead import Ahead
 from rlhf_ray.ppo.loop import LoopState
-from rlhf_ray.ppo.single_process import PlainPPO
+from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.step import MismatchError, ppo_step, sync_weights
 from rlhf_ray.roles.trainer import PolicyTrainer
 from rlhf_ray.runs.run_folder import RunFolder
@@ -384,7 +384,7 @@ def test_a_stopped_run_goes_on_with_all_prompts(folder):
     assert [row["rollout/age_max"] for _, row in rest.records] == [0, 1, 2]
 
 
-def test_posted_weights_are_taken_before_the_next_unit(folder):
+def test_weights_in_flight_are_taken_before_the_next_chunk(folder):
     recipe = tiny_recipe()
     roles, other = LocalRoles(recipe, folder), LocalRoles(recipe, folder)
     (generator,), (straight,) = roles.generation.roles, other.generation.roles
@@ -395,9 +395,9 @@ def test_posted_weights_are_taken_before_the_next_unit(folder):
         weights = ((name, tensor + by) for name, tensor in roles.policy.roles[0].weights())
         return {name: array for part in pack_weights(weights, 2, torch.float32) for name, array in part.items()}
 
-    assert generator.post_weights(moved(0.5), 1) == 1
+    assert generator.update_weights_in_flight(moved(0.5), 1) == 1
     assert generator.policy_version == 0, "not while a chunk may be at work"
-    generator.post_weights(moved(0.02), 2)
+    generator.update_weights_in_flight(moved(0.02), 2)
     straight.load_weights(moved(0.02), 2)
     found, wanted = generator.generate(chunk), straight.generate(chunk)
     assert found.policy_version == wanted.policy_version == 2, "the newest, none between"
@@ -420,8 +420,8 @@ def test_an_update_starts_from_the_forward_passes_of_its_own_rollouts(folder, mo
 
 
 def test_the_one_file_loop_refuses(folder):
-    with pytest.raises(UserError, match="draws and trains in turn, and ppo.steps_ahead is 2"):
-        PlainPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
+    with pytest.raises(UserError, match="does not act on ppo.steps_ahead = 2; set ppo.steps_ahead to 0"):
+        SingleProcessPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
 
 
 @pytest.mark.parametrize("algorithm", [{}, {"advantage": "grpo"}], ids=["ppo", "grpo"])

@@ -24,6 +24,7 @@ from rlhf_ray.algorithms.losses import (
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal, minibatch_rows
 from rlhf_ray.algorithms.scores import end_scores, overlong_penalty, token_rewards
+from rlhf_ray.tables.advantages import ADVANTAGES
 
 NAN = float("nan")
 
@@ -495,7 +496,7 @@ def test_minibatches_cover_every_row_in_every_epoch():
 
 
 CONFIG = AdvantageConfig(
-    advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.5,
+    advantage=ADVANTAGES["gae"], group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.5,
     score_clip=None, missing_eos_penalty=1.0,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=3, whiten_rewards=False, whiten_advantages=False,
 )  # fmt: skip
@@ -596,7 +597,7 @@ def group_of_two(**options):
     ("rloo", 1 - 0.6), ("dr_grpo", 1 - 0.8), ("grpo", 0.2 / (math.sqrt(0.08) + 1e-4)),
 ])  # fmt: skip
 def test_a_group_advantage_is_the_same_for_all_tokens_of_a_response(advantage, first):
-    mask, result = group_of_two(advantage=advantage)
+    mask, result = group_of_two(advantage=ADVANTAGES[advantage])
     assert result.advantages[mask].tolist() == pytest.approx([first] * 3 + [-first] * 2)
     assert (result.advantages[~mask] == 0).all()
     assert result.returns is None and not any(name.startswith("value/") for name in result.stats)
@@ -605,7 +606,7 @@ def test_a_group_advantage_is_the_same_for_all_tokens_of_a_response(advantage, f
 
 def test_a_kl_in_the_loss_is_not_in_the_reward_too():
     """Penalised scores alone are 1 and 1; with an over-long penalty of 1 for the three tokens they are 0 and 1."""
-    mask, result = group_of_two(advantage="dr_grpo", kl_in_reward=False, overlong_buffer=1)
+    mask, result = group_of_two(advantage=ADVANTAGES["dr_grpo"], kl_in_reward=False, overlong_buffer=1)
     assert result.advantages[mask].tolist() == pytest.approx([-0.5] * 3 + [0.5] * 2)
     assert result.stats["objective/kl"] == 2.0 and result.stats["objective/zero_variance_groups"] == 0.0
     assert result.stats["objective/rlhf_reward"] == pytest.approx(0.5 - 0.1 * 2.0)  # what is maximised, either way
@@ -613,9 +614,9 @@ def test_a_kl_in_the_loss_is_not_in_the_reward_too():
 
 def test_reinforce_pp_is_the_reward_to_go():
     """Rewards [-0.1, 0, 1.1] and [-0.2, 0.8]; the baseline form takes the group's mean of 1 off the scores first."""
-    mask, result = group_of_two(advantage="reinforce_pp")
+    mask, result = group_of_two(advantage=ADVANTAGES["reinforce_pp"])
     assert result.advantages[mask].tolist() == pytest.approx([1.0, 1.1, 1.1, 0.6, 0.8])
-    mask, result = group_of_two(advantage="reinforce_pp_baseline")
+    mask, result = group_of_two(advantage=ADVANTAGES["reinforce_pp_baseline"])
     assert result.advantages[mask].tolist() == pytest.approx([0.0, 0.1, 0.1, -0.4, -0.2])
 
 

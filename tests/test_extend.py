@@ -15,7 +15,7 @@ from transformers import GPTNeoXConfig
 
 import rlhf_ray
 from rlhf_ray.actors.checks import _engine_problems
-from rlhf_ray.algorithms.experience import assemble
+from rlhf_ray.algorithms.experience import WrongEstimate, assemble
 from rlhf_ray.cli.display import summary_table
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
@@ -219,7 +219,7 @@ def test_an_advantage_with_a_critic_must_give_returns(added):
     added(rlhf_ray.register_advantage, ADVANTAGES, entry)
     recipe = tiny_recipe(ppo={"advantage": "own_critic"})
     assert recipe.ppo.has_critic and "critic" in recipe.ppo_roles
-    with pytest.raises(UserError, match="own_critic gave no returns"):
+    with pytest.raises(WrongEstimate, match="own_critic gave no returns"):
         assembled(recipe, group_size=2)
 
 
@@ -230,7 +230,7 @@ def test_an_advantage_of_another_shape_is_refused(added):
     added(
         rlhf_ray.register_advantage, ADVANTAGES, rlhf_ray.Advantage(name="short", estimate=short, words="[B] only")
     )
-    with pytest.raises(UserError, match=r"short gave advantages of shape \(2,\) for rewards of shape \(2, 3\)"):
+    with pytest.raises(WrongEstimate, match=r"short gave advantages of shape \(2,\) for rewards of shape \(2, 3\)"):
         assembled(tiny_recipe(ppo={"advantage": "short"}))
 
 
@@ -241,7 +241,7 @@ def test_a_name_that_is_no_advantage_trains_nothing():
     with pytest.raises(UserError, match="ppo.advantage: 'grop' .* did you mean 'grpo'"):
         build_recipe({"name": "x", "ppo": {"advantage": "grop"}}, [], "x.yaml")
     with pytest.raises(UserError, match="names no entry that is an advantage"):
-        assembled(tiny_recipe(), advantage="nobody's")
+        ADVANTAGES.named("nobody's")
 
 
 # -- columns of the prompts' rows -------------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def neox_config(shape, token_ids):
 
 def test_a_family_of_ones_own_trains_from_random_weights(added, tmp_path):
     family = rlhf_ray.Family(name="gpt_neox", words="GPT-NeoX", config=neox_config, gated=False)
-    added(rlhf_ray.register_model_family, FAMILIES, family)
+    added(rlhf_ray.register_family, FAMILIES, family)
     recipe = tiny_recipe(
         model={"from_scratch": {"architecture": "gpt_neox"}}, ppo={"steps": 1, "lora": {"target_modules": ["dense"]}},
     )  # fmt: skip

@@ -13,16 +13,16 @@ import pytest
 import ray
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.actors import forked_actors
 from rlhf_ray.actors import supervised as launch
-from rlhf_ray.actors.forked_actors import inherited_variables
 from rlhf_ray.actors.ppo_stage import ray_roles, run_ppo
 from rlhf_ray.actors.session import ray_session, worker_environment
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
+from rlhf_ray.forking import forked_actors, ray_internals
 from rlhf_ray.forking import server_process as forking
 from rlhf_ray.forking.fork_client import surroundings
 from rlhf_ray.forking.fork_server import why_not
+from rlhf_ray.forking.forked_actors import inherited_variables
 from rlhf_ray.forking.server_process import fork_server
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def script(tmp_path):
 @pytest.fixture
 def python(monkeypatch):
     """What Ray would start in place of Python. The server is for no stage, and so imports little."""
-    monkeypatch.setattr(forking, "wanted", lambda stages: True)
+    monkeypatch.setattr(forking, "forks_here", lambda stages: True)
     with fork_server((), {}) as python:
         yield shlex.split(python)
 
@@ -181,7 +181,7 @@ def test_workers_of_one_ray_have_one_parent_and_those_of_another_another(python,
 
 def test_the_server_ends_with_whoever_started_it(script, tmp_path):
     code = (
-        "from rlhf_ray.actors import forking; import time; forking.wanted = lambda stages: True\n"
+        "from rlhf_ray.forking import server_process as forking; import time; forking.forks_here = lambda stages: True\n"
         "with forking.fork_server((), {}) as python: print(python, flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -199,12 +199,12 @@ def test_the_server_ends_with_whoever_started_it(script, tmp_path):
 
 def test_where_there_is_no_fork_server(monkeypatch, tmp_path):
     monkeypatch.setattr(forking, "GPU_DEVICES", ())
-    assert forking.wanted(["ppo"]) and not forking.wanted([])
+    assert forking.forks_here(["ppo"]) and not forking.forks_here([])
     monkeypatch.setattr(forking, "GPU_DEVICES", (str(tmp_path),))
-    assert not forking.wanted(["ppo"])
+    assert not forking.forks_here(["ppo"])
     monkeypatch.setattr(forking, "GPU_DEVICES", ())
     monkeypatch.setenv("RLHF_RAY_FORK", "off")
-    assert not forking.wanted(["ppo"])
+    assert not forking.forks_here(["ppo"])
 
 
 def test_a_path_too_long_for_a_socket_is_no_obstacle(monkeypatch, tmp_path, python):
@@ -316,15 +316,15 @@ def test_elsewhere_they_are_not(running_ray, other, monkeypatch, tmp_path):
         elif other == "python":
             monkeypatch.setattr(sys, "executable", "/usr/bin/python-of-others")
         else:
-            monkeypatch.setattr(forked_actors, "Path", lambda path: tmp_path)
+            monkeypatch.setattr(ray_internals, "Path", lambda path: tmp_path)
         assert inherited_variables() is None
-        with forked_actors.forked_actors(spins=True) as runtime_env:
+        with forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:
             assert runtime_env == {}
 
 
 @pytest.mark.ray
 def test_where_all_workers_are_forks_actors_need_nothing():
-    with ray_session(None), forked_actors.forked_actors(spins=True) as runtime_env:
+    with ray_session(None), forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:
         assert runtime_env == {} and "py_executable" in ray.get_runtime_context().runtime_env
 
 

@@ -21,6 +21,7 @@ from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences, TokenValue
 from rlhf_ray.roles.configs import PolicyLossConfig
 from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker
 from rlhf_ray.roles.trainer import PolicyTrainer
+from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.training.forward import LogprobModel
 
 VOCAB, LONGEST = 11, 6
@@ -98,7 +99,7 @@ def gradients(
         return TokenValues(values=np.concatenate([what[row] for row in chunk.chunk.prompt_indices]))
 
     assemble = AdvantageConfig(
-        advantage=advantage, group_size=1 if advantage in ("gae", "reinforce_pp") else 2, kl_in_reward=kl is None,
+        advantage=ADVANTAGES[advantage], group_size=1 if advantage in ("gae", "reinforce_pp") else 2, kl_in_reward=kl is None,
         kl_estimator="k1", gamma=0.95, gae_lambda=0.9, score_clip=None, missing_eos_penalty=0.5,
         missing_eos_score=None, overlong_buffer=2,
         max_new_tokens=LONGEST, whiten_rewards=False, whiten_advantages=advantage == "gae",

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
-from rlhf_ray.cpu.activation import PIECE, SigmoidGELU
 from rlhf_ray.data.tokens import encode_pair
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.activation import PIECE, SigmoidGELU
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.critic import Critic, build_critic, critic_from_causal_lm, critic_from_reward_model
 from rlhf_ray.models.load import (

@@ -6,6 +6,7 @@ import gc
 import pytest
 from tiny import TEXTS, tiny_recipe, write_start
 
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.run_recipe import failures_recorded
 from rlhf_ray.config import Recipe
@@ -13,7 +14,6 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.garbage_collection import collector_paused
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume
 from rlhf_ray.runs.run_folder import RunFolder, held

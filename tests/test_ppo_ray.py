@@ -22,7 +22,7 @@ from tiny import tiny_recipe, write_start
 from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.role_actors import MAIL
+from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.config import RoleConfig
@@ -308,7 +308,7 @@ class Toy:
         return rollout, Receipt(0.5, 8)
 
 
-@ray.remote(num_cpus=0, concurrency_groups={MAIL: 1})
+@ray.remote(num_cpus=0, concurrency_groups={IN_FLIGHT: 1})
 class SlowGenerator:
     """Says of each chunk how many syncs came before it."""
 
@@ -322,7 +322,7 @@ class SlowGenerator:
     def load_weights(self, version, *parts):
         self.version = version
 
-    post_weights = load_weights
+    update_weights_in_flight = load_weights
 
 
 @ray.remote(num_cpus=0, max_retries=0)

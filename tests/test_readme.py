@@ -38,7 +38,7 @@ LONGEST = {"README.md": (300, 3000), "REPORT.md": (1000, None)}
 #: words that only this project would use, or nobody any more
 FORBIDDEN = re.compile(r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it)\b", re.IGNORECASE)
 REFERENCE = "rlhf_ray/config/README.md"
-OTHERS_OPTIONS: set[str] = set()  # of other programs
+OTHERS_OPTIONS = {"--differences"}  # of other programs: pytest, with tests/conftest.py
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:rlhf_ray|tests)/[\w/]+\.py)(?::([\w.]+))?`")
@@ -218,10 +218,12 @@ def test_commands_named_in_a_sentence_exist(document):
         words = words.split()
         node = typer.main.get_command(app)
         while hasattr(node, "commands"):
-            if not words:
+            if not words or words == ["--help"]:
                 break
             assert words[0] in node.commands, f"rlhf-ray {' '.join(words)}"
             node, words = node.commands[words[0]], words[1:]
+        if words == ["--help"]:
+            continue
         options = {name for parameter in node.params for name in parameter.opts}
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options | {"--help"}, words
 

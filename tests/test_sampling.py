@@ -207,3 +207,68 @@ def test_a_greedy_row_beside_one_that_is_drawn():
     assert tokens.tolist() == [2, 2, 1]
     np.testing.assert_allclose(logprobs.exp(), [0.7, 0.1, 0.5], atol=1e-6)
     assert draw(logits, torch.zeros(3), temperature=0.0)[0].tolist() == [2, 0, 1]
+
+
+def expected_draw(logits, uniform, temperature):
+    """The first token whose cumulative probability exceeds the draw, and all tokens' log-probs."""
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(0)
+    return int((cumulative <= uniform * cumulative[-1]).sum()), logprobs, cumulative / cumulative[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab_size", [1, 5, 128, 300, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws_from_the_whole_vocabulary(dtype, vocab_size, temperature):
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(40, vocab_size, generator=generator) * 3).to(dtype)
+    uniforms = torch.rand(40, generator=generator)
+    uniforms[:4] = torch.tensor([0.0, 1e-38, 1 - 2**-24, 0.5])
+    tokens, logprobs = draw(logits, uniforms, temperature=temperature)
+    exact = 0
+    for row in range(40):
+        token, expected, cumulative = expected_draw(logits[row], float(uniforms[row]), temperature)
+        found = int(tokens[row])
+        exact += token == found
+        # A draw at the border of two tokens' shares may fall to either.
+        below = cumulative[found - 1] if found else 0.0
+        assert below - 1e-6 <= uniforms[row] <= cumulative[found] + 1e-6
+        assert float(logprobs[row]) == pytest.approx(float(expected[found]), abs=2e-6, rel=1e-6)
+    assert exact >= 39
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_without_probability_is_never_drawn(dtype):
+    """Nor any beyond the last one that has some, however near to 1 the draw."""
+    logits = torch.full((6, 500), -torch.inf)
+    logits[:, 130:140] = torch.linspace(0, 1, 10)
+    logits[:, 260] = -200.0  # 0 in float32
+    logits[3:, 450] = 0.5
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-24] * 2)
+    tokens, logprobs = draw(logits.to(dtype), uniforms, temperature=1.0)
+    assert tokens.tolist()[:1] == [130] and tokens.tolist()[2:4] == [139, 130] and int(tokens[5]) == 450
+    assert logprobs.isfinite().all()
+    logits = torch.randn(500, 128).to(dtype)  # sums of which round up as often as down
+    logits[:, 100:] = -torch.inf
+    tokens, _ = draw(logits, uniforms[2].expand(500).contiguous(), temperature=1.0)
+    assert tokens.max() == 99
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log().expand(1000, 4).contiguous()
+    tokens, _ = draw(logits, (torch.arange(1000) + 0.5) / 1000, temperature=1.0)
+    assert tokens.bincount(minlength=4).tolist() == [500, 0, 250, 250]
+    tokens, _ = draw(torch.zeros(3, 4), torch.tensor([0.25, 0.5, 0.75]), temperature=1.0)
+    assert tokens.tolist() == [1, 2, 3], "a draw that a cumulative probability equals belongs to the next token"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_a_number_shows_in_the_log_prob(bad, dtype):
+    logits = torch.randn(3, 300).to(dtype)
+    logits[1, 200] = bad
+    if bad == -torch.inf:
+        logits[1] = bad
+    tokens, logprobs = draw(logits, torch.full((3,), 0.4), temperature=1.0)
+    assert logprobs.isfinite().tolist() == [True, False, True]
+    assert ((tokens >= 0) & (tokens < 300)).all()

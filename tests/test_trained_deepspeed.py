@@ -98,7 +98,7 @@ def whole(engine):
 
     found = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.settings.zero_stage == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.config.zero_stage == 3):
             found[name] = parameter.detach().clone()
     return found
 

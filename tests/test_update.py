@@ -20,6 +20,7 @@ from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
 from rlhf_ray.roles.configs import PolicyLossConfig
 from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker
 from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
+from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.training.forward import LogprobModel, ValueModel
 
 VOCAB, TEMPERATURE, KL_COEF, LR = 7, 0.7, 0.3, 0.02
@@ -225,7 +226,7 @@ EXTRAS = {
 def test_one_update_is_that_of_the_formulas(extra):
     policy, reference, critic = models()
     options = AdvantageConfig(
-        advantage="gae", group_size=1, kl_in_reward=extra["kl_loss"] is None, kl_estimator="k1", gamma=GAMMA,
+        advantage=ADVANTAGES["gae"], group_size=1, kl_in_reward=extra["kl_loss"] is None, kl_estimator="k1", gamma=GAMMA,
         gae_lambda=LAMBDA, score_clip=None, missing_eos_penalty=0.4,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False,
         whiten_advantages=True,
@@ -280,7 +281,7 @@ def test_one_update_is_that_of_the_formulas(extra):
 def test_the_update_stops_when_the_policy_has_moved_far_enough():
     """At a small rate approx_kl of the minibatches rises from 0, so their mean lies between two of them."""
     options = AdvantageConfig(
-        advantage="gae", group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.95,
+        advantage=ADVANTAGES["gae"], group_size=1, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=0.95,
         score_clip=None, missing_eos_penalty=0.0,
         missing_eos_score=None, overlong_buffer=0, max_new_tokens=4, whiten_rewards=False, whiten_advantages=True,
     )  # fmt: skip

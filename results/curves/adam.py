@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.ppo.single_process import PlainPPO
+from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.runs.run_folder import RunFolder
 
 SEEDS = range(5)
@@ -33,7 +33,7 @@ def first_update(run: Path, data: dict, *, seed: int, form: str, rate: float, ep
         "learning_rate": rate, "adam_eps": eps, "kl_coef": 0.15, "whiten_rewards": True, "max_grad_norm": 0.0,
         "critic_init": "sft",
     }  # fmt: skip
-    ppo = PlainPPO(Recipe.model_validate(values), RunFolder(run))
+    ppo = SingleProcessPPO(Recipe.model_validate(values), RunFolder(run))
 
     def as_in_tensorflow(adam: torch.optim.Adam, *_) -> None:
         steps = next((int(state["step"]) for state in adam.state.values()), 0) + 1

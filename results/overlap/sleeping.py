@@ -22,7 +22,7 @@ from rlhf_ray.actors.groups import (
     ReferenceGroup,
     RewardGroup,
 )
-from rlhf_ray.actors.role_actors import MAIL
+from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import Receipt, Waiter
 from rlhf_ray.config import PPOConfig
@@ -50,7 +50,7 @@ class Sleeper:
     def load_weights(self, version, *parts):
         self.version = version
 
-    def post_weights(self, version, *parts):
+    def update_weights_in_flight(self, version, *parts):
         self.posted.append(version)
 
     def score(self, rollout):
@@ -84,10 +84,10 @@ class Sleeper:
 
 
 def start_actors() -> dict:
-    plain, mailed = ray.remote(Sleeper), ray.remote(concurrency_groups={MAIL: 1})(Sleeper)
+    plain, in_flight = ray.remote(Sleeper), ray.remote(concurrency_groups={IN_FLIGHT: 1})(Sleeper)
     here, there = ({"num_cpus": 0, "resources": {host: 0.1}} for host in ("host_of_generators", "host_of_trainers"))
     trainers = {name: plain.options(**there).remote() for name in ("reward", "reference", "policy", "experience")}
-    return trainers | {"generation": plain.options(**here).remote(), "in flight": mailed.options(**here).remote()}
+    return trainers | {"generation": plain.options(**here).remote(), "in flight": in_flight.options(**here).remote()}
 
 
 def seconds_of(actors: dict, mode: dict, *, generate: float, train: float, steps: int) -> tuple[float, float]:

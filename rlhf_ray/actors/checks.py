@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import stage_functions
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import wanted
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
 from rlhf_ray.models.size import parameters
@@ -25,7 +27,7 @@ def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True)
     and what is installed here which engines.
     """
     problems = (_data_problems(recipe) if data else []) + check_model(recipe)
-    problems += _reward_problems(recipe)
+    problems += _reward_problems(recipe) + _stage_problems(recipe)
     if not hardware:
         return problems
     return problems + _precision_problems(recipe) + _engine_problems(recipe) + _memory_problems(recipe)
@@ -41,6 +43,16 @@ def _reward_problems(recipe: Recipe) -> list[str]:
     from rlhf_ray.rewards.check import reward_problems
 
     return reward_problems(recipe)
+
+
+def _stage_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for path in stage_functions(recipe):
+        try:
+            import_function(path)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _precision_problems(recipe: Recipe) -> list[str]:
@@ -66,7 +78,7 @@ def _engine_problems(recipe: Recipe) -> list[str]:
 def _memory_problems(recipe: Recipe) -> list[str]:
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=wanted(["ppo"]))
+    return memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
 
 
 def itemsize_of(recipe: Recipe, kind: str) -> int:

@@ -61,7 +61,7 @@ def submit(
         if job.metadata and job.metadata.get(_RUN_DIR) == run_dir and not job.status.is_terminal():
             raise UserError(
                 f"job {job.submission_id} is still running in {run_dir}; "
-                f"{_handles(job.submission_id, client)}; or choose another run folder"
+                f"{_handles(job.submission_id or '', client)}; or choose another run folder"
             )
     job_id = _next_id(recipe.name, jobs)
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_submit_") as folder:
@@ -202,7 +202,7 @@ def _within(deadline_s: float, what: str, call: Callable):
     def work() -> None:
         try:
             outcome.append((call(), None))
-        except Exception as error:  # carried to the caller's thread
+        except Exception as error:  # fault boundary: this thread; the caller's raises it again
             outcome.append((None, error))
 
     thread = threading.Thread(target=work, daemon=True)

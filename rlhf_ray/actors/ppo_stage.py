@@ -9,7 +9,6 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.actors.forked_actors import forked_actors
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -26,12 +25,14 @@ from rlhf_ray.actors.role_actors import (
     CriticActor,
     ExperienceActor,
     GenerationActor,
-    MailedGenerationActor,
+    InFlightGenerationActor,
     PolicyActor,
     ReferenceActor,
     RewardActor,
 )
+from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
+from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import check_columns, count_rows
 from rlhf_ray.errors import StageStopped, UserError
@@ -51,7 +52,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
     spins = recipe.ppo.steps_ahead == 0
-    with forked_actors(spins=spins) as runtime_env, Placement(
+    with forked_actors(worker_environment(spins=spins)) as runtime_env, Placement(
         recipe.ppo_roles, waiter, strategy=resources.placement, timeout_s=resources.start_timeout_s,
         alone="generation" if spins else None, runtime_env=runtime_env,
     ) as placement:  # fmt: skip
@@ -69,9 +70,9 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ]
 
         in_flight = recipe.ppo.weights_in_flight
-        # Where others compute on the same GPU once everything is drawn.
-        rests = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
-        generator = MailedGenerationActor if in_flight else GenerationActor
+        # Other roles compute on the same GPU once everything is drawn.
+        sleeps = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
+        generator = InFlightGenerationActor if in_flight else GenerationActor
         generation = actors(generator, "generation", resources.generation, start)
         reward = actors(RewardActor, "reward", resources.reward, start)
         reference = []
@@ -98,7 +99,7 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         ]
         try:
             policy_group = PolicyGroup("policy", policy, waiter)
-            generation_group = GenerationGroup(generation, waiter, in_flight, rests=rests)
+            generation_group = GenerationGroup(generation, waiter, in_flight, sleeps=sleeps)
             roles = RayRoles(
                 generation_group, RewardGroup("reward", reward, waiter),
                 ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
@@ -144,7 +145,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         LoopState(kl_coef=ppo.kl_coef),
         checkpoint.last_good(
             stage.checkpoints,
-            lambda message: EventLog(folder.events).add(message, "read the one before it", stage="ppo"),
+            lambda message: _tell_of_damage(folder, message),
         ),
     )
     if last is not None:
@@ -175,6 +176,10 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
+
+
+def _tell_of_damage(folder: RunFolder, message: str) -> None:
+    EventLog(folder.events).add(message, "read the one before it", stage="ppo")
 
 
 def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:

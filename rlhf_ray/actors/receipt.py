@@ -1,4 +1,4 @@
-"""What a call says about itself, beside what it returns."""
+"""The seconds and bytes of a call, beside its result."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def nbytes(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
     if is_dataclass(value):
+        # getattr: a slotted dataclass has no __dict__, and asdict would copy the arrays.
         return sum(nbytes(getattr(value, part.name)) for part in fields(value))
     if isinstance(value, dict):
         return sum(map(nbytes, value.values()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.actors.garbage_collection import collector_paused
 
 with collector_paused():
     import ray
@@ -13,7 +14,7 @@ with collector_paused():
     from rlhf_ray.actors.process import set_up_process
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
-    from rlhf_ray.config import Recipe, RoleConfig
+    from rlhf_ray.config import GroupConfig, Precision, Recipe, RoleConfig
     from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -30,7 +31,7 @@ class RoleActor:
         """Import and make the plain role, as far as the actor can alone."""
         raise NotImplementedError
 
-    def compute_dtype(self, setting: str) -> torch.dtype:
+    def compute_dtype(self, setting: Precision) -> torch.dtype:
         from rlhf_ray.training.precision import resolve_precision
 
         return resolve_precision(setting, self.device)
@@ -75,9 +76,9 @@ class Generation(RoleActor, GenerationEnd):
 
 
 GenerationActor = ray.remote(Generation)
-#: one that takes post while it generates: a thread of its own, which calls of this concurrency group run in
-MAIL = "mail"
-MailedGenerationActor = ray.remote(concurrency_groups={MAIL: 1})(Generation)
+#: Calls of this concurrency group run in a thread of their own, so weights arrive while the actor generates.
+IN_FLIGHT = "in_flight"
+InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generation)  # pyright: ignore[reportCallIssue] - not in Ray's annotation
 
 
 @ray.remote
@@ -115,7 +116,7 @@ class ReferenceActor(RoleActor):
         recipe = self.recipe
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
-            device=self.device, **recipe.ppo.microbatches, zero_stage=recipe.resources.policy.zero_stage,
+            device=self.device, **recipe.ppo.microbatches,
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
 
@@ -161,6 +162,8 @@ class TrainerActor(RoleActor):
     """One rank of a DeepSpeed group. Not an actor itself."""
 
     role_name: str
+    settings: GroupConfig
+    role: Any  # PolicyTrainer or CriticTrainer, whose module is imported in the actor only
 
     def build(self, rank: int, ranks: int):
         self.rank, self.ranks = rank, ranks
@@ -267,7 +270,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         if keep:
             trust = self.recipe.model.trust_remote_code
             model = load_causal_lm(self.start, None, trust)
-            if adapter is not None:
+            if adapter is not None and ppo.lora is not None:
                 save_adapter(model, state, ppo.lora, adapter, str(self.start))
             load_trained(model, state, lora=ppo.lora, freeze_layers=ppo.freeze_layers)
             # Not generation_config.stop_strings: with those a plain `generate` refuses to run without a tokenizer.

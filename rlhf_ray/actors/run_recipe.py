@@ -109,7 +109,7 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
         yield
     except StageStopped:
         raise
-    except Exception as error:
+    except Exception as error:  # fault boundary: the run; what ends it is recorded, and raised
         failure = machine_failed(current_stage() or "the run", error) if isinstance(error, OSError) else error
         if isinstance(failure, (RunFailed, UserError)):
             what = str(failure)
@@ -124,7 +124,7 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Room for the policy's weights in float32 three times over, and for rollouts."""
+    """Bytes for the policy's weights in float32 three times over, and for rollouts."""
     return 512 * 1024**2 + 3 * 4 * parameters(recipe)
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import ray
 
+from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import fork_server
 
 # Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
@@ -28,8 +28,10 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 ANSWER_S = 10  # within which a cluster's port takes a connection
 
 
-def worker_environment() -> dict[str, str]:
-    return WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+def worker_environment(*, spins: bool = False) -> dict[str, str]:
+    """spins: generators' threads are to (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp."""
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return WORKER_ENVIRONMENT | passed_on | (ALONE_ENVIRONMENT if spins else {})
 
 
 @contextmanager
@@ -42,8 +44,8 @@ def ray_session(
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
-    stages: whose workers a local Ray has forked (`forking.server_process`). spins: the generators' threads are to
-    (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp. The others' own share of the cores is theirs.
+    stages: whose workers a local Ray has forked (`actors.worker_start`). spins: the generators' threads are to, and then those of
+    all forks (`worker_environment`). The others' own share of the cores is theirs.
     """
     environment = worker_environment()
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
@@ -63,7 +65,7 @@ def ray_session(
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    forked = environment | (ALONE_ENVIRONMENT if spins else {})
+    forked = worker_environment(spins=spins)
     with fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}

@@ -7,6 +7,7 @@ from functools import partial
 
 import ray
 
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
@@ -14,7 +15,6 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.garbage_collection import collector_paused
 from rlhf_ray.runs.pipeline import StageFunction
 from rlhf_ray.runs.run_folder import RunFolder
 

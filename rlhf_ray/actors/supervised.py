@@ -24,13 +24,13 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import LoggingConfig
 
+from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.garbage_collection import collector_paused
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.ensemble import ensemble_summary
@@ -140,7 +140,7 @@ def _fit(
     def fit() -> None:
         try:
             box["result"] = trainer.fit()
-        except BaseException as error:  # handed to the caller's thread below, whatever it is
+        except BaseException as error:  # fault boundary: this thread; the caller's raises it
             box["error"] = error
 
     # In a thread of its own: the caller's thread reports progress, and keeps its own handling of Ctrl-C, which fit()

@@ -110,7 +110,7 @@ def _own_modules(recipe: Recipe, here: Path) -> list[Path]:
     roots = {name.partition(":")[0].partition(".")[0] for name in names if name} - {"rlhf_ray"}
     found = [PathFinder.find_spec(root, [str(here)]) for root in sorted(roots)]
     return [
-        Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
+        Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin or "")
         for spec in found
         if spec is not None
     ]

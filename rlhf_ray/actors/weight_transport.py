@@ -1,4 +1,4 @@
-"""New weights, from the policy's rank 0 to the generation actors: which way is possible, and the actors' ends of it.
+"""How new weights get from the policy's rank 0 to the generation actors, and both ends of the way.
 
 - object_store: numpy arrays through Ray's object store; everywhere.
 - collective: one broadcast (`training.weight_channel`), each on a GPU of its own, or all on CPUs.
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,10 @@ from rlhf_ray.actors.receipt import Receipt, with_receipt
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf_ray.config import GroupConfig, Recipe
+    from rlhf_ray.models.wire import Weight
+    from rlhf_ray.roles.generator import Generator
+    from rlhf_ray.roles.trainer import PolicyTrainer
     from rlhf_ray.training.weight_channel import Layout, WeightChannel
 
 Transport = Literal["object_store", "collective", "ipc"]
@@ -25,10 +29,10 @@ Transport = Literal["object_store", "collective", "ipc"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an actor computes."""
+    """The device that an actor computes on."""
 
     node: str
-    gpu: str | None  # which one, in all processes the same; None: on the CPU
+    gpu: str | None  # its id, the same in all processes; None: the CPU
 
 
 def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *, waits: bool) -> Transport:
@@ -39,26 +43,35 @@ def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *
     places = [policy, *generators]
     on_gpus = all(place.gpu is not None for place in places)
     on_cpus = all(place.gpu is None for place in places)
-    possible = ["object_store"]
+    possible: list[Transport] = ["object_store"]
     if waits and (on_cpus or (on_gpus and len({place.gpu for place in places}) == len(places))):
         possible.insert(0, "collective")
     if waits and on_gpus and len(set(places)) == 1:
         possible.insert(0, "ipc")
     if setting == "auto":
         return possible[0] if on_gpus else "object_store"
-    if setting not in possible:
+    chosen: Transport | None = next((way for way in possible if way == setting), None)
+    if chosen is None:
         devices = ", ".join(sorted({place.gpu or "the CPU" for place in places}))
         raise UserError(
             f"resources.weight_transport is {setting}, but policy and generation compute on {devices}, which allows "
             f"{' or '.join(possible)}; set it to auto"
         )
-    return setting
+    return chosen
 
 
 class PolicyEnd:
-    """Of a policy actor: every rank makes these calls, since ZeRO-3 gathers; rank 0 gives."""
+    """The policy actor's end. Every rank makes these calls, because ZeRO-3 gathers from all; rank 0 sends."""
 
     channel: WeightChannel | None = None
+
+    # Of the actor that this is a part of:
+    recipe: Recipe
+    settings: GroupConfig
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    role: PolicyTrainer
 
     def weight_dtype(self) -> torch.dtype:
         """A generator that was asked to compute in float32 gets float32."""
@@ -94,8 +107,8 @@ class PolicyEnd:
                 rank=0, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
             )
 
-    def send_weights(self):
-        """(None, Receipt): what trains, to whoever is in the channel."""
+    def send_weights(self) -> tuple[None, Receipt]:
+        """Send what trains to all members of the channel."""
         started, sent = time.perf_counter(), 0
         if self.channel is not None:
             sent = self.channel.send(self.role.weights(), self.layout, self.weight_dtype())
@@ -106,20 +119,26 @@ class PolicyEnd:
 
 
 class GenerationEnd:
-    """Of a generation actor."""
+    """The generation actor's end."""
 
-    def load_weights(self, policy_version, *parts):
-        """parts: name -> weight, together all that trains. In place, before the next chunk."""
+    channel: WeightChannel | None = None
+
+    # Of the actor that this is a part of:
+    device: torch.device
+    role: Generator
+
+    def load_weights(self, policy_version: int, *parts: Mapping[str, Weight]) -> int:
+        """parts: name -> weight. Together they are all that trains. They are copied in place, before the next chunk."""
         weights = {name: weight for part in parts for name, weight in part.items()}
         version = self.role.load_weights(weights, policy_version)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the policy may overwrite what it shared once this returns
         return version
 
-    def post_weights(self, policy_version, *parts):
-        """As `load_weights`, for a generator at work: taken between two chunks."""
+    def update_weights_in_flight(self, policy_version: int, *parts: Mapping[str, Weight]) -> int:
+        """Like `load_weights`, while the generator draws: it copies the weights in between two chunks."""
         weights = {name: weight for part in parts for name, weight in part.items()}
-        return self.role.post_weights(weights, policy_version)
+        return self.role.update_weights_in_flight(weights, policy_version)
 
     def open_channel(
         self, rank: int, size: int, address: str, port: int, layout: Layout, dtype: torch.dtype, timeout_s: float
@@ -131,6 +150,7 @@ class GenerationEnd:
             rank=rank, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
         )
 
-    def take_weights(self, policy_version):
-        """As `load_weights`, from the channel."""
+    def receive_weights(self, policy_version: int) -> int:
+        """Like `load_weights`, from the channel."""
+        assert self.channel is not None, "open_channel comes first"
         return self.load_weights(policy_version, dict(self.channel.receive(self.layout, self.sent_as)))

@@ -5,12 +5,53 @@ B rollouts, T response tokens. The samples of a prompt are a group of `group_siz
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 
 from rlhf_ray.algorithms.gae import gae
-from rlhf_ray.tables.advantages import AdvantageOptions
 
 STD_EPS = 1e-4  # TRL's; a group whose rewards are all equal gets advantages of zero, not of noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageOptions:
+    """What the recipe says to every estimator."""
+
+    group_size: int  # samples of a prompt: so many rows side by side
+    gamma: float
+    gae_lambda: float
+
+
+class Estimator(Protocol):
+    """(advantages, returns), both [B, T]. The returns are what a critic learns; None where there is none."""
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,  # [B, T]: the score on the last token, less the KL where it is in the reward
+        values: torch.Tensor | None,  # [B, T], of the state before each token; None without a critic
+        action_mask: torch.Tensor,  # [B, T] bool: what is outside counts for nothing
+        options: AdvantageOptions,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+class ScoreBaseline(Protocol):
+    def __call__(self, scores: torch.Tensor, /, *, group_size: int) -> torch.Tensor: ...  # [B] -> [B]
+
+
+class Advantage(Protocol):
+    """What `experience.assemble` needs of an entry of `tables.advantages`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs_critic(self) -> bool: ...
+    @property
+    def estimator(self) -> Estimator: ...
+    @property
+    def score_baseline(self) -> ScoreBaseline | None: ...
 
 
 def leave_one_out(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
@@ -44,7 +85,7 @@ def rewards_to_go(rewards: torch.Tensor, action_mask: torch.Tensor, *, gamma: fl
     return gae(rewards, torch.zeros_like(rewards), action_mask, gamma=gamma, gae_lambda=1.0)[0]
 
 
-# -- the estimators: one signature (`tables.advantages.Estimator`) -------------------------------------------------------
+# -- the estimators: one signature (`Estimator`) -------------------------------------------------------
 
 
 def with_critic(

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from rlhf_ray.algorithms.advantages import Advantage, AdvantageOptions
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
@@ -17,15 +18,17 @@ from rlhf_ray.algorithms.scores import (
     token_rewards,
     zero_variance_groups,
 )
-from rlhf_ray.errors import UserError
-from rlhf_ray.tables.advantages import ADVANTAGES, Advantage, AdvantageOptions
+
+
+class WrongEstimate(ValueError):
+    """What an estimator returned is nothing to train on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageConfig:
     """How the recipe wants rewards and advantages."""
 
-    advantage: str  # a name of `tables.advantages`
+    advantage: Advantage
     group_size: int  # samples of a prompt, side by side
     kl_in_reward: bool
     kl_estimator: Literal["k1", "k2", "k3"]  # of the KL in the reward
@@ -62,7 +65,7 @@ def assemble(
     kl_coef: float,
 ) -> Assembled:
     """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch."""
-    advantage = ADVANTAGES.named(config.advantage)
+    advantage = config.advantage
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
     penalised = _penalised(scores, ended, action_mask, config)
     baseline = advantage.score_baseline
@@ -118,14 +121,14 @@ def _estimated(
     action_mask: torch.Tensor,
     config: AdvantageConfig,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(advantages, returns), zero outside the mask, whoever wrote the estimator. UserError for other shapes than [B, T]."""
+    """(advantages, returns), zero outside the mask, whoever wrote the estimator. WrongEstimate for other shapes than [B, T]."""
     options = AdvantageOptions(group_size=config.group_size, gamma=config.gamma, gae_lambda=config.gae_lambda)
     advantages, returns = advantage.estimator(rewards, values, action_mask, options)
     for what, given in (("advantages", advantages), ("returns", returns)):
         if given is None and advantage.needs_critic:
-            raise UserError(f"ppo.advantage {advantage.name} gave no {what}, from which its critic would learn")
+            raise WrongEstimate(f"ppo.advantage {advantage.name} gave no {what}, from which its critic would learn")
         if given is not None and given.shape != action_mask.shape:
-            raise UserError(
+            raise WrongEstimate(
                 f"ppo.advantage {advantage.name} gave {what} of shape {tuple(given.shape)} for rewards of shape "
                 f"{tuple(action_mask.shape)}; give one number per token"
             )

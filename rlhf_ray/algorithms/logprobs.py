@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+# torch.autograd.Function and Tensor.split have no annotations, so strict would find their results unknown.
+# pyright: basic
 import torch
-
-from rlhf_ray.cpu import kernels
 
 # Logits that are worked on at a time, in float32: 1 MiB stays in a core's cache; a GPU wants work for all of its cores.
 PIECE = {"cpu": 2**18, "cuda": 2**27}
 
 
-def selected_logprobs(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float, overwrite: bool = False
-) -> torch.Tensor:
+def selected_logprobs(logits: torch.Tensor, ids: torch.Tensor, *, temperature: float) -> torch.Tensor:
     """log softmax(logits / temperature) at ids, in float32 (float64 of float64).   logits [..., V], ids [...] -> [...]
 
-    No float32 copy of all logits is made, neither here nor for the gradient, which has the dtype of the logits. overwrite: nobody
-    reads the logits again, so what the gradient needs may take their place.
+    No float32 copy of all logits is made, neither here nor for the gradient, which has the dtype of the logits.
     """
-    flat, _ = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), False, overwrite)
+    flat, _ = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), False)
     return flat.view(ids.shape)
 
 
 def selected_logprobs_and_entropy(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float, overwrite: bool = False
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `selected_logprobs` and `entropy`, in one reading of the logits; the entropy has no gradient."""
-    both = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), True, overwrite)
+    both = _SelectedLogprobs.apply(logits.flatten(0, -2), ids.flatten(), float(temperature), True)
     return both[0].view(ids.shape), both[1].view(ids.shape)
 
 
@@ -44,25 +41,19 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 class _SelectedLogprobs(torch.autograd.Function):
     """With y = logits / temperature: y[id] - logsumexp(y), whose gradient by the logits is (1[id] - softmax(y)) / temperature.
 
-    For the gradient of 16-bit logits the softmax is kept, in their dtype and in their place: it is rounded to that anyway, and
-    exponentials are most of the work. That of float32 logits only where it may be in their place.
+    For the gradient of 16-bit logits the softmax is kept, in their dtype: it is rounded to that anyway, and exponentials are most
+    of the work.
     """
 
     @staticmethod
-    def forward(ctx, logits, ids, temperature, with_entropy, overwrite):
+    def forward(ctx, logits, ids, temperature, with_entropy):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        in_c = kernels.kernel("logprobs_forward", logits, ids, dtype=logits.dtype)
-        in_place = overwrite and in_c is not None  # torch's operations would refuse what is a view
-        keeps_shares = ctx.needs_input_grad[0] and (dtype != logits.dtype or in_place)
-        kept = torch.empty_like(logits) if keeps_shares and not in_place else logits
+        keeps_shares = ctx.needs_input_grad[0] and dtype != logits.dtype
+        kept = torch.empty_like(logits) if keeps_shares else logits
         selected, norms, entropies = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
         ctx.save_for_backward(kept, ids, norms)
         ctx.keeps_shares, ctx.temperature = keeps_shares, temperature
         ctx.mark_non_differentiable(entropies)
-        if in_c is not None:
-            wanted = entropies if with_entropy else None, kept if keeps_shares else None
-            in_c(logits, ids, selected, norms, *wanted, *logits.shape, temperature)
-            return selected, entropies
         for rows in _pieces(logits):
             tempered = _tempered(logits[rows], temperature)
             top = tempered.amax(-1, keepdim=True)
@@ -81,20 +72,15 @@ class _SelectedLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         logits, ids, norms = ctx.saved_tensors
-        in_c = kernels.kernel("logprobs_backward", logits, ids, dtype=logits.dtype) if ctx.keeps_shares else None
-        if in_c is not None:
-            in_c(logits, ids, gradient.contiguous(), *logits.shape, ctx.temperature)
-            torch.autograd.graph.increment_version(logits)  # a second backward pass would be told
-            return logits, None, None, None, None
         gradient = (gradient / ctx.temperature)[:, None]
         if ctx.keeps_shares:
             gradient = gradient.to(logits.dtype)
-            return add_at(logits * -gradient, ids, gradient), None, None, None, None
+            return add_at(logits * -gradient, ids, gradient), None, None, None
         result = torch.empty_like(logits)
         for rows in _pieces(logits):
             probs = (_tempered(logits[rows], ctx.temperature) - norms[rows, None]).exp_()
             result[rows] = add_at(probs.mul_(-gradient[rows]), ids[rows], gradient[rows])
-        return result, None, None, None, None
+        return result, None, None, None
 
 
 def add_at(values: torch.Tensor, columns: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ Every parameter is one number for all rows, or a tensor [n].
 
 from __future__ import annotations
 
+# torch annotates sum in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import torch
-
-from rlhf_ray.cpu.kernels import kernel
 
 Parameter = float | int | torch.Tensor
 PIECE = 128  # of the vocabulary
@@ -108,11 +108,6 @@ def _draw_from_all(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw` where no token is cut off: each exponential is taken once, and only the drawn token's log-prob made."""
-    run = kernel("draw_from_all", logits, uniforms)
-    if run is not None and logits.dtype in (torch.bfloat16, torch.float32) and uniforms.dtype == torch.float32:
-        tokens, logprobs = torch.empty_like(uniforms, dtype=torch.int64), torch.empty_like(uniforms)
-        run(logits, logits.dtype == torch.bfloat16, uniforms, tokens, logprobs, *logits.shape, float(temperature))
-        return tokens, logprobs
     logits = _tempered(logits, temperature)
     top = logits.amax(-1, keepdim=True)
     tokens, total = _inverse_cdf((logits - top).exp_(), uniforms)

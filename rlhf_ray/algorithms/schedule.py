@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# torch annotates tolist in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from collections.abc import Sequence
 from typing import cast

@@ -5,6 +5,7 @@
 One thread unless said otherwise, bfloat16 (float32 and fewer trials on processors without instructions for that), GPT-2 of 4.3 M
 parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. Prints one line a trial: milliseconds of both, their
 ratio, and whether it was kept. Median of 15 (imports: of 5, workers: of 3), in turns. NAME: a function below; without one, all.
+All are without `cpu`, whose parts rlhf_ray/bench/ablation.py measures.
 """
 
 import os
@@ -23,20 +24,17 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
-from rlhf_ray.algorithms.sampling import draw, inverse_cdf
+from rlhf_ray.algorithms.sampling import inverse_cdf
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
-from rlhf_ray.cpu import kernels
-from rlhf_ray.cpu.activation import SigmoidGELU
-from rlhf_ray.cpu.packed_linear import pack_linears, panels_of, product_float32
-from rlhf_ray.cpu.recorded_step import RecordedStep
-from rlhf_ray.cpu.trained_layers import train_in_place
 from rlhf_ray.generation import kv_cache
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.last_block import only_at
 from rlhf_ray.models.load import disable_dropout
 from rlhf_ray.training import packed_attention
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group
+from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.forward import LogprobModel, token_batch
 from rlhf_ray.training.precision import resolve_precision
 
@@ -69,23 +67,6 @@ def module(width: int = WIDTH) -> LogprobModel:
     model = GPT2LMHeadModel(config)
     disable_dropout(model)
     return LogprobModel(model.train(), temperature=1.0, compute_dtype=DTYPE)
-
-
-def switch(on: bool, blocks: bool = True) -> None:
-    """Whether the functions in C are there, and those that work by blocks of products."""
-    kernels.library = COMPILED if on else lambda: None
-    kernels.has_blocks = BLOCKS if on and blocks else lambda: False
-
-
-COMPILED, BLOCKS = kernels.library, kernels.has_blocks
-
-
-def switched(on: bool, run, blocks: bool = True):
-    def switched_run():
-        switch(on, blocks)
-        run()
-
-    return switched_run
 
 
 def both_ways(function, *inputs):
@@ -217,13 +198,10 @@ def generation() -> None:
     """A decode step of 64 rows at 60 tokens, two threads."""
     torch.set_num_threads(2)
     decoders = {}
-    for way in ("forward", "written out", "packed"):
+    for way in ("forward", "written out"):
         model = module().model.to(DTYPE)
         model.set_attn_implementation("sdpa")
         decoder = decoders[way] = RaggedDecoder(model)
-        if way != "packed":
-            for layer in model.modules():
-                layer.__dict__.pop("forward", None)  # what packing has put there
         if way == "forward":
             decoder.step = None
     steps = {}
@@ -235,8 +213,6 @@ def generation() -> None:
         decode = torch.inference_mode()(decoder.decode)
         steps[way] = partial(decode, cache, ids[:, -1], np.full(64, 60))
     trial("decode step written out, for the model's forward", "kept", steps["forward"], steps["written out"])
-    if NARROW:
-        trial("... with linear layers packed, activations in them", "kept", steps["written out"], steps["packed"])
     logprobs, uniforms = torch.randn(64, 50257).log_softmax(-1), torch.rand(64)
 
     def scan():
@@ -305,7 +281,7 @@ def gradient_bucket() -> None:
 def embedding_gradient() -> None:
     """GPT-2's own embedding, 640 tokens, and the second microbatch of an optimiser step."""
     ids, plain, rows = torch.randint(50257, (1, 640)), nn.Embedding(50257, 768), nn.Embedding(50257, 768)
-    train_in_place(rows)
+    add_to_looked_up_rows(rows)
     ways = [both_ways(layer, ids) for layer in (plain, rows)]
     for way in ways:
         way()
@@ -328,7 +304,7 @@ def workers() -> None:
     import ray
 
     from rlhf_ray.actors.session import ray_session, worker_environment
-    from rlhf_ray.forking.server_process import fork_server
+    from rlhf_ray.actors.worker_start import fork_server
 
     class Role:
         def ready(self) -> None:
@@ -345,96 +321,16 @@ def workers() -> None:
         trial("six workers of Ray as forks of one process", "kept", six, partial(six, py_executable=python), repeats=3)
 
 
-def frozen_forward() -> None:
-    """A reference's pass, and a reward model's, where activations may round otherwise than the policy's."""
-    generator = np.random.default_rng(0)
-    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
-    batch, models = token_batch(*rows, packed=True), [module().eval() for _ in range(3)]
-    pack_linears(models[1].model, dtype=torch.bfloat16, frozen=True, trained=False)
-    pack_linears(models[2].model, dtype=torch.bfloat16, frozen=True)
-    plain, packed, fused = (partial(torch.no_grad()(model), batch) for model in models)
-    trial("frozen model's pass with linear layers packed", "kept", plain, packed)
-    trial("... and activations in them", "kept for rewards", packed, fused)
-
-
-def trained_layers() -> None:
-    """A pass of 8 rows, not the first of an optimiser step, at the width of GPT-2 and of the small model."""
-    for width in (WIDTH, 768):
-        generator = np.random.default_rng(0)
-        rows = [[generator.integers(0, VOCABULARY, length) for _ in range(8)] for length in (PROMPT, RESPONSE)]
-        batch, models = token_batch(*rows, packed=True), [module(width), module(width)]
-        train_in_place(models[1])
-        ways = [both_ways(model, batch) for model in models]
-        trial(f"layers that add to their gradients themselves, width {width}", "kept", *ways)
-
-
-def in_c() -> None:
-    """The same by torch's operations and by the functions in C."""
-    x = torch.randn(ROWS * (PROMPT + RESPONSE), 4 * WIDTH).to(DTYPE).requires_grad_()
-    pair("activation in C, forward and backward", both_ways(SigmoidGELU(), x))
-    logits = torch.randn(ROWS * RESPONSE, VOCABULARY).to(DTYPE).requires_grad_()
-    ids = torch.randint(VOCABULARY, (len(logits),))
-    logprobs = partial(selected_logprobs, ids=ids, temperature=1.0, overwrite=True)
-    pair("log-probs in C, forward and backward", both_ways(logprobs, logits))
-    generator = np.random.default_rng(0)
-    rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
-    batch, passes = token_batch(*rows, packed=True), []
-    for on, blocks in ((False, False), (True, False), (True, True)):
-        switch(on, blocks)
-        model = module()
-        train_in_place(model)
-        passes.append(switched(on, both_ways(model, batch), blocks))
-    norms = "norms, " if NARROW else ""
-    trial(f"a pass with {norms}attention, activation, log-probs in C", "kept", *passes[:2])
-    if BLOCKS():
-        trial("... and linear layers, attention and activation in blocks", "kept", *passes[1:])
-    frozen = []
-    for on in (False, True):
-        switch(on)
-        model = module().eval()
-        pack_linears(model.model, dtype=DTYPE, frozen=True)
-        frozen.append(switched(on, partial(torch.no_grad()(model), batch)))
-    trial("frozen model's pass in C", "kept", *frozen)
-    torch.set_num_threads(2)
-    steps = []
-    for on in (False, True):
-        switch(on)
-        model = module().model.to(DTYPE)
-        model.set_attn_implementation("sdpa")
-        decoder = RaggedDecoder(model)
-        cache, ids = decoder.new_cache(), generator.integers(0, VOCABULARY, (64, 61))
-        cache.reserve(64, 61)
-        with torch.inference_mode():
-            decoder.prefill(cache, 0, list(ids))
-        decode = torch.inference_mode()(decoder.decode)
-        steps.append(switched(on, partial(decode, cache, ids[:, -1], np.full(64, 60))))
-    trial("decode step of 64 rows in C, two threads", "kept", *steps)
-    logits, uniforms = torch.randn(64, 50257).to(DTYPE), torch.rand(64)
-    pair("64 draws from 50,257 in C, two threads", partial(draw, logits, uniforms, temperature=1.0))
-    torch.set_num_threads(1)
-
-
-def decode_step(rows: int, recordable: bool = True):
+def decode_step(rows: int):
     """One of that many rows at 60 tokens, to be called."""
     model = module().model.to(DTYPE)
     model.set_attn_implementation("sdpa")
     decoder = RaggedDecoder(model)
-    decoder.step = RecordedStep(model, decoder.step.step, records=recordable)
     cache, ids = decoder.new_cache(), np.random.default_rng(0).integers(0, VOCABULARY, (rows, 61))
     cache.reserve(rows, 61)
     with torch.inference_mode():
         decoder.prefill(cache, 0, list(ids))
     return partial(torch.inference_mode()(decoder.decode), cache, ids[:, -1], np.full(rows, 60))
-
-
-def recorded() -> None:
-    """Two threads."""
-    switch(True)
-    torch.set_num_threads(2)
-    for rows in (1, 16, 64):
-        ways = [decode_step(rows, recordable) for recordable in (False, True)]
-        trial(f"decode step of {rows} rows recorded, for one by Python", "kept", *ways, repeats=45)
-    torch.set_num_threads(1)
 
 
 def spinning() -> None:
@@ -464,27 +360,6 @@ for rows in (1, 16, 64):
         say(f"decode step of {rows} rows, threads that spin 0.2 ms", "kept", old, new)
 
 
-def linear_in_float32() -> None:
-    """Two threads. Few rows, as a decode step has, and as many as a pass in training, where torch's is kept."""
-    switch(True)
-    if kernels.library() is None:
-        return
-    torch.set_num_threads(2)
-    shapes = [(64, 256, 768), (64, 1024, 256), (64, 256, 4096), (64, 768, 3072), (64, 768, 50257), (2560, 256, 1024)]
-    for rows, inputs, outputs in shapes:
-        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-        panels = panels_of(weight)
-        trial(
-            f"float32, {rows:,} rows by {inputs:,} x {outputs:,} in panels", "kept for generators and reward models",
-            partial(F.linear, x, weight, bias), partial(product_float32, x, panels, bias, outputs),
-        )  # fmt: skip
-    torch.set_num_threads(1)
-
-
-def pair(name: str, run) -> None:
-    trial(name, "kept", switched(False, run), switched(True, run))
-
-
 def compiled() -> None:
     generator = np.random.default_rng(0)
     rows = [[generator.integers(0, VOCABULARY, length) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
@@ -502,18 +377,16 @@ def compiled() -> None:
 
 
 if __name__ == "__main__":
+    os.environ["RLHF_RAY_CPU"] = "off"
     torch.set_num_threads(1)
-    switch(False)
     # First those of other processes, before threads of this one spin.
     tried = (spinning, imports, workers, activation, head, gradient_at_one_column, entropy_beside_logprobs,
              rows_of_unlike_length, attention, attention_weights, weights_in_16_bits, last_feed_forward, adam,
-             decode_attention, generation, frozen_forward, gradient_bucket, embedding_gradient, trained_layers, in_c,
-             recorded, linear_in_float32)  # fmt: skip
-    of_bfloat16 = attention_weights, weights_in_16_bits, frozen_forward, trained_layers
+             decode_attention, generation, gradient_bucket, embedding_gradient)  # fmt: skip
+    of_bfloat16 = attention_weights, weights_in_16_bits
     asked = [name for name in sys.argv[1:] if name != "--compile"]
     for part in tried:
         if part.__name__ in asked or (not asked and (NARROW or part not in of_bfloat16)):
             part()
     if "--compile" in sys.argv:
-        switch(False)
         compiled()

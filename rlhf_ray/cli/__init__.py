@@ -1,5 +1,5 @@
 """The command line. A command parses, calls and prints; what it does is a function of another package.
 
-May import: errors, tables, config, runs, models, data, cpu, training, ppo, report, forking, actors, serving, bench.
+May import: errors, tables, config, runs, models, data, generation, training, ppo, report, actors, serving, bench.
 Heavy packages: rich, typer.
 """

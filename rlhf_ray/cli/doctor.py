@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -14,14 +13,14 @@ from rlhf_ray.actors.checks import disk_problems, itemsize_of, recipe_problems
 from rlhf_ray.actors.placement import altogether, nodes_alive
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import cluster_problems
+from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import role_shares
-from rlhf_ray.cpu import kernels
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import wanted
+from rlhf_ray.generation.acceleration import hindrance
 from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.resume import check_resume
@@ -56,16 +55,9 @@ def examine(
         problems += cluster_problems(recipe, recipe.stages, nodes)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
-    _print_plan(recipe, altogether(nodes), threads, address is None and wanted(["ppo"]), console)
-    if address is None and sys.platform == "linux" and kernels.library() is None:
-        console.print(
-            "without the functions in C (no compiler here, or they are switched off) CPUs are slower: apt-get install gcc"
-        )
-    elif address is None and (finding := kernels.blocks_finding()) is not None:
-        console.print(
-            f"bfloat16 products in C are {finding.times_as_fast:.2f} times as fast as torch's on this machine"
-            + ("" if finding.good else f", with an error of {finding.error:.2g}: torch's are used")
-        )
+    _print_plan(recipe, altogether(nodes), threads, address is None and forks_here(["ppo"]), console)
+    if address is None and (words := hindrance()) is not None:
+        console.print(words)
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))

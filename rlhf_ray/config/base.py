@@ -27,6 +27,7 @@ class Section(BaseModel):
 
 
 def option(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field with its default and its line in the reference. kwargs: pydantic's bounds (gt, ge, lt, le, pattern)."""
     return Field(default, description=description, **kwargs)
 
 

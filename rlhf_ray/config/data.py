@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
@@ -63,7 +63,7 @@ class DataConfig(Section):
     builder: str | None = option(
         None, "package.module:function that returns the data sets by role, in place of the lists below"
     )
-    builder_args: dict = option({}, "keyword arguments of the builder")
+    builder_args: dict[str, Any] = option({}, "keyword arguments of the builder")
     sft: tuple[SourceConfig, ...] = option((), "text, prompt/response or chat messages to imitate")
     preferences: tuple[SourceConfig, ...] = option((), "prompt/chosen/rejected pairs or prompt/response/score rows")
     judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")

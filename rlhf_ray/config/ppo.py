@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import model_validator
 
@@ -18,6 +18,13 @@ class KlConfig(Section):
 
     target: float = option(6.0, "nats per sequence, summed over its tokens", gt=0)
     horizon: int = option(10000, "episodes over which the coefficient adapts", gt=0)
+
+
+class Microbatches(TypedDict):
+    """How rollouts are cut for a forward pass."""
+
+    microbatch_size: int
+    microbatch_tokens: int | None
 
 
 class PPOConfig(Section):
@@ -181,7 +188,7 @@ class PPOConfig(Section):
         return self.estimator.whitens if self.whiten_advantages is None else self.whiten_advantages
 
     @property
-    def microbatches(self) -> dict[str, int | None]:
+    def microbatches(self) -> Microbatches:
         """How rollouts are cut for a forward pass."""
         return {"microbatch_size": self.microbatch_size, "microbatch_tokens": self.microbatch_tokens}
 

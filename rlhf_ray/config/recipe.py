@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Self, cast
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
@@ -10,7 +11,9 @@ from pydantic_core import InitErrorDetails
 from rlhf_ray.config.base import Section, exact_div, option
 from rlhf_ray.config.data import DataConfig, ModelConfig
 from rlhf_ray.config.generation import GenerationConfig
+from rlhf_ray.config.plugin_sections import details, plugin_section
 from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.resources import ResourcesConfig, RoleConfig, TrackingConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
@@ -36,59 +39,6 @@ class EvaluationConfig(Section):
     judge_positive_above: float | None = option(
         None, "raw judge score above which a response counts as positive (judge_positive)"
     )
-
-
-class RoleConfig(Section):
-    """How many Ray actors a role has and what each reserves."""
-
-    actors: int = option(1, "Ray actors of this role", gt=0)
-    cpus: float = option(0.3, "CPUs reserved for each", ge=0)
-    gpus: float = option(0.0, "GPUs reserved for each", ge=0)
-    threads: int | None = option(
-        None,
-        "torch threads of each, on which bits depend; null: a share of the node's cores, kept in the run's recipe.yaml",
-        gt=0,
-    )
-
-
-class GroupConfig(RoleConfig):
-    """A DeepSpeed group: `actors` is its number of ranks."""
-
-    zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
-
-
-class ResourcesConfig(Section):
-    """Placement of the PPO roles; the defaults fit on two cores."""
-
-    generation: RoleConfig = option(RoleConfig(), "generation actors")
-    reward: RoleConfig = option(RoleConfig(), "reward actors")
-    reference: RoleConfig = option(RoleConfig(), "reference actors")
-    policy: GroupConfig = option(GroupConfig(), "policy ranks")
-    critic: GroupConfig = option(GroupConfig(), "critic ranks")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option("PACK", "Ray placement-group strategy")
-    weight_transport: Literal["auto", "object_store", "collective", "ipc"] = option(
-        "auto",
-        "how new weights reach the generation actors: through Ray's object store; by one broadcast, each on a GPU of its own (or "
-        "all on CPUs); as handles of one GPU's memory, which policy and generation share; auto: the latter two where GPUs allow",
-    )
-    start_timeout_s: float = option(300.0, "longest wait for actors or workers to start", gt=0)
-    call_timeout_s: float = option(
-        1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
-    )
-
-    @property
-    def roles(self) -> dict[str, RoleConfig]:
-        """Role -> its actors."""
-        trained: dict[str, RoleConfig] = {"policy": self.policy, "critic": self.critic}
-        return {"generation": self.generation, "reward": self.reward, "reference": self.reference} | trained
-
-
-class TrackingConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
-
-    tensorboard: bool = option(True, "write TensorBoard event files")
-    wandb: str | None = option(None, "Weights & Biases project (needs the extra 'wandb')")
-    mlflow: str | None = option(None, "MLflow experiment (needs the extra 'mlflow')")
 
 
 class Recipe(Section):
@@ -178,20 +128,20 @@ class Recipe(Section):
         """Import the plugins, and validate the sections of their stages, which are no fields."""
         if not isinstance(values, dict):
             return handler(values)
-        plugins = values.get("plugins") or ()
-        if isinstance(plugins, (list, tuple)):
-            import_plugins(name for name in plugins if isinstance(name, str))
-        given, problems = dict(values), list[InitErrorDetails]()
+        given, problems = dict(cast(dict[str, Any], values)), list[InitErrorDetails]()
+        listed = given.get("plugins")
+        plugins = cast(Sequence[Any], listed) if isinstance(listed, (list, tuple)) else ()
+        import_plugins(name for name in plugins if isinstance(name, str))
         for name in [name for name in given if name not in cls.model_fields]:
             try:
-                given[name] = _plugin_section(name, given[name], bool(plugins))
+                given[name] = plugin_section(name, given[name], has_plugins=bool(plugins))
             except ValidationError as error:
-                problems += _details(error, (name,))
+                problems += details(error, (name,))
                 del given[name]
         try:
             recipe = handler(given)
         except ValidationError as error:
-            problems += _details(error)
+            raise ValidationError.from_exception_data(cls.__name__, problems + details(error)) from None
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return recipe
@@ -353,20 +303,3 @@ class Recipe(Section):
                         f"{name}.{key} is set, but {name} starts from random weights, and those that don't train would "
                         f"stay random; set it to {off}, or name a model in model.name_or_path"
                     )
-
-
-def _plugin_section(name: str, value: Any, has_plugins: bool) -> Section | None:
-    """The validated section of a plugin's stage. ValidationError for a name that is no stage, or a value that won't do."""
-    stage = STAGES.get(name)
-    if stage is None or stage.section is None or not has_plugins:
-        unknown = InitErrorDetails(type="extra_forbidden", loc=(), input=value)
-        raise ValidationError.from_exception_data(name, [unknown])
-    return None if value is None else stage.section.model_validate(value)
-
-
-def _details(error: ValidationError, prefix: tuple[str, ...] = ()) -> list[InitErrorDetails]:
-    """The error's problems, to be raised again together with others."""
-    return [
-        InitErrorDetails(type=each["type"], loc=(*prefix, *each["loc"]), input=each["input"], ctx=each.get("ctx", {}))
-        for each in error.errors()
-    ]

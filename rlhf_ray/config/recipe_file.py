@@ -8,10 +8,11 @@ import typing
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES
@@ -53,7 +54,7 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of keys to values; a recipe starts with 'name: ...'")
-    return values
+    return cast(dict[str, Any], values)
 
 
 def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
@@ -94,7 +95,7 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(error: ErrorDetails) -> str:
     """One pydantic error in words, with the key, the value and the remedy."""
     key = ".".join(str(part) for part in error["loc"])
     value = error.get("input")
@@ -112,7 +113,7 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"'{key}' is {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def known_keys(path: tuple) -> list[str]:
+def known_keys(path: tuple[str | int, ...]) -> list[str]:
     """The keys that the section at `path` has."""
     if not path:
         return [*Recipe.model_fields, *(name for name in STAGES if name not in Recipe.model_fields)]
@@ -140,7 +141,7 @@ def _section_type(annotation: Any) -> Any:
     return None
 
 
-def path_fields(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
+def path_fields(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """(key path, text) of every field that may hold a local path: data, and models that are not the run's own."""
     if not recipe.model.is_from_scratch:
         yield ("model", "name_or_path"), recipe.model.name_or_path
@@ -162,13 +163,18 @@ def function_names(recipe: Recipe) -> list[str]:
     """The user's functions that score, tell traits or run a stage: package.module:function, each."""
     names = [*(term.function for term in recipe.ppo.terms.values())]
     names += [recipe.evaluation.judge_function, recipe.evaluation.trait_function]
-    for stage in (STAGES[name] for name in recipe.stages if name not in BUILT_IN):
-        names.append(stage.run if stage.train is None else stage.train)
-    return [name for name in names if name is not None]
+    return [name for name in names if name is not None] + stage_functions(recipe)
+
+
+def stage_functions(recipe: Recipe) -> list[str]:
+    """The functions of the recipe's stages that plugins add."""
+    stages = [STAGES[name] for name in recipe.stages if name not in BUILT_IN]
+    return [stage.run if stage.train is None else stage.train for stage in stages]
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{'ppo': {'steps': 3}} -> {'ppo.steps': 3}; lists are values."""
     if isinstance(values, dict) and values:
-        return {key: leaf for name, part in values.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
+        parts = cast(dict[str, Any], values)
+        return {key: leaf for name, part in parts.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
     return {prefix[:-1]: values}

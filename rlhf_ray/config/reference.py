@@ -1,7 +1,8 @@
 """The recipe reference: markdown tables made from the types, so that it can't say anything else than they do.
 
     python -m rlhf_ray.config.reference                     print it
-    python -m rlhf_ray.config.reference --write FILE   put it between the two markers of FILE (README.md beside this module)
+    python -m rlhf_ray.config.reference --write FILE        put it between the two markers of FILE (README.md beside this module)
+    python -m rlhf_ray.config.reference --plugins MODULE    with the sections of the stages that MODULE adds
 
 A section class that several keys use is one table; what a class inherits is in the table of its parent.
 """
@@ -21,6 +22,8 @@ from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import Recipe, Section
 from rlhf_ray.config.base import OneOf
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 
 BEGIN, END = "<!-- recipe-reference -->", "<!-- /recipe-reference -->"
@@ -28,12 +31,15 @@ WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", di
 BOUNDS = {annotated_types.Gt: (">", "gt"), annotated_types.Ge: (">=", "ge"),
           annotated_types.Lt: ("<", "lt"), annotated_types.Le: ("<=", "le")}  # fmt: skip
 
-PLACES = {tuple: "[]", dict: ".<name>"}  # how a key goes on that holds several sections
+PLACES: dict[typing.Any, str] = {tuple: "[]", dict: ".<name>"}  # how a key goes on that holds several sections
 
 
 def reference() -> str:
     """The whole reference."""
     places = section_places(Recipe)
+    for stage in STAGES.values():  # those of plugins
+        if stage.section is not None:
+            places.setdefault(stage.section, []).append(stage.name)
     parts = [_table("Top level", "", _leaves(Recipe))]
     shown: set[type[Section]] = set()
     for section in places:
@@ -70,7 +76,7 @@ def _parents(kind: type[Section]) -> list[type[Section]]:
     """Section classes that `kind` inherits keys from, the most general first."""
     return [
         parent for parent in reversed(kind.__mro__[1:])
-        if isinstance(parent, type) and issubclass(parent, Section) and parent is not Section
+        if issubclass(parent, Section) and parent is not Section
     ]  # fmt: skip
 
 
@@ -118,6 +124,7 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    # getattr: the bound's name depends on its kind.
     bounds = [f"{sign} {_value(getattr(part, name))}" for part in field.metadata
               for kind, (sign, name) in BOUNDS.items() if isinstance(part, kind)]  # fmt: skip
     names = next((part.names for part in field.metadata if isinstance(part, OneOf)), None)
@@ -154,7 +161,7 @@ def _value(value: object) -> str:
         return f"{value:g}".replace("e-0", "e-")
     if isinstance(value, str):
         return value
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(value)
 
 
 def write_between_markers(text: str, body: str, where: str) -> str:
@@ -169,11 +176,13 @@ def write_between_markers(text: str, body: str, where: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlhf_ray.config.reference", description="The recipe reference.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="update FILE between its markers")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=(), help="import these first")
     given = parser.parse_args(arguments)
-    if given.write is None:
-        print(reference())
-        return 0
     try:
+        import_plugins(given.plugins)
+        if given.write is None:
+            print(reference())
+            return 0
         given.write.write_text(write_between_markers(given.write.read_text(), reference(), str(given.write)))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -139,7 +139,7 @@ class DpoConfig(TrainConfig):
     label_smoothing: float = option(
         0.0, "share of the pairs taken to be labelled the wrong way round (cDPO); with loss sigmoid only", ge=0, lt=0.5
     )
-    max_length: int | None = option(
+    max_length: int | None = option(  # pyright: ignore[reportIncompatibleVariableOverride]  (`max_length_of` settles it)
         None, "longest sequence in tokens; null: reward.max_length, to which the pairs are cut already", gt=1
     )
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", gt=0)

@@ -7,22 +7,24 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 from rlhf_ray.errors import UserError
 
 
-def import_function(path: str) -> Callable:
+def import_function(path: str) -> Callable[..., Any]:
     """The function that 'package.module:function' names; the working directory is searched too."""
     module_name, _, name = path.partition(":")
     if not name:
         raise UserError(f"'{path}' names no function; write package.module:function")
     module = _import(module_name, f"'{path}'")
-    if not hasattr(module, name):
+    found = getattr(module, name, None)  # getattr: the recipe names the function
+    if found is None:
         names = [other for other in dir(module) if not other.startswith("_")]
         near = difflib.get_close_matches(name, names, 1)
         remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
         raise UserError(f"'{path}': the module '{module_name}' has no function '{name}'; {remedy}")
-    return getattr(module, name)
+    return found
 
 
 def import_plugins(modules: Iterable[str]) -> None:
@@ -32,7 +34,9 @@ def import_plugins(modules: Iterable[str]) -> None:
 
 
 def _import(module: str, where: str) -> ModuleType:
-    if "" not in sys.path and not module.startswith("rlhf_ray."):  # an installed command has its own folder there instead
+    if "" not in sys.path and not module.startswith(
+        "rlhf_ray."
+    ):  # an installed command has its own folder there instead
         sys.path.insert(0, "")
     try:
         return importlib.import_module(module)

@@ -59,28 +59,33 @@ class ChatFormat:
     """Renders messages for one tokenizer (None: the plain form)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
-        self._tokenizer = tokenizer
-        self._templated = tokenizer is not None and tokenizer.chat_template is not None
+        self._tokenizer = tokenizer if tokenizer is not None and tokenizer.chat_template is not None else None
 
     def prompt(self, messages: Messages) -> str:
         """The text that a reply follows: it ends with the cue for the assistant."""
-        if self._templated:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return _plain(messages) + "Assistant:"
+        if self._tokenizer is None:
+            return _plain(messages) + "Assistant:"
+        return _rendered(self._tokenizer, messages, cue=True)
 
     def reply(self, messages: Messages, reply: Messages) -> str:
         """The text of a reply to `messages` as it follows `prompt(messages)`, without EOS and the space around it."""
         if not reply:
             return ""
-        if not self._templated:
+        if self._tokenizer is None:
             first, *others = reply
             return f" {first['content']}" + "".join(f"\n\n{_line(message)}" for message in others)
         prompt = self.prompt(messages)
-        both = self._tokenizer.apply_chat_template(messages + reply, tokenize=False)
+        both = _rendered(self._tokenizer, messages + reply, cue=False)
         # A template that renders the past differently (it may drop reasoning, say) gives no common beginning.
         text = both[len(prompt) :] if both.startswith(prompt) else "".join(message["content"] for message in reply)
         eos = self._tokenizer.eos_token
-        return text.rstrip().removesuffix(eos).rstrip() if eos in text else text.rstrip()
+        return text.rstrip().removesuffix(eos).rstrip() if isinstance(eos, str) and eos in text else text.rstrip()
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, cue: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
+    assert isinstance(text, str), "tokenize=False gives text"
+    return text
 
 
 def _plain(messages: Messages) -> str:

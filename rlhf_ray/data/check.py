@@ -29,7 +29,7 @@ def check_data(recipe: Recipe) -> list[str]:
     if data.root is not None and not Path(data.root).expanduser().is_dir():
         return [f"data.root = '{data.root}' is not a folder; give the folder that holds the data"]
     needed = needed_lists(recipe)
-    given = [role for role in LISTS if getattr(data, role)]
+    given = [role for role in LISTS if data.lists[role]]
     if data.builder is not None:
         attempt(lambda: find_builder(data, recipe.seed))
         problems += [f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
@@ -46,7 +46,7 @@ def check_data(recipe: Recipe) -> list[str]:
         if role not in needed and not role.endswith("prompts") and not (role == "preferences" and not data.prompts):
             continue  # prepare does not read it either
         form = _form(recipe, role)
-        for index, source in enumerate(getattr(data, role)):
+        for index, source in enumerate(data.lists[role]):
             where = f"data.{role}[{index}]"
 
             def columns_fit(source=source, where=where, form=form, role=role) -> None:
@@ -60,7 +60,7 @@ def check_data(recipe: Recipe) -> list[str]:
                     known += [name for name in columns if name not in used]
 
             attempt(columns_fit)
-        weights = [source.weight for source in getattr(data, role)]
+        weights = [source.weight for source in data.lists[role]]
         if None in weights and any(weight is not None for weight in weights):
             problems.append(f"some of data.{role} have a weight and some have none; give all of them one, or none")
     attempt(lambda: problems.extend(_asked_problems(recipe, given, others)))

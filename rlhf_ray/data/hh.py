@@ -21,6 +21,7 @@ import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 
@@ -62,7 +63,7 @@ def read(root: str | None, subsets: Iterable[str], hub_split: str) -> list[dict]
     rows = []
     for subset in subsets:
         try:
-            loaded = datasets.load_dataset(HUB_NAME, data_dir=subset, split=hub_split)
+            loaded = cast(Iterable[Any], datasets.load_dataset(HUB_NAME, data_dir=subset, split=hub_split))
         except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version
             raise UserError(
                 f"{HUB_NAME} could not be read from the hub ({type(error).__name__}); "

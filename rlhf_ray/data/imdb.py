@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 
@@ -86,7 +86,7 @@ def _from_file(path: Path) -> list[dict]:
     return rows
 
 
-def _from_hub() -> dict[str, Iterable[dict]]:
+def _from_hub() -> dict[str, Iterable[Any]]:
     try:
         loaded = datasets.load_dataset(HUB_NAME)
     except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.config import DataConfig, Recipe, RewardConfig, SourceConfig
+from rlhf_ray.config import DataConfig, Recipe, RewardConfig, Section, SourceConfig
 from rlhf_ray.errors import UserError
 
 #: a file's ending -> the reader of `datasets` for it
@@ -46,7 +46,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     root = recipe.data.root
     if root is not None and "://" not in root and not Path(root).expanduser().exists():
         raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
-    changes = {"data": resolve_paths(recipe.data)}
+    changes: dict[str, Section] = {"data": resolve_paths(recipe.data)}
     if not recipe.model.is_from_scratch:
         changes["model"] = recipe.model.model_copy(update={"name_or_path": _absolute(recipe.model.name_or_path)})
     for name, section in recipe.trained.items():

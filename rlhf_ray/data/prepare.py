@@ -108,12 +108,12 @@ def _read_sources(recipe: Recipe) -> Raw:
             raw[role] = [(f"{data.builder} ({role})", SourceConfig(path=f"{data.builder}#{role}"), rows)]
     needed = needed_lists(recipe)
     for role in LISTS:
-        if getattr(data, role) and data.builder is not None:
+        if data.lists[role] and data.builder is not None:
             raise UserError(
                 f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
             )
         if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
-            for index, source in enumerate(getattr(data, role)):
+            for index, source in enumerate(data.lists[role]):
                 where = f"data.{role}[{index}]"
                 raw.setdefault(role, []).append((where, source, load_source(source, data.root, recipe.seed, where)))
     for role, section in needed.items():

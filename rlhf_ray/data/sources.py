@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -205,7 +206,7 @@ def _load(source: SourceConfig, root: str | None, where: str) -> Dataset:
 
 
 def _read_files(place: LocalFiles, streaming: bool = False):
-    extra = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
+    extra: dict[str, Any] = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
     empty = [file for file in place.files if "://" not in file and Path(file).stat().st_size == 0]
     files = [file for file in place.files if file not in empty]
     if not files:

@@ -12,16 +12,20 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
+
 BATCH = 1000  # texts a call to the tokenizer
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] where the tokenizer puts one in front of every text, else []."""
-    bos = tokenizer.bos_token_id
-    opens = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    bos = bos_id(tokenizer)
+    if bos is None:
+        return []
+    opens = tokenizer("").input_ids[:1] == [bos]
     # A tokenizer that uses one token as BOS and EOS appends it too (it adds to the end): that is no opening.
-    return [bos] if opens and bos != tokenizer.eos_token_id else []
+    return [bos] if opens and bos != eos_id(tokenizer) else []
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -39,8 +43,7 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[tuple[list[int], int]]:
     """For each prompt and response: the ids with EOS at the end, and how many of them are the prompt's."""
-    eos = tokenizer.eos_token_id
-    assert eos is not None, "load_tokenizer lets no tokenizer without EOS through"
+    eos = eos_id(tokenizer)
     heads, tails = encode_prompts(tokenizer, prompts), encode_texts(tokenizer, responses)
     return [(head + tail + [eos], len(head)) for head, tail in zip(heads, tails, strict=True)]
 
@@ -62,7 +65,7 @@ def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Li
     keep = min(limit, len(ids))
     while len(ids) > limit:
         kept = ids[-keep:] if side == "left" else ids[:keep]
-        text = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        text = decode(tokenizer, kept, special_tokens=True)
         text = text.lstrip(REPLACEMENT) if side == "left" else text.rstrip(REPLACEMENT)
         ids, keep = encode_texts(tokenizer, [text])[0], keep - 1
         if keep < 0:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"on_topic": 3.5, "specific": 2.5, "polite": 1.5, "ends_properly": 1.5, "no_repetition": 1.0}
 ANNOTATOR_TEMPERATURE = 0.7  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
-MISREAD = 0.5  # share of the pairs whose replies differ in that one writer misread the request in the second
+MISREAD = 0.4  # share of the pairs whose replies differ in that one writer misread the request in the second
 PROMPT_END = "\n"  # stands between request and reply
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]?")

@@ -102,7 +102,7 @@ def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None)
     if train_rows is not None and train_rows < len(train):
         train = train.sample(train_rows, random_state=0)
     # The rows that the reward model's own figures are taken on.
-    rows = getattr(load_recipe(str(folder.recipe)), stage).eval_rows
+    rows = load_recipe(str(folder.recipe)).trained[stage].eval_rows
     held_out = {"eval": _rows(folder, f"{stage}_eval").head(rows)}
     if folder.data(f"{stage}_{OPENINGS}").exists():
         held_out[OPENINGS] = _rows(folder, f"{stage}_{OPENINGS}").head(rows)

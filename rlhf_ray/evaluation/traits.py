@@ -22,7 +22,7 @@ def trait_scores(
     own = {name: list(values) for name, values in asked_by(function).of(columns).items()}
     try:
         found = function(list(prompts), list(responses), **own)
-    except Exception as error:  # the user's code may raise anything
+    except Exception as error:  # fault boundary: the user's code may raise anything
         raise UserError(f"evaluation.trait_function {path} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) and name for name in found):
         raise UserError(

@@ -17,16 +17,11 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-from rlhf_ray.forking.fork_server import REQUEST_S, import_all
+from rlhf_ray.forking.imports import REQUEST_S, import_actors
+from rlhf_ray.forking.ray_internals import follow_threads, is_known_to_ray, no_ids_drawn
 
-WORKER = ("ray.actor", "ray._private.node", "ray._private.parameter", "ray._private.runtime_env.setup_hook")
-STAGES = {
-    "supervised": ("rlhf_ray.actors.supervised",),
-    "ppo": ("rlhf_ray.actors.role_actors",),
-    "serving": ("rlhf_ray.serving.deployment", "ray.serve._private.controller", "ray.serve._private.proxy"),
-}
 YOUNG_S = 10.0
 FAILURES = 3  # of workers at their start, one after the other: it is the fork that fails them
 CRASHED = (70, -signal.SIGABRT, -signal.SIGSEGV)  # exit statuses; the first is ours, that of one that Ray ends is 1
@@ -34,32 +29,13 @@ CRASHED = (70, -signal.SIGABRT, -signal.SIGSEGV)  # exit statuses; the first is 
 
 def main(listener: socket.socket, variables: dict[str, str], stages: Sequence[str]) -> None:
     os.environ.update(variables)
-    with _no_ids_drawn():
-        import_all((*WORKER, *(module for stage in stages for module in STAGES[stage])))
+    with no_ids_drawn():
+        import_actors(stages)
     request = Branch(listener).run()
     if request is None:
         sys.stderr.flush()
         os._exit(0)
     become(request)
-
-
-@contextmanager
-def _no_ids_drawn():
-    """Ray's generator of ids goes on alike in all forks of a process that has drawn one. A class of actors draws one."""
-    import ray.actor
-
-    drawn = ray.actor.ActorClassID
-
-    class Drawn(drawn):
-        @classmethod
-        def from_random(cls):
-            return drawn(os.urandom(drawn.size()))
-
-    ray.actor.ActorClassID = Drawn
-    try:
-        yield
-    finally:
-        ray.actor.ActorClassID = drawn
 
 
 class Request:
@@ -143,7 +119,7 @@ class Branch:
     def _end_worker(self, worker: int) -> None:
         """Its client is gone, without whom Ray has no hold on it."""
         self.selector.unregister(self.clients[worker])
-        if not _is_known_to_ray(worker):
+        if not is_known_to_ray(worker):
             self._count_failure()
         os.kill(worker, signal.SIGKILL)
 
@@ -187,15 +163,6 @@ class Branch:
         os.close(self._end)
 
 
-def _is_known_to_ray(worker: int) -> bool:
-    """Ray names a worker's process when that has answered."""
-    try:
-        with open(f"/proc/{worker}/cmdline", "rb") as file:
-            return file.read(5) == b"ray::"
-    except OSError:
-        return False
-
-
 def become(request: Request) -> None:
     """Turn this process, just forked, into the worker, and work until its end."""
     os.setsid()  # Ray ends a worker with its process group
@@ -211,12 +178,12 @@ def become(request: Request) -> None:
     os.sched_setaffinity(0, request.cores)
     _seed()
     if "torch" in sys.modules:
-        _follow_threads(sys.modules["torch"])
+        follow_threads(sys.modules["torch"])
     script, *_ = sys.argv = request.command
     sys.path.insert(0, os.path.dirname(script))
     try:
         runpy.run_path(script, run_name="__main__")
-    except Exception:
+    except Exception:  # fault boundary: the worker; its end must not be the branch's
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(CRASHED[0])
@@ -235,18 +202,3 @@ def _seed() -> None:
         sys.modules[library].seed()
     if "datasets.fingerprint" in sys.modules:
         sys.modules["datasets.fingerprint"].fingerprint_rng.seed()
-
-
-def _follow_threads(torch) -> None:
-    """Ray tells a worker how many threads to use by OMP_NUM_THREADS, which torch reads when it is loaded, and here it is."""
-    import ray._private.utils as utils
-
-    set_variable = utils.set_omp_num_threads_if_unset
-
-    def set_threads() -> bool:
-        was_unset, threads = set_variable(), os.environ.get("OMP_NUM_THREADS", "")
-        if threads.isdigit():
-            torch.set_num_threads(int(threads))
-        return was_unset
-
-    utils.set_omp_num_threads_if_unset = set_threads

@@ -21,7 +21,7 @@ SURROUNDINGS = ("ns/net", "ns/mnt", "ns/pid", "ns/ipc", "ns/user")
 def main(path: str, python: str, *command: str) -> int:
     try:
         branch, worker, end = asked(path, command)
-    except Exception as error:  # whatever it is: a worker there must be
+    except Exception as error:  # fault boundary: the fork; without it the worker starts as any other
         print(f"no fork: {error}; this worker imports everything itself", file=sys.stderr)
         sys.stderr.flush()
         os.execv(python, [python, *command])

@@ -3,7 +3,7 @@
     python -P -m rlhf_ray.forking.fork_server LISTENER PATH [STAGE ...]
 
 LISTENER: the number of a listening socket that it inherits, which is bound to PATH, in a folder of its own that ends with the
-server. STAGE: whose workers it is for, a key of LIBRARIES. It imports all but Ray, which reads its variables (which job and whose
+server. STAGE: whose workers it is for (`imports.LIBRARIES`). It imports all but Ray, which reads its variables (which job and whose
 workers these are) when it is imported: for each set of them it forks a branch (`forking.fork_branch`), which imports Ray and forks
 workers. A client (`forking.fork_client`) sends its worker's variables and surroundings as a line of JSON and gets a line: the
 branch's path, or why there is none.
@@ -14,8 +14,6 @@ matters or touch a GPU: neither survives a fork.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import os
 import selectors
@@ -24,53 +22,33 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
+from rlhf_ray.forking import fork_branch
 from rlhf_ray.forking.fork_client import surroundings
-from rlhf_ray.runs.garbage_collection import collector_paused
+from rlhf_ray.forking.imports import REQUEST_S, import_libraries
 
-LIBRARIES = {
-    "supervised": ("rlhf_ray.supervised.sft", "rlhf_ray.supervised.reward_model", "rlhf_ray.supervised.dpo"),
-    "ppo": (
-        "rlhf_ray.roles.generator", "rlhf_ray.roles.reward", "rlhf_ray.rewards.from_recipe", "rlhf_ray.roles.reference",
-        "rlhf_ray.roles.experience", "rlhf_ray.roles.trainer", "rlhf_ray.roles.configs", "rlhf_ray.training.forward",
-        "rlhf_ray.training.deepspeed_engine", "rlhf_ray.models.critic", "rlhf_ray.models.load", "rlhf_ray.models.trained_part",
-        "rlhf_ray.data.store", "rlhf_ray.evaluation.evaluate",
-    ),
-    "serving": ("rlhf_ray.serving.loading", "rlhf_ray.serving.app"),
-}  # fmt: skip
 #: prefixes of variables that libraries read when they are loaded
 LOADED = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "LD_", "MALLOC_", "HF_", "PYTHON")
 #: of those: one that `fork_branch` sees to, and ones that say what is printed
 UNHEEDED = {"OMP_NUM_THREADS", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"}
 UNREAD = ("RAY_TRAIN_", "RAY_WARN_")  # of Ray, that it reads only when it needs them
 BRANCHES = 8  # at most
-REQUEST_S = 5.0  # within which a client has sent all of its request
 
 
 def main() -> None:
     listener, path, *stages = sys.argv[1:]
-    with collector_paused():
-        if {"supervised", "ppo"} & set(stages):
-            importlib.import_module("rlhf_ray.training.distributed").prepare_deepspeed("cpu")  # before TRL
-    import_all(module for stage in stages for module in LIBRARIES[stage])
+    import_libraries(stages)
     # Python 3.12 warns of threads at a fork. Those of numpy's products mind, and pyarrow's only tidies its memory up.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     branch = serve(socket.socket(fileno=int(listener)), path)
     if branch is not None:
-        importlib.import_module("rlhf_ray.forking.fork_branch").main(*branch, stages)
+        fork_branch.main(*branch, stages)
         return
     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     sys.stderr.flush()
     os._exit(0)  # nothing that libraries do at an exit may hold it up
-
-
-def import_all(modules: Iterable[str]) -> None:
-    with collector_paused():
-        for module in modules:
-            importlib.import_module(module)
-    gc.freeze()  # the collector would write to every object, and so make a copy of its page in every worker
 
 
 def serve(listener: socket.socket, path: str) -> tuple[socket.socket, dict[str, str]] | None:

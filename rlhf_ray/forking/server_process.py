@@ -1,8 +1,8 @@
 """Workers of a Ray on this machine as forks of one process, which imports torch, transformers and DeepSpeed for all of them.
 
-A worker is then there in a fraction of a second for several, and holds those libraries in memory together with the others
-(measured: rlhf_ray/bench/trials.py). Where there is no such process (another system than Linux, GPUs, which do not survive a
-fork, RLHF_RAY_FORK=off) or it has ended, workers start as ever; what they compute is the same.
+Several workers are then there in a fraction of a second, and share the memory of those libraries. Where there is no such process
+(another system than Linux, GPUs, which do not survive a fork, RLHF_RAY_FORK=off) or it has ended, workers start as ever; what they
+compute is the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ END_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def wanted(stages: Sequence[str]) -> bool:
+def forks_here(stages: Sequence[str]) -> bool:
     """Whether workers of these stages are to be forked on this machine."""
+    # hasattr: Python was built without it where the system's headers are older than Linux 5.3.
     on = os.environ.get("RLHF_RAY_FORK", "on") != "off" and sys.platform == "linux" and hasattr(os, "pidfd_open")
     return bool(stages) and on and not any(map(os.path.exists, GPU_DEVICES))
 
@@ -39,10 +40,10 @@ def fork_server(
 ) -> Iterator[str | None]:
     """One for the body of the `with` -> what Ray is to start in place of Python, if there is anything.
 
-    stages: whose workers there will be (`fork_server.LIBRARIES`). environment: variables that workers get, of which libraries read
+    stages: whose workers there will be (`imports.LIBRARIES`). environment: variables that workers get, of which libraries read
     some when they are imported; inherited: those that they have from Ray.
     """
-    if not wanted(stages):
+    if not forks_here(stages):
         yield None
         return
     folder = None

@@ -19,7 +19,8 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.row_batch import Request, RowBatch
-from rlhf_ray.models.wire import copy_weights
+from rlhf_ray.models.load import to_device
+from rlhf_ray.models.wire import Weight, copy_weights
 
 
 def torch_engine(setting: EngineSetting) -> GenerationEngine:
@@ -49,7 +50,7 @@ class GenerationEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = [tokenizer.eos_token_id]
-        self.model = model if device is None else model.to(device)
+        self.model = model if device is None else to_device(model, device)
         self.tokenizer, self.max_rows, self.eos_token_ids = tokenizer, max_rows, tuple(eos_token_ids)
         self.decoder = RaggedDecoder(self.model)
         self._open: RowBatch | None = None
@@ -103,7 +104,7 @@ class GenerationEngine:
             if not len(self._open):
                 return []
             running, tokens, logprobs, completions = self._open.step()
-        except BaseException:
+        except BaseException:  # fault boundary: one call; its rows leave the batch, whatever ended it
             self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
             self.decoder.forget()
             raise
@@ -150,7 +151,7 @@ class GenerationEngine:
     # ---- weights
 
     @torch.no_grad()
-    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+    def load_weights(self, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
         Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).

@@ -7,6 +7,8 @@ changes no bit of a result.
 
 from __future__ import annotations
 
+# Layers of transformers are changed in place, which their annotations do not know.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportReturnType=false
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +17,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from rlhf_ray.cpu.kernels import kernel
 
 PLAIN_LENGTH = 256  # of a prompt: the fused kernel's memory does not grow with the square, which counts beyond
 MORE_SLOTS = 32  # at least, once there are some: a cache that has moved costs a step's new recording too
@@ -81,32 +81,11 @@ class RaggedLayer(CacheLayerMixin):
         self.values[rows, :, write.targets] = value_states.squeeze(2)
         return self.keys[:n, :, : write.length], self.values[:n, :, : write.length]
 
-    def attend(self, query, key, value, scaling: float) -> torch.Tensor:
-        """`update` for a decode step and the attention over what it returns, in C.
-
-        query [n, heads, D], key and value [n, H, D] (apart by the same step) -> [n, heads * D]
-        """
-        (n, heads, channels), groups = query.shape, key.shape[1]
-        if not self.is_initialized:
-            self.lazy_initialization(key[:, :, None], value[:, :, None])
-        mixed = query.new_empty(n, heads * channels)
-        given = [query, key, value, self.keys, self.values]
-        pair = 1
-        if query.dtype == torch.bfloat16:  # counted in twos, which are 32 bits
-            given.append(self.centres if self.centred else None)
-            pair = 2
-        run = kernel("decode_attention", self.keys, self.values, self.write.targets, dtype=query.dtype)
-        run(
-            *given, self.write.targets, mixed, n, groups, heads // groups, channels // pair, self.keys.shape[2],
-            query.stride(0) // pair, key.stride(0) // pair, scaling,
-        )  # fmt: skip
-        return mixed
-
     def resize(self) -> None:
         if not self.is_initialized:
             return
         for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
-            old = getattr(self, name)
+            old = vars(self)[name]
             new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
             new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
             setattr(self, name, new)
@@ -135,7 +114,7 @@ class RaggedCache(Cache):
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least, and a
-        few: growing stays cheap, and without the functions in C attention reads all slots of a row."""
+        few: growing stays cheap, and torch's attention reads all slots of a row."""
         write = self.write
         if rows <= write.rows and slots <= write.slots:
             return
@@ -162,25 +141,6 @@ class RaggedCache(Cache):
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
         """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
         self.write.targets, self.write.length = positions, length
-
-    def decode_attention(self, dtype: torch.dtype, groups: int, channels: int):
-        """How the decode step that has begun attends, the same in every layer of H groups and D channels.
-
-        -> (layer, query [n, heads, D], key and value [n, H, D], scaling) -> [n, heads * D]
-        """
-        targets, length = self.write.targets, self.write.length
-        fits = channels % 2 == 0 if dtype == torch.bfloat16 else not self.centred
-        if fits and kernel("decode_attention", targets, dtype=dtype) is not None:
-            return RaggedLayer.attend
-        mask = (torch.arange(length, device=targets.device) <= targets[:, None])[:, None, None]
-        offsets = score_offsets(mask, groups, dtype)
-
-        def attend(layer, query, key, value, scaling):
-            keys, values = layer.update(key[:, :, None], value[:, :, None])
-            query = query.reshape(len(query), groups, -1, channels)
-            return plain_products(query, keys, values, offsets, scaling).view(len(query), -1)
-
-        return attend
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Copy the first length slots of rows source [m] over rows target [m] (no row in both)."""

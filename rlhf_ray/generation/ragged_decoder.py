@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from rlhf_ray.cpu.packed_linear import pack_linears
-from rlhf_ray.cpu.recorded_step import RecordedStep
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.tables.families import is_tested
 
 
@@ -48,8 +48,7 @@ class RaggedDecoder:
         # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
         self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
         step = decode_step_of(model) if self.reads_all_slots else None
-        pack_linears(model, dtype=model.dtype)
-        self.step = None if step is None else RecordedStep(model, step)
+        self.step = None if step is None else accelerate(step)
         self.centred = self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         # Any other family than the tested ones is compared with a plain forward pass once.
@@ -153,7 +152,8 @@ class RaggedDecoder:
 def _layers_and_max_length(config) -> tuple[int, int | None]:
     """Cached layers, and the longest sequence that every layer attends over in full (None: no limit)."""
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-    limits = [] if getattr(config, "max_position_embeddings", None) is None else [config.max_position_embeddings]
+    positions = positions_of(config)
+    limits = [] if positions is None else [positions]
     for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):  # shared layers at the end have no cache
         if layer_type not in ("full_attention", "sliding_attention", "chunked_attention"):
             raise UserError(

@@ -47,17 +47,20 @@ class _RowArrays:
         flat, wide = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
         return cls(flat, flat, flat, flat, flat, wide, wide.astype(np.int32), wide)
 
+    def each(self) -> dict[str, np.ndarray]:
+        """Name -> array."""
+        # getattr: a slotted dataclass has no __dict__, and asdict would copy the arrays.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def grow(self, rows: int, width: int) -> None:
         rows, width = max(rows, len(self.counts)), max(width, self.tokens.shape[1])
-        for field in fields(self):
-            old = getattr(self, field.name)
+        for name, old in self.each().items():
             new = np.zeros((rows,) if old.ndim == 1 else (rows, width), old.dtype)
             new[tuple(slice(size) for size in old.shape)] = old
-            setattr(self, field.name, new)
+            setattr(self, name, new)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        for field in fields(self):
-            array = getattr(self, field.name)
+        for array in self.each().values():
             array[target] = array[source]
 
 
@@ -160,8 +163,12 @@ class RowBatch:
     def _members_changed(self) -> None:
         """One number per parameter while all rows agree, which spares the vocabulary-wide work of those that are off."""
         self._parameters = {}
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            values = [getattr(request.params, name) for request in self.requests]
+        params = [request.params for request in self.requests]
+        columns: dict[str, list[float]] = {
+            "temperature": [one.temperature for one in params], "top_k": [one.top_k for one in params],
+            "top_p": [one.top_p for one in params], "min_p": [one.min_p for one in params],
+        }  # fmt: skip
+        for name, values in columns.items():
             if len(set(values)) <= 1:
                 self._parameters[name] = values[0] if values else 0
             else:

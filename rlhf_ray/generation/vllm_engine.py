@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation.protocol import EngineSetting
-from rlhf_ray.models.wire import copy_weights
+from rlhf_ray.models.load import to_device
+from rlhf_ray.models.wire import Weight, copy_weights
 from rlhf_ray.tables.engines import ENGINES
 
 PROBES, PROBE_TOKENS = 4, 8  # the gate draws so many responses of so many tokens
@@ -127,7 +128,7 @@ class VllmEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = [tokenizer.eos_token_id]
-        self.model, self.eos_token_ids, self.longest = model.to(self.device).eval(), tuple(eos_token_ids), longest
+        self.model, self.eos_token_ids, self.longest = to_device(model, self.device).eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
         self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
@@ -236,7 +237,7 @@ class VllmEngine:
 
     # ---- weights
 
-    def load_weights(self, state: Mapping[str, torch.Tensor | np.ndarray], kept: Set[str] = frozenset()) -> None:
+    def load_weights(self, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
         """Copy new weights into the model, in place; nothing of state is kept, and it may be read-only.
 
         Every weight but those in `kept`, which stay, must be there (`models.wire.copy_weights`).
@@ -312,8 +313,9 @@ class VllmEngine:
 def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
     """What the keys and values of `rows` sequences of `longest` tokens take, in whole blocks, and one row more."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    options = config.to_dict()  # GPT-2 and others have neither of these two
+    heads = options.get("num_key_value_heads") or config.num_attention_heads
+    width = options.get("head_dim") or config.hidden_size // config.num_attention_heads
     slots = (rows + 1) * -(-longest // CACHE_BLOCK) * CACHE_BLOCK
     return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
 

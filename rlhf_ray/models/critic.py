@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.load import (
+    body_of,
     disable_dropout,
     load_causal_lm,
     load_reward_model,
@@ -57,7 +58,7 @@ def critic_from_reward_model(model: PreTrainedModel) -> Critic:
     """Starts at the normalised score: (w . hidden - reward_mean) / reward_std. The body is shared, not copied."""
     mean, std = reward_normalisation(model.config)
     head = score_head(model)
-    critic = Critic(model.base_model)
+    critic = Critic(body_of(model))
     with torch.no_grad():
         critic.value_head.weight.copy_(head.weight.float() / std)
         bias = 0.0 if head.bias is None else head.bias.float()
@@ -68,7 +69,7 @@ def critic_from_reward_model(model: PreTrainedModel) -> Critic:
 
 def critic_from_causal_lm(model: PreTrainedModel) -> Critic:
     """Starts at value 0 everywhere. The body is shared with `model`, not copied."""
-    critic = Critic(model.base_model)
+    critic = Critic(body_of(model))
     disable_dropout(critic)
     return critic
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +22,13 @@ class _Select(torch.autograd.Function):
     """[N, D] -> [A, D]: index_select, whose own gradient on CPUs adds row by row, as if places could occur twice."""
 
     @staticmethod
-    def forward(ctx, line, places):
+    def forward(ctx: Any, line: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
         ctx.tokens = len(line)
         return line.index_select(0, places)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (places,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.tokens, gradient.shape[1]).index_copy_(0, places, gradient), None
 
@@ -42,8 +43,8 @@ def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
     if not is_tested(config.model_type) or model.is_gradient_checkpointing:
         return None
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [stack[-1] for stack in stacks if len(stack) == config.num_hidden_layers and hasattr(stack[-1], "mlp")]
-    return blocks[0].mlp if len(blocks) == 1 else None
+    blocks = [stack[-1] for stack in stacks if len(stack) == config.num_hidden_layers and "mlp" in dict(stack[-1].named_children())]
+    return blocks[0].get_submodule("mlp") if len(blocks) == 1 else None
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Set
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +22,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.cpu.activation import fast_activation
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -116,12 +118,13 @@ def load_reward_model(
 
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
     """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model of other people."""
-    return (config.reward_mean, config.reward_std) if hasattr(config, "reward_mean") else (0.0, 1.0)
+    own = config.to_dict()  # the reward stage adds the two keys to its models' configs
+    return (own["reward_mean"], own["reward_std"]) if "reward_mean" in own else (0.0, 1.0)
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
     """The linear layer of a reward model: hidden state [.., D] -> score [.., 1]."""
-    head = getattr(model, "score", None)
+    head = dict(model.named_children()).get("score")
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"{type(model).__name__} has no linear layer named 'score' on a causal body (GPT-2, Llama, Qwen2 and most "
@@ -135,11 +138,11 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # Llama and its relatives keep the probability, not a layer
+        elif isinstance(vars(module).get("attention_dropout"), float):
+            vars(module)["attention_dropout"] = 0.0  # Llama and its relatives keep the probability, not a layer
     if isinstance(model, PreTrainedModel):
-        for name in model.config.to_dict():
-            if name.endswith(("pdrop", "dropout")) and isinstance(getattr(model.config, name), float):
+        for name, value in model.config.to_dict().items():
+            if name.endswith(("pdrop", "dropout")) and isinstance(value, float):
                 setattr(model.config, name, 0.0)
 
 
@@ -159,17 +162,27 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Checkpoints often hold more rows than tokens; then nothing changes. New rows are the mean of the old ones.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if len(tokenizer) <= rows:
         return 0
     # mean_resizing draws the rows at random, from a distribution it fits to all the others: slow and unseeded.
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    layers = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-              if layer is not None}  # fmt: skip
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     with torch.no_grad():
-        for weight in layers.values():  # one where the two are tied
+        for weight in {id(weight): weight for weight in map(_weight, layers)}.values():  # one where the two are tied
             weight[rows:] = weight[:rows].mean(0)
     return len(tokenizer) - rows
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embeddings: at least as many as the tokenizer has tokens."""
+    return _weight(model.get_input_embeddings()).shape[0]
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -181,11 +194,28 @@ def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The longest sequence of a model, in tokens. None: its family has no limit."""
+    # getattr: families name their options as they like, and transformers has no type for all of them.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head. transformers' annotation says nn.Module."""
+    return cast(PreTrainedModel, model.base_model)
+
+
+def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """`model.to(device)`. transformers' own annotation of `to` has lost its `self`."""
+    cast(nn.Module, model).to(device)
+    return model
+
+
 def check_positions(
     config: PretrainedConfig, longest: int, what: str = "data.max_prompt_tokens + generation.max_new_tokens"
 ) -> None:
     """Raise UserError if `longest` tokens are more than the model has positions for."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some families have no limit
+    positions = positions_of(config)
     if positions is not None and longest > positions:
         raise UserError(
             f"{what} = {longest} tokens is longer than the model's {positions} positions; lower it to {positions}, "
@@ -233,7 +263,14 @@ def save_model(
     return folder
 
 
-def _load(auto, path, dtype, trust_remote_code, new: frozenset | set = frozenset(), **kwargs) -> PreTrainedModel:
+def _load(
+    auto: Any,  # AutoModelForCausalLM or AutoModelForSequenceClassification
+    path: str | Path,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    new: Set[str] = frozenset(),
+    **kwargs: Any,
+) -> PreTrainedModel:
     """from_pretrained on safetensors, refusing a checkpoint that leaves weights (other than `new`) random."""
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
 from rlhf_ray.tables.engines import ENGINES
 
@@ -57,7 +57,7 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
             state *= (1 + ENGINES.named(generation.engine).copies[on_gpu]) * (1.0 if on_gpu else its / 4)
             if ppo.lora is not None:
                 state += weights  # what merged weights are computed from
-        sharded = getattr(role, "zero_stage", 0) == 3
+        sharded = isinstance(role, GroupConfig) and role.zero_stage == 3
         state += 3.0 * 4 * trained.get(name, 0)
         state = state / role.actors if sharded else state
         if name in trained:

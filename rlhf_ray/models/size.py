@@ -48,10 +48,10 @@ def shape_of_model(recipe: Recipe) -> ModelShape:
         config = load_config(recipe.model.name_or_path, recipe.model.trust_remote_code).get_text_config()
     except UserError:
         return ModelShape(layers=0, width=0, vocabulary=0, embeddings=0, key_value_width=0, gated=False)
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    options, heads = config.to_dict(), config.num_attention_heads  # GPT-2 and others have neither of the two below
+    head_width = options.get("head_dim") or config.hidden_size // heads
     return ModelShape(
         layers=config.num_hidden_layers, width=config.hidden_size, vocabulary=config.vocab_size,
         embeddings=config.vocab_size * config.hidden_size, gated=is_gated(config.model_type),
-        key_value_width=head_width * (getattr(config, "num_key_value_heads", None) or heads),
+        key_value_width=head_width * (options.get("num_key_value_heads") or heads),
     )  # fmt: skip

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -30,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if like_qwen2:
-        like = Qwen2Tokenizer(unk_token=None, eos_token=EOS, pad_token=PAD).backend_tokenizer
+        like = Qwen2Tokenizer(unk_token=cast(str, None), eos_token=EOS, pad_token=PAD).backend_tokenizer  # no UNK
         tokenizer.normalizer, tokenizer.pre_tokenizer = like.normalizer, like.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -42,8 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
     if like_qwen2:
         learned = json.loads(tokenizer.to_str())["model"]
         merges = [tuple(merge) for merge in learned["merges"]]
-        return Qwen2Tokenizer(
-            vocab=learned["vocab"], merges=merges, unk_token=None, eos_token=EOS, pad_token=PAD,
+        return Qwen2Tokenizer(  # transformers' annotations know neither merges as pairs nor a tokenizer without UNK
+            vocab=learned["vocab"], merges=cast(list[str], merges), unk_token=cast(str, None), eos_token=EOS, pad_token=PAD,
             clean_up_tokenization_spaces=False,
         )  # fmt: skip
     return PreTrainedTokenizerFast(
@@ -80,6 +82,34 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of EOS. transformers' type of `eos_token_id` allows anything."""
+    found = tokenizer.eos_token_id
+    assert isinstance(found, int), "load_tokenizer lets no tokenizer without EOS through"
+    return found
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of PAD."""
+    found = tokenizer.pad_token_id
+    assert isinstance(found, int), "load_tokenizer adds a PAD"
+    return found
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of BOS. None: the tokenizer has none."""
+    found = tokenizer.bos_token_id
+    assert found is None or isinstance(found, int)
+    return found
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int] | np.ndarray, *, special_tokens: bool) -> str:
+    """The text of one sequence as it is. special_tokens: EOS, BOS and PAD are part of it."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "one sequence gives one text"
+    return text
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

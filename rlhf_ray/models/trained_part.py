@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.wire import as_tensor, load_named
+from rlhf_ray.models.wire import Weight, as_tensor, load_named
 
 
 def train_only_part(
@@ -102,7 +102,7 @@ def _compute_activations_again(model: PreTrainedModel) -> None:
 # -- low-rank adapters ------------------------------------------------------------------------------------------------
 
 
-def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Module]:
+def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Linear | Conv1D]:
     """Name -> linear layer of the body, for those that get an adapter."""
     body = {id(module) for module in model.base_model.modules()}
     linear = {
@@ -140,7 +140,8 @@ def _peft_config(model: PreTrainedModel, lora: LoraConfig, **extra):
 
     layers = adapted_layers(model, lora)
     return PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without
+        r=lora.rank, lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank, so a float is as good
+        lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without
         target_modules=sorted(layers), bias="none",
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()), **extra,
     )  # fmt: skip
@@ -187,7 +188,7 @@ class MergedLayers:
         }
 
     @torch.no_grad()
-    def load(self, adapter: Mapping[str, torch.Tensor | np.ndarray]) -> None:
+    def load(self, adapter: Mapping[str, Weight]) -> None:
         """Put the merged weights into the model. `adapter` holds <layer>.lora_A and .lora_B of every layer, no more."""
         expected = {f"{name}.lora_{part}" for name in self.layers for part in "AB"}
         if expected != adapter.keys():

@@ -11,6 +11,8 @@ whole, it loads at any ZeRO stage and rank count.
 
 from __future__ import annotations
 
+# safetensors is annotated in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import json
 import os

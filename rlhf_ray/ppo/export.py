@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
@@ -25,7 +25,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     from rlhf_ray.models.trained_part import load_trained
     from rlhf_ray.ppo.checkpoint import read_state
 
-    if dtype not in ("float32", "bfloat16"):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
         raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
@@ -49,7 +50,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rmdir()
-    save_model(model.to(getattr(torch, dtype)), tokenizer, target, card)
+    cast(torch.nn.Module, model).to(dtypes[dtype])  # transformers' own annotation of `to` has lost its `self`
+    save_model(model, tokenizer, target, card)
     if push_to_hub is not None:
         _push(target, push_to_hub)
     return target

@@ -1,35 +1,41 @@
-"""PPO from human feedback on one process, to be read from top to bottom: no Ray, no DeepSpeed, no actors.
-
-It calls the algorithm functions that the distributed loop calls, in the same order, and takes the same steps
-(tests/test_plain_ppo.py compares the weights). REPORT.md, section 3, walks through it. From a run folder whose SFT model and
-reward model are trained:
+"""PPO from human feedback in one process. Start here, and read from top to bottom: no Ray, no DeepSpeed, no actors.
 
     python -m rlhf_ray.ppo.single_process runs/demo --steps 5
 
-Shapes: B responses, T tokens of the longest one. The policy and the critic stay in memory; nothing is written.
+The run folder needs a trained SFT model and a trained reward model. Policy and critic stay in memory; nothing is written.
+
+The distributed run calls the same algorithm functions in the same order. So both take the same steps, and
+tests/test_single_process.py compares their weights. REPORT.md, section 3, explains each step.
+
+Shapes: B responses in the batch, T tokens of the longest response. Rows are padded on the right. `action_mask` [B, T] is
+True on the tokens of a response and False in the padding, so padding never counts.
 """
 
 from __future__ import annotations
 
+# torch annotates backward, step and from_numpy in part only.
+# pyright: reportUnknownMemberType=false
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rlhf_ray.algorithms.experience import assemble
-from rlhf_ray.algorithms.losses import Stats, policy_loss, token_weights, value_loss
+from rlhf_ray.algorithms.experience import Assembled, assemble
+from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.data.store import read_prompts
 from rlhf_ray.errors import UserError
-from rlhf_ray.messages import unflatten
+from rlhf_ray.messages import RolloutBatch, unflatten
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, load_causal_lm
+from rlhf_ray.ppo.single_process_keys import refuse_other_keys
 from rlhf_ray.ppo.step import cut_chunks, step_prompts
-from rlhf_ray.rewards.scorer import RewardScorer
+from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
@@ -38,142 +44,173 @@ from rlhf_ray.training.forward import LogprobModel, ValueModel, token_batch
 from rlhf_ray.training.padding import pad_tokens
 
 
-class PlainPPO:
-    """The models of PPO and one method, `step`. float32 throughout, whatever the recipe says.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeforeUpdate:
+    """What the models say about each token before the update. All [B, T]."""
 
-    Raises UserError for a recipe of another algorithm than PPO with a critic and the KL in the reward.
+    action_mask: torch.Tensor  # True where the policy chose the token
+    old_logprobs: torch.Tensor  # of the policy
+    ref_logprobs: torch.Tensor  # of the reference
+    old_values: torch.Tensor  # of the critic
+
+
+class SingleProcessPPO:
+    """The five models of PPO and one method, `step`. Everything is computed in float32.
+
+    Raises UserError if the recipe sets a key that this page does not act on (see `single_process_keys`).
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder):
-        ppo, temperature = recipe.ppo, recipe.generation.temperature
-        parts = [key for key in (*recipe.adapters, *recipe.frozen_layers) if key.startswith("ppo.")]
-        if parts:
-            raise UserError(
-                f"plain_ppo trains all weights, and the recipe sets {', '.join(parts)}; run it with rlhf-ray run"
-            )
-        if ppo.steps_ahead > 0:
-            raise UserError(
-                f"plain_ppo draws and trains in turn, and ppo.steps_ahead is {ppo.steps_ahead}; set it to 0, or run it with "
-                "rlhf-ray run"
-            )
-        members = 0 if recipe.reward is None else recipe.reward.members
-        scored_otherwise = bool(ppo.rewards) or ppo.reward_function is not None or members != 1
-        if not ppo.has_critic or ppo.kl_in != "reward" or ppo.entropy_coef > 0 or scored_otherwise:
-            raise UserError(
-                "plain_ppo shows PPO with a critic, one reward model and the KL in the reward; the recipe has "
-                f"ppo.advantage {ppo.advantage}, kl_in {ppo.kl_in}; run it with rlhf-ray run"
-            )
+        refuse_other_keys(recipe)
+        ppo, generation = recipe.ppo, recipe.generation
         self.recipe = recipe
         start = start_model(recipe, folder)
         prompts = read_prompts(folder)
         self.prompts = len(prompts)
 
-        # Five models, three of them trained or copied from what is trained:
-        #   generator  draws the responses (with a KV cache); gets the policy's weights after every step
-        #   reward     reads a text and says how good it is; frozen
-        #   reference  the model that PPO started from; frozen
-        #   policy     what is trained; forward() gives the log-probs [B, T] of responses
-        #   critic     guesses, before each token, the reward still to come [B, T]; trained beside the policy
+        # The generator draws the responses, with a KV cache. It gets the policy's weights after every step.
         self.generator = Generator(
-            start, prompts, [], sampling=recipe.generation.sampling, seed=recipe.ppo_seed, dtype=torch.float32
+            start, prompts, [], sampling=generation.sampling, seed=recipe.ppo_seed, dtype=torch.float32
         )
-        self.reward = Reward(RewardScorer(folder.stage("reward").model), start, stop=recipe.generation.stop)
+
+        # The reward model reads a prompt and a response and gives one score. It is frozen.
+        scorer = reward_scorer(recipe, folder, torch.float32, "cpu")
+        self.reward = Reward(scorer, start, stop=generation.stop)
+
+        # The policy is trained. The reference is the model that the policy starts from; it is frozen.
+        # Both give the log-probs [B, T] of responses.
         policy, reference = load_causal_lm(start), load_causal_lm(start)
-        critic_start = folder.stage("reward").model if ppo.critic_init == "reward" else start
+
+        # The critic is trained beside the policy. Before each token it predicts the reward still to come, [B, T].
+        critic_start = str(folder.stage("reward").model) if ppo.critic_init == "reward" else start
         critic = build_critic(critic_start, ppo.critic_init)
+
         for model in (policy, reference, critic):
-            disable_dropout(model)  # else old and new log-probs of the same weights would differ
-        self.policy, self.reference = (
-            LogprobModel(model, temperature=temperature, compute_dtype=torch.float32) for model in (policy, reference)
-        )
+            disable_dropout(model)  # with dropout, old and new log-probs of the same weights would differ
+        self.policy = LogprobModel(policy, temperature=generation.temperature, compute_dtype=torch.float32)
+        self.reference = LogprobModel(reference, temperature=generation.temperature, compute_dtype=torch.float32)
         self.critic = ValueModel(critic, compute_dtype=torch.float32)
-        self.policy_adam, self.critic_adam = (
-            torch.optim.AdamW(model.parameters(), lr=0.0, eps=ppo.adam_eps, weight_decay=0.0)
-            for model in (self.policy, self.critic)
-        )
+        self.policy_adam = torch.optim.AdamW(self.policy.parameters(), lr=0.0, eps=ppo.adam_eps, weight_decay=0.0)
+        self.critic_adam = torch.optim.AdamW(self.critic.parameters(), lr=0.0, eps=ppo.adam_eps, weight_decay=0.0)
 
     def step(self, step: int) -> dict[str, float]:
-        """One iteration: draw responses, score them, compute advantages, update -> metrics."""
-        recipe, ppo = self.recipe, self.recipe.ppo
+        """One iteration of PPO. Returns its metrics."""
+        rollout = self.draw(step)  # 1. a response to each prompt of this step
+        scores = self.score(rollout)  # 2. how good each response is, [B]
+        before = self.evaluate(rollout)  # 3. log-probs and values of each token, [B, T]
+        targets = self.assemble(rollout, scores, before)  # 4. advantages and returns, [B, T]
+        stats = self.update(step, rollout, before, targets)  # 5. several passes over the batch
+        self.sync()  # 6. the generator gets the new weights
+        return targets.stats | stats
 
-        # 1. Draw a response to each prompt of this step. Every draw has a seed of its own: (seed, step, prompt, sample).
-        rows = step_prompts(step, self.prompts, ppo.rollout_batch_size, recipe.ppo_seed)
-        (chunk,) = cut_chunks(step, rows, ppo.samples_per_prompt, ppo.rollouts_per_step)
-        rollout = self.generator.generate(chunk)
+    def draw(self, step: int) -> RolloutBatch:
+        """1. Draw the responses. Every draw has its own seed, made from (seed, step, prompt, sample)."""
+        ppo = self.recipe.ppo
+        prompts = step_prompts(step, self.prompts, ppo.rollout_batch_size, self.recipe.ppo_seed)
+        (chunk,) = cut_chunks(step, prompts, ppo.samples_per_prompt, ppo.rollouts_per_step)
+        return self.generator.generate(chunk)
+
+    def score(self, rollout: RolloutBatch) -> torch.Tensor:
+        """2. Score the texts: one number per response, [B]."""
+        return torch.from_numpy(self.reward.score(rollout).total)
+
+    @torch.no_grad()
+    def evaluate(self, rollout: RolloutBatch) -> BeforeUpdate:
+        """3. One forward pass of policy, reference and critic over the whole batch."""
         sequences = rollout.sequences
-
-        # 2. Score the texts. One number a response, [B].
-        scores = torch.from_numpy(self.reward.score(rollout).total)
-
-        # 3. What the models say about each token before the update, all [B, T]. Rows are padded on the right; what stands
-        #    in the padding never counts, because action_mask is False there.
         batch = token_batch(sequences.prompts(), sequences.responses(), packed=False)
-        mask = batch.action_mask
-        with torch.no_grad():
-            old_logprobs, ref_logprobs, old_values = self.policy(batch), self.reference(batch), self.critic(batch)
+        return BeforeUpdate(
+            action_mask=batch.action_mask,
+            old_logprobs=self.policy(batch),
+            ref_logprobs=self.reference(batch),
+            old_values=self.critic(batch),
+        )
 
-        # 4. Rewards, advantages and returns: -kl_coef * (log p - log p_ref) at every token and the score at the last one;
-        #    GAE; whitening over the batch.
-        drawn = pad_tokens(unflatten(rollout.rollout_logprobs, sequences.response_lengths))
-        config = experience_config(recipe)
-        targets = assemble(
-            scores, torch.from_numpy(rollout.ended), drawn, old_logprobs, ref_logprobs, old_values, mask, config.advantages,
-            kl_coef=ppo.kl_coef,
+    def assemble(self, rollout: RolloutBatch, scores: torch.Tensor, before: BeforeUpdate) -> Assembled:
+        """4. Rewards, then advantages and returns.
+
+        The reward of a token is -kl_coef * (old_logprob - ref_logprob). The last token of a response gets the score too.
+        GAE makes advantages and returns from rewards and values. The advantages are whitened over the batch.
+        """
+        rollout_logprobs = unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
+        return assemble(
+            scores, torch.from_numpy(rollout.ended), pad_tokens(rollout_logprobs), before.old_logprobs,
+            before.ref_logprobs, before.old_values, before.action_mask, experience_config(self.recipe).advantages,
+            kl_coef=self.recipe.ppo.kl_coef,
         )  # fmt: skip
 
-        assert targets.returns is not None, "there is a critic"
+    def update(
+        self, step: int, rollout: RolloutBatch, before: BeforeUpdate, targets: Assembled
+    ) -> dict[str, float]:
+        """5. ppo_epochs passes over the batch, one optimiser step per minibatch. Returns statistics of the last one.
 
-        # 5. Several passes over the batch in minibatches. In the first one the ratio is 1; then the policy has moved, and
-        #    the clip keeps it from moving too far on old data.
-        anneal = linear_anneal(1.0, step, ppo.steps) if ppo.anneal else 1.0
-        seed = draw_seed(recipe.ppo_seed, "minibatches", step)
-        stats: Stats = {}
-        value_stats: Stats = {}
-        for minibatch in minibatch_rows(len(sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
-            rows = sequences.rows(minibatch)
-            part = token_batch(rows.prompts(), rows.responses(), packed=False)
-            width = part.action_mask.shape[1]  # the longest response of the minibatch
-            picked = (old_logprobs, targets.advantages, old_values, targets.returns, mask)
-            old, advantages, values_before, returns, counts = (tensor[minibatch, :width] for tensor in picked)
-            num_tokens = int(counts.sum())
-            weights = token_weights(
-                counts, ppo.loss_aggregation, num_tokens=num_tokens, num_sequences=len(minibatch),
-                max_new_tokens=recipe.generation.max_new_tokens,
-            )  # fmt: skip
-            loss, stats = policy_loss(
-                self.policy(part), old, advantages, counts, weights, clip_range=ppo.clip_range,
-                clip_range_high=ppo.clip_range_high or ppo.clip_range, dual_clip=ppo.dual_clip, num_tokens=num_tokens,
-            )  # fmt: skip
-            self._descend(loss, self.policy_adam, ppo.learning_rate * anneal)
-            loss, value_stats = value_loss(
-                self.critic(part), values_before, returns, counts, value_clip_range=ppo.value_clip_range,
-                num_tokens=num_tokens,
-            )  # fmt: skip
-            self._descend(ppo.vf_coef * loss, self.critic_adam, ppo.critic_learning_rate * anneal)
+        In the first minibatch the ratio of new to old probabilities is 1. After that the policy has moved away from the
+        one that drew the responses. The clip keeps it from moving too far.
+        """
+        ppo = self.recipe.ppo
+        rate = linear_anneal(1.0, step, ppo.steps) if ppo.anneal else 1.0
+        seed = draw_seed(self.recipe.ppo_seed, "minibatches", step)
+        stats: dict[str, torch.Tensor] = {}
+        for rows in minibatch_rows(len(rollout.sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
+            stats = self._train_on(rows, rate, rollout, before, targets)
+        return {name: float(value) for name, value in stats.items()}
 
-        # 6. The generator gets the new weights, so the next step's responses are the new policy's.
-        self.generator.engine.load_weights(dict(self.policy.model.named_parameters()))
-        return targets.stats | {name: float(value) for name, value in (stats | value_stats).items()}
+    def _train_on(
+        self, rows: list[int], rate: float, rollout: RolloutBatch, before: BeforeUpdate, targets: Assembled
+    ) -> dict[str, torch.Tensor]:
+        """One optimiser step of policy and critic on `rows` of the batch, b of them. `rate` scales the learning rates."""
+        ppo = self.recipe.ppo
+        assert targets.returns is not None  # GAE always gives returns
+        minibatch = rollout.sequences.rows(rows)
+        batch = token_batch(minibatch.prompts(), minibatch.responses(), packed=False)
+        longest = batch.action_mask.shape[1]  # of the minibatch: T or less
+        mask, old_logprobs, old_values, advantages, returns = (
+            tensor[rows, :longest]
+            for tensor in (before.action_mask, before.old_logprobs, before.old_values, targets.advantages, targets.returns)
+        )
+        num_tokens = int(mask.sum())
+
+        weights = token_weights(
+            mask, ppo.loss_aggregation, num_tokens=num_tokens, num_sequences=len(rows),
+            max_new_tokens=self.recipe.generation.max_new_tokens,
+        )  # fmt: skip
+        loss, policy_stats = policy_loss(
+            self.policy(batch), old_logprobs, advantages, mask, weights, clip_range=ppo.clip_range,
+            clip_range_high=ppo.clip_range_high or ppo.clip_range, dual_clip=ppo.dual_clip, num_tokens=num_tokens,
+        )  # fmt: skip
+        self._descend(loss, self.policy_adam, ppo.learning_rate * rate)
+
+        loss, value_stats = value_loss(
+            self.critic(batch), old_values, returns, mask, value_clip_range=ppo.value_clip_range, num_tokens=num_tokens
+        )
+        self._descend(ppo.vf_coef * loss, self.critic_adam, ppo.critic_learning_rate * rate)
+        return policy_stats | value_stats
 
     def _descend(self, loss: torch.Tensor, adam: torch.optim.AdamW, learning_rate: float) -> None:
-        group = adam.param_groups[0]
+        """One step of Adam down the gradient of `loss`, whose norm is clipped."""
+        (group,) = adam.param_groups
         group["lr"] = learning_rate
         adam.zero_grad()
         loss.backward()
-        limit = self.recipe.ppo.max_grad_norm or float("inf")
-        torch.nn.utils.clip_grad_norm_(group["params"], limit)
+        torch.nn.utils.clip_grad_norm_(group["params"], self.recipe.ppo.max_grad_norm or float("inf"))
         adam.step()
+
+    def sync(self) -> None:
+        """6. The generator gets the policy's weights, so the next responses are the new policy's."""
+        self.generator.engine.load_weights(dict(self.policy.model.named_parameters()))
 
 
 def train(recipe: Recipe, folder: RunFolder, steps: int) -> Iterator[dict[str, float]]:
-    """Metrics of each of the first `steps` steps."""
-    ppo = PlainPPO(recipe, folder)
+    """Take the first `steps` steps. Yields the metrics of each."""
+    ppo = SingleProcessPPO(recipe, folder)
     for step in range(steps):
         yield ppo.step(step)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PPO on one process, from the SFT and reward model of a run folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_ray.ppo.single_process", description="PPO in one process, from a run's SFT and reward models."
+    )
     parser.add_argument("run_dir", type=Path, help="a run folder whose sft and reward stages are done")
     parser.add_argument("--steps", type=int, default=5, help="PPO steps")
     arguments = parser.parse_args()
@@ -181,12 +218,10 @@ def main() -> None:
     try:
         recipe = load_recipe(str(folder.recipe))
         for step, metrics in enumerate(train(recipe, folder, arguments.steps), start=1):
-            score, kl = metrics["objective/score"], metrics["objective/kl"]
-            print(
-                f"step {step}   score {score:.3f}   kl {kl:.3f} nats   length {metrics['objective/response_length']:.1f}"
-            )
+            score, kl, length = (metrics[f"objective/{name}"] for name in ("score", "kl", "response_length"))
+            print(f"step {step}   score {score:.3f}   kl {kl:.3f} nats   length {length:.1f}")
     except UserError as error:
-        print(f"plain_ppo: {error}", file=sys.stderr)
+        print(f"single_process: {error}", file=sys.stderr)
         sys.exit(2)
 
 

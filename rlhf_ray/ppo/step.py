@@ -16,6 +16,7 @@ from rlhf_ray.errors import RunFailed
 from rlhf_ray.messages import Chunk
 
 Handle = Any
+Handles = Sequence[Handle]
 EVERYBODYS = ("grad_norm", "optimiser_steps")  # statistics of an update that are the same on every rank
 
 
@@ -47,37 +48,30 @@ class CriticValues(Protocol):
 
 class Experience(Protocol):
     def assemble(
-        self,
-        rollouts: Sequence[Handle],
-        scores: Sequence[Handle],
-        ref_logprobs: Sequence[Handle],
-        old_logprobs: Sequence[Handle],
-        old_values: Sequence[Handle],
+        self, rollouts: Handles, scores: Handles, ref_logprobs: Handles, old_logprobs: Handles, old_values: Handles,
         kl_coef: float,
-    ) -> tuple[Handle, list[Handle], list[Handle]]: ...
-    def evaluate(
-        self,
-        rollouts: Sequence[Handle],
-        scores: Sequence[Handle],
-        ref_logprobs: Sequence[Handle],
-        judged: Sequence[Handle],
-    ) -> Handle: ...
+    ) -> tuple[Handle, list[Handle], list[Handle]]: ...  # fmt: skip
+    def evaluate(self, rollouts: Handles, scores: Handles, ref_logprobs: Handles, judged: Handles) -> Handle: ...
     def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
     def zero_variance(self, scores: Sequence[Handle]) -> Handle: ...
-    def pack(
-        self, rollouts: Sequence[Handle], scores: Sequence[Handle], prompts: int, chunk_size: int
-    ) -> tuple[list[Handle], list[Handle]]: ...
+    def pack(self, rollouts: Handles, scores: Handles, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
 
 class Roles(Protocol):
     """The roles, and the one way to wait for what they return."""
 
-    generation: Generation
-    reward: Scoring
-    reference: ReferenceLogprobs
-    policy: Policy
-    critic: CriticValues | None  # None: the advantages need none
-    experience: Experience
+    @property
+    def generation(self) -> Generation: ...
+    @property
+    def reward(self) -> Scoring: ...
+    @property
+    def reference(self) -> ReferenceLogprobs: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def critic(self) -> CriticValues | None: ...  # None: the advantages need none
+    @property
+    def experience(self) -> Experience: ...
 
     def wait(self, handles: Sequence[Handle], what: str) -> None:
         """Until all are there, or a deadline has passed; `what` names the wait. A failed call raises here."""
@@ -192,13 +186,13 @@ def draw_again(
 
 
 def sync_weights(roles: Roles, policy_version: int) -> None:
-    """The generators get the policy's weights; from now on they stamp what they make with this version."""
+    """The generators get the policy's weights. From now on their rollouts carry this version."""
     synced = send_weights(roles, policy_version)
     roles.wait(synced, f"weight sync (version {policy_version})")
 
 
 def send_weights(roles: Roles, policy_version: int) -> list[Handle]:
-    """Waits until the policy has given its weights, not until the generators have taken them: that is what it returns."""
+    """Returns when the policy has sent its weights. The handles tell when the generators have received them."""
     weights = roles.policy.weights()
     synced = roles.generation.load_weights(weights, policy_version)
     roles.wait(weights, f"weight sync (version {policy_version})")
@@ -282,8 +276,8 @@ def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:
 
 def other_prompts(step: int, prompts: int, taken: Sequence[int], seed: int) -> list[int]:
     """The prompt set without `taken`, in an order of the step's own: where dynamic sampling draws from, front to back."""
-    others = set(range(prompts)) - set(taken)
-    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row in others]
+    drawn = set(taken)
+    return [row for row in epoch_permutation(prompts, draw_seed(seed, "other prompts", step)) if row not in drawn]
 
 
 def cut_chunks(

@@ -1,4 +1,4 @@
 """What scores a response: reward models, ensembles, several rewards, the user's functions in processes of their own.
 
-May import: errors, tables, messages, config, algorithms, runs, models, data, cpu, training.
+May import: errors, messages, tables, config, algorithms, runs, models, data, training.
 """

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from rlhf_ray.config import Recipe, RewardTerm
-from rlhf_ray.config.recipe_file import function_names
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.tables.rewards import kind_of
 
 
 def reward_problems(recipe: Recipe) -> list[str]:
-    """Of the functions that the recipe names, and of what else PPO's rewards need."""
-    problems: list[str] = []
-    for path in function_names(recipe):
-        try:
-            import_function(path)
-        except UserError as error:
-            problems.append(str(error))
+    """Of PPO's rewards, and of the judge's and the trait function."""
+    problems = []
     for name, term in recipe.ppo.terms.items():
         problems += kind_of(term).found_problems(recipe, recipe.ppo.key_of(name), term)
+    for path in (recipe.evaluation.judge_function, recipe.evaluation.trait_function):
+        problems += [] if path is None else _import_problems(path)
     return problems
+
+
+def function_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
+    assert term.function is not None
+    return _import_problems(term.function)
 
 
 def model_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
@@ -35,3 +36,11 @@ def model_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
         except UserError as error:
             problems.append(f"{key}.model: {error}")
     return problems
+
+
+def _import_problems(path: str) -> list[str]:
+    try:
+        import_function(path)
+    except UserError as error:
+        return [str(error)]
+    return []

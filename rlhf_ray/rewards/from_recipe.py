@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_ray.config import Recipe, RewardTerm
+from rlhf_ray.config import Recipe, RewardConfig, RewardTerm
 from rlhf_ray.errors import UserError
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import EnsembleScorer, FunctionScorer, RewardScorer, Scorer, WeightedSum, WeightedTerm
@@ -84,8 +84,8 @@ def stage_scorer(
     recipe: Recipe, folder: RunFolder, stage: str, dtype: torch.dtype, device: torch.device | str
 ) -> Scorer:
     """The model that the stage "reward" or "judge" trained, or the ensemble of them."""
-    config = {"reward": recipe.reward, "judge": recipe.judge}[stage]
-    assert config is not None
+    config = recipe.section(stage)
+    assert isinstance(config, RewardConfig)
     paths = [folder.stage(stage).member(number).model for number in range(config.members)]
     for path in paths:
         if not path.exists():

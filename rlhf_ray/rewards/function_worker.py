@@ -53,7 +53,7 @@ def answer_to(function: Callable, request: dict) -> dict:
     try:
         columns = {name: [value] for name, value in request["columns"].items()}
         scores = function([request["prompt"]], [request["response"]], **columns)
-    except Exception as error:  # the user's code may raise anything
+    except Exception as error:  # fault boundary: the user's code may raise anything
         return {"raised": f"{type(error).__name__}: {error}"}
     try:
         (score,) = scores

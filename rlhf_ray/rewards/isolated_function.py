@@ -99,6 +99,8 @@ class FunctionProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": search},
             start_new_session=True,  # a group of its own, so that its children end with it
         )  # fmt: skip
+        assert self._popen.stdin is not None and self._popen.stdout is not None  # pipes, as asked for
+        self._input, self._output = self._popen.stdin, self._popen.stdout
         self._end = weakref.finalize(self, _end_group, self._popen)
         self._pending = b""
         answer = self._answer(START_S)
@@ -114,8 +116,8 @@ class FunctionProcess:
     def ask(self, request: dict, timeout_s: float) -> dict | None:
         """The answer; None after timeout_s without one; {"ended": how} where the process is gone."""
         try:
-            self._popen.stdin.write(json.dumps(request, default=str).encode() + b"\n")
-            self._popen.stdin.flush()
+            self._input.write(json.dumps(request, default=str).encode() + b"\n")
+            self._input.flush()
         except OSError:  # it ended between two calls
             return {"ended": self._how_it_ended()}
         return self._answer(timeout_s)
@@ -126,11 +128,11 @@ class FunctionProcess:
     def _answer(self, timeout_s: float) -> dict | None:
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
-            selector.register(self._popen.stdout, selectors.EVENT_READ)
+            selector.register(self._output, selectors.EVENT_READ)
             while b"\n" not in self._pending:
                 if not selector.select(max(deadline - time.monotonic(), 0.0)):
                     return None
-                part = os.read(self._popen.stdout.fileno(), 65536)
+                part = os.read(self._output.fileno(), 65536)
                 if not part:
                     return {"ended": self._how_it_ended()}
                 self._pending += part
@@ -157,5 +159,6 @@ def _end_group(popen: subprocess.Popen) -> None:
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()
     for pipe in (popen.stdin, popen.stdout):
-        with suppress(OSError):  # what was not sent yet can't be sent any more
-            pipe.close()
+        if pipe is not None:
+            with suppress(OSError):  # what was not sent yet can't be sent any more
+                pipe.close()

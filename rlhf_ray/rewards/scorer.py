@@ -15,15 +15,22 @@ import torch
 from rlhf_ray.algorithms.ensembles import Combine, combine_scores, disagreement
 from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.cpu.norms import norms_in_c
-from rlhf_ray.cpu.packed_linear import pack_linears
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, score_head
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.load import (
+    body_of,
+    disable_dropout,
+    fit_embeddings,
+    load_reward_model,
+    positions_of,
+    reward_normalisation,
+    score_head,
+    to_device,
+)
+from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of, sample_words
 from rlhf_ray.tables.families import FAMILIES
 from rlhf_ray.training.packing import Layout, line_inputs, pack
@@ -56,27 +63,24 @@ class RewardScorer:
         trust_remote_code: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
-        self.model = load_reward_model(folder, None, trust_remote_code).to(device).eval()
+        self.model = to_device(load_reward_model(folder, None, trust_remote_code), device).eval()
         disable_dropout(self.model)
         score_in_float32(self.model)
         self.mean, self.std = reward_normalisation(self.model.config)
         self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
-        config = self.model.config.get_text_config()
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)  # some families have no limit
+        self.positions = positions_of(self.model.config)
         self.pad_token_id = self._padding()
         # These score by their head at one token; a class that does something else with the body's output reads rows.
         family = FAMILIES.get(type(self.model).__name__.removesuffix("ForSequenceClassification").lower())
-        self.packed = family is not None and family.scores_at_one_token and pack(self.model.base_model)
+        self.packed = family is not None and family.scores_at_one_token and pack(body_of(self.model))
         self._last_feed_forward = last_feed_forward(self.model)
-        norms_in_c(self.model)
-        pack_linears(self.model, dtype=compute_dtype, frozen=True)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
         token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
-        token_ids = [ids[-(self.positions or 0) :] or [self.tokenizer.eos_token_id] for ids in token_ids]
+        token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
         return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
@@ -87,7 +91,7 @@ class RewardScorer:
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             fit_embeddings(self.model, self.tokenizer)
-            config.pad_token_id = self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = self.model.config.pad_token_id = pad_id(self.tokenizer)
         return config.pad_token_id
 
     @torch.inference_mode()
@@ -189,7 +193,7 @@ class FunctionScorer:
         own = self.asked.of(columns)
         try:
             scores = self._call(prompts, responses, own)
-        except Exception as error:  # the user's code may raise anything
+        except Exception as error:  # fault boundary: the user's code may raise anything
             self._raise_for_first(prompts, responses, own)
             raise UserError(
                 f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
@@ -217,7 +221,7 @@ class FunctionScorer:
             row = row_of(columns, place)
             try:
                 self._call([prompt], [response], {name: [value] for name, value in row.items()})
-            except Exception as error:
+            except Exception as error:  # fault boundary: the user's code may raise anything
                 raise UserError(
                     f"{self.path} raised {type(error).__name__}: {error} on {sample_words(prompt, response, row)}"
                 ) from error

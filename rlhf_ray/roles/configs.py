@@ -12,6 +12,7 @@ from rlhf_ray.algorithms.experience import AdvantageConfig
 from rlhf_ray.algorithms.losses import Aggregation
 from rlhf_ray.config import Recipe
 from rlhf_ray.roles.experience import ExperienceConfig
+from rlhf_ray.tables.advantages import ADVANTAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class PolicyLossConfig:
 def experience_config(recipe: Recipe) -> ExperienceConfig:
     ppo, resources = recipe.ppo, recipe.resources
     advantages = AdvantageConfig(
-        advantage=ppo.advantage, group_size=ppo.samples_per_prompt, kl_in_reward=ppo.kl_in == "reward",
+        advantage=ADVANTAGES.named(ppo.advantage), group_size=ppo.samples_per_prompt, kl_in_reward=ppo.kl_in == "reward",
         kl_estimator=ppo.kl_estimator, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda,
         score_clip=ppo.score_clip, missing_eos_penalty=ppo.missing_eos_penalty,
         missing_eos_score=ppo.missing_eos_score, overlong_buffer=ppo.overlong_buffer,

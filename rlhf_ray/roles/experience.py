@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.experience import AdvantageConfig, assemble
+from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.algorithms.scores import zero_variance_groups
+from rlhf_ray.errors import UserError
 from rlhf_ray.messages import (
     Chunk,
     CriticShard,
@@ -71,17 +72,14 @@ class ExperienceMaker:
         values = padded([part.values for part in old_values]) if old_values else None
         drawn = padded([rollout.rollout_logprobs for rollout in rollouts])
         together = Scores.join(scores)
-        result = assemble(
-            torch.from_numpy(together.total),
-            torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts])),
-            drawn,
-            logprobs,
-            reference,
-            values,
-            mask,
-            config.advantages,
-            kl_coef=kl_coef,
-        )
+        ended = torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts]))
+        try:
+            result = assemble(
+                torch.from_numpy(together.total), ended, drawn, logprobs, reference, values, mask, config.advantages,
+                kl_coef=kl_coef,
+            )  # fmt: skip
+        except WrongEstimate as error:
+            raise UserError(str(error)) from error
         tokens = np.array([len(part.values) for part in old_logprobs])
         entropies = np.array([part.entropy for part in old_logprobs])
         stats = result.stats | score_stats(together, "objective") | {
@@ -216,7 +214,7 @@ class RankPart:
 def rank_parts(sequences: Sequences, schedule: list[list[int]], ranks: int) -> list[RankPart]:
     """Each rank takes its rows of each minibatch."""
     lengths = sequences.response_lengths
-    dealt = [deal_rows(rows, sequences.lengths, ranks) for rows in schedule]
+    dealt = [deal_rows(rows, sequences.lengths.tolist(), ranks) for rows in schedule]
     parts = []
     for rank in range(ranks):
         rank_rows = [minibatch[rank] for minibatch in dealt]

@@ -1,4 +1,4 @@
-"""Answers chunks with the current policy."""
+"""Draws responses to chunks of prompts with the current policy."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, flatten
-from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, frozen_names
+from rlhf_ray.models.wire import Weight
 from rlhf_ray.tables.engines import ENGINES
 
 EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
 
 
 class Generator:
-    """A generation engine with the run's prompts. What it returns depends on (weights, chunk, seed) alone."""
+    """A generation engine with the run's prompts. Its results depend on (weights, chunk, seed) alone."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Generator:
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            self.adapted = MergedLayers(model.to(device), lora, start)
+            self.adapted = MergedLayers(to_device(model, device), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
         everything = [*self.prompt_ids, *self.eval_prompt_ids]
@@ -61,12 +62,12 @@ class Generator:
         )  # fmt: skip
         self.sampling, self.seed = sampling, seed
         self.policy_version = 0
-        self._posted: deque[tuple[Mapping[str, np.ndarray], int]] = deque(maxlen=1)  # an older one is of no use
+        self._in_flight: deque[tuple[Mapping[str, Weight], int]] = deque(maxlen=1)  # newer weights replace older ones
 
     def generate(self, chunk: Chunk, last: bool = False) -> RolloutBatch:
-        """last: nothing more is asked for until other roles have worked; an engine that can gives its GPU memory back."""
-        if self._posted:
-            self.load_weights(*self._posted.popleft())
+        """Draw the chunk's responses. last: other roles work next, so the engine frees its GPU memory if it can."""
+        if self._in_flight:
+            self.load_weights(*self._in_flight.popleft())
         source = self.eval_prompt_ids if chunk.evaluation else self.prompt_ids
         prompts = [source[index] for index in chunk.prompt_indices]
         step = EVALUATION_STEP if chunk.evaluation else chunk.step
@@ -85,8 +86,8 @@ class Generator:
             ended=np.array([completion.finish_reason != "length" for completion in completions]),
         )
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], policy_version: int) -> int:
-        """Copy in what of the policy trains (an adapter is merged); returns the version that generates from now on."""
+    def load_weights(self, weights: Mapping[str, Weight], policy_version: int) -> int:
+        """Copy in the trained weights (an adapter is merged). Returns the version that generates from now on."""
         if self.adapted is not None:
             self.adapted.load(weights)
             self.engine.model_changed()
@@ -95,7 +96,7 @@ class Generator:
         self.policy_version = policy_version
         return policy_version
 
-    def post_weights(self, weights: Mapping[str, np.ndarray], policy_version: int) -> int:
-        """As `load_weights`, but the next `generate` copies them in. May be called while another thread generates."""
-        self._posted.append((weights, policy_version))
+    def update_weights_in_flight(self, weights: Mapping[str, Weight], policy_version: int) -> int:
+        """Like `load_weights`, but the next `generate` copies them in. Another thread may generate meanwhile."""
+        self._in_flight.append((weights, policy_version))
         return policy_version

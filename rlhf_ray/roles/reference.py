@@ -6,17 +6,13 @@ from pathlib import Path
 
 import torch
 
-from rlhf_ray.cpu.packed_linear import pack_linears
 from rlhf_ray.messages import RolloutBatch, TokenValues, flatten
-from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm, to_device
 from rlhf_ray.training.forward import response_logprobs
 
 
 class Reference:
-    """Log-probs of a chunk's responses under the SFT model, computed just as the policy computes its own.
-
-    zero_stage: the policy's.
-    """
+    """Log-probs of a chunk's responses under the SFT model, computed just as the policy computes its own."""
 
     def __init__(
         self,
@@ -27,22 +23,18 @@ class Reference:
         device: torch.device | str = "cpu",
         microbatch_size: int = 32,
         microbatch_tokens: int | None = None,
-        zero_stage: int = 0,
         trust_remote_code: bool = False,
     ):
-        self.model = load_causal_lm(folder, None, trust_remote_code).to(device)
+        self.model = to_device(load_causal_lm(folder, None, trust_remote_code), device)
         disable_dropout(self.model)
         fast_attention(self.model, device)
-        if compute_dtype == torch.bfloat16:
-            # so that it rounds as the policy does
-            pack_linears(self.model, dtype=compute_dtype, frozen=True, trained=zero_stage == 0)
         self.temperature, self.compute_dtype = temperature, compute_dtype
-        self.microbatches = {"microbatch_size": microbatch_size, "microbatch_tokens": microbatch_tokens}
+        self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         sequences = rollout.sequences
         rows = response_logprobs(
             self.model, sequences.prompts(), sequences.responses(), temperature=self.temperature,
-            compute_dtype=self.compute_dtype, **self.microbatches,
+            compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size, microbatch_tokens=self.microbatch_tokens,
         )  # fmt: skip
         return TokenValues(values=flatten(rows, "float32"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_ray.messages import Sequences
+from rlhf_ray.models.tokenizer import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,12 +20,9 @@ def decode_sequences(
 
     Special tokens stay in a prompt (a chat template's turns are made of them), but for the BOS that encoding puts back.
     """
-    prompts = [
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in sequences.prompts()
-    ]
+    prompts = [decode(tokenizer, ids, special_tokens=True) for ids in sequences.prompts()]
     bos = tokenizer.bos_token
-    if bos is not None and bos != tokenizer.eos_token:
+    if isinstance(bos, str) and bos != tokenizer.eos_token:
         prompts = [prompt.removeprefix(bos) for prompt in prompts]
     responses = [response_text(tokenizer, ids, stop) for ids in sequences.responses()]
     return prompts, responses
@@ -32,7 +30,7 @@ def decode_sequences(
 
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tuple[str, ...] = ()) -> str:
     """One response as people read it and reward models were trained on it: without EOS and without its stop string."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = decode(tokenizer, ids, special_tokens=False)
     # The last token may run past the stop string, so what counts is where the first one begins.
     ends = [place for place in (text.find(one) for one in stop) if place >= 0]
     return text[: min(ends)] if ends else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ from rlhf_ray.training.padding import action_mask, pad_tokens
 Shard = TypeVar("Shard", bound=TrainShard)
 
 
+class Forwards(TypedDict):
+    """How `Trainer` cuts and keeps forward passes."""
+
+    microbatch_size: int
+    microbatch_tokens: NotRequired[int | None]
+    reuse_forward: NotRequired[bool]
+
+
 class Trainer(Generic[Shard]):
     """What policy and critic share: forward over a chunk, and one update over a shard."""
 
@@ -56,7 +64,7 @@ class Trainer(Generic[Shard]):
         """
         self.engine, self.microbatch_size, self.microbatch_tokens = engine, microbatch_size, microbatch_tokens
         self.reuse_forward = reuse_forward
-        self._kept: dict[int, list[tuple[list[int], torch.Tensor]]] = {}  # chunk -> its rows and outputs
+        self._kept: dict[int, list[tuple[list[int], Any]]] = {}  # chunk -> its rows and outputs
         self._kept_step = -1
 
     def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
@@ -71,14 +79,14 @@ class Trainer(Generic[Shard]):
         """Whether to leave out the update's other steps; the same answer on every rank."""
         return False
 
-    def _forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def _forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
         """Each microbatch's rows and the module's output."""
         prompts, responses = rollout.sequences.prompts(), rollout.sequences.responses()
         for rows in self._microbatches(rollout.sequences.lengths):
             batch = self._batch([prompts[row] for row in rows], [responses[row] for row in rows])
             yield rows, self.engine.forward(batch, **options)
 
-    def _first_forward(self, rollout: RolloutBatch, **options) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def _first_forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
         """As `_forward`, of what the update will start from."""
         if not self.reuse_forward or rollout.chunk.evaluation:  # nothing is trained on that
             yield from self._forward(rollout, **options)
@@ -109,8 +117,8 @@ class Trainer(Generic[Shard]):
             return groups  # by rows: the recipe's sizes divide
         return cut(at_least=self.engine.most_over_ranks(len(groups)))
 
-    def _batch(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> TokenBatch:
-        return token_batch(prompts, responses, packed=self.engine.module.packed, device=self.engine.device)
+    def _batch(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> TokenBatch:
+        return token_batch(prompts, responses, packed=bool(self.engine.module.packed), device=self.engine.device)
 
     def update(self, shard: Shard, learning_rate: float) -> dict[str, float]:
         """All optimiser steps of the shard's schedule. Statistics are this rank's share: summing over ranks gives the
@@ -125,8 +133,9 @@ class Trainer(Generic[Shard]):
         for step in shard.schedule:
             stats: list[Stats] = []
 
-            def loss_of(output, rest, step=step, stats=stats):
-                loss, part = self._loss(output, *rest, step)
+            def loss_of(output: Any, rest: Any, step: OptimiserStep = step, stats: list[Stats] = stats) -> torch.Tensor:
+                floats, mask = rest
+                loss, part = self._loss(output, floats, mask, step)
                 stats.append(part)
                 return loss
 
@@ -177,7 +186,7 @@ class PolicyTrainer(Trainer[PolicyShard]):
 
     name = "policy"
 
-    def __init__(self, engine: DeepSpeedEngine, *, config: PolicyLossConfig, **forwards: int | bool | None):
+    def __init__(self, engine: DeepSpeedEngine, *, config: PolicyLossConfig, **forwards: Unpack[Forwards]):
         super().__init__(engine, **forwards)
         self.config = config
         self._kl_coef = 0.0
@@ -241,7 +250,7 @@ class CriticTrainer(Trainer[CriticShard]):
     name = "value"
 
     def __init__(
-        self, engine: DeepSpeedEngine, *, value_clip_range: float, vf_coef: float, **forwards: int | bool | None
+        self, engine: DeepSpeedEngine, *, value_clip_range: float, vf_coef: float, **forwards: Unpack[Forwards]
     ):
         super().__init__(engine, **forwards)
         self.value_clip_range, self.vf_coef = value_clip_range, vf_coef

@@ -6,6 +6,7 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.runs.metrics import read_metrics
 
@@ -16,10 +17,10 @@ class EventLog:
     def __init__(self, path: Path):
         self.path = Path(path)
 
-    def add(self, what: str, done: str, cost_s: float | None = None, **details) -> dict:
+    def add(self, what: str, done: str, cost_s: float | None = None, **details: Any) -> dict[str, Any]:
         """what: what failed ("reward actor 1 died"); done: the answer ("restarted, chunk 3 sent again");
         cost_s: seconds lost, None if unknown; details: short JSON values, e.g. stage="ppo", step=17."""
-        event = {
+        event: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "what": what,
             "done": done,
@@ -35,5 +36,5 @@ class EventLog:
             os.close(descriptor)
         return event
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)

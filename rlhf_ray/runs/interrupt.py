@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import FrameType
 
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -19,14 +20,14 @@ AT_ONCE_S = 15.0  # for releasing what is held; then the process ends all the sa
 @contextmanager
 def polite_interrupts(
     folder: RunFolder, current_stage: Callable[[], str | None], say: Callable[[str], None], at_once: Callable[[], None]
-) -> Iterator[Callable[[], bool]]:
+) -> Generator[Callable[[], bool]]:
     """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder.
 
     Yields a function that tells whether one came: what does not look for the file stops after its stage.
     """
     asked = False
 
-    def handle(number: int, frame) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         stage = current_stage()
         if asked or stage is None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -63,7 +65,7 @@ class MetricsWriter:
             self._trackers.append(_TensorBoardTracker(Path(tensorboard_dir), resume_step))
         self._file = open(self.path, "a")  # noqa: SIM115  (open as long as the writer is)
 
-    def write(self, step: int, values: dict) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """values: name -> number or short text. NaN and infinity become null: they are not JSON."""
         row = {"step": step, **{name: _plain(value) for name, value in values.items() if name != "step"}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -82,7 +84,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -101,9 +103,16 @@ def drop_after(path: Path, step: float) -> int:
     return len(rows) - len(kept)
 
 
-def _plain(value):
+@runtime_checkable
+class _Scalar(Protocol):
+    """A numpy scalar or 0-d tensor."""
+
+    def item(self) -> Any: ...
+
+
+def _plain(value: Any) -> Any:
     """A JSON value of a number, numpy scalar, 0-d tensor or text."""
-    if hasattr(value, "item"):
+    if isinstance(value, _Scalar):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -123,50 +132,50 @@ class _TensorBoardTracker(_Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an earlier, crashed writer recorded at this step and later.
-        self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
-    def write(self, step, numbers):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._writer.close()
 
 
 class _WandbTracker(_Tracker):
     def __init__(self, project: str, run_name: str | None):
         try:
-            import wandb
+            wandb: Any = importlib.import_module("wandb")  # no part of the environment that types are checked in
         except ImportError:
             raise UserError(
                 f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install 'rlhf-ray[wandb]'"
             ) from None
-        self._run = wandb.init(project=project, name=run_name)
+        self._run: Any = wandb.init(project=project, name=run_name)
 
-    def write(self, step, numbers):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
 
-    def close(self):
+    def close(self) -> None:
         self._run.finish()
 
 
 class _MlflowTracker(_Tracker):
     def __init__(self, experiment: str, run_name: str | None):
         try:
-            import mlflow
+            mlflow: Any = importlib.import_module("mlflow")
         except ImportError:
             raise UserError(
                 f"tracking.mlflow = {experiment!r} needs the package mlflow; "
                 "install it with: pip install 'rlhf-ray[mlflow]'"
             ) from None
         mlflow.set_experiment(experiment)
-        self._mlflow = mlflow
-        self._run = mlflow.start_run(run_name=run_name)
+        self._mlflow: Any = mlflow
+        self._run: Any = mlflow.start_run(run_name=run_name)
 
-    def write(self, step, numbers):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         # MLflow refuses no slash but reads it as a folder, which is what the names mean.
         self._mlflow.log_metrics(numbers, step=step)
 
-    def close(self):
+    def close(self) -> None:
         self._mlflow.end_run()

@@ -19,7 +19,7 @@ from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 
-Progress = Callable[[dict], None]
+Progress = Callable[[dict[str, Any]], None]
 #: What does a stage. It writes DONE itself, or returns the closing figures that DONE is to hold.
 StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 
@@ -103,12 +103,12 @@ def run_stages(
 def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
     """timings.json: seconds by stage, summed over resumes."""
     path = folder.path / "timings.json"
-    timings = json.loads(path.read_text()) if path.exists() else {}
+    timings: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     timings[name] = round(timings.get(name, 0.0) + seconds, 1)
     write_atomically(path, json.dumps(timings, indent=2) + "\n")
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """Versions, the code's git commit, hardware."""
     packages = ("rlhf-ray", "torch", "transformers", "ray", "deepspeed", "trl", "peft", "datasets", "numpy")
     return {
@@ -117,7 +117,7 @@ def environment() -> dict:
         "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").strip() or None,
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -64,7 +65,7 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     return changed
 
 
-def ppo_goes_on(recipe: Recipe, done: dict) -> bool:
+def ppo_goes_on(recipe: Recipe, done: dict[str, Any]) -> bool:
     """Whether a PPO stage that ended with these closing figures has steps left under this recipe."""
     if recipe.ppo.steps <= done["steps"]:
         return False

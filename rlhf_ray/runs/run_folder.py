@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
@@ -57,11 +58,11 @@ class StageFolder:
     def done(self) -> bool:
         return self.done_file.exists()
 
-    def finish(self, summary: dict) -> None:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Mark the stage finished; `summary` (its closing figures) is the file's content."""
         write_atomically(self.done_file, json.dumps(summary, indent=2) + "\n")
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         return json.loads(self.done_file.read_text())
 
 
@@ -134,7 +135,7 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
 
 
 @contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
+def held(folder: RunFolder) -> Generator[None]:
     """This process alone works in the run folder; the lock goes with the process, however it ends."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.path / ".lock", "a+") as lock:

@@ -50,7 +50,7 @@ def _differing(ours: Recipe, theirs: Recipe, sections: set[str]) -> list[str]:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """A copy that takes no room: files of a finished stage are replaced by a rename, never written in place."""
+    """A copy that takes no space: files of a finished stage are replaced by a rename, never written in place."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary, copy_function=_link)

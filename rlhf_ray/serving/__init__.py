@@ -1,6 +1,6 @@
 """A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. `app.build_app` is the app without Ray.
 
-May import: errors, tables, config, runs, models, data, generation, training, forking.
+May import: errors, tables, config, runs, models, data, generation, training, actors.
 Heavy packages: fastapi, ray.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import Limits
@@ -22,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--engine")
-    for name in Limits.__slots__:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name))
+    for name, default in asdict(Limits()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     given = vars(parser.parse_args(arguments))
     try:
         limits = Limits(**{name: given.pop(name) for name in Limits.__slots__})

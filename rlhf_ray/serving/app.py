@@ -1,4 +1,4 @@
-"""The HTTP app over one engine: /v1/models, /v1/completions, /v1/chat/completions as OpenAI's, /health. No Ray here."""
+"""The HTTP app over one engine: /v1/models, /v1/completions and /v1/chat/completions like OpenAI's, and /health. No Ray."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -26,102 +27,133 @@ from rlhf_ray.serving.text import ResponseText
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
 
 Writer = CompletionWriter | ChatWriter
+Body = TypeVar("Body", bound=GenerationRequest)
 
 
-def build_app(runner: EngineRunner, reader: PromptReader, settings: AppConfig) -> FastAPI:
-    """The app. `runner` draws, `reader` turns requests into token ids, and both have the same model."""
+def build_app(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> FastAPI:
+    """The app. `runner` draws responses, `reader` turns requests into token ids. Both use the same model."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, api_key=settings.api_key, max_body_bytes=settings.limits.max_body_bytes)
+    app.add_middleware(Gate, api_key=config.api_key, max_body_bytes=config.limits.max_body_bytes)
     install_error_handlers(app)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
         return JSONResponse(error_body(503, f"The server can't answer now: {error}."), status_code=503)
 
-    card = {
-        "id": settings.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "rlhf_ray",
-        "max_model_len": reader.positions,
-    }
+    endpoints = _Endpoints(runner, reader, config)
+    app.get("/health")(endpoints.health)
+    app.get("/stats")(endpoints.stats)
+    app.get("/v1/models")(endpoints.models)
+    app.get("/v1/models/{model_id:path}")(endpoints.model)
+    app.post("/v1/completions")(endpoints.completions)
+    app.post("/v1/chat/completions")(endpoints.chat)
+    return app
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        if runner.healthy:
+
+class _Endpoints:
+    """One method per route, then the steps that completions and chat share."""
+
+    def __init__(self, runner: EngineRunner, reader: PromptReader, config: AppConfig):
+        self.runner, self.reader, self.config = runner, reader, config
+        self.card = {
+            "id": config.name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "rlhf_ray",
+            "max_model_len": reader.positions,
+        }
+
+    async def health(self) -> JSONResponse:
+        if self.runner.healthy:
             return JSONResponse({"status": "ok"})
         return JSONResponse(error_body(503, "The generation engine has failed."), status_code=503)
 
-    @app.get("/stats")
-    async def stats() -> dict:
-        return asdict(runner.stats())
+    async def stats(self) -> dict[str, int]:
+        return asdict(self.runner.stats())
 
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [card]}
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self.card]}
 
-    @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict:
-        _check_model(model_id)
-        return card
+    async def model(self, model_id: str) -> dict[str, Any]:
+        self._check_model(model_id)
+        return self.card
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = await _read(request, CompletionRequest)
-        # Encoding a long prompt takes a while, and other requests are being answered.
-        prompts = await asyncio.to_thread(reader.completion, body)
+    async def completions(self, request: Request) -> Response:
+        body = await self._read(request, CompletionRequest)
+        # Encoding a long prompt takes a while. In a thread it does not block the other requests.
+        prompts = await asyncio.to_thread(self.reader.completion, body)
         echoes = None
         if body.echo:
-            texts = [given if isinstance(given, str) else reader.text(given) for given in body.prompts]
+            texts = [given if isinstance(given, str) else self.reader.text(given) for given in body.prompts]
             echoes = [text for text in texts for _ in range(body.choices)]
-        writer = CompletionWriter(settings.name, logprobs=body.wants_logprobs, echoes=echoes)
-        return await _answer(request, body, prompts, writer, DEFAULT_COMPLETION_TOKENS)
+        writer = CompletionWriter(self.config.name, logprobs=body.wants_logprobs, echoes=echoes)
+        rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops)
+        return await self._answer(request, body, prompts, rows, writer)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        body = await _read(request, ChatRequest)
-        prompts = await asyncio.to_thread(reader.chat, body)
-        writer = ChatWriter(settings.name, logprobs=body.wants_logprobs)
-        return await _answer(request, body, prompts, writer, None, plain_chat=reader.chat_is_plain)
+    async def chat(self, request: Request) -> Response:
+        body = await self._read(request, ChatRequest)
+        prompts = await asyncio.to_thread(self.reader.chat, body)
+        writer = ChatWriter(self.config.name, logprobs=body.wants_logprobs)
+        plain = self.reader.chat_is_plain
+        rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
+        return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
 
-    def _check_model(model_id: str) -> None:
-        if model_id != settings.name:
+    async def _read(self, request: Request, kind: type[Body]) -> Body:
+        """The parsed body of a request, for this model and within this server's limits."""
+        body = parse(kind, request.headers.get("content-type", ""), await request.body())
+        self._check_model(body.model)
+        most = self.config.limits.max_n
+        if body.choices > most:
+            raise bad_request(f"n is {body.choices}; this server allows at most {most}.", param="n")
+        return body
+
+    def _check_model(self, model_id: str) -> None:
+        if model_id != self.config.name:
             raise ApiError(
                 404,
-                f"The model '{model_id}' does not exist; this server has '{settings.name}'.",
+                f"The model '{model_id}' does not exist; this server has '{self.config.name}'.",
                 code="model_not_found",
                 param="model",
             )
 
-    async def _read(request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
-        body = parse(kind, request.headers.get("content-type", ""), await request.body())
-        _check_model(body.model)
-        if body.choices > settings.limits.max_n:
-            raise bad_request(f"n is {body.choices}; this server allows at most {settings.limits.max_n}.", param="n")
-        return body
-
-    async def _answer(
-        request: Request,
+    def _rows(
+        self,
         body: GenerationRequest,
         prompts: list[list[int]],
-        writer: Writer,
         default_tokens: int | None,
-        plain_chat: bool = False,
-    ) -> Response:
-        rows = []
+        stops: tuple[str, ...],
+    ) -> list[RowRequest]:
+        """The responses to draw: `body.choices` for each prompt, each with a seed of its own."""
+        rows: list[RowRequest] = []
         seed = secrets.randbits(63) if body.seed is None else body.seed
         for prompt_ids in prompts:
-            longest = reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
-            params = body.sampling(longest, (*reader.stops, *(PLAIN_CHAT_STOPS if plain_chat else ())))
+            longest = self.reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
+            params = body.sampling(longest, stops)
             rows += [
                 RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
                 for place in range(body.choices)
             ]
+        return rows
+
+    async def _answer(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        rows: list[RowRequest],
+        writer: Writer,
+        drop_first_space: bool = False,
+    ) -> Response:
+        """Draw the rows and write them as OpenAI does: one body, or a stream of chunks."""
         choices = [
-            Choice(ResponseText(reader.tokenizer, row.prompt_ids, row.params.stop, drop_first_space=plain_chat))
+            Choice(
+                ResponseText(
+                    self.reader.tokenizer, row.prompt_ids, row.params.stop, drop_first_space=drop_first_space
+                )
+            )
             for row in rows
         ]
-        ticket = _submit(rows)
+        ticket = self._submit(rows)
         if body.stream:
             return EventStream(_stream(body, prompts, choices, ticket, writer), ticket.cancel)
         try:
@@ -133,14 +165,14 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppConfig) -
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
         return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
 
-    def _submit(rows: list[RowRequest]) -> Ticket:
-        most = runner.max_rows + runner.max_waiting_rows
+    def _submit(self, rows: list[RowRequest]) -> Ticket:
+        most = self.runner.max_rows + self.runner.max_waiting_rows
         if len(rows) > most:
             raise bad_request(
                 f"The request asks for {len(rows)} responses; this server takes at most {most}.", param="n"
             )
         try:
-            return runner.submit(rows)
+            return self.runner.submit(rows)
         except Overloaded as error:
             raise ApiError(
                 429,
@@ -149,14 +181,12 @@ def build_app(runner: EngineRunner, reader: PromptReader, settings: AppConfig) -
                 headers={"Retry-After": "1"},
             ) from None
 
-    return app
-
 
 async def _stream(
     body: GenerationRequest, prompts: list[list[int]], choices: list[Choice], ticket: Ticket, writer: Writer
-) -> AsyncIterator[dict]:
-    """The chunks of a streamed answer. With include_usage every chunk has the field, null in all but the last."""
-    extra = {"usage": None} if body.include_usage else {}
+) -> AsyncGenerator[dict[str, Any]]:
+    """The chunks of a streamed answer. With include_usage every chunk has the field. It is null in all but the last."""
+    extra: dict[str, Any] = {"usage": None} if body.include_usage else {}
     for index in range(len(choices)):
         opening = writer.opening(index)
         if opening is not None:
@@ -176,10 +206,10 @@ async def _finish(choices: list[Choice], ticket: Ticket) -> None:
 
 
 async def _progress(choices: list[Choice], ticket: Ticket) -> AsyncIterator[list[int]]:
-    """Feed tokens to the choices as they come; yields which have changed. Cancels the rest at the end."""
+    """Feed tokens to the choices as they come. Yields the indices of the choices that changed. Cancels the rest at the end."""
     try:
         while events := await ticket.events():
-            changed = {}
+            changed: dict[int, bool] = {}
             for index, event in events:
                 if choices[index].finish_reason is None:
                     choices[index].push(event)

@@ -1,11 +1,11 @@
-"""What a person can set about a server, checked before anything starts."""
+"""The options of a server. They are checked before anything starts."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from rlhf_ray.config import Precision
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
@@ -17,31 +17,30 @@ REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "
 
 
 def replica_environment(threads: float, cores: float) -> dict[str, str]:
-    """Of replicas that together compute with that many threads on that many cores."""
+    """The environment of replicas that together compute with `threads` threads on `cores` cores."""
     return REPLICA_ENVIRONMENT | (ALONE_ENVIRONMENT if threads <= cores else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that one request, and all of them together, may ask for."""
+    """The most that one request, or all requests together, may ask for."""
 
     max_prompt_tokens: int | None = None
-    """Longest prompt; None: the model's positions less one."""
+    """Longest prompt; None: the model's positions minus one."""
     max_tokens: int | None = None
-    """Longest completion; None: what the prompt leaves of the model's positions."""
+    """Longest completion; None: the model's positions minus the prompt."""
     max_n: int = 16
-    """Choices a prompt."""
+    """Choices per prompt."""
     max_prompts: int = 64
-    """Prompts a completion request."""
+    """Prompts per completion request."""
     max_body_bytes: int = 1 << 20
     max_rows: int = 32
     """Choices decoded together in one batch, per replica."""
     max_waiting_rows: int = 128
-    """Choices that wait for a place in the batch, per replica; more are refused with status 429."""
+    """Choices that wait for a place in the batch, per replica. The server refuses more with status 429."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
+        for name, value in asdict(self).items():
             smallest = 0 if name == "max_waiting_rows" else 1
             if value is not None and value < smallest:
                 raise UserError(f"{name}={value} must be at least {smallest}; raise it or leave it out")
@@ -78,7 +77,7 @@ class AppConfig:
 def is_loopback(host: str) -> bool:
     """True if `host` (a name or an address) can be reached from this machine alone."""
     try:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError as error:
         raise UserError(
             f"host {host!r} does not resolve ({error}); use 127.0.0.1 or an address of this machine"

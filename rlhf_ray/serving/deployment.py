@@ -28,17 +28,17 @@ from rlhf_ray.serving.model_folder import find_model, model_name
 class Replica:
     """One engine in its own thread, and the app in the replica's event loop."""
 
-    def __init__(self, options: EngineOptions, settings: AppConfig):
+    def __init__(self, options: EngineOptions, config: AppConfig):
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.loading import load
 
-        self.settings = settings
-        self.runner, self.reader = load(options, settings.limits)
+        self.config = config
+        self.runner, self.reader = load(options, config.limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from rlhf_ray.serving.app import build_app
 
-        return build_app(self.runner, self.reader, self.settings)
+        return build_app(self.runner, self.reader, self.config)
 
     def check_health(self) -> None:
         if not self.runner.healthy:
@@ -47,7 +47,7 @@ class Replica:
 
 def application(
     options: EngineOptions,
-    settings: AppConfig,
+    config: AppConfig,
     *,
     replicas: int,
     cpus: float,
@@ -55,7 +55,7 @@ def application(
     environment: Mapping[str, str],
 ) -> Application:
     """The deployment of `replicas` engines, each reserving `cpus` and `gpus`, in processes with these variables."""
-    limits = settings.limits
+    limits = config.limits
     # Serve's default of 5 requests at once would cap the batch. The app refuses (429) before this limit is reached.
     ongoing = 2 * (limits.max_rows + limits.max_waiting_rows) + 64
     return Replica.options(
@@ -63,7 +63,7 @@ def application(
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
-    ).bind(options, settings)
+    ).bind(options, config)
 
 
 def build_application(args: dict[str, Any]) -> Application:
@@ -89,7 +89,7 @@ def build_application(args: dict[str, Any]) -> Application:
         engine=engine.name,
         plugins=engine.plugins,
     )
-    settings = AppConfig(
+    config = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
         limits=Limits(**{name: int(value) for name, value in known.items()}),
@@ -97,4 +97,4 @@ def build_application(args: dict[str, Any]) -> Application:
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
-    return application(options, settings, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    return application(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)

@@ -20,10 +20,11 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
-from rlhf_ray.forking.server_process import fork_server
 from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
     AppConfig,
@@ -34,6 +35,9 @@ from rlhf_ray.serving.config import (
 )
 from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeStatus
 
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 _LOST_AFTER_S = 60
@@ -92,13 +96,13 @@ def serve(
     if not block:
         try:
             server.start()
-        except BaseException:
+        except BaseException:  # fault boundary: whatever ended the start, Ctrl-C too, leaves no cluster behind
             server.close()
             raise
         return server
     with _stopping_on_signals() as take_signals:
         try:
-            say(f"Loading '{server.settings.name}' from {server.model} ...")
+            say(f"Loading '{server.config.name}' from {server.model} ...")
             server.start()
             take_signals()  # ray.init has put a handler of its own in place
             say(server.announcement())
@@ -134,10 +138,11 @@ class Server:
         self.model = find_model(path)
         self.engine = choose_engine(engine, path, gpus or 0.0)
         self.host, self.port = host, port
-        self.settings = AppConfig(
+        self.config = AppConfig(
             name=name or model_name(path, self.model), api_key=resolve_api_key(host, api_key), limits=limits
         )
-        self.replicas, self.gpus, self.precision = replicas, gpus, precision
+        self.replicas, self.gpus = replicas, gpus
+        self.precision: Precision = precision
         self.trust_remote_code = trust_remote_code
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // replicas)
@@ -154,10 +159,10 @@ class Server:
 
     def announcement(self) -> str:
         """Where it listens, and a request to try."""
-        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.settings.api_key else ""
-        body = json.dumps({"model": self.settings.name, "prompt": "Once upon a time", "max_tokens": 40})
+        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
+        body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
         return (
-            f"Serving '{self.settings.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
+            f"Serving '{self.config.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
             f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
         )
 
@@ -207,7 +212,7 @@ class Server:
         try:
             ray_serve.run(
                 application(
-                    options, self.settings, replicas=self.replicas, cpus=1, gpus=gpus, environment=self._environment
+                    options, self.config, replicas=self.replicas, cpus=1, gpus=gpus, environment=self._environment
                 ),
                 name="rlhf_ray",
                 route_prefix="/",
@@ -290,7 +295,7 @@ class Server:
             return False
 
 
-def _start_failure(status, error: RuntimeError) -> Exception:
+def _start_failure(status: ServeStatus, error: RuntimeError) -> Exception:
     """What the replica said, without the tracebacks of the layers around it."""
     messages = [deployment.message for app in status.applications.values() for deployment in app.deployments.values()]
     found = re.findall(r"UserError: (.+)", "\n".join(messages))

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokens import encode_prompt
+from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
 from rlhf_ray.serving.api_errors import bad_request
 from rlhf_ray.serving.config import Limits
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
@@ -53,7 +54,7 @@ class PromptReader:
         return self.tokenizer.chat_template is None
 
     def text(self, prompt_ids: list[int]) -> str:
-        return self.tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, prompt_ids, special_tokens=False)
 
     def max_new_tokens(self, prompt_ids: list[int], asked: int | None, default: int | None) -> int:
         """How long a response may get: what was asked for, or an error; else the default, as far as there is room."""
@@ -77,9 +78,9 @@ class PromptReader:
 
     def _checked(self, prompt_ids: list[int], param: str) -> list[int]:
         if not prompt_ids:
-            # A model needs something to go on from: what texts start with (BOS), or what stands between them (EOS).
-            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            prompt_ids = [eos if bos is None else bos]
+            # A model needs at least one token: BOS, which opens a text, or EOS, which stands between texts.
+            bos = bos_id(self.tokenizer)
+            prompt_ids = [eos_id(self.tokenizer) if bos is None else bos]
         if max(prompt_ids) >= self.vocab_size:
             raise bad_request(
                 f"Token id {max(prompt_ids)} is beyond the model's vocabulary of {self.vocab_size}.", param=param

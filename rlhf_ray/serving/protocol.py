@@ -6,7 +6,7 @@ accepted. `top_k` and `min_p` are extensions (the openai client sends them by `e
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -84,6 +84,11 @@ class GenerationRequest(_Body):
         return self
 
     @property
+    def token_limit(self) -> int | None:
+        """The longest response that the request asks for; None: no limit of its own."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -122,8 +127,8 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+            return [cast(list[int], self.prompt)]  # checked by pydantic: the others are ids too
+        return cast(list[str] | list[list[int]], self.prompt)
 
     @property
     def wants_logprobs(self) -> bool:

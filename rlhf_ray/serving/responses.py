@@ -53,7 +53,7 @@ class CompletionWriter:
         self._head = _head("cmpl", "text_completion", model)
         self._logprobs, self._echoes = logprobs, echoes
 
-    def whole(self, pieces: list[tuple[str, list[TokenText], str]], usage: dict[str, int]) -> dict:
+    def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
         """pieces: text, tokens and finish reason of each choice."""
         choices = [
             self._choice(index, self._echo(index) + text, tokens, reason)
@@ -92,7 +92,7 @@ class ChatWriter:
         self._head = _head("chatcmpl", "chat.completion", model)
         self._logprobs = logprobs
 
-    def whole(self, pieces: list[tuple[str, list[TokenText], str]], usage: dict[str, int]) -> dict:
+    def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
         choices = [
             {"index": index, "message": {"role": "assistant", "content": text, "refusal": None},
              "logprobs": self._token_logprobs(tokens), "finish_reason": reason}

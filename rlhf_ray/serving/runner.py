@@ -169,11 +169,11 @@ class EngineRunner:
             self._fail_all(EngineFailed("the engine is shut down" if self._closed else "the engine has failed"))
 
     def _step(self) -> bool:
-        # The thread is the engine's fault boundary: those whose rows were lost are told, and after too many failures
-        # `healthy` turns False, so that the replica is replaced.
+        # A failed step fails the requests whose rows were in the batch. After several in a row `healthy` turns False, and
+        # Serve replaces the replica.
         try:
             events = self.engine.step()
-        except Exception as error:
+        except Exception as error:  # fault boundary: one step
             logger.exception("a step of the generation engine failed")
             self._fail_running(EngineFailed(f"the engine failed: {type(error).__name__}"))
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from starlette.responses import Response
@@ -20,7 +20,7 @@ class ClientLeft(Exception):
     """The connection closed before the answer was complete."""
 
 
-async def while_connected(receive: Receive, work: Coroutine) -> Any:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
     """The result of `work`, which is cancelled (its `finally` runs) when the client leaves or the caller is."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
@@ -45,7 +45,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict], on_end: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[dict[str, Any]], on_end: Callable[[], None]):
         # X-Accel-Buffering: proxies such as nginx would else collect the stream before passing it on.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -67,8 +67,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": server_sent(event), "more_body": True})
         except OSError:
             raise
-        except Exception:
-            # The status is sent; OpenAI's clients raise an APIError for an error inside the stream.
+        except Exception:  # fault boundary: one stream. The others go on, whatever failed here.
+            # The status line is already sent. OpenAI's clients raise an APIError for an error inside the stream.
             logger.exception("a stream failed")
             failure = error_body(500, "The server had an error while writing the response.")
             await send({"type": "http.response.body", "body": server_sent(failure), "more_body": True})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_ray.models.tokenizer import decode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +50,7 @@ class ResponseText:
     def push(self, token_id: int, logprob: float) -> None:
         if self.stopped:
             return
-        token = self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        token = decode(self._tokenizer, [token_id], special_tokens=True)
         self._tokens.append(TokenText(token, logprob, len(self.text)))
         self._ids.append(token_id)
         self._decode(final=False)
@@ -78,7 +80,7 @@ class ResponseText:
         self._find_stop(before)
 
     def _words(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self._tokenizer, ids, special_tokens=False)
 
     def _find_stop(self, before: int) -> None:
         found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]

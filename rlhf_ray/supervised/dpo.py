@@ -22,7 +22,14 @@ from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.config import DpoConfig, Recipe
 from rlhf_ray.data.store import COLUMNS, read_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import build_causal_lm, check_positions, disable_dropout, fast_attention, load_causal_lm
+from rlhf_ray.models.load import (
+    build_causal_lm,
+    check_positions,
+    disable_dropout,
+    fast_attention,
+    load_causal_lm,
+    to_device,
+)
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -61,7 +68,8 @@ class Dpo(StageTrainer, DPOTrainer):
 
 def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "dpo" on this rank -> its summary (see `stage.train_stage`)."""
-    config: DpoConfig = getattr(recipe, stage)
+    config = recipe.section(stage)
+    assert isinstance(config, DpoConfig)
     seed = recipe.seed + DPO_SEED
     train = _read(folder, "reward_train")
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
@@ -88,7 +96,7 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         held_out = _read(folder, "reward_eval")
         held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
         held_out = dpo_rows(tokenizer, held_out, max_length=max_length)
-        return heldout_figures(trained, start().to(device_of(config)), held_out, config, dtype=dtype)
+        return heldout_figures(trained, to_device(start(), device_of(config)), held_out, config, dtype=dtype)
 
     return train_stage(
         StageJob(

@@ -5,6 +5,8 @@ member_1/ ... of the stage's folder have what the stage's own folder has of memb
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -20,7 +22,8 @@ OF_LOGITS = ("ece", "calibration", "margin_mean", "sign_accuracy", "score_mean",
 
 def save_scores(target: StageFolder, scores: dict[str, np.ndarray], *, seed: int) -> None:
     """Leave a member's raw scores of the held-out rows; `seed` draws the pairs of scored rows."""
-    np.savez(target.path / "heldout.npz", seed=seed, **scores)
+    arrays: dict[str, Any] = {"seed": seed, **scores}
+    np.savez(target.path / "heldout.npz", **arrays)
 
 
 def ensemble_summary(each: list[dict], target: StageFolder, config: RewardConfig) -> dict:

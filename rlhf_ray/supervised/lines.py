@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import score_head
+from rlhf_ray.models.load import body_of, score_head
 from rlhf_ray.supervised.rows import IGNORED
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 
@@ -49,7 +49,7 @@ class LineLoss:
         with only_at(self._feed_forward, states):
             logits = model(**line_inputs(rows, _layout(rows)), logits_to_keep=states, use_cache=False).logits
         logprobs = selected_logprobs(
-            logits.squeeze(0), inputs["labels"][:, 1:][labelled], temperature=1.0, overwrite=False
+            logits.squeeze(0), inputs["labels"][:, 1:][labelled], temperature=1.0
         )
         return -logprobs.sum()
 
@@ -59,7 +59,7 @@ def classify_lines(model: PreTrainedModel) -> bool:
 
     model: one whose score is its head at the row's last token.
     """
-    if not pack(model.base_model):
+    if not pack(body_of(model)):
         return False
     plain, feed_forward = model.forward, last_feed_forward(model)
 

@@ -19,13 +19,14 @@ from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.load import (
+    body_of,
     build_causal_lm,
     build_reward_model,
     check_positions,
     fast_attention,
     load_reward_model,
 )
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.ensemble import save_scores
@@ -63,17 +64,18 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
 
     member: which model of the stage's ensemble; they differ in the head's first weights and in the order of the data.
     """
-    config: RewardConfig = getattr(recipe, stage)
+    config = recipe.section(stage)
+    assert isinstance(config, RewardConfig)
     seed, target = recipe.seed + SEEDS[stage] + MEMBER_SEED * member, folder.stage(stage).member(member)
     train = _read(folder, stage, "train", config)
     model, tokenizer = _base(recipe, folder, stage, config, seed)
     score_in_float32(fast_attention(model, device_of(config)))
     for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
-        if hasattr(model.config, name):
+        if name in model.config.to_dict():
             delattr(model.config, name)
     check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
     train_only_part(
-        model.base_model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        body_of(model), lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
@@ -88,7 +90,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         if config.objective == "pairs":
             return PairTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
         mean, deviation = standardisation(rows)
-        collator = ScoreCollator(tokenizer.pad_token_id, padding_of(model), mean=mean, deviation=deviation)
+        collator = ScoreCollator(pad_id(tokenizer), padding_of(model), mean=mean, deviation=deviation)
         return ScoreTrainer(
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
         )
@@ -161,7 +163,7 @@ def heldout_scores(
 
     def logits(column: str) -> np.ndarray:
         return raw_scores(
-            model, rows[:][column], pad_token_id=tokenizer.pad_token_id, dtype=dtype, batch_size=config.microbatch_size
+            model, rows[:][column], pad_token_id=pad_id(tokenizer), dtype=dtype, batch_size=config.microbatch_size
         )
 
     def lengths(column: str) -> np.ndarray:
@@ -197,7 +199,7 @@ def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, s
     trust = recipe.model.trust_remote_code
     if config.starts_within_run:
         tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
-        if config.base != "model" and getattr(recipe, config.base) is not None:
+        if config.base != "model" and recipe.section(config.base) is not None:
             body = folder.stage(config.base).model
             if not (body / "config.json").exists():
                 raise UserError(f"{stage}.base is '{config.base}', but {body} holds no model; run that stage first")

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
 from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
-from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.lines import LineLoss
@@ -46,12 +46,14 @@ class Sft(StageTrainer, SFTTrainer):
             given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             total = summed_loss(model(**given, use_cache=False).logits, inputs["labels"])
         # num_items_in_batch counts the labels of all ranks and microbatches; DeepSpeed averages over ranks.
+        assert num_items_in_batch is not None, "the trainer counts them"
         return total / num_items_in_batch * self.accelerator.num_processes
 
 
 def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "sft" or "fluency" on this rank -> its summary (see `stage.train_stage`)."""
-    config: SftConfig = getattr(recipe, stage)
+    config = recipe.section(stage)
+    assert isinstance(config, SftConfig)
     seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
@@ -103,7 +105,7 @@ def heldout_loss(
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         batch = rows.dataset[order[start : start + batch_size]]
-        ids, mask = padded(batch["input_ids"], tokenizer.pad_token_id, padding_of(model))
+        ids, mask = padded(batch["input_ids"], pad_id(tokenizer), padding_of(model))
         labels, _ = padded(batch["labels"], IGNORED, padding_of(model))
         ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.models.card import model_card
-from rlhf_ray.models.load import save_model
+from rlhf_ray.models.load import save_model, to_device
 from rlhf_ray.models.trained_part import is_adapter, merged_state
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -37,7 +38,7 @@ class StageJob:
     tokenizer: PreTrainedTokenizerBase
     rows: TokenRows
     trainer: Callable[..., StageTrainer]  # (dataset in training order, stage folder, compute dtype) -> trainer
-    load: Callable[[object], PreTrainedModel]  # the saved folder -> the model that is measured
+    load: Callable[[Path], PreTrainedModel]  # the saved folder -> the model that is measured
     measure: Callable[[PreTrainedModel, torch.dtype], dict]  # held-out figures
 
 
@@ -81,7 +82,7 @@ def train_stage(job: StageJob) -> dict:
     unset_hf_deepspeed_config()
     gc.collect()
     started = time.monotonic()
-    trained = job.load(folder.model).to(device_of(config))
+    trained = to_device(job.load(folder.model), device_of(config))
     summary |= job.measure(trained, dtype)
     write_atomically(folder.model / "README.md", model_card(job.recipe, job.stage, summary))
     return summary | {"measure_seconds": round(time.monotonic() - started, 2)}

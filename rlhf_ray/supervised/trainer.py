@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
@@ -38,7 +39,7 @@ LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_n
 
 def padding_of(model: PreTrainedModel) -> int:
     """What widths are a multiple of: 16, or less where the model's positions are no multiple of that."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     return PAD_MULTIPLE if positions is None else math.gcd(PAD_MULTIPLE, positions)
 
 
@@ -182,8 +183,8 @@ class StageCallback(TrainerCallback):
         if self.stopped or self.clock.time_is_up:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:  # the closing summary of Trainer.train
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **_):
+        if logs is None or "loss" not in logs:  # the closing summary of Trainer.train
             return
         self.last_loss = logs["loss"]
         if self.writer is None:

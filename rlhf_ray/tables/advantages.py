@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rlhf_ray.tables.table import Table, loaded
 
 if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdvantageOptions:
-    """What the recipe says to every estimator."""
-
-    group_size: int  # samples of a prompt: so many rows side by side
-    gamma: float
-    gae_lambda: float
-
-
-class Estimator(Protocol):
-    """(advantages, returns), both [B, T]. The returns are what a critic learns; None where there is none."""
-
-    def __call__(
-        self,
-        rewards: torch.Tensor,  # [B, T]: the score on the last token, less the KL where it is in the reward
-        values: torch.Tensor | None,  # [B, T], of the state before each token; None without a critic
-        action_mask: torch.Tensor,  # [B, T] bool: what is outside counts for nothing
-        options: AdvantageOptions,
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-
-
-class ScoreBaseline(Protocol):
-    def __call__(self, scores: torch.Tensor, /, *, group_size: int) -> torch.Tensor: ...  # [B] -> [B]
+    from rlhf_ray.algorithms.advantages import Estimator, ScoreBaseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from rlhf_ray.tables.rewards import REWARDS, RewardKind
 
 __all__ = [
     "Advantage", "Engine", "Family", "Figure", "RewardKind",
-    "register_advantage", "register_engine", "register_model_family", "register_figure", "register_reward",
+    "register_advantage", "register_engine", "register_family", "register_figure", "register_reward",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def register_engine(engine: Engine) -> Engine:
     return ENGINES.add(engine)
 
 
-def register_model_family(family: Family) -> Family:
+def register_family(family: Family) -> Family:
     """A value of `model.from_scratch.architecture`, where it has a config."""
     return FAMILIES.add(family)
 

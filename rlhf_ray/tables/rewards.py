@@ -26,8 +26,7 @@ class RewardKind:
     chosen_by: Callable[[RewardTerm], bool] | None = None
     #: columns of the prompts' rows, beside the prompt, that a term of this kind asks for; None: none
     columns: Callable[[RewardTerm], Asked] | str | None = None
-    #: (recipe, the term's key in the recipe, the term) -> what would stop it, a sentence each; None: nothing to look at, but
-    #: that the term's function can be imported
+    #: (recipe, the term's key in the recipe, the term) -> what would stop it, a sentence each; None: nothing to look at
     problems: Callable[[Recipe, str, RewardTerm], list[str]] | str | None = None
 
     def scorer(self, setting: Setting) -> Scorer:
@@ -54,13 +53,13 @@ REWARDS: Table[RewardKind] = Table(
     RewardKind(
         name="function", make=f"{_MAKE}:function", words="a function, called in the reward actor",
         chosen_by=lambda term: term.function is not None and term.timeout_s is None,
-        columns=f"{_COLUMNS}:asked_by_term",
+        columns=f"{_COLUMNS}:asked_by_term", problems=f"{_CHECK}:function_problems",
     ),
     RewardKind(
         name="isolated_function", make=f"{_MAKE}:isolated_function",
         words="a function with a time limit, in a process of its own",
         chosen_by=lambda term: term.function is not None and term.timeout_s is not None,
-        columns=f"{_COLUMNS}:asked_by_term",
+        columns=f"{_COLUMNS}:asked_by_term", problems=f"{_CHECK}:function_problems",
     ),
 )  # fmt: skip
 

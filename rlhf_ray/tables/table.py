@@ -72,4 +72,5 @@ def loaded(function: F | str) -> F:
     if not isinstance(function, str):
         return function
     module, _, name = function.partition(":")
+    # getattr: an entry names its function in words.
     return cast(F, getattr(importlib.import_module(module), name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 MAX_GRAD_NORM = 1.0
@@ -15,7 +17,7 @@ def deepspeed_config(
     accumulation_steps: int,
     workers: int,
     max_grad_norm: float = MAX_GRAD_NORM,
-) -> dict:
+) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` (and Hugging Face's `deepspeed=`) takes, for CPUs and GPUs alike.
 
     microbatch_size: sequences a forward pass, per rank; the optimiser's batch is that times accumulation_steps
@@ -23,7 +25,7 @@ def deepspeed_config(
     bfloat16 is autocast over float32 weights, not DeepSpeed's own bf16 mode: that keeps bf16 weights and adds gradients
     up in bf16, for no gain in speed.
     """
-    config: dict = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": microbatch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": microbatch_size * accumulation_steps * workers,

@@ -1,21 +1,22 @@
 """One rank of a DeepSpeed group: forward, one optimiser step over microbatches, full weights, exact state.
 
-Weights stay float32 and the forward runs under autocast (see `training.forward`): gradients are accumulated in float32,
-where DeepSpeed's own bf16 mode would add them up in bf16, and it is as fast.
+Weights stay float32 and the forward pass runs under autocast (see `training.forward`). So gradients are accumulated in
+float32. DeepSpeed's own bf16 mode accumulates them in bf16 and is no faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from rlhf_ray.cpu.trained_layers import train_in_place
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.training.distributed import prepare_deepspeed
+from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -44,67 +45,69 @@ class DeepSpeedEngine:
     Calls are collective: every rank of the group makes the same calls in the same order.
     """
 
-    def __init__(self, module: nn.Module, settings: OptimiserConfig, *, device: torch.device):
+    def __init__(self, module: nn.Module, config: OptimiserConfig, *, device: torch.device):
         prepare_deepspeed(device.type)
         import deepspeed
 
-        self.settings = settings
+        self.config = config
         self.device = device
         module = module.to(device).float()
         self.module = module
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
             parameter.data = parameter.data.contiguous()
-        if settings.zero_stage == 0:
-            train_in_place(module)
+        if config.zero_stage == 0:
+            add_to_looked_up_rows(module)
         optimizer = torch.optim.AdamW(
-            trained, lr=0.0, betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=0.0, fused=True
+            trained, lr=0.0, betas=config.adam_betas, eps=config.adam_eps, weight_decay=0.0, fused=True
         )
+        # Any: at ZeRO 0 it is `optimizer`, above it DeepSpeed's wrapper, which has no annotations.
+        self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
+            model=module, optimizer=optimizer, config=self._deepspeed_options(), dist_init_required=False
         )
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
-        if self.world_size == 1 and settings.zero_stage == 0:
+        if self.world_size == 1 and config.zero_stage == 0:
             # It would copy all gradients into one buffer and back (rlhf_ray/bench/trials.py).
             self.engine.enable_backward_allreduce = False
         self.steps_taken = 0
         self._grad_norm = float("nan")
-        if settings.zero_stage == 0:
+        if config.zero_stage == 0:
             # DeepSpeed clips plain float32 optimizers without telling the norm, so the hook does both.
             optimizer.register_step_pre_hook(self._clip)
             # Torch counts a weight's changes, but not those of the fused step; copies of weights are made anew by that count.
             optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._create_adam_state()
 
-    def _config(self) -> dict:
-        config = {
+    def _deepspeed_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the caller owns the accumulation boundary
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            "gradient_clipping": self.settings.max_grad_norm if self.settings.zero_stage > 0 else 0.0,
+            "gradient_clipping": self.config.max_grad_norm if self.config.zero_stage > 0 else 0.0,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
-            "zero_optimization": {"stage": self.settings.zero_stage},
+            "zero_optimization": {"stage": self.config.zero_stage},
         }
-        if self.settings.zero_stage > 0:
-            config["zero_optimization"] |= {"overlap_comm": False}
-        return config
+        if self.config.zero_stage > 0:
+            options["zero_optimization"] |= {"overlap_comm": False}
+        return options
 
-    def forward(self, *batch, keep_graph: bool = False, **options):
+    def forward(self, *batch: Any, keep_graph: bool = False, **options: Any) -> Any:
         """The module's output: without gradient, or with its graph, for a `step` that starts from it."""
         # Measured: with two graphs waiting, ZeRO-3 gives each the gradients of something else, without a word.
-        assert not (keep_graph and self.settings.zero_stage == 3), "ZeRO-3 can't keep graphs"
+        assert not (keep_graph and self.config.zero_stage == 3), "ZeRO-3 can't keep graphs"
         self.engine.train(keep_graph)
         with torch.set_grad_enabled(keep_graph):
             return self.engine(*batch, **options)
 
     def step(
-        self, microbatches: Iterable[tuple], loss_of: Callable[..., torch.Tensor], *, learning_rate: float
+        self, microbatches: Iterable[tuple[Any, Any]], loss_of: Callable[..., torch.Tensor], *, learning_rate: float
     ) -> float:
         """One optimiser step; returns the gradient norm before clipping.
 
-        A microbatch is (the module's inputs, rest), or (Forwarded, rest). `loss_of(output, rest)` gives this rank's share of a
+        A microbatch is (the module's inputs, rest) or (Forwarded, rest). `loss_of(output, rest)` gives this rank's share of a
         loss already divided by the global token count. DeepSpeed averages over ranks, so the share is multiplied by their
         number. Every rank brings equally many microbatches (ZeRO-3 gathers parameters in each forward).
         """
@@ -117,7 +120,11 @@ class DeepSpeedEngine:
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self.engine.step()
         self.steps_taken += 1
-        return self._grad_norm if self.settings.zero_stage == 0 else float(self.engine.get_global_grad_norm())
+        if self.config.zero_stage == 0:
+            return self._grad_norm
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None, "DeepSpeed has the norm after a step"
+        return float(norm)
 
     def most_over_ranks(self, value: int) -> int:
         """The largest of each rank's value, on every rank. Collective."""
@@ -163,50 +170,50 @@ class DeepSpeedEngine:
         torch adds it to sqrt(v / (1 - b2^t)), TensorFlow to sqrt(v): torch's eps / sqrt(1 - b2^t) is TensorFlow's eps,
         32 times as large in the first step (the form of Kingma and Ba just before section 2.1, arXiv 1412.6980).
         """
-        if self.settings.adam_form == "torch":
-            return self.settings.adam_eps
-        return self.settings.adam_eps / (1 - self.settings.adam_betas[1] ** (self.steps_taken + 1)) ** 0.5
+        if self.config.adam_form == "torch":
+            return self.config.adam_eps
+        return self.config.adam_eps / (1 - self.config.adam_betas[1] ** (self.steps_taken + 1)) ** 0.5
 
-    def _clip(self, optimizer, args, kwargs) -> None:
+    def _clip(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """The fused step divides by grad_scale what it reads: no pass over all gradients for that alone."""
         gradients = [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
         self._grad_norm = float(nn.utils.get_total_norm(gradients))
-        limit = self.settings.max_grad_norm or float("inf")
+        limit = self.config.max_grad_norm or float("inf")
         excess = (self._grad_norm + 1e-6) / limit  # as torch.nn.utils.clip_grad_norm_ has it
         optimizer.grad_scale = torch.tensor(max(1.0, excess), device=self.device)
 
     # -- where each ZeRO stage keeps things ------------------------------------------------------------------------
 
-    def _gathered(self, parameter, write: bool = False):
+    def _gathered(self, parameter: nn.Parameter, write: bool = False) -> AbstractContextManager[None]:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(
-            [parameter], modifier_rank=0 if write else None, enabled=self.settings.zero_stage == 3
+            [parameter], modifier_rank=0 if write else None, enabled=self.config.zero_stage == 3
         )
 
     def _whole(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self.settings.zero_stage == 0:
+        if self.config.zero_stage == 0:
             if key == "weight":
                 return parameter.detach()
             return self.optimizer.state[parameter][key]
-        if key == "weight":
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, key)
+        whole = safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None, f"DeepSpeed has no {key} of a trained parameter"
+        return whole
 
     def _set_whole(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         import deepspeed.utils as ds
 
-        if self.settings.zero_stage == 0 and key != "weight":
+        if self.config.zero_stage == 0 and key != "weight":
             self.optimizer.state[parameter][key].copy_(value)
-        elif self.settings.zero_stage == 3:
+        elif self.config.zero_stage == 3:
             part = self._own_part(value)
             if key == "weight":
                 ds.safe_set_local_fp32_param(parameter, part)
             else:
                 ds.safe_set_local_optimizer_state(parameter, part, key)
-        elif self.settings.zero_stage > 0:
+        elif self.config.zero_stage > 0:
             if key == "weight":
                 ds.safe_set_full_fp32_param(parameter, value)
             else:
@@ -214,7 +221,7 @@ class DeepSpeedEngine:
         if key != "weight":
             return
         with self._gathered(parameter, write=True), torch.no_grad():
-            if self.settings.zero_stage < 3 or self.rank == 0:
+            if self.config.zero_stage < 3 or self.rank == 0:
                 parameter.copy_(value)
 
     def _own_part(self, value: torch.Tensor) -> torch.Tensor:
@@ -225,11 +232,11 @@ class DeepSpeedEngine:
 
     def _adam(self) -> torch.optim.AdamW:
         """The plain optimizer, which DeepSpeed has wrapped at stages 1 to 3."""
-        return self.optimizer.optimizer if self.settings.zero_stage > 0 else self.optimizer
+        return self.optimizer.optimizer if self.config.zero_stage > 0 else self.optimizer
 
     def _create_adam_state(self) -> None:
         """Moments of zero. Left to Adam's first step, they could be neither saved nor loaded before it: no resume."""
-        adam, stage = self._adam(), self.settings.zero_stage
+        adam, stage = self._adam(), self.config.zero_stage
         if stage == 3:
             parts = self.optimizer.fp32_partitioned_groups_flat  # this rank's slices, in groups
         else:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from torch import nn
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
-from rlhf_ray.cpu.norms import norms_in_c
 from rlhf_ray.models.critic import Critic
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.tables.families import is_tested
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 from rlhf_ray.training.padding import action_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Prompts with their responses, as a module's forward takes them."""
 
-    inputs: dict  # of the model: packed, or padded to [B, S]
+    inputs: dict[str, Any]  # of the model: packed, or padded to [B, S]
     states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
     targets: torch.Tensor  # [A] int64, the response tokens
     response_lengths: torch.Tensor  # [B]
@@ -79,7 +81,7 @@ class LogprobModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
     ):
         """entropy_gradient: whether entropies are for a loss, too."""
         super().__init__()
@@ -87,11 +89,8 @@ class LogprobModel(nn.Module):
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.packed = pack(model)
-        norms_in_c(model)
         self.entropy_gradient = entropy_gradient
         self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
-        # Their logits are a product's result, which no backward pass reads.
-        self._overwrites = is_tested(model.config.get_text_config(decoder=True).model_type)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
@@ -101,14 +100,10 @@ class LogprobModel(nn.Module):
         with autocast, self._only_at(batch.states):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
         logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
-        given = {
-            "temperature": self.temperature,
-            "overwrite": self._overwrites and not (with_entropy and self.entropy_gradient),
-        }
         if with_entropy and not self.entropy_gradient:
-            both = selected_logprobs_and_entropy(logits, batch.targets, **given)
+            both = selected_logprobs_and_entropy(logits, batch.targets, temperature=self.temperature)
             return tuple(batch.in_rows(each) for each in both)
-        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, **given))
+        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, temperature=self.temperature))
         return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
 
 
@@ -120,7 +115,6 @@ class ValueModel(nn.Module):
         self.model = critic
         self.compute_dtype = compute_dtype
         self.packed = pack(critic.backbone)
-        norms_in_c(critic.backbone)
         self._only_at = partial(only_at, last_feed_forward(critic.backbone))
 
     def forward(self, batch: TokenBatch):
@@ -132,7 +126,7 @@ class ValueModel(nn.Module):
 
 
 def response_logprobs(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompt_ids: Sequence[np.ndarray],
     response_ids: Sequence[np.ndarray],
     *,

@@ -1,7 +1,7 @@
 """Attention of packed sequences: every one to itself, causal.
 
 R sequences, N tokens of them all on one line, S tokens of the longest, H key-value heads, D channels a head. The line is laid out
-as [R, S] rows, each padded on the right. On a CPU with a compiler all of it is in C, or the steps between its matrix products.
+as [R, S] rows, each padded on the right.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_ray.cpu import kernels
-
 # On CPUs plain matrix products are the faster attention up to this length (at 80 tokens a whole forward and backward pass takes
 # 1.3 times as long with the fused kernel: rlhf_ray/bench/trials.py); their memory, which grows with the square, counts beyond.
 PLAIN_LENGTH = 256
-BLOCKS_LENGTH = 1024  # of a whole attention in C: a thread keeps three numbers for each of a sequence's scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +83,6 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout == 0.0 and _in_c(query, key, value):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        in_blocks = query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and kernels.has_blocks()
-        if in_blocks and packed.longest <= BLOCKS_LENGTH:
-            return _BlockAttention.apply(query, key, value, packed, scaling), None
-        if packed.longest <= PLAIN_LENGTH:
-            return _CausalAttention.apply(query, key, value, packed, scaling), None
     query, key, value = (_as_rows(states, packed) for states in (query, key, value))
     if query.device.type == "cpu" and packed.longest <= PLAIN_LENGTH:
         output = _plain_attention(query, key, value, dropout, scaling)
@@ -102,15 +92,6 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
     return _as_line(output, packed), None
-
-
-def _in_c(*states: torch.Tensor) -> bool:
-    dtype = states[0].dtype
-    return (
-        kernels.library() is not None
-        and dtype in kernels.DTYPES
-        and all(each.device.type == "cpu" and each.dtype == dtype for each in states)
-    )
 
 
 def _as_rows(states: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -164,82 +145,3 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx, gradient):
         (weights,) = ctx.saved_tensors
         return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
-
-
-class _BlockAttention(torch.autograd.Function):
-    """Causal attention from line to line, all of it in C: query [1, heads, N, D], key and value [1, H, N, D] -> [1, N, heads, D] in
-    bfloat16. Gradients are laid out as the projections' output is, so that no step behind copies them."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, layout, scaling):
-        query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
-        _, heads, tokens, channels = query.shape
-        output = query.new_empty(1, tokens, heads, channels)
-        norms = query.new_empty(heads, tokens, dtype=torch.float32)
-        sizes = layout.rows, tokens, heads, heads // key.shape[1], layout.longest, channels
-        ctx.arguments = layout.starts, layout.lengths, *sizes, scaling
-        kernels.kernel("attention_forward")(*_placed(query, key, value), output, norms, *ctx.arguments)
-        ctx.save_for_backward(query, key, value, output, norms)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        query, key, value, output, norms = ctx.saved_tensors
-        by = [each.new_empty(1, each.shape[2], each.shape[1], each.shape[3]) for each in (query, key, value)]
-        given = *_placed(query, key, value), output, gradient.contiguous(), norms, *by, *ctx.arguments
-        kernels.kernel("attention_backward")(*given)
-        return *(each.transpose(1, 2) for each in by), None, None
-
-
-def _placed(*states: torch.Tensor) -> list:
-    """Each with the numbers between its tokens and between its heads."""
-    return [part for each in states for part in (each, each.stride(2), each.stride(1))]
-
-
-class _CausalAttention(torch.autograd.Function):
-    """As `_plain_attention` of rows, from line to line: query [1, heads, N, D], key and value [1, H, N, D] -> [1, N, heads, D].
-    Gradients are laid out as the projections' output is, so that no step behind copies them."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, layout, scaling):
-        ctx.layout, ctx.scaling = layout, scaling
-        query, key, value = (_rows(states, layout, heads=key.shape[1]) for states in (query, key, value))
-        weights = torch.bmm(query, key.transpose(1, 2))
-        in_c = kernels.kernel("causal_softmax", dtype=weights.dtype)
-        in_c(weights, weights.numel() // layout.longest, layout.longest, scaling)
-        ctx.save_for_backward(query, key, value, weights)
-        return _line(torch.bmm(weights, value), layout).transpose(1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        query, key, value, weights = ctx.saved_tensors
-        layout = ctx.layout
-        gradient = _rows(gradient.transpose(1, 2), layout, heads=len(key) // layout.rows)
-        by_value = torch.bmm(weights.transpose(1, 2), gradient)
-        by_scores = torch.bmm(gradient, value.transpose(1, 2))
-        in_c = kernels.kernel("causal_softmax_backward", dtype=weights.dtype)
-        in_c(by_scores, weights, by_scores.numel() // layout.longest, layout.longest, ctx.scaling)
-        by_query, by_key = torch.bmm(by_scores, key), torch.bmm(by_scores.transpose(1, 2), query)
-        return *(_line(states, layout) for states in (by_query, by_key, by_value)), None, None
-
-
-def _rows(states: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
-    """[1, h, N, D] -> [R * H, h / H * S, D]"""
-    _, all_heads, _, channels = states.shape
-    if states.stride(3) != 1:
-        states = states.contiguous()
-    rows = states.new_empty(layout.rows * heads, all_heads // heads * layout.longest, channels)
-    places = layout.starts, layout.lengths, layout.rows, all_heads, layout.longest, channels
-    kernels.kernel("attention_rows", dtype=states.dtype)(states, rows, *places, states.stride(2), states.stride(1))
-    return rows
-
-
-def _line(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The inverse of `_rows`, as [N, h, D] lies in memory."""
-    channels, heads = rows.shape[-1], rows.numel() // (layout.rows * layout.longest * rows.shape[-1])
-    line = rows.new_empty(1, layout.tokens, heads, channels)
-    places = layout.starts, layout.lengths, layout.rows, heads, layout.longest, channels
-    kernels.kernel("attention_line", dtype=rows.dtype)(rows, line, *places, heads * channels, channels)
-    return line.transpose(1, 2)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_ray.models.load import embedding_rows
 from rlhf_ray.tables.families import is_tested
 from rlhf_ray.training.packed_attention import Layout, packed_attention
 
@@ -68,14 +69,13 @@ def line_inputs(
 @torch.no_grad()
 def _reads_packed_lines(model: PreTrainedModel) -> bool:
     """Whether three sequences on a line give what each gives alone."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(model)
     rows = [np.arange(1, 1 + length) % vocabulary for length in (5, 2, 9)]
     was_training = model.training
     model.eval()
     try:
-        line = model(**line_inputs(rows, Layout.of(np.array([5, 2, 9]), model.device), model.device), use_cache=False)[
-            0
-        ][0]
+        layout = Layout.of(np.array([5, 2, 9]), model.device)
+        line = model(**line_inputs(rows, layout, model.device), use_cache=False)[0][0]
         alone = [model(torch.from_numpy(row[None]).to(model.device), use_cache=False)[0][0] for row in rows]
     except (TypeError, ValueError):  # a layer that does not know the layout
         return False

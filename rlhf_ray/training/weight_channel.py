@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch
 from torch import distributed
@@ -26,6 +27,7 @@ class WeightChannel:
     def __init__(self, *, rank: int, size: int, address: str, port: int, device: torch.device, timeout_s: float):
         self.rank, self.device, self.timeout_s = rank, device, timeout_s
         timeout = timedelta(seconds=timeout_s)
+        self.group: Any  # torch's annotations of a backend have no broadcast
         with self._in_words("did not meet"):
             # The store may outlive rank 0's part of the group: whoever is last to leave must still find it.
             store = distributed.TCPStore(address, port, size, rank == 0, timeout, wait_for_workers=True)

@@ -1,0 +1,23 @@
+"""Python's garbage collector, out of the way of imports."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collector_paused() -> Generator[None]:
+    """No garbage collection inside the `with`.
+
+    Importing torch and transformers makes objects by the hundred thousand, none of them garbage, and the collector goes over
+    them again and again: a seventh of the time that imports take (rlhf_ray/bench/trials.py).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
