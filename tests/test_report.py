@@ -285,7 +285,7 @@ def test_growing_responses_are_told_where_the_score_goes_with_length():
         whole = summary(length=interval(ratio))
         for model, value in (("sft", sft), ("ppo", ppo)):
             whole[model]["score_length_corr"] = None if value is None else interval(value)
-        return [line for line in warnings(whole) if "paid for length" in line]
+        return [line for line in warnings(whole) if "rewarded for length" in line]
 
     (line,) = told(1.4, 0.2, 0.63)
     assert "1.40 times as long" in line and "correlation 0.63" in line

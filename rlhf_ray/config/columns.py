@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.config.ppo import RewardTerm
 from rlhf_ray.config.recipe import Recipe
+from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.errors import UserError
 from rlhf_ray.tables.rewards import kind_of
 
 Columns = Mapping[str, Sequence[Any]]  # name -> a value for each response
@@ -60,12 +62,17 @@ def asked_by_term(term: RewardTerm) -> Asked:
 
 
 def asked_columns(recipe: Recipe) -> dict[str, Asked]:
-    """Key of the recipe -> what its function asks for. Raises UserError for a function that can't be imported."""
-    asked = {recipe.ppo.key_of(name): kind_of(term).asked(term) for name, term in recipe.ppo.terms.items()}
+    """Key of the recipe -> what its function asks for. One that can't be imported is left out: others tell of it
+    (`rewards.check`, and whoever calls it)."""
+    asked: dict[str, Asked | None] = {}
+    for name, term in recipe.ppo.terms.items():
+        with suppress(UserError):
+            asked[recipe.ppo.key_of(name)] = kind_of(term).asked(term)
     evaluation = recipe.evaluation
     for key, path in (("judge_function", evaluation.judge_function), ("trait_function", evaluation.trait_function)):
         if path is not None:
-            asked[f"evaluation.{key}"] = asked_by(import_function(path))
+            with suppress(UserError):
+                asked[f"evaluation.{key}"] = asked_by(import_function(path))
     return {key: each for key, each in asked.items() if each is not None}
 
 
