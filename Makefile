@@ -11,16 +11,14 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 RUN_DIR ?= runs/demo
 ARGS ?=
 
-# TORCH=cpu installs torch's CPU build first: elsewhere a plain torch brings several GB of CUDA libraries, GPU or not.
-# With a GPU, leave it unset. It counts when an environment is made: after a change, `make clean` first.
-TORCH ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# TORCH_INDEX=URL installs torch from there first. With the address of PyTorch's CPU builds, which its install page names
+# (pytorch.org, "Get started"), a machine without a GPU is spared several GB of CUDA libraries. It counts when an environment is
+# made: after a change, `make clean` first.
+TORCH_INDEX ?=
 TORCH_VERSION := $(shell sed -nE 's/^ *"(torch[<>=][^"]*)".*/\1/p' pyproject.toml)
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet --no-compile
-ifeq ($(TORCH),cpu)
+ifneq ($(TORCH_INDEX),)
 install_torch = $(1) $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH_VERSION)"
-else ifneq ($(TORCH),)
-$(error TORCH=$(TORCH) is no build of torch that this Makefile knows; set TORCH=cpu, or leave it unset)
 endif
 
 # Where it is set, each of the many processes would compile every module that it imports: seconds a process.
@@ -32,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(STAMP)    ## make .venv/ and install the package with what its tests need (TORCH=cpu: without CUDA libraries)
+install: $(STAMP)    ## make .venv/ and install the package with what its tests need (TORCH_INDEX=URL: torch from there)
 
 # --no-compile saves pip the byte-compiling of files that nobody imports.
 $(STAMP): pyproject.toml
@@ -43,7 +41,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python $(PIP_INSTALL) -e ".[test]"
 	@touch $@
 
-demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report (under 10 minutes, or twice that in float32)
+demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PPO, evaluation, report
 	$(BIN)/rlhf-ray run demo --run-dir $(RUN_DIR)
 
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
