@@ -81,3 +81,19 @@ def test_a_classifier_scores_each_row_as_it_does_alone_in_float64():
     (found.squeeze(-1) * weights).sum().backward()
     torch.testing.assert_close(found.squeeze(-1).double(), expected, atol=1e-6, rtol=0)
     assert largest_gap(model, exact) < 1e-6
+
+
+class Doubled(GPT2ForSequenceClassification):
+    """A class of somebody else's, whose scores are not its head at one token."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_classifier_of_another_kind_keeps_its_own_forward():
+    model, inputs = Doubled(GPT2Config(**GPT2, num_labels=1)).eval(), batch()
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model(**given).logits
+    assert not classify_lines(model) and torch.equal(model(**given).logits, expected)

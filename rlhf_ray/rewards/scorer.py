@@ -19,21 +19,18 @@ from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.float_head import score_in_float32
-from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.models.last_block import last_feed_forward
 from rlhf_ray.models.load import (
-    body_of,
     disable_dropout,
     fit_embeddings,
     load_reward_model,
     positions_of,
     reward_normalisation,
-    score_head,
     to_device,
 )
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of, sample_words
-from rlhf_ray.tables.families import FAMILIES
-from rlhf_ray.training.packing import Layout, line_inputs, pack
+from rlhf_ray.training.classifier import line_logits, pack_classifier
 
 
 class Scorer(Protocol):
@@ -70,9 +67,7 @@ class RewardScorer:
         self.compute_dtype, self.device, self.batch_size = compute_dtype, torch.device(device), batch_size
         self.positions = positions_of(self.model.config)
         self.pad_token_id = self._padding()
-        # These score by their head at one token; a class that does something else with the body's output reads rows.
-        family = FAMILIES.get(type(self.model).__name__.removesuffix("ForSequenceClassification").lower())
-        self.packed = family is not None and family.scores_at_one_token and pack(body_of(self.model))
+        self.packed = pack_classifier(self.model)
         self._last_feed_forward = last_feed_forward(self.model)
 
     def score(
@@ -106,10 +101,7 @@ class RewardScorer:
         # Where the model would read its score: at the last token that is not its PAD, which for some is EOS.
         last = np.array([np.flatnonzero(row != self.pad_token_id).max(initial=0) for row in rows])
         places = torch.from_numpy(lengths.cumsum() - lengths + last).to(self.device)
-        inputs = line_inputs(rows, Layout.of(lengths, self.device), self.device)
-        with only_at(self._last_feed_forward, places):
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-        return score_head(self.model)(hidden[places])
+        return line_logits(self.model, rows, places, self._last_feed_forward)
 
     def _padded_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
         width = max(map(len, token_ids))

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import body_of, score_head
 from rlhf_ray.supervised.rows import IGNORED
+from rlhf_ray.training.classifier import line_logits, pack_classifier
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 
 
@@ -57,18 +57,16 @@ class LineLoss:
 def classify_lines(model: PreTrainedModel) -> bool:
     """Make a one-logit classifier score padded rows on a packed line, in place; False, and no change, where it can't.
 
-    model: one whose score is its head at the row's last token.
+    Rows end with EOS, which is not PAD (`load_tokenizer`): that is where their score is read.
     """
-    if not pack(body_of(model)):
+    if not pack_classifier(model):
         return False
     plain, feed_forward = model.forward, last_feed_forward(model)
 
     def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_) -> SequenceClassifierOutputWithPast:
         rows, starts = _rows({"input_ids": input_ids, "attention_mask": attention_mask})
         last = starts + torch.tensor([len(row) - 1 for row in rows])
-        with only_at(feed_forward, last):
-            hidden = model.base_model(**line_inputs(rows, _layout(rows)), use_cache=False).last_hidden_state[0]
-        return SequenceClassifierOutputWithPast(logits=score_head(model)(hidden[last]))
+        return SequenceClassifierOutputWithPast(logits=line_logits(model, rows, last, feed_forward))
 
     forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # trainers decide by its arguments
     model.forward = forward
