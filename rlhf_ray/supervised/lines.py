@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ def classify_lines(model: PreTrainedModel) -> bool:
     def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_) -> SequenceClassifierOutputWithPast:
         rows, starts = _rows({"input_ids": input_ids, "attention_mask": attention_mask})
         last = starts + torch.tensor([len(row) - 1 for row in rows])
-        return SequenceClassifierOutputWithPast(logits=line_logits(model, rows, last, feed_forward))
+        logits = line_logits(model, rows, last, feed_forward)
+        return SequenceClassifierOutputWithPast(logits=cast(torch.FloatTensor, logits))  # or another dtype's: autocast
 
     forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # trainers decide by its arguments
     model.forward = forward
