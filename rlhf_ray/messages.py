@@ -25,7 +25,7 @@ def unflatten(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A fixed chunk of prompts to answer. The result depends on it, the weights and the seed, and on nothing else."""
+    """A fixed batch of responses to draw. The result depends on it, the weights and the seed, and on nothing else."""
 
     step: int
     index: int  # among the step's chunks

@@ -3,11 +3,16 @@
 import json
 import math
 import pickle
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from in_process import LocalRoles
 from rich.console import Console
 from tiny import TEXTS, tiny_recipe, write_start
@@ -21,6 +26,8 @@ from rlhf_ray.config import RoleConfig
 from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
 from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.check import check_data
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.store import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
@@ -166,6 +173,36 @@ def test_a_plugin_of_the_recipe_is_all_it_takes(tmp_path, monkeypatch, folder):
     finally:
         ADVANTAGES.remove("plugged")
         REWARDS.remove("plugged")
+
+
+def test_the_examples_of_the_readme_work(tmp_path, monkeypatch, folder):
+    """The blocks of tables/README.md as one module, and what its recipe says."""
+    text = (Path(rlhf_ray.__file__).parent / "tables/README.md").read_text()
+    blocks = dict.fromkeys(("yaml", "python"), "")
+    for language, body in re.findall(r"^```(yaml|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        blocks[language] += body
+    (tmp_path / "my_additions.py").write_text(blocks["python"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_additions", raising=False)
+    given = yaml.safe_load(blocks["yaml"])
+    stages = dict(STAGES)
+    try:
+        recipe = tiny_recipe(plugins=given["plugins"], reward=None, counted=given["counted"],
+                             ppo=given["ppo"] | {"steps": 1, "rollout_batch_size": 4})  # fmt: skip
+        assert recipe.stages.index("counted") < recipe.stages.index("ppo") and recipe.section("counted").bins == 5
+        counted = import_function(STAGES["counted"].run)(recipe, folder, "counted", print)
+        assert counted["prompts"] == 16 and 16 / 5 < counted["largest_bin"] <= 16
+        _, metrics = train(recipe, folder)
+        assert metrics[-1]["objective/score"] <= 0 and metrics[-1]["rollout/tokens"] > 0
+        shown = FIGURES["questions"].measure(SimpleNamespace(
+            mean=np.mean, responses=SimpleNamespace(texts=["Why? ", "So."])
+        ))  # fmt: skip
+        assert shown == 0.5
+    finally:
+        STAGES.clear()
+        STAGES.update(stages)
+        for table, name in ((ADVANTAGES, "best_of_group"), (REWARDS, "brevity"), (FIGURES, "questions")):
+            table.remove(name)
 
 
 def drawn(recipe):

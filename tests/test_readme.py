@@ -87,6 +87,11 @@ def test_the_readmes_tree_has_every_package():
     named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
     packages = {path.parent.name for path in (ROOT / "rlhf_ray").glob("*/__init__.py")} | {"recipes"}
     assert named == packages
+    order = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    for package in packages - {"recipes"}:
+        docstring = (ROOT / f"rlhf_ray/{package}/__init__.py").read_text()
+        allowed = set(re.findall(r"\w+", docstring.partition("May import:")[2].partition(".")[0])) & packages
+        assert all(order.index(package) < order.index(other) for other in allowed), f"{package} imports {allowed}: not down"
 
 
 def test_seven_files_explain_a_step():

@@ -8,12 +8,14 @@ import torch
 from differences import saw
 from in_process import LocalRoles
 from test_loop import Diary, real_loop
-from tiny import tiny_recipe, write_start
+from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.config import GenerationConfig, ModelConfig, PPOConfig, Recipe
+from rlhf_ray.data.store import write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.single_process_keys import ACTS_ON, NO_INFLUENCE, OTHER_SECTIONS
+from rlhf_ray.ppo.step import step_prompts
 from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -36,6 +38,16 @@ def test_it_takes_the_same_steps_as_the_loop(folder):
         for name, tensor in module.named_parameters():
             gap = float((roles.weights()[f"{number}/{name}"] - tensor).detach().abs().max())
             assert saw("weights: one process against the roles", gap) < 1e-5, f"{name}: a step is up to 1e-3"
+
+
+def test_a_function_gets_the_columns_it_asks_for(tmp_path):
+    recipe = tiny_recipe(ppo={"reward_function": "user_scores:answer_of_row", "critic_init": "sft"}, reward=None)
+    folder = write_start(recipe, RunFolder(tmp_path))
+    rows = [{"prompt": text, "columns": {"answer": float(number)}} for number, text in enumerate(TEXTS[:16])]
+    write_role(folder, "prompts", rows, ("prompt",))
+    drawn = step_prompts(0, 16, recipe.ppo.rollout_batch_size, recipe.ppo_seed)
+    metrics = SingleProcessPPO(recipe, folder).step(0)
+    assert metrics["objective/score"] == pytest.approx(sum(drawn) / len(drawn), abs=1e-5)
 
 
 # -- the recipe's keys ------------------------------------------------------------------------------------------------

@@ -67,14 +67,16 @@ class DataConfig(Section):
     sft: tuple[SourceConfig, ...] = option((), "text, prompt/response or chat messages to imitate")
     preferences: tuple[SourceConfig, ...] = option((), "prompt/chosen/rejected pairs or prompt/response/score rows")
     judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")
-    prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences")
+    prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences, else of the SFT rows")
     eval_prompts: tuple[SourceConfig, ...] = option((), "held-out prompts; default: a share of prompts")
     holdout: float = option(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
     max_prompt_tokens: int = option(64, "longer prompts are cut", gt=0)
     truncate_prompt: Literal["left", "right", "drop"] = option(
         "left", "side of a long prompt that is cut, or drop the row"
     )
-    drop_duplicates: bool = option(True, "drop rows that repeat another of the same source exactly")
+    drop_duplicates: bool = option(
+        True, "drop rows that repeat another of the same source exactly; of prompts, those with the same text"
+    )
 
     @property
     def lists(self) -> dict[str, tuple[SourceConfig, ...]]:

@@ -23,7 +23,7 @@ class GenerationConfig(Section):
     top_p: float = option(1.0, "sample from the smallest set with this probability", gt=0, le=1)
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
     stop: tuple[str, ...] = option((), "strings that end a response")
-    chunk_size: int = option(32, "prompts per chunk; a chunk is one batch, whichever actor draws it", gt=0)
+    chunk_size: int = option(32, "responses per chunk; a chunk is one batch, whichever actor draws it", gt=0)
     precision: Precision = option("auto", "auto: as ppo.precision")
     engine: Annotated[str, OneOf(ENGINES)] = option(
         "torch",

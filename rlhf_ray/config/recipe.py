@@ -60,7 +60,9 @@ class Recipe(Section):
     evaluation: EvaluationConfig = option(EvaluationConfig(), "final evaluation")
     resources: ResourcesConfig = option(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = option(TrackingConfig(), "metric back-ends")
-    plugins: tuple[str, ...] = option((), "modules of your own that are imported first, which may add stages")
+    plugins: tuple[str, ...] = option(
+        (), "modules of your own, imported first; they register stages, advantages, rewards, engines, families, figures"
+    )
 
     def section(self, name: str) -> Section | None:
         """The section of a stage; None where the recipe has not that stage."""

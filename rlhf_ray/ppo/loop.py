@@ -1,4 +1,4 @@
-"""The controller: steps, evaluations and checkpoints in order, from wherever a run stands. No Ray here (see `loop`)."""
+"""The controller: steps, evaluations and checkpoints in order, from wherever a run stands. No Ray here (see `step`)."""
 
 from __future__ import annotations
 

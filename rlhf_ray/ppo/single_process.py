@@ -28,7 +28,7 @@ from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
-from rlhf_ray.data.store import read_prompts
+from rlhf_ray.data.store import read_prompt_columns, read_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import RolloutBatch, unflatten
 from rlhf_ray.models.critic import build_critic
@@ -75,7 +75,8 @@ class SingleProcessPPO:
 
         # The reward model reads a prompt and a response and gives one score. It is frozen.
         scorer = reward_scorer(recipe, folder, torch.float32, "cpu")
-        self.reward = Reward(scorer, start, stop=generation.stop)
+        columns = read_prompt_columns(folder), read_prompt_columns(folder, "eval_prompts")  # for functions that ask
+        self.reward = Reward(scorer, start, stop=generation.stop, columns=columns)
 
         # The policy is trained. The reference is the model that the policy starts from; it is frozen.
         # Both give the log-probs [B, T] of responses.

@@ -1,4 +1,4 @@
-"""One PPO step as one sentence. No Ray here: roles are whoever has the verbs. Its steps in a row: `controller`.
+"""One PPO step in verbs. No Ray here: a role is any object with the methods below. `loop` takes step after step.
 
 A handle is what a verb returns before its result is there: an ObjectRef over actors, the value itself in one process.
 """
@@ -213,7 +213,7 @@ def check_off_policy(metrics: dict[str, float], steps_ahead: int, max_mismatch: 
     """The same gate where samples may be older than the policy, whose log-probs then differ by design.
 
     It holds samples of the policy's own version to `max_mismatch`, where there are any; each evaluation does too, on responses
-    of the newest weights (`controller`). A lost sync shows here as an age that the order of calls does not allow.
+    of the newest weights (`loop`). A lost sync shows here as an age that the order of calls does not allow.
     """
     age = metrics["rollout/age_max"]
     if not age <= steps_ahead:
