@@ -1,4 +1,4 @@
-"""What `cpu` is given, as far as it looks at it. Those who give it import this package; it imports nothing of theirs."""
+"""What `cpu` is given: the parts that it uses. The givers import this package; it imports nothing of theirs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class RecordedStep:
         self._places = [(parameters, name) for parameters, name in places if parameters[name] is not None]
         self._seen: tuple | None = None  # the last step's state
         self._refused: tuple | None = None  # that of a step with other work
-        self._weights: list[torch.Tensor] = []  # its: while they are here no others have their identities
+        self._weights: list[torch.Tensor] = []  # the recording's: while they are kept here, no others get their ids
         self._program: Program | None = None
         self._inputs = np.zeros((2, 0), np.int64)  # tokens and positions, where the program reads them
 

@@ -22,7 +22,7 @@ ALLOCATE = ("empty", "empty_like", "new_empty")  # torch's
 
 
 class OtherWork(Exception):
-    """Something else than functions in C would have had to be done."""
+    """The step has work that is not in C functions."""
 
 
 class Recording(TorchDispatchMode):

@@ -93,7 +93,7 @@ class GenerationEngine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Let waiting requests join, then draw one token for every row. -> one event a row; [] when nothing runs."""
+        """Let waiting requests join, then draw one token for every row. -> one event per row; [] when nothing runs."""
         if self._open is None:
             self._open = self._new_batch()
         free = self.max_rows - len(self._open)
