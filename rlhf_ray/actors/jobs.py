@@ -162,7 +162,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         address = f"http://{address}"
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--address '{address}' is no dashboard address; give http://HEAD:8265")
+        raise UserError(f"--address '{address}' is not a dashboard address; give http://HEAD:8265")
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     try:
         socket.create_connection((url.hostname, port), timeout=10).close()

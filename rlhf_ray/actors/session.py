@@ -13,7 +13,7 @@ from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
 
-# Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
+# Read by libgomp and Ray when a worker starts, so here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",

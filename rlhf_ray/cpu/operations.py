@@ -1,4 +1,4 @@
-"""A decode step's operations in C.   n rows, H key-value heads, D channels a head.
+"""A decode step's operations in C.   n rows, H key-value heads, D channels per head.
 
 The functions in C take float32 on CPUs, and attention bfloat16 too. For other numbers each operation is torch's.
 """

@@ -1,7 +1,7 @@
 """Linear layers that keep their weights in the order in which the CPU's kernel for products reads them.   K inputs, D outputs.
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
-the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
+the product's time, and a feed-forward's activation is a separate pass over the widest numbers of a block (measured:
 rlhf_ray/bench/ablation.py). The cost is a second copy of the weights.
 """
 

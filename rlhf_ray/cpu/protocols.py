@@ -20,7 +20,7 @@ class Where(Protocol):
 
 
 class Layer(Protocol):
-    """keys and values [rows, H, slots, D], and centres [rows, H, 1, D], which are taken off the keys if it is centred."""
+    """keys and values [rows, H, slots, D], and centres [rows, H, 1, D], which are subtracted from the keys if it is centred."""
 
     keys: torch.Tensor
     values: torch.Tensor

@@ -12,7 +12,7 @@ from rlhf_ray.cpu.recording import OtherWork, Program, Recording
 
 
 class RecordedStep:
-    """A model's decode step, to the bit, in a fraction of the time in which Python goes through it.
+    """A model's decode step, equal to the bit, in a fraction of the time that Python takes for it.
 
     The first step over a cache, and the first after weights have changed or the cache has moved, goes the plain way, which packs
     weights; the next one is recorded. A step with work that is not in C (`recording.NAMES`) never is. Weights may change

@@ -1,7 +1,7 @@
 """A fork of the fork server (`forking.fork_server`) that imports Ray, and forks itself into workers.
 
-A client sends the worker's command, environment, folder, cores and standard streams; back go the worker's process number, which
-the worker itself says, and at its end its exit status, a line each.
+A client sends the worker's command, environment, folder, cores and standard streams; it gets back the worker's process
+number, which the worker itself sends, and at its end its exit status, one line each.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def fork_server(
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
                 env={**inherited, **environment}, start_new_session=True,
             )  # fmt: skip
-    except OSError as error:  # a full disk, say, or a path too long for a socket
+    except OSError as error:  # e.g. a full disk, or a path too long for a socket
         log.warning("workers will import everything themselves: %s", error)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

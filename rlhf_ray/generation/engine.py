@@ -185,7 +185,7 @@ class GenerationEngine:
     def _request(self, request_id: int, prompt_ids, seed: int, params: SamplingParams) -> Request:
         ids = np.asarray(prompt_ids, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
-            raise UserError(f"prompt {request_id} has no tokens; give it at least one (a BOS or EOS token, say)")
+            raise UserError(f"prompt {request_id} has no tokens; give it at least one (for example BOS or EOS)")
         if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
             raise UserError(
                 f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "

@@ -184,7 +184,7 @@ class VllmEngine:
     def _checked(self, place: int, prompt_ids, params: SamplingParams) -> list[int]:
         ids = np.asarray(prompt_ids, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
-            raise UserError(f"prompt {place} has no tokens; give it at least one (a BOS or EOS token, say)")
+            raise UserError(f"prompt {place} has no tokens; give it at least one (for example BOS or EOS)")
         if len(ids) + params.max_new_tokens > self.longest:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens = {params.max_new_tokens} need "
