@@ -1,4 +1,4 @@
-"""What crosses a process: frozen, slotted, keyword-only, checked once. Arrays are numpy, flat and unpadded.
+"""What processes send each other: frozen, slotted, keyword-only, checked once. Arrays are numpy, flat and unpadded.
 
 B rollouts of a chunk; N action tokens of them all together. Row b's tokens stand in the flat arrays after those of
 the rows before it (`np.split(flat, np.cumsum(lengths)[:-1])`). Read only: what came from the object store is shared.
@@ -30,7 +30,7 @@ class Chunk:
     step: int
     index: int  # among the step's chunks
     prompt_indices: tuple[int, ...]  # rows of the prompt set
-    sample_indices: tuple[int, ...]  # which of the n samples a prompt each row is
+    sample_indices: tuple[int, ...]  # which sample of its prompt each row is
     evaluation: bool = False  # rows of the held-out prompts instead
 
     def __post_init__(self):
@@ -99,12 +99,12 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What B responses are worth, and how that came about."""
+    """The scores of B responses, and what they are made of."""
 
-    total: np.ndarray  # float32 [B]: what PPO is paid, before the missing-EOS penalty and KL
-    terms: dict[str, np.ndarray] = field(default_factory=dict)  # of several rewards: name -> float32 [B], unweighted
-    disagreement: np.ndarray | None = None  # float32 [B]: deviation over the members, of an ensemble of reward models
-    late: np.ndarray | None = None  # bool [B]: over the time limit, of a function that has one
+    total: np.ndarray  # float32 [B]: PPO's reward, before the missing-EOS penalty and the KL penalty
+    terms: dict[str, np.ndarray] = field(default_factory=dict)  # with several rewards: name -> float32 [B], unweighted
+    disagreement: np.ndarray | None = None  # float32 [B]: deviation over the members of an ensemble of reward models
+    late: np.ndarray | None = None  # bool [B]: over the time limit, for a function that has one
 
     def __len__(self) -> int:
         return len(self.total)
@@ -134,10 +134,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:
-    """One float a response token, e.g. log-probs or values of a chunk."""
+    """One float per response token, e.g. log-probs or values of a chunk."""
 
     values: np.ndarray  # float32 [N]
-    entropy: float = 0.0  # mean nats a token, where the role knows it
+    entropy: float = 0.0  # mean nats per token, where the role knows it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

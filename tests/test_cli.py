@@ -195,7 +195,7 @@ def test_export_refuses_what_holds_no_model(tmp_path):
 
 def test_report_refuses_what_is_no_folder(tmp_path):
     answer = rlhf_ray("report", str(tmp_path / "none"))
-    assert answer.returncode == 2 and "is no folder" in answer.stderr
+    assert answer.returncode == 2 and "is not a folder" in answer.stderr
 
 
 def test_serve_needs_a_key_beyond_loopback(tmp_path):

@@ -83,7 +83,7 @@ def test_ppo_runs_of_one_start_are_told_apart_by_their_own_seed(tmp_path):
     assert seed_of(finished(tmp_path / "run", 0, [1], kl=1.0, ppo={"seed": 4})) == 4
 
 
-@pytest.mark.parametrize(("argument", "says"), [("runs/x", "write LABEL=RUN_DIR"), ("a=nowhere", "is no run folder")])
+@pytest.mark.parametrize(("argument", "says"), [("runs/x", "write LABEL=RUN_DIR"), ("a=nowhere", "is not a run folder")])
 def test_mistakes_in_words(tmp_path, capsys, argument, says):
     assert main([str(tmp_path), argument]) == 2
     assert says in capsys.readouterr().err

@@ -477,7 +477,7 @@ def test_traits_are_figures_of_every_model(same_model):
     ({}, "return {name: scores}"),
     ({"kind": [1.0]}, r"returned shape \(1,\) for 'kind' and 2 responses"),
     ({"kind": [1.0, float("nan")]}, "returned nan as 'kind' of response 'second'"),
-    ({"kind": ["a", "b"]}, "returned for 'kind' what are no numbers"),
+    ({"kind": ["a", "b"]}, "returned something other than numbers for 'kind'"),
     (None, "returned None"),
 ])  # fmt: skip
 def test_a_trait_function_that_returns_something_else_is_told(monkeypatch, returned, told):

@@ -164,7 +164,7 @@ def test_a_plugin_of_the_recipe_is_all_it_takes(tmp_path, monkeypatch, folder):
         "ppo": {"advantage": "plugged", "rewards": {"half": {"kind": "plugged"}}, "critic_init": "sft", "steps": 1},
         "reward": None,
     }
-    with pytest.raises(ValueError, match="'plugged' names no entry that is an advantage"):
+    with pytest.raises(ValueError, match="'plugged' is not an advantage"):
         tiny_recipe(**sections)
     try:
         recipe = tiny_recipe(plugins=("my_additions",), **sections)
@@ -277,7 +277,7 @@ def test_a_name_that_is_no_advantage_trains_nothing():
         tiny_recipe(ppo={"advantage": "grop"})
     with pytest.raises(UserError, match="ppo.advantage: 'grop' .* did you mean 'grpo'"):
         build_recipe({"name": "x", "ppo": {"advantage": "grop"}}, [], "x.yaml")
-    with pytest.raises(UserError, match="names no entry that is an advantage"):
+    with pytest.raises(UserError, match="is not an advantage"):
         ADVANTAGES.named("nobody's")
 
 
@@ -481,7 +481,7 @@ def test_a_kind_of_reward_of_ones_own(added, folder):
 @pytest.mark.parametrize(
     ("term", "says"),
     [
-        ({"kind": "constnt"}, "'constnt' names no entry that is a kind of reward; .*there are|There are"),
+        ({"kind": "constnt"}, "'constnt' is not a kind of reward; .*there are|There are"),
         ({"kind": "function"}, "follows from the keys"),
         ({"kind": "constant", "model": "reward"}, "one of the three"),
         ({"options": {"a": 1}, "model": "reward"}, "no kind that reads them"),
@@ -638,7 +638,7 @@ def test_a_family_of_ones_own_trains_from_random_weights(added, tmp_path):
 
 
 def test_a_family_that_does_not_start_from_random_weights_is_refused():
-    with pytest.raises(ValueError, match="'mistral' is a model family of which this can't be; there are gpt2, llama, qwen2"):
+    with pytest.raises(ValueError, match="'mistral' is a model family that can't be used here; there are gpt2, llama, qwen2"):
         tiny_recipe(model={"from_scratch": {"architecture": "mistral"}})
     with pytest.raises(ValueError, match="did you mean 'qwen2'"):
         tiny_recipe(model={"from_scratch": {"architecture": "qwn2"}})

@@ -207,7 +207,7 @@ def test_sections_that_need_each_other(values, part):
     [
         ({"rewards": {"a": {}}}, "ppo.rewards.a: the term has neither function and model; give it exactly one"),
         ({"rewards": {"a": {"function": "m:f", "model": "reward"}}}, "the term has both function and model"),
-        ({"rewards": {"a": {"model": "reward", "timeout_s": 2}}}, "timeout_s is 2, but model 'reward' is no function"),
+        ({"rewards": {"a": {"model": "reward", "timeout_s": 2}}}, "timeout_s is 2, but model 'reward' is not a function"),
         ({"rewards": {"a": {"function": "m:f", "timeout_score": 0}}}, "timeout_score is 0, but there is no timeout_s"),
         ({"rewards": {"a": {"function": "m:f", "timeout_s": 0}}}, "'ppo.rewards.a.timeout_s' is 0"),
         ({"rewards": {"a/b": {"function": "m:f"}}}, "ppo.rewards has a term 'a/b'; name it with letters"),

@@ -399,5 +399,5 @@ def test_every_number_is_drawn_once():
         for i in range(3)
     ]
     named, others = report_curves.of_stage("ppo", rows)
-    assert [plot.title for plot in named] == ["Score", "Seconds a step"]
+    assert [plot.title for plot in named] == ["Score", "Seconds per step"]
     assert [plot.title for plot in others] == ["new"]

@@ -74,7 +74,7 @@ def test_a_stage_comes_into_the_table_in_its_place(table):
         ({"name": "logs"}, "has a name that is taken"),
         ({"section": None}, "has no section"),
         ({"run": Stage(name="x", title="x", words="x").run}, "has no `run`"),
-        ({"before": "pretraining"}, "comes before 'pretraining', which is no stage"),
+        ({"before": "pretraining"}, "comes before 'pretraining', which is not a stage"),
         ({"needs": ("ppo",)}, "needs 'ppo', which is not among the stages before it"),
     ],
 )

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # All CPU benchmarks, one after the other, then the table and the plot: about an hour on two idle cores.
 #     OUT=FOLDER results/bench/run.sh [PYTHON]
-# OUT: where to, this folder if it is not set.
-# PYTHON: an interpreter that has vLLM's CPU build (`make test-vllm` makes .venv-vllm/bin/python); without it generation is held
-# against model.generate alone.
+# OUT: where the results go; default: this folder.
+# PYTHON: an interpreter that has vLLM's CPU build (`make test-vllm` makes .venv-vllm/bin/python); without it generation is compared
+# with model.generate alone.
 set -euo pipefail
 out=${OUT:-results/bench}
 mkdir -p "$out"
 generate=(rlhf-ray)
 [ -z "${1:-}" ] || generate=("$1" -m rlhf_ray.cli.main)
 
-keep() { # NAME COMMAND...: its output as NAME.json, once it has ended well
+keep() { # NAME COMMAND...: its output as NAME.json, if it succeeds
     "${@:2}" > "$out/$1.partial"
     mv "$out/$1.partial" "$out/$1.json"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # OpenAI's 2019 sentiment setting (Ziegler et al., arXiv 1909.08593) on the models of the recipe imdb, five seeds of PPO:
 #     results/curves/run.sh runs/imdb runs/curves [DATA]
-# runs/imdb is a finished run of that recipe (DATA: the data.root it had). Scaled: 25,000 episodes in place of a million,
-# batch 128 in place of 512, the controller's horizon with them (10,000 -> 250).
+# runs/imdb is a finished run of that recipe (DATA: the data.root it had). Scaled down: 25,000 episodes in place of a million,
+# batch 128 in place of 512, and with them the controller's horizon (10,000 -> 250).
 set -euo pipefail
 imdb=$1 runs=$2
 data=(${3:+--set data.root=$3})

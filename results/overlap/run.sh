@@ -5,8 +5,8 @@
 # What follows the folder is --set for every run, for a short one for example
 #     SEEDS=0 OUT=runs/overlap-short/compared results/overlap/run.sh runs/overlap-short \
 #         sft.max_steps=20 fluency.max_steps=10 reward.max_steps=10 ppo.steps=4 evaluation.prompts=16
-# Finished runs are skipped; a stopped one goes on. In the environment may be set OUT (results/overlap), SEEDS ("0 1 2") and
-# ALGORITHMS: a folder of results/algorithms/run.sh, whose runs of PPO are then the synchronous ones.
+# Finished runs are skipped; a stopped one goes on. Environment variables: OUT (default results/overlap), SEEDS ("0 1 2") and
+# ALGORITHMS: a folder of results/algorithms/run.sh; its PPO runs are then the synchronous ones.
 set -euo pipefail
 runs=$1
 shift

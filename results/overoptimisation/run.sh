@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The reward model's score and the true utility along the KL axis, in the demo world, for three prices of the KL:
+# The reward model's score and the true utility along the KL axis, in the demo world, for three KL coefficients:
 #     results/overoptimisation/run.sh runs/overoptimisation [runs/algorithms]
-# One more run without a price stops by itself and goes back to the policy that the judge liked best. A seed's runs share their SFT
+# One more run with coefficient 0 stops by itself and goes back to the policy that the judge liked best. A seed's runs share their SFT
 # and reward models: those of results/algorithms/run.sh where its folder is given, else of a run of the demo that is made first.
 set -euo pipefail
 runs=$1 finished=${2:-}

@@ -23,8 +23,8 @@ from rlhf_ray.training.precision import resolve_precision
 def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
     """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
 
-    hardware: whether the run computes on this machine, so that its hardware says which precisions there are and what fits,
-    and what is installed here which engines.
+    hardware: whether the run computes on this machine. Then its hardware says which precisions there are and what fits,
+    and its packages say which engines there are.
     """
     problems = (_data_problems(recipe) if data else []) + check_model(recipe)
     problems += _reward_problems(recipe) + _stage_problems(recipe)
@@ -83,7 +83,7 @@ def _memory_problems(recipe: Recipe) -> list[str]:
 
 
 def itemsize_of(recipe: Recipe, kind: str) -> int:
-    """Bytes of what PPO's roles compute in; a precision that this machine has not is another problem's."""
+    """Bytes of a number in PPO's precision; another check reports a precision that this machine lacks."""
     try:
         return resolve_precision(recipe.ppo.precision, kind).itemsize
     except UserError:
@@ -91,7 +91,7 @@ def itemsize_of(recipe: Recipe, kind: str) -> int:
 
 
 def disk_problems(recipe: Recipe, path: Path) -> list[str]:
-    """Checkpoints hold what trains of policy and critic, and its two moments, in float32."""
+    """Checkpoints hold the trained weights of policy and critic, and their two moments, in float32."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     checkpoint = 3 * sum(trained_by_role(recipe).values())

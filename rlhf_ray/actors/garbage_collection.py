@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def collector_paused() -> Generator[None]:
     """No garbage collection inside the `with`.
 
-    Importing torch and transformers makes objects by the hundred thousand, none of them garbage, and the collector goes over
-    them again and again: a seventh of the time that imports take (rlhf_ray/bench/trials.py).
+    Importing torch and transformers makes hundreds of thousands of objects, none of them garbage. The collector goes over
+    them again and again, for a seventh of the time that imports take (rlhf_ray/bench/trials.py).
     """
     enabled = gc.isenabled()
     gc.disable()

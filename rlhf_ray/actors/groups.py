@@ -1,4 +1,4 @@
-"""The roles as groups of actors, with the verbs of `ppo.step.Roles`. Handles are ObjectRefs."""
+"""The roles as groups of actors, with the methods of `ppo.step.Roles`. Handles are ObjectRefs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TrainerGroup(ChunkGroup):
     def _forward(self, method: str, rollouts: Refs) -> list[ray.ObjectRef]:
         """Like `_each`, with equally many forward passes on every rank.
 
-        A ZeRO-3 forward pass gathers from all ranks. If one rank has a pass less, the others wait for ever.
+        A ZeRO-3 forward pass gathers from all ranks. If one rank has a pass less, the others wait forever.
         """
         short = -len(rollouts) % len(self.actors)
         results = self._each(method, [*rollouts, *[rollouts[0]] * short])
@@ -154,7 +154,7 @@ def connect_weights(
 ) -> None:
     """Choose how weights travel (`actors.weight_transport`). For a broadcast, its members meet here.
 
-    waits: the policy trains on only after each sync has ended.
+    waits: the policy goes on training only after each sync has ended.
     """
     waiter, everyone = policy.waiter, [policy.actors[0], *generation.actors]
 

@@ -1,7 +1,7 @@
 """A run as a Ray job: submit it, follow its log, stop it.
 
 The job is `rlhf-ray run RECIPE --address auto --run-dir RUN_DIR` on the cluster's head node. It outlives the terminal
-that submitted it, and the run folder is its memory: submitting the same one again resumes the run.
+that submitted it, and the run folder is its memory: submitting with the same run folder resumes the run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def submit(
 
     run_dir: absolute path or URI that every node of the cluster sees. data: files or folders (small) to upload.
     env: environment variables of the job and its actors. stop_wait_s: how long a stopped run may take to finish its
-    step and write a checkpoint before it is killed. UserError for what can't work, a run folder in use among them.
+    step and write a checkpoint before it is killed. UserError for what can't work, such as a run folder in use.
     """
     run_dir = cluster_path(run_dir)
     run_folder_of(recipe, run_dir)  # what the run itself would refuse
@@ -162,7 +162,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         address = f"http://{address}"
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--address '{address}' is no dashboard address; give http://HEAD:8265")
+        raise UserError(f"--address '{address}' is not a dashboard address; give http://HEAD:8265")
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     try:
         socket.create_connection((url.hostname, port), timeout=10).close()
@@ -173,7 +173,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         ) from None
     headers = {**json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")), **_token_header()}
     # Ray lets these two override the address that it is given; an --address that means another cluster must win.
-    logging.getLogger("ray").setLevel(logging.WARNING)  # what is uploaded is said by us; closed sockets are no news
+    logging.getLogger("ray").setLevel(logging.WARNING)  # this file reports the upload; closed sockets are harmless
     logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
     for module in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
@@ -256,7 +256,7 @@ def _handles(job_id: str, client: JobSubmissionClient) -> str:
 async def _tail(
     client: JobSubmissionClient, job_id: str, echo: Echo, *, silence_s: float = 30, patience_s: float = 300
 ) -> None:
-    """Write the job's log to stdout until it ends. A lost connection is taken up again where it broke."""
+    """Write the job's log to stdout until it ends. A lost connection is opened again and continues where it broke."""
     printed, lost_since = 0, None
     while True:
         seen = 0

@@ -88,7 +88,7 @@ class Placement:
         alone: str | None = "generation",
         runtime_env: Mapping[str, Any] | None = None,
     ):
-        """alone: the role that works while everybody else waits. runtime_env: of all actors, with what `alone` brings."""
+        """alone: the role that works while all others wait. runtime_env: of all actors, the variables of `alone` included."""
         self.alone, self.runtime_env = alone, dict(runtime_env or {})
         check_fits(roles, nodes_alive(), strategy)
         self._bundles: list[dict[str, float]] = []

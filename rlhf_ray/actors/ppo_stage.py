@@ -134,7 +134,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         "raise resources.call_timeout_s, or look in the run folder's logs/ for what holds it up",
         on_wait,
     )
-    check_columns(recipe, folder)  # of data that an older run prepared, say
+    check_columns(recipe, folder)  # e.g. of data that an older run prepared
     prompts, eval_prompts = count_rows(folder, "prompts"), count_rows(folder, "eval_prompts")
     if prompts < ppo.rollout_batch_size:
         raise UserError(

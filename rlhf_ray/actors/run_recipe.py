@@ -49,7 +49,7 @@ def run(
     """Run the recipe's stages (default: all) in its run folder, from where that stands.
 
     start_from: another run folder, whose finished stages before PPO are taken over where this one has none yet.
-    display: opened once the run folder is held and nothing stands in the way; it hears of the progress.
+    display: opened once the run folder is held and nothing stands in the way; it is told the progress.
     Raises UserError for a mistake in recipe, data or resources, StageStopped after Ctrl-C.
     """
     recipe = absolute_paths(recipe)
@@ -104,7 +104,7 @@ def cores_to_share(address: str | None) -> dict[str, int]:
 
 @contextmanager
 def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]) -> Iterator[None]:
-    """What ends the run is written to events.jsonl; a failure of this machine (a full disk) comes out in words."""
+    """What ends the run is written to events.jsonl; a failure of this machine (a full disk) becomes one sentence."""
     try:
         yield
     except StageStopped:
@@ -124,12 +124,12 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Bytes for the policy's weights in float32 three times over, and for rollouts."""
+    """Bytes for three copies of the policy's weights in float32, and for rollouts."""
     return 512 * 1024**2 + 3 * 4 * parameters(recipe)
 
 
 def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None) -> None:
-    """What `doctor` would find in the recipe, told before anything starts."""
+    """UserError for what `doctor` would find in the recipe, before anything starts."""
     problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None)
     if problems:
         raise UserError("\n".join(problems))

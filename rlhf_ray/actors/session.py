@@ -13,7 +13,7 @@ from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
 
-# Read by libgomp and Ray when a worker starts, hence here and not in the worker's code. Two torch processes with two
+# Read by libgomp and Ray when a worker starts, so here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
@@ -25,11 +25,11 @@ WORKER_ENVIRONMENT = {
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 OBJECT_STORE_BYTES = 512 * 1024**2
-ANSWER_S = 10  # within which a cluster's port takes a connection
+ANSWER_S = 10  # in which a cluster's port must take a connection
 
 
 def worker_environment(*, spins: bool = False) -> dict[str, str]:
-    """spins: generators' threads are to (`ALONE_ENVIRONMENT`); those of all forks then do, since they have one libgomp."""
+    """spins: generators' threads spin-wait (`ALONE_ENVIRONMENT`), and with them those of all forks, which share a libgomp."""
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return WORKER_ENVIRONMENT | passed_on | (ALONE_ENVIRONMENT if spins else {})
 
@@ -44,8 +44,8 @@ def ray_session(
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
-    stages: whose workers a local Ray has forked (`actors.worker_start`). spins: the generators' threads are to, and then those of
-    all forks (`worker_environment`). The others' own share of the cores is theirs.
+    stages: a local Ray forks the workers of these (`actors.worker_start`). spins: the threads of all forks spin-wait
+    (`worker_environment`), each role's on its own share of the cores.
     """
     environment = worker_environment()
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
@@ -61,9 +61,9 @@ def ray_session(
     else:
         _check_answers(address)
         options["address"] = address
-        # A job that was submitted with environment variables of its own has them merged with ours, not refused.
+        # Environment variables that a submitted job has of its own are merged with ours, not refused.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    # Ray would print the traceback of every call that a failed one takes along; Waiter tells of the first, in words.
+    # Ray would print the traceback of every call that fails because of another; Waiter reports the first in a sentence.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     forked = worker_environment(spins=spins)
     with fork_server(stages if address is None else (), forked) as python:
@@ -82,7 +82,7 @@ def _connect(address: str | None, options: dict) -> None:
     except ConnectionError as error:
         raise _no_cluster(address, error) from error
     except ValueError as error:
-        if address is None:  # about something else than the address
+        if address is None:  # about something other than the address
             raise
         raise _no_cluster(address, error) from error
 
@@ -90,7 +90,7 @@ def _connect(address: str | None, options: dict) -> None:
 def _check_answers(address: str) -> None:
     """UserError where host:port takes no connection: Ray would try again for more than ten minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():  # "auto", say, which Ray looks up at once
+    if not host or not port.isdigit():  # e.g. "auto", which Ray looks up at once
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()

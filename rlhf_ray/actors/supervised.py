@@ -104,10 +104,10 @@ def _fit(
     """Run the worker group to its end, reporting progress -> what rank 0 returned."""
     timeout_s = recipe.resources.start_timeout_s
     # Ray Train reads these here and hands them on. Without a limit on failed starts it would wait for a full cluster
-    # for ever (the failure policy below allows none).
+    # forever (the failure policy below allows none).
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; a preempted node is a dead one
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves an actor; a preempted node is a dead one
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
     storage, name = folder.logs / "ray_train", f"{stage}_{member}"
     storage.mkdir(parents=True, exist_ok=True)
@@ -155,8 +155,8 @@ def _fit(
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Set before the worker loads torch: threads that sleep when idle, DeepSpeed's device, no way to the hub's servers
-    for what is local."""
+    """Set before the worker loads torch: threads that sleep when idle, DeepSpeed's device, no requests to the hub
+    for local files."""
     on_gpu = config.gpus_per_worker > 0
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -242,11 +242,11 @@ def _last_line(error: BaseException) -> str:
 
 
 class _Trainer(TorchTrainer):
-    """TorchTrainer without two actors that a stage has no use for, each a process of 0.2 GB and seconds to start.
+    """TorchTrainer without two actors that a stage does not need; each is a process of 0.2 GB that takes seconds to start.
 
-    One shares out Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
-    controller that died, which ends with the controller anyhow; it looks for the controller through the state API,
-    which finds a cluster by itself: beside a second one it asks the wrong one and removes our group under the worker.
+    One distributes Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
+    controller that died, but the group ends with its controller anyway. It looks for the controller through the state
+    API, which chooses a cluster by itself: where there are two it asks the wrong one, and removes our group under the worker.
     """
 
     def _create_default_callbacks(self):

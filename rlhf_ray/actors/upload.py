@@ -92,8 +92,8 @@ def _copy_data(source: Path, folder: Path, run_dir: str) -> Item:
         raise UserError(f"--data {source}: there is no such file or folder")
     if "://" in run_dir:
         raise UserError(
-            f"--data puts data into the run folder, which is {run_dir}; for one that is no path, put the "
-            "data where the cluster sees it and name that place in the recipe"
+            f"--data puts data into the run folder, which is {run_dir}, not a path; put the data "
+            "where the cluster sees it and name that place in the recipe"
         )
     if (folder / source.name).exists():
         raise UserError(f"--data: two of the paths end in '{source.name}'; rename one")

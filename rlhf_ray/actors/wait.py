@@ -50,12 +50,12 @@ class Waiter:
     def track(
         self, ref: ray.ObjectRef, name: str, receipt: ray.ObjectRef | None = None, account: str | None = None
     ) -> ray.ObjectRef:
-        """name: begins with the role, whose account it is if no other is given."""
+        """name: begins with the role, which is its account if no other is given."""
         self._tracked[ref] = Tracked(name, receipt, account or name.split()[0])
         return ref
 
     def put_beside(self, refs: list[ray.ObjectRef], other: ray.ObjectRef) -> None:
-        """Whoever waits for `other` waits for `refs` too, which nobody is handed."""
+        """Whoever waits for `other` waits for `refs` too; no caller gets `refs`."""
         self._beside[other] = refs
 
     def wait(
@@ -63,7 +63,7 @@ class Waiter:
     ) -> None:
         """Until all are there. Raises what a failed call raised, `Deadline` past the deadline.
 
-        remedy: what to do about a deadline of its own.
+        remedy: the advice in the message, where this wait has a deadline of its own.
         """
         deadline_s, remedy = deadline_s or self.deadline_s, remedy or self.remedy
         started = time.monotonic()
@@ -108,7 +108,7 @@ class Waiter:
 
 
 def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) -> Any:
-    """The value of what is finished. A failure of user or machine comes out in words, a bug with its traceback."""
+    """The value of what is finished. A failure of user or machine is raised as one sentence, a bug with its traceback."""
     try:
         return ray.get(refs, timeout=60)
     except RayTaskError as error:
@@ -128,7 +128,7 @@ def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) ->
 
 
 def _died(name: str, error: RayError) -> Exception:
-    """What to tell of a dead process; an actor's constructor's UserError is the user's, and stands in the text only."""
+    """The error for a dead process. A UserError of an actor's constructor stays one; Ray gives it as text only."""
     _, told, sentence = str(error).rpartition("rlhf_ray.errors.UserError: ")
     if told:
         return UserError(sentence.strip().splitlines()[0])

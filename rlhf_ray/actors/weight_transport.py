@@ -82,7 +82,7 @@ class PolicyEnd:
 
     @with_receipt
     def weights(self, parts: int):
-        """What trains, in `parts` about equal dicts of name -> array (bfloat16 as its bits in int16)."""
+        """The trained weights, in `parts` dicts of about equal size: name -> array (bfloat16 as its bits in int16)."""
         from rlhf_ray.models.wire import pack_weights
 
         # Ray copies what a call returns into its store before this actor's next call, but ZeRO-3 takes the weights back at once.
@@ -108,7 +108,7 @@ class PolicyEnd:
             )
 
     def send_weights(self) -> tuple[None, Receipt]:
-        """Send what trains to all members of the channel."""
+        """Send the trained weights to all members of the channel."""
         started, sent = time.perf_counter(), 0
         if self.channel is not None:
             sent = self.channel.send(self.role.weights(), self.layout, self.weight_dtype())
@@ -128,7 +128,7 @@ class GenerationEnd:
     role: Generator
 
     def load_weights(self, policy_version: int, *parts: Mapping[str, Weight]) -> int:
-        """parts: name -> weight. Together they are all that trains. They are copied in place, before the next chunk."""
+        """parts: name -> weight. Together they are all trained weights. They are copied in place, before the next chunk."""
         weights = {name: weight for part in parts for name, weight in part.items()}
         version = self.role.load_weights(weights, policy_version)
         if self.device.type == "cuda":

@@ -17,16 +17,16 @@ def forks_here(stages: Sequence[str]) -> bool:
 
 @contextmanager
 def fork_server(stages: Sequence[str], environment: Mapping[str, str]) -> Iterator[str | None]:
-    """For the body of the `with` -> what a Ray that starts in it is to start in place of Python, if there is anything.
+    """For the body of the `with` -> the program that a Ray started in it runs in place of Python, if any.
 
-    stages: whose workers there will be. environment: variables that they get.
+    stages: those whose workers there will be. environment: variables that the workers get.
     """
     yield None
 
 
 @contextmanager
 def forked_actors(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The runtime environment of PPO's actors on the Ray that runs, for the body of the `with`."""
+    """The runtime environment of PPO's actors on the running Ray, for the body of the `with`."""
     yield {}
 
 

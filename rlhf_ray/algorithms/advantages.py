@@ -17,9 +17,9 @@ STD_EPS = 1e-4  # TRL's; a group whose rewards are all equal gets advantages of 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageOptions:
-    """What the recipe says to every estimator."""
+    """The recipe's options for every estimator."""
 
-    group_size: int  # samples of a prompt: so many rows side by side
+    group_size: int  # samples per prompt: their rows are side by side
     gamma: float
     gae_lambda: float
 

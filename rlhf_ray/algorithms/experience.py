@@ -21,12 +21,12 @@ from rlhf_ray.algorithms.scores import (
 
 
 class WrongEstimate(ValueError):
-    """What an estimator returned is nothing to train on."""
+    """An estimator returned what can't be trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageConfig:
-    """How the recipe wants rewards and advantages."""
+    """The recipe's options for rewards and advantages."""
 
     advantage: Advantage
     group_size: int  # samples of a prompt, side by side
@@ -104,7 +104,7 @@ def assemble(
 def _penalised(
     scores: torch.Tensor, ended: torch.Tensor, action_mask: torch.Tensor, config: AdvantageConfig
 ) -> torch.Tensor:
-    """Scores [B] less what responses lose that did not end, or are too long."""
+    """Scores [B] less the penalties of responses that did not end or are too long."""
     penalised = end_scores(
         scores, ended, clip=config.score_clip, penalty=config.missing_eos_penalty, replacement=config.missing_eos_score
     )

@@ -11,7 +11,7 @@ def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """k1^2 / 2 per token [B, T]: biased as an estimate, but its gradient is an unbiased one of the KL's."""
+    """k1^2 / 2 per token [B, T]: biased as an estimate, but its gradient is an unbiased estimate of the KL's."""
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
@@ -27,7 +27,7 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
     """The next KL coefficient of the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
 
-    kl and target are nats a *sequence* (summed over tokens, mean over the batch); horizon and episodes count sequences.
+    kl and target are nats per *sequence* (summed over tokens, mean over the batch); horizon and episodes count sequences.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)

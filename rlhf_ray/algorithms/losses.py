@@ -29,7 +29,7 @@ def token_weights(
     """How much each token's loss counts, [b, T], zero outside the mask. Counts are those of the whole minibatch.
 
     token: mean over all tokens (PPO, DAPO). sequence_sum: mean over sequences of their sums (REINFORCE as derived).
-    sequence_mean: mean over sequences of their means (GRPO), which prefers short right and long wrong answers.
+    sequence_mean: mean over sequences of their means (GRPO), which favours short correct and long incorrect answers.
     constant: sums divided by num_sequences * max_new_tokens (Dr. GRPO), sequence_sum at the scale of a mean over tokens.
     """
     mask = action_mask.to(dtype)

@@ -54,14 +54,14 @@ def inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for probabilities [n, V] up to a factor a row, and their sum [n].
+    """The same for probabilities [n, V] up to one factor per row, and their sum [n].
 
     A token of probability zero is never drawn: it does not raise the sum. The draw is scaled by the sum of them all, so
     rounding in the sum never leaves a draw beyond the last token.
     """
     # A parallel scan on a GPU adds in another order for each entry; float64 keeps it monotone where it matters.
     dtype, vocab_size = torch.float64 if probs.is_cuda else torch.float32, probs.shape[-1]
-    # First the piece that holds it, then the token in the piece: sums take a part of the time of a scan of the vocabulary.
+    # First the piece that holds it, then the token in the piece: sums take a fraction of the time of a scan of the vocabulary.
     whole = vocab_size - vocab_size % PIECE
     sums = probs[:, :whole].unflatten(1, (-1, PIECE)).sum(-1, dtype=dtype)
     rest = probs[:, whole:].sum(-1, keepdim=True, dtype=dtype)
@@ -86,7 +86,7 @@ def draw(
     top_p: Parameter = 1.0,
     min_p: Parameter = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row and its log-prob under the distribution it was drawn from.   -> [n] int64, [n] float32."""
+    """One token per row and its log-prob under the distribution it was drawn from.   -> [n] int64, [n] float32."""
     if isinstance(temperature, torch.Tensor):
         greedy = temperature == 0
         untruncated = tempered_logprobs(logits, temperature=torch.where(greedy, 1.0, temperature))
@@ -141,7 +141,7 @@ def _kth_largest(logprobs: torch.Tensor, top_k: Parameter) -> torch.Tensor:
 
 
 def _nucleus_edge(logprobs: torch.Tensor, top_p: Parameter) -> torch.Tensor:
-    """The least likely entry of the smallest set with probability top_p, a row; -inf where top_p is 1."""
+    """The least likely entry of each row's smallest set with probability top_p; -inf where top_p is 1."""
     top_p = _column(top_p, logprobs)
     total = logprobs.logsumexp(-1, keepdim=True)  # not 0 after a top_k
     # A few likely tokens hold top_p as a rule, and sorting the whole vocabulary costs as much as the rest of a step.

@@ -47,7 +47,7 @@ def cut_microbatches(
     """Which rows share a forward pass: `size` of them in order, or as many of like length as `tokens` holds.
 
     lengths: tokens of each row, prompt included. at_least: groups wanted, at most as many as rows (ranks that work together
-    need equally many); the first of the largest is halved until there are so many. A row longer than `tokens` stands alone.
+    need equally many); the first of the largest is halved until there are that many. A row longer than `tokens` stands alone.
     """
     groups: list[list[int]] = []
     if tokens is None:
@@ -70,7 +70,7 @@ def cut_microbatches(
 def deal_rows(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """Rows of a minibatch over ranks: equally many each, and about as many tokens; ascending within a rank.
 
-    The longest first, in rounds that go there and back (0, 1, 1, 0, 0, 1, ...): what one gets too much of, the next evens out.
+    The longest first, in rounds that go there and back (0, 1, 1, 0, 0, 1, ...): each round evens out the one before it.
     """
     hands: list[list[int]] = [[] for _ in range(ranks)]
     for place, row in enumerate(sorted(rows, key=lambda row: -lengths[row])):

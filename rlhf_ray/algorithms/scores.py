@@ -37,7 +37,7 @@ def overlong_penalty(lengths: torch.Tensor, *, longest: int, buffer: int) -> tor
 
 
 def zero_variance_groups(scores: torch.Tensor, *, group_size: int) -> torch.Tensor:
-    """Whether all samples of a prompt have the same score, so that none of them says what to do.   [B] -> bool [groups]"""
+    """Whether all samples of a prompt score the same, so that none is better than the others.   [B] -> bool [groups]"""
     grouped = scores.view(-1, group_size)
     return (grouped == grouped[:, :1]).all(1)
 

@@ -2,10 +2,9 @@
 
     python -m rlhf_ray.bench.ablation [--size 14m] [--prompts 16] [--repeats 3] [--precision auto] [--generation] NAME ...
 
-NAME: what to leave out, as RLHF_RAY_CPU says it: parts with commas between them, or off. --generation: responses alone.
-All roles are in this process, on one thread, so that its CPU time is the work: other tenants of the machine lengthen a second on
-the wall, and hardly that. Prints one line a NAME: the seconds with it, and how many times as long it takes without: median (least
-to most).
+NAME: what to leave out, as in RLHF_RAY_CPU: parts separated by commas, or off. --generation: responses alone.
+All roles are in this process, on one thread, so its CPU time is the work: other load on the machine lengthens wall time, but
+hardly CPU time. Prints one line per NAME: the seconds with it, and how many times as long it takes without: median (least to most).
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class Iterations:
             wait=lambda handles, what: None,
             get=lambda handles, what: list(handles),
         )  # fmt: skip
-        self.roles = cast(Roles, roles)  # of their verbs, those that an iteration calls
+        self.roles = cast(Roles, roles)  # only the methods that an iteration calls
         sync_weights(self.roles, 0)
 
     def _load_weights(self, weights, policy_version: int) -> list:

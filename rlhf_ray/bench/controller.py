@@ -1,6 +1,6 @@
-"""`rlhf-ray bench controller`: what the PPO loop itself costs with many generation actors, and whether it stays flat.
+"""`rlhf-ray bench controller`: what the PPO loop itself costs with many generation actors, and whether that stays flat.
 
-Real: the loop, the groups, the waiter, the experience, Ray's calls and its object store. Pretended: all other roles, a few
+Real: the loop, the groups, the waiter, the experience, Ray's calls and its object store. Fake: all other roles, a few
 processes that stand for many actors (`fakes`). The yardstick is as many bare Ray calls to the same processes.
 """
 
@@ -25,8 +25,8 @@ from rlhf_ray.runs.run_folder import RunFolder
 if TYPE_CHECKING:
     from rlhf_ray.actors.wait import Waiter
 
-THREADS = 32  # calls that one pretending process runs at once
-SAMPLES = 100  # places at which memory is looked at
+THREADS = 32  # calls that one fake process runs at once
+SAMPLES = 100  # points in the run at which memory is read
 # Share of the steps in which Ray's and Python's pools still fill. The bare calls belong there too: they alone let a process
 # grow, so none is made while its memory is watched.
 WARM_UP = 0.1
@@ -35,7 +35,7 @@ MIN_STEPS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crowd:
-    """How many of what."""
+    """The sizes of the run."""
 
     generators: int
     processes: int
@@ -46,8 +46,8 @@ class Crowd:
 
     @property
     def calls(self) -> int:
-        """Of one step: a chunk is drawn, scored, and looked up by reference, policy and critic; then assembling, the
-        updates, the weights, and their loading."""
+        """Calls of one step: five per chunk (draw, score; reference, policy, critic), then the experience, the updates,
+        the weights, and their loading."""
         chunks = -(-self.work.rows // self.rows)
         return 5 * chunks + 1 + 2 * self.ranks + self.ranks + self.generators
 
@@ -97,7 +97,7 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
 
 
 def _ignore(*args) -> None:
-    """A hook without an outside."""
+    """A hook that does nothing."""
 
 
 def _roles(processes: list, experience, crowd: Crowd, waiter):
@@ -126,11 +126,11 @@ def _roles(processes: list, experience, crowd: Crowd, waiter):
 
 @dataclass(slots=True)
 class Watch:
-    """Looks at this process and at the store between steps; what looking costs is not counted."""
+    """Measures this process and the store between steps; the time that this takes is not counted."""
 
     processes: list
     calls: int
-    every: int  # steps between two looks at memory
+    every: int  # steps between two readings of memory
     warm_up: int  # steps
     waiter: Waiter
     seconds: list[float] = field(default_factory=list)  # of each step
@@ -208,26 +208,26 @@ def show_controller(result: dict, *, as_json: bool) -> None:
     work = result["work"]
 
     rows = [
-        ("chunks a second", f"{result['chunks_per_s']:,.0f}"),
-        ("calls a second", f"{result['calls_per_s']:,.0f}"),
+        ("chunks per second", f"{result['chunks_per_s']:,.0f}"),
+        ("calls per second", f"{result['calls_per_s']:,.0f}"),
         ("share of bare calls' speed", in_brackets(result["ratio"])),
-        ("seconds a step", in_brackets(result["step_s"], 3)),
-        ("controller's CPU s a step", in_brackets(result["cpu_s_per_step"], 3)),
-        ("MB put into the store a step", f"{result['put_bytes_per_step'] / 1e6:.1f}"),
+        ("seconds per step", in_brackets(result["step_s"], 3)),
+        ("controller's CPU s per step", in_brackets(result["cpu_s_per_step"], 3)),
+        ("MB put into the store per step", f"{result['put_bytes_per_step'] / 1e6:.1f}"),
     ]
     cpu = {part: value * 1e6 for part, value in result["cpu_s_trend"].items()}
     lines = [
-        f"controller's CPU time a step: slope {cpu['mean']:+.1f} us a step (95 %: {cpu['low']:+.1f} to {cpu['high']:+.1f})",
+        f"controller's CPU time per step: slope {cpu['mean']:+.1f} us per step (95 %: {cpu['low']:+.1f} to {cpu['high']:+.1f})",
         _drift(result["rss_bytes"], "controller's memory (RSS)"),
         _drift(result["store_bytes"], "object store in use between steps"),
-        f"{work['generators']} generation actors, pretended by {work['processes']} processes that answer at once; real: loop, "
+        f"{work['generators']} generation actors, simulated by {work['processes']} processes that answer at once; real: loop, "
         f"groups, waits, experience, store. {work['chunks']} chunks of {work['rows']} x ({work['prompt_tokens']} + "
-        f"{work['response_tokens']}) tokens and {work['calls']} calls a step, {work['steps']} steps ({on_hardware(result)})",
+        f"{work['response_tokens']}) tokens and {work['calls']} calls per step, {work['steps']} steps ({on_hardware(result)})",
     ]
     show(result, lines, as_json=as_json, columns=("", "median (least to most)"), rows=rows)
 
 
 def _drift(found: dict, name: str) -> str:
     each = {part: value / 1e3 for part, value in found["per_step"].items()}
-    return (f"{name}: {found['first'] / 1e6:.1f} to {found['last'] / 1e6:.1f} MB, slope {each['mean']:+.1f} kB a step "
+    return (f"{name}: {found['first'] / 1e6:.1f} to {found['last'] / 1e6:.1f} MB, slope {each['mean']:+.1f} kB per step "
             f"(95 %: {each['low']:+.1f} to {each['high']:+.1f})")  # fmt: skip

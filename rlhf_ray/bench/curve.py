@@ -3,10 +3,10 @@
     python -m rlhf_ray.bench.curve [--size 4m] [--iterations 30] [--seeds 3]
 
 The work of the benchmark (64 prompts of 32 tokens, 48 new ones, 4 epochs, one minibatch) with a vocabulary of 260, small enough
-to learn something in a few minutes. Both read their models from the same folder: a random policy, and a reward model that has
-learned the mean of a number that each token of the response has. The critic starts from the reward model. The learning rate falls
-to zero, the KL coefficient is 0.05; TRL in float32, ours in the precision that it chooses. Writes curve_SIZE.json and
-curve_SIZE.png beside this file; a seed that is there is not run again.
+to learn something in a few minutes. Both read their models from the same folder: a random policy, and a reward model. Each token
+of the vocabulary has a number; the reward model has learned their mean over a response. The critic starts from it. The learning
+rate falls to zero, the KL coefficient is 0.05; TRL in float32, ours in the precision that it chooses. Writes curve_SIZE.json and
+curve_SIZE.png beside this file; a seed whose result is there is not run again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train_reward(folder: RunFolder, work: Work, seed: int, steps: int = 120) -> 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    save_model(model, load_tokenizer(path), path, "Learned the mean of a random number a token, for a benchmark.\n")
+    save_model(model, load_tokenizer(path), path, "Learned the mean of a random number per token, for a benchmark.\n")
     return float(torch.corrcoef(torch.stack([score.detach(), wanted]))[0, 1])
 
 
@@ -103,7 +103,7 @@ def plot(size: str, rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for axis, name, label in zip(axes, ("score", "kl"), ("score", "KL to the reference, nats a response"), strict=True):
+    for axis, name, label in zip(axes, ("score", "kl"), ("score", "KL to the reference, nats per response"), strict=True):
         for system, colour in (("rlhf_ray", "#1f77b4"), ("trl", "#d62728")):
             for row in rows:
                 first = row is rows[0]

@@ -1,6 +1,6 @@
-"""Pretended roles as real Ray actors: they answer at once, with arrays of the right shapes and numbers that pass the gates.
+"""Fake roles as real Ray actors: they answer at once, with arrays of the right shapes and numbers that pass the gates.
 
-One process stands for many actors: its calls run in threads, and the controller is handed the same process under many numbers.
+One process stands for many actors: its calls run in threads, and the controller gets the same process under many numbers.
 What the controller does for each of them (calls, references, receipts, waits) is what it does for real ones.
 """
 

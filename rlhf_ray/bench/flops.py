@@ -65,7 +65,7 @@ SIZES = {
 
 
 def shape_of(size: str, *, layers: int | None, width: int | None, heads: int | None, vocabulary: int | None) -> Shape:
-    """A named size, with what is given in place of its own."""
+    """A named size, with the given values in place of its own."""
     if size not in SIZES:
         raise UserError(f"--size {size!r} is none of {', '.join(SIZES)}")
     base = SIZES[size]
@@ -146,7 +146,7 @@ class PhaseRow:
 
 
 def peak_shares(seconds: dict[str, float], flop: dict[str, int], flop_per_s: float) -> list[PhaseRow]:
-    """A row a phase, and "iteration" for all of them together."""
+    """One row per phase, and "iteration" for all of them together."""
     rows = {name: (seconds[name], flop[name]) for name in seconds}
     rows["iteration"] = (sum(seconds.values()), sum(flop[name] for name in seconds))
     return [PhaseRow(name, took, work, work / (took * flop_per_s) if took > 0 else 0.0)

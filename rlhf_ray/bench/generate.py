@@ -23,7 +23,7 @@ PAUSE_S = 1.0  # before each round: threads that spin after their work (vLLM's, 
 
 
 def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, precision: Precision) -> dict:
-    """Tokens a second of each way; ratios are of the repeats of one round, which follow one another."""
+    """Tokens per second of each way; a ratio compares two ways in the same round, where one follows the other."""
     torch = torch_that_spins()
     threads = threads or cores()
     before = torch.get_num_threads()
@@ -49,7 +49,7 @@ def measure_generate(shape: Shape, work: Work, *, repeats: int, threads: int, pr
 
 
 def _interleaved(runners: dict[str, Runner], tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Tokens a second of each in `repeats` rounds, after one to warm up."""
+    """Tokens per second of each in `repeats` rounds, after one to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(repeats + 1):
         for name, run in runners.items():
@@ -130,6 +130,6 @@ def show_generate(result: dict, *, as_json: bool, out: TextIO | None = None) -> 
         f"{work['dtype']}, {work['threads']} threads, {work['repeats']} rounds of all ways in turn ({on_hardware(result)})"
     ]
     if not result["vllm_installed"]:
-        lines.append("vLLM is not installed here, so it is not compared with")
-    show(result, lines, as_json=as_json, columns=("", "tokens a second", "engine is so many times as fast"), rows=rows,
+        lines.append("vLLM is not installed here, so it is left out")
+    show(result, lines, as_json=as_json, columns=("", "tokens per second", "engine: times as fast"), rows=rows,
          out=out)  # fmt: skip

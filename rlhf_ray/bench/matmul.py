@@ -24,7 +24,7 @@ def products(shape: Shape, tokens: int, logits: int) -> list[tuple[int, int, int
 
 
 def matmul_rate(shape: Shape, *, tokens: int, logits: int, threads: int, device: str = "cpu") -> dict:
-    """FLOP a second over a forward pass's products, each at the best of its repeats, on `threads` threads of a CPU, or on a GPU.
+    """FLOP per second over a forward pass's products, each at the best of its repeats, on `threads` threads of a CPU, or on a GPU.
 
     In bfloat16 where the device multiplies in it, else float32. In a process of its own: its memory is not the job's.
     """
@@ -72,7 +72,7 @@ def _matmul_rate(shape: Shape, tokens: int, logits: int, threads: int, device: s
 
 
 def _timed(device: str, flop: float, function, *args) -> float:
-    """Seconds a call, over as many as take some milliseconds: a single one pays for waking the threads, or for a launch."""
+    """Seconds per call, over as many as take some milliseconds: a single one includes waking the threads, or a launch."""
     import torch
 
     again = max(1, round(5e9 / flop)) if device == "cpu" else 20

@@ -90,8 +90,8 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
 
 def _waiting(runs: list[dict]) -> dict[str, float]:
     """By phase: the share of an iteration in which even its slowest role does not compute, but Ray serialises, schedules and
-    stores, or the controller waits. The sync is all of it: packing is no computing. Median over the iterations. For one actor
-    a role: the accounts add up over actors."""
+    stores, or the controller waits. All of the sync counts: packing is not computing. Median over the iterations. For one
+    actor per role: the accounts add up over actors."""
     roles = {"generate": ("generation",), "score": ("reward", "reference", "policy", "critic"), "assemble": ("experience",),
              "update": ("policy_update", "critic_update"), "sync": ()}  # fmt: skip
     shares = [
@@ -105,7 +105,7 @@ def _waiting(runs: list[dict]) -> dict[str, float]:
 
 
 def _resources(threads: int, gpu: bool) -> dict:
-    """Generation has the machine to itself; the others share the cores: two and two score and train side by side.
+    """Generation has the machine to itself; the others share the cores: two score side by side, then two train.
 
     gpu: all five share one GPU.
     """
@@ -123,7 +123,7 @@ def show_ppo(result: dict, *, as_json: bool) -> None:
     ]  # fmt: skip
     peak = result["matmul"]
     lines = [
-        f"[bold]{result['samples_per_s']:.1f} samples a second[/] (median of {len(result['iteration_s'])} iterations, "
+        f"[bold]{result['samples_per_s']:.1f} samples per second[/] (median of {len(result['iteration_s'])} iterations, "
         f"start-up {result['start_s']:.0f} s, {on_hardware(result)})",
         f"peak: {peak['flop_per_s'] / 1e9:,.0f} GFLOP/s, {peak['dtype']} products of this model's shapes on "
         + (f"{peak['threads']} threads" if peak["device"] == "cpu" else "the GPU"),
@@ -137,7 +137,7 @@ def show_ppo(result: dict, *, as_json: bool) -> None:
     if result["pss_gb"] is not None:
         lines.append(f"memory of all processes together: {result['pss_gb']:.2f} GB (proportional set size)")
     if "trl" in result:
-        lines += [f"TRL's PPOTrainer, {run['precision']}: {run['samples_per_s']:.1f} samples a second, {run['pss_gb']:.2f} GB"
+        lines += [f"TRL's PPOTrainer, {run['precision']}: {run['samples_per_s']:.1f} samples per second, {run['pss_gb']:.2f} GB"
                   for run in result["trl"]["runs"]]  # fmt: skip
         lines += [f"[bold]{result['trl']['ratio']:.2f} times TRL's better precision[/]"]
     show(result, lines, as_json=as_json, columns=("phase", "seconds", "share", "GFLOP", "of peak"), rows=rows)

@@ -65,9 +65,9 @@ def random_prompts(vocabulary: int, prompts: int, length: int, seed: int) -> lis
 
 
 def torch_that_spins():
-    """As generation actors and replicas have it.
+    """torch as generation actors and replicas have it.
 
-    libgomp reads its environment once, when torch is loaded; whoever loaded it earlier has chosen otherwise.
+    libgomp reads its environment once, when torch is loaded; a process that loaded it earlier keeps its own choice.
     """
     before = {name: os.environ.get(name) for name in ALONE_ENVIRONMENT}
     os.environ.update(ALONE_ENVIRONMENT)

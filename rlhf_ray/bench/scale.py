@@ -1,7 +1,7 @@
 """A PPO iteration on paper: seconds of each phase for large models on many GPUs, in this project's design.
 
-A model of costs, not a measurement: FLOP (`flops`), bytes and latencies over the figures below. What it is for is the order of
-the parts, that is, which one stops shrinking first when GPUs are added.
+A model of costs, not a measurement: FLOP (`flops`), bytes and latencies over the figures below. It answers which part stops
+shrinking first when GPUs are added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Gpu:
     memory: float  # bytes
     memory_per_s: float  # bytes
     link_per_s: float = 450e9  # NVLink, one direction, bytes
-    network_per_s: float = 50e9  # one 400 Gb/s card a GPU, as in DGX H100 and H200, bytes
+    network_per_s: float = 50e9  # one 400 Gb/s card per GPU, as in DGX H100 and H200, bytes
 
 
 #: NVIDIA's data sheets of H100 SXM (989 TFLOP/s, 80 GB, 3.35 TB/s) and H200 SXM (the same chip, 141 GB, 4.8 TB/s)
@@ -40,11 +40,11 @@ SHARES = {"generation": 2 / 8, "policy": 2 / 8, "critic": 2 / 8, "reward": 1 / 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What is reached of the data sheet, and what the host does. Assumptions, but where a source is named."""
+    """What is reached of the data sheet, and what the host does. Assumptions, except where a source is named."""
 
     training: float = 0.4  # of peak; Llama 3 reports 0.38 to 0.43 (arXiv 2407.21783, table 4)
     forward: float = 0.5  # of peak
-    decode: float = 0.7  # of the memory's bytes a second
+    decode: float = 0.7  # of the memory's bytes per second
     launch_s: float = 5e-6  # of one kernel from Python; the decode step is not captured in a graph
     kernels: int = 12  # of a block's decode step
     all_reduce_s: float = 20e-6  # of a split block, twice a step
@@ -85,7 +85,7 @@ def generate_seconds(shape: Shape, work: Work, gpus: float, gpu: Gpu, rates: Rat
     split = split_of(shape, gpu)
     assert split is not None  # `misfit_of` has said so
     rows = math.ceil(work.rows / (gpus // split))  # of a replica
-    cached = 2 * 2 * shape.layers * shape.key_value_width  # bytes a token: keys and values, bfloat16
+    cached = 2 * 2 * shape.layers * shape.key_value_width  # bytes per token: keys and values, bfloat16
     room = 0.9 * gpu.memory * split - model_bytes(shape)
     at_once = min(rows, int(room // (cached * (work.prompt + work.response))))
     read = model_bytes(shape) + at_once * cached * (work.prompt + work.response / 2)
@@ -106,7 +106,7 @@ def score_seconds(shape: Shape, work: Work, gpus: dict[str, float], gpu: Gpu, ra
 def update_seconds(shape: Shape, work: Work, ranks: float, gpu: Gpu, rates: Rates) -> float:
     """The policy's, with the critic's beside it: arithmetic, or ZeRO-3's traffic where that takes longer.
 
-    A microbatch gathers the weights forward and backward and scatters the gradients, 2 bytes a weight each.
+    A microbatch gathers the weights forward and backward and scatters the gradients, 2 bytes per weight each.
     """
     arithmetic = 3 * work.epochs * language_forward(shape, work) / (ranks * gpu.flop_per_s * rates.training)
     passes = work.epochs * max(1.0, work.rows * (work.prompt + work.response) / ranks / rates.microbatch_tokens)

@@ -34,7 +34,7 @@ class Round:
 def measure_serve(
     shape: Shape, work: Work, *, clients: list[int], repeats: int, threads: int, precision: Precision
 ) -> dict:
-    """work.rows requests a round; a row of the result for each number of clients."""
+    """work.rows requests per round; a row of the result for each number of clients."""
     torch = torch_that_spins()
     from rlhf_ray.serving.launch import serve
 
@@ -161,7 +161,7 @@ def show_serve(result: dict, *, as_json: bool) -> None:
     ]  # fmt: skip
     work = result["work"]
     lines = [
-        f"{work['requests']} requests a round, {work['prompt_tokens']} + {work['response_tokens']} tokens, "
+        f"{work['requests']} requests per round, {work['prompt_tokens']} + {work['response_tokens']} tokens, "
         f"{work['repeats']} rounds, each followed by the engine's; clients on the same machine ({on_hardware(result)})"
     ]
     columns = ("clients", "requests/s", "tokens/s", "engine tokens/s", "ratio", "p50 ms", "p95 ms")

@@ -19,11 +19,11 @@ from rlhf_ray.config import Precision, RoleConfig
 from rlhf_ray.runs.run_folder import RunFolder
 
 VOCABULARY = 4096
-WIDTHS = ((32, 256), (200, 512), (2000, 1024))  # up to so many million weights -> width
+WIDTHS = ((32, 256), (200, 512), (2000, 1024))  # up to this many million weights -> width
 
 
 def shape_of_weights(count: float) -> Shape:
-    """A GPT-2 of about so many weights."""
+    """A GPT-2 of about this many weights."""
     width = next((width for limit, width in WIDTHS if count <= limit * 1e6), 2048)
     one = Shape(layers=1, width=width, heads=width // 64, vocabulary=VOCABULARY)
     layers = max(1, round((count - VOCABULARY * width) / one.block_weights))
@@ -31,7 +31,7 @@ def shape_of_weights(count: float) -> Shape:
 
 
 def measure_sync(megabytes: list[float], *, generators: int, repeats: int, precision: Precision) -> dict:
-    """A row a size: seconds and GB/s of a sync, of a copy, and their ratio."""
+    """One row per size: seconds and GB/s of a sync, of a copy, and their ratio."""
     from rlhf_ray.actors.session import ray_session
     from rlhf_ray.training.precision import resolve_precision
 

@@ -25,7 +25,7 @@ def three(found: dict[str, float], digits: int = 2) -> str:
 
 def ppo_lines(runs: dict[str, dict]) -> list[str]:
     lines = [
-        "| PPO iteration | samples a second | TRL 1.11, float32 | TRL 1.11, bf16 autocast | times TRL's better one | "
+        "| PPO iteration | samples per second | TRL 1.11, float32 | TRL 1.11, bf16 autocast | times TRL's better one | "
         "memory, GB | TRL's |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -57,7 +57,7 @@ def ppo_lines(runs: dict[str, dict]) -> list[str]:
 
 def generate_lines(runs: dict[str, dict]) -> list[str]:
     names = ["engine", "model.generate, bfloat16", "model.generate, float32", "vLLM"]
-    lines = ["| tokens a second (engine: times as fast) | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines = ["| tokens per second (engine: times as fast) | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for size, run in runs.items():
         ways = {way["way"]: way for way in run["ways"]}
         cells = []
@@ -80,7 +80,7 @@ def other_lines() -> list[str]:
         work, cpu = controller["work"], controller["cpu_s_per_step"]["median"]
         lines.append(
             f"| `bench controller`, {work['generators']} generators | as many bare Ray calls | {three(controller['ratio'])} | "
-            f"{controller['chunks_per_s']:.0f} chunks a second, {cpu:.2f} s of CPU a step |"
+            f"{controller['chunks_per_s']:.0f} chunks per second, {cpu:.2f} s of CPU per step |"
         )
     for one in (load("serve") or {"clients": []})["clients"]:
         lines.append(
@@ -106,7 +106,7 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
         middle.hlines(run["floor"][-1]["peak_share"], place - 0.3, place + 0.3, color="black", linewidth=2)
     left.set_ylim(top=1.3 * max(run["trl"]["ratio"] for run in ppo.values()))
     middle.set_ylim(top=1.35)
-    left.set_title("samples a second over TRL's better precision", fontsize=10)
+    left.set_title("samples per second over TRL's better precision", fontsize=10)
     who = ["rlhf_ray", *(f"TRL, {each['precision']}" for each in next(iter(ppo.values()))["trl"]["runs"])]
     left.legend([plt.Rectangle((0, 0), 1, 1, color=f"C{number}") for number in range(len(who))], who, fontsize=8)
     middle.set_title("share of an iteration; line: arithmetic at the matmul rate", fontsize=10)
@@ -123,7 +123,7 @@ def plot(ppo: dict[str, dict], generate: dict[str, dict]) -> None:
             right.bar(place + 0.2 * (number - 1.5), way["tokens_per_s"]["median"], 0.18, color=f"C{number}")
     right.set_yscale("log")
     right.set_xticks(range(len(generate)), list(generate))
-    right.set_title("generated tokens a second, 64 prompts", fontsize=10)
+    right.set_title("generated tokens per second, 64 prompts", fontsize=10)
     right.legend(
         [plt.Rectangle((0, 0), 1, 1, color=f"C{number}") for number in names.values()], list(names), fontsize=8
     )

@@ -3,9 +3,9 @@
     python -m rlhf_ray.bench.trials [--compile] [NAME ...]
 
 One thread unless said otherwise, bfloat16 (float32 and fewer trials on processors without instructions for that), GPT-2 of 4.3 M
-parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. Prints one line a trial: milliseconds of both, their
-ratio, and whether it was kept. Median of 15 (imports: of 5, workers: of 3), in turns. NAME: a function below; without one, all.
-All are without `cpu`, whose parts rlhf_ray/bench/ablation.py measures.
+parameters (4 layers, width 256, vocabulary 4,096), 16 rows of 32 + 48 tokens. Prints one line per trial: milliseconds of both,
+their ratio, and whether it was kept. Median of 15 (imports: of 5, workers: of 3), in turns. NAME: a function below; without one,
+all. All are without `cpu`, whose parts rlhf_ray/bench/ablation.py measures.
 """
 
 import os

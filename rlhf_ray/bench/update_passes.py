@@ -1,6 +1,6 @@
 """What training a part of the weights costs: bytes of a weight sync, peak memory and CPU seconds of a policy step.
 
-    python -m rlhf_ray.bench.update_passes 32        rollouts a microbatch
+    python -m rlhf_ray.bench.update_passes 32        rollouts per microbatch
 
 A GPT-2 of 14 million parameters under DeepSpeed on one rank, in float32 with one thread; each way in a process of its own. A
 step is one of PPO's on 32 rollouts of 32 + 96 tokens.

@@ -1,9 +1,9 @@
-"""Both generation engines on the same model, turn by turn: tokens a CPU second, CPU seconds of a start and of an update.
+"""Both generation engines on the same model, turn by turn: tokens per CPU second, CPU seconds of a start and of an update.
 
     make test-vllm && .venv-vllm/bin/python -m rlhf_ray.bench.vllm_engine --width 256 --layers 4
 
 A GPT-2 with random weights and heads of 64; 64 prompts of 32 tokens, 48 new tokens each; float32, one thread. CPU seconds of
-this process, so that what else the machine does counts little. The first turn of each engine is not counted.
+this process, so that other load on the machine counts little. The first turn of each engine is not counted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The commands of `rlhf-ray bench`: options only, what they do is in the module of the same name."""
+"""The commands of `rlhf-ray bench`: only their options; what a command does is in the module of its name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measur
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Size = Annotated[
     str,
-    typer.Option(help="4m, 14m, 124m (GPT-2) or 1b (Llama's blocks); --layers, --width, --heads, --vocab lay over it"),
+    typer.Option(help="4m, 14m, 124m (GPT-2) or 1b (Llama's blocks); --layers, --width, --heads, --vocab override it"),
 ]
 Layers = Annotated[int | None, typer.Option(help="transformer blocks", min=1)]
 Width = Annotated[int | None, typer.Option(help="hidden size", min=1)]
@@ -26,8 +26,8 @@ Heads = Annotated[int | None, typer.Option(help="attention heads", min=1)]
 Vocab = Annotated[int | None, typer.Option(help="vocabulary", min=260)]
 Threads = Annotated[int, typer.Option(help="torch threads; 0: all cores", min=0)]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16")]
-Prompt = Annotated[int, typer.Option(help="tokens of a prompt", min=1)]
-Response = Annotated[int, typer.Option(help="tokens of a response", min=1)]
+Prompt = Annotated[int, typer.Option(help="tokens per prompt", min=1)]
+Response = Annotated[int, typer.Option(help="tokens per response", min=1)]
 Repeats = Annotated[int, typer.Option(help="rounds after one to warm up", min=1)]
 
 
@@ -62,7 +62,7 @@ def bench_ppo(
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
     microbatch: Annotated[
-        int, typer.Option(help="rollouts a forward pass, TRL's too; cut to a divisor of --batch", min=1)
+        int, typer.Option(help="rollouts per forward pass, TRL's too; lowered to a divisor of --batch", min=1)
     ] = 32,
     iterations: Annotated[int, typer.Option(help="after one to warm up", min=1)] = 5,
     threads: Threads = 0,
@@ -112,7 +112,7 @@ def bench_generate(
     precision: Precision = "auto",
     json_output: Json = False,
 ):
-    """Tokens a second of the generation engine, against model.generate of transformers and, where installed, vLLM."""
+    """Tokens per second of the generation engine, against model.generate of transformers and, where installed, vLLM."""
     from rlhf_ray.bench.generate import measure_generate, show_generate
     from rlhf_ray.bench.results import take_stdout
 
@@ -132,7 +132,7 @@ def bench_sync(
     precision: Precision = "auto",
     json_output: Json = False,
 ):
-    """The weight sync over real actors in GB a second, against a copy of as many bytes in memory."""
+    """The weight sync over real actors in GB per second, against a copy of as many bytes in memory."""
     from rlhf_ray.bench.sync import measure_sync, show_sync
 
     sizes = megabytes or [17.0, 100.0, 500.0]
@@ -148,8 +148,8 @@ def bench_sync(
 @in_words
 def bench_controller(
     generators: Annotated[int, typer.Option(help="generation actors, pretended", min=1)] = 256,
-    processes: Annotated[int, typer.Option(help="that pretend to be all actors", min=1)] = 2,
-    chunks: Annotated[int, typer.Option(help="chunks a step for each generation actor", min=1)] = 1,
+    processes: Annotated[int, typer.Option(help="that simulate all actors", min=1)] = 2,
+    chunks: Annotated[int, typer.Option(help="chunks per step for each generation actor", min=1)] = 1,
     rows: Annotated[int, typer.Option(help="prompts a chunk", min=1)] = 4,
     prompt: Prompt = 64,
     response: Response = 128,
@@ -158,7 +158,7 @@ def bench_controller(
     steps: int = 100,
     json_output: Json = False,
 ):
-    """The controller with many actors: chunks a second, its own CPU time and memory, and whether they stay flat."""
+    """The controller with many actors: chunks per second, its own CPU time and memory, and whether they stay flat."""
     from rlhf_ray.bench.controller import Crowd, measure_controller, show_controller
 
     work = Work(rows=generators * chunks * rows, prompt=prompt, response=response, epochs=1)
@@ -184,7 +184,7 @@ def bench_serve(
     precision: Precision = "auto",
     json_output: Json = False,
 ):
-    """Requests and tokens a second and latencies of the server, against its engine without HTTP."""
+    """Requests and tokens per second and latencies of the server, against its engine without HTTP."""
     from rlhf_ray.bench.serve import measure_serve, show_serve
 
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)

@@ -119,7 +119,7 @@ class Display:
         if self._first is None or step <= self._first[1]:
             return []
         seconds = (time.monotonic() - self._first[0]) / (step - self._first[1])
-        rate = f"{seconds:.1f} s a step" if seconds >= 1 else f"{1 / seconds:.1f} steps a second"
+        rate = f"{seconds:.1f} s per step" if seconds >= 1 else f"{1 / seconds:.1f} steps per second"
         return [rate, f"{duration(seconds * (total - step))} left"] if total and total > step else [rate]
 
 
@@ -162,7 +162,7 @@ def summary_table(summary: dict) -> Table:
             table.add_row(f"over {other.upper()}, {name}", "", shown(rate), style="bold")
     kls = [one.get("kl") for one in tuned]
     if None not in kls:
-        table.add_row("KL, nats a response", "", *(f"{kl:.2f}" for kl in kls))
+        table.add_row("KL, nats per response", "", *(f"{kl:.2f}" for kl in kls))
     return table
 
 

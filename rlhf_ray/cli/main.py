@@ -11,7 +11,7 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub out of reach is one sentence of ours, not its eight retries
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report a hub out of reach in one sentence, without its eight retries
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own ports answer to the token's holders only
 if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -66,7 +66,7 @@ def run(
 
 
 def _stage_command(name: str, text: str) -> None:
-    """A command that runs its stages, those that the recipe has, and before them what they need."""
+    """A command that runs those of its stages that the recipe has, and first what they need."""
 
     @app.command(name=name, help=text)
     @in_words
@@ -93,7 +93,7 @@ for each in STAGES.values():
 @app.command()
 @in_words
 def stage(
-    name: Annotated[str, typer.Argument(help="a stage of the recipe; one of a plugin, say, which has no command")],
+    name: Annotated[str, typer.Argument(help="a stage of the recipe, e.g. one of a plugin, which has no command of its own")],
     recipe: RecipeArgument,
     overrides: Overrides = None,
     run_dir: RunDir = None,
@@ -125,7 +125,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
     from rlhf_ray.runs.run_folder import RunFolder
 
     if not run_dir.is_dir():
-        raise UserError(f"'{run_dir}' is no folder; name a run folder, for example runs/demo")
+        raise UserError(f"'{run_dir}' is not a folder; name a run folder, for example runs/demo")
     console.print(str(write_report(RunFolder(run_dir.absolute()))), highlight=False, soft_wrap=True)
 
 
@@ -140,8 +140,8 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
     replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
-    gpus: Annotated[float | None, typer.Option(help="GPUs a replica; default: one where there are enough")] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads a replica; default: the cores shared out")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs per replica; default: one where there are enough")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads per replica; default: an equal share of the cores")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
     engine: Annotated[
         str | None, typer.Option(help="generation engine; default: the run's if it can serve, else torch")

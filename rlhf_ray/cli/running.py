@@ -50,7 +50,7 @@ def run_some(
     console: Console,
     called: str,
 ) -> None:
-    """Run those of the stages that the recipe has, before them what they need; print where their results are.
+    """Run those of the stages that the recipe has, and first what they need; print where their results are.
 
     called: what the user asked for, for the message where there are none.
     """
@@ -79,7 +79,7 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     cap = summary.get("max_kl")
     if cap is not None and summary["kl"] > cap:
         console.print(
-            f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats a response: raise ppo.kl_coef[/]"
+            f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats per response: raise ppo.kl_coef[/]"
         )
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:

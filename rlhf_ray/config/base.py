@@ -51,7 +51,7 @@ class OneOf:
     def _check(self, name: str) -> str:
         problem = self.table.problem(name)
         if problem is None and name not in self.names:
-            problem = f"'{name}' is {self.table.what} of which this can't be; there are {', '.join(self.names)}"
+            problem = f"'{name}' is {self.table.what} that can't be used here; there are {', '.join(self.names)}"
         if problem is not None:
             raise ValueError(problem)
         return name

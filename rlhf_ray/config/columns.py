@@ -62,7 +62,7 @@ def asked_by_term(term: RewardTerm) -> Asked:
 
 
 def asked_columns(recipe: Recipe) -> dict[str, Asked]:
-    """Key of the recipe -> what its function asks for. One that can't be imported is left out: others tell of it
+    """Key of the recipe -> what its function asks for. One that can't be imported is left out: others report it
     (`rewards.check`, and whoever calls it)."""
     asked: dict[str, Asked | None] = {}
     for name, term in recipe.ppo.terms.items():
@@ -77,7 +77,7 @@ def asked_columns(recipe: Recipe) -> dict[str, Asked]:
 
 
 def column_problems(recipe: Recipe, there: Iterable[str], where: str) -> list[str]:
-    """What the functions ask for and the prompts' rows have not, a sentence each."""
+    """What the functions ask for and the prompts' rows lack, one sentence each."""
     has = list(there)
     problems: list[str] = []
     for key, asked in asked_columns(recipe).items():

@@ -16,7 +16,7 @@ class GenerationConfig(Section):
 
     max_new_tokens: int = option(48, "longest response in tokens", gt=0)
     min_new_tokens: int = option(
-        0, "an EOS before this token does not end the response; max_new_tokens: all are of one length", ge=0
+        0, "an EOS before this token does not end the response; if it is max_new_tokens, all have that length", ge=0
     )
     temperature: float = option(1.0, "divides the logits in sampling and in every log-prob", gt=0)
     top_k: int = option(0, "sample from the k likeliest tokens; 0: all", ge=0)

@@ -1,4 +1,4 @@
-"""A recipe's keys that are no fields of it: the sections of stages that plugins add."""
+"""A recipe's keys that are not fields of it: the sections of stages that plugins add."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_ray.config.stage_table import STAGES
 
 
 def plugin_section(name: str, value: Any, *, has_plugins: bool) -> Section | None:
-    """The validated section of a plugin's stage. ValidationError for a name that is no stage, or a value that won't do."""
+    """The validated section of a plugin's stage. ValidationError for a name that is not a stage, or for an invalid value."""
     stage = STAGES.get(name)
     if stage is None or stage.section is None or not has_plugins:
         unknown = InitErrorDetails(type="extra_forbidden", loc=(), input=value)

@@ -15,11 +15,11 @@ from rlhf_ray.config.stage_table import STAGES, SUPERVISED, Stage
 from rlhf_ray.config.stages import TrainConfig
 from rlhf_ray.errors import UserError
 
-IN_RUN_FOLDER = ("logs", "uploads", "tensorboard")  # folders there that are no stage's
+IN_RUN_FOLDER = ("logs", "uploads", "tensorboard")  # folders there that belong to no stage
 
 
 def register_stage(stage: Stage) -> None:
-    """Put the stage in the table, in its place. The same one again changes nothing. UserError for one that can't be."""
+    """Put the stage in the table, in its place. The same one again changes nothing. UserError for one that can't be added."""
     if STAGES.get(stage.name) == stage:
         return
     _check(stage)
@@ -41,7 +41,7 @@ def _check(stage: Stage) -> None:
     if stage.run == SUPERVISED and (stage.train is None or not issubclass(stage.section, TrainConfig)):
         raise UserError(f"{where} has no `run`; give one, or `train` and a section that inherits from TrainConfig")
     if stage.before is not None and stage.before not in STAGES:
-        raise UserError(f"{where} comes before '{stage.before}', which is no stage; there are {', '.join(STAGES)}")
+        raise UserError(f"{where} comes before '{stage.before}', which is not a stage; there are {', '.join(STAGES)}")
     names = list(STAGES)
     earlier = names if stage.before is None else names[: names.index(stage.before)]
     for needed in stage.needs:

@@ -31,7 +31,7 @@ class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
     steps: int = option(100, "rollout-and-update iterations", gt=0)
-    seed: int | None = option(None, "of PPO's own draws, to repeat it on the same models; null: the recipe's seed", ge=0)
+    seed: int | None = option(None, "seed of PPO's draws, to repeat PPO on the same models; null: the recipe's seed", ge=0)
     rollout_batch_size: int = option(64, "prompts per step, all ranks", gt=0)
     samples_per_prompt: int = option(1, "responses drawn for each prompt", gt=0)
     minibatch_size: int = option(64, "rollouts per optimiser step, all ranks", gt=0)
@@ -61,7 +61,7 @@ class PPOConfig(Section):
     )
     loss_aggregation: Literal["token", "sequence_sum", "sequence_mean", "constant"] = option(
         "token",
-        "mean over all tokens; over responses of their sums; of their means; of sums over max_new_tokens",
+        "mean over all tokens; mean over responses of their sums, their means, or their sums / max_new_tokens",
     )
     kl_in: Literal["reward", "loss"] = option("reward", "where the KL stands: in each token's reward or in the loss")
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL in the reward or the loss")
@@ -88,9 +88,9 @@ class PPOConfig(Section):
         "weight tokens by the policy's probability over the generator's, at most importance_cap; always on with steps_ahead",
     )
     weights_in_flight: bool = option(
-        False, "with steps_ahead: generators take new weights between chunks, not only between steps"
+        False, "in-flight weight updates, with steps_ahead: generators take new weights between chunks, not only between steps"
     )
-    critic_warmup_steps: int = option(0, "first steps in which the critic trains alone", ge=0)
+    critic_warmup_steps: int = option(0, "first steps in which only the critic trains", ge=0)
     value_clip_range: float = option(0.2, "clip of the value loss around the old values", gt=0)
     vf_coef: float = option(0.1, "weight of the value loss", gt=0)
     whiten_rewards: bool = option(False, "divide rewards by their deviation over the batch, keeping the mean")
@@ -110,7 +110,7 @@ class PPOConfig(Section):
         "reward", "critic starts from the reward model, or from the SFT model with a zero head"
     )
     reward_function: str | None = option(
-        None, "package.module:function scoring (prompts, responses) in place of the reward model, as function of a term"
+        None, "package.module:function scoring (prompts, responses) in place of the reward model; equals one term of rewards"
     )
     reward_timeout_s: float | None = option(
         None, "longest time of reward_function per sample, as timeout_s of a term of rewards", gt=0
@@ -135,7 +135,7 @@ class PPOConfig(Section):
     eval_every: int = option(20, "steps between evaluations on held-out prompts", gt=0)
     eval_prompts: int = option(64, "held-out prompts of these evaluations", gt=0)
     judge_evaluations: bool = option(False, "these evaluations ask the independent judge too (metric eval/judge)")
-    best_by: Literal["score", "judge"] = option("score", "whose held-out mean says which policy is the best one")
+    best_by: Literal["score", "judge"] = option("score", "the score whose held-out mean decides which policy is the best")
     patience: int | None = option(
         None, "stop after this many evaluations in a row without a better policy; null: never", gt=0
     )
@@ -144,10 +144,10 @@ class PPOConfig(Section):
     checkpoint_minutes: float = option(20.0, "longest time between checkpoints", gt=0)
     keep_checkpoints: int = option(2, "last good checkpoints kept", gt=0)
     max_mismatch: float = option(
-        0.5, "stop if a sampled token's log-prob differs by more between generator and policy", gt=0
+        0.5, "stop if a sampled token's log-prob differs by more than this between generator and policy", gt=0
     )
     max_first_approx_kl: float = option(
-        1e-3, "stop if approx_kl of an update's first minibatch, where the policy has not moved, is above", gt=0
+        1e-3, "stop if approx_kl of an update's first minibatch exceeds this: the policy has not moved yet", gt=0
     )
 
     @property
@@ -229,7 +229,7 @@ class PPOConfig(Section):
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                "ppo.kl_estimator is k1 and kl_in is loss: k1's expected gradient is zero, it would hold nothing back; "
+                "ppo.kl_estimator is k1 and kl_in is loss: k1's expected gradient is zero, so the penalty would have no effect; "
                 "set kl_estimator to k2 or k3"
             )
         if self.critic_warmup_steps > 0 and not self.has_critic:

@@ -65,7 +65,7 @@ class Recipe(Section):
     )
 
     def section(self, name: str) -> Section | None:
-        """The section of a stage; None where the recipe has not that stage."""
+        """The section of a stage; None where the recipe lacks that stage."""
         section = dict(self).get(name)
         assert section is None or isinstance(section, Section), name
         return section
@@ -104,7 +104,7 @@ class Recipe(Section):
 
     @property
     def frozen_layers(self) -> dict[str, int]:
-        """Key -> how many blocks it freezes, of those keys that freeze any of the recipe's model."""
+        """Key -> how many blocks of the recipe's model it freezes, for each key that freezes any."""
         ppo = self.ppo
         counts = {"ppo.freeze_layers": ppo.freeze_layers, "ppo.critic_freeze_layers": ppo.critic_freeze_layers}
         counts |= {f"{name}.freeze_layers": stage.freeze_layers for name, stage in self._stages_on_own_model.items()}
@@ -127,7 +127,7 @@ class Recipe(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _plugins_are_known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Import the plugins, and validate the sections of their stages, which are no fields."""
+        """Import the plugins, and validate the sections of their stages, which are not fields."""
         if not isinstance(values, dict):
             return handler(values)
         given, problems = dict(cast(dict[str, Any], values)), list[InitErrorDetails]()
@@ -177,7 +177,7 @@ class Recipe(Section):
                 exact_div(
                     ppo.rollouts_per_step,
                     min(self.generation.chunk_size, ppo.rollouts_per_step),
-                    f"resources.{role}.zero_stage is 3, so rollouts a step must divide by generation.chunk_size",
+                    f"resources.{role}.zero_stage is 3, so rollouts per step must divide by generation.chunk_size",
                 )
         return self
 

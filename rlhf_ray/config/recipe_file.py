@@ -26,7 +26,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def load_recipe(path_or_name: str, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a YAML file or a packaged name, with key=value overrides. Raises UserError, one line a problem."""
+    """The recipe of a YAML file or a packaged name, with key=value overrides. Raises UserError, one line per problem."""
     return build_recipe(read_yaml(path_or_name), overrides or [], str(path_or_name))
 
 
@@ -58,7 +58,7 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
 
 
 def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
-    """Validate. Every problem is told, one line each."""
+    """Validate. UserError with every problem, one line each."""
     for override in overrides:
         _override(values, override)
     if "name" not in values:
@@ -77,7 +77,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str) and value == text.strip():  # what stands in quotes is meant as text
+    if isinstance(value, str) and value == text.strip():  # a value in quotes is text
         value = _number(value)
     *parents, last = key.strip().split(".")
     for part in parents:

@@ -1,4 +1,4 @@
-"""The recipe reference: markdown tables made from the types, so that it can't say anything else than they do.
+"""The recipe reference: markdown tables made from the types, so that it can't differ from them.
 
     python -m rlhf_ray.config.reference                     print it
     python -m rlhf_ray.config.reference --write FILE        put it between the two markers of FILE (README.md beside this module)
@@ -31,7 +31,7 @@ WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", di
 BOUNDS = {annotated_types.Gt: (">", "gt"), annotated_types.Ge: (">=", "ge"),
           annotated_types.Lt: ("<", "lt"), annotated_types.Le: ("<=", "le")}  # fmt: skip
 
-PLACES: dict[typing.Any, str] = {tuple: "[]", dict: ".<name>"}  # how a key goes on that holds several sections
+PLACES: dict[typing.Any, str] = {tuple: "[]", dict: ".<name>"}  # what follows a key that holds several sections
 
 
 def reference() -> str:

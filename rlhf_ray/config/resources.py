@@ -15,7 +15,7 @@ class RoleConfig(Section):
     gpus: float = option(0.0, "GPUs reserved for each", ge=0)
     threads: int | None = option(
         None,
-        "torch threads of each, on which bits depend; null: a share of the node's cores, kept in the run's recipe.yaml",
+        "torch threads of each; results depend on it to the bit; null: a share of the node's cores, kept in the run's recipe.yaml",
         gt=0,
     )
 

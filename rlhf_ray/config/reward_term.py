@@ -17,10 +17,10 @@ class RewardTerm(Section):
     function: str | None = option(
         None,
         "package.module:function scoring (prompts, responses), and columns of the prompts' rows that its other parameters "
-        "name; or model",
+        "name; this or model",
     )
     model: str | None = option(
-        None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; or function"
+        None, "'reward' (the reward stage's model or ensemble), or a folder / hub name of a reward model; this or function"
     )
     kind: str | None = option(None, "name of a kind of reward that a plugin registered; in place of function and model")
     options: dict[str, Any] = option({}, "what that kind reads")
@@ -47,7 +47,7 @@ class RewardTerm(Section):
             raise ValueError(f"the term has {has} function and model; give it exactly one of the two")
         if self.timeout_s is not None and self.function is None:
             other = f"model '{self.model}'" if self.kind is None else f"kind {self.kind}"
-            raise ValueError(f"timeout_s is {self.timeout_s:g}, but {other} is no function; remove timeout_s")
+            raise ValueError(f"timeout_s is {self.timeout_s:g}, but {other} is not a function; remove timeout_s")
         if self.timeout_score is not None and self.timeout_s is None:
             raise ValueError(f"timeout_score is {self.timeout_score:g}, but there is no timeout_s; set it too")
         return self

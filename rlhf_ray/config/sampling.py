@@ -23,7 +23,7 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens with this probability
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
     stop: tuple[str, ...] = ()  # strings that end the response; they stay in it
-    min_new_tokens: int = 0  # an EOS before this token is drawn on from, as from any other
+    min_new_tokens: int = 0  # an EOS before this token does not end the response
 
     def __post_init__(self):
         if self.max_new_tokens < 1:

@@ -48,14 +48,14 @@ class Stage:
     needs: tuple[str, ...] = ()  # stages whose results it reads, those that the recipe has
     needs_too: Callable[[Recipe], tuple[str, ...]] | None = None  # those that it reads under some recipes only
     reads: tuple[str, ...] = ()  # sections that its result follows from, beside its own and those of `needs`
-    lists: tuple[str, ...] = ()  # lists of `data` that it can't do without
+    lists: tuple[str, ...] = ()  # lists of `data` that it needs
     before: str | None = "ppo"  # of a registered stage: it comes directly before this one; None: last
     workers: Literal["none", "supervised", "ppo"] = "supervised"  # its processes; none: the driver alone, without Ray
     model: StageModel | None = None
     pairs_title: str | None = None  # of its column, where its closing figures say how well it tells replies apart
     command: str | None = None  # the command that runs it; None: `stage NAME`
     help: str | None = None  # of that command, from the stage that it is named for
-    brings_needs: bool = True  # its command runs first what it needs; else that has to be done
+    brings_needs: bool = True  # its command first runs what it needs; False: that has to be done
 
     @property
     def started_by(self) -> str:
@@ -90,12 +90,12 @@ _BUILT_IN = (
         name="reward", title="Reward model", words="reward model", train="rlhf_ray.supervised.reward_model:train_reward",
         needs=("data", "sft"), lists=("preferences",), pairs_title="Reward model", command="reward",
         help="The fluency model, the reward model and the judge, those that the recipe has.",
-        model=StageModel(kind="score", words="a reward model: one raw logit a text, read at EOS"),
+        model=StageModel(kind="score", words="a reward model: one raw logit per text, read at EOS"),
     ),
     Stage(
         name="judge", title="Judge", words="independent judge", train="rlhf_ray.supervised.reward_model:train_reward",
         needs=("data", "sft"), reads=("fluency",), lists=("judge",), pairs_title="Judge", command="reward",
-        model=StageModel(kind="score", words="an independent judge: one raw logit a text, read at EOS"),
+        model=StageModel(kind="score", words="an independent judge: one raw logit per text, read at EOS"),
     ),
     Stage(
         name="dpo", title="DPO", words="DPO", train="rlhf_ray.supervised.dpo:train_dpo",

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from rlhf_ray.config import Recipe, Section
 
-# Read by libgomp when torch is loaded. Who generates does so in thousands of operations too short to fall asleep in between: with
-# 0.2 ms of spinning a decode step of a few rows takes a half to an eighth of the time (rlhf_ray/bench/trials.py spinning).
-# For processes that have their cores to themselves then: others would spin them away from each other.
+# Read by libgomp when torch is loaded. Generation is thousands of operations, too short for threads to sleep in between: with
+# 0.2 ms of spin wait a decode step of a few rows takes a half to an eighth of the time (rlhf_ray/bench/trials.py spinning).
+# Only for processes that have their cores to themselves then: others would take the cores from each other.
 ALONE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 
 

@@ -59,13 +59,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def call(name: str, *arguments) -> None:
-    """Tensors, contiguous and on a CPU, by where their numbers are (None: nowhere), whole numbers as int64, others as float; then
-    the threads."""
+    """Call it with tensors (contiguous, on a CPU) as addresses, None as a null pointer, whole numbers as int64, others as float;
+    last, the number of threads."""
     if of_thread.recording is not None:
         of_thread.recording.take(name, arguments)
         return
     function = getattr(library(), name)  # ctypes makes a library's functions as attributes, and keeps each
-    if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that doing it here takes
+    if function.argtypes is None:  # with them ctypes converts, in a fraction of the time that it takes here
         function.argtypes = [*map(_c_type, arguments), ctypes.c_int]
     places = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
     function(*places, torch.get_num_threads())

@@ -17,7 +17,7 @@ PARTS = ("packed", "operations", "recorded")
 
 
 def accelerate(step: Step) -> Step | RecordedStep:
-    """A decode step that computes the same, but for rounding, as fast as this machine can.
+    """A decode step that computes the same up to rounding, as fast as this machine can.
 
     RLHF_RAY_CPU names what is left out: some of PARTS, with commas between them, or all of them: off.
     """

@@ -1,6 +1,6 @@
-"""A decode step's operations in C.   n rows, H key-value heads, D channels a head.
+"""A decode step's operations in C.   n rows, H key-value heads, D channels per head.
 
-Each is torch's where the functions take no such numbers: they are for float32, and attention for bfloat16 too, on CPUs.
+The functions in C take float32 on CPUs, and attention bfloat16 too. For other numbers each operation is torch's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_ray.cpu.protocols import Cache, Layer, Operations
 
 
 class OperationsInC:
-    """In the place of others, which do what these can't."""
+    """In place of other operations, which still do what these can't."""
 
     def __init__(self, others: Operations):
         self.others = others

@@ -1,8 +1,8 @@
 """Linear layers that keep their weights in the order in which the CPU's kernel for products reads them.   K inputs, D outputs.
 
 Without it the kernel puts a weight into that order on every call, which for the few rows of a decode step takes a good part of
-the product's time, and a feed-forward's activation is a pass of its own over the widest numbers of a block (measured:
-rlhf_ray/bench/ablation.py). The price is a second copy of the weights.
+the product's time, and a feed-forward's activation is a separate pass over the widest numbers of a block (measured:
+rlhf_ray/bench/ablation.py). The cost is a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = {NOTHING: ("none", [], ""), GELU: ("gelu", [], "tanh"), SILU: ("swish", 
 
 class PackedForward:
     """The forward of a linear layer where there is no gradient and products are in `dtype`, float32 (in C) or bfloat16 (by torch's
-    kernel); else the layer's own. It packs anew when the weight has changed, which torch counts."""
+    kernel); else the layer's own. It packs again when the weight has changed, which torch counts."""
 
     def __init__(self, layer: nn.Linear | Conv1D, *, dtype: torch.dtype):
         self.layer, self.dtype = layer, dtype

@@ -1,4 +1,4 @@
-"""What `cpu` is given, as far as it looks at it. Those who give it import this package; it imports nothing of theirs."""
+"""What `cpu` is given: the parts that it uses. The givers import this package; it imports nothing of theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Where(Protocol):
 
 
 class Layer(Protocol):
-    """keys and values [rows, H, slots, D], and centres [rows, H, 1, D], which are taken off the keys if it is centred."""
+    """keys and values [rows, H, slots, D], and centres [rows, H, 1, D], which are subtracted from the keys if it is centred."""
 
     keys: torch.Tensor
     values: torch.Tensor

@@ -12,7 +12,7 @@ from rlhf_ray.cpu.recording import OtherWork, Program, Recording
 
 
 class RecordedStep:
-    """A model's decode step, to the bit, in a fraction of the time in which Python goes through it.
+    """A model's decode step, equal to the bit, in a fraction of the time that Python takes for it.
 
     The first step over a cache, and the first after weights have changed or the cache has moved, goes the plain way, which packs
     weights; the next one is recorded. A step with work that is not in C (`recording.NAMES`) never is. Weights may change
@@ -25,7 +25,7 @@ class RecordedStep:
         self._places = [(parameters, name) for parameters, name in places if parameters[name] is not None]
         self._seen: tuple | None = None  # the last step's state
         self._refused: tuple | None = None  # that of a step with other work
-        self._weights: list[torch.Tensor] = []  # its: while they are here no others have their identities
+        self._weights: list[torch.Tensor] = []  # the recording's: while they are kept here, no others get their ids
         self._program: Program | None = None
         self._inputs = np.zeros((2, 0), np.int64)  # tokens and positions, where the program reads them
 

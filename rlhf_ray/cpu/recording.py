@@ -22,7 +22,7 @@ ALLOCATE = ("empty", "empty_like", "new_empty")  # torch's
 
 
 class OtherWork(Exception):
-    """Something else than functions in C would have had to be done."""
+    """The step has work that is not in C functions."""
 
 
 class Recording(TorchDispatchMode):
@@ -76,8 +76,8 @@ class _Call(ctypes.Structure):
 class Program:
     """What was recorded, to be made for the first n of the recorded rows.
 
-    Tensors from before the recording are used where they stand; nobody may move them. Those made in it have places here, one for
-    several that are not in use at the same time.
+    Tensors from before the recording are used where they stand; nobody may move them. Those made in it have places here, one place
+    for several that are not in use at the same time.
     """
 
     def __init__(self, recording: Recording, result: torch.Tensor, theirs: Sequence[torch.Tensor] = ()):

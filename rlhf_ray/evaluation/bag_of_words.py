@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program, description=str(__doc__).partition("\n")[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("reward", "judge"), default="reward")
-    parser.add_argument("--train-rows", type=int, help="fit on so many rows, drawn at random")
+    parser.add_argument("--train-rows", type=int, help="fit on this many rows, drawn at random")
     given = parser.parse_args(arguments)
     try:
         print(json.dumps(run(RunFolder(given.run_dir.absolute()), given.stage, given.train_rows), indent=2))

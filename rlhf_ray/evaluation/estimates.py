@@ -145,7 +145,7 @@ class Resampler:
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:
-    """Mean of one value a prompt with its 95 % bootstrap interval; None: of no numbers."""
+    """Mean of one value per prompt with its 95 % bootstrap interval; None: of no numbers."""
     return Resampler(len(values), resamples, seed).mean(values).figure()
 
 

@@ -32,7 +32,7 @@ from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions
 from rlhf_ray.training.precision import resolve_precision
 
-#: of what is no figure of one model; those are in `tables.figures`
+#: of what is not a figure of one model; those figures are in `tables.figures`
 DEFINITIONS = {
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
@@ -122,7 +122,7 @@ class _Evaluation:
         return self.resampler.mean(self._table(ours - theirs))
 
     def _scores(self) -> None:
-        """By what PPO is rewarded by, by the judge and by the trait function, where the recipe has them."""
+        """Scores by PPO's reward, by the judge and by the trait function, where the recipe has them."""
         models = self.recipe, self.folder, self.dtype, self.device
         self._report("score", 0, 1)
         scorer = reward_scorer(*models)
@@ -164,7 +164,7 @@ class _Evaluation:
         self._relevance(independent)
 
     def _relevance(self, model: LanguageModel) -> None:
-        """The responses given other prompts, under the model that `own` is of."""
+        """The responses given other prompts, under the same model as `own`."""
         self._report("relevance", 0, 1)
         if len(set(self.prompts)) < 2:
             return
@@ -276,5 +276,5 @@ def held_out_prompts(recipe: Recipe, folder: RunFolder) -> tuple[list[str], dict
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """As in training, but for auto on a CPU: float32 there, where an evaluation is short and its figures are exact."""
+    """As in training, except auto on a CPU: float32 there, where an evaluation is short and its figures are exact."""
     return torch.float32 if precision == "auto" and device.type == "cpu" else resolve_precision(precision, device)

@@ -23,14 +23,14 @@ class Rated:
 
 @dataclass(slots=True, kw_only=True)
 class Evidence:
-    """Filled step by step; None where the recipe has nothing to find it out with. `mean` makes the usual figure."""
+    """Filled step by step; None where the recipe has nothing to measure it with. `mean` makes the usual figure."""
 
     recipe: Recipe
     resampler: Resampler
     prompts: list[str]  # [N]: each as often as there are seeds
     columns: Columns  # the prompts' other columns, [N] each
     responses: Responses
-    scores: Scores | None = None  # by what PPO is rewarded by
+    scores: Scores | None = None  # by PPO's reward
     judge: np.ndarray | None = None  # [N], normalised
     judge_scale: tuple[float, float] = (0.0, 1.0)  # (mean, deviation) that the judge is normalised with
     traits: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [N]

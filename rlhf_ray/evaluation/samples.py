@@ -59,7 +59,7 @@ def draw_responses(
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
     engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random
-    numbers of a (seed, prompt) are the same for every model, so two models are compared on equal luck.
+    numbers of a (seed, prompt) are the same for every model, so two models are compared on the same draws.
     """
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
     drawing = ENGINES.named(engine).engine(
@@ -94,7 +94,7 @@ def write_samples(
     models: dict[str, Responses],
     scores: dict[str, dict[str, np.ndarray | None]],
 ) -> None:
-    """One object a line for every (seed, prompt): the prompt and each model's response with its scores.
+    """One object per line for every (seed, prompt): the prompt and each model's response with its scores.
 
     scores: model -> scorer ("score", "judge") -> [N] or None
     """

@@ -14,7 +14,7 @@ from rlhf_ray.errors import UserError
 def trait_scores(
     path: str, prompts: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS
 ) -> dict[str, np.ndarray]:
-    """trait -> its score of each response, [N]. UserError unless the function returns N finite numbers a trait.
+    """trait -> its score of each response, [N]. UserError unless the function returns N finite numbers per trait.
 
     columns: the prompts' other columns, of which the function gets those that it asks for
     """
@@ -33,7 +33,7 @@ def trait_scores(
         try:
             scores[name] = np.asarray(values, np.float64)
         except (TypeError, ValueError):
-            raise UserError(f"evaluation.trait_function {path} returned for '{name}' what are no numbers") from None
+            raise UserError(f"evaluation.trait_function {path} returned something other than numbers for '{name}'") from None
         if scores[name].shape != (len(responses),):
             raise UserError(
                 f"evaluation.trait_function {path} returned shape {scores[name].shape} for '{name}' and {len(responses)} "

@@ -22,7 +22,7 @@ def verdict(summary: dict, stages: list[dict]) -> str:
         words = f"These prompts show no difference between PPO and SFT: PPO wins {_rate(rate)} under {by}"
     if judge is not None and model is not None:
         words += f" and in {_rate(model)} under the reward model it was trained on"
-    words += f", at a KL of {summary['kl']:.2f} nats a response."
+    words += f", at a KL of {summary['kl']:.2f} nats per response."
     if is_above_cap(summary):
         return f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats. {words}"
     return words
@@ -48,13 +48,13 @@ def warnings(summary: dict) -> list[str]:
         )
     if is_above_cap(summary):
         found.append(
-            f"The KL of {summary['kl']:.1f} nats a response is above the recipe's cap of {summary['max_kl']:g}: "
+            f"The KL of {summary['kl']:.1f} nats per response is above the recipe's cap of {summary['max_kl']:g}: "
             "raise ppo.kl_coef."
         )
     dpo = summary.get("dpo_over_sft")
     if dpo is not None and summary.get("max_kl") is not None and dpo["kl"] > summary["max_kl"]:
         found.append(
-            f"DPO's KL of {dpo['kl']:.1f} nats a response is above the recipe's cap of {summary['max_kl']:g}: "
+            f"DPO's KL of {dpo['kl']:.1f} nats per response is above the recipe's cap of {summary['max_kl']:g}: "
             "raise dpo.beta."
         )
     distinct = ratio.get("distinct_2")

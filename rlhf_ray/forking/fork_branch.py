@@ -1,7 +1,7 @@
 """A fork of the fork server (`forking.fork_server`) that imports Ray, and forks itself into workers.
 
-A client sends the worker's command, environment, folder, cores and standard streams; back go the worker's process number, which
-the worker itself says, and at its end its exit status, a line each.
+A client sends the worker's command, environment, folder, cores and standard streams; it gets back the worker's process
+number, which the worker itself sends, and at its end its exit status, one line each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf_ray.forking.imports import REQUEST_S, import_actors
 from rlhf_ray.forking.ray_internals import follow_threads, is_known_to_ray, no_ids_drawn
 
 YOUNG_S = 10.0
-FAILURES = 3  # of workers at their start, one after the other: it is the fork that fails them
+FAILURES = 3  # workers in a row that end at their start: then the fork is at fault
 CRASHED = (70, -signal.SIGABRT, -signal.SIGSEGV)  # exit statuses; the first is ours, that of one that Ray ends is 1
 
 
@@ -81,7 +81,7 @@ class Branch:
             self.selector.register(source, selectors.EVENT_READ)
 
     def run(self) -> Request | None:
-        """Serves until standard input ends: None. In each worker it returns what that is to be."""
+        """Serve until standard input ends, then return None. In each worker it returns what the worker is to become."""
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj is sys.stdin:
@@ -117,7 +117,7 @@ class Branch:
         return None
 
     def _end_worker(self, worker: int) -> None:
-        """Its client is gone, without whom Ray has no hold on it."""
+        """Its client is gone, through which alone Ray controls it."""
         self.selector.unregister(self.clients[worker])
         if not is_known_to_ray(worker):
             self._count_failure()
@@ -191,14 +191,14 @@ def become(request: Request) -> None:
 
 
 def _take_oom_score(client: socket.socket) -> None:
-    """The kernel is to end workers first where memory is short: Ray says so of the process that it started."""
+    """Where memory is short, the kernel is to end workers first: Ray marks only the process that it started."""
     number, *_ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     with suppress(OSError), open(f"/proc/{number}/oom_score_adj") as its, open("/proc/self/oom_score_adj", "w") as own:
         own.write(its.read())
 
 
 def _seed() -> None:
-    """What nobody seeds is each worker's own. Python's generator sees to that itself."""
+    """Without a seed each worker draws numbers of its own. Python's generator sees to that itself."""
     for library in {"numpy.random", "torch"} & sys.modules.keys():
         sys.modules[library].seed()
     if "datasets.fingerprint" in sys.modules:

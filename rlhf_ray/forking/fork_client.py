@@ -4,7 +4,7 @@
 
 PYTHON SCRIPT ARGUMENT ... is the worker's own command, which this process becomes where the server does not answer. Else it ends
 when the worker does, with its exit status. Ray ends a worker that is late by the process that it started, which is this one: the
-server then ends the worker. Standard library only, and little of it: nobody wants to wait for this.
+server then ends the worker. Standard library only, and little of it, so that it starts fast.
 """
 
 import contextlib

@@ -40,7 +40,7 @@ BRANCHES = 8  # at most
 def main() -> None:
     listener, path, *stages = sys.argv[1:]
     import_libraries(stages)
-    # Python 3.12 warns of threads at a fork. Those of numpy's products mind, and pyarrow's only tidies its memory up.
+    # Python 3.12 warns of threads at a fork. Those of numpy's products handle forks, and pyarrow's only frees memory.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     branch = serve(socket.socket(fileno=int(listener)), path)
     if branch is not None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def serve(listener: socket.socket, path: str) -> tuple[socket.socket, dict[str, str]] | None:
-    """Serves until standard input ends: None. In each branch it returns that one's listener and Ray's variables."""
+    """Serve until standard input ends, then return None. In each branch it returns the branch's listener and Ray's variables."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a branch ended
     branches: dict[str, str] = {}  # Ray's variables -> path
     with selectors.DefaultSelector() as selector:

@@ -1,7 +1,7 @@
 """PPO's actors as forks of one process on a Ray that was there before the command (`forking.server_process`).
 
 Only where the server can be what Ray's workers there are: Ray is one node, whose raylet is a process on this machine, in the
-command's own user, namespaces and control group, and starts the command's own Python. Elsewhere actors start as ever.
+command's own user, namespaces and control group, and starts the command's own Python. Elsewhere actors start as usual.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Workers of a Ray on this machine as forks of one process, which imports torch, transformers and DeepSpeed for all of them.
 
 Several workers are then there in a fraction of a second, and share the memory of those libraries. Where there is no such process
-(another system than Linux, GPUs, which do not survive a fork, RLHF_RAY_FORK=off) or it has ended, workers start as ever; what they
+(another system than Linux, GPUs, which do not survive a fork, RLHF_RAY_FORK=off) or it has ended, workers start as usual; what they
 compute is the same.
 """
 
@@ -38,10 +38,10 @@ def forks_here(stages: Sequence[str]) -> bool:
 def fork_server(
     stages: Sequence[str], environment: Mapping[str, str], inherited: Mapping[str, str] = os.environ
 ) -> Iterator[str | None]:
-    """One for the body of the `with` -> what Ray is to start in place of Python, if there is anything.
+    """A fork server for the body of the `with` -> the program that Ray is to start in place of Python, if any.
 
-    stages: whose workers there will be (`imports.LIBRARIES`). environment: variables that workers get, of which libraries read
-    some when they are imported; inherited: those that they have from Ray.
+    stages: those whose workers there will be (`imports.LIBRARIES`). environment: variables that workers get; libraries read
+    some of them when they are imported. inherited: variables that workers have from Ray.
     """
     if not forks_here(stages):
         yield None
@@ -58,7 +58,7 @@ def fork_server(
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_file, pass_fds=[listener.fileno()],
                 env={**inherited, **environment}, start_new_session=True,
             )  # fmt: skip
-    except OSError as error:  # a full disk, say, or a path too long for a socket
+    except OSError as error:  # e.g. a full disk, or a path too long for a socket
         log.warning("workers will import everything themselves: %s", error)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,5 @@
-"""Decode steps as they are: by torch's operations. `cpu`, which the last line imports, makes faster ones of them.
-Without that line, and `cpu`, all else stays.
+"""Decode steps as they are: by torch's operations. `cpu`, which the last line imports, makes them faster.
+Without that line, and without `cpu`, all else stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FastStep(Protocol):
 
 
 def accelerate(step: DecodeStep) -> FastStep:
-    """A step that computes the same, but for rounding, as fast as this machine can."""
+    """A step that computes the same up to rounding, as fast as this machine can."""
     return step
 
 

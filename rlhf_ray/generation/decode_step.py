@@ -1,4 +1,4 @@
-"""The decode step of known families, written out.   n rows of one token each, H key-value heads, D channels a head, V vocabulary.
+"""The decode step of known families, written out.   n rows of one token each, H key-value heads, D channels per head, V vocabulary.
 
 It calls the model's own modules for all that has weights, so it never holds a copy of any and rounds as the model does. What
 is left out is the rest of the model's `forward`: masks, decorators and shapes for sequences, a tenth of a small model's step on

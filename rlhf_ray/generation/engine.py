@@ -93,7 +93,7 @@ class GenerationEngine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Let waiting requests join, then draw one token for every row. -> one event a row; [] when nothing runs."""
+        """Let waiting requests join, then draw one token for every row. -> one event per row; [] when nothing runs."""
         if self._open is None:
             self._open = self._new_batch()
         free = self.max_rows - len(self._open)
@@ -185,7 +185,7 @@ class GenerationEngine:
     def _request(self, request_id: int, prompt_ids, seed: int, params: SamplingParams) -> Request:
         ids = np.asarray(prompt_ids, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
-            raise UserError(f"prompt {request_id} has no tokens; give it at least one (a BOS or EOS token, say)")
+            raise UserError(f"prompt {request_id} has no tokens; give it at least one (for example BOS or EOS)")
         if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
             raise UserError(
                 f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "

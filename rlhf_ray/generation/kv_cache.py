@@ -1,6 +1,6 @@
 """A key-value cache of rows with different lengths, and the attention that reads it.
 
-R rows, C slots a row, H key-value heads, D channels a head. Row b's tokens occupy slots [0, len_b): no left padding.
+R rows, C slots per row, H key-value heads, D channels per head. Row b's tokens occupy slots [0, len_b): no left padding.
 What lies beyond len_b is left over from padding or from rows that have gone; it is finite and always masked, so it
 changes no bit of a result.
 """
@@ -43,7 +43,7 @@ class RaggedLayer(CacheLayerMixin):
     """One layer's keys and values, [R, H, C, D] each, so that one head of one row is one contiguous block.
 
     centred: keys are stored less the mean of those of the row's prompt. That changes all scores of a row by the same, which the
-    softmax ignores; but where keys have much in common (a bias, say), 16-bit keys and scores would spend their digits on that.
+    softmax ignores; but where keys have much in common (e.g. a bias), 16-bit keys and scores would spend their digits on that.
     """
 
     is_sliding = False
@@ -139,7 +139,7 @@ class RaggedCache(Cache):
         self.write.first_row, self.write.lengths, self.write.targets = first_row, lengths, None
 
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
-        """The next forward pass writes one token a row at positions [n]; attention sees slots [0, length)."""
+        """The next forward pass writes one token per row at positions [n]; attention sees slots [0, length)."""
         self.write.targets, self.write.length = positions, length
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
@@ -149,7 +149,7 @@ class RaggedCache(Cache):
 
 
 def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Transformers' sdpa attention, except for short prompts on CPUs and a single query token a row, the decode step.
+    """Transformers' sdpa attention, except for short prompts on CPUs and a single query token per row, the decode step.
 
     There the query heads of a key-value head become its lines of queries, so grouped-query attention copies no keys. Other
     callers may give no mask (nothing is hidden from one token), or numbers to be added.

@@ -95,7 +95,7 @@ class RaggedDecoder:
             self._forward(cache, torch.from_numpy(padded), torch.arange(longest)[None].expand(len(prompts), -1), causal)
 
     def decode(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V], until the next call."""
+        """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V], valid until the next call."""
         length = round_up(int(positions.max()) + 1)
         cache.reserve(len(tokens), length)
         if self.reads_all_slots:

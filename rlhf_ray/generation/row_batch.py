@@ -31,7 +31,7 @@ def row_uniforms(seed: int, count: int) -> np.ndarray:
 
 @dataclass(slots=True)
 class _RowArrays:
-    """One entry, or one line of T entries, a row; rows [0, n) are in use."""
+    """One entry, or one line of T entries, per row; rows [0, n) are in use."""
 
     positions: np.ndarray  # [R] int64: tokens in the cache, so where the next one goes
     next_tokens: np.ndarray  # [R] int64: drawn (or the prompt's last), not yet in the cache

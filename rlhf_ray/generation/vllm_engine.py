@@ -2,10 +2,10 @@
 
 The contract of `generation.protocol`, in this process; no open batch. A second copy of the model, a
 plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
-writing the log-probs of a few sampled tokens must be those of the copy (`_check`).
+write the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
 An engine belongs to one thread. Its result depends on (weights, prompts, seeds, params), the whole batch included: in
-another batch a row's logits differ in their last digits, so that now and then a token does too.
+another batch a row's logits differ in their last digits, so that now and then a token differs too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
 from rlhf_ray.tables.engines import ENGINES
 
-PROBES, PROBE_TOKENS = 4, 8  # the gate draws so many responses of so many tokens
+PROBES, PROBE_TOKENS = 4, 8  # the gate draws this many responses of this many tokens
 #: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
@@ -105,7 +105,7 @@ class VllmEngine:
 
     folder: the Hugging Face folder (or hub name) of `model`, for vLLM to build its own from. model: the copy, in the dtype
     that vLLM computes in; taken over, kept on `device`. longest: tokens of the longest prompt with its response; rows: how
-    many decode at a time (the cache holds so many of the longest). probes: prompts that the gate draws from.
+    many decode at a time (the cache holds that many of the longest). probes: prompts that the gate draws from.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class VllmEngine:
     def _checked(self, place: int, prompt_ids, params: SamplingParams) -> list[int]:
         ids = np.asarray(prompt_ids, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
-            raise UserError(f"prompt {place} has no tokens; give it at least one (a BOS or EOS token, say)")
+            raise UserError(f"prompt {place} has no tokens; give it at least one (for example BOS or EOS)")
         if len(ids) + params.max_new_tokens > self.longest:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens = {params.max_new_tokens} need "
@@ -278,10 +278,10 @@ class VllmEngine:
         return largest
 
     def _rehearse(self) -> None:
-        """Before the first real update, which moves little: a great one, there and back.
+        """Before the first real update, which is small: a large one, there and back.
 
-        Every second number of every weight changes its sign. A layer that kept its old weights would be far off then, where
-        after a step of a small learning rate it would hide among rounding errors for long.
+        Every second number of every weight changes its sign. A layer that kept its old weights is far off then. After
+        steps of a small learning rate it would hide among rounding errors for long.
         """
         for _ in range(2):
             with torch.no_grad():

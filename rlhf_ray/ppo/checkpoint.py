@@ -1,7 +1,7 @@
 """PPO checkpoints: whole, checksummed folders; a reader finds the last good one.
 
     checkpoints/step_000020/  state.json                     the controller's state
-                              policy-00-of-01.safetensors    one file a rank: float32 weights and Adam moments by name
+                              policy-00-of-01.safetensors    one file per rank: float32 weights and Adam moments by name
                               critic-00-of-01.safetensors
                               MANIFEST.json                  SHA-256 of every other file
 
@@ -99,7 +99,7 @@ def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message:
         report(f"checkpoint {folder.name} is damaged ({', '.join(bad)}); using the one before it")
     if broken:
         raise UserError(
-            f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); delete them to start the stage anew"
+            f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); delete them to start the stage again"
         )
     return None
 

@@ -61,7 +61,7 @@ def out_of_patience(state: LoopState, config: PPOConfig) -> bool:
 
 @dataclass(slots=True, kw_only=True)
 class LoopHooks:
-    """What the controller tells the outside."""
+    """What the controller calls to save and report."""
 
     record: Callable[[int, dict[str, float]], None]  # metrics of a step
     samples: Callable[[int, list[tuple[str, str]], list[float]], None]  # a few held-out (prompt, response), scores

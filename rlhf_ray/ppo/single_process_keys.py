@@ -50,7 +50,7 @@ NO_INFLUENCE: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
-#: Sections that this page does not look into, each with the reason. `name` and `seed` are no sections.
+#: Sections that this page does not look into, each with the reason. `name` and `seed` are not sections.
 OTHER_SECTIONS = {
     "data": "the data stage has prepared the prompts",
     "sft": "the stage has trained the model that PPO starts from",

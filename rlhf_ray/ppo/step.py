@@ -1,6 +1,6 @@
 """One PPO step in verbs. No Ray here: a role is any object with the methods below. `loop` takes step after step.
 
-A handle is what a verb returns before its result is there: an ObjectRef over actors, the value itself in one process.
+A handle is what a method returns before its result is there: an ObjectRef over actors, the value itself in one process.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def draw_again(
     """Other prompts in place of those whose samples all score the same -> rollouts, scores, metrics.
 
     Each round draws as many as are missing, so there is never one too many and none that serves is thrown away. After the
-    last round the rest are prompts that don't: they add nothing to a gradient, and the batch keeps its size.
+    last round zero-variance groups fill the rest: they add nothing to a gradient, and the batch keeps its size.
     """
     what = f"drawing other prompts (step {step})"
     zero_variance: list[bool] = []
@@ -231,7 +231,7 @@ def check_off_policy(metrics: dict[str, float], steps_ahead: int, max_mismatch: 
 
 
 def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:
-    """Before a policy has moved, its ratio to itself is 1: if not, the old log-probs are those of something else."""
+    """Before a policy has moved, its ratio to itself is 1: if not, the old log-probs are not the policy's."""
     moved = metrics.get("first_policy/approx_kl", 0.0)
     if not moved <= limit:  # NaN is not
         raise MismatchError(
@@ -241,7 +241,7 @@ def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:
 
 
 def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each rank reports its share of a mean over tokens; gradient norm and number of steps are everybody's."""
+    """Each rank reports its share of a mean over tokens; gradient norm and number of steps are the same on all."""
     return {
         name: parts[0][name] if name.endswith(EVERYBODYS) else sum(part[name] for part in parts) for name in parts[0]
     }

@@ -122,7 +122,7 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
             )
         )
         below = above
-    return _svg([frame.axes(), *body], "seconds a step"), [name for name, _ in rows]
+    return _svg([frame.axes(), *body], "seconds per step"), [name for name, _ in rows]
 
 
 def histogram(models: Sequence[np.ndarray], label: str, bins: int = 30) -> Markup:

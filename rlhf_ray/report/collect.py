@@ -1,6 +1,6 @@
 """Record finished runs under results/: `python -m rlhf_ray.report.collect OUT RUN_DIR [RUN_DIR ...]`.
 
-Each run (one a seed) leaves its resolved recipe, summary, metrics, first samples and report; OUT/README.md puts them side
+Each run (one per seed) leaves its resolved recipe, summary, metrics, first samples and report; OUT/README.md puts them side
 by side, with each run's 95 % intervals and the mean and range over the runs. --models adds policy and reward model in
 bfloat16.
 """
@@ -32,7 +32,7 @@ OWN_MODELS = ("sft", "fluency", "model", "from_scratch")  # what these say in a 
 
 
 def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
-    """Write OUT anew and return its README.md. Raises UserError for a run that has no evaluation."""
+    """Write OUT from scratch and return its README.md. Raises UserError for a run that has no evaluation."""
     summaries = {}
     for run in runs:
         summary = run.path / "evaluation" / "summary.json"
@@ -40,7 +40,7 @@ def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
             raise UserError(f"{run.path} has no evaluation; finish it with: rlhf-ray run RECIPE --run-dir {run.path}")
         seed = yaml.safe_load(run.recipe.read_text())["seed"]
         if seed in summaries:
-            raise UserError(f"{run.path} has seed {seed} like a run before it; give one run a seed")
+            raise UserError(f"{run.path} has seed {seed} like a run before it; give one run per seed")
         summaries[seed] = json.loads(summary.read_text())
         record(run, out / f"seed_{seed}")
     if models:
@@ -146,7 +146,7 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     for model in models[1:]:
         if all(model in summaries[seed] for seed in seeds):
             cells = [over_sft(summaries[seed], model)["kl_interval"] for seed in seeds]
-            lines.append(_row("KL, nats a response", f"{title(model)} to SFT", cells))
+            lines.append(_row("KL, nats per response", f"{title(model)} to SFT", cells))
     ratios = [summaries[seed].get("ratio", {}).get("distinct_2") for seed in seeds]
     if all(ratios):
         lines.append(_row("distinct-2", "PPO / SFT", ratios))

@@ -61,7 +61,7 @@ def seed_of(run: RunFolder) -> int:
 
 
 def plot(path: Path, groups: Groups, curves: Sequence[str], against: str, root: bool = False) -> None:
-    """One panel a metric that the runs have; `root`: over the square root of `against` (Gao et al., 2210.10760, of the KL)."""
+    """One panel per metric that the runs have; `root`: over the square root of `against` (Gao et al., 2210.10760, of the KL)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR")
-    parser.add_argument("--curves", default=",".join(CURVES), help="metrics to plot, with commas between")
+    parser.add_argument("--curves", default=",".join(CURVES), help="metrics to plot, separated by commas")
     parser.add_argument("--against", default="episodes", help="metric on the horizontal axis")
     parser.add_argument("--root", action="store_true", help="space that axis by its square root")
     given = parser.parse_args(arguments)
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not equals:
                 raise UserError(f"{one!r}: write LABEL=RUN_DIR, for example ppo=runs/demo")
             if not (Path(path) / "recipe.yaml").exists():
-                raise UserError(f"{path} is no run folder (it has no recipe.yaml)")
+                raise UserError(f"{path} is not a run folder (it has no recipe.yaml)")
             groups.setdefault(label, []).append(RunFolder(Path(path).absolute()))
         print(compare(given.out, groups, given.curves.split(","), given.against, given.root))
     except UserError as error:

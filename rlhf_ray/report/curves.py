@@ -19,7 +19,7 @@ SUPERVISED = {
     "Log-prob of a reply, nats": (("logprob_chosen", "chosen"), ("logprob_rejected", "rejected")),
     "Learning rate": (("learning_rate", "learning rate"),),
     "Gradient norm": (("grad_norm", "gradient norm"),),
-    "Speed": (("tokens_per_s", "tokens a second"),),
+    "Speed": (("tokens_per_s", "tokens per second"),),
 }
 PPO = {
     "Score": (("objective/score", "training prompts"), ("eval/score", "held-out prompts")),
@@ -29,12 +29,12 @@ PPO = {
         ("eval/disagreement", "held-out prompts"),
     ),
     "Score and length: correlation": (("objective/score_length_corr", "training prompts"),),
-    "KL to SFT, nats a response": (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
+    "KL to SFT, nats per response": (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
     "Reward: score minus KL penalty": (("objective/rlhf_reward", "reward"),),
     "KL coefficient": (("objective/kl_coef", "kl_coef"),),
     "KL of one update (approx_kl)": (("policy/approx_kl", "approx_kl"),),
     "Clipped share of tokens": (("policy/clip_frac", "policy"), ("value/clip_frac", "value")),
-    "Entropy, nats a token": (("policy/entropy", "entropy"),),
+    "Entropy, nats per token": (("policy/entropy", "entropy"),),
     "Policy loss": (("policy/loss", "loss"),),
     "Value loss": (("value/loss", "loss"),),
     "Value: explained variance": (("value/explained_variance", "explained variance"),),
@@ -81,14 +81,14 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
     if times:
         used |= {name for name in series if name.startswith(TIME_PREFIX)}
         svg, names = charts.stacked(times)
-        named.append(Plot("Seconds a step", "", names, svg))
+        named.append(Plot("Seconds per step", "", names, svg))
     others = [_plot(name, [one]) for name, one in series.items() if name not in used]
     return named, others
 
 
 def over_optimisation(rows: list[dict]) -> list[Plot]:
     """The held-out score and the judge's along sqrt(KL), the axis of Gao et al. 2022 (arXiv 2210.10760), where both are
-    there: what PPO is paid goes on rising when what is wanted falls."""
+    there: PPO's reward goes on rising while what is wanted falls."""
     points = np.array([
         (row["step"], row["eval/kl"], row["eval/score"], row["eval/judge"]) for row in rows
         if all(row.get(name) is not None for name in ("eval/kl", "eval/score", "eval/judge"))

@@ -65,7 +65,7 @@ def cards(summary: dict) -> list[dict]:
             {
                 "label": "KL to SFT" + ("" if model == "ppo" else f" ({title(model)})"),
                 "value": charts.number(figures["kl"]),
-                "note": "nats a response",
+                "note": "nats per response",
                 "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
                 "gauge": "",
             }
@@ -73,7 +73,7 @@ def cards(summary: dict) -> list[dict]:
     for key, label, note in (
         ("distinct_2", "Distinct-2, PPO / SFT", "variety kept; 1: all of it"),
         ("perplexity_independent", "Perplexity, PPO / SFT", "under the independent model"),
-        ("length", "Length, PPO / SFT", "tokens a response"),
+        ("length", "Length, PPO / SFT", "tokens per response"),
     ):
         ratio = summary.get("ratio", {}).get(key)
         if ratio is not None:
@@ -90,7 +90,7 @@ def cards(summary: dict) -> list[dict]:
 
 
 def table(summary: dict) -> list[dict]:
-    """The models side by side, one row a figure; its cells are (value, difference from SFT, the difference's tone)."""
+    """The models side by side, one row per figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
     models = models_of_summary(summary)
     for each in shown_figures(summary.get("ppo", {})):

@@ -78,7 +78,7 @@ def _json(path: Path) -> dict:
 
 
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
-    """One row a stage that the recipe has: its state (done, running, waiting), last step and time."""
+    """One row per stage that the recipe has: its state (done, running, waiting), last step and time."""
     rows, timings = [], _json(folder.path / "timings.json")
     for stage, name in folder.stage_titles.items():
         begun = folder.stage(stage).path.exists()

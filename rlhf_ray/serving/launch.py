@@ -71,7 +71,7 @@ def serve(
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
-    torch's, per replica (None: the cores shared out). `engine` None: the run's, or torch (`serving.engine_choice`).
+    torch's, per replica (None: an equal share of the cores). `engine` None: the run's, or torch (`serving.engine_choice`).
     With `block` it ends only by KeyboardInterrupt (Ctrl-C; the command exits with 130) or SystemExit (SIGTERM), and
     releases everything; without, the caller closes the server.
 
@@ -260,7 +260,7 @@ class Server:
     def _reserve_port(self) -> None:
         """Hold the port from now on, and learn its number if it was 0.
 
-        Serve's proxy binds with SO_REUSEPORT, so that two servers would share a port without a word. The first bind
+        Serve's proxy binds with SO_REUSEPORT, so two servers would share a port without an error. The first bind
         finds out whether anyone has it; the second socket is kept, never listens, and keeps others from it.
         """
         family = socket.getaddrinfo(self.host or "0.0.0.0", self.port, type=socket.SOCK_STREAM)[0][0]

@@ -18,7 +18,7 @@ def find_model(path: str | Path) -> Path:
     given = Path(path).expanduser()
     folder = given.resolve()
     if not folder.is_dir():
-        raise UserError(f"'{given}' is no folder; give a run folder or a Hugging Face model folder")
+        raise UserError(f"'{given}' is not a folder; give a run folder or a Hugging Face model folder")
     if _is_model(folder):
         return _checked(folder)
     run = RunFolder(folder)

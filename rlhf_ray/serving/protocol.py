@@ -71,7 +71,7 @@ class GenerationRequest(_Body):
                     raise bad_request(
                         f"{name} is not supported by this server.", param=name, code="unsupported_parameter"
                     )
-            # The neutral ones that are no field of ours are dropped, so that only unknown names are left to refuse.
+            # Neutral values of fields that we don't have are dropped, so that only unknown names are left to refuse.
             data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
         return data
 

@@ -1,7 +1,7 @@
 """One engine, one thread, many requests: rows join and leave the batch between two steps.
 
 The event loop never runs the model (it has health checks to answer) and the engine's thread never waits for a client:
-requests go in through a queue, tokens come out through one `call_soon_threadsafe` a step.
+requests go in through a queue, tokens come out through one `call_soon_threadsafe` per step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RunnerStats:
 
 
 class Ticket:
-    """The rows of one request. Only its event loop's thread touches it, but for what `EngineRunner` hands over."""
+    """The rows of one request. Only its event loop's thread touches it, except for what `EngineRunner` hands over."""
 
     def __init__(self, runner: EngineRunner, rows: list[RowRequest], loop: asyncio.AbstractEventLoop):
         self.rows, self.loop = rows, loop

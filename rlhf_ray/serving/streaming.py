@@ -46,7 +46,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[dict[str, Any]], on_end: Callable[[], None]):
-        # X-Accel-Buffering: proxies such as nginx would else collect the stream before passing it on.
+        # X-Accel-Buffering: proxies such as nginx would otherwise collect the stream before passing it on.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end

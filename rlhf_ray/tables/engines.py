@@ -23,7 +23,7 @@ class Engine:
     problem: Callable[[float], str | None] | str | None = None
     #: it also is a `generation.protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
     continuous: bool = False
-    coldest: float = 0.0  # the lowest temperature that it draws at, but for 0
+    coldest: float = 0.0  # the lowest temperature that it draws at, except 0
     #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
     copies: tuple[int, int] = (0, 0)
 

@@ -22,7 +22,7 @@ class Family:
     #: (the recipe's shape, vocab_size and the ids of BOS, EOS and PAD) -> the config of a model without dropout;
     #: None: no model of it starts from random weights
     config: Callable[[FromScratch, Mapping[str, int | None]], PretrainedConfig] | str | None = None
-    tokenizer: Literal["gpt2", "qwen2"] = "gpt2"  # how one that is trained for it splits text into words
+    tokenizer: Literal["gpt2", "qwen2"] = "gpt2"  # how a tokenizer trained for it splits text into words
     gated: bool = True  # the feed-forward layer has three matrices, not two
     #: its packed lines, cached decoding and cut last block are compared with plain passes by tests; those of other families
     #: are compared when a model is loaded, or go without

@@ -47,7 +47,7 @@ REWARDS: Table[RewardKind] = Table(
         chosen_by=lambda term: term.model == "reward",
     ),
     RewardKind(
-        name="model", make=f"{_MAKE}:other_model", words="a reward model of others, from a folder or the hub",
+        name="model", make=f"{_MAKE}:other_model", words="another reward model, from a folder or the hub",
         chosen_by=lambda term: term.model not in (None, "reward"), problems=f"{_CHECK}:model_problems",
     ),
     RewardKind(

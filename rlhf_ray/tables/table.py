@@ -55,7 +55,7 @@ class Table(Mapping[str, E], Generic[E]):
             return None
         near = difflib.get_close_matches(name, list(self._entries), 1, 0.5)
         remedy = f"did you mean '{near[0]}'? There are" if near else "there are"
-        return f"'{name}' names no entry that is {self.what}; {remedy} {', '.join(self._entries)}"
+        return f"'{name}' is not {self.what}; {remedy} {', '.join(self._entries)}"
 
     def __getitem__(self, name: str) -> E:
         return self._entries[name]

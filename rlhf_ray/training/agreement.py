@@ -1,4 +1,4 @@
-"""What ranks must know alike. One rank alone needs no process group."""
+"""Values that all ranks must share. One rank alone needs no process group."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` (and Hugging Face's `deepspeed=`) takes, for CPUs and GPUs alike.
 
-    microbatch_size: sequences a forward pass, per rank; the optimiser's batch is that times accumulation_steps
+    microbatch_size: sequences per forward pass, per rank; the optimiser's batch is that times accumulation_steps
     times workers.
     bfloat16 is autocast over float32 weights, not DeepSpeed's own bf16 mode: that keeps bf16 weights and adds gradients
     up in bf16, for no gain in speed.

@@ -76,7 +76,7 @@ class DeepSpeedEngine:
         if config.zero_stage == 0:
             # DeepSpeed clips plain float32 optimizers without telling the norm, so the hook does both.
             optimizer.register_step_pre_hook(self._clip)
-            # Torch counts a weight's changes, but not those of the fused step; copies of weights are made anew by that count.
+            # Torch counts a weight's changes, but not those of the fused step; copies of weights are made again by that count.
             optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._create_adam_state()
 
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
 
     def forward(self, *batch: Any, keep_graph: bool = False, **options: Any) -> Any:
         """The module's output: without gradient, or with its graph, for a `step` that starts from it."""
-        # Measured: with two graphs waiting, ZeRO-3 gives each the gradients of something else, without a word.
+        # Measured: with two graphs waiting, ZeRO-3 gives each the wrong gradients, without an error.
         assert not (keep_graph and self.config.zero_stage == 3), "ZeRO-3 can't keep graphs"
         self.engine.train(keep_graph)
         with torch.set_grad_enabled(keep_graph):

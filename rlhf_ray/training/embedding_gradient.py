@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 
 
 def add_to_looked_up_rows(module: nn.Module) -> None:
-    """Let the plain embeddings that train on a CPU work so, in place; weights and their names stay."""
+    """Let the plain embeddings that train on a CPU work like this, in place; weights and their names stay."""
     for child in module.modules():
         if type(child) is nn.Embedding and _trains(child) and not _does_more(child):
             child.forward = _Embedding(child)

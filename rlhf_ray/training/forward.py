@@ -135,7 +135,7 @@ def response_logprobs(
     microbatch_size: int = 32,
     microbatch_tokens: int | None = None,
 ) -> list[np.ndarray]:
-    """Log-probs of each response's tokens given its prompt, float32, one array a row. No gradient.
+    """Log-probs of each response's tokens given its prompt, float32, one array per row. No gradient.
 
     A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
     """

@@ -1,6 +1,6 @@
-"""Attention of packed sequences: every one to itself, causal.
+"""Attention of packed sequences: causal, each within itself.
 
-R sequences, N tokens of them all on one line, S tokens of the longest, H key-value heads, D channels a head. The line is laid out
+R sequences, N tokens of them all on one line, S tokens of the longest, H key-value heads, D channels per head. The line is laid out
 as [R, S] rows, each padded on the right.
 """
 

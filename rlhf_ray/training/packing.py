@@ -1,6 +1,6 @@
 """Sequences of different lengths side by side on one line of tokens: padding exists inside attention only.
 
-R sequences, N tokens of them all, S tokens of the longest, H heads, D channels a head. Everything but attention works on
+R sequences, N tokens of them all, S tokens of the longest, H heads, D channels per head. Everything but attention works on
 tokens one by one, so it runs on the line [1, N]. For attention the line is laid out as [R, S] rows, each padded on the right,
 where a causal mask keeps every sequence to itself.
 """

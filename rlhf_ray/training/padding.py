@@ -14,7 +14,7 @@ def action_mask(response_lengths: torch.Tensor) -> torch.Tensor:
 
 
 def pad_tokens(rows: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
-    """Rows of floats, one a response token, as [B, T] with zeros on the right."""
+    """Rows of floats, one per response token, as [B, T] with zeros on the right."""
     padded = np.zeros((len(rows), max(map(len, rows))), np.float32)
     for out, row in zip(padded, rows, strict=True):
         out[: len(row)] = row

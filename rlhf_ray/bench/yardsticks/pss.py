@@ -11,7 +11,7 @@ def tree_pss(root: int) -> float | None:
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            # The command's name, in brackets, may hold blanks.
+            # The command's name, in brackets, may hold spaces.
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):  # ended meanwhile
             continue

@@ -132,7 +132,7 @@ def main() -> None:
                 curve["kl"].append(metrics["objective/kl"])
             return log(metrics, *args, **kwargs)
 
-        trainer.log = timed_log  # TRL logs once an iteration
+        trainer.log = timed_log  # TRL logs once per iteration
         trainer.train()
         pss = tree_pss(os.getpid())
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]

@@ -10,7 +10,7 @@ def vllm_runner(folder: Path, prompts: list[list[int]], new_tokens: int, *, dtyp
     """A function that draws `new_tokens` tokens for every prompt, with their log-probs, as the engine does."""
     from vllm import LLM, SamplingParams
 
-    # Without the prefix cache: every round has the same prompts, and the engine reads them anew each time.
+    # Without the prefix cache: every round has the same prompts, and the engine reads them again each time.
     engine = LLM(
         model=str(folder), dtype=dtype, max_model_len=max(map(len, prompts)) + new_tokens, max_num_seqs=len(prompts),
         enable_prefix_caching=False, gpu_memory_utilization=0.5, seed=0,
