@@ -276,7 +276,7 @@ def test_renamed_columns():
             r"no column 'chosen' \(nearest: 'choosen'\); there are prompt, choosen",
         ),
         (["prompt", "answer"], {"response": "anser"}, "sft", r"no column 'anser' \(nearest: 'answer'\)"),
-        (["prompt", "answer"], {"respond": "answer"}, "sft", r"'respond' is no name of ours \(nearest: 'response'\)"),
+        (["prompt", "answer"], {"respond": "answer"}, "sft", r"'respond' is not a known name \(nearest: 'response'\)"),
         (["prompt", "response", "score"], {}, "pairs", "set objective: scores"),
         (["prompt", "chosen", "rejected"], {}, "scores", "set objective: pairs"),
     ],

@@ -91,7 +91,7 @@ def test_forks_share_what_they_imported():
     [
         ({}, 1e9, [], ["need about 2.2 GB of memory, this machine has 1.0 GB", "what 5 processes take", "use fewer actors"]),
         ({"model": {"from_scratch": {"layers": 24, "width": 1024, "heads": 16, "positions": 64, "vocab_size": 30_000}}},
-         8e9, [], ["GB of weights an actor; use a smaller model"]),
+         8e9, [], ["GB of weights per actor; use a smaller model"]),
         ({"ppo": {"microbatch_size": 4, "minibatch_size": 4}, "generation": {"max_new_tokens": 40_000},
           "model": {"from_scratch": {"layers": 2, "width": 32, "heads": 2, "positions": 50_000, "vocab_size": 40_000}}},
          8e9, [], ["most of it is the policy's", "GB for a batch; lower ppo.microbatch_size"]),

@@ -1,4 +1,4 @@
-"""Rows of text from anywhere to the run folder's Parquet files.
+"""Turns rows of text from any source into the run folder's Parquet files.
 
 May import: errors, config, runs, models.
 Heavy packages: transformers.

@@ -2,9 +2,9 @@
 
     3 7 + 5 8 =  ->   5 9 0
 
-The demonstrations are those of pupils who forget to carry nine times in ten, and every sum here needs a carry. Who imitates
-them is right as often as they are. Reinforcement learning from the exact match alone finds out which of the two ways of
-adding is the right one: no reward model, no people, no sum shown. The recipe `arithmetic` does it with GRPO.
+Every sum here needs a carry, and nine in ten demonstrations forget it. A model that imitates them is right as often as
+they are. Reinforcement learning finds out from the exact match alone which of the two ways of adding is right: it has
+no reward model and no human labels, and it is shown no sums. The recipe `arithmetic` does it with GRPO.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def build(
     sft_eval_rows: int = 200,
     eval_prompts: int = 512,
 ) -> dict[str, Dataset]:
-    """Demonstrations, prompts and held-out prompts, these with their `answer`: pairs of numbers of
-    `digits` digits whose sum needs a carry.
+    """Demonstrations, prompts and held-out prompts; the prompts of both kinds have a column `answer`.
 
-    No pair stands in two roles. A share `careless` of the demonstrations forgets every carry. Raises UserError if `root` is
-    given (there is nothing to read) or there are not so many pairs.
+    All are pairs of numbers of `digits` digits whose sum needs a carry; no pair is in two roles. A share `careless` of
+    the demonstrations forgets every carry. Raises UserError if `root` is given (there is nothing to read) or if there
+    are too few pairs.
     """
     if root is not None:
         raise UserError(f"data.root = {root!r}, but the sums are generated, not read; remove data.root")
-    from datasets import Dataset  # half a second, which those who only ask for the rewards need not wait
+    from datasets import Dataset  # takes half a second, and `exact` does not need it
 
     rng = random.Random(seed)
     base = 10**digits
@@ -67,7 +67,7 @@ def add(a: int, b: int) -> int:
 
 
 def forgetful(a: int, b: int) -> int:
-    """The sum of those who forget to carry: 37 + 58 is 85."""
+    """The sum without its carries: 37 + 58 gives 85."""
     total, place = 0, 1
     while a or b:
         total += (a % 10 + b % 10) % 10 * place
@@ -76,15 +76,15 @@ def forgetful(a: int, b: int) -> int:
 
 
 def question(a: int, b: int, digits: int) -> str:
-    """Digits apart, so that each is a token."""
+    """The prompt. Spaces between the digits make each digit a token."""
     return f"{' '.join(f'{a:0{digits}d}')} + {' '.join(f'{b:0{digits}d}')} ="
 
 
 def written(number: int, digits: int) -> str:
-    """Units first: the order in which carries go, as on paper."""
+    """The number with its units first: the order in which one adds on paper."""
     return " " + " ".join(reversed(f"{number:0{digits}d}"))
 
 
 def exact(prompts: list[str], responses: list[str], *, answer: list[str]) -> list[float]:
-    """1 for the sum and nothing else, 0 for anything else. `answer` is a column of the prompts' rows."""
+    """1 where the response is exactly the sum, else 0. `answer` is a column of the prompts' rows."""
     return [float(response == sum_) for response, sum_ in zip(responses, answer, strict=True)]

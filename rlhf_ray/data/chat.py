@@ -1,4 +1,4 @@
-"""Chat messages to text: the tokenizer's chat template where it has one, else plain "Role: text" lines."""
+"""Turns chat messages into text: with the tokenizer's chat template where it has one, else as "Role: text" lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 def as_messages(value: list[dict]) -> Messages:
-    """Messages with the keys role and content, content a string; empty keys (a Parquet file has them all) removed."""
+    """Messages with the keys role and content, content a string; empty keys (Parquet stores all keys) removed."""
     return [_message(item) for item in value]
 
 
@@ -37,7 +37,7 @@ def split_reply(messages: Messages) -> tuple[Messages, Messages]:
 
 
 def shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that two conversations begin with, as far as they are the same."""
+    """The first messages that two conversations have in common."""
     shared = []
     for one, other in zip(chosen, rejected, strict=False):
         if one != other:
@@ -47,7 +47,7 @@ def shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
 
 
 def drop_oldest_turn(messages: Messages) -> Messages | None:
-    """Without the oldest message (system messages apart) and the replies to it; None if one turn is all there is."""
+    """Without the oldest message (system messages stay) and the replies to it; None if there is only one turn."""
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"][1:]
     while turns and turns[0]["role"] != "user":
@@ -76,7 +76,7 @@ class ChatFormat:
             return f" {first['content']}" + "".join(f"\n\n{_line(message)}" for message in others)
         prompt = self.prompt(messages)
         both = _rendered(self._tokenizer, messages + reply, cue=False)
-        # A template that renders the past differently (it may drop reasoning, say) gives no common beginning.
+        # A template may render earlier turns differently (drop reasoning, say): `both` then begins differently.
         text = both[len(prompt) :] if both.startswith(prompt) else "".join(message["content"] for message in reply)
         eos = self._tokenizer.eos_token
         return text.rstrip().removesuffix(eos).rstrip() if isinstance(eos, str) and eos in text else text.rstrip()

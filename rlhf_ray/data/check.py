@@ -16,7 +16,7 @@ from rlhf_ray.errors import UserError
 def check_data(recipe: Recipe) -> list[str]:
     """Problems of the recipe's data, one sentence each; [] if none is seen. Reads no more than the first rows.
 
-    A builder is imported and its arguments are matched with its signature; it is not called.
+    A builder is imported and its arguments are checked against its signature; it is not called.
     """
     data, problems = recipe.data, []
 
@@ -32,7 +32,7 @@ def check_data(recipe: Recipe) -> list[str]:
     given = [role for role in LISTS if data.lists[role]]
     if data.builder is not None:
         attempt(lambda: find_builder(data, recipe.seed))
-        problems += [f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
+        problems += [f"data.builder and data.{role} are both set, but the builder replaces the lists; remove one"
                      for role in given]  # fmt: skip
         return problems
     problems += [f"'{section}' is set and data.{role} is empty; give it rows, or set {section}: null"
@@ -62,13 +62,13 @@ def check_data(recipe: Recipe) -> list[str]:
             attempt(columns_fit)
         weights = [source.weight for source in data.lists[role]]
         if None in weights and any(weight is not None for weight in weights):
-            problems.append(f"some of data.{role} have a weight and some have none; give all of them one, or none")
+            problems.append(f"some of data.{role} have a weight and some have none; give a weight to all or to none")
     attempt(lambda: problems.extend(_asked_problems(recipe, given, others)))
     return problems
 
 
 def _asked_problems(recipe: Recipe, given: list[str], others: dict[str, list[str] | None]) -> list[str]:
-    """Columns of the prompts that functions ask for and no source has."""
+    """A problem for each column that a function asks for and no source of prompts has."""
     found = []
     for role in prompt_origins(given):
         there = others.get(role)

@@ -1,11 +1,10 @@
-"""Raw columns to the columns that a role has.   Rows come out as dicts of text:
+"""Turns raw columns into the columns of a role.   Rows come out as dicts of text:
 
     sft       prompt, response              pairs     prompt, chosen, rejected
     prompts   prompt                        scores    prompt, response, score
 
-and, beside these, `key` (the uncut prompt, or the text where there is none: what decides whether a row is held out),
-`messages` (the prompt's messages where there were any, else None) and `columns` (those of the row's other columns that were
-to be kept, by name).
+and, beside these, `key` (the uncut prompt, or the text where there is none; it decides what is held out),
+`messages` (the prompt's messages where there were any, else None) and `columns` (the other columns that stay, by name).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Form:
     may: tuple[str, ...] = ()
 
 
-FORMS: dict[str, tuple[Form, ...]] = {  # the first whose columns are there is taken
+FORMS: dict[str, tuple[Form, ...]] = {  # the first whose columns all exist is taken
     "sft": (
         Form(("messages",)), Form(("conversations",)), Form(("prompt", "response")), Form(("prompt", "completion")),
         Form(("chosen", "rejected"), ("prompt",)), Form(("prompt", "chosen")), Form(("text",)),
@@ -59,7 +58,7 @@ def detect(columns: Iterable[str], renamed: Mapping[str, str], role: Role, where
     for ours, theirs in renamed.items():
         if ours not in NAMES:
             raise UserError(
-                f"{where}.columns: '{ours}' is no name of ours{_nearest(ours, NAMES)}; there are {', '.join(NAMES)}"
+                f"{where}.columns: '{ours}' is not a known name{_nearest(ours, NAMES)}; there are {', '.join(NAMES)}"
             )
         if theirs not in columns:
             raise UserError(
@@ -83,7 +82,7 @@ def _no_form(columns: list[str], names: Mapping[str, str], renamed: Mapping[str,
     other = {"pairs": "scores", "scores": "pairs"}.get(role)
     if other is not None and any(all(name in names for name in form.needs) for form in FORMS[other]):
         return (
-            f"these are rows for the objective '{other}' (columns {', '.join(columns)}), the recipe says '{role}'; "
+            f"these are rows for the objective '{other}' (columns {', '.join(columns)}), but the recipe says '{role}'; "
             f"set objective: {other}" + (", or give pairs, which DPO needs" if role == "pairs" else "")
         )
     near = difflib.get_close_matches(missing, columns, 1, cutoff=0.5)
@@ -100,9 +99,9 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def normalise(
     rows: Iterable[Mapping], columns: Mapping[str, str], role: Role, chat: ChatFormat, keep: Sequence[str] = ()
 ) -> list[dict]:
-    """The role's rows (see top), every one of them: what is wrong with them is for the rules to say.
+    """All rows of the role (see top); `rules` drops the bad ones.
 
-    keep: the data set's own names of the other columns that stay with the row
+    keep: the other columns that stay with the row, by the data set's own names
     """
     make = {"sft": _sft, "pairs": _pair, "scores": _scored, "prompts": _prompt}[role]
     normalised = []
@@ -172,7 +171,7 @@ def _pair(row: dict, chat: ChatFormat) -> dict:
         chosen, rejected = as_messages(chosen), as_messages(rejected)
         messages = as_messages(prompt) if isinstance(prompt, list) else shared_prompt(chosen, rejected)
         if not isinstance(prompt, list):
-            # A reply that both share word for word is no prompt: the pair is a tie, for the rules to find.
+            # A reply that both share word for word is no prompt: the pair is a tie, which `rules` drops.
             while messages and messages[-1]["role"] == "assistant" and len(messages) in (len(chosen), len(rejected)):
                 messages = messages[:-1]
             chosen, rejected = chosen[len(messages) :], rejected[len(messages) :]
@@ -206,7 +205,7 @@ def implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two texts that begin alike.
 
     In Anthropic's dialogues the prompt ends with the last "Assistant:" that both share; elsewhere with the last whole
-    word that both share (the replies then begin with the space, as a byte-level tokenizer wants it).
+    word that both share (the replies then begin with the space, as a byte-level tokenizer expects).
     """
     shared = os.path.commonprefix([chosen, rejected])
     cue = shared.rfind(HH_CUE)

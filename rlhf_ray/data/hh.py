@@ -1,4 +1,4 @@
-"""The recipe `hh`: Anthropic's helpful and harmless dialogues (Bai et al. 2022), in dialogue form, split by us.
+"""The recipe `hh`: Anthropic's helpful and harmless dialogues (Bai et al. 2022), in dialogue form, split here.
 
 Every role comes from ONE split of the data set (the local file is its official test split), so figures on our held-out
 rows must never be reported as HH test figures. Dialogues are grouped by their first question, and a group goes to one
@@ -88,8 +88,8 @@ def build(
 ) -> dict[str, datasets.Dataset]:  # fmt: skip
     """All roles of the recipe; prompts are chat messages, for the tokenizer's (or the recipe's) chat template.
 
-    subsets: which of the four; hub_split: split of the hub's copy (the local file holds one). max_rows: read at most so
-    many pairs, drawn at random; max_prompts: PPO prompts.
+    subsets: which of the four; hub_split: split of the hub's copy (the local file holds one). max_rows: at most this
+    many pairs, drawn at random; max_prompts: at most this many PPO prompts.
     """
     rows = read(root, subsets, hub_split)
     if max_rows is not None:

@@ -1,4 +1,4 @@
-"""The recipe `imdb`: film reviews with people's ratings (Maas et al. 2011), split once, duplicates removed before.
+"""The recipe `imdb`: film reviews with people's ratings (Maas et al. 2011), without duplicates, split once.
 
     reviews                             role
     train, nineteen of twenty           preferences       (the reward model; also text of the language models)
@@ -8,13 +8,13 @@
     test, one half                      judge, judge_eval
     test, the other half                eval_prompts      (opening words)
 
-The reviews of a film stand next to each other in the files, so what is held out is held out in runs of fifty reviews:
-a film is then (but for the ends of the runs) on one side of a split only.
+The reviews of a film are next to each other in the files, so reviews are held out in runs of fifty: a film is then on
+one side of a split only, except at the ends of the runs.
 
 A person rated the whole review, while PPO asks for the score of an opening and its continuation. So the reward model
-learns from both: each whole review (the stage's `truncate_reply: left` keeps its last tokens, where the verdict
-stands), and `openings` times a first part of random length with the rating of the whole. On the latter the best answer
-in the sense of either loss is the expected rating given the beginning, which is what the policy should be judged by.
+learns from both: each whole review (the stage's `truncate_reply: left` keeps its last tokens, which hold the verdict),
+and, `openings` times, a first part of random length with the rating of the whole. For a first part, either loss is
+smallest at the expected rating given this beginning, which is what the policy should be scored by.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPLITS = {"train": "train", "test": "test", "unsup": "unsupervised"}  # local fi
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """One review; the score is -1 (worst) to 1 (best), None where nobody rated it."""
+    """One review; the score is -1 (worst) to 1 (best), None where it has no rating."""
 
     text: str
     score: float | None
@@ -134,11 +134,11 @@ def build(
 ) -> dict[str, datasets.Dataset]:  # fmt: skip
     """All roles of the recipe.
 
-    text_words: the language models read the first so many words of each review, which is what they will be asked to
-    write (None: all of it). objective: regression to the scores, or pairs of a higher against a lower rated review.
-    openings: rows with only the first opening_words (least, most) words made of each review. opening_eval_words: words
-    of the held-out openings (48 words are about 64 tokens of a 4,096-entry BPE). prompt_words: least and most words of
-    a prompt. max_reviews: use only so many of each split, drawn at random.
+    text_words: the language models read this many first words of each review, the part that they will be asked to write
+    (None: all of it). objective: regression to the scores, or pairs of a higher and a lower rated review. openings:
+    rows per review that hold only its first opening_words (least, most) words. opening_eval_words: words of a held-out
+    opening (48 words are about 64 tokens of a 4,096-entry BPE). prompt_words: least and most words of a prompt.
+    max_reviews: use at most this many reviews per split, drawn at random.
     """
     if objective not in ("scores", "pairs"):
         raise UserError(f"data.builder_args.objective = {objective!r}; give 'scores' or 'pairs'")
@@ -169,19 +169,19 @@ def build(
         "eval_prompts": [{"prompt": rows.opening(review.text)[0]} for review in for_evaluation[:eval_prompts]],
     }
     note = "duplicates dropped before splitting: " + ", ".join(f"{split} {dropped[split]}" for split in SPLITS)
-    # One info each: a Dataset writes its own columns into the one that it is given.
+    # One DatasetInfo per role: a Dataset writes its own columns into the one that it is given.
     infos = {role: datasets.DatasetInfo(description=note) for role in built}
     return {role: datasets.Dataset.from_list(found, info=infos[role]) for role, found in built.items()}
 
 
 class _Rows:
-    """Reviews to the rows that a reward model learns from."""
+    """Turns reviews into the rows that a reward model learns from."""
 
     def __init__(self, objective: str, prompt_words: tuple[int, int], rng: random.Random):
         self._objective, self._prompt_words, self._rng = objective, prompt_words, rng
 
     def opening(self, text: str) -> tuple[str, str]:
-        """(the first words, the rest with the space that parts them)."""
+        """(the first words, the rest with the space that separates them)."""
         words = text.split(" ")
         count = self._rng.randint(*self._prompt_words)
         return " ".join(words[:count]), "".join(f" {word}" for word in words[count:])
@@ -198,11 +198,11 @@ class _Rows:
         return found
 
     def cut(self, reviews: list[Review], length: tuple[int, int]) -> list[dict]:
-        """The first words of each review (least, most) with what people said of the whole."""
+        """The first words of each review (length: least, most) with the rating of the whole."""
         if self._objective == "pairs":
             found = []
             for better, worse in self._pairs(reviews):
-                words = self._rng.randint(*length)  # one number for both, so that length tells nothing
+                words = self._rng.randint(*length)  # one number for both, so that length does not tell them apart
                 chosen, rejected = (_first(review.text, words) for review in (better, worse))
                 found.append({"prompt": "", "chosen": chosen, "rejected": rejected})
             return found
@@ -214,9 +214,9 @@ class _Rows:
         return found
 
     def _pairs(self, reviews: list[Review]) -> list[tuple[Review, Review]]:
-        """Higher against lower rated, each review at most once."""
+        """(higher rated, lower rated), each review in at most one pair."""
         left, pairs = list(reviews), []
-        for _ in range(4):  # reviews that met an equal try again
+        for _ in range(4):  # reviews that met one with an equal score are paired again
             self._rng.shuffle(left)
             half = len(left) // 2
             met, left = zip(left[:half], left[half : 2 * half], strict=True), left[2 * half :]

@@ -1,4 +1,4 @@
-"""Several sources to one list of rows, and one list to a training and a held-out part."""
+"""Mixes several sources into one list of rows, and splits a list into a training and a held-out part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rlhf_ray.errors import UserError
 def mix(parts: list[list[dict]], weights: list[float | None], seed: int, where: str) -> tuple[list[dict], list[int]]:
     """(rows in random order, how many of each source were used).
 
-    Without weights every row is used once. With weights (one for each source) the mix has these proportions exactly, to
-    rounding, and is the largest in which no row occurs twice.
+    Without weights every row is used once. With weights (one per source) the mix has these proportions, up to rounding,
+    and is the largest that uses no row twice.
     """
     given = [weight for weight in weights if weight is not None]
     if not given:
@@ -20,7 +20,7 @@ def mix(parts: list[list[dict]], weights: list[float | None], seed: int, where: 
     elif len(given) < len(weights):
         missing = weights.index(None)
         raise UserError(
-            f"{where}[{missing}] has no weight and others of {where} have one; give all of them one, or none"
+            f"{where}[{missing}] has no weight and others of {where} have one; give a weight to all or to none"
         )
     else:
         scale = min(len(part) / weight for part, weight in zip(parts, given, strict=True))
@@ -41,19 +41,19 @@ def _sample(rows: list[dict], count: int, rng: random.Random) -> list[dict]:
 
 
 def split(rows: list[dict], share: float, seed: int, where: str) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows). Rows with the same key (prompt) stand on the same side; neither side is empty.
+    """(training rows, held-out rows). Rows with the same key (prompt) are on the same side; neither side is empty.
 
-    Whether a prompt is held out follows from the prompt, the seed and the share alone: every role decides alike.
+    Whether a prompt is held out depends on the prompt, the seed and the share alone, so all roles agree.
     """
     places = {row["key"]: _place(row["key"], seed) for row in rows}
     if len(places) < 2:
         raise UserError(
-            f"{where} has {len(rows)} usable rows with {len(places)} different prompts, none can be held out; "
+            f"{where} has {len(rows)} usable rows with {len(places)} different prompts, so none can be held out; "
             "give at least two different prompts"
         )
     held_out = {key for key, place in places.items() if place < share}
     ordered = sorted(places, key=places.__getitem__)
-    held_out = (held_out or {ordered[0]}) - {ordered[-1]}  # in a small set chance may choose nobody, or everybody
+    held_out = (held_out or {ordered[0]}) - {ordered[-1]}  # in a small set chance may choose none or all
     return [row for row in rows if row["key"] not in held_out], [row for row in rows if row["key"] in held_out]
 
 

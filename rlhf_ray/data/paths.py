@@ -1,4 +1,4 @@
-"""What a data path looks like and where it points, known without reading anything."""
+"""What kind of file a data path names, and where it is, without reading it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def suffix_of(path: str | Path) -> str:
 
 
 def resolve_paths(data: DataConfig) -> DataConfig:
-    """The same with local paths made absolute: a job or a worker has another working directory."""
+    """The same config with absolute local paths: a job or a worker has another working directory."""
     if data.root is not None:
         return data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
 
@@ -42,7 +42,7 @@ def resolve_paths(data: DataConfig) -> DataConfig:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """Data paths and model folders made absolute: a worker's or a job's working directory is another."""
+    """The recipe with absolute data paths and model folders: a job or a worker has another working directory."""
     root = recipe.data.root
     if root is not None and "://" not in root and not Path(root).expanduser().exists():
         raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
@@ -62,6 +62,6 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _absolute(model: str) -> str:
-    """A model's folder here as an absolute path; a hub name stays."""
+    """A local model folder as an absolute path; a hub name unchanged."""
     folder = Path(model).expanduser()
     return str(folder.absolute()) if folder.exists() else model

@@ -26,7 +26,7 @@ from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
-TOKENIZER_CHARACTERS = 20_000_000  # more text than this changes a small vocabulary no further, and takes minutes
+TOKENIZER_CHARACTERS = 20_000_000  # more text hardly changes a small vocabulary, and takes minutes
 LISTS = ("sft", "preferences", "judge", "prompts", "eval_prompts")
 
 
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
 
 
 def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple[str, ...]]]) -> None:
-    """UserError where a function asks for a column that the prompts have not: now, not after the models are trained."""
+    """UserError where a function asks for a column that the prompts lack: now, not after the models are trained."""
     problems = []
     for role in ("prompts", "eval_prompts"):
         names = dict.fromkeys(name for row in written[role][0] for name in row["columns"])
@@ -74,7 +74,7 @@ def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple
         raise UserError("\n".join(problems))
 
 
-RawSource = tuple[str, SourceConfig, Dataset]  # its name in messages, its settings, its rows
+RawSource = tuple[str, SourceConfig, Dataset]  # its name in messages, its config, its rows
 Raw = Mapping[str, list[RawSource]]
 
 
@@ -88,9 +88,9 @@ def needed_lists(recipe: Recipe) -> dict[str, str]:
 
 
 def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
-    """Whose form and limits the rows of a list of preferences follow; None where nothing is trained on them.
+    """The config that sets the form and limits of a list of preferences; None where nothing is trained on them.
 
-    DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as one's would be.
+    DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as if there were one.
     """
     name = needed_lists(recipe).get(role) if role in ("preferences", "judge") else None
     if name is None:
@@ -111,7 +111,7 @@ def _read_sources(recipe: Recipe) -> Raw:
     for role in LISTS:
         if data.lists[role] and data.builder is not None:
             raise UserError(
-                f"data.builder and data.{role} are both set, the builder stands in place of lists; remove one"
+                f"data.builder and data.{role} are both set, but the builder replaces the lists; remove one"
             )
         if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
             for index, source in enumerate(data.lists[role]):
@@ -129,14 +129,14 @@ def _read_sources(recipe: Recipe) -> Raw:
 
 
 def _rows_of(dataset: Dataset) -> Iterable[Mapping]:
-    """As they come where no format is set; its annotation allows for all formats."""
+    """The rows as mappings, which they are where no format is set; the annotation allows for all formats."""
     return cast(Iterable[Mapping], dataset)
 
 
 def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
     model = recipe.model
     if model.is_from_scratch:
-        # Messages are rendered with the recipe's template, which needs a tokenizer, any.
+        # The recipe's template needs a tokenizer to render messages; any tokenizer will do.
         blank = train_tokenizer([], 0, model.from_scratch.architecture)
         blank.chat_template = model.chat_template
         texts = []
@@ -160,7 +160,7 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
 
 
 class _Preparation:
-    """From raw rows to the roles' rows; `tallies` is what was counted on the way."""
+    """Turns raw rows into the roles' rows; `tallies` counts, per source, the rows read, kept, dropped and cut."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw):
         self._recipe, self._tokenizer, self._raw = recipe, tokenizer, raw
@@ -257,7 +257,7 @@ class _Preparation:
     def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: Limits) -> list[dict]:
         tally = Tally()
         copies = [{name: row[name] for name in ("prompt", "messages", "key", "columns")} for row in rows]
-        # One prompt may have many pairs, whatever is wanted of rows that repeat.
+        # One prompt may have many pairs, so repeated prompts are dropped whatever data.drop_duplicates says.
         prompts = apply_rules(copies, "prompts", replace(limits, drop_duplicates=True), tally)
         if not prompts:
             raise UserError(

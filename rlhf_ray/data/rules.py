@@ -1,4 +1,4 @@
-"""The rules by which rows are dropped or cut. Every one is counted by name; nothing leaves silently.
+"""The rules that drop or cut rows. Every dropped or cut row is counted under its rule's name.
 
 dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long,
           in_eval_prompts, surplus_of_mix
@@ -49,8 +49,8 @@ class Limits:
     truncate_prompt: Literal["left", "right", "drop"]
     truncate_reply: Literal["left", "right", "drop"] = "drop"
     drop_duplicates: bool = True
-    # What becomes of an SFT text without a prompt that is longer than max_length: dropped like any row, left to the
-    # trainer, which cuts it (counted here), or packed with others, nothing lost.
+    # What happens to an SFT text without a prompt that is longer than max_length: it is dropped like any row, left to
+    # the trainer, which cuts it (counted here), or packed with others, without loss.
     plain_text: Literal["dropped", "trainer_cuts", "packed"] = "dropped"
 
 
@@ -71,7 +71,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
     if role == "pairs":
         rows = drop(rows, tally, "tie", lambda row: row["chosen"].strip() == row["rejected"].strip())
     special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
-    # Inside a reply these would encode to the tokens themselves, and end it in its middle.
+    # Inside a reply this text would encode to the special token itself and end the reply early.
     rows = drop(
         rows, tally, "special_token", lambda row: any(token in row[name] for name in replies for token in special)
     )
@@ -109,7 +109,7 @@ def _seen_before(row: tuple, seen: set[tuple]) -> bool:
 
 
 def _number(value: object) -> float | None:
-    """A finite float, or None for what is none (an empty cell, NaN, a word)."""
+    """`value` as a finite float; None where it is not one (an empty cell, NaN, a word)."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -141,7 +141,7 @@ def _fit_prompts(rows: list[dict], limits: Limits, tally: Tally) -> list[dict]:
 
 
 def _fit_rows(rows: list[dict], replies: tuple[str, ...], limits: Limits, tally: Tally) -> list[dict]:
-    """Rows of at most max_length tokens. A prompt is cut for it, but not below max_prompt_tokens; then the replies."""
+    """Rows of at most max_length tokens. The prompt is cut first, down to max_prompt_tokens; then the replies."""
     prompt_lengths = _lengths(limits.tokenizer, rows)
     encoded = {name: encode_texts(limits.tokenizer, [row[name] for row in rows]) for name in replies}
     kept = []
@@ -168,10 +168,10 @@ def _fit_rows(rows: list[dict], replies: tuple[str, ...], limits: Limits, tally:
 
 
 def _shorten_prompt(row: dict, limit: int, limits: Limits, tally: Tally) -> bool:
-    """Cut the row's prompt to `limit` tokens; False (and counted) where it is to be dropped instead.
+    """Cut the row's prompt to `limit` tokens; False (and counted) where the row must be dropped instead.
 
-    A conversation loses its oldest turns: a template cut in the middle is no template any more. One whose last turn
-    alone is too long is dropped.
+    A conversation loses its oldest turns, because a template that is cut in the middle is broken. A conversation whose
+    last turn alone is too long is dropped.
     """
     tokenizer = limits.tokenizer
     if limits.truncate_prompt != "drop" and row["messages"]:

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, the hub, or a builder function. Comes out: a `datasets.Dataset` of raw columns."""
+"""Reads rows from local files, the hub or a builder function into a `datasets.Dataset` of raw columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FURTHER_EVAL = re.compile(r"(preferences|judge)_eval_[a-z0-9_]+")  # another hel
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """Files of one format, read by `datasets`' reader of that name."""
+    """Files of one format. reader: the name of the reader in `datasets`."""
 
     reader: str
     files: tuple[str, ...]
@@ -43,7 +43,7 @@ def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | H
     """Decide what a source's path means. `where` names the source in messages, e.g. 'data.sft[0]'.
 
     With a root everything is local: root/path, else root/<last part of path> (so that a hub name finds its folder),
-    else, for a path that is no file name, the root itself. Without one, a path is local if it is there or looks it.
+    else, unless the path is a file name, the root itself. Without a root, a path is local if it exists or looks local.
     """
     path = source.path
     if "://" in path:
@@ -108,7 +108,7 @@ def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] 
 
 
 def other_columns(dataset: Dataset, used: Mapping[str, str]) -> tuple[str, ...]:
-    """Columns that make no part of a role's row and can stay with it as they are: text, numbers, lists and structs of such."""
+    """Columns that are not part of a role's row and can stay with it: text, numbers, and lists and structs of them."""
     taken = {*used.values(), "prompt"}
     return tuple(name for name, kind in dataset.features.items() if name not in taken and _is_plain(kind))
 
@@ -185,7 +185,7 @@ def _reader_of(files: list[str], where: str) -> str:
         raise UserError(f"{where}: '{files[0]}' ends in '{unknown[0]}'; files must be {', '.join(READERS)} (gz too)")
     if len(suffixes) > 1:
         raise UserError(
-            f"{where}: files of {' and '.join(sorted(suffixes))} stand together; name those of one kind in path"
+            f"{where}: files of {' and '.join(sorted(suffixes))} are mixed; give files of one kind in path"
         )
     return READERS[suffixes.pop()]
 
@@ -215,10 +215,10 @@ def _read_files(place: LocalFiles, streaming: bool = False):
 
 
 def _call(where: str, path: str, load: Callable):
-    """Run a `datasets` loader; what it raises about a user's data becomes one sentence."""
+    """Run a `datasets` loader; its errors about a user's data become one sentence."""
     logger = logging.getLogger("datasets")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it logs the same failure once more, with half the file
+    logger.setLevel(logging.CRITICAL)  # it logs the same failure again, with half the file
     try:
         return load()
     except DatasetGenerationError as error:

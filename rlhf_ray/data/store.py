@@ -40,8 +40,7 @@ ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+
 
 
 def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[str, ...]) -> None:
-    """Write one role's rows (of which only `columns` are kept, and of prompts their other columns), under a temporary name
-    first."""
+    """Write `columns` of one role's rows, and of prompts their other columns too, first under a temporary name."""
     assert ROLES.fullmatch(role), role
     types = {"score": pa.float64()}
     schema = pa.schema([(column, types.get(column, pa.string())) for column in columns])
@@ -55,7 +54,7 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     pq.write_table(table, temporary)
     with open(temporary, "rb") as file:
-        os.fsync(file.fileno())  # before DONE says that it is there
+        os.fsync(file.fileno())  # on the disk before DONE is written
     os.replace(temporary, target)
 
 
@@ -65,7 +64,7 @@ def has_role(folder: RunFolder, role: str) -> bool:
 
 
 def read_role(folder: RunFolder, role: str) -> Dataset:
-    """The prepared rows of one role, in memory (no cache outside the run folder). Raises UserError where it is not there."""
+    """The prepared rows of one role, in memory (no cache outside the run folder). UserError if there are none."""
     from datasets import Dataset
 
     return Dataset(pq.read_table(_path(folder, role)))
@@ -74,13 +73,13 @@ def read_role(folder: RunFolder, role: str) -> Dataset:
 def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
     """The prompts of the role "prompts" or "eval_prompts". Raises as `read_role`.
 
-    PPO's processes read nothing else, and start half a second sooner each for not importing `datasets`.
+    PPO's processes read nothing else. Without an import of `datasets` each starts half a second sooner.
     """
     return pq.read_table(_path(folder, role), columns=["prompt"])["prompt"].to_pylist()
 
 
 class PromptColumns:
-    """The other columns of a role's prompts. They stay as they are in memory; only what is asked for becomes Python's."""
+    """The other columns of a role's prompts. They stay in Arrow's memory; only rows asked for become Python values."""
 
     def __init__(self, table: pa.Table):
         self._table = table
@@ -95,17 +94,17 @@ class PromptColumns:
 
 
 def read_prompt_columns(folder: RunFolder, role: str = "prompts") -> PromptColumns:
-    """Of the role "prompts" or "eval_prompts". Raises as `read_role`."""
+    """The other columns of the role "prompts" or "eval_prompts". Raises as `read_role`."""
     return PromptColumns(pq.read_table(_path(folder, role), columns=prompt_columns(folder, role)))
 
 
 def prompt_columns(folder: RunFolder, role: str) -> list[str]:
-    """Their names, without reading them."""
+    """The names of these columns, without reading them."""
     return [name for name in pq.read_schema(_path(folder, role)).names if name != "prompt"]
 
 
 def check_columns(recipe: Recipe, folder: RunFolder, roles: Sequence[str] = ("prompts", "eval_prompts")) -> None:
-    """UserError where a function of the recipe asks for a column that the prepared prompts have not."""
+    """UserError where a function of the recipe asks for a column that the prepared prompts lack."""
     problems: list[str] = []
     for role in roles:
         problems += column_problems(recipe, prompt_columns(folder, role), str(folder.data(role)))
@@ -118,7 +117,7 @@ def _array(name: str, values: list, role: str) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise UserError(
-            f"data.{role}: the values of the column '{name}' are of several types ({error}); give them one, "
+            f"data.{role}: the values of the column '{name}' are of several types ({error}); give them one type, "
             "or leave the column out"
         ) from error
 

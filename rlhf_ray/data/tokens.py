@@ -1,8 +1,8 @@
-"""How text becomes token ids. SFT, reward model, PPO, evaluation and serving all come through here.
+"""How text becomes token ids. SFT, reward model, PPO, evaluation and serving all use this module.
 
-A sequence is encode(prompt) + encode(response) + [EOS]. Prompt and response are encoded apart, so the ids of a prompt
-do not depend on what follows it, and the boundary between the two is exact. A tokenizer that opens every text with a
-BOS token (Llama, Gemma) gets it once, in front of the prompt.
+A sequence is encode(prompt) + encode(response) + [EOS]. Prompt and response are encoded separately, so the ids of a
+prompt do not depend on what follows it, and the boundary between the two is exact. Where the tokenizer puts a
+BOS token before every text (Llama, Gemma), the sequence has one BOS, before the prompt.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
 
-BATCH = 1000  # texts a call to the tokenizer
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+BATCH = 1000  # texts per call to the tokenizer
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an incomplete character decode to
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] where the tokenizer puts one in front of every text, else []."""
+    """[BOS] where the tokenizer puts one before every text, else []."""
     bos = bos_id(tokenizer)
     if bos is None:
         return []
     opens = tokenizer("").input_ids[:1] == [bos]
-    # A tokenizer that uses one token as BOS and EOS appends it too (it adds to the end): that is no opening.
+    # A tokenizer with one token for BOS and EOS may append it: then an empty text begins with it, and it is no opening.
     return [bos] if opens and bos != eos_id(tokenizer) else []
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of many prompts, each with its BOS if the tokenizer has one and the text (a chat template) has not."""
+    """The ids of many prompts, with one BOS each if the tokenizer adds BOS, even where a chat template holds it."""
     opening = opening_ids(tokenizer)
     return [ids if ids[: len(opening)] == opening else opening + ids for ids in encode_texts(tokenizer, prompts)]
 
@@ -42,7 +42,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[tuple[list[int], int]]:
-    """For each prompt and response: the ids with EOS at the end, and how many of them are the prompt's."""
+    """For each prompt and response: (ids with EOS at the end, number of prompt ids)."""
     eos = eos_id(tokenizer)
     heads, tails = encode_prompts(tokenizer, prompts), encode_texts(tokenizer, responses)
     return [(head + tail + [eos], len(head)) for head, tail in zip(heads, tails, strict=True)]
@@ -54,10 +54,10 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
 
 
 def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Literal["left", "right"]) -> str:
-    """`text` without so much of its left or right side that it encodes to at most `limit` ids.
+    """`text`, cut on its left or right side until it encodes to at most `limit` ids.
 
-    The result is text again (what is stored is text), and a cut text may encode differently from the ids it was cut
-    from, so this goes on cutting until the text's own encoding fits.
+    The result is text, because text is what is stored. A cut text may encode differently from the ids that it was cut
+    from, so cutting goes on until the text's own encoding fits.
     """
     if limit <= 0:
         return ""
@@ -78,6 +78,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     rows: list[list[int]] = []
     for start in range(0, len(texts), BATCH):
         batch = list(texts[start : start + BATCH])
-        # verbose=False: a text longer than the tokenizer's model_max_length is no news, limits are checked elsewhere.
+        # verbose=False: no warning about texts above the tokenizer's model_max_length; limits are checked elsewhere.
         rows += tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
     return rows

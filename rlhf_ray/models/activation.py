@@ -16,11 +16,11 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = SLOPE * 0.044715
-PIECE = 2**17  # numbers worked on at a time, in float32: they stay near a core
+PIECE = 2**17  # numbers per piece, in float32: they stay in a core's cache
 
 
 class SigmoidGELU(nn.Module):
-    """`torch.nn.functional.gelu(x, approximate="tanh")`; other devices and few numbers go to that."""
+    """`torch.nn.functional.gelu(x, approximate="tanh")`, which other devices and small tensors use."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or x.numel() < PIECE or not x.is_contiguous():
@@ -29,7 +29,7 @@ class SigmoidGELU(nn.Module):
 
 
 class _SigmoidGELU(torch.autograd.Function):
-    """Keeps the derivative, in the dtype of x, where others keep x: as much memory, and a backward pass of one product."""
+    """Keeps the derivative, in the dtype of x, instead of x: the same memory, and the backward pass is one product."""
 
     @staticmethod
     def forward(ctx, x):
@@ -59,7 +59,7 @@ class _SigmoidGELU(torch.autograd.Function):
 
 
 def fast_activation(model: PreTrainedModel) -> PreTrainedModel:
-    """Change the model in place; its config, and so what is saved of it, stays."""
+    """Replace GPT-2's activation in place. The config stays, and so does what is saved of the model."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (NewGELUActivation, GELUTanh)):

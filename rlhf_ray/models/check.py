@@ -10,7 +10,7 @@ from rlhf_ray.errors import UserError
 
 
 def check_model(recipe: Recipe) -> list[str]:
-    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, layers that it has not.
+    """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, missing layers.
     Loads no weights."""
     model = recipe.model
     if model.is_from_scratch:
@@ -49,7 +49,7 @@ def check_model(recipe: Recipe) -> list[str]:
 
 
 def _adapter_problems(recipe: Recipe) -> list[str]:
-    """Named target modules that the recipe's model has not."""
+    """Named target modules that the recipe's model lacks."""
     named = {key: lora for key, lora in recipe.adapters.items() if lora.target_modules is not None}
     if not named:
         return []

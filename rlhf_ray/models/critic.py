@@ -24,7 +24,7 @@ class Critic(nn.Module):
     """values[:, i] is the value of the state after token i has been read, that is, before token i + 1.
 
     So the value that belongs to (stands before) a row's token t is values[:, t - 1], and the T values of a response
-    behind P prompt tokens are values[:, P - 1 : P - 1 + T].
+    after P prompt tokens are values[:, P - 1 : P - 1 + T].
     """
 
     def __init__(self, backbone: PreTrainedModel):
@@ -39,7 +39,7 @@ class Critic(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,  # [B, S]
-        attention_mask: torch.Tensor | None = None,  # [B, S]; not needed where padding stands on the right
+        attention_mask: torch.Tensor | None = None,  # [B, S]; not needed where padding is on the right
         position_ids: torch.Tensor | None = None,  # [B, S]; follows from attention_mask
         **extra,  # for the body
     ) -> torch.Tensor:  # [B, S] float32
@@ -48,7 +48,7 @@ class Critic(nn.Module):
         if position_ids is not None:
             extra["position_ids"] = position_ids
         hidden = self.backbone(input_ids, attention_mask=attention_mask, use_cache=False, **extra).last_hidden_state
-        # Float32 also under autocast and in a bf16 engine: values are compared with returns in their third digit.
+        # Float32 also under autocast and in a bf16 engine: the third digit of a value counts in the loss.
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.value_head
             return nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)

@@ -35,8 +35,8 @@ def qwen2_config(shape: FromScratch, token_ids: TokenIds) -> PretrainedConfig:
 def _rotary(kind: type[PretrainedConfig], shape: FromScratch, token_ids: TokenIds) -> PretrainedConfig:
     if shape.width // shape.heads % 2:
         raise UserError(
-            f"model.from_scratch: width / heads = {shape.width // shape.heads} is odd, and {shape.architecture} turns "
-            f"pairs of dimensions (rotary positions); try width {2 * shape.heads * max(shape.width // shape.heads // 2, 1)}"
+            f"model.from_scratch: width / heads = {shape.width // shape.heads} is odd, but {shape.architecture} "
+            f"needs pairs of dimensions (rotary positions); try width {2 * shape.heads * max(shape.width // shape.heads // 2, 1)}"
         )
     return kind(
         hidden_size=shape.width,

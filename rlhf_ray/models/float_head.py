@@ -21,7 +21,7 @@ class Float32Linear(nn.Linear):
 def score_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """Change the model in place so that its logits are float32 under autocast too; weights and names stay.
 
-    A bfloat16 logit has 8 bits: scores of good models differ by less, and come out equal.
+    A bfloat16 logit has 8 bits: scores of good models can differ by less, and would come out equal.
     """
     score_head(model).__class__ = Float32Linear
     return model

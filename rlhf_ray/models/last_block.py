@@ -1,8 +1,8 @@
-"""The last block's feed-forward where its output is read, and nowhere else.   N tokens, A of them read, D hidden size.
+"""Runs the last block's feed-forward only where its output is read.   N tokens, A of them read, D hidden size.
 
-A policy's or critic's loss reads the states before the response's tokens only, a reward model's score one state a row. Every
-block but the last needs all tokens, for the keys and values of the next; in the last one the feed-forward, two thirds of a
-block's weights, may leave out the others. No number that is read changes.
+A policy's or critic's loss reads only the states before the response's tokens, a reward model's score one state per
+row. Every block except the last needs all tokens, for the next one's keys and values. In the last one the feed-forward,
+two thirds of a block's weights, can skip the others. No number that is read changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_ray.tables.families import is_tested
 
 
 class _Select(torch.autograd.Function):
-    """[N, D] -> [A, D]: index_select, whose own gradient on CPUs adds row by row, as if places could occur twice."""
+    """[N, D] -> [A, D]: index_select for distinct places. Torch's gradient allows repeats, row by row on CPUs."""
 
     @staticmethod
     def forward(ctx: Any, line: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class _Select(torch.autograd.Function):
 
 
 def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
-    """That of the last block, for `only_at`; None: of a family that is not known, or recomputed in the backward pass.
+    """The last block's feed-forward, for `only_at`; None: the family is not tested, or the backward pass recomputes it.
 
     model: a causal LM or a body, adapters or not.
     """
@@ -49,7 +49,7 @@ def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
 
 @contextmanager
 def only_at(feed_forward: nn.Module | None, places: torch.Tensor) -> Iterator[None]:
-    """Meanwhile feed_forward works on the tokens at places [A] (all different, on the flat [N, D]) and gives 0 elsewhere."""
+    """Inside, feed_forward works on the tokens at places [A] (distinct, on the flat [N, D]) and gives 0 elsewhere."""
     if feed_forward is None:
         yield
         return

@@ -42,9 +42,9 @@ def scratch_config(cfg: FromScratch, tokenizer: PreTrainedTokenizerBase) -> Pret
 
 
 def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The recipe's model before any training, in float32: random weights that follow from `seed`, or a loaded model.
+    """The recipe's model before any training, in float32: random weights drawn from `seed`, or a loaded model.
 
-    A loaded model gets embedding rows for tokens that the tokenizer has and it has not.
+    A loaded model gets embedding rows for those of the tokenizer's tokens that it lacks.
     """
     if cfg.is_from_scratch:
         with torch.random.fork_rng(devices=[]):
@@ -106,19 +106,19 @@ def build_reward_model(
 def load_reward_model(
     path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A sequence classifier with one output: ours, or anyone's. Its logits are raw; see `reward_normalisation`."""
+    """A sequence classifier with one output, from anywhere. Its logits are raw; see `reward_normalisation`."""
     model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
     if model.config.num_labels != 1:
         raise UserError(
-            f"'{path}' has {model.config.num_labels} outputs, a reward model has one; "
+            f"'{path}' has {model.config.num_labels} outputs, but a reward model has one; "
             "train one with 'rlhf-ray reward', or give a sequence-classification model with num_labels 1"
         )
     return model
 
 
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
-    """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model of other people."""
-    own = config.to_dict()  # the reward stage adds the two keys to its models' configs
+    """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model trained elsewhere."""
+    own = config.to_dict()  # the reward stage adds two keys to its models' configs
     return (own["reward_mean"], own["reward_std"]) if "reward_mean" in own else (0.0, 1.0)
 
 
@@ -128,7 +128,7 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"{type(model).__name__} has no linear layer named 'score' on a causal body (GPT-2, Llama, Qwen2 and most "
-            "others have); choose another base model for the reward model, or set ppo.critic_init: sft"
+            "others have one); choose another base model for the reward model, or set ppo.critic_init: sft"
         )
     return head
 
@@ -150,7 +150,7 @@ def fast_attention(model: PreTrainedModel, device: torch.device | str) -> PreTra
     """Choose the attention that trains faster on `device`; returns the model.
 
     On CPUs the fused kernel's bfloat16 forward and backward take 1.2-1.3 times as long as plain matrix products up to
-    256 tokens (4 layers, width 256); its memory, which does not grow with the square of the length, counts beyond.
+    256 tokens (4 layers, width 256). Beyond, its memory counts: it does not grow with the square of the length.
     """
     if torch.device(device).type == "cpu" and model.config.get_text_config().max_position_embeddings <= SHORT_POSITIONS:
         model.set_attn_implementation("eager")
@@ -188,8 +188,8 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions 0, 1, 2, ... of the visible tokens, wherever the padding stands.   [B, S] -> [B, S]
 
-    GPT-2 counts positions from the left edge of the row, padding included, unless it is told: every left-padded row
-    then comes out wrong, without a word.
+    Without them GPT-2 counts positions from the left edge of the row, padding included: every left-padded row is then
+    wrong, and no error says so.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
@@ -219,7 +219,7 @@ def check_positions(
     if positions is not None and longest > positions:
         raise UserError(
             f"{what} = {longest} tokens is longer than the model's {positions} positions; lower it to {positions}, "
-            "or take a model with more positions"
+            "or choose a model with more positions"
         )
 
 
@@ -240,7 +240,7 @@ def save_model(
 ) -> Path:
     """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
 
-    It is written beside `folder`, flushed to disk and renamed; what stood there before is replaced. `state_dict`
+    It is written beside `folder`, flushed to disk and renamed; what was there before is replaced. `state_dict`
     overrides the model's own weights (gathered ones, say).
     """
     folder = Path(folder)
@@ -288,7 +288,7 @@ def _load(
     if missing:
         raise UserError(
             f"'{path}' has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''} of "
-            f"{type(model).__name__}, they would be random; give a folder of that kind of model"
+            f"{type(model).__name__}, so they would be random; give a folder of that kind of model"
         )
     return fast_activation(model).eval()
 

@@ -1,4 +1,4 @@
-"""How much memory the PPO stage takes, its largest, before anything of it exists.   Bytes, about.
+"""An estimate of the PPO stage's peak memory, before any of it exists.   Bytes.
 
 Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, and the cache of keys and values. Not
 counted: allocators' slack, rollouts, the object store.
@@ -15,10 +15,10 @@ from rlhf_ray.tables.engines import ENGINES
 
 GB = 1e9
 IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpeed, before its model
-FORKED = 0.12e9  # the same as a fork of another: what it does not share with that
-#: Kept for the backward pass, bytes a token, channel and block, by bytes of the compute dtype: measured on GPT-2's blocks and on
-#: gated ones (Llama, Qwen2) without dropout (tests/test_memory.py). Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count
-#: 34 in 16 bits with dropout's masks.
+FORKED = 0.12e9  # the same as a fork of another process: what the two do not share
+#: Bytes kept for the backward pass per token, channel and block, by bytes of the compute dtype: measured on GPT-2's
+#: blocks and on gated ones (Llama, Qwen2) without dropout (tests/test_memory.py). Korthikanti et al. 2022 (arXiv
+#: 2205.05198, section 4.1) count 34 in 16 bits with dropout's masks.
 KEPT = {2: (38, 60), 4: (67, 89)}
 KEPT_AT_CHECKPOINTS = 4  # the float32 input of each block
 KEPT_AT_THE_END = 10  # the last norm's, whatever the blocks keep
@@ -27,11 +27,11 @@ PASSING = 24  # without a backward pass, at any one time: a block's widest tenso
 
 @dataclass(frozen=True, slots=True)
 class RoleMemory:
-    """Of one actor of a role."""
+    """Bytes that one actor of a role takes."""
 
     role: str
     config: RoleConfig
-    state: float  # weights, gradients, moments: there all the time
+    state: float  # weights, gradients, moments: always there
     work: float  # what a forward or backward pass or a batch of generation adds
 
     @property
@@ -40,12 +40,12 @@ class RoleMemory:
 
 
 def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
-    """A row for each role of the PPO stage. itemsize: bytes of the dtype that the roles compute in."""
+    """One row per role of the PPO stage. itemsize: bytes of the dtype that the roles compute in."""
     ppo, generation = recipe.ppo, recipe.generation
     weights = 4.0 * parameters(recipe)
     models = {term.model for term in ppo.terms.values()} - {None}
     members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
-    # As if models of others were as large as the policy.
+    # Models from elsewhere count as large as the policy.
     copies = {"reward": float(len(models - {"reward"}) + members)}
     trained = trained_by_role(recipe)
     rows = []
@@ -71,7 +71,7 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
 
 
 def trained_by_role(recipe: Recipe) -> dict[str, int]:
-    """Trained role -> its weights that train, about."""
+    """Trained role -> the approximate number of its weights that train."""
     ppo = recipe.ppo
     found = {"policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers)}
     if ppo.has_critic:
@@ -126,7 +126,7 @@ def memory_problems(
     gpu_itemsize: int = 2,
     forked: bool = False,
 ) -> list[str]:
-    """What cannot fit into `host` bytes of memory, or into GPUs of so many bytes, in a sentence with the remedy.
+    """What does not fit into `host` bytes of memory or into `gpus` (bytes of each), in sentences with the remedy.
 
     forked: the actors' processes are forks of one (`forking.server_process`).
     """
@@ -140,7 +140,7 @@ def memory_problems(
         if imported > needed / 2:
             problems.append(
                 f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is what {everyone} processes take "
-                "before their models; use fewer actors"
+                "before they load a model; use fewer actors"
             )
         else:
             problems.append(_too_much(needed, there, on_cpu))
@@ -156,7 +156,7 @@ def _too_much(needed: float, there: str, rows: Sequence[RoleMemory]) -> str:
     of_it = f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is the {largest.role}'s: "
     if largest.work <= largest.state:
         return (
-            f"{of_it}{largest.state / GB:.1f} GB of weights an actor; use a smaller model, fewer actors, or a cluster"
+            f"{of_it}{largest.state / GB:.1f} GB of weights per actor; use a smaller model, fewer actors, or a cluster"
         )
     remedy = {
         "generation": "lower generation.chunk_size or generation.max_new_tokens",

@@ -12,7 +12,7 @@ DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
 
 @dataclass(frozen=True, slots=True)
 class SharedTensor:
-    """Good for as long as the process that made it keeps the tensor, whose numbers it must leave alone meanwhile."""
+    """Valid as long as the process that made it keeps the tensor, which it must not change meanwhile."""
 
     shape: tuple[int, ...]
     gpu: str
@@ -25,7 +25,7 @@ class SharedTensor:
         return cls(tuple(tensor.shape), gpu_id(tensor.device), reduce_tensor(tensor))
 
     def open(self) -> torch.Tensor:
-        """The same memory in this process, whose number for the GPU may be another."""
+        """The same memory in this process, which may number the GPU differently."""
         device = torch.cuda.current_device()
         assert gpu_id(device) == self.gpu, f"shared on GPU {self.gpu}, opened on {gpu_id(device)}"
         function, arguments = self.rebuild
@@ -33,7 +33,7 @@ class SharedTensor:
 
 
 def gpu_id(device: torch.device | int) -> str:
-    """What names a GPU in every process, whatever CUDA_VISIBLE_DEVICES makes of its number."""
+    """A GPU's UUID: the same in every process, whatever number CUDA_VISIBLE_DEVICES gives the GPU."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

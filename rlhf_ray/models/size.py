@@ -14,19 +14,19 @@ class ModelShape:
     layers: int
     width: int
     vocabulary: int
-    embeddings: int  # weights of them
+    embeddings: int  # the number of their weights
     key_value_width: int
     gated: bool  # the feed-forward layer has three matrices
 
 
 def parameters(recipe: Recipe) -> int:
-    """Weights of the policy, about; 0 where its config can't be read."""
+    """The approximate number of the policy's weights; 0 where its config can't be read."""
     shape = shape_of_model(recipe)
     return 12 * shape.layers * shape.width**2 + shape.embeddings
 
 
 def trained_parameters(recipe: Recipe, lora: LoraConfig | None, freeze_layers: int) -> int:
-    """How many of them train, about, or how many stand in the adapters that train in their place."""
+    """The approximate number of the policy's weights that train, or of the weights in its adapters."""
     shape = shape_of_model(recipe)
     if lora is None:
         return 12 * (shape.layers - freeze_layers) * shape.width**2 + (0 if freeze_layers > 0 else shape.embeddings)

@@ -25,7 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
     """Byte-level BPE (any text encodes, without UNK) with at most `vocab_size` entries, EOS and PAD included.
 
     Text is split into words as GPT-2 does, except for families like "qwen2" (`tables.families`): AutoTokenizer reads every
-    tokenizer that stands beside a Qwen2 model as a Qwen2Tokenizer, whatever the folder says, so it has to be one.
+    tokenizer in a Qwen2 model's folder as a Qwen2Tokenizer, whatever the folder says, so it must be one.
     """
     like_qwen2 = FAMILIES.named(architecture).tokenizer == "qwen2"
     tokenizer = Tokenizer(models.BPE())
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, architecture: str = "
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token a word t0, t1, ...; their text has blanks between them and encodes to the same ids. For benchmarks."""
+    """One token per word t0, t1, ...; text has spaces between them and encodes to the same ids. For benchmarks."""
     vocabulary = {f"t{i}": i for i in range(vocab_size - 2)} | {EOS: vocab_size - 2, PAD: vocab_size - 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -64,7 +64,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A folder's or the hub's tokenizer, with a PAD of its own (added if missing or the same as EOS).
 
-    An added PAD may need a row more in the embeddings: `models.load.fit_embeddings`. Raises UserError if there is no
+    An added PAD may need one more row in the embeddings: `models.load.fit_embeddings`. Raises UserError if there is no
     tokenizer, or none with EOS.
     """
     try:

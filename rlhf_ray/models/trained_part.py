@@ -1,9 +1,9 @@
 """Which weights of a model train: all of them, low-rank adapters beside them (LoRA), or all but the first layers.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): a linear layer W x becomes W x + alpha / rank * B (A x). W stays as it is, A
-[rank, in] and B [out, rank] train. A starts random and B at zero, so the model starts as what it was.
+[rank, in] and B [out, rank] train. A starts random and B at zero, so the model starts unchanged.
 
-What trains is what moves: weight sync, checkpoints and saved models take it from the trainer, and the rest from the model
+Only what trains moves: weight sync, checkpoints and saved models take it from the trainer, and the rest from the model
 that training started from.
 """
 
@@ -32,7 +32,7 @@ def train_only_part(
 ) -> PreTrainedModel:
     """Make `model` train what the recipe says, in place; returns it. The adapters' A follow from `seed` alone.
 
-    Of a body (a critic's, a reward model's) only its own weights are frozen: the head that stands on it always trains.
+    In a body (a critic's, a reward model's) only its own weights are frozen: the head on it always trains.
     """
     if lora is not None:
         _add_adapters(model, lora, seed)
@@ -90,8 +90,9 @@ def _blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 def _compute_activations_again(model: PreTrainedModel) -> None:
     """Keep each block's input only, while training; the backward pass runs the block once more (arXiv 1604.06174).
 
-    Not the reentrant form: that gives no gradient where a block's input needs none, as behind frozen embeddings. For its
-    sake transformers gives the embeddings' output a gradient; taken back, the backward pass ends at what trains.
+    Not the reentrant form: it gives no gradient where a block's input needs none, as after frozen embeddings. For that
+    form transformers gives the embeddings' output a gradient. Here that is undone, so the backward pass ends at what
+    trains.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false")
@@ -116,8 +117,8 @@ def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Lin
         if not any(_ends_with(name, end) for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
-                f"target_modules names '{end}', and no linear layer in the body of {type(model).__name__} ends so; "
-                f"there are {', '.join(kinds)}"
+                f"target_modules names '{end}', but no linear layer in the body of {type(model).__name__} has a "
+                f"name that ends with it; there are {', '.join(kinds)}"
             )
     return {name: layer for name, layer in linear.items() if any(_ends_with(name, end) for end in lora.target_modules)}
 
@@ -129,7 +130,7 @@ def _ends_with(name: str, end: str) -> bool:
 def _add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     from peft import inject_adapter_in_model
 
-    # A generator of its own: every rank draws the same A, and nobody else's draws change.
+    # With a random state of its own: every rank draws the same A, and no other draws change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(model, lora), model)
@@ -141,7 +142,7 @@ def _peft_config(model: PreTrainedModel, lora: LoraConfig, **extra):
     layers = adapted_layers(model, lora)
     return PeftLoraConfig(
         r=lora.rank, lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank, so a float is as good
-        lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without
+        lora_dropout=0.0,  # PPO's ratio is 1 before the first update only without it
         target_modules=sorted(layers), bias="none",
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()), **extra,
     )  # fmt: skip
@@ -173,9 +174,9 @@ def plain_name(name: str) -> str:
 
 
 class MergedLayers:
-    """The layers of a plain model (no adapters in it) that an adapter changes, each beside its weight before that.
+    """The layers of a plain model (no adapters in it) that an adapter changes, each with its weight before the change.
 
-    Every `load` computes start + alpha / rank * B A anew, so that nothing adds up over many of them.
+    Every `load` computes start + alpha / rank * B A from the start, so that no rounding adds up over many loads.
     """
 
     def __init__(self, model: PreTrainedModel, lora: LoraConfig, start: PreTrainedModel | None = None):
@@ -240,7 +241,7 @@ def merged_state(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> d
 def save_adapter(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], lora: LoraConfig, folder: Path, start: str
 ) -> None:
-    """Write the adapter alone in peft's format, whole or not at all. start: where the model is that it belongs to."""
+    """Write the adapter alone in peft's format, whole or not at all. start: path of the model that it belongs to."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     config = _peft_config(model, lora, base_model_name_or_path=start, task_type="CAUSAL_LM", inference_mode=True)

@@ -1,4 +1,4 @@
-"""Model weights on their way: numpy arrays, which the object store hands on without a copy, or handles of a GPU's memory."""
+"""Model weights between processes: numpy arrays, which the object store passes on uncopied, or handles of GPU memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pack_weights(
     """`parts` dicts of about equal size. bfloat16 travels as its bits in int16, which numpy has.
 
     keep=False iterates (other ranks gather with us) and returns empty dicts. copy=False: where dtype and device are those of
-    the weights already, arrays are the live weights, for a caller who is done with them before anything trains on.
+    the weights already, arrays are the live weights, for a caller that is done with them before training goes on.
     """
     arrays = {name: _to_array(tensor, dtype, copy) for name, tensor in weights if keep}
     packed: list[dict[str, np.ndarray]] = [{} for _ in range(parts)]
@@ -45,7 +45,7 @@ def as_tensor(weight: Weight) -> torch.Tensor:
 
 
 def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[str] = frozenset()) -> None:
-    """Copy weights into a model by name; a tied weight comes under one of its names. Nothing may be missing but `kept`."""
+    """Copy weights into a model by name; a tied weight comes under one of its names. Only `kept` may be missing."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     own = dict(model.named_parameters())
     absent = [name for name in missing if name in own and name not in kept]
@@ -56,9 +56,9 @@ def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[
 def copy_weights(model: nn.Module, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
     """Copy weights as they come off the wire into a model, in place.
 
-    Every weight but those in `kept`, which stay, must be there, by its name in state_dict (tied weights: under one of
-    their names), with its shape; all is checked before anything is copied. Values take the model's dtype. An int16
-    array is the bits of bfloat16, which numpy doesn't have.
+    Every weight must be there under its name in state_dict (tied weights: under one of their names) and with its shape,
+    except those in `kept`, which stay. All is checked before anything is copied. Values take the model's dtype. An
+    int16 array is the bits of bfloat16, which numpy doesn't have.
     """
     targets = model.state_dict()
     names_of: dict[tuple, list[str]] = {}

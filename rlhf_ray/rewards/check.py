@@ -1,4 +1,4 @@
-"""What would stop the rewards of a recipe, found before anything starts: `rlhf-ray doctor`'s part of it. Loads no weights."""
+"""What is wrong with a recipe's rewards: the reward part of `rlhf-ray doctor`. Loads no weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_ray.tables.rewards import kind_of
 
 
 def reward_problems(recipe: Recipe) -> list[str]:
-    """Of PPO's rewards, and of the judge's and the trait function."""
+    """Problems of PPO's rewards, the judge function and the trait function, one sentence each."""
     problems = []
     for name, term in recipe.ppo.terms.items():
         problems += kind_of(term).found_problems(recipe, recipe.ppo.key_of(name), term)
@@ -24,7 +24,7 @@ def function_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
 
 
 def model_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
-    """A reward model of others: not there, or without a tokenizer."""
+    """Problems of another reward model: it does not exist, or has no tokenizer."""
     from rlhf_ray.models.load import load_config  # loads transformers
     from rlhf_ray.models.tokenizer import load_tokenizer
 

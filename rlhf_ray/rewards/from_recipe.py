@@ -28,7 +28,7 @@ class Setting:
 
 
 def reward_scorer(recipe: Recipe, folder: RunFolder, dtype: torch.dtype, device: torch.device | str) -> Scorer:
-    """What PPO's responses are scored by: the terms of ppo.rewards, else ppo.reward_function, else the reward model."""
+    """The scorer of PPO's responses: the terms of ppo.rewards, else ppo.reward_function, else the reward model."""
     made: dict[str, Scorer] = {}  # model -> its scorer, once
     terms: dict[str, WeightedTerm] = {}
     for name, term in recipe.ppo.terms.items():

@@ -7,8 +7,8 @@
     in   {"prompt": text, "response": text, "columns": {name: value}}
     out  {"score": number} or {"raised": sentence} or {"returned": text}
 
-What the function prints goes to standard error: the answers have a pipe that it does not know of. JSON, so nothing that
-comes out of this process can run code in the one that reads it. The light imports keep a start under a second.
+What the function prints goes to standard error; the answers have a pipe that it does not know. They are JSON, so
+nothing that this process writes can run code in its reader. Light imports keep the start under a second.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _private_pipes():
 
 
 def _end_with(parent: int) -> None:
-    """A function that hangs would outlive an actor that was killed."""
+    """End with the parent: a function that hangs would outlive an actor that was killed."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     os._exit(1)
 
 
 def _be_first_without_memory() -> None:
-    """Where a leak fills the machine, Linux ends this process rather than the actor."""
+    """When memory runs out, Linux ends this process rather than the actor."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 

@@ -1,7 +1,7 @@
 """A user's scoring function with a time limit for each sample, in a process of its own.   B responses.
 
-A function that hangs, leaks or ends its interpreter takes that process along and nothing else. It stays alive between
-calls; after a time-out it is killed, its children with it, and a new one takes its place.
+A function that hangs, leaks memory or ends its interpreter ends that process and nothing else. The process stays alive
+between calls; after a time-out it is killed with its children, and a new one replaces it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ START_S = 300.0  # for the import of the function's module, which may load a mod
 
 
 def row_of(columns: Columns, place: int) -> dict[str, Any]:
-    """One response's values."""
+    """The columns' values for one response."""
     return {name: values[place] for name, values in columns.items()}
 
 
@@ -40,7 +40,7 @@ def sample_words(prompt: str, response: str, row: Mapping[str, Any]) -> str:
 class IsolatedFunction:
     """(prompts, responses) -> scores, one sample at a time. An error in it is the user's, and is shown with the sample.
 
-    keys: the recipe's (limit, score of a late sample), for what is said of a sample over the limit
+    keys: the recipe's keys of (time limit, score of a late sample), for the message about a late sample
     """
 
     def __init__(self, path: str, *, timeout_s: float, timeout_score: float | None, keys: tuple[str, str]):
@@ -60,7 +60,7 @@ class IsolatedFunction:
         self._process.end()
 
     def _one(self, prompt: str, response: str, row: dict[str, Any]) -> float | None:
-        """The score of a sample; None: it is over the limit, and has a score for that."""
+        """The score of a sample; None: it took too long, and the recipe has a score for that."""
         if not self._process.alive:
             self._process = FunctionProcess(self.path)
         row = {name: row[name] for name in self._process.asked.among(row)}
@@ -69,7 +69,7 @@ class IsolatedFunction:
         if answer is None:
             return self._late(sample)
         if "ended" in answer:
-            raise UserError(f"{self.path} ended its process ({answer['ended']}) on {sample}; mend the function")
+            raise UserError(f"{self.path} ended its process ({answer['ended']}) on {sample}; correct the function")
         if "raised" in answer:
             raise UserError(f"{self.path} raised {answer['raised']} on {sample}")
         if "returned" in answer:
@@ -92,7 +92,7 @@ class FunctionProcess:
     """One `function_worker`. Raises UserError where its function can't be imported."""
 
     def __init__(self, path: str):
-        # -P and the whole path: the same modules as here, under an actor's search path too, and no others.
+        # -P and the whole path: exactly the modules of this process, under an actor's search path too.
         search = os.pathsep.join(os.path.abspath(place) for place in sys.path)
         self._popen = subprocess.Popen(
             [sys.executable, "-P", "-m", "rlhf_ray.rewards.function_worker", path],
@@ -149,12 +149,12 @@ def _refusal(path: str, answer: dict | None) -> str:
     if answer is None:
         return f"{path} was not imported within {START_S:.0f} s; make its module's import faster"
     if "ended" in answer:
-        return f"{path} ended its process ({answer['ended']}) while its module was imported; mend the module"
+        return f"{path} ended its process ({answer['ended']}) while its module was imported; correct the module"
     return answer["refused"]
 
 
 def _end_group(popen: subprocess.Popen) -> None:
-    """The process and those that it started."""
+    """End the process and those that it started."""
     with suppress(ProcessLookupError):
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()

@@ -1,5 +1,5 @@
 """Scores a response to its prompt: with a reward model, an ensemble of them, the user's own Python function, or a weighted
-sum of such.   B responses.   `rewards.from_recipe` makes the one that a recipe asks for."""
+sum of these.   B responses.   `rewards.from_recipe` makes the scorer that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from rlhf_ray.training.classifier import line_logits, pack_classifier
 
 
 class Scorer(Protocol):
-    """What turns text into one score each."""
+    """Gives each response one score."""
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
-        """ended: whether the response ended by itself, that is, whether EOS is part of it. columns: what else stands in the
-        prompts' rows, a value for each response; a scorer takes what it asks for."""
+        """ended: whether the response ended by itself, that is, whether EOS is part of it. columns: the other columns
+        of the prompts' rows, one value per response; a scorer takes those that it asks for."""
         ...
 
 
@@ -81,8 +81,8 @@ class RewardScorer:
         return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
 
     def _padding(self) -> int:
-        """What the model itself skips when it looks for the last token. Other people's models may skip EOS there, or
-        nothing at all: then a PAD of its own is added."""
+        """The token that the model itself skips to find the last one. Other people's models may skip EOS, or nothing at
+        all: then a PAD is added."""
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             fit_embeddings(self.model, self.tokenizer)
@@ -98,7 +98,7 @@ class RewardScorer:
     def _packed_logits(self, token_ids: list[list[int]]) -> torch.Tensor:
         rows = [np.array(ids) for ids in token_ids]
         lengths = np.array([len(row) for row in rows])
-        # Where the model would read its score: at the last token that is not its PAD, which for some is EOS.
+        # Where the model would read its score: at the last token that is not its PAD (in some models EOS).
         last = np.array([np.flatnonzero(row != self.pad_token_id).max(initial=0) for row in rows])
         places = torch.from_numpy(lengths.cumsum() - lengths + last).to(self.device)
         return line_logits(self.model, rows, places, self._last_feed_forward)
@@ -143,7 +143,7 @@ class WeightedSum:
 
     def __init__(self, terms: dict[str, WeightedTerm]):
         self.terms = terms
-        # A function in a process of its own is only waited for, so that the models and the others compute meanwhile.
+        # This process only waits for an isolated function, so it computes the other scores meanwhile.
         self.aside = [name for name, term in terms.items() if isinstance(term.scorer, IsolatedFunction)]
         self._threads = ThreadPoolExecutor(max(len(self.aside), 1))
 
@@ -204,7 +204,7 @@ class FunctionScorer:
         return Scores(total=scores)
 
     def _call(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> np.ndarray:
-        # Lists of their own: what the function does to them stays with it.
+        # Copies: the function may change its lists.
         own = {name: list(values) for name, values in columns.items()}
         return np.asarray(self.function(list(prompts), list(responses), **own), np.float32)
 

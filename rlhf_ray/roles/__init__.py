@@ -1,4 +1,4 @@
-"""The roles of PPO as plain classes: generator, reward, reference, trainer, and the experience made of what they say.
+"""The roles of PPO as plain classes: generator, reward, reference, trainer, and the experience made from their results.
 An actor is a thin shell around one.
 
 May import: errors, messages, tables, config, algorithms, models, data, generation, training, rewards.

@@ -1,6 +1,6 @@
-"""The recipe's algorithm as the configs of the roles that carry it out.
+"""The configs of the roles, made from the recipe.
 
-`PolicyLossConfig` stands here and not beside its role, whose module loads transformers: the experience needs this one and not that.
+`PolicyLossConfig` is here and not in `roles.trainer`: that loads transformers, which the experience does not need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Puts what the other roles found out about a rollout together, and cuts it into one training shard a rank."""
+"""Makes the experience from the other roles' results for a rollout, and cuts it into one training shard per rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ExperienceConfig:
     policy_ranks: int
     critic_ranks: int  # 0: no critic
     seed: int
-    importance_cap: float | None = None  # of tokens that another policy drew; None: none did
+    importance_cap: float | None = None  # for tokens that an older policy drew; None: there are none
 
 
 class ExperienceMaker:
@@ -55,7 +55,7 @@ class ExperienceMaker:
         old_values: list[TokenValues],
         kl_coef: float,
     ) -> tuple[dict[str, float], list[PolicyShard], list[CriticShard]]:
-        """(statistics, a shard for each policy rank, a shard for each critic rank). Lists go by chunk, in order;
+        """(statistics, one shard per policy rank, one shard per critic rank). Lists have one entry per chunk, in order;
         old_values is empty where there is no critic."""
         config, step = self.config, rollouts[0].chunk.step
         prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
@@ -89,7 +89,7 @@ class ExperienceMaker:
         }  # fmt: skip
         advantages = result.advantages
         if config.importance_cap is not None:
-            # A factor of the loss that is never negative passes through its maxima and minima into the advantages.
+            # The factor is not negative, so it may multiply the advantages inside the loss's max and min, not the loss.
             cap = config.importance_cap
             importance = truncated_importance(logprobs, drawn, mask, cap=cap)
             advantages = advantages * importance
@@ -111,7 +111,7 @@ class ExperienceMaker:
         return stats, policy, critic
 
     def own_mismatch(self, rollouts: list[RolloutBatch], logprobs: list[TokenValues]) -> dict[str, float]:
-        """How far generator and policy are apart, of rollouts that both have the same weights for."""
+        """The mismatch of generator and policy on rollouts for which both have the same weights."""
         flats = [rollout.rollout_logprobs for rollout in rollouts], [part.values for part in logprobs]
         drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
         return mismatch(own, drawn, torch.ones_like(own, dtype=torch.bool))
@@ -124,8 +124,8 @@ class ExperienceMaker:
     def pack(
         self, rollouts: list[RolloutBatch], scores: list[Scores], prompts: int, chunk_size: int
     ) -> tuple[list[RolloutBatch], list[Scores]]:
-        """Units of chunk_size rows with `prompts` prompts: those whose samples differ, filled up with others, in the
-        order in which they were drawn."""
+        """Chunks of chunk_size rows with `prompts` prompts in all, in the order drawn: prompts whose samples score
+        differently and, if these are too few, zero-variance groups."""
         size = self.config.advantages.group_size
         zero_variance = np.array(self.zero_variance(scores))
         best = np.argsort(zero_variance, kind="stable")[:prompts]  # False before True
@@ -158,14 +158,14 @@ class ExperienceMaker:
 
 
 def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:
-    """[B] policy versions between the weights that drew a row and those it is trained on, whose version is the step."""
+    """[B] policy versions from the weights that drew a row to those that train on it, whose version is the step."""
     ages = torch.tensor([rollout.chunk.step - rollout.policy_version for rollout in rollouts])
     assert (ages >= 0).all(), "drawn by weights that are not there yet"
     return ages.repeat_interleave(torch.tensor([len(rollout.sequences) for rollout in rollouts]))
 
 
 def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
-    """What there is to say of a score beside its value: its terms, how far its models are apart, what came too late."""
+    """Statistics of scores beside their total: mean of each term, mean disagreement, number of time-outs."""
     stats = {f"{prefix}/score/{name}": float(values.mean()) for name, values in scores.terms.items()}
     if scores.disagreement is not None:
         stats[f"{prefix}/disagreement"] = float(scores.disagreement.mean())
@@ -175,7 +175,7 @@ def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
 
 
 def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:
-    """One chunk of some rows of several, counted through all of them."""
+    """One chunk with these rows of several rollouts; rows are numbered through all of them."""
     prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
     responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
     logprobs = [
@@ -199,14 +199,14 @@ def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPart:
-    """The rows of the experience that one rank ever needs, once, and its part of each minibatch."""
+    """The rows of the experience that one rank needs, each once, and its part of each minibatch."""
 
     rows: list[int]
     sequences: Sequences
     schedule: tuple[OptimiserStep, ...]
 
     def of(self, padded: torch.Tensor) -> np.ndarray:
-        """The part's rows of a [B, T], flat and unpadded: float32 [N]."""
+        """The part's rows of a [B, T] tensor, flat and unpadded: float32 [N]."""
         lengths = self.sequences.response_lengths
         return flatten((padded[row, :length].numpy() for row, length in zip(self.rows, lengths, strict=True)), np.float32)
 

@@ -21,7 +21,7 @@ from rlhf_ray.models.trained_part import MergedLayers, frozen_names
 from rlhf_ray.models.wire import Weight
 from rlhf_ray.tables.engines import ENGINES
 
-EVALUATION_STEP = "evaluation"  # held-out prompts are drawn with the same seeds at every step, so curves compare
+EVALUATION_STEP = "evaluation"  # held-out prompts have the same seeds at every step, so curves compare
 
 
 class Generator:
@@ -43,8 +43,8 @@ class Generator:
         engine: str = "torch",
         rows: int = 32,
     ):
-        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name of
-        `tables.engines`. rows: of a chunk."""
+        """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name in
+        `tables.engines`. rows: rows per chunk."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None

@@ -13,7 +13,7 @@ from rlhf_ray.roles.text import decode_sequences
 
 
 class Reward:
-    """A scorer that reads the policy's token ids: they become text, and the scorer's own tokenizer reads that."""
+    """Scores the policy's token ids: they are decoded to text, and the scorer encodes it with its own tokenizer."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Reward:
         self.tokenizer = load_tokenizer(policy_folder, trust_remote_code)
 
     def score(self, rollout: RolloutBatch) -> Scores:
-        """Before the missing-EOS penalty and KL."""
+        """The scores before the missing-EOS penalty and the KL penalty."""
         return self._score(self.scorer, rollout)
 
     def judge(self, rollout: RolloutBatch) -> Scores:

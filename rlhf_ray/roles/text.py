@@ -1,4 +1,4 @@
-"""Rollouts as text, for whoever scores or shows them."""
+"""Rollouts as text, to score or show them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decode_sequences(
 ) -> tuple[list[str], list[str]]:
     """(prompts, responses) as text; EOS, padding and the stop string that ended a response are not part of its text.
 
-    Special tokens stay in a prompt (a chat template's turns are made of them), but for the BOS that encoding puts back.
+    Special tokens stay in a prompt (a chat template's turns are made of them), except the BOS, which encoding adds.
     """
     prompts = [decode(tokenizer, ids, special_tokens=True) for ids in sequences.prompts()]
     bos = tokenizer.bos_token
@@ -31,6 +31,6 @@ def decode_sequences(
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tuple[str, ...] = ()) -> str:
     """One response as people read it and reward models were trained on it: without EOS and without its stop string."""
     text = decode(tokenizer, ids, special_tokens=False)
-    # The last token may run past the stop string, so what counts is where the first one begins.
+    # The last token may run past the stop string, so the text ends where the first stop string begins.
     ends = [place for place in (text.find(one) for one in stop) if place >= 0]
     return text[: min(ends)] if ends else text

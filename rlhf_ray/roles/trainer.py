@@ -59,8 +59,8 @@ class Trainer(Generic[Shard]):
     ):
         """A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
 
-        reuse_forward: the passes that give the old log-probs or values keep their graphs, and the update's first optimiser
-        step, before which nothing has moved, starts from them. For one rank and one minibatch an epoch.
+        reuse_forward: the passes that give the old log-probs or values keep their graphs. The update's first optimiser
+        step starts from them, because the weights are still the same. For one rank and one minibatch per epoch.
         """
         self.engine, self.microbatch_size, self.microbatch_tokens = engine, microbatch_size, microbatch_tokens
         self.reuse_forward = reuse_forward
@@ -68,7 +68,7 @@ class Trainer(Generic[Shard]):
         self._kept_step = -1
 
     def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
-        """floats: what `_floats` named of the shard, each [b, T]."""
+        """floats: the arrays of `_floats`, each padded to [b, T]."""
         raise NotImplementedError
 
     def _floats(self, shard: Shard) -> list[np.ndarray]:
@@ -76,7 +76,7 @@ class Trainer(Generic[Shard]):
         raise NotImplementedError
 
     def _is_enough(self, stats: dict[str, float]) -> bool:
-        """Whether to leave out the update's other steps; the same answer on every rank."""
+        """Whether to skip the update's remaining steps; the same answer on every rank."""
         return False
 
     def _forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
@@ -87,8 +87,8 @@ class Trainer(Generic[Shard]):
             yield rows, self.engine.forward(batch, **options)
 
     def _first_forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
-        """As `_forward`, of what the update will start from."""
-        if not self.reuse_forward or rollout.chunk.evaluation:  # nothing is trained on that
+        """As `_forward`; with reuse_forward, the outputs are kept for the update's first step."""
+        if not self.reuse_forward or rollout.chunk.evaluation:  # nothing trains on held-out rows
             yield from self._forward(rollout, **options)
             return
         if rollout.chunk.step != self._kept_step:
@@ -100,7 +100,7 @@ class Trainer(Generic[Shard]):
             yield rows, tuple(each.detach() for each in output) if several else output.detach()
 
     def _take_kept(self, shard: Shard) -> list[tuple[np.ndarray, torch.Tensor]]:
-        """What `_first_forward` kept of the shard's rows, which are those of the chunks in order; [] where it did not."""
+        """What `_first_forward` kept of the shard's rows (those of the chunks, in order); [] if it did not keep all."""
         kept, self._kept = self._kept if self._kept_step == shard.step else {}, {}
         found, first = [], 0
         for chunk in sorted(kept):
@@ -109,12 +109,12 @@ class Trainer(Generic[Shard]):
         return found if first == len(shard.schedule[0].rows) == len(shard.sequences) else []
 
     def _microbatches(self, lengths: np.ndarray) -> list[list[int]]:
-        """Rows of each forward pass, equally many passes on every rank: ZeRO-3 gathers in each, gradients meet after the
-        last."""
+        """Rows of each forward pass. All ranks make the same number of passes: ZeRO-3 gathers weights in each, and
+        gradients are reduced after the last."""
         cut = partial(cut_microbatches, lengths.tolist(), size=self.microbatch_size, tokens=self.microbatch_tokens)
         groups = cut()
         if self.microbatch_tokens is None:
-            return groups  # by rows: the recipe's sizes divide
+            return groups  # by rows: the recipe's sizes divide evenly
         return cut(at_least=self.engine.most_over_ranks(len(groups)))
 
     def _batch(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> TokenBatch:
@@ -167,7 +167,7 @@ class Trainer(Generic[Shard]):
             yield (batch, *self._extra_inputs), ([pad_tokens(each, device) for each in floats], batch.action_mask)
 
     def _kept_batches(self, data, kept: list[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple[Forwarded, tuple]]:
-        """The same for outputs that are there already; each graph goes with its backward pass."""
+        """The same for kept outputs; each graph is freed by its backward pass."""
         device = self.engine.device
         while kept:
             rows, output = kept.pop(0)
@@ -199,7 +199,7 @@ class PolicyTrainer(Trainer[PolicyShard]):
         return super().update(shard, learning_rate)
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
-        """old_logprobs of a chunk's responses, and the mean entropy a token."""
+        """old_logprobs of a chunk's responses, and the mean entropy per token."""
         parts, entropy = [], 0.0
         for rows, (logprobs, entropies) in self._first_forward(rollout, with_entropy=True):
             parts.append((rows, logprobs))

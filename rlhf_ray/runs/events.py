@@ -12,13 +12,13 @@ from rlhf_ray.runs.metrics import read_metrics
 
 
 class EventLog:
-    """Appends to a run's events.jsonl; several processes may: a line is one write to a file opened for append."""
+    """Appends to a run's events.jsonl. Several processes may: each line is one write to a file opened for append."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
 
     def add(self, what: str, done: str, cost_s: float | None = None, **details: Any) -> dict[str, Any]:
-        """what: what failed ("reward actor 1 died"); done: the answer ("restarted, chunk 3 sent again");
+        """what: what failed ("reward actor 1 died"); done: the reaction ("restarted, chunk 3 sent again");
         cost_s: seconds lost, None if unknown; details: short JSON values, e.g. stage="ppo", step=17."""
         event: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

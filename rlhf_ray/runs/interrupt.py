@@ -14,7 +14,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 EXIT_CODE = 130
 
 
-AT_ONCE_S = 15.0  # for releasing what is held; then the process ends all the same
+AT_ONCE_S = 15.0  # to release what is held; then the process ends anyway
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def polite_interrupts(
 ) -> Generator[Callable[[], bool]]:
     """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder.
 
-    Yields a function that tells whether one came: what does not look for the file stops after its stage.
+    Yields a function that tells whether a signal came: a stage that does not look for the file is the last to run.
     """
     asked = False
 
@@ -37,7 +37,7 @@ def polite_interrupts(
             os._exit(EXIT_CODE)
         asked = True
         folder.stage(stage).stop_file.touch()
-        say("stopping after this step; once more stops at once")
+        say("stopping after this step; a second Ctrl-C stops at once")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -32,13 +32,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to `path`; the trackers get the same numbers.
+    """Appends one JSON object per step to `path`; the trackers get the same numbers.
 
     path: the stage's metrics.jsonl
-    resume_step: drop lines of later steps first, so that a step run twice after a crash stands there once
+    resume_step: drop lines of later steps first, so that a step run twice after a crash has one line
     tensorboard_dir: folder for event files; None: none
     wandb: Weights & Biases project; mlflow: MLflow experiment; None: not imported at all
-    run_name: how W&B and MLflow call this run
+    run_name: the run's name in W&B and MLflow
     """
 
     def __init__(
@@ -94,7 +94,7 @@ def _ends_mid_line(path: Path) -> bool:
 
 
 def drop_after(path: Path, step: float) -> int:
-    """Rewrite a metrics.jsonl without the lines of later steps and without a cut-off last line; how many steps went."""
+    """Rewrite a metrics.jsonl without later steps and without a cut-off last line. Returns how many steps went."""
     if not path.exists():
         return 0
     rows = read_metrics(path)
@@ -146,7 +146,7 @@ class _TensorBoardTracker(_Tracker):
 class _WandbTracker(_Tracker):
     def __init__(self, project: str, run_name: str | None):
         try:
-            wandb: Any = importlib.import_module("wandb")  # no part of the environment that types are checked in
+            wandb: Any = importlib.import_module("wandb")  # not in the environment in which types are checked
         except ImportError:
             raise UserError(
                 f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install 'rlhf-ray[wandb]'"
@@ -174,7 +174,7 @@ class _MlflowTracker(_Tracker):
         self._run: Any = mlflow.start_run(run_name=run_name)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        # MLflow refuses no slash but reads it as a folder, which is what the names mean.
+        # MLflow reads a slash in a name as a folder, which is what the names mean.
         self._mlflow.log_metrics(numbers, step=step)
 
     def close(self) -> None:

@@ -20,12 +20,12 @@ from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
-#: What does a stage. It writes DONE itself, or returns the closing figures that DONE is to hold.
+#: Runs a stage. It writes DONE itself, or returns the closing figures that DONE will hold.
 StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 
 
 def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
-    """Create the run folder, or check that this recipe may go on in it; write the recipe and the environment."""
+    """Create the run folder, or check that this recipe may continue in it; write the recipe and the environment."""
     changed = check_resume(recipe, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     reopen_finished(recipe, folder, changed)
@@ -35,7 +35,7 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
-    """More PPO steps than were done, or something else to evaluate by, reopen what had finished."""
+    """Reopen finished stages: PPO for more steps, the evaluation for a new policy or when what it measures changed."""
     ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
     if ppo.done:
         done = ppo.summary()["steps"]
@@ -53,7 +53,7 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
 
 
 def _reopen_evaluation(evaluation: StageFolder) -> None:
-    """Its figures go too: until there are new ones, a report would show them for what the run folder holds now."""
+    """Delete its figures too: until there are new ones, a report would show the old ones for the new models."""
     evaluation.done_file.unlink(missing_ok=True)
     (evaluation.path / "summary.json").unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def run_stages(
 ) -> None:
     """Run the named stages (default: all of the recipe's) in order. A finished one is skipped.
 
-    Raises StageStopped when asked to stop, from inside a stage that looks for it or else after the stage.
+    Raises StageStopped when asked to stop: from inside a stage that looks for STOP, else after the stage.
     """
     wanted = recipe.stages if names is None else names
     for name in wanted:
@@ -87,7 +87,7 @@ def run_stages(
                 )
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
-        progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which has to stay
+        progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which must stay
         started = time.time()
         try:
             figures = stages[name](recipe, folder, progress)

@@ -1,4 +1,4 @@
-"""Whether a recipe may go on in a run folder that was started with another one."""
+"""Whether a recipe may continue in a run folder that was started with another recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
-#: Keys that may change when a run folder is picked up again. Others would mix two experiments in one folder.
+#: Keys that may change when a run is resumed. A change of other keys would mix two experiments in one folder.
 SAFE_ON_RESUME = (
     "name", "plugins", "ppo.steps", "ppo.patience", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate",
     "ppo.critic_learning_rate", "ppo.anneal", "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every",
@@ -27,26 +27,26 @@ SAFE_ON_RESUME = (
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Every default written out."""
+    """Write the recipe with every default."""
     write_atomically(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def recorded_recipe(folder: RunFolder) -> Recipe | None:
-    """The recipe that the run folder was last used with. A key that a newer version of the package added has its default."""
+    """The recipe that the run folder was last used with. Keys that a newer package version added have defaults."""
     if not folder.recipe.exists():
         return None
     return build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe))
 
 
 def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """The keys that changed since the run folder was started. UserError names those that may not."""
+    """The keys that changed since the run folder was started. UserError names those that may not change."""
     recorded = recorded_recipe(folder)
     if recorded is None:
         return []
     old = flatten(recorded.model_dump(mode="json"))
     new = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    # Threads that the recipe leaves open are what is recorded (`threads.settle_threads`).
+    # Where the recipe leaves threads open, the recorded number applies (`threads.settle_threads`).
     changed = [key for key in changed if not (key.endswith(".threads") and None in (old.get(key), new.get(key)))]
     if not folder.stage("data").done:
         return changed  # nothing was made with the old recipe yet
@@ -55,7 +55,7 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     refused = [key for key in changed if not _may_change(key, folder, ppo_stays)]
     judging = recipe.ppo.judge_evaluations and ppo.path.exists() and not ppo_stays
     if judging and "evaluation.judge_function" in changed:
-        refused.append("evaluation.judge_function")  # what one judge liked best is no measure for another
+        refused.append("evaluation.judge_function")  # the best score under one judge can't be compared with another's
     if refused:
         parts = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in refused)
         raise UserError(
@@ -76,7 +76,7 @@ def ppo_goes_on(recipe: Recipe, done: dict[str, Any]) -> bool:
 def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:
     section = key.partition(".")[0]
     if section == "ppo" and ppo_stays:
-        return key == "ppo.steps"  # told apart by `pipeline.reopen_finished`
+        return key == "ppo.steps"  # `pipeline.reopen_finished` checks the number
     if section in STAGES and section not in ALWAYS and folder.stage(section).done:
         return False  # recipe.yaml would no longer say how the stage was trained
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in SAFE_ON_RESUME):

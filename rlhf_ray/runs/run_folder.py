@@ -23,14 +23,14 @@ class StageFolder:
     """One stage's folder: model/ metrics.jsonl checkpoints/ DONE. Or that of a member of the stage's ensemble."""
 
     path: Path
-    stage: Path | None = None  # of a member: the folder of its stage
+    stage: Path | None = None  # for a member: the folder of its stage
 
     def member(self, number: int) -> StageFolder:
-        """Of an ensemble's model: the first is where a stage's only model would be, the others in member_1/ ..."""
+        """An ensemble's model: the first is where a stage's only model would be, the others are in member_1/ ..."""
         return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path)
 
     def member_done(self, number: int) -> Path:
-        """Marks that a member is trained, and holds its figures: the stage's DONE is there when all are."""
+        """Marks that a member is trained, and holds its figures. The stage's DONE is written when all are."""
         return self.path / f"member_{number}" / "DONE"
 
     @property
@@ -77,7 +77,7 @@ class RunFolder:
 
     @property
     def stage_titles(self) -> dict[str, str]:
-        """Stage -> its title, in order, as the run recorded them: who reads them may not have imported its plugins."""
+        """Stage -> its title, in order, as the run recorded them: a reader may not have imported its plugins."""
         path = self.path / "stages.json"
         return json.loads(path.read_text()) if path.exists() else {name: stage.title for name, stage in STAGES.items()}
 
@@ -100,7 +100,7 @@ class RunFolder:
 
     @property
     def best_model(self) -> Path:
-        """The policy with the best held-out score so far, as the newest checkpoint knows it."""
+        """The policy with the best held-out score so far, as of the newest checkpoint."""
         return self.path / "ppo" / "best"
 
     def candidate(self, step: int) -> Path:
@@ -126,7 +126,7 @@ def start_model(recipe: Recipe, folder: RunFolder) -> str:
 
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
-    """RUN_DIR, absolute before any process starts: a worker's working directory is not ours."""
+    """RUN_DIR, absolute before any process starts: a worker has another working directory."""
     if run_dir is not None and "://" in run_dir:
         raise UserError(
             f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
@@ -136,7 +136,7 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
 
 @contextmanager
 def held(folder: RunFolder) -> Generator[None]:
-    """This process alone works in the run folder; the lock goes with the process, however it ends."""
+    """Only this process works in the run folder. The lock ends with the process at the latest, however that ends."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.path / ".lock", "a+") as lock:
         try:

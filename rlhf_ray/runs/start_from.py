@@ -12,8 +12,8 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 
-#: What a stage's result follows from, beside its own section. A reward model's scores are normalised on samples too, but
-#: its mean and deviation stand in its config.json, so another `generation` does not make it another model.
+#: What a stage's result depends on beside its own section. A reward model's scores are normalised on samples too, but
+#: their mean and deviation are in its config.json, so another `generation` does not make it another model.
 COMMON = ("seed", "model", "data")
 
 
@@ -21,7 +21,7 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
     """Put the source's finished stages before PPO into the folder, as hard links where the file system has them.
 
     Returns their names; a stage that the folder has already stays. UserError where the source was made with another
-    recipe: it names the keys.
+    recipe; it names the keys.
     """
     if not source.recipe.exists():
         raise UserError(f"--start-from {source.path} is no run folder (it has no recipe.yaml)")
@@ -33,7 +33,7 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
     differing = _differing(recipe, theirs, sections)
     if differing:
         raise UserError(
-            f"--start-from {source.path} was made with another recipe: {', '.join(differing)}; set them as they are there"
+            f"--start-from {source.path} was made with another recipe: {', '.join(differing)}; set them to its values"
         )
     for name in found:
         _link_tree(source.stage(name).path, folder.stage(name).path)
@@ -41,7 +41,7 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
 
 
 def _differing(ours: Recipe, theirs: Recipe, sections: set[str]) -> list[str]:
-    """key (theirs -> ours) of what is not the same in the sections; threads are the machine's."""
+    """key (theirs -> ours) of what differs in the sections, except threads, which depend on the machine."""
     old, new = (flatten(one.model_dump(mode="json", include=sections)) for one in (theirs, ours))
     keys = sorted(
         key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.endswith(".threads")

@@ -41,14 +41,14 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def check_fits(stage: str, checkpoint: Checkpoint, *, workers: int, zero_stage: int) -> None:
-    """ZeRO splits optimizer state over the ranks that wrote it: refuse to read it with others."""
+    """ZeRO splits optimiser state over the ranks that wrote it. UserError where other ranks would read it."""
     if zero_stage != checkpoint.zero_stage:
         raise UserError(
-            f"{stage}.zero_stage is {zero_stage}, the checkpoint of step {checkpoint.step} was written with "
-            f"{checkpoint.zero_stage}; set it back, or delete the stage's folder to start it anew"
+            f"{stage}.zero_stage is {zero_stage}, but the checkpoint of step {checkpoint.step} was written with "
+            f"{checkpoint.zero_stage}; set it back, or delete the stage's folder to start it again"
         )
     if zero_stage > 0 and workers != checkpoint.workers:
         raise UserError(
-            f"{stage}.workers is {workers}, the checkpoint of step {checkpoint.step} was written by "
-            f"{checkpoint.workers} ranks under ZeRO; set it back, or delete the stage's folder to start it anew"
+            f"{stage}.workers is {workers}, but the checkpoint of step {checkpoint.step} was written by "
+            f"{checkpoint.workers} ranks under ZeRO; set it back, or delete the stage's folder to start it again"
         )

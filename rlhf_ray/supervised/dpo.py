@@ -1,8 +1,8 @@
 """Direct preference optimisation on one rank: the reward model's pairs in, a Hugging Face folder and its figures out.
 
-The reference stays in memory beside the model and reads each microbatch after it. Looking its log-probs up beforehand
-would save a model's memory, but then the two would meet differently padded batches: in bfloat16 the log-ratios of
-untrained weights would not be 0, and a resumed stage would have to look them all up again.
+The reference stays in memory beside the model and reads each microbatch after it. Computing its log-probs beforehand
+would save a model's memory, but the two would read differently padded batches: in bfloat16 the log-ratios of untrained
+weights would not be 0, and a resumed stage would have to compute them all again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DPO_SEED = 4000  # added to the recipe's: another order of the pairs than the re
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What TRL reads of a forward pass: log-probs [B, S - 1], 0 where there is no label, and material of metrics."""
+    """What TRL reads of a forward pass: log-probs [B, S - 1], 0 where there is no label, and inputs of its metrics."""
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -77,7 +77,7 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     start = partial(_start, recipe, folder, tokenizer, device_of(config))
     model = start()
     max_length = recipe.max_length_of(stage)
-    check_positions(model.config, max_length, f"{stage}.max_length asks for sequences that")
+    check_positions(model.config, max_length, f"{stage}.max_length")
     model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
     train_only_part(
         model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
@@ -86,7 +86,7 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     rows = dpo_rows(tokenizer, train, max_length=max_length)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
-        reference = start()  # before the arguments, with which ZeRO-3 would split what is loaded over the ranks
+        reference = start()  # before the arguments: after them ZeRO-3 splits every loaded model over the ranks
         args = training_arguments(
             TrlDpoConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
             beta=config.beta, disable_dropout=True, **loss_arguments(config),
@@ -109,10 +109,10 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 
 
 def use_plain_head(model: PreTrainedModel) -> None:
-    """Log-probs by way of the logits, where TRL's trainer asks `model` for its fused head.
+    """Compute log-probs from the logits where TRL's trainer asks `model` for its fused head.
 
     That head saves the logits' memory; without Triton, on a CPU, a step of the demo's model takes 1.5 times as long with it.
-    The metrics for which TRL reads the other fields (entropy, mean logits, top-1 accuracy) are none of ours.
+    TRL reads the other fields for metrics that are not logged here (entropy, mean logits, top-1 accuracy).
     """
     forward = model.forward
 
@@ -133,7 +133,7 @@ def use_plain_head(model: PreTrainedModel) -> None:
 
 
 def loss_arguments(config: DpoConfig) -> dict:
-    """What TRL calls the recipe's loss.
+    """The recipe's loss in TRL's arguments.
 
     TRL smooths only its "robust" loss. With x = beta * margin and S = -log sigmoid(x), robust is
     R = S - eps / (1 - 2 eps) * x and cDPO is S + eps * x = (2 - 2 eps) S - (1 - 2 eps) R.
@@ -185,7 +185,7 @@ def reply_logprobs(
 def _start(
     recipe: Recipe, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PreTrainedModel:
-    """The SFT model, or the recipe's where there is no SFT stage; as PPO's policy starts."""
+    """The SFT model, or the recipe's where there is no SFT stage: the same start as PPO's policy."""
     if recipe.sft is None:
         model = build_causal_lm(recipe.model, tokenizer, recipe.seed)
     else:

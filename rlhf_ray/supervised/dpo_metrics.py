@@ -1,7 +1,7 @@
 """How a DPO model does on held-out pairs. Pure numpy.   N pairs; a log-ratio is log pi - log pi_ref of a reply, [N].
 
 The implicit reward of a reply is beta times its log-ratio (arXiv 2305.18290, eq. 5 without the term that depends on the
-prompt alone), so all figures of a reward model on pairs are its figures too.
+prompt alone), so all figures of a reward model on pairs apply to it too.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def dpo_figures(
     loss: Literal["sigmoid", "ipo"],
     label_smoothing: float,
 ) -> dict:
-    """Loss, a reward model's figures of the implicit reward, and how far the model has gone from the reference.
+    """Loss, a reward model's figures for the implicit reward, and how far the model is from the reference.
 
-    logratio_chosen, logratio_rejected: nats a reply by which the model finds it likelier than the reference does.
+    logratio_chosen, logratio_rejected: mean log-ratios, nats per reply; above 0: likelier than under the reference.
     drift: minus their mean. Where the reference wrote the replies, that estimates KL(pi_ref || pi).
     """
     losses = dpo_losses(

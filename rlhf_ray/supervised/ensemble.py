@@ -1,6 +1,6 @@
-"""What an ensemble of reward models is worth on held-out rows, from the scores that its members left there.
+"""How good an ensemble of reward models is on held-out rows, from the scores that its members saved.
 
-member_1/ ... of the stage's folder have what the stage's own folder has of member 0, and each heldout.npz: its raw scores.
+The stage's folder holds member 0, member_1/ ... in it the others; each holds a member's raw scores in heldout.npz.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from rlhf_ray.config import RewardConfig
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.reward_metrics import heldout_figures
 
-SCORES = ("chosen", "rejected", "scores")  # of what a member leaves; the rest is the same for all members
-# Of one model's logits only: a combined score is on the scale of the normalised scores.
+SCORES = ("chosen", "rejected", "scores")  # the arrays that differ between members
+# Figures of one model's logits only: a combined score is on the scale of the normalised scores.
 OF_LOGITS = ("ece", "calibration", "margin_mean", "sign_accuracy", "score_mean", "score_std")
 
 
 def save_scores(target: StageFolder, scores: dict[str, np.ndarray], *, seed: int) -> None:
-    """Leave a member's raw scores of the held-out rows; `seed` draws the pairs of scored rows."""
+    """Save a member's raw scores of the held-out rows; `seed` draws the pairs of scored rows."""
     arrays: dict[str, Any] = {"seed": seed, **scores}
     np.savez(target.path / "heldout.npz", **arrays)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def progress_of(*, step: float, total_steps: int, elapsed_s: float, limit_s: float | None) -> float:
-    """How far a stage is, 0 to 1: by steps or by time, whichever is further.
+    """The progress of a stage, 0 to 1: by steps or by time, whichever is further.
 
     A stage with a time limit thus ends at a small learning rate whether its steps or its time run out first.
     """

@@ -1,6 +1,6 @@
 """Supervised batches without their padding, on CPUs.   B rows, S tokens of the longest, N tokens of them all, A of them read.
 
-TRL's collators pad each batch to [B, S]. Half a batch's arithmetic can go into tokens that nobody reads: padding, the
+TRL's collators pad each batch to [B, S]. Half a batch's arithmetic can go into outputs that are not read: padding, the
 prompt's positions in the head, and the last block's feed-forward wherever no state is read. Here the same rows are one
 packed line of N tokens (`training.packing`), and the head and the last feed-forward run on A tokens. GPUs keep the plain
 pass: their attention kernels take padding.
@@ -39,9 +39,10 @@ class LineLoss:
         return cls(model) if keeps and pack(model) else None
 
     def summed(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Nats of the labels of input_ids, attention_mask, labels [B, S], padded on the right: a scalar.
+        """Negative log-likelihood of the labels in nats, summed: a scalar.
 
-        model: the one given before, or what a trainer has wrapped around it.
+        model: the one given before, or a trainer's wrapper of it
+        inputs: input_ids, attention_mask, labels, each [B, S], padded on the right
         """
         rows, starts = _rows(inputs)
         labelled = (inputs["labels"][:, 1:] != IGNORED) & inputs["attention_mask"][:, 1:].bool()

@@ -1,7 +1,7 @@
 """Mean and deviation of a reward model's raw logits on samples of the SFT model, into its config.json.
 
 PPO's scorer computes (logit - reward_mean) / reward_std, so a KL coefficient means the same for every reward model. The
-samples are drawn and scored by the roles that do both in PPO.
+samples are drawn and scored by the same roles as in PPO.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_ray.roles.reward import Reward
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 from rlhf_ray.runs.storage import write_atomically
 
-STEP = -1  # no rollout step's number: these samples are none of PPO's
+STEP = -1  # not the number of a rollout step: these samples are not PPO's
 
 
 def sample_scores(
@@ -56,7 +56,7 @@ def write_normalisation(reward_model: Path, scores: np.ndarray) -> dict:
     if not (np.isfinite(mean) and np.isfinite(deviation) and deviation > 0):
         raise UserError(
             f"the reward model scores {len(scores)} different samples of the SFT model with mean {mean} and deviation "
-            f"{deviation}, so it tells them not apart; train it longer or at a lower learning rate"
+            f"{deviation}, so it does not tell them apart; train it longer or at a lower learning rate"
         )
     path = reward_model / "config.json"
     figures = {"reward_mean": mean, "reward_std": deviation}

@@ -14,15 +14,15 @@ def pair_accuracy(margins: np.ndarray) -> float:
 
 
 def longer_accuracy(chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> float:
-    """Accuracy of always choosing the longer text (in tokens): what a model gets that has learnt length only."""
+    """Accuracy of always choosing the longer text (in tokens), which is that of a model that has learnt length only."""
     return pair_accuracy(np.asarray(chosen_lengths) - np.asarray(rejected_lengths))
 
 
 def expected_calibration_error(margins: np.ndarray, *, bins: int = 10) -> float:
     """Mean distance between confidence and accuracy, in `bins` equal steps of confidence.
 
-    The model's choice is the text it scores higher, its confidence sigmoid(|margin|), 0.5 to 1; each bin weighs as many
-    pairs as it holds. 0 is perfect.
+    The model's choice is the text it scores higher, its confidence sigmoid(|margin|), 0.5 to 1; each bin is
+    weighted by its number of pairs. 0 is perfect.
     """
     parts = calibration(margins, bins=bins)
     pairs = sum(part["count"] for part in parts)
@@ -76,14 +76,14 @@ def pairs_of_scored(scores: np.ndarray, *, seed: int, pairs: int) -> tuple[np.nd
 
 
 def length_bias(scores: np.ndarray, lengths: np.ndarray) -> dict:
-    """How far the score goes with the length of the response (Singhal et al. 2023, arXiv 2310.03716)."""
+    """Correlation of the score with the length of the response (Singhal et al. 2023, arXiv 2310.03716)."""
     return {"length_pearson": pearson(scores, lengths), "length_spearman": spearman(scores, lengths)}
 
 
 def accuracy_by_length(margins: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> dict:
     """Accuracy where people chose the longer and where they chose the shorter response, and the number of such pairs.
 
-    A model that pays for length is good at the former and bad at the latter. None where there is no such pair.
+    A model that rewards length is good at the former and bad at the latter. None where there is no such pair.
     """
     longer = np.asarray(chosen_lengths) - np.asarray(rejected_lengths)
     figures: dict = {}
@@ -132,7 +132,7 @@ def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray,
 
 
 def heldout_figures(scores: dict[str, np.ndarray], *, seed: int, middle: float) -> dict:
-    """All of it for a model's scores of held-out rows (as `reward.heldout_scores` has them)."""
+    """All figures of a model's scores on held-out rows (as `reward_model.heldout_scores` returns them)."""
     if "chosen" in scores:
         figures = pair_figures(
             scores["chosen"], scores["rejected"], scores["chosen_lengths"], scores["rejected_lengths"]

@@ -73,7 +73,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
     for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
         if name in model.config.to_dict():
             delattr(model.config, name)
-    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    check_positions(model.config, config.max_length, f"{stage}.max_length")
     train_only_part(
         body_of(model), lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,

@@ -1,7 +1,7 @@
 """Prepared text -> token rows that TRL's trainers take as they are, in the order in which they are trained on.
 
-N rows; every row's ids end in EOS. Rows longer than max_length lose their left side (the prompt's beginning; a BOS
-stays), so the response's end and EOS are always there, and are counted.
+N rows; every row's ids end in EOS. Rows longer than max_length are counted and lose their left side (the prompt's
+beginning; a BOS stays), so the response's end and EOS are always there.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_lengt
 def dpo_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: int) -> TokenRows:
     """prompt, chosen, rejected -> prompt_ids, chosen_ids, rejected_ids; EOS belongs to the replies.
 
-    Both replies of a pair keep the same prompt, the end of it that the longer one leaves room for: what the two sides
-    have in common cancels out of DPO's loss only then. A reply is cut where it is too long by itself.
+    Both replies of a pair keep the same prompt: as much of its end as fits with the longer one. Only then does what the
+    two sides have in common cancel out of DPO's loss. A reply is cut where it is too long by itself.
     """
     opening, cut = opening_ids(tokenizer), 0
     columns = {name: _ListColumn() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
@@ -124,7 +124,7 @@ def dpo_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: 
 def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int) -> np.ndarray:
     """Which row is trained on when: int64 [rows], passes over the data one after the other, each in its own order.
 
-    Batches hold rows of like length (less padding, equal work for the ranks): a pass is shuffled, sorted by length
+    Batches hold rows of similar length (less padding, equal work for the ranks): a pass is shuffled, sorted by length
     within 50 batches at a time, and its batches are shuffled. It follows from `seed` alone, so a resumed run goes on
     exactly where it stopped. `rows` is rounded down to whole batches, but not below one batch.
     """
@@ -149,7 +149,7 @@ def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as int64 [B, S] with `filler` on the right, S a multiple of `multiple`; and the mask of what is theirs."""
+    """Rows as int64 [B, S] with `filler` on the right, S a multiple of `multiple`; and the mask of their own ids."""
     longest = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.full((len(rows), longest), filler, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)

@@ -57,7 +57,7 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
     model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
-    check_positions(model.config, config.max_length, f"{stage}.max_length asks for sequences that")
+    check_positions(model.config, config.max_length, f"{stage}.max_length")
     train_only_part(
         model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -99,7 +99,7 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 def heldout_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, *, dtype: torch.dtype, batch_size: int
 ) -> dict:
-    """Mean nats a token over the labelled tokens of all rows, and its exponential."""
+    """Mean nats per token over the labelled tokens of all rows, and its exponential."""
     device = next(model.parameters()).device
     order = np.argsort(rows.lengths, kind="stable")
     total, tokens = 0.0, 0

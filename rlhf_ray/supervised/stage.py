@@ -33,7 +33,7 @@ class StageJob:
     recipe: Recipe
     folder: RunFolder
     stage: str
-    target: StageFolder  # what is trained goes here: the stage's folder, or that of a member of its ensemble
+    target: StageFolder  # where the result goes: the stage's folder, or that of a member of its ensemble
     config: TrainConfig
     seed: int
     tokenizer: PreTrainedTokenizerBase
@@ -90,7 +90,7 @@ def train_stage(job: StageJob) -> dict:
 
 
 def _sizes(model: PreTrainedModel, sharded: bool) -> dict:
-    """How many weights the saved model has, and how many trained, where that is another number."""
+    """How many weights the saved model has, and how many trained, if not all."""
     # DeepSpeed adds ds_numel to the parameters that it shards.
     counts = [
         (name, cast(Any, p).ds_numel if sharded else p.numel(), p.requires_grad) for name, p in model.named_parameters()

@@ -39,7 +39,7 @@ LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_n
 
 
 def padding_of(model: PreTrainedModel) -> int:
-    """What widths are a multiple of: 16, or less where the model's positions are no multiple of that."""
+    """The multiple that batches are padded to: 16, or less where 16 does not divide the model's positions."""
     positions = positions_of(model.config)
     return PAD_MULTIPLE if positions is None else math.gcd(PAD_MULTIPLE, positions)
 
@@ -81,14 +81,14 @@ class StageTrainer(Trainer):
         return rate_factor(progress, schedule=config.schedule, warmup_ratio=config.warmup_ratio)
 
     def begin(self) -> None:
-        """What only works once the optimiser and DeepSpeed's engine are there."""
+        """Do what needs the optimiser and DeepSpeed's engine, before the first step."""
         self.set_rate()
         if world_size() == 1 and self.stage_config.zero_stage == 0:
-            # It would copy all gradients into one buffer and back.
+            # With one rank it would only copy all gradients into one buffer and back.
             cast(Any, self.deepspeed).enable_backward_allreduce = False
 
     def set_rate(self) -> None:
-        """Follow the recipe as it is now: a checkpoint brings back the rate that it had when it was written."""
+        """Set the recipe's current learning rate: a checkpoint restores the rate that it was written with."""
         scheduler = self.lr_scheduler
         scheduler.base_lrs = [self.stage_config.learning_rate] * len(scheduler.base_lrs)
         for group in scheduler.optimizer.param_groups:
@@ -119,7 +119,7 @@ def training_arguments(
             zero_stage=config.zero_stage, compute_dtype=dtype, microbatch_size=config.microbatch_size,
             accumulation_steps=config.accumulation_steps, workers=config.workers,
         ),
-        # Without it Accelerate sees a lone process where there is no GPU, whatever the process group says.
+        # Without it Accelerate sees a single process where there is no GPU, whatever the process group says.
         use_cpu=config.gpus_per_worker == 0,
         bf16=False,  # the DeepSpeed config says autocast
         gradient_checkpointing=False,  # `train_only_part` has told the model, where the recipe wants it
@@ -228,7 +228,7 @@ def run_training(
     tracking: TrackingConfig,
     tokens_per_step: np.ndarray,
 ) -> tuple[Outcome, StageTrainer]:
-    """Train to the end of the data, of the time, or until asked to stop; goes on from the newest whole checkpoint."""
+    """Train until the data or the time ends or STOP is there, from the newest whole checkpoint on."""
     found = newest_complete(folder.checkpoints)
     clock = Clock(total_steps=len(tokens_per_step), limit_s=config.max_minutes and config.max_minutes * 60)
     if found is not None:
