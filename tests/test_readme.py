@@ -275,8 +275,9 @@ def test_commands_that_do_not_exist_are_found():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_recipes_are_valid(document):
-    for block in blocks(document, "yaml"):
-        build_recipe(yaml.safe_load(block), [], document)
+    for values in map(yaml.safe_load, blocks(document, "yaml")):
+        if "plugins" not in values:  # tests/test_extend.py writes the module that they name, and runs the recipe
+            build_recipe(values, [], document)
 
 
 def test_there_are_recipes_to_start_from():
@@ -286,9 +287,13 @@ def test_there_are_recipes_to_start_from():
 def test_rows_have_columns_that_a_role_takes():
     rows = [json.loads(line) for block in blocks("rlhf_ray/data/README.md", "json") for line in block.splitlines()]
     assert len(rows) >= 12
-    forms = [form for role in FORMS.values() for form in role]
     for row in rows:
-        assert any(set(form.needs) <= set(row) <= {*form.needs, *form.may} for form in forms), row
+        asked_for = {"answer"} if "prompt" in row or "messages" in row else set()  # by a function of one's own
+        assert any(
+            set(form.needs) <= set(row) <= {*form.needs, *form.may, *(asked_for if role == "prompts" else ())}
+            for role, forms in FORMS.items()
+            for form in forms
+        ), row
 
 
 def anchors(markdown: str) -> set[str]:

@@ -48,7 +48,7 @@ def is_known_to_ray(worker: int) -> bool:
 
 
 def follow_threads(torch) -> None:
-    """Ray tells a worker how many threads to use by OMP_NUM_THREADS, which torch reads when it is loaded; here it is loaded already."""
+    """Ray tells a worker how many threads to use by OMP_NUM_THREADS, which torch reads when it is loaded; here it already is."""
     import ray._private.utils as utils
 
     set_variable = utils.set_omp_num_threads_if_unset
