@@ -35,8 +35,17 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-RAY = ("test_bench.py", "test_cluster.py", "test_demo.py", "test_forking.py", "test_ppo_ray.py", "test_serving.py",
-       "test_stages.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
+RAY = ("test_bench_commands.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_ppo_ray.py",
+       "test_serving.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
+
+
+def group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return "ray" if file in RAY else file
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: group_of(item.nodeid) != "ray")  # the longest group first
 
 
 class Groups(LoadScopeScheduling):
@@ -44,10 +53,10 @@ class Groups(LoadScopeScheduling):
     each other down."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ray" if file in RAY else file
+        return group_of(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False
     return Groups(config, log)

@@ -50,7 +50,8 @@ PAIRS = [{"prompt": f"Question {i}?", "chosen": f"A good answer {i}.", "rejected
         (["demo", "--set", "generation.max_new_tokens=500"], "longer than"),
         (["demo", "--set", "ppo.steps"], "write key=value"),
         (["imdb", "--set", "data.root=/nowhere"], "'/nowhere' is not there"),
-        (["demo", "--set", "resources.generation.cpus=1000"], "the cluster has"),
+        # Starts a Ray; tests/test_ppo_ray.py asks one that runs.
+        pytest.param(["demo", "--set", "resources.generation.cpus=1000"], "the cluster has", marks=pytest.mark.slow),
         (["demo", "--run-dir", "s3://bucket/run"], "is a URI"),
     ],
 )

@@ -68,5 +68,5 @@ def test_all_else_can_be_imported_and_keeps_its_layers(without):
 @pytest.mark.timeout(1500)
 def test_all_else_works(without):
     """Generation, PPO updates; workers of Ray."""
-    for files in (("test_generation.py", "test_single_process.py"), ("test_weight_transport.py",)):
+    for files in (("test_generation.py", "test_single_process.py"), ("test_ppo_ray.py",)):
         assert "passed" in run(without, "-m", "pytest", "-q", "-m", "not gpu and not slow", *(f"tests/{file}" for file in files))

@@ -1,16 +1,23 @@
-"""The demo in a short form, end to end through the command line: real Ray, TRL, DeepSpeed; then resume, Ctrl-C, export."""
+"""The demo in a short form, end to end through the command line: real Ray, TRL, DeepSpeed; then resume, Ctrl-C, export.
+
+A plugin that lies in the working directory adds a stage to it: every process of the run has to import that.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command import rlhf_ray
+from processes import alive, descendants
 
+from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -25,7 +32,7 @@ SHORT = {
     "generation.max_new_tokens": 12, "generation.chunk_size": 8, "ppo.steps": 4, "ppo.rollout_batch_size": 16,
     "ppo.minibatch_size": 16, "ppo.microbatch_size": 8, "ppo.ppo_epochs": 2, "ppo.eval_every": 2, "ppo.eval_prompts": 8,
     "ppo.checkpoint_every": 2, "evaluation.prompts": 16, "evaluation.bootstrap": 200, "evaluation.samples": 3,
-    "sft.eval_rows": 16, "reward.eval_rows": 16, "evaluation.seeds": "[0]",
+    "sft.eval_rows": 16, "reward.eval_rows": 16, "evaluation.seeds": "[0]", "plugins": "[toy_plugin]", "toy.start": 16,
 }  # fmt: skip
 
 
@@ -38,36 +45,19 @@ def command(*args, **changes) -> list[str]:
     return [sys.executable, "-m", "rlhf_ray.cli.main", *arguments(*args, **changes)]
 
 
-def run(*args, **changes) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **changes), capture_output=True, text=True, timeout=400, check=False)
-
-
-def descendants(pid: int) -> set[int]:
-    """Processes below pid, read from /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, queue = set(), [pid]
-    while queue:
-        for child in children.get(queue.pop(), []):
-            found.add(child)
-            queue.append(child)
-    return found
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Iterator[Path]:
+    """Where the command is given: the plugin lies there. What it registers in this process is gone in the end."""
+    here, before = tmp_path_factory.mktemp("demo"), dict(STAGES)
+    shutil.copy(Path(__file__).with_name("toy_plugin.py"), here)
+    yield here
+    STAGES.clear()
+    STAGES.update(before)
+    sys.modules.pop("toy_plugin", None)
 
 
 def gone(pids: set[int], within_s: float) -> set[int]:
-    """Those still running after within_s (zombies count as ended)."""
-
-    def alive(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-
+    """Those still running after within_s."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline and any(map(alive, pids)):
         time.sleep(0.5)
@@ -75,11 +65,12 @@ def gone(pids: set[int], within_s: float) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory) -> tuple[Path, str, int, set[int]]:
+def interrupted(workplace) -> tuple[Path, str, int, set[int]]:
     """A run that got Ctrl-C during PPO: its folder, what it printed, its exit code, processes it left behind."""
-    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    run_dir = workplace / "run"
     process = subprocess.Popen(
         command("run", run_dir, **{"ppo.steps": 400}),
+        cwd=workplace,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -106,19 +97,22 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_no_process(inte
     assert not (run_dir / "ppo" / "DONE").exists()
 
 
-def test_the_same_command_goes_on_to_the_end(interrupted):
+def test_the_same_command_goes_on_to_the_end(interrupted, workplace):
     run_dir, *_ = interrupted
     before = read_metrics(run_dir / "ppo" / "metrics.jsonl")
     steps = before[-1]["step"] + 2
-    done = run("run", run_dir, **{"ppo.steps": steps})
+    done = subprocess.run(command("run", run_dir, **{"ppo.steps": steps}), cwd=workplace, capture_output=True, text=True,
+                          timeout=400, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     after = read_metrics(run_dir / "ppo" / "metrics.jsonl")
     assert [row["step"] for row in after] == list(range(steps + 1))
     assert after[: len(before)] == before  # nothing was done twice
 
     folder = RunFolder(run_dir)
-    for stage in ("data", "sft", "reward", "ppo", "evaluation"):
-        assert folder.stage(stage).done, stage
+    stages = ("data", "sft", "reward", "toy", "ppo", "evaluation")
+    assert all(folder.stage(stage).done for stage in stages)
+    assert json.loads((run_dir / "timings.json").read_text()).keys() == set(stages)
+    assert folder.stage("toy").summary() == {"steps": 4, "final_loss": 1.0}  # 16 halved four times
     for stage in ("sft", "reward", "ppo"):
         files = {file.name for file in folder.stage(stage).model.iterdir()}
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
@@ -127,7 +121,8 @@ def test_the_same_command_goes_on_to_the_end(interrupted):
     assert set(summary["ppo"]["score"]) >= {"mean", "low", "high"}
     assert summary["win_rate"]["judge"]["mean"] is not None  # the true utility
     assert {"low", "mean", "high"} <= set(summary["ppo"]["trait/on_topic"]) and "on topic" in done.stdout
-    assert "<html" in folder.report.read_text()
+    page = folder.report.read_text()
+    assert "<html" in page and "Toy stage" in page
     for line in ("report", "serve", "prompt", "win rate, judge"):
         assert line in done.stdout
 
@@ -138,10 +133,10 @@ def test_the_same_command_goes_on_to_the_end(interrupted):
         assert isinstance(row[name], float), name
     assert all(abs(row["first_policy/ratio"] - 1) < 1e-3 for row in after[1:])
 
-    changed = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps, "ppo.gae_lambda": 0.5, "seed": 3}))
+    changed = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps, "ppo.gae_lambda": 0.5, "seed": 3}), cwd=workplace)
     assert changed.returncode == 2
     assert "ppo.gae_lambda" in changed.stderr and "seed" in changed.stderr and "Traceback" not in changed.stderr
-    again = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps}))
+    again = rlhf_ray(*arguments("run", run_dir, **{"ppo.steps": steps}), cwd=workplace)
     assert again.returncode == 0 and "done before" in again.stdout
 
     target = run_dir.parent / "exported"

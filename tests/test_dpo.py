@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_trained_supervised import train
+from ranks import train
 from tiny import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig as TrlDpoConfig
@@ -289,15 +289,29 @@ def with_dpo(recipe, **changes):
     return recipe.model_validate(recipe.model_dump(mode="json") | {"dpo": STAGE | changes})
 
 
-@pytest.mark.parametrize("part", [{"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2},
-                                  {"freeze_layers": 1, "gradient_checkpointing": True}])  # fmt: skip
-def test_a_part_of_the_weights_trains_as_in_a_plain_loop(folder, recipe, tmp_path, part):
-    run = RunFolder(tmp_path)
-    for name in ("data", "sft"):
-        os.symlink(folder.path / name, run.path / name)
-    run.stage("dpo").path.mkdir()
-    trained, stage = with_dpo(recipe, epochs=1, **part), run.stage("dpo")
-    train(trained, run, "dpo")
+PARTS = {
+    "adapters": {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2},
+    "upper half": {"freeze_layers": 1, "gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def trained_parts(folder, recipe, tmp_path_factory):
+    """Part -> (recipe, run folder), trained one after the other in one process."""
+    runs = {}
+    for part, options in PARTS.items():
+        run = RunFolder(tmp_path_factory.mktemp("part"))
+        for name in ("data", "sft"):
+            os.symlink(folder.path / name, run.path / name)
+        runs[part] = with_dpo(recipe, epochs=1, **options), run
+    train(*((*job, ("dpo",)) for job in runs.values()))
+    return runs
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_weights_trains_as_in_a_plain_loop(trained_parts, part):
+    trained, run = trained_parts[part]
+    stage = run.stage("dpo")
     model, losses = plain_dpo(trained, run)
     np.testing.assert_allclose([row["loss"] for row in read_metrics(stage.metrics)], losses, atol=1e-4)
     saved, start = (AutoModelForCausalLM.from_pretrained(at) for at in (stage.model, run.stage("sft").model))
@@ -307,7 +321,7 @@ def test_a_part_of_the_weights_trains_as_in_a_plain_loop(folder, recipe, tmp_pat
     }
     frozen = {name for name in same if ".h.0." in name}
     assert "transformer.wte.weight" in same  # either way
-    assert len(frozen) == (12 if "freeze_layers" in part else 12 - 4) and len(same) < len(list(saved.parameters()))
+    assert len(frozen) == {"adapters": 12 - 4, "upper half": 12}[part] and len(same) < len(list(saved.parameters()))
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from command import rlhf_ray
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
@@ -72,16 +73,21 @@ def test_a_target_that_is_a_file_is_refused(target, tmp_path):
         export_model(tmp_path, tmp_path / target, "ppo", "float32", None)
 
 
-@pytest.mark.parametrize("repository", ["me/model", "not a name"])
-def test_an_upload_that_fails_is_one_sentence(repository, tmp_path):
-    """With a hub where nobody listens."""
+def test_an_upload_that_fails_is_one_sentence(tmp_path):
+    """To a hub where nobody listens."""
     folder = write_start(tiny_recipe(), RunFolder(tmp_path / "run"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # not listening: a connection is refused
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "none"}
         command = [sys.executable, "-m", "rlhf_ray.cli.main", "export", str(folder.stage("sft").model), str(tmp_path / "out"),
-                   "--push-to-hub", repository]  # fmt: skip
+                   "--push-to-hub", "me/model"]  # fmt: skip
         answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=120, check=False)
     assert answer.returncode == 2, answer.stderr
-    assert f"can't upload to '{repository}'" in answer.stderr and "Traceback" not in answer.stderr
+    assert "can't upload to 'me/model'" in answer.stderr and "Traceback" not in answer.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_upload_to_what_is_no_name_is_one_sentence(tmp_path):
+    folder = write_start(tiny_recipe(), RunFolder(tmp_path / "run"))
+    answer = rlhf_ray("export", str(folder.stage("sft").model), str(tmp_path / "out"), "--push-to-hub", "not a name")
+    assert answer.returncode == 2 and "can't upload to 'not a name'" in answer.stderr

@@ -1,30 +1,22 @@
-"""Workers as forks of one process: first without Ray, a script in the worker's place; then under Ray, beside plain workers."""
+"""Workers as forks of one process, without Ray: a script in the worker's place."""
 
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-import ray
-from tiny import tiny_recipe, write_start
+from processes import alive, server_of, wait_for
+from tiny import tiny_recipe
 
 from rlhf_ray.actors import supervised as launch
-from rlhf_ray.actors.ppo_stage import ray_roles, run_ppo
-from rlhf_ray.actors.session import ray_session, worker_environment
-from rlhf_ray.actors.wait import Waiter
+from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
-from rlhf_ray.forking import forked_actors, ray_internals
 from rlhf_ray.forking import server_process as forking
 from rlhf_ray.forking.fork_client import surroundings
 from rlhf_ray.forking.fork_server import why_not
-from rlhf_ray.forking.forked_actors import inherited_variables
 from rlhf_ray.forking.server_process import fork_server
-from rlhf_ray.runs.run_folder import RunFolder
 
 SCRIPT = """
 import os, sys, time
@@ -60,27 +52,6 @@ def start(python, script, *arguments, cwd=None, **environment):
         [*python, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
         env=os.environ | environment,
     )  # fmt: skip
-
-
-def alive(pid):
-    """Zombies have ended."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(what, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-
-
-def server_of(worker):
-    with open(f"/proc/{worker}/stat") as stat:
-        return int(stat.read().rpartition(")")[2].split()[1])
 
 
 def test_a_worker_has_its_clients_command_folder_environment_and_streams(python, script, tmp_path):
@@ -214,128 +185,3 @@ def test_a_path_too_long_for_a_socket_is_no_obstacle(monkeypatch, tmp_path, pyth
     with fork_server((), {}) as other:
         assert other is None
     assert not list(deep.iterdir())
-
-
-@pytest.mark.ray
-def test_forked_and_plain_workers_are_alike():
-    """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
-
-    def facts():
-        import numpy
-        import torch
-        from ray._raylet import UniqueID
-
-        return {
-            "threads": torch.get_num_threads(),
-            "folder": os.getcwd(),
-            "paths": {path for path in sys.path if "_vendor" not in path},
-            "environment": {name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-            "processes": (os.getppid(), os.getpid()),
-            "seeds": (torch.initial_seed(), float(numpy.random.random()), UniqueID.from_random().hex()),
-            "oom": open("/proc/self/oom_score_adj").read(),
-        }
-
-    def found(stages):
-        with ray_session(None, stages=stages, spins=False):
-            return found_in_session()
-
-    def found_in_session():
-        task = ray.remote(max_calls=1)(facts)  # a process each
-        kinds = [
-            {"num_cpus": 1},
-            {"num_cpus": 2},
-            {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}},
-        ]
-        return [ray.get(task.options(**kind).remote(), timeout=120) for kind in kinds]
-
-    forked, plain = found(("supervised", "ppo")), found(())
-    parents, processes = zip(*(each.pop("processes") for each in forked), strict=True)
-    assert len(set(parents)) == 1 and len(set(processes)) == 3
-    assert all(len(set(seeds)) == 3 for seeds in zip(*(each.pop("seeds") for each in forked), strict=True))
-    for each in plain:
-        assert each.pop("processes")[0] != parents[0] and each.pop("seeds")
-    assert [each["threads"] for each in forked] == [1, 2, 2]
-    assert forked == plain
-
-
-@pytest.fixture
-def running_ray(tmp_path):
-    """The address of a Ray that others have started, with an environment that is not this process's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
-               "--disable-usage-stats"]  # fmt: skip
-    environment = os.environ | {
-        "MALLOC_ARENA_MAX": "3",
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-    }
-    with open(tmp_path / "ray.log", "w") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        wait_for(lambda: "Ray runtime started" in (tmp_path / "ray.log").read_text(), seconds=60)
-        yield f"127.0.0.1:{port}"
-    finally:
-        head.terminate()
-        head.wait(60)
-
-
-@pytest.mark.ray
-def test_ppos_actors_on_a_ray_that_runs_here_are_forks(running_ray, tmp_path):
-    """Of a server with the environment that Ray's workers inherit, not the command's."""
-    recipe = tiny_recipe()
-    folder = write_start(recipe, RunFolder(tmp_path / "run"))
-    with ray_session(running_ray):
-        assert inherited_variables()["MALLOC_ARENA_MAX"] == "3"
-        with ray_roles(recipe, folder, Waiter(60.0, "look why")):
-            actors = [int(process) for process in os.listdir("/proc") if process.isdigit() and is_actor(process)]
-            parents = {server_of(actor) for actor in actors}
-            commands = [Path(f"/proc/{parent}/cmdline").read_text() for parent in parents]
-        assert len(actors) == 6 and len(parents) == 1 and "rlhf_ray.forking.fork_server" in commands[0], commands
-
-
-def is_actor(process):
-    try:
-        name = Path(f"/proc/{process}/cmdline").read_text()
-    except OSError:
-        return False
-    return name.startswith("ray::") and not name.startswith(("ray::Dashboard", "ray::RuntimeEnv", "ray::IDLE"))
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("other", ["nodes", "namespaces", "python", "raylet"])
-def test_elsewhere_they_are_not(running_ray, other, monkeypatch, tmp_path):
-    """Several nodes; a raylet in other namespaces; one that starts another Python; one that is not to be seen here."""
-    with ray_session(running_ray):
-        assert inherited_variables() is not None
-        if other == "nodes":
-            nodes = ray.nodes()
-            monkeypatch.setattr(ray, "nodes", lambda: [*nodes, nodes[0] | {"NodeID": "another"}])
-        elif other == "namespaces":
-            monkeypatch.setattr(forked_actors, "surroundings", lambda process="self": [process])
-        elif other == "python":
-            monkeypatch.setattr(sys, "executable", "/usr/bin/python-of-others")
-        else:
-            monkeypatch.setattr(ray_internals, "Path", lambda path: tmp_path)
-        assert inherited_variables() is None
-        with forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:
-            assert runtime_env == {}
-
-
-@pytest.mark.ray
-def test_where_all_workers_are_forks_actors_need_nothing():
-    with ray_session(None), forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:
-        assert runtime_env == {} and "py_executable" in ray.get_runtime_context().runtime_env
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_ppo_ends_in_the_same_bits_forked_or_not(tmp_path, monkeypatch):
-    weights = []
-    for forks in ("on", "off"):
-        monkeypatch.setenv("RLHF_RAY_FORK", forks)
-        folder = write_start(tiny_recipe(), RunFolder(tmp_path / forks))
-        with ray_session(None):
-            run_ppo(tiny_recipe(), folder, lambda event: None)
-        weights.append((folder.stage("ppo").model / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]

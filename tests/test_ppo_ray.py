@@ -24,6 +24,7 @@ from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.stages import check_cluster
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
@@ -35,6 +36,7 @@ from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.resume import write_recipe
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.tables.advantages import ADVANTAGES
 
 pytestmark = pytest.mark.ray
 
@@ -54,7 +56,7 @@ EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "
 @pytest.fixture(scope="module")
 def session():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # the actors find user_scores
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # the actors find user_scores and toy_advantage
         with ray_session(None):
             yield
 
@@ -141,23 +143,32 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, new_folder
 
 
 def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):
+    """The weights go to these two by broadcast, and to the one by the object store."""
     folder = new_folder("spread")
-    group = {"actors": 2, "zero_stage": 2}
-    recipe = tiny_recipe(resources={"generation": {"actors": 2}, "policy": group, "critic": group | {"zero_stage": 3}})
+    group = {"actors": 2, "zero_stage": 3}
+    recipe = tiny_recipe(resources={"generation": {"actors": 2}, "policy": group, "critic": group | {"zero_stage": 2},
+                                    "weight_transport": "collective"})  # fmt: skip
     run_ppo(recipe, folder, ignore)
     gap = largest_gap(weights(folder), weights(undisturbed[0]))
-    assert saw("weights after 4 steps over Ray: 2 generators, 2 ranks with ZeRO 2 and 3, for 1", gap) < 1e-5
-    lengths = [
-        [row.get("objective/response_length") for row in read_metrics(each.stage("ppo").metrics)]
-        for each in (folder, undisturbed[0])
-    ]
-    assert lengths[0] == lengths[1], "the same responses were drawn"
+    assert saw("weights after 4 steps over Ray: 2 generators, 2 ranks with ZeRO 3 and 2, for 1", gap) < 1e-5
+    spread, alone = (read_metrics(each.stage("ppo").metrics) for each in (folder, undisturbed[0]))
+    same = [[row.get("objective/response_length") for row in rows] for rows in (spread, alone)]
+    assert same[0] == same[1], "the same responses were drawn"
+    assert all(row["policy/mismatch_max"] < 1e-5 for row in spread[1:])
 
 
-def test_without_a_critic_and_with_dynamic_sampling(session, new_folder):
-    """No critic's actors, shards or checkpoints; rejected rollouts are let go."""
-    recipe = tiny_recipe(ppo={
-        "advantage": "grpo", "samples_per_prompt": 2, "rollout_batch_size": 4, "dynamic_sampling_rounds": 2,
+@pytest.fixture
+def toy_advantage():
+    """The name of what the module toy_advantage registers; gone again after the test."""
+    yield "toy"
+    ADVANTAGES.remove("toy")
+    sys.modules.pop("toy_advantage")
+
+
+def test_without_a_critic_and_with_dynamic_sampling(session, new_folder, toy_advantage):
+    """No critic's actors, shards or checkpoints; rejected rollouts are let go. The actors import the advantage's plugin."""
+    recipe = tiny_recipe(plugins=["toy_advantage"], ppo={
+        "advantage": toy_advantage, "samples_per_prompt": 2, "rollout_batch_size": 4, "dynamic_sampling_rounds": 2,
         "kl_in": "loss", "kl_estimator": "k3", "max_approx_kl": 1.0,
     })  # fmt: skip
     folder = new_folder("critic-free")
@@ -455,6 +466,16 @@ def test_what_no_node_can_hold_is_refused_at_once(roles, strategy, says):
     with pytest.raises(UserError, match=says):
         check_fits(roles, SMALL, strategy)
     check_fits(roles, [{"CPU": 6.0}] * 3, strategy)
+
+
+def test_what_this_cluster_can_not_hold_is_refused_for_the_stages_to_run(session):
+    recipe = tiny_recipe(resources={"generation": {"cpus": 1000}}, sft={"cpus_per_worker": 2000})
+    with pytest.raises(UserError, match=r"a generation actor needs 1000 CPUs|need 1000.4 CPUs") as caught:
+        check_cluster(recipe, ["ppo"])
+    assert "sft" not in str(caught.value)
+    with pytest.raises(UserError, match="^sft needs 2000 CPUs"):
+        check_cluster(recipe, ["sft"])
+    check_cluster(recipe, ["data"])
 
 
 def test_a_dead_actor_is_named(session):

@@ -1,6 +1,6 @@
 """A package of somebody else's: two stages, one that runs on the driver and one in Ray Train's workers."""
 
-from rlhf_ray import Stage, register_stage
+from rlhf_ray import Stage, UserError, register_stage
 from rlhf_ray.config import Section, TrainConfig
 from rlhf_ray.config.base import option
 from rlhf_ray.runs.metrics import MetricsWriter
@@ -30,7 +30,10 @@ def halve(recipe, folder, stage, progress):
 
 
 def teach(recipe, folder, stage):
-    section, toy = recipe.section(stage), folder.stage("toy").summary()
+    section = recipe.section(stage)
+    if section.answer < 0:
+        raise UserError(f"{stage}.answer is {section.answer}; set it to 0 or more")
+    toy = folder.stage("toy").summary()
     with MetricsWriter(folder.stage(stage).metrics) as metrics:
         metrics.write(1, {"loss": toy["final_loss"], "progress": 1.0})
     return {"ended_by": "steps", "answer": section.answer, "threads": section.threads}
