@@ -27,7 +27,7 @@ from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.rules import Limits, Tally, apply_rules
 from rlhf_ray.data.sources import HubName, columns_of, load_source, locate
 from rlhf_ray.data.store import count_rows, read_prompts, read_role, write_role
-from rlhf_ray.data.tokens import cut_text, encode_pair, encode_pairs, encode_prompt, encode_prompts, encode_texts
+from rlhf_ray.data.tokens import cut_text, encode_pairs, encode_prompt, encode_prompts, encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -54,6 +54,10 @@ def limits_of(tokenizer, **changes):
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def encode_pair(tokenizer, prompt, response):
+    return encode_pairs(tokenizer, [prompt], [response])[0]
 
 
 def test_a_pair_is_prompt_ids_response_ids_eos(tokenizer):

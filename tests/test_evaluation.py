@@ -15,8 +15,6 @@ from rlhf_ray.data.store import write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import (
     Resampler,
-    bootstrap_interval,
-    distinct_n,
     repetition,
     shuffled_partners,
     win_rate,
@@ -37,11 +35,20 @@ def test_words_are_lower_case_with_punctuation_apart():
     assert words("我爱猫 cats") == ["我", "爱", "猫", "cats"]
 
 
+def distinct_n(texts, n):
+    """Different n-grams / all n-grams over all texts together."""
+    grams = [tuple(words(text)[start : start + n]) for text in texts for start in range(len(words(text)) - n + 1)]
+    return len(set(grams)) / len(grams)
+
+
 def test_distinct_n_counts_over_all_texts():
+    def point(texts, n):
+        return Resampler(len(texts), 10).distinct([[text] for text in texts], n).point
+
     # bigrams: (a b) (b a) (a b) | (a b) (b c)  -> 3 different of 5
-    assert distinct_n(["a b a b", "a b c"], 2) == 3 / 5
-    assert distinct_n(["a b a b", "a b c"], 1) == 3 / 7
-    assert np.isnan(distinct_n(["a", ""], 2))
+    assert point(["a b a b", "a b c"], 2) == distinct_n(["a b a b", "a b c"], 2) == 3 / 5
+    assert point(["a b a b", "a b c"], 1) == 3 / 7
+    assert np.isnan(point(["a", ""], 2))
 
 
 def test_repetition_is_the_share_of_4_grams_said_before():
@@ -54,6 +61,10 @@ def test_repetition_is_the_share_of_4_grams_said_before():
 def test_win_rate_counts_ties_as_half():
     ours, theirs = np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([[0.0, 2.0], [4.0, 0.0]])
     assert win_rate(ours, theirs).tolist() == [[1.0, 0.5], [0.0, 0.5]]
+
+
+def bootstrap_interval(values, *, resamples, seed):
+    return Resampler(len(values), resamples, seed).mean(values).figure()
 
 
 def test_bootstrap_interval_is_seeded_and_agrees_with_the_normal_one():

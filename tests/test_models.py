@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
-from rlhf_ray.data.tokens import encode_pair
+from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activation import PIECE, SigmoidGELU
 from rlhf_ray.models.card import model_card
@@ -70,7 +70,7 @@ def folder(family, tokenizer, tmp_path_factory):
 @pytest.fixture
 def batch(tokenizer):
     """Two rows padded on the right, and their lengths."""
-    rows = [encode_pair(tokenizer, "the quick", " brown fox jumps over")[0], encode_pair(tokenizer, "the", " cat")[0]]
+    rows = [ids for ids, _ in encode_pairs(tokenizer, ["the quick", "the"], [" brown fox jumps over", " cat"])]
     width = max(map(len, rows))
     return torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]), [
         len(row) for row in rows
@@ -189,7 +189,7 @@ def test_train_mode_draws_nothing_after_disable_dropout():
 
 def test_left_padding_needs_position_ids(family, tokenizer, folder):
     model = load_causal_lm(folder)
-    ids = encode_pair(tokenizer, "the quick brown fox", " jumps")[0]
+    [(ids, _)] = encode_pairs(tokenizer, ["the quick brown fox"], [" jumps"])
     pads = 5
     padded = torch.tensor([[tokenizer.pad_token_id] * pads + ids])
     mask = torch.tensor([[0] * pads + [1] * len(ids)])

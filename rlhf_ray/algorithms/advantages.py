@@ -41,7 +41,7 @@ class ScoreBaseline(Protocol):
     def __call__(self, scores: torch.Tensor, /, *, group_size: int) -> torch.Tensor: ...  # [B] -> [B]
 
 
-class Advantage(Protocol):
+class AdvantageEntry(Protocol):
     """What `experience.assemble` needs of an entry of `tables.advantages`."""
 
     @property
@@ -116,6 +116,7 @@ def dr_grpo(
 def reinforce_pp(
     rewards: torch.Tensor, values: torch.Tensor | None, action_mask: torch.Tensor, options: AdvantageOptions
 ) -> tuple[torch.Tensor, None]:
+    """REINFORCE++ (Hu et al. 2025, arXiv 2501.03262)."""
     return rewards_to_go(rewards, action_mask, gamma=options.gamma), None
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from rlhf_ray.algorithms.advantages import Advantage, AdvantageOptions
+from rlhf_ray.algorithms.advantages import AdvantageEntry, AdvantageOptions
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
@@ -28,7 +28,7 @@ class WrongEstimate(ValueError):
 class AdvantageConfig:
     """The recipe's options for rewards and advantages."""
 
-    advantage: Advantage
+    advantage: AdvantageEntry
     group_size: int  # samples of a prompt, side by side
     kl_in_reward: bool
     kl_estimator: Literal["k1", "k2", "k3"]  # of the KL in the reward
@@ -70,8 +70,8 @@ def assemble(
     penalised = _penalised(scores, ended, action_mask, config)
     baseline = advantage.score_baseline
     compared = penalised if baseline is None else baseline(penalised, group_size=config.group_size)
-    penalty = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
-    rewards = token_rewards(compared, penalty, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
+    estimated_kl = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
+    rewards = token_rewards(compared, estimated_kl, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
     stats = {
         "objective/score": float(scores.mean()),
         "objective/score_std": float(scores.std(unbiased=False)),
@@ -115,7 +115,7 @@ def _penalised(
 
 
 def _estimated(
-    advantage: Advantage,
+    advantage: AdvantageEntry,
     rewards: torch.Tensor,
     values: torch.Tensor | None,
     action_mask: torch.Tensor,

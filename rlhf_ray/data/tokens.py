@@ -48,11 +48,6 @@ def encode_pairs(
     return [(head + tail + [eos], len(head)) for head, tail in zip(heads, tails, strict=True)]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], int]:
-    """(ids with EOS at the end, number of prompt ids) of one prompt and its response."""
-    return encode_pairs(tokenizer, [prompt], [response])[0]
-
-
 def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Literal["left", "right"]) -> str:
     """`text`, cut on its left or right side until it encodes to at most `limit` ids.
 

@@ -26,12 +26,6 @@ def ngrams(tokens: Sequence, n: int) -> list[tuple]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams / all n-grams over all texts together; falls when responses resemble each other. NaN: none."""
-    grams = [gram for text in texts for gram in ngrams(words(text), n)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
-
-
 def repetition(text: str, n: int = 4) -> float:
     """Share of a text's n-grams that stood earlier in the same text; 0 for a text shorter than n words."""
     grams = ngrams(words(text), n)
@@ -142,11 +136,6 @@ class Resampler:
         if values.shape[0] != self.prompts:
             raise ValueError(f"{values.shape[0]} rows of values for {self.prompts} prompts")
         return values
-
-
-def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:
-    """Mean of one value per prompt with its 95 % bootstrap interval; None: of no numbers."""
-    return Resampler(len(values), resamples, seed).mean(values).figure()
 
 
 def shuffled_partners(prompts: Sequence[str], seed: int) -> np.ndarray:

@@ -153,10 +153,10 @@ class SingleProcessPPO:
         seed = draw_seed(self.recipe.ppo_seed, "minibatches", step)
         stats: dict[str, torch.Tensor] = {}
         for rows in minibatch_rows(len(rollout.sequences), ppo.minibatch_size, ppo.ppo_epochs, seed):
-            stats = self._train_on(rows, rate, rollout, before, targets)
+            stats = self._optimiser_step(rows, rate, rollout, before, targets)
         return {name: float(value) for name, value in stats.items()}
 
-    def _train_on(
+    def _optimiser_step(
         self, rows: list[int], rate: float, rollout: RolloutBatch, before: BeforeUpdate, targets: Assembled
     ) -> dict[str, torch.Tensor]:
         """One optimiser step of policy and critic on `rows` of the batch, b of them. `rate` scales the learning rates."""

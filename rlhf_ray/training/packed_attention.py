@@ -26,25 +26,18 @@ class Layout:
     longest: int
     spread: torch.Tensor | None  # [R * S] place on the line of each slot's token; None: there is no padding
     gather: torch.Tensor | None  # [N] slot of each token on the line
-    starts: torch.Tensor  # [R] place of each sequence's first token
-    lengths: torch.Tensor  # [R]
-
-    @property
-    def tokens(self) -> int:
-        return int(self.lengths.sum())
 
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Layout:
         """lengths [R]. A slot of padding repeats the row's last token: finite, and behind everything that counts."""
         longest, starts = int(lengths.max()), np.cumsum(lengths) - lengths
-        sequences = torch.from_numpy(starts.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
         if (lengths == longest).all():
-            return cls(len(lengths), longest, None, None, *sequences)
+            return cls(len(lengths), longest, None, None)
         slots = np.arange(longest)
         spread = starts[:, None] + np.minimum(slots, lengths[:, None] - 1)
         gather = np.flatnonzero((slots < lengths[:, None]).ravel())
         places = torch.from_numpy(spread.ravel()).to(device), torch.from_numpy(gather).to(device)
-        return cls(len(lengths), longest, *places, *sequences)
+        return cls(len(lengths), longest, *places)
 
 
 class _Spread(torch.autograd.Function):
