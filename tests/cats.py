@@ -1,6 +1,8 @@
 """Prepared data of a world where people prefer cats, and a recipe whose models learn that."""
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,19 @@ def cats_folder(tmp_path_factory, tokenizer) -> RunFolder:
         write_role(folder, f"judge_{part}", data, COLUMNS["scores"])
     write_role(folder, "prompts", data, COLUMNS["prompts"])
     return folder
+
+
+@pytest.fixture(scope="module", name="ray_cluster")
+def ray_of_two_cpus():
+    import ray
+
+    # The workers find toy_plugin beside this file.
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+             runtime_env={"env_vars": variables})  # fmt: skip
+    yield ray
+    ray.shutdown()
 
 
 def plain_sft(recipe: Recipe, folder: RunFolder, steps: int) -> tuple[torch.nn.Module, list[float]]:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from cats import WORDS, assert_same_weights, ray_of_two_cpus  # noqa: F401 - a fixture
 from datasets import Dataset
 from ranks import train
 from tiny import tiny_recipe
@@ -26,7 +27,6 @@ from rlhf_ray.supervised.dpo_metrics import dpo_figures
 from rlhf_ray.supervised.learning_rate import rate_factor
 from rlhf_ray.supervised.rows import dpo_rows, training_order
 
-WORDS = ["the", "a", "cat", "dog", "ran", "sat", "on", "under", "red", "blue", "big", "small", "mat", "tree", "and"]
 SCRATCH = {"layers": 2, "width": 32, "heads": 2, "positions": 96, "vocab_size": 300}
 
 
@@ -212,16 +212,6 @@ def folder(tmp_path_factory, recipe, tokenizer) -> RunFolder:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}})  # fmt: skip
-    yield ray
-    ray.shutdown()
-
-
 def logratios(model, reference, prompt, replies, pad):
     """Differentiable: log pi - log ref of each reply, summed over its tokens [N]."""
     rows = [head + tail for head, tail in zip(prompt, replies, strict=True)]
@@ -278,11 +268,6 @@ def plain_dpo(recipe, folder):
     adapter = {plain_name(f"model.{name}"): p.detach() for name, p in model.named_parameters() if p.requires_grad}
     MergedLayers(reference, config.lora).load(adapter)
     return reference, losses
-
-
-def assert_same_weights(found, expected, atol):
-    for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def with_dpo(recipe, **changes):

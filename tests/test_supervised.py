@@ -9,12 +9,11 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cats import STAGE, assert_same_weights, cats_folder, cats_tokenizer, plain_sft, recipe_of  # noqa: F401 - fixtures
+from cats import STAGE, assert_same_weights, cats_folder, cats_tokenizer, plain_sft, ray_of_two_cpus, recipe_of  # noqa: F401
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,20 +25,6 @@ from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
-HERE = str(Path(__file__).parent)
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    import ray
-
-    # The workers find toy_plugin beside this file.
-    path = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
-    variables = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": variables})  # fmt: skip
-    yield ray
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

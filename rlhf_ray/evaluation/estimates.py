@@ -105,7 +105,7 @@ class Resampler:
         return Estimate(float(np.exp(-mean.point)), np.exp(-mean.draws))
 
     def distinct(self, texts: Sequence[Sequence[str]], n: int) -> Estimate:
-        """distinct_n of P lists of S texts.
+        """Different n-grams / all n-grams over all texts of P lists of S.
 
         Resampling with replacement repeats texts and so finds fewer different n-grams; the draws are moved so that
         their mean is the plain value, and only their spread makes the interval.
