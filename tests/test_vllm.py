@@ -22,7 +22,8 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation import vllm_engine
-from rlhf_ray.generation.vllm_engine import GATE, VllmEngine, vllm_problem
+from rlhf_ray.generation.vllm_build import vllm_problem
+from rlhf_ray.generation.vllm_engine import GATE, VllmEngine
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights

@@ -1,4 +1,4 @@
-"""The whole recipe, the sections that only it has, and what its sections must agree on."""
+"""The whole recipe, and what its sections must agree on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic_core import InitErrorDetails
 
 from rlhf_ray.config.base import Section, exact_div, option
 from rlhf_ray.config.data import DataConfig, ModelConfig
+from rlhf_ray.config.evaluation import EvaluationConfig
 from rlhf_ray.config.generation import GenerationConfig
 from rlhf_ray.config.plugin_sections import details, plugin_section
 from rlhf_ray.config.ppo import PPOConfig
@@ -17,28 +18,6 @@ from rlhf_ray.config.resources import ResourcesConfig, RoleConfig, TrackingConfi
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
-
-
-class EvaluationConfig(Section):
-    """SFT model against PPO model on held-out prompts."""
-
-    prompts: int = option(256, "held-out prompts", gt=0)
-    samples: int = option(12, "sample pairs shown in the report", gt=0)
-    seeds: tuple[int, ...] = option((0,), "sampling seeds; every prompt is drawn once for each")
-    bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
-    judge_function: str | None = option(
-        None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"
-    )
-    trait_function: str | None = option(
-        None,
-        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its scores",
-    )
-    max_kl: float | None = option(
-        None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
-    )
-    judge_positive_above: float | None = option(
-        None, "raw judge score above which a response counts as positive (judge_positive)"
-    )
 
 
 class Recipe(Section):

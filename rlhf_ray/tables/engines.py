@@ -34,15 +34,15 @@ class Engine:
         return None if self.problem is None else loaded(self.problem)(gpus)
 
 
-_VLLM = "rlhf_ray.generation.vllm_engine"
+_HERE = "rlhf_ray.generation"
 ENGINES: Table[Engine] = Table(
     "a generation engine",
     Engine(
-        name="torch", make="rlhf_ray.generation.engine:torch_engine", words="plain torch, in this package", continuous=True,
+        name="torch", make=f"{_HERE}.engine:torch_engine", words="plain torch, in this package", continuous=True,
         copies=(1, 0),
     ),
     Engine(
-        name="vllm", make=f"{_VLLM}:vllm_engine", words="vLLM; needs the extra of that name", problem=f"{_VLLM}:vllm_problem",
-        coldest=0.01, copies=(1, 1),
+        name="vllm", make=f"{_HERE}.vllm_engine:vllm_engine", words="vLLM; needs the extra of that name",
+        problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1),
     ),
 )  # fmt: skip
