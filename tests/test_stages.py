@@ -22,6 +22,7 @@ from rlhf_ray.config import Section
 from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.reference import main as reference_main
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES, all_needs_of, needs_of, stages_of_command
+from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.runs.resume import check_resume, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -81,6 +82,10 @@ def test_a_stage_comes_into_the_table_in_its_place(table):
 def test_a_stage_that_can_not_be_is_refused(table, changes, says):
     assert says in refusal(lambda: register_stage(new(**changes)))
     assert list(table) == list(BUILT_IN)
+
+
+def test_a_plugin_s_supervised_stage_gets_its_threads(table):
+    assert settle_threads(toy_recipe(taught={}), None, cores=4).section("taught").threads == 4
 
 
 def test_a_recipe_has_the_sections_of_its_plugins(table):
@@ -155,6 +160,10 @@ def test_what_may_change_on_resume(table, tmp_path):
     folder.stage("toy").finish({})
     for changed in ({"toy": {"steps": 9}}, {}):
         assert "toy.steps" in refusal(lambda changed=changed: check_resume(toy_recipe(**changed), folder))
+    folder_of_others = RunFolder(tmp_path / "others")
+    folder_of_others.path.mkdir()
+    folder_of_others.recipe.write_text("name: r\nplugins: [no_such_plugin]\n")
+    assert "others/recipe.yaml: plugins: the module 'no_such" in refusal(lambda: check_resume(toy_recipe(), folder_of_others))
     added = check_resume(toy_recipe(toy={}, taught={"answer": 1}), folder)
     assert "taught.answer" in added and {key.partition(".")[0] for key in added} == {"taught"}
 

@@ -147,7 +147,7 @@ def summary_table(summary: dict) -> Table:
     table.add_column("")
     for model in models:
         table.add_column(model.upper(), justify="right")
-    for each in shown_figures(summary["ppo"]):
+    for each in shown_figures(summary["ppo"], summary.get("shown_as", {})):
         figures = [summary[model].get(each.name) for model in models]
         if each.short is not None and all(figures):
             table.add_row(each.short, *map(shown, figures))

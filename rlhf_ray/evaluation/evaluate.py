@@ -29,7 +29,7 @@ from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
-from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions
+from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as
 from rlhf_ray.training.precision import resolve_precision
 
 #: of what is not a figure of one model; those figures are in `tables.figures`
@@ -206,7 +206,7 @@ class _Evaluation:
             others[f"ppo_over_{name}"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence[name])}
             explained |= _definitions_of(name)
         keys = list(dict.fromkeys((*FIGURES, *(key for out in found.values() for key in out))))
-        model = "the separately seeded language model" if self.recipe.fluency else "the SFT model"
+        model, of_plugins = "the separately seeded language model" if self.recipe.fluency else "the SFT model", shown_as()
         return {
             **{name: {key: out[key].figure() if key in out else None for key in keys} for name, out in found.items()},
             **self._over_sft("ppo", kl, found),
@@ -219,6 +219,7 @@ class _Evaluation:
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
             "definitions": explained | {"relevance": f"{explained['relevance']} Under {model}."},
             "missing": {name: figure.absent for name, figure in FIGURES.items() if figure.absent and name not in found["sft"]},
+            **({"shown_as": of_plugins} if of_plugins else {}),
         }
 
     def _table(self, values) -> np.ndarray:

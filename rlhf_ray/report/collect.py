@@ -131,7 +131,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     pairs: list[tuple[str | None, str]] = [(None, "PPO over SFT")]
     for model in other_tuned(summaries[seeds[0]]):
         pairs += [(f"{model}_over_sft", f"{title(model)} over SFT"), (f"ppo_over_{model}", f"PPO over {title(model)}")]
-    titles = {each.name: each.short for each in shown_figures(summaries[seeds[0]]["ppo"]) if each.short is not None}
+    shown = shown_figures(summaries[seeds[0]]["ppo"], summaries[seeds[0]].get("shown_as", {}))
+    titles = {each.name: each.short for each in shown if each.short is not None}
     for key, words in titles.items():
         for model in models:
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]

@@ -93,7 +93,7 @@ def table(summary: dict) -> list[dict]:
     """The models side by side, one row per figure; its cells are (value, difference from SFT, the difference's tone)."""
     rows = []
     models = models_of_summary(summary)
-    for each in shown_figures(summary.get("ppo", {})):
+    for each in shown_figures(summary.get("ppo", {}), summary.get("shown_as", {})):
         values = {name: summary[name].get(each.name) for name in models}
         if not values or None in values.values():
             continue

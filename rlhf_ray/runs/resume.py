@@ -35,7 +35,10 @@ def recorded_recipe(folder: RunFolder) -> Recipe | None:
     """The recipe that the run folder was last used with. Keys that a newer package version added have defaults."""
     if not folder.recipe.exists():
         return None
-    return build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe))
+    try:
+        return build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe))
+    except UserError as error:  # e.g. a plugin of it that is gone
+        raise UserError(f"{folder.recipe}: {error}") from error
 
 
 def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:

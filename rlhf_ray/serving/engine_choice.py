@@ -21,7 +21,7 @@ DEFAULT = "torch"
 class EngineChoice:
     name: str
     note: str | None = None  # what to tell where it is not the recipe's
-    plugins: tuple[str, ...] = ()  # modules of the run's recipe, of which one may have registered the engine
+    plugins: tuple[str, ...] = ()  # modules of the run's recipe: the engine or the model's class may be theirs
 
 
 def choose_engine(asked: str | None, path: str | Path, gpus: float) -> EngineChoice:
@@ -39,7 +39,7 @@ def choose_engine(asked: str | None, path: str | Path, gpus: float) -> EngineCho
     problem = _problem(named, gpus)
     if problem is None:
         return EngineChoice(named, None, plugins)
-    return EngineChoice(DEFAULT, f"drawing with {DEFAULT}: {problem}")
+    return EngineChoice(DEFAULT, f"drawing with {DEFAULT}: {problem}", plugins)
 
 
 def _problem(name: str, gpus: float) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_ray.tables.table import Table, loaded
 
@@ -55,7 +56,7 @@ class FigureGroup:
         """How one of them is shown."""
         name = key.partition("/")[2].replace("_", " ") if self.short is not None else key.partition("/")[2]
         return Figure(
-            name=key, measure=lambda evidence: None, label=self.label.format(name), unit=self.unit, better=self.better,
+            name=key, measure=_nothing, label=self.label.format(name), unit=self.unit, better=self.better,
             short=None if self.short is None else self.short.format(name),
         )  # fmt: skip
 
@@ -144,6 +145,7 @@ FIGURES: Table[Figure] = Table(
         definition="Mean share of a response's 4-grams of words that stood in it before.",
     ),
 )  # fmt: skip
+BUILT_IN = frozenset(FIGURES)
 GROUPS: Table[FigureGroup] = Table(
     "a group of figures",
     FigureGroup(
@@ -161,8 +163,18 @@ def definitions() -> dict[str, str]:
     return {entry.name: entry.definition for entry in (*FIGURES.values(), *GROUPS.values()) if entry.definition}
 
 
-def shown_figures(keys: Iterable[str]) -> list[Figure]:
-    """The figures with these keys in the table's order, those of a group after their figure; keys of neither are left out."""
+def shown_as() -> dict[str, dict[str, Any]]:
+    """How the figures of plugins are shown, for summary.json: who reads that may not have imported the plugins."""
+    own = [figure for name, figure in FIGURES.items() if name not in BUILT_IN]
+    return {
+        each.name: {"label": each.label, "unit": each.unit, "better": each.better, "percent": each.percent, "short": each.short}
+        for each in own
+    }
+
+
+def shown_figures(keys: Iterable[str], recorded: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[Figure]:
+    """The figures with these keys in the table's order, those of a group after their figure, at last those that are not in
+    the table but `recorded` (`shown_as`). Other keys are left out."""
     given = list(keys)
     found: list[Figure] = []
     for name, figure in FIGURES.items():
@@ -170,4 +182,9 @@ def shown_figures(keys: Iterable[str]) -> list[Figure]:
         for group in GROUPS.values():
             if group.after == name:
                 found += [group.figure(key) for key in given if key.startswith(f"{group.name}/")]
-    return found
+    others = [name for name in given if name in recorded and name not in FIGURES]
+    return found + [Figure(name=name, measure=_nothing, **recorded[name]) for name in others]
+
+
+def _nothing(evidence: Evidence) -> None:
+    """The measure of a figure that is only shown."""
