@@ -21,7 +21,7 @@ ifneq ($(TORCH_INDEX),)
 install_torch = $(1) $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$(TORCH_VERSION)"
 endif
 
-# Where it is set, each of the many processes would compile every module that it imports: seconds a process.
+# Where it is set, each of the many processes would compile every module that it imports: seconds per process.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -560,7 +560,7 @@ def test_assemble_whitens_rewards_keeping_their_mean():
     white = (np.array([-0.1, 0, 1.1, -0.2, 0.8]) - 0.32) / math.sqrt(0.2776) + 0.32
     expected = [white[:3].sum(), white[1:3].sum(), white[2], white[3:].sum(), white[4]]
     assert result.returns[mask].tolist() == pytest.approx(expected, abs=1e-6)
-    assert result.stats["objective/rlhf_reward"] == pytest.approx(0.8)  # as it was paid, before whitening
+    assert result.stats["objective/rlhf_reward"] == pytest.approx(0.8)  # what was maximised, before whitening
 
 
 def test_scores_are_cut_then_lowered_or_replaced_where_the_response_did_not_end():

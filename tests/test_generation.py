@@ -119,7 +119,7 @@ def assert_matches(completion, expected):
     assert completion.response_ids.dtype == np.int32 and completion.logprobs.dtype == np.float32
 
 
-KNOBS = [
+OPTIONS = [
     SamplingParams(max_new_tokens=20),
     SamplingParams(max_new_tokens=20, temperature=0.7, top_k=5),
     SamplingParams(max_new_tokens=20, temperature=1.3, top_p=0.8),
@@ -141,20 +141,20 @@ KNOBS = [
         ("llama", "eager"),
     ],
 )
-@pytest.mark.parametrize("params", KNOBS, ids=["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"])
+@pytest.mark.parametrize("params", OPTIONS, ids=["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"])
 def test_equals_a_forward_pass_without_cache(family, attention, params):
     model, prompts = build(family, attention=attention), ragged_prompts()
     expected = [brute_force(model, prompt, seed, params) for seed, prompt in enumerate(prompts)]
     completions = make_engine(model).generate(prompts, range(len(prompts)), params)
     for completion, row in zip(completions, expected, strict=True):
         assert_matches(completion, row)
-    if params == KNOBS[0]:  # rows end at different steps, so the batch really was compacted on the way
+    if params == OPTIONS[0]:  # rows end at different steps, so the batch really was compacted on the way
         assert len({len(completion.response_ids) for completion in completions}) > 2
 
 
 def test_rows_with_params_of_their_own_share_a_batch():
     model, prompts = build("llama"), ragged_prompts(12)
-    params = [KNOBS[row % len(KNOBS)] for row in range(len(prompts))]
+    params = [OPTIONS[row % len(OPTIONS)] for row in range(len(prompts))]
     completions = make_engine(model).generate(prompts, range(100, 112), params)
     for row, completion in enumerate(completions):
         assert_matches(completion, brute_force(model, prompts[row], 100 + row, params[row]))
@@ -195,7 +195,7 @@ def test_a_result_depends_on_nothing_that_ran_before(family, dtype):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_rows_that_join_and_leave_change_no_other_row(family):
     model, prompts = build(family), ragged_prompts(10)
-    params = [KNOBS[row % len(KNOBS)] for row in range(10)]
+    params = [OPTIONS[row % len(OPTIONS)] for row in range(10)]
     engine = make_engine(model, max_rows=4)
     ids, done, streamed, steps, cancelled = [], {}, {}, 0, set()
     while len(done) + len(cancelled) < 10:
@@ -550,7 +550,7 @@ def test_an_empty_batch():
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_draws_what_the_cpu_draws():
-    prompts, params = ragged_prompts(), [KNOBS[row % len(KNOBS)] for row in range(9)]
+    prompts, params = ragged_prompts(), [OPTIONS[row % len(OPTIONS)] for row in range(9)]
     for family in ("gpt2", "llama", "qwen2"):
         expected = make_engine(build(family)).generate(prompts, range(9), params)
         completions = make_engine(build(family), device="cuda").generate(prompts, range(9), params)

@@ -156,9 +156,8 @@ def test_every_row_has_one_microbatch_within_the_budget(lengths, tokens, ranks, 
     assert all(group and sum(lengths[row] for row in group) <= tokens for group in groups)
     assert len(groups) >= at_least
     rows = list(range(len(lengths) // ranks * ranks))
-    hands = deal_rows(rows, lengths, ranks)
-    assert sorted(row for hand in hands for row in hand) == rows and {len(hand) for hand in hands} == {
-        len(rows) // ranks
-    }
-    loads = [sum(lengths[row] for row in hand) for hand in hands]
+    dealt = deal_rows(rows, lengths, ranks)
+    assert sorted(row for part in dealt for row in part) == rows
+    assert {len(part) for part in dealt} == {len(rows) // ranks}
+    loads = [sum(lengths[row] for row in part) for part in dealt]
     assert max(loads) - min(loads) <= max(lengths)

@@ -349,7 +349,7 @@ def toy(session):
 
 
 def waiter(deadline_s=30.0, on_wait=lambda what, seconds: None):
-    return Waiter(deadline_s, "turn the knob", on_wait)
+    return Waiter(deadline_s, "raise the limit", on_wait)
 
 
 def test_results_come_back_in_order_and_receipts_add_up(toy):
@@ -439,7 +439,7 @@ def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session
     ray.kill(actor)
 
 
-def test_a_start_that_takes_too_long_names_its_own_knob(session):
+def test_a_start_that_takes_too_long_names_its_own_key(session):
     half = sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes()) * 0.6
     roles, waiting = {"generation": RoleConfig(cpus=half)}, waiter()
     with (
@@ -493,7 +493,7 @@ def test_a_wait_has_a_name_and_a_deadline(toy):
     heard = []
     waiting = waiter(deadline_s=1.5, on_wait=lambda what, seconds: heard.append(what))
     slow = waiting.track(toy.answer.remote(1, 60.0), "reward actor 1 (step 17, chunk 3)")
-    with pytest.raises(Deadline, match=r"for reward actor 1 \(step 17, chunk 3\) during scoring.*turn the knob"):
+    with pytest.raises(Deadline, match=r"for reward actor 1 \(step 17, chunk 3\) during scoring.*raise the limit"):
         waiting.wait([slow], "scoring")
     assert heard and set(heard) == {"reward actor 1 (step 17, chunk 3)"}
 

@@ -1,4 +1,4 @@
-"""What PPO is paid by: ensembles, weighted sums, reward models of other people, the correlation with length."""
+"""What PPO maximises: ensembles, weighted sums, reward models of other people, the correlation with length."""
 
 import math
 

@@ -188,7 +188,7 @@ def test_temperatures_of_their_own_divide_their_row():
 
 @pytest.mark.parametrize("vector", [False, True])
 def test_a_draw_is_from_the_truncated_distribution(vector):
-    """p = 0.1 0.2 0.3 0.4 and u = 0.05: the first token, unless a knob has cut it off."""
+    """p = 0.1 0.2 0.3 0.4 and u = 0.05: the first token, unless an option has cut it off."""
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     temperature = torch.tensor([1.0]) if vector else 1.0
     for options, token, prob in (

@@ -53,13 +53,13 @@ def cut_microbatches(
     if tokens is None:
         groups = [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
     else:
-        room = 0
+        left = 0  # tokens of the last group
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if lengths[row] > room:
+            if lengths[row] > left:
                 groups.append([])
-                room = tokens
+                left = tokens
             groups[-1].append(row)
-            room -= lengths[row]
+            left -= lengths[row]
     while len(groups) < at_least:
         largest = max(range(len(groups)), key=lambda number: len(groups[number]))
         half = len(groups[largest]) // 2
@@ -72,8 +72,8 @@ def deal_rows(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[l
 
     The longest first, in rounds that go there and back (0, 1, 1, 0, 0, 1, ...): each round evens out the one before it.
     """
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
     for place, row in enumerate(sorted(rows, key=lambda row: -lengths[row])):
-        turn, seat = divmod(place, ranks)
-        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(row)
-    return [sorted(hand) for hand in hands]
+        turn, rank = divmod(place, ranks)
+        dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(row)
+    return [sorted(part) for part in dealt]

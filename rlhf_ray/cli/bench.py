@@ -57,7 +57,7 @@ def bench_ppo(
     width: Width = None,
     heads: Heads = None,
     vocab: Vocab = None,
-    batch: Annotated[int, typer.Option(help="prompts an iteration", min=1)] = 64,
+    batch: Annotated[int, typer.Option(help="prompts per iteration", min=1)] = 64,
     prompt: Prompt = 32,
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
@@ -150,7 +150,7 @@ def bench_controller(
     generators: Annotated[int, typer.Option(help="generation actors, pretended", min=1)] = 256,
     processes: Annotated[int, typer.Option(help="that simulate all actors", min=1)] = 2,
     chunks: Annotated[int, typer.Option(help="chunks per step for each generation actor", min=1)] = 1,
-    rows: Annotated[int, typer.Option(help="prompts a chunk", min=1)] = 4,
+    rows: Annotated[int, typer.Option(help="prompts per chunk", min=1)] = 4,
     prompt: Prompt = 64,
     response: Response = 128,
     ranks: Annotated[int, typer.Option(help="of the policy, and of the critic", min=1)] = 4,
@@ -199,11 +199,11 @@ def bench_serve(
 @in_words
 def bench_scale(
     gpu: Annotated[str, typer.Option(help="h100 or h200")] = "h200",
-    batch: Annotated[int, typer.Option(help="prompts an iteration", min=1)] = 1024,
+    batch: Annotated[int, typer.Option(help="prompts per iteration", min=1)] = 1024,
     prompt: Prompt = 512,
     response: Response = 512,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 1,
-    chunk: Annotated[int, typer.Option(help="prompts a chunk", min=1)] = 8,
+    chunk: Annotated[int, typer.Option(help="prompts per chunk", min=1)] = 8,
     json_output: Json = False,
 ):
     """On paper: seconds of an iteration for models of 7 and 70 billion parameters on 8 to 512 GPUs."""

@@ -151,7 +151,7 @@ def serve(
         int | None, typer.Option(help="longest prompt; default: the model's positions less one")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="longest completion")] = None,
-    max_n: Annotated[int, typer.Option(help="choices a prompt")] = 16,
+    max_n: Annotated[int, typer.Option(help="choices per prompt")] = 16,
     max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
     max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,

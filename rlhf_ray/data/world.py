@@ -214,7 +214,7 @@ def _reply(prompt: str, rng: random.Random) -> str:
 
 
 def _pairs(prompts: list[str], each: int, rng: random.Random) -> list[dict]:
-    """`each` labelled pairs a prompt: by two writers, or (a share of MISREAD) by one who in the second misread the request."""
+    """`each` labelled pairs per prompt: by two writers, or (a share of MISREAD) by one who in the second misread the request."""
     rows = []
     for prompt in (prompt for prompt in prompts for _ in range(each)):
         asked = _asked(prompt)
