@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.load import disable_dropout
+from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.supervised.lines import LineLoss, classify_lines
 
 LENGTHS, WIDTH, PAD, IGNORED = (5, 17, 9, 1, 16), 32, 0, -100
@@ -30,7 +32,8 @@ def batch():
 
 
 def largest_gap(model, other):
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    pairs = [*zip(model.parameters(), other.parameters(), strict=True)]
+    assert [one.grad is None for one, _ in pairs] == [two.grad is None for _, two in pairs]
     return max(float((one.grad.double() - two.grad.double()).abs().max()) for one, two in pairs if two.grad is not None)
 
 
@@ -38,10 +41,19 @@ def largest_gap(model, other):
     "make", [lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), lambda: LlamaForCausalLM(LlamaConfig(**LLAMA))],
     ids=["gpt2", "llama"],
 )  # fmt: skip
-def test_the_loss_is_that_of_each_row_alone_in_float64(make):
+@pytest.mark.parametrize(
+    "part", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "freeze_layers": 1},
+             {"gradient_checkpointing": True, "lora": LoraConfig(rank=2)}],
+    ids=["whole", "checkpointed", "upper block", "adapters"],
+)  # fmt: skip
+def test_the_loss_is_that_of_each_row_alone_in_float64(make, part):
     torch.manual_seed(1)
     model = make()
     disable_dropout(model)
+    train_only_part(model, **{"lora": None, "freeze_layers": 0, "gradient_checkpointing": False, "seed": 0} | part)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:  # zero at first, so that A would have no gradient
+            torch.nn.init.normal_(weight, std=0.1)
     exact, inputs = copy.deepcopy(model).double(), batch()
     expected = torch.zeros((), dtype=torch.float64)
     for row, length in enumerate(LENGTHS):
