@@ -153,3 +153,21 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(folde
     train((recipe, run, ("sft",)), world=2)
     assert stage.summary()["steps"] == STEPS
     assert largest_gap(load_causal_lm(stage.model), plain_sft(recipe, run, STEPS)[0]) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora": LORA, "gradient_checkpointing": True}])
+def test_a_reward_model_on_two_zero3_ranks_is_that_of_one(folder, tokenizer, tmp_path, options):
+    """Packed lines under a model whose weights are gathered layer by layer."""
+    found = []
+    for world, ranks in ((1, {}), (2, {"workers": 2, "microbatch_size": 4, "zero_stage": 3, "threads": 1})):
+        (tmp_path / str(world)).mkdir()
+        run = new_run(folder, tokenizer, tmp_path / str(world))
+        learner = STAGE | {"base": "model", "max_steps": STEPS, "learning_rate": 1e-2, "normalise_samples": 0}
+        train((recipe_for(run, {}, reward=learner | options | ranks), run, ("reward",)), world=world)
+        assert run.stage("reward").summary()["steps"] == STEPS
+        found.append(load_file(run.stage("reward").model / "model.safetensors"))
+    one, two = found
+    assert one.keys() == two.keys() and max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-3
+    start = load_file(tmp_path / "1" / "base" / "model.safetensors")
+    assert max(float((one[name] - weight).abs().max()) for name, weight in start.items() if name in one) > 0.01
