@@ -15,6 +15,7 @@ from typing import Any
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES, needs_of
 from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.runs.own_modules import digests, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -31,7 +32,9 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
     reopen_finished(recipe, folder, changed)
     write_recipe(recipe, folder.recipe)
     folder.record_stages()
-    write_atomically(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    modules = digests(recipe)
+    record_changes(folder, modules)
+    write_atomically(folder.path / "environment.json", json.dumps(environment() | {"modules": modules}, indent=2) + "\n")
 
 
 def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
