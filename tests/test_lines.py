@@ -43,7 +43,7 @@ def largest_gap(model, other):
 )  # fmt: skip
 @pytest.mark.parametrize(
     "part", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "freeze_layers": 1},
-             {"gradient_checkpointing": True, "lora": LoraConfig(rank=2)}],
+             {"gradient_checkpointing": True, "lora": LoraConfig(rank=2, alpha=2.0)}],
     ids=["whole", "checkpointed", "upper block", "adapters"],
 )  # fmt: skip
 def test_the_loss_is_that_of_each_row_alone_in_float64(make, part):
