@@ -36,6 +36,11 @@ class Chunk:
     def __post_init__(self):
         assert len(self.prompt_indices) == len(self.sample_indices) > 0
 
+    def where(self, row: int) -> str:
+        """One of its rows in words."""
+        kind = "evaluation, held-out prompt" if self.evaluation else f"step {self.step}, prompt"
+        return f"{kind} {self.prompt_indices[row]}, sample {self.sample_indices[row]}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:

@@ -8,7 +8,6 @@ cut       prompt (long prompt shortened), reply (long reply shortened), eos_text
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.config.base import LARGEST
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
 from rlhf_ray.data.formats import REPLIES, Role
 from rlhf_ray.data.tokens import cut_text, encode_prompts, encode_texts
@@ -109,12 +109,12 @@ def _seen_before(row: tuple, seen: set[tuple]) -> bool:
 
 
 def _number(value: object) -> float | None:
-    """`value` as a finite float; None where it is not one (an empty cell, NaN, a word)."""
+    """`value` as a float that is finite in 32 bits; None where it is not one (an empty cell, NaN, a word, 1e39)."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # NaN is not
 
 
 def _strip_eos(rows: list[dict], replies: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:

@@ -25,6 +25,7 @@ from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.finite import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.runs.run_folder import RunFolder
@@ -142,7 +143,9 @@ class _Evaluation:
                 each.traits = trait_scores(path, each.prompts, each.responses.texts, each.columns)
 
     def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
-        return scorer.score(each.prompts, each.responses.texts, each.responses.ended.tolist(), each.columns)
+        texts = each.responses.texts
+        scores = scorer.score(each.prompts, texts, each.responses.ended.tolist(), each.columns)
+        return check_scores(scores, f"the score of {type(scorer).__name__} is", each.prompts, texts)
 
     def _fluency(self, sft: LanguageModel) -> None:
         self._report("perplexity", 0, 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import linear_anneal
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.ahead import Ahead
 from rlhf_ray.ppo.step import (
@@ -43,9 +45,21 @@ class LoopState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> LoopState:
-        values: dict[str, Any] = dict(state)
-        values["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
+        """UserError for a key that is unknown, or a value that is not a finite number."""
+        unknown = sorted(state.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise UserError(f"the checkpoint's state has the unknown key '{unknown[0]}'; go on with the version that wrote it")
+        values: dict[str, Any] = {"moved": state["step"] != 0} | state  # earlier versions did not write `moved`
+        bad = [name for name, value in values.items() if not (_is_number(value) or (name, value) == ("best_score", None))]
+        if bad:
+            raise UserError(f"the checkpoint's state has {bad[0]} = {values[bad[0]]!r}; delete it to go on from the one before it")
+        if values["best_score"] is None:
+            values["best_score"] = float("-inf")
         return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def judged_best(state: LoopState, value: float) -> LoopState:

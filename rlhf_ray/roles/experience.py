@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble
+from rlhf_ray.algorithms.finite import BadNumber
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.algorithms.scores import zero_variance_groups
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.messages import (
     Chunk,
     CriticShard,
@@ -25,6 +26,8 @@ from rlhf_ray.messages import (
     unflatten,
 )
 from rlhf_ray.training.padding import action_mask, pad_tokens
+
+EXPERIENCE_REMEDY = "look at that sample's score, lower ppo.learning_rate, or set ppo.precision to float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,8 @@ class ExperienceMaker:
             )  # fmt: skip
         except WrongEstimate as error:
             raise UserError(str(error)) from error
+        except BadNumber as error:
+            raise NotFinite(f"{error} ({where(rollouts, error.row)}); {EXPERIENCE_REMEDY}") from error
         tokens = np.array([len(part.values) for part in old_logprobs])
         entropies = np.array([part.entropy for part in old_logprobs])
         stats = result.stats | score_stats(together, "objective") | {
@@ -155,6 +160,15 @@ class ExperienceMaker:
             "eval/response_length": len(flat) / rows,
             "eval/eos_rate": float(np.concatenate([rollout.ended for rollout in rollouts]).mean()),
         }  # fmt: skip
+
+
+def where(rollouts: list[RolloutBatch], row: int) -> str:
+    """A row of the batch in words."""
+    for rollout in rollouts:
+        if row < len(rollout.sequences):
+            return rollout.chunk.where(row)
+        row -= len(rollout.sequences)
+    raise IndexError(row)
 
 
 def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
+from rlhf_ray.errors import NotFinite
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, flatten
 from rlhf_ray.models.load import load_causal_lm, to_device
@@ -75,7 +76,14 @@ class Generator:
             draw_seed(self.seed, "rollout", step, prompt, sample)
             for prompt, sample in zip(chunk.prompt_indices, chunk.sample_indices, strict=True)
         ]
-        completions = self.engine.generate(prompts, seeds, self.sampling)
+        try:
+            completions = self.engine.generate(prompts, seeds, self.sampling)
+        except FloatingPointError as error:
+            first = chunk.where(0)
+            raise NotFinite(
+                f"generation failed in the chunk that begins with {first}: {error}; set generation.precision to float32, or "
+                "raise generation.temperature"
+            ) from error
         if last:
             self.engine.sleep()
         return RolloutBatch(

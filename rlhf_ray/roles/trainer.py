@@ -18,6 +18,7 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
+from rlhf_ray.errors import NotFinite
 from rlhf_ray.messages import (
     CriticShard,
     OptimiserStep,
@@ -35,6 +36,7 @@ from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded
 from rlhf_ray.training.forward import TokenBatch, token_batch
 from rlhf_ray.training.padding import action_mask, pad_tokens
 
+UPDATE_REMEDY = "lower ppo.learning_rate and ppo.critic_learning_rate, set ppo.score_clip, or ppo.precision to float32"
 Shard = TypeVar("Shard", bound=TrainShard)
 
 
@@ -144,7 +146,13 @@ class Trainer(Generic[Shard]):
             else:
                 parts = [step.rows[rows] for rows in self._microbatches(lengths[step.rows])]
                 batches = self._train_batches(data, parts)
-            norms.append(self.engine.step(batches, loss_of, learning_rate=learning_rate))
+            try:
+                norms.append(self.engine.step(batches, loss_of, learning_rate=learning_rate))
+            except NotFinite as error:
+                raise NotFinite(
+                    f"{self.name} update of step {shard.step}, optimiser step {len(norms) + 1} of {len(shard.schedule)}: "
+                    f"{error}, so it is not taken; {UPDATE_REMEDY}"
+                ) from error
             totals.append({name: float(sum(part[name] for part in stats)) for name in stats[0]})
             if self._is_enough(totals[-1]):
                 break
