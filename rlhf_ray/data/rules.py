@@ -1,7 +1,7 @@
 """The rules that drop or cut rows. Every dropped or cut row is counted under its rule's name.
 
 dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long,
-          in_eval_prompts, surplus_of_mix
+          in_eval_prompts, surplus_of_mix (tie: both replies are the same, as they came or once they are cut)
 cut       prompt (long prompt shortened), reply (long reply shortened), eos_text (an EOS written at a reply's end, which
           is added anyway), text (plain text that the trainer will cut at max_length)
 """
@@ -69,7 +69,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
             row["score"] = _number(row["score"])
         rows = drop(rows, tally, "no_score", lambda row: row["score"] is None)
     if role == "pairs":
-        rows = drop(rows, tally, "tie", lambda row: row["chosen"].strip() == row["rejected"].strip())
+        rows = drop(rows, tally, "tie", _is_tie)
     special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
     # Inside a reply this text would encode to the special token itself and end the reply early.
     rows = drop(
@@ -86,6 +86,8 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
         rows = [row for row in rows if id(row) in whole or id(row) in fitting]
     else:
         rows = _fit_rows(rows, replies, limits, tally)
+    if role == "pairs":  # what told them apart may have been cut
+        rows = drop(rows, tally, "tie", _is_tie)
     if limits.drop_duplicates:
         seen: set[tuple] = set()
         columns = ("prompt", *replies, *(("score",) if role == "scores" else ()))
@@ -99,6 +101,10 @@ def drop(rows: list[dict], tally: Tally, rule: str, is_bad: Callable[[dict], boo
     if len(kept) < len(rows):
         tally.dropped[rule] += len(rows) - len(kept)
     return kept
+
+
+def _is_tie(row: dict) -> bool:
+    return row["chosen"].strip() == row["rejected"].strip()
 
 
 def _seen_before(row: tuple, seen: set[tuple]) -> bool:
