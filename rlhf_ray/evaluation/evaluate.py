@@ -37,7 +37,7 @@ from rlhf_ray.training.precision import resolve_precision
 DEFINITIONS = {
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
-    "temperature without truncation: nats per response.",
+    "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
 }
@@ -119,7 +119,9 @@ class _Evaluation:
 
     def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature
-        ours, theirs = (model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature) for model in (tuned, sft))
+        ours, theirs = (
+            model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature, drawn.supports) for model in (tuned, sft)
+        )
         return self.resampler.mean(self._table(ours - theirs))
 
     def _scores(self) -> None:

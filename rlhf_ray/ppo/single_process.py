@@ -39,7 +39,7 @@ from rlhf_ray.ppo.single_process_keys import refuse_other_keys
 from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config
-from rlhf_ray.roles.experience import EXPERIENCE_REMEDY
+from rlhf_ray.roles.experience import EXPERIENCE_REMEDY, support_stats
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.trainer import UPDATE_REMEDY
@@ -106,7 +106,7 @@ class SingleProcessPPO:
         targets = self.assemble(rollout, scores, before)  # 4. advantages and returns, [B, T]
         stats = self.update(step, rollout, before, targets)  # 5. several passes over the batch
         self.sync()  # 6. the generator gets the new weights
-        return targets.stats | stats
+        return targets.stats | stats | support_stats(rollout.sequences)
 
     def draw(self, step: int) -> RolloutBatch:
         """1. Draw the responses. Every draw has its own seed, made from (seed, step, prompt, sample)."""
@@ -123,7 +123,7 @@ class SingleProcessPPO:
     def evaluate(self, rollout: RolloutBatch) -> BeforeUpdate:
         """3. One forward pass of policy, reference and critic over the whole batch."""
         sequences = rollout.sequences
-        batch = token_batch(sequences.prompts(), sequences.responses(), packed=False)
+        batch = token_batch(sequences.prompts(), sequences.responses(), sequences.supports(), packed=False)
         return BeforeUpdate(
             action_mask=batch.action_mask,
             old_logprobs=self.policy(batch),
@@ -170,7 +170,7 @@ class SingleProcessPPO:
         ppo = self.recipe.ppo
         assert targets.returns is not None  # GAE always gives returns
         minibatch = rollout.sequences.rows(rows)
-        batch = token_batch(minibatch.prompts(), minibatch.responses(), packed=False)
+        batch = token_batch(minibatch.prompts(), minibatch.responses(), minibatch.supports(), packed=False)
         longest = batch.action_mask.shape[1]  # of the minibatch: T or less
         mask, old_logprobs, old_values, advantages, returns = (
             tensor[rows, :longest]
