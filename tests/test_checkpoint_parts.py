@@ -154,8 +154,8 @@ def supervised(checkpoints, step):
 
 
 def test_a_whole_one_is_read(tmp_path):
-    supervised(tmp_path, 9)
-    assert newest_complete(tmp_path) == (supervised(tmp_path, 10), Checkpoint(step=10, elapsed_s=1.5, workers=1, zero_stage=1))
+    _, newest = supervised(tmp_path, 9), supervised(tmp_path, 10)
+    assert newest_complete(tmp_path) == (newest, Checkpoint(step=10, elapsed_s=1.5, workers=1, zero_stage=1))
     (tmp_path / "checkpoint-11").mkdir()  # without its mark
     assert newest_complete(tmp_path)[1].step == 10 and newest_complete(tmp_path / "nowhere") is None
 

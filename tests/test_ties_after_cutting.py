@@ -36,12 +36,12 @@ def prepared(folder, side, section, max_length):
     for name in ("pairs", "sft"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
-        "name": "ties", "sft": {"max_length": 64},
-        "model": {"from_scratch": {"layers": 1, "width": 32, "heads": 2, "positions": 64, "vocab_size": 400}},
+        "name": "ties", "sft": {"max_length": 120},
+        "model": {"from_scratch": {"layers": 1, "width": 32, "heads": 2, "positions": 128, "vocab_size": 260}},
         "data": {"sft": [{"path": str(folder / "sft.jsonl")}], "preferences": [{"path": str(folder / "pairs.jsonl")}],
                  "holdout": 0.3, "max_prompt_tokens": 8},
         "generation": {"max_new_tokens": 8}, "ppo": {"rollout_batch_size": 2, "minibatch_size": 2, "microbatch_size": 2},
-        "reward": {"max_length": 64},
+        "reward": {"max_length": 120},
     }  # fmt: skip
     if section == "judge":
         values["data"]["judge"] = values["data"]["preferences"]
@@ -57,11 +57,11 @@ def prepared(folder, side, section, max_length):
 @pytest.mark.parametrize("section", ["reward", "judge"])
 @pytest.mark.parametrize("side, gone", [("left", "say it"), ("right", "say that")])
 def test_the_data_stage_drops_and_counts_them(tmp_path, section, side, gone):
-    kept, tally = prepared(tmp_path / "short", side, section, max_length=14)
+    kept, tally = prepared(tmp_path / "short", side, section, max_length=40)  # bytes: the vocabulary has no merges
     assert tally["dropped"]["tie"] == 10 and tally["cut"]["reply"] >= 10
     assert not any(row["prompt"].startswith(gone) for row in kept) and len(kept) == 30
     assert all(row["chosen"].strip() != row["rejected"].strip() for row in kept)
-    kept, tally = prepared(tmp_path / "long", side, section, max_length=60)
+    kept, tally = prepared(tmp_path / "long", side, section, max_length=120)
     assert "tie" not in tally["dropped"] and len(kept) == 40
 
 

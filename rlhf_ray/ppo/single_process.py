@@ -202,7 +202,7 @@ class SingleProcessPPO:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(group["params"], self.recipe.ppo.max_grad_norm or float("inf"))
         if not (torch.isfinite(loss) and torch.isfinite(norm)):  # one such step would make every weight NaN
-            raise NotFinite(f"the loss is {float(loss)} and the norm of its gradient {float(norm)}; {UPDATE_REMEDY}")
+            raise NotFinite(f"the loss is {float(loss.detach())} and the norm of its gradient {float(norm)}; {UPDATE_REMEDY}")
         adam.step()
 
     def sync(self) -> None:

@@ -172,11 +172,10 @@ class WeightedSum:
         for name, part in parts.items():
             check_finite(UserScore, f"the reward '{name}' is", part.total, prompts, responses)
         with np.errstate(all="ignore"):  # what is not finite is told of with its sample
-            total = sum(np.float32(term.weight) * parts[name].total for name, term in self.terms.items())
+            total = np.asarray(sum(np.float32(term.weight) * parts[name].total for name, term in self.terms.items()), np.float32)
         weighted = " + ".join(f"{term.weight:g} {name}" for name, term in self.terms.items())
         total = check_finite(
-            UserScore, f"the sum of ppo.rewards ({weighted}) is", np.asarray(total, np.float32), prompts, responses,
-            remedy="lower the weights",
+            UserScore, f"the sum of ppo.rewards ({weighted}) is", total, prompts, responses, remedy="lower the weights",
         )  # fmt: skip
         late = [part.late for part in parts.values() if part.late is not None]
         apart = [part.disagreement for part in parts.values() if part.disagreement is not None]
