@@ -12,6 +12,13 @@ class RunFailed(RuntimeError):
     """
 
 
+class NotFinite(RunFailed):
+    """A score, a loss, a gradient or a weight became NaN or infinite. It reaches no update, no file and no generator.
+
+    The same command goes on from the last checkpoint, whose numbers are finite.
+    """
+
+
 def machine_failed(what: str, error: Exception) -> RunFailed:
     """What to tell of a full disk, a folder that may not be written, a file server that is gone."""
     return RunFailed(f"{what} failed: {error}; make room or mend that, then run the same command again")

@@ -36,6 +36,42 @@ class Chunk:
     def __post_init__(self):
         assert len(self.prompt_indices) == len(self.sample_indices) > 0
 
+    def where(self, row: int) -> str:
+        """One of its rows in words."""
+        kind = "evaluation, held-out prompt" if self.evaluation else f"step {self.step}, prompt"
+        return f"{kind} {self.prompt_indices[row]}, sample {self.sample_indices[row]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What each of N response tokens was drawn among, where sampling drops unlikely tokens (top_k, top_p, min_p)."""
+
+    ids: np.ndarray  # int32, flat
+    counts: np.ndarray  # int32 [N]
+    log_mass: np.ndarray  # float32 [N]: log of their probability before the others were dropped
+
+    def __post_init__(self):
+        assert len(self.counts) == len(self.log_mass) and self.counts.sum() == len(self.ids)
+
+    @classmethod
+    def of(cls, tokens: Iterable[np.ndarray], log_mass: np.ndarray) -> Support:
+        """tokens: an array of ids for each response token."""
+        tokens = list(tokens)
+        counts = np.array([len(ids) for ids in tokens], np.int32)
+        return cls(ids=flatten(tokens, np.int32), counts=counts, log_mass=log_mass)
+
+    @classmethod
+    def join(cls, parts: Iterable[Support]) -> Support:
+        parts = list(parts)
+        each = [np.concatenate(arrays) for arrays in zip(*((one.ids, one.counts, one.log_mass) for one in parts), strict=True)]
+        return cls(ids=each[0], counts=each[1], log_mass=each[2])
+
+    def split(self, lengths: np.ndarray) -> list[Support]:
+        """One for each row of so many response tokens."""
+        counts, log_mass = unflatten(self.counts, lengths), unflatten(self.log_mass, lengths)
+        ids = unflatten(self.ids, np.array([part.sum() for part in counts], np.int64))
+        return [Support(ids=i, counts=c, log_mass=m) for i, c, m in zip(ids, counts, log_mass, strict=True)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
@@ -45,8 +81,10 @@ class Sequences:
     prompt_lengths: np.ndarray  # int64 [B]
     response_ids: np.ndarray  # int32 [N], EOS included where the policy chose it
     response_lengths: np.ndarray  # int64 [B]
+    support: Support | None = None  # None: every token was drawn among all
 
     def __post_init__(self):
+        assert self.support is None or len(self.support.counts) == len(self.response_ids)
         assert self.prompt_lengths.sum() == len(self.prompt_ids)
         assert self.response_lengths.sum() == len(self.response_ids)
         assert len(self.prompt_lengths) == len(self.response_lengths)
@@ -66,20 +104,40 @@ class Sequences:
     def responses(self) -> list[np.ndarray]:
         return unflatten(self.response_ids, self.response_lengths)
 
+    def supports(self) -> list[Support] | None:
+        """Of each row."""
+        return None if self.support is None else self.support.split(self.response_lengths)
+
     @classmethod
-    def of(cls, prompts: Iterable[np.ndarray], responses: Iterable[np.ndarray]) -> Sequences:
+    def of(
+        cls, prompts: Iterable[np.ndarray], responses: Iterable[np.ndarray], supports: Iterable[Support] | None = None
+    ) -> Sequences:
         prompts, responses = list(prompts), list(responses)
         return cls(
             prompt_ids=flatten(prompts, np.int32),
             prompt_lengths=np.array([len(p) for p in prompts], np.int64),
             response_ids=flatten(responses, np.int32),
             response_lengths=np.array([len(r) for r in responses], np.int64),
+            support=None if supports is None else Support.join(supports),
+        )
+
+    @classmethod
+    def join(cls, parts: Iterable[Sequences]) -> Sequences:
+        """The rows of several, one after the other."""
+        parts = list(parts)
+        supports = [one.support for one in parts if one.support is not None]
+        assert len(supports) in (0, len(parts)), "all were drawn in the same way"
+        return cls.of(
+            [ids for one in parts for ids in one.prompts()], [ids for one in parts for ids in one.responses()], supports or None
         )
 
     def rows(self, index: Iterable[int]) -> Sequences:
-        prompts, responses = self.prompts(), self.responses()
+        prompts, responses, supports = self.prompts(), self.responses(), self.supports()
         index = list(index)
-        return Sequences.of([prompts[i] for i in index], [responses[i] for i in index])
+        return Sequences.of(
+            [prompts[i] for i in index], [responses[i] for i in index],
+            None if supports is None else [supports[i] for i in index],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

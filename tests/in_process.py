@@ -2,7 +2,6 @@
 
 import torch
 
-from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.store import read_prompt_columns, read_role
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
@@ -119,9 +118,6 @@ class LocalRoles:
 
     def __init__(self, recipe, folder, actors=1):
         ppo, generation, start = recipe.ppo, recipe.generation, folder.stage("sft").model
-        sampling = SamplingParams(
-            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, stop=generation.stop
-        )
         texts = [read_role(folder, role)["prompt"] for role in ("prompts", "eval_prompts")]
         drawn_in = torch.bfloat16 if generation.precision == "bfloat16" else torch.float32
         models = recipe, folder, torch.float32, "cpu"
@@ -129,7 +125,7 @@ class LocalRoles:
         self.generation = LocalGeneration(
             *(
                 Generator(
-                    start, *texts, sampling=sampling, seed=recipe.seed, dtype=drawn_in,
+                    start, *texts, sampling=generation.sampling, seed=recipe.seed, dtype=drawn_in,
                     lora=ppo.lora, freeze_layers=ppo.freeze_layers, engine=generation.engine, rows=generation.chunk_size,
                 )
                 for _ in range(actors)

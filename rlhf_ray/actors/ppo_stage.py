@@ -164,7 +164,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
         hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
         loop = PPOLoop(
-            roles, _with_gate(recipe), hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
+            roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
             chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
         )  # fmt: skip
         finished = loop.run()
@@ -226,16 +226,6 @@ def publish_best(folder: RunFolder, state: LoopState) -> None:
 
 def _of_all(roles: RayRoles, method: str, *args) -> list[ray.ObjectRef]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
-
-
-def _with_gate(recipe: Recipe) -> PPOConfig:
-    """The PPO section; its mismatch gate is open where sampling truncates.
-
-    The generator's log-probs are then those of the truncated distribution, the policy's are not: they differ by design.
-    """
-    generation = recipe.generation
-    truncates = generation.top_k > 0 or generation.top_p < 1 or generation.min_p > 0
-    return recipe.ppo.model_copy(update={"max_mismatch": float("inf")}) if truncates else recipe.ppo
 
 
 def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:

@@ -213,7 +213,7 @@ class TrainerActor(RoleActor):
         from rlhf_ray.ppo.checkpoint import read_role
 
         state, steps = read_role(folder, self.role_name)
-        self.role.engine.load_state(state, steps)
+        self.role.engine.load_state(state, steps, f"the checkpoint {folder} ({self.role_name})")
         return steps
 
 

@@ -29,7 +29,7 @@ from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.errors import RunFailed, StageStopped, UserError
+from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -79,6 +79,8 @@ def _train(
     answer = _fit(recipe, folder, stage, config, member, on_progress)
     if "refused" in answer:
         raise UserError(answer["refused"])
+    if "not_finite" in answer:
+        raise NotFinite(answer["not_finite"])
     if answer["ended_by"] == "stop":
         target.stop_file.unlink(missing_ok=True)
         raise StageStopped(f"{stage} stopped; its checkpoint is written")
@@ -272,7 +274,7 @@ class _RecordFailures(UserCallback):
 
 
 def _worker(config: dict) -> dict:
-    """One rank, in its own process -> the stage's summary, or {"refused": sentence} for a user's mistake."""
+    """One rank, in its own process -> the stage's summary, or {"refused" or "not_finite": sentence}."""
     folder, stage = RunFolder(Path(config["folder"])), config["stage"]
     recipe = Recipe.model_validate(config["recipe"])
     section = recipe.trained[stage]
@@ -284,6 +286,8 @@ def _worker(config: dict) -> dict:
         return train(recipe, folder, stage)
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}
+    except NotFinite as error:
+        return {"not_finite": str(error)}
 
 
 def _training(stage: str, member: int, device_type: str) -> Callable[[Recipe, RunFolder, str], dict]:

@@ -77,6 +77,10 @@ class PolicyEnd:
         """A generator that was asked to compute in float32 gets float32."""
         return torch.float32 if self.recipe.generation.precision == "float32" else self.dtype
 
+    def check_weights(self) -> None:
+        """Before any is sent: a generator that has some of the new weights can't go back to the old ones."""
+        self.role.engine.check_weights("the policy's weights are not sent to the generators")
+
     def weight_layout(self) -> tuple[Layout, torch.dtype]:
         return [(name, tuple(tensor.shape)) for name, tensor in self.role.weights()], self.weight_dtype()
 
@@ -85,6 +89,7 @@ class PolicyEnd:
         """The trained weights, in `parts` dicts of about equal size: name -> array (bfloat16 as its bits in int16)."""
         from rlhf_ray.models.wire import pack_weights
 
+        self.check_weights()
         # Ray copies what a call returns into its store before this actor's next call, but ZeRO-3 takes the weights back at once.
         copy = self.settings.zero_stage == 3
         return pack_weights(self.role.weights(), parts, self.weight_dtype(), keep=self.rank == 0, copy=copy)
@@ -94,6 +99,7 @@ class PolicyEnd:
         """The same, as handles of this GPU's memory, which stays as it is until the next call."""
         from rlhf_ray.models.shared_gpu import share_weights
 
+        self.check_weights()
         mine = ((name, tensor) for name, tensor in self.role.weights() if self.rank == 0)
         self.kept, handles = share_weights(mine, self.weight_dtype())
         return [handles, *({} for _ in range(parts - 1))]
@@ -110,6 +116,7 @@ class PolicyEnd:
     def send_weights(self) -> tuple[None, Receipt]:
         """Send the trained weights to all members of the channel."""
         started, sent = time.perf_counter(), 0
+        self.check_weights()
         if self.channel is not None:
             sent = self.channel.send(self.role.weights(), self.layout, self.weight_dtype())
         else:

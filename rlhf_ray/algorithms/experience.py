@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from rlhf_ray.algorithms.advantages import AdvantageEntry, AdvantageOptions
+from rlhf_ray.algorithms.finite import check_finite
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
@@ -64,13 +65,23 @@ def assemble(
     *,
     kl_coef: float,
 ) -> Assembled:
-    """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch."""
+    """Advantages, returns and the step's `objective/*` statistics. Whitening is over the whole batch.
+
+    BadNumber for what is not finite: NaN in one row would make every row NaN by whitening, and then every weight.
+    """
+    check_finite("a score", scores)
+    for whose, given in (("generator", rollout_logprobs), ("policy", old_logprobs), ("reference", ref_logprobs)):
+        check_finite(f"a log-prob under the {whose}", given, action_mask)
+    if old_values is not None:
+        check_finite("a value of the critic", old_values, action_mask)
     advantage = config.advantage
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
     penalised = _penalised(scores, ended, action_mask, config)
     baseline = advantage.score_baseline
     compared = penalised if baseline is None else baseline(penalised, group_size=config.group_size)
-    estimated_kl = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
+    estimated_kl = kl  # counts nothing where the KL is in the loss, whose estimator may overflow
+    if config.kl_in_reward:
+        estimated_kl = torch.where(action_mask, KL_ESTIMATORS[config.kl_estimator](old_logprobs, ref_logprobs), 0.0)
     rewards = token_rewards(compared, estimated_kl, action_mask, kl_coef=kl_coef if config.kl_in_reward else 0.0)
     stats = {
         "objective/score": float(scores.mean()),
@@ -87,9 +98,13 @@ def assemble(
     if config.group_size > 1:
         equal = zero_variance_groups(penalised, group_size=config.group_size)
         stats["objective/zero_variance_groups"] = float(equal.float().mean())
+    check_finite("a reward less its KL penalty", rewards)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, action_mask, shift_mean=False)
     advantages, returns = _estimated(advantage, rewards, old_values, action_mask, config)
+    check_finite("an advantage", advantages)
+    if returns is not None:
+        check_finite("a return", returns)
     if old_values is not None and returns is not None:
         stats |= {
             "value/explained_variance": explained_variance(old_values, returns, action_mask),

@@ -28,6 +28,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, epi
     """The next KL coefficient of the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
 
     kl and target are nats per *sequence* (summed over tokens, mean over the batch); horizon and episodes count sequences.
+    A horizon of a fifth of the episodes or less would let the coefficient become 0 or negative.
     """
+    assert episodes < 5 * horizon, "the recipe's validation has refused such a horizon"
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)

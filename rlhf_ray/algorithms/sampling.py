@@ -104,6 +104,23 @@ def draw(
     return tokens, _at(logprobs, tokens)
 
 
+def draw_and_tell(
+    logits: torch.Tensor,  # [n, V]
+    uniforms: torch.Tensor,  # [n] in [0, 1)
+    *,
+    temperature: Parameter,  # above 0
+    top_k: Parameter = 0,
+    top_p: Parameter = 1.0,
+    min_p: Parameter = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `draw`, and what it drew among: bool [n, V], and the log of its probability before the rest was dropped: [n]."""
+    untruncated = tempered_logprobs(logits, temperature=temperature)
+    logprobs = truncate(untruncated, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens = inverse_cdf(logprobs, uniforms)
+    drawn = _at(logprobs, tokens)
+    return tokens, drawn, logprobs > -torch.inf, _at(untruncated, tokens) - drawn
+
+
 def _draw_from_all(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ from rlhf_ray.config.base import Precision, Section, exact_div
 from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig
 from rlhf_ray.config.evaluation import EvaluationConfig
 from rlhf_ray.config.generation import GenerationConfig
-from rlhf_ray.config.ppo import KlConfig, PPOConfig
+from rlhf_ray.config.kl import KlConfig
+from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.recipe import Recipe
 from rlhf_ray.config.resources import GroupConfig, ResourcesConfig, RoleConfig, TrackingConfig
 from rlhf_ray.config.reward_term import RewardTerm

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from rlhf_ray.tables.table import Table
 
 Precision = Literal["auto", "float32", "bfloat16"]
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of 32-bit floats, in which models, scores and losses are computed
 
 
 def exact_div(total: int, part: int, what: str) -> int:
@@ -23,7 +24,35 @@ def exact_div(total: int, part: int, what: str) -> int:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_are_finite(cls, value: Any) -> Any:
+        """Of every field, what mappings and lists hold included: what overflows in 32 bits becomes NaN in the weights."""
+        for number in _numbers(value):
+            if number != 0 and not SMALLEST <= abs(number) <= LARGEST:  # NaN is neither
+                raise ValueError(
+                    f"{number:.3g} is 0 or not finite as a 32-bit float, in which models compute; "
+                    f"give 0, or a number between {SMALLEST:g} and {LARGEST:g} in size"
+                )
+        return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a field's value. Sections have looked at theirs."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, int):
+        yield float(min(max(value, -(10**39)), 10**39))
+    elif isinstance(value, dict):
+        for part in cast(dict[Any, Any], value).values():
+            yield from _numbers(part)
+    elif isinstance(value, (list, tuple)):
+        for part in cast(list[Any], value):
+            yield from _numbers(part)
 
 
 def option(default: Any, description: str, **kwargs: Any) -> Any:

@@ -53,6 +53,17 @@ class GenerationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_tells_what_it_kept(self):
+        if self.sampling.truncates and not ENGINES.named(self.engine).tells_support:
+            able = " or ".join(engine.name for engine in ENGINES.values() if engine.tells_support)
+            raise ValueError(
+                f"generation.top_k = {self.top_k}, top_p = {self.top_p:g} and min_p = {self.min_p:g} drop tokens, but the engine "
+                f"{self.engine} does not say which, so the policy's log-probs and the KL would be those of another distribution; "
+                f"set them to 0, 1 and 0, or generation.engine to {able}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_draws_so_cold(self):
         coldest = ENGINES.named(self.engine).coldest
         if self.temperature < coldest:

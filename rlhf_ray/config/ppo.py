@@ -8,16 +8,10 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import model_validator
 
 from rlhf_ray.config.base import OneOf, Precision, Section, exact_div, option
+from rlhf_ray.config.kl import KlConfig, controller_problem, estimator_problem
 from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
 from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
-
-
-class KlConfig(Section):
-    """The adaptive controller of the KL coefficient (Ziegler et al. 2019)."""
-
-    target: float = option(6.0, "nats per sequence, summed over its tokens", gt=0)
-    horizon: int = option(10000, "episodes over which the coefficient adapts", gt=0)
 
 
 class Microbatches(TypedDict):
@@ -227,16 +221,19 @@ class PPOConfig(Section):
                 "ppo.weights_in_flight is true and steps_ahead is 0: nothing is drawn while weights move; set steps_ahead to 1 "
                 "or more, or weights_in_flight to false"
             )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError(
-                "ppo.kl_estimator is k1 and kl_in is loss: k1's expected gradient is zero, so the penalty would have no effect; "
-                "set kl_estimator to k2 or k3"
-            )
         if self.critic_warmup_steps > 0 and not self.has_critic:
             raise ValueError(
                 f"ppo.critic_warmup_steps is {self.critic_warmup_steps}, but ppo.advantage {self.advantage} has no critic; "
                 "set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_penalty_works(self):
+        problem = estimator_problem(self.kl_in, self.kl_estimator)
+        problem = problem or controller_problem(self.adaptive_kl, self.kl_coef, self.rollouts_per_step)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

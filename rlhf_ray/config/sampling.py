@@ -24,6 +24,12 @@ class SamplingParams:
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
     stop: tuple[str, ...] = ()  # strings that end the response; they stay in it
     min_new_tokens: int = 0  # an EOS before this token does not end the response
+    tells_support: bool = False  # completions say which tokens each of theirs was drawn among
+
+    @property
+    def truncates(self) -> bool:
+        """Whether unlikely tokens are dropped before a token is drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -40,6 +46,8 @@ class SamplingParams:
             raise UserError(f"top_p = {self.top_p} must lie above 0 and at most 1 (1 keeps every token)")
         if not 0 <= self.min_p < 1:
             raise UserError(f"min_p = {self.min_p} must be at least 0 and below 1 (0 keeps every token)")
+        if self.tells_support and self.temperature == 0:
+            raise UserError("tells_support is set and temperature is 0: the likeliest token is drawn among no others")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise UserError(f"stop = {self.stop!r} must be a tuple of non-empty strings")
 
@@ -51,6 +59,8 @@ class Completion:
     response_ids: np.ndarray  # [K] int32; the EOS that ended it included
     logprobs: np.ndarray  # [K] float32; of each token under the distribution that it was drawn from
     finish_reason: FinishReason  # eos: it ended by itself; stop: a stop string is complete; length: max_new_tokens
+    support: list[np.ndarray] | None = None  # K arrays of int32, ascending: what each token was drawn among, if asked for
+    log_mass: np.ndarray | None = None  # [K] float32; log of their probability before the others were dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -295,5 +295,6 @@ def _remedy(tally: Tally, form: Role, role: str) -> str:
         else f"raise {section}.max_length or cut the texts",
         "empty_reply": "check which columns hold the replies",
         "empty_prompt": "check which column holds the prompts",
+        "tie": f"give pairs whose replies differ, or raise {section}.max_length where they differ beyond it",
         "no_score": "check which column holds the scores",
     }.get(tally.dropped.most_common(1)[0][0], "give other rows")

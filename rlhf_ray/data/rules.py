@@ -1,14 +1,13 @@
 """The rules that drop or cut rows. Every dropped or cut row is counted under its rule's name.
 
 dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long,
-          in_eval_prompts, surplus_of_mix
+          in_eval_prompts, surplus_of_mix (tie: both replies are the same, as they came or once they are cut)
 cut       prompt (long prompt shortened), reply (long reply shortened), eos_text (an EOS written at a reply's end, which
           is added anyway), text (plain text that the trainer will cut at max_length)
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.config.base import LARGEST
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
 from rlhf_ray.data.formats import REPLIES, Role
 from rlhf_ray.data.tokens import cut_text, encode_prompts, encode_texts
@@ -69,7 +69,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
             row["score"] = _number(row["score"])
         rows = drop(rows, tally, "no_score", lambda row: row["score"] is None)
     if role == "pairs":
-        rows = drop(rows, tally, "tie", lambda row: row["chosen"].strip() == row["rejected"].strip())
+        rows = drop(rows, tally, "tie", _is_tie)
     special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
     # Inside a reply this text would encode to the special token itself and end the reply early.
     rows = drop(
@@ -86,6 +86,8 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
         rows = [row for row in rows if id(row) in whole or id(row) in fitting]
     else:
         rows = _fit_rows(rows, replies, limits, tally)
+    if role == "pairs":  # what told them apart may have been cut
+        rows = drop(rows, tally, "tie", _is_tie)
     if limits.drop_duplicates:
         seen: set[tuple] = set()
         columns = ("prompt", *replies, *(("score",) if role == "scores" else ()))
@@ -101,6 +103,10 @@ def drop(rows: list[dict], tally: Tally, rule: str, is_bad: Callable[[dict], boo
     return kept
 
 
+def _is_tie(row: dict) -> bool:
+    return row["chosen"].strip() == row["rejected"].strip()
+
+
 def _seen_before(row: tuple, seen: set[tuple]) -> bool:
     if row in seen:
         return True
@@ -109,12 +115,12 @@ def _seen_before(row: tuple, seen: set[tuple]) -> bool:
 
 
 def _number(value: object) -> float | None:
-    """`value` as a finite float; None where it is not one (an empty cell, NaN, a word)."""
+    """`value` as a float that is finite in 32 bits; None where it is not one (an empty cell, NaN, a word, 1e39)."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # NaN is not
 
 
 def _strip_eos(rows: list[dict], replies: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:

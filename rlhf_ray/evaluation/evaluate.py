@@ -25,6 +25,7 @@ from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.finite import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.runs.run_folder import RunFolder
@@ -36,7 +37,7 @@ from rlhf_ray.training.precision import resolve_precision
 DEFINITIONS = {
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
-    "temperature without truncation: nats per response.",
+    "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
 }
@@ -118,7 +119,9 @@ class _Evaluation:
 
     def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature
-        ours, theirs = (model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature) for model in (tuned, sft))
+        ours, theirs = (
+            model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature, drawn.supports) for model in (tuned, sft)
+        )
         return self.resampler.mean(self._table(ours - theirs))
 
     def _scores(self) -> None:
@@ -142,7 +145,9 @@ class _Evaluation:
                 each.traits = trait_scores(path, each.prompts, each.responses.texts, each.columns)
 
     def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
-        return scorer.score(each.prompts, each.responses.texts, each.responses.ended.tolist(), each.columns)
+        texts = each.responses.texts
+        scores = scorer.score(each.prompts, texts, each.responses.ended.tolist(), each.columns)
+        return check_scores(scores, f"the score of {type(scorer).__name__} is", each.prompts, texts)
 
     def _fluency(self, sft: LanguageModel) -> None:
         self._report("perplexity", 0, 1)

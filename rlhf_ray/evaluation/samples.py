@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config.sampling import SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.messages import Support
+from rlhf_ray.roles.generator import supports_of
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.engines import ENGINES
@@ -35,6 +37,7 @@ class Responses:
     response_ids: list[np.ndarray]  # N, each int32, with the EOS that ended it
     texts: list[str]  # N, without EOS
     ended: np.ndarray  # [N] bool: by EOS or a stop string, not by max_new_tokens
+    supports: list[Support] | None = None  # N: what their tokens were drawn among; None: all
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,6 +71,7 @@ def draw_responses(
             longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
         )
     )  # fmt: skip
+    params = replace(params, tells_support=params.truncates)
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     completions = []
     for start in range(0, len(rows), chunk_size):
@@ -84,6 +88,7 @@ def draw_responses(
         response_ids=[completion.response_ids for completion in completions],
         texts=[response_text(tokenizer, completion.response_ids, params.stop) for completion in completions],
         ended=np.array([completion.finish_reason != "length" for completion in completions]),
+        supports=supports_of(completions),
     )
 
 

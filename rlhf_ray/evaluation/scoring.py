@@ -12,6 +12,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses
+from rlhf_ray.messages import Support
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 
@@ -40,7 +41,11 @@ class LanguageModel:
         self.model, self.tokenizer, self.dtype, self.folder = model, tokenizer, dtype, folder
 
     def rate_tokens(
-        self, prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], temperature: float = 1.0
+        self,
+        prompt_ids: Sequence[np.ndarray],
+        response_ids: Sequence[np.ndarray],
+        temperature: float = 1.0,
+        supports: Sequence[Support] | None = None,
     ) -> np.ndarray:
         """Log-prob of each response given its prompt, summed over its tokens, [N]; 0 for a response without tokens."""
         sums = np.zeros(len(response_ids))
@@ -53,6 +58,7 @@ class LanguageModel:
             self.model,
             [prompt_ids[i] for i in rows],
             [response_ids[i] for i in rows],
+            None if supports is None else [supports[i] for i in rows],
             temperature=temperature,
             compute_dtype=self.dtype,
         )

@@ -22,7 +22,8 @@ class BatchEngine(Protocol):
 
     The contract: a result depends on (weights, prompts, seeds, params) of the call and on nothing that ran before. A token's
     log-prob is that of the distribution it was drawn from (temperature, then top_k, top_p, min_p, renormalised), in float32,
-    and the policy computes the same to a few digits: PPO stops where the two differ (`ppo.max_mismatch`). The EOS or stop
+    where the parameters ask for it (`tells_support`) the result says which tokens were not cut off, and the policy computes the
+    same over them, to a few digits: PPO stops where the two differ (`ppo.max_mismatch`). The EOS or stop
     string that ends a response is part of it; an EOS before min_new_tokens does not end it.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.sampling import draw
+from rlhf_ray.algorithms.sampling import draw, draw_and_tell
 from rlhf_ray.config.sampling import Completion, FinishReason, SamplingParams
 from rlhf_ray.generation.kv_cache import MORE_SLOTS
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
@@ -75,6 +75,9 @@ class RowBatch:
         self.arrays = _RowArrays.empty()
         self._parameters: dict = {}
         self._stop_windows: dict[int, int] = {}  # row -> last tokens in which its stop strings are looked for
+        self._tells = False  # whether a request asks for its support
+        self._supports: dict[int, list[np.ndarray]] = {}  # request -> of each of its tokens so far
+        self._log_mass: dict[int, list[float]] = {}
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -106,8 +109,9 @@ class RowBatch:
         logits = self.decoder.decode(self.cache, arrays.next_tokens[:n], arrays.positions[:n])
         rows, counts = np.arange(n), arrays.counts[:n]
         uniforms = torch.from_numpy(arrays.uniforms[rows, counts]).to(logits.device)
+        found = self._draw(logits, uniforms)
         # float64 holds token ids and float32 log-probs exactly: one copy to the host instead of two.
-        drawn = torch.stack([part.double() for part in draw(logits, uniforms, **self._parameters)]).cpu().numpy()
+        drawn = torch.stack([part.double() for part in found]).cpu().numpy()
         tokens, logprobs = drawn[0].astype(np.int64), drawn[1].astype(np.float32)
         if not np.isfinite(logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
@@ -132,10 +136,25 @@ class RowBatch:
         self.remove(sorted(ended))
         return requests, tokens, logprobs, completions
 
+    def _draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probs [n]; what they were drawn among is written down where a request asks for it."""
+        if not self._tells:
+            return draw(logits, uniforms, **self._parameters)
+        tokens, logprobs, support, log_mass = draw_and_tell(logits, uniforms, **self._parameters)
+        ids = support.nonzero()[:, 1].to("cpu", torch.int32).numpy()
+        ends = support.sum(1).cumsum(0)[:-1].cpu().numpy()
+        for request, among, mass in zip(self.requests, np.split(ids, ends), log_mass.tolist(), strict=True):
+            self._supports.setdefault(request.request_id, []).append(among)
+            self._log_mass.setdefault(request.request_id, []).append(mass)
+        return tokens, logprobs
+
     def remove(self, rows: Sequence[int]) -> None:
         """Drop these rows (ascending); the last ones move into the gaps."""
         if not rows:
             return
+        for row in rows:
+            for told in (self._supports, self._log_mass):
+                told.pop(self.requests[row].request_id, None)
         n = len(self) - len(rows)
         target = np.array([row for row in rows if row < n], np.int64)
         source = np.array(sorted(set(range(n, len(self))) - set(rows)), np.int64)
@@ -153,17 +172,21 @@ class RowBatch:
         self._members_changed()
 
     def _completion(self, row: int, reason: FinishReason) -> Completion:
-        count = self.arrays.counts[row]
+        count, request = self.arrays.counts[row], self.requests[row]
+        told = request.params.tells_support
         return Completion(
             response_ids=self.arrays.tokens[row, :count].copy(),
             logprobs=self.arrays.logprobs[row, :count].copy(),
             finish_reason=reason,
+            support=self._supports[request.request_id] if told else None,
+            log_mass=np.array(self._log_mass[request.request_id], np.float32) if told else None,
         )
 
     def _members_changed(self) -> None:
         """One number per parameter while all rows agree, which spares the vocabulary-wide work of those that are off."""
         self._parameters = {}
         params = [request.params for request in self.requests]
+        self._tells = any(one.tells_support for one in params)
         columns: dict[str, list[float]] = {
             "temperature": [one.temperature for one in params], "top_k": [one.top_k for one in params],
             "top_p": [one.top_p for one in params], "min_p": [one.min_p for one in params],

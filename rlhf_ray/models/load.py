@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.models.finite import refuse_bad
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -241,9 +242,12 @@ def save_model(
     """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
 
     It is written beside `folder`, flushed to disk and renamed; what was there before is replaced. `state_dict`
-    overrides the model's own weights (gathered ones, say).
+    overrides the model's own weights (gathered ones, say). NotFinite, and nothing is written, where one is not finite.
     """
     folder = Path(folder)
+    buffers = dict(model.named_buffers())  # masks may hold infinities
+    weights = (model.state_dict() if state_dict is None else state_dict).items()
+    refuse_bad(((name, each) for name, each in weights if name not in buffers), f"the model {folder} is not written")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     transformers_logging.disable_progress_bar()

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.finite import refuse_bad
 from rlhf_ray.models.wire import Weight, as_tensor, load_named
 
 
@@ -242,6 +243,7 @@ def save_adapter(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], lora: LoraConfig, folder: Path, start: str
 ) -> None:
     """Write the adapter alone in peft's format, whole or not at all. start: path of the model that it belongs to."""
+    refuse_bad(weights.items(), f"the adapter {folder} is not written")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     config = _peft_config(model, lora, base_model_name_or_path=start, task_type="CAUSAL_LM", inference_mode=True)

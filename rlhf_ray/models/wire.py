@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf_ray.errors import UserError
 from rlhf_ray.models.shared_gpu import SharedTensor
 
 Weight = torch.Tensor | np.ndarray | SharedTensor
@@ -49,7 +50,8 @@ def load_named(model: nn.Module, weights: Mapping[str, torch.Tensor], kept: Set[
     missing, unexpected = model.load_state_dict(weights, strict=False)
     own = dict(model.named_parameters())
     absent = [name for name in missing if name in own and name not in kept]
-    assert not absent and not unexpected, (absent, unexpected)
+    if absent or unexpected:
+        raise UserError(f"weights do not fit the model: missing {absent[:3]}, unknown {unexpected[:3]}; they are of another model")
 
 
 @torch.no_grad()

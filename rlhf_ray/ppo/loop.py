@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.algorithms.schedule import linear_anneal
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.ahead import Ahead
 from rlhf_ray.ppo.step import (
@@ -34,7 +36,8 @@ class LoopState:
     kl_coef: float
     best_score: float = float("-inf")  # by the reward or by the judge (ppo.best_by)
     best_step: int = -1
-    worse_since: int = 0  # evaluations since the best one
+    worse_since: int = 0  # evaluations since the best one, of a policy that had moved
+    moved: bool = False  # whether the policy differs from the model that it started from
 
     def to_json(self) -> dict[str, Any]:
         state = asdict(self)
@@ -42,16 +45,39 @@ class LoopState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> LoopState:
-        values: dict[str, Any] = dict(state)
-        values["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
+        """UserError for a key that is unknown, or a value that is not a finite number."""
+        unknown = sorted(state.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise UserError(f"the checkpoint's state has the unknown key '{unknown[0]}'; go on with the version that wrote it")
+        values: dict[str, Any] = {"moved": state["step"] != 0} | state  # earlier versions did not write `moved`
+        bad = [name for name, value in values.items() if not (_is_number(value) or (name, value) == ("best_score", None))]
+        if bad:
+            raise UserError(f"the checkpoint's state has {bad[0]} = {values[bad[0]]!r}; delete it to go on from the one before it")
+        if values["best_score"] is None:
+            values["best_score"] = float("-inf")
         return cls(**values)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def judged_best(state: LoopState, value: float) -> LoopState:
-    """The state after an evaluation of its step: whether that is the best policy so far, or how long ago that was."""
+    """The state after an evaluation of its step: whether that is the best policy so far, or how long ago that was.
+
+    An evaluation of a policy that has not moved says nothing new: it is neither better nor worse than the start.
+    """
+    if state.best_step >= 0 and not state.moved:
+        return state
     if value > state.best_score:
         return replace(state, best_score=value, best_step=state.step, worse_since=0)
     return replace(state, worse_since=state.worse_since + 1)
+
+
+def moves_policy(config: StepConfig, metrics: dict[str, float]) -> bool:
+    """Whether a step moved a policy that had not moved before: not in the critic's warm-up, nor where nothing was to learn
+    from any of its rollouts. (Later a step without a gradient moves it too: Adam has momentum.)"""
+    return config.trains_policy and metrics.get("policy/grad_norm") != 0.0
 
 
 def out_of_patience(state: LoopState, config: PPOConfig) -> bool:
@@ -127,7 +153,7 @@ class PPOLoop:
         else:
             metrics = self.ahead.step(step_config)
         kl_coef = self.state.kl_coef
-        if config.adaptive_kl is not None:
+        if config.adaptive_kl is not None and step_config.trains_policy:  # before that the KL is 0 by construction
             kl_coef = adapt_kl_coef(
                 kl_coef,
                 metrics["objective/kl"],
@@ -135,7 +161,8 @@ class PPOLoop:
                 horizon=config.adaptive_kl.horizon,
                 episodes=config.rollouts_per_step,
             )
-        self.state = replace(self.state, step=step + 1, kl_coef=kl_coef)
+        moved = self.state.moved or moves_policy(step_config, metrics)
+        self.state = replace(self.state, step=step + 1, kl_coef=kl_coef, moved=moved)
         metrics |= {
             "policy/learning_rate": config.learning_rate * anneal,
             "episodes": self.state.step * config.rollouts_per_step,

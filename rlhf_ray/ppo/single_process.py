@@ -24,21 +24,25 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.algorithms.experience import Assembled, assemble
+from rlhf_ray.algorithms.finite import BadNumber
 from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.data.store import read_prompt_columns, read_prompts
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.messages import RolloutBatch, unflatten
 from rlhf_ray.models.critic import build_critic
+from rlhf_ray.models.finite import refuse_bad
 from rlhf_ray.models.load import disable_dropout, load_causal_lm
 from rlhf_ray.ppo.single_process_keys import refuse_other_keys
 from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config
+from rlhf_ray.roles.experience import EXPERIENCE_REMEDY, support_stats
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
+from rlhf_ray.roles.trainer import UPDATE_REMEDY
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 from rlhf_ray.training.forward import LogprobModel, ValueModel, token_batch
 from rlhf_ray.training.padding import pad_tokens
@@ -102,7 +106,7 @@ class SingleProcessPPO:
         targets = self.assemble(rollout, scores, before)  # 4. advantages and returns, [B, T]
         stats = self.update(step, rollout, before, targets)  # 5. several passes over the batch
         self.sync()  # 6. the generator gets the new weights
-        return targets.stats | stats
+        return targets.stats | stats | support_stats(rollout.sequences)
 
     def draw(self, step: int) -> RolloutBatch:
         """1. Draw the responses. Every draw has its own seed, made from (seed, step, prompt, sample)."""
@@ -119,7 +123,7 @@ class SingleProcessPPO:
     def evaluate(self, rollout: RolloutBatch) -> BeforeUpdate:
         """3. One forward pass of policy, reference and critic over the whole batch."""
         sequences = rollout.sequences
-        batch = token_batch(sequences.prompts(), sequences.responses(), packed=False)
+        batch = token_batch(sequences.prompts(), sequences.responses(), sequences.supports(), packed=False)
         return BeforeUpdate(
             action_mask=batch.action_mask,
             old_logprobs=self.policy(batch),
@@ -134,11 +138,14 @@ class SingleProcessPPO:
         GAE makes advantages and returns from rewards and values. The advantages are whitened over the batch.
         """
         rollout_logprobs = unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
-        return assemble(
-            scores, torch.from_numpy(rollout.ended), pad_tokens(rollout_logprobs), before.old_logprobs,
-            before.ref_logprobs, before.old_values, before.action_mask, experience_config(self.recipe).advantages,
-            kl_coef=self.recipe.ppo.kl_coef,
-        )  # fmt: skip
+        try:
+            return assemble(
+                scores, torch.from_numpy(rollout.ended), pad_tokens(rollout_logprobs), before.old_logprobs,
+                before.ref_logprobs, before.old_values, before.action_mask, experience_config(self.recipe).advantages,
+                kl_coef=self.recipe.ppo.kl_coef,
+            )  # fmt: skip
+        except BadNumber as error:
+            raise NotFinite(f"{error} ({rollout.chunk.where(error.row)}); {EXPERIENCE_REMEDY}") from error
 
     def update(
         self, step: int, rollout: RolloutBatch, before: BeforeUpdate, targets: Assembled
@@ -163,7 +170,7 @@ class SingleProcessPPO:
         ppo = self.recipe.ppo
         assert targets.returns is not None  # GAE always gives returns
         minibatch = rollout.sequences.rows(rows)
-        batch = token_batch(minibatch.prompts(), minibatch.responses(), packed=False)
+        batch = token_batch(minibatch.prompts(), minibatch.responses(), minibatch.supports(), packed=False)
         longest = batch.action_mask.shape[1]  # of the minibatch: T or less
         mask, old_logprobs, old_values, advantages, returns = (
             tensor[rows, :longest]
@@ -193,11 +200,14 @@ class SingleProcessPPO:
         group["lr"] = learning_rate
         adam.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(group["params"], self.recipe.ppo.max_grad_norm or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.recipe.ppo.max_grad_norm or float("inf"))
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):  # one such step would make every weight NaN
+            raise NotFinite(f"the loss is {float(loss.detach())} and the norm of its gradient {float(norm)}; {UPDATE_REMEDY}")
         adam.step()
 
     def sync(self) -> None:
         """6. The generator gets the policy's weights, so the next responses are the new policy's."""
+        refuse_bad(self.policy.model.named_parameters(), "the policy's weights are not given to the generator")
         self.generator.engine.load_weights(dict(self.policy.model.named_parameters()))
 
 
@@ -221,9 +231,9 @@ def main() -> None:
         for step, metrics in enumerate(train(recipe, folder, arguments.steps), start=1):
             score, kl, length = (metrics[f"objective/{name}"] for name in ("score", "kl", "response_length"))
             print(f"step {step}   score {score:.3f}   kl {kl:.3f} nats   length {length:.1f}")
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         print(f"single_process: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from rlhf_ray.config.columns import NO_COLUMNS, Asked, Columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
+from rlhf_ray.rewards.finite import UserScore, as_scores, check_finite, sample_words
 
 START_S = 300.0  # for the import of the function's module, which may load a model
 
@@ -30,11 +31,6 @@ START_S = 300.0  # for the import of the function's module, which may load a mod
 def row_of(columns: Columns, place: int) -> dict[str, Any]:
     """The columns' values for one response."""
     return {name: values[place] for name, values in columns.items()}
-
-
-def sample_words(prompt: str, response: str, row: Mapping[str, Any]) -> str:
-    """A sample as a message shows it."""
-    return ", ".join(f"{name} {value!r}" for name, value in {"prompt": prompt, "response": response, **row}.items())
 
 
 class IsolatedFunction:
@@ -51,16 +47,17 @@ class IsolatedFunction:
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
         samples = enumerate(zip(prompts, responses, strict=True))
-        answers = [self._one(prompt, response, row_of(columns, place)) for place, (prompt, response) in samples]
+        answers = [self._one(prompt, response, columns, place) for place, (prompt, response) in samples]
         late = np.array([answer is None for answer in answers], bool)
-        total = np.array([self.timeout_score if answer is None else answer for answer in answers], np.float32)
+        total = as_scores(np.array([self.timeout_score if answer is None else answer for answer in answers], np.float64))
         return Scores(total=total, late=late)
 
     def close(self) -> None:
         self._process.end()
 
-    def _one(self, prompt: str, response: str, row: dict[str, Any]) -> float | None:
+    def _one(self, prompt: str, response: str, columns: Columns, place: int) -> float | None:
         """The score of a sample; None: it took too long, and the recipe has a score for that."""
+        row = row_of(columns, place)
         if not self._process.alive:
             self._process = FunctionProcess(self.path)
         row = {name: row[name] for name in self._process.asked.among(row)}
@@ -74,8 +71,14 @@ class IsolatedFunction:
             raise UserError(f"{self.path} raised {answer['raised']} on {sample}")
         if "returned" in answer:
             raise UserError(f"{self.path} returned {answer['returned']} for {sample}; return one number each")
-        if not np.isfinite(answer["score"]):
-            raise UserError(f"{self.path} returned {answer['score']} for {sample}")
+        try:
+            check_finite(
+                UserScore, f"{self.path} returned", np.array([answer["score"]]), [prompt], [response],
+                {name: [value] for name, value in row.items()},
+            )  # fmt: skip
+        except UserScore as error:
+            error.place = place
+            raise
         return answer["score"]
 
     def _late(self, sample: str) -> None:

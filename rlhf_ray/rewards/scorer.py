@@ -29,8 +29,11 @@ from rlhf_ray.models.load import (
     to_device,
 )
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
-from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of, sample_words
+from rlhf_ray.rewards.finite import ModelScore, UserScore, check_finite, sample_words
+from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
 from rlhf_ray.training.classifier import line_logits, pack_classifier
+
+MODEL_REMEDY = "look at its weights and its config's reward_mean and reward_std, or set ppo.precision to float32"
 
 
 class Scorer(Protocol):
@@ -59,7 +62,7 @@ class RewardScorer:
         batch_size: int = 32,
         trust_remote_code: bool = False,
     ):
-        self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        self.folder, self.tokenizer = folder, load_tokenizer(folder, trust_remote_code)
         self.model = to_device(load_reward_model(folder, None, trust_remote_code), device).eval()
         disable_dropout(self.model)
         score_in_float32(self.model)
@@ -78,7 +81,12 @@ class RewardScorer:
         token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
-        return Scores(total=((raw - self.mean) / self.std).astype(np.float32))
+        what = f"the reward model {self.folder} gave the score"
+        return Scores(total=check_finite(ModelScore, what, self._normalised(raw), prompts, responses, remedy=MODEL_REMEDY))
+
+    def _normalised(self, raw: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):  # what is not finite is told of with its sample
+            return (raw - self.mean) / self.std
 
     def _padding(self) -> int:
         """The token that the model itself skips to find the last one. Other people's models may skip EOS, or nothing at
@@ -126,8 +134,9 @@ class EnsembleScorer:
     ) -> Scores:
         each = np.stack([member.score(prompts, responses, ended, columns).total for member in self.members])  # [M, B]
         together = torch.from_numpy(each)
+        combined = combine_scores(together, combine=self.combine, std=self.std).numpy()
         return Scores(
-            total=combine_scores(together, combine=self.combine, std=self.std).numpy(),
+            total=check_finite(ModelScore, f"the ensemble's score ({self.combine}) is", combined, prompts, responses),
             disagreement=disagreement(together).numpy(),
         )
 
@@ -160,11 +169,18 @@ class WeightedSum:
         parts = {
             name: waiting[name].result() if name in waiting else here[id(scorer)] for name, scorer in scorers.items()
         }
-        total = sum(np.float32(term.weight) * parts[name].total for name, term in self.terms.items())
+        for name, part in parts.items():
+            check_finite(UserScore, f"the reward '{name}' is", part.total, prompts, responses)
+        with np.errstate(all="ignore"):  # what is not finite is told of with its sample
+            total = np.asarray(sum(np.float32(term.weight) * parts[name].total for name, term in self.terms.items()), np.float32)
+        weighted = " + ".join(f"{term.weight:g} {name}" for name, term in self.terms.items())
+        total = check_finite(
+            UserScore, f"the sum of ppo.rewards ({weighted}) is", total, prompts, responses, remedy="lower the weights",
+        )  # fmt: skip
         late = [part.late for part in parts.values() if part.late is not None]
         apart = [part.disagreement for part in parts.values() if part.disagreement is not None]
         return Scores(
-            total=np.asarray(total, np.float32),
+            total=total,
             terms={name: part.total for name, part in parts.items()},
             disagreement=apart[0] if apart else None,  # the reward stage's: there is no other ensemble
             late=np.logical_or.reduce(late) if late else None,
@@ -196,17 +212,12 @@ class FunctionScorer:
             raise UserError(
                 f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each"
             )
-        if not np.isfinite(scores).all():
-            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise UserError(
-                f"{self.path} returned {scores[bad]} for {sample_words(prompts[bad], responses[bad], row_of(own, bad))}"
-            )
-        return Scores(total=scores)
+        return Scores(total=check_finite(UserScore, f"{self.path} returned", scores, prompts, responses, own))
 
     def _call(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> np.ndarray:
         # Copies: the function may change its lists.
         own = {name: list(values) for name, values in columns.items()}
-        return np.asarray(self.function(list(prompts), list(responses), **own), np.float32)
+        return np.asarray(self.function(list(prompts), list(responses), **own), np.float64)
 
     def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> None:
         """UserError with the first sample that the function raises on when it is given alone."""

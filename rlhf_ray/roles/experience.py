@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble
+from rlhf_ray.algorithms.finite import BadNumber
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.algorithms.scores import zero_variance_groups
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.messages import (
     Chunk,
     CriticShard,
@@ -25,6 +26,8 @@ from rlhf_ray.messages import (
     unflatten,
 )
 from rlhf_ray.training.padding import action_mask, pad_tokens
+
+EXPERIENCE_REMEDY = "look at that sample's score, lower ppo.learning_rate, or set ppo.precision to float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +61,7 @@ class ExperienceMaker:
         """(statistics, one shard per policy rank, one shard per critic rank). Lists have one entry per chunk, in order;
         old_values is empty where there is no critic."""
         config, step = self.config, rollouts[0].chunk.step
-        prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
-        responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
-        sequences = Sequences.of(prompts, responses)
+        sequences = Sequences.join(rollout.sequences for rollout in rollouts)
         lengths = sequences.response_lengths
         mask = action_mask(torch.from_numpy(lengths))
 
@@ -80,9 +81,11 @@ class ExperienceMaker:
             )  # fmt: skip
         except WrongEstimate as error:
             raise UserError(str(error)) from error
+        except BadNumber as error:
+            raise NotFinite(f"{error} ({where(rollouts, error.row)}); {EXPERIENCE_REMEDY}") from error
         tokens = np.array([len(part.values) for part in old_logprobs])
         entropies = np.array([part.entropy for part in old_logprobs])
-        stats = result.stats | score_stats(together, "objective") | {
+        stats = result.stats | score_stats(together, "objective") | support_stats(sequences) | {
             "policy/entropy": float((entropies * tokens).sum() / tokens.sum()),
             "rollout/tokens": float(tokens.sum()),
             "rollout/policy_version_min": float(min(rollout.policy_version for rollout in rollouts)),
@@ -157,6 +160,15 @@ class ExperienceMaker:
         }  # fmt: skip
 
 
+def where(rollouts: list[RolloutBatch], row: int) -> str:
+    """A row of the batch in words."""
+    for rollout in rollouts:
+        if row < len(rollout.sequences):
+            return rollout.chunk.where(row)
+        row -= len(rollout.sequences)
+    raise IndexError(row)
+
+
 def ages_of(rollouts: list[RolloutBatch]) -> torch.Tensor:
     """[B] policy versions from the weights that drew a row to those that train on it, whose version is the step."""
     ages = torch.tensor([rollout.chunk.step - rollout.policy_version for rollout in rollouts])
@@ -174,10 +186,14 @@ def score_stats(scores: Scores, prefix: str) -> dict[str, float]:
     return stats
 
 
+def support_stats(sequences: Sequences) -> dict[str, float]:
+    """How much probability sampling keeps, where it drops tokens: mean log of a token's kept mass; 0 would be all of it."""
+    support = sequences.support
+    return {} if support is None else {"rollout/log_kept_mass": float(support.log_mass.mean(dtype=np.float64))}
+
+
 def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> RolloutBatch:
     """One chunk with these rows of several rollouts; rows are numbered through all of them."""
-    prompts = [ids for rollout in rollouts for ids in rollout.sequences.prompts()]
-    responses = [ids for rollout in rollouts for ids in rollout.sequences.responses()]
     logprobs = [
         row for rollout in rollouts for row in unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
     ]
@@ -191,7 +207,7 @@ def gather(rollouts: list[RolloutBatch], rows: list[int], chunk: int) -> Rollout
             sample_indices=tuple(places[row][1] for row in rows),
         ),
         policy_version=min(rollout.policy_version for rollout in rollouts),
-        sequences=Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows]),
+        sequences=Sequences.join(rollout.sequences for rollout in rollouts).rows(rows),
         rollout_logprobs=flatten((logprobs[row] for row in rows), np.float32),
         ended=ended[rows],
     )  # fmt: skip
@@ -256,7 +272,7 @@ def critic_shards(
 ) -> list[CriticShard]:
     return [
         CriticShard(
-            step=step, sequences=part.sequences, schedule=part.schedule, old_values=part.of(old_values),
+            step=step, sequences=replace(part.sequences, support=None), schedule=part.schedule, old_values=part.of(old_values),
             returns=part.of(returns),
         )
         for part in parts

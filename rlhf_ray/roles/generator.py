@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,23 @@ import torch
 
 from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
+from rlhf_ray.errors import NotFinite
 from rlhf_ray.generation.protocol import EngineSetting
-from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, flatten
+from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, Support, flatten
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, frozen_names
 from rlhf_ray.models.wire import Weight
 from rlhf_ray.tables.engines import ENGINES
+
+
+def supports_of(completions: Sequence[Completion]) -> list[Support] | None:
+    """What the tokens of each were drawn among; None where that is everything."""
+    told = [(one.support, one.log_mass) for one in completions if one.support is not None and one.log_mass is not None]
+    return [Support.of(*each) for each in told] if len(told) == len(completions) else None
+
 
 EVALUATION_STEP = "evaluation"  # held-out prompts have the same seeds at every step, so curves compare
 
@@ -60,7 +69,8 @@ class Generator:
                 longest=max(map(len, everything), default=0) + sampling.max_new_tokens, trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip
-        self.sampling, self.seed = sampling, seed
+        # The policy computes its log-probs, and the reference its own, over what the tokens were drawn among.
+        self.sampling, self.seed = replace(sampling, tells_support=sampling.truncates), seed
         self.policy_version = 0
         self._in_flight: deque[tuple[Mapping[str, Weight], int]] = deque(maxlen=1)  # newer weights replace older ones
 
@@ -75,13 +85,22 @@ class Generator:
             draw_seed(self.seed, "rollout", step, prompt, sample)
             for prompt, sample in zip(chunk.prompt_indices, chunk.sample_indices, strict=True)
         ]
-        completions = self.engine.generate(prompts, seeds, self.sampling)
+        try:
+            completions = self.engine.generate(prompts, seeds, self.sampling)
+        except FloatingPointError as error:
+            first = chunk.where(0)
+            raise NotFinite(
+                f"generation failed in the chunk that begins with {first}: {error}; set generation.precision to float32, or "
+                "raise generation.temperature"
+            ) from error
         if last:
             self.engine.sleep()
         return RolloutBatch(
             chunk=chunk,
             policy_version=self.policy_version,
-            sequences=Sequences.of(prompts, [completion.response_ids for completion in completions]),
+            sequences=Sequences.of(
+                prompts, [completion.response_ids for completion in completions], supports_of(completions)
+            ),
             rollout_logprobs=flatten((completion.logprobs for completion in completions), np.float32),
             ended=np.array([completion.finish_reason != "length" for completion in completions]),
         )

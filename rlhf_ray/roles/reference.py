@@ -34,7 +34,7 @@ class Reference:
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         sequences = rollout.sequences
         rows = response_logprobs(
-            self.model, sequences.prompts(), sequences.responses(), temperature=self.temperature,
+            self.model, sequences.prompts(), sequences.responses(), sequences.supports(), temperature=self.temperature,
             compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size, microbatch_tokens=self.microbatch_tokens,
         )  # fmt: skip
         return TokenValues(values=flatten(rows, "float32"))

@@ -8,6 +8,7 @@ from rlhf_ray.config.columns import Columns
 from rlhf_ray.data.store import PromptColumns
 from rlhf_ray.messages import Chunk, RolloutBatch, Scores
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.finite import ModelScore, UserScore, check_scores
 from rlhf_ray.rewards.scorer import Scorer
 from rlhf_ray.roles.text import decode_sequences
 
@@ -31,17 +32,21 @@ class Reward:
         self.tokenizer = load_tokenizer(policy_folder, trust_remote_code)
 
     def score(self, rollout: RolloutBatch) -> Scores:
-        """The scores before the missing-EOS penalty and the KL penalty."""
-        return self._score(self.scorer, rollout)
+        """The scores before the missing-EOS penalty and the KL penalty; all finite."""
+        return self._score(self.scorer, rollout, "reward")
 
     def judge(self, rollout: RolloutBatch) -> Scores:
         """The same by the independent judge."""
         assert self.judge_scorer is not None, "only ppo.judge_evaluations asks the judge"
-        return self._score(self.judge_scorer, rollout)
+        return self._score(self.judge_scorer, rollout, "judge")
 
-    def _score(self, scorer: Scorer, rollout: RolloutBatch) -> Scores:
+    def _score(self, scorer: Scorer, rollout: RolloutBatch, name: str) -> Scores:
         prompts, responses = decode_sequences(self.tokenizer, rollout.sequences, self.stop)
-        return scorer.score(prompts, responses, rollout.ended.tolist(), self._columns_of(rollout.chunk))
+        try:
+            scores = scorer.score(prompts, responses, rollout.ended.tolist(), self._columns_of(rollout.chunk))
+            return check_scores(scores, f"the {name}'s score ({type(scorer).__name__}) is", prompts, responses)
+        except (UserScore, ModelScore) as error:
+            raise type(error)(f"{error} ({rollout.chunk.where(error.place)})") from error
 
     def _columns_of(self, chunk: Chunk) -> Columns:
         return {} if self.columns is None else self.columns[chunk.evaluation].of(chunk.prompt_indices)

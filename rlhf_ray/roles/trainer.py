@@ -18,12 +18,14 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.schedule import cut_microbatches
+from rlhf_ray.errors import NotFinite
 from rlhf_ray.messages import (
     CriticShard,
     OptimiserStep,
     PolicyShard,
     RolloutBatch,
     Sequences,
+    Support,
     TokenValues,
     TrainShard,
     flatten,
@@ -35,6 +37,7 @@ from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded
 from rlhf_ray.training.forward import TokenBatch, token_batch
 from rlhf_ray.training.padding import action_mask, pad_tokens
 
+UPDATE_REMEDY = "lower ppo.learning_rate and ppo.critic_learning_rate, set ppo.score_clip, or ppo.precision to float32"
 Shard = TypeVar("Shard", bound=TrainShard)
 
 
@@ -81,9 +84,10 @@ class Trainer(Generic[Shard]):
 
     def _forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
         """Each microbatch's rows and the module's output."""
-        prompts, responses = rollout.sequences.prompts(), rollout.sequences.responses()
-        for rows in self._microbatches(rollout.sequences.lengths):
-            batch = self._batch([prompts[row] for row in rows], [responses[row] for row in rows])
+        sequences = rollout.sequences
+        prompts, responses, supports = sequences.prompts(), sequences.responses(), self._supports(sequences)
+        for rows in self._microbatches(sequences.lengths):
+            batch = self._batch(*([each[row] for row in rows] for each in (prompts, responses, supports)))
             yield rows, self.engine.forward(batch, **options)
 
     def _first_forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:
@@ -117,8 +121,15 @@ class Trainer(Generic[Shard]):
             return groups  # by rows: the recipe's sizes divide evenly
         return cut(at_least=self.engine.most_over_ranks(len(groups)))
 
-    def _batch(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> TokenBatch:
-        return token_batch(prompts, responses, packed=bool(self.engine.module.packed), device=self.engine.device)
+    def _supports(self, sequences: Sequences) -> Sequence[Support | None]:
+        """What each row's tokens were drawn among; None: all, or this role does not ask."""
+        return (self.reads_support and sequences.supports()) or [None] * len(sequences)
+
+    def _batch(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], supports: Sequence[Support | None]
+    ) -> TokenBatch:
+        given = [support for support in supports if support is not None] or None
+        return token_batch(prompts, responses, given, packed=bool(self.engine.module.packed), device=self.engine.device)
 
     def update(self, shard: Shard, learning_rate: float) -> dict[str, float]:
         """All optimiser steps of the shard's schedule. Statistics are this rank's share: summing over ranks gives the
@@ -144,7 +155,13 @@ class Trainer(Generic[Shard]):
             else:
                 parts = [step.rows[rows] for rows in self._microbatches(lengths[step.rows])]
                 batches = self._train_batches(data, parts)
-            norms.append(self.engine.step(batches, loss_of, learning_rate=learning_rate))
+            try:
+                norms.append(self.engine.step(batches, loss_of, learning_rate=learning_rate))
+            except NotFinite as error:
+                raise NotFinite(
+                    f"{self.name} update of step {shard.step}, optimiser step {len(norms) + 1} of {len(shard.schedule)}: "
+                    f"{error}, so it is not taken; {UPDATE_REMEDY}"
+                ) from error
             totals.append({name: float(sum(part[name] for part in stats)) for name in stats[0]})
             if self._is_enough(totals[-1]):
                 break
@@ -156,14 +173,15 @@ class Trainer(Generic[Shard]):
     def _device_rows(self, shard: Shard) -> list[tuple[np.ndarray, ...]]:
         lengths = shard.sequences.response_lengths
         floats = [unflatten(flat, lengths) for flat in self._floats(shard)]
-        return list(zip(shard.sequences.prompts(), shard.sequences.responses(), *floats, strict=True))
+        sequences = shard.sequences
+        return list(zip(sequences.prompts(), sequences.responses(), self._supports(sequences), *floats, strict=True))
 
     def _train_batches(self, data, parts: list[np.ndarray]) -> Iterator[tuple[tuple, tuple]]:
         """(the module's inputs, (floats, mask)) of each microbatch."""
         device = self.engine.device
         for rows in parts:
-            prompts, responses, *floats = zip(*(data[row] for row in rows), strict=True)
-            batch = self._batch(prompts, responses)
+            prompts, responses, supports, *floats = zip(*(data[row] for row in rows), strict=True)
+            batch = self._batch(prompts, responses, supports)
             yield (batch, *self._extra_inputs), ([pad_tokens(each, device) for each in floats], batch.action_mask)
 
     def _kept_batches(self, data, kept: list[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple[Forwarded, tuple]]:
@@ -171,12 +189,13 @@ class Trainer(Generic[Shard]):
         device = self.engine.device
         while kept:
             rows, output = kept.pop(0)
-            _, responses, *floats = zip(*(data[row] for row in rows), strict=True)
+            _, responses, _, *floats = zip(*(data[row] for row in rows), strict=True)
             lengths = torch.tensor([len(response) for response in responses], device=device)
             yield Forwarded(output), ([pad_tokens(each, device) for each in floats], action_mask(lengths))
 
     #: what the module's forward takes beside the batch when training
     _extra_inputs: tuple = ()
+    reads_support = False  # whether the outputs depend on what the tokens were drawn among
 
     name: str
 
@@ -185,6 +204,7 @@ class PolicyTrainer(Trainer[PolicyShard]):
     """The policy: old log-probs, clipped update, weights for the generators."""
 
     name = "policy"
+    reads_support = True
 
     def __init__(self, engine: DeepSpeedEngine, *, config: PolicyLossConfig, **forwards: Unpack[Forwards]):
         super().__init__(engine, **forwards)

@@ -11,6 +11,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
 
 MARK = "COMPLETE"
+REMEDY = "delete this folder to go on from the checkpoint before it, or the stage's folder to start the stage again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,20 +25,39 @@ class Checkpoint:
 
 
 def mark_complete(folder: Path, checkpoint: Checkpoint) -> None:
-    """Flush every file of the folder to disk, then mark it: a folder without the mark may be half-written."""
-    for file in folder.rglob("*"):
-        if file.is_file():
+    """Flush every file of the folder to disk, then mark it: a folder without the mark may be half-written.
+
+    The mark holds every file's size: transformers goes on without a random state, say, if its file is missing.
+    """
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MARK:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-    write_atomically(folder / MARK, json.dumps(asdict(checkpoint)))
+            sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+    write_atomically(folder / MARK, json.dumps(asdict(checkpoint) | {"files": sizes}))
 
 
 def newest_complete(checkpoints: Path) -> tuple[Path, Checkpoint] | None:
-    """The whole checkpoint of the latest step, if there is any."""
-    found = [
-        (mark.parent, Checkpoint(**json.loads(mark.read_text()))) for mark in checkpoints.glob(f"checkpoint-*/{MARK}")
-    ]
-    return max(found, key=lambda pair: pair[1].step, default=None)
+    """The whole checkpoint of the latest step, if there is any. UserError where a part of it is missing since."""
+    marked = [mark.parent for mark in checkpoints.glob(f"checkpoint-*/{MARK}")]
+    if not marked:
+        return None
+    newest = max(marked, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return newest, _read(newest)
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        mark = json.loads((folder / MARK).read_text())
+        files = mark.pop("files", {})  # earlier versions wrote none
+        checkpoint = Checkpoint(**mark)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MARK} is not what the stage has written ({error}); {REMEDY}") from error
+    changed = [name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    if changed:
+        raise UserError(f"the checkpoint {folder} has lost or changed {', '.join(changed[:3])}; {REMEDY}")
+    return checkpoint
 
 
 def check_fits(stage: str, checkpoint: Checkpoint, *, workers: int, zero_stage: int) -> None:

@@ -84,6 +84,9 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = dpo_rows(tokenizer, train, max_length=max_length)
+    held_out = _read(folder, "reward_eval")
+    held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+    held_out = dpo_rows(tokenizer, held_out, max_length=max_length)  # what can't be measured is told of before the training
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
         reference = start()  # before the arguments: after them ZeRO-3 splits every loaded model over the ranks
@@ -94,9 +97,6 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         return Dpo(model=model, ref_model=reference, args=args, train_dataset=dataset, processing_class=tokenizer)
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
-        held_out = _read(folder, "reward_eval")
-        held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
-        held_out = dpo_rows(tokenizer, held_out, max_length=max_length)
         return heldout_figures(trained, to_device(start(), device_of(config)), held_out, config, dtype=dtype)
 
     return train_stage(

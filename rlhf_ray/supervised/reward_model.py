@@ -79,6 +79,8 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
+    for part in _heldout_parts(folder, stage):  # what can't be measured is told of before the training
+        ROW_MAKERS[config.objective](tokenizer, _heldout(folder, stage, part, config), max_length=config.max_length)
     if device_of(config).type == "cpu":
         classify_lines(model)
 
@@ -99,8 +101,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         figures: dict = {}
         middle = standardisation(rows)[0] if config.objective == "scores" else 0.0
         for part in _heldout_parts(folder, stage):
-            held_out = _read(folder, stage, part, config)
-            held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+            held_out = _heldout(folder, stage, part, config)
             scores = heldout_scores(trained, tokenizer, held_out, config, dtype=dtype)
             # The stage's seed: all members are measured on the same pairs of rows.
             found = heldout_figures(scores, seed=recipe.seed + SEEDS[stage], middle=middle)
@@ -159,7 +160,8 @@ def heldout_scores(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The reward model's logits of held-out rows, and the lengths of the responses in tokens, EOS included: `chosen`,
     `rejected`, `chosen_lengths`, `rejected_lengths`; or `scores`, `human`, `lengths`."""
-    rows = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length).dataset
+    made = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length)
+    rows, held_out = made.dataset, held_out if made.used is None else held_out.select(made.used)
 
     def logits(column: str) -> np.ndarray:
         return raw_scores(
@@ -208,6 +210,11 @@ def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, s
         return build_reward_model(body, tokenizer, seed, trust), tokenizer
     tokenizer = load_tokenizer(config.base, trust_remote_code=trust)
     return build_reward_model(config.base, tokenizer, seed, trust), tokenizer
+
+
+def _heldout(folder: RunFolder, stage: str, part: str, config: RewardConfig) -> Dataset:
+    held_out = _read(folder, stage, part, config)
+    return held_out.select(range(min(config.eval_rows, len(held_out))))
 
 
 def _read(folder: RunFolder, stage: str, part: str, config: RewardConfig) -> Dataset:

@@ -30,6 +30,8 @@ class TokenRows:
     dataset: Dataset
     lengths: np.ndarray  # int64 [N]; of both sides together where a row is a pair
     cut: int  # rows that were longer than max_length
+    ties: int = 0  # pairs left out because both sides are the same ids, as they came or once they are cut
+    used: np.ndarray | None = None  # int64 [N], of pairs: which rows of the data they are
 
 
 def sft_rows(tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, max_length: int) -> TokenRows:
@@ -75,16 +77,14 @@ def packed_rows(tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, max_lengt
 
 
 def pair_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: int) -> TokenRows:
-    """prompt, chosen, rejected -> chosen_ids, rejected_ids."""
-    cutter = _Cutter(tokenizer, max_length)
-    columns = {"chosen": _ListColumn(), "rejected": _ListColumn()}
+    """prompt, chosen, rejected -> chosen_ids, rejected_ids. Ties are left out."""
+    cutter, made = _Cutter(tokenizer, max_length), _Pairs(("chosen_ids", "rejected_ids"))
     for chunk in _chunks(pairs):
-        for side, column in columns.items():
-            for row, _ in encode_pairs(tokenizer, chunk["prompt"], chunk[side]):
-                column.add(cutter.cut(row))
-    dataset = Dataset(pa.table({f"{side}_ids": column.array() for side, column in columns.items()}))
-    lengths = columns["chosen"].lengths() + columns["rejected"].lengths()
-    return TokenRows(dataset=dataset, lengths=lengths, cut=cutter.count)
+        sides = [encode_pairs(tokenizer, chunk["prompt"], chunk[side]) for side in ("chosen", "rejected")]
+        for (chosen, _), (rejected, _) in zip(*sides, strict=True):
+            made.add(cutter.cut(chosen), cutter.cut(rejected))
+    lengths = made.columns["chosen_ids"].lengths() + made.columns["rejected_ids"].lengths()
+    return made.rows(lengths, cut=cutter.count, max_length=max_length)
 
 
 def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_length: int) -> TokenRows:
@@ -100,25 +100,23 @@ def score_rows(tokenizer: PreTrainedTokenizerBase, scored: Dataset, *, max_lengt
 
 
 def dpo_rows(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, max_length: int) -> TokenRows:
-    """prompt, chosen, rejected -> prompt_ids, chosen_ids, rejected_ids; EOS belongs to the replies.
+    """prompt, chosen, rejected -> prompt_ids, chosen_ids, rejected_ids; EOS belongs to the replies. Ties are left out.
 
     Both replies of a pair keep the same prompt: as much of its end as fits with the longer one. Only then does what the
     two sides have in common cancel out of DPO's loss. A reply is cut where it is too long by itself.
     """
     opening, cut = opening_ids(tokenizer), 0
-    columns = {name: _ListColumn() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    made = _Pairs(("prompt_ids", "chosen_ids", "rejected_ids"))
     for chunk in _chunks(pairs):
         sides = [encode_pairs(tokenizer, chunk["prompt"], chunk[side]) for side in ("chosen", "rejected")]
         for (chosen, length), (rejected, _) in zip(*sides, strict=True):
             cut += max(len(chosen), len(rejected)) > max_length
             room = max_length - max(len(chosen), len(rejected)) + length
             prompt = _end_of(chosen[:length], room, opening)
-            columns["prompt_ids"].add(prompt)
-            for name, row in (("chosen_ids", chosen), ("rejected_ids", rejected)):
-                columns[name].add(_end_of(row[length:], max_length - len(prompt), []))
-    dataset = Dataset(pa.table({name: column.array() for name, column in columns.items()}))
-    lengths = 2 * columns["prompt_ids"].lengths() + columns["chosen_ids"].lengths() + columns["rejected_ids"].lengths()
-    return TokenRows(dataset=dataset, lengths=lengths, cut=cut)
+            left = max_length - len(prompt)
+            made.add(prompt, _end_of(chosen[length:], left, []), _end_of(rejected[length:], left, []))
+    prompts, chosen, rejected = (column.lengths() for column in made.columns.values())
+    return made.rows(2 * prompts + chosen + rejected, cut=cut, max_length=max_length)
 
 
 def training_order(lengths: np.ndarray, *, batch_size: int, rows: int, seed: int) -> np.ndarray:
@@ -180,6 +178,33 @@ def _end_of(ids: list[int], limit: int, opening: list[int]) -> list[int]:
         return ids
     opening = opening if ids[: len(opening)] == opening else []
     return opening + ids[len(ids) - max(limit - len(opening), 0) :]
+
+
+class _Pairs:
+    """Pairs as columns of ids, the two sides last. One whose sides are the same ids says nothing and is counted only."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.columns = {name: _ListColumn() for name in names}
+        self._used: list[int] = []
+        self._seen = 0
+
+    def add(self, *ids: list[int]) -> None:
+        self._seen += 1
+        if ids[-2] == ids[-1]:
+            return
+        self._used.append(self._seen - 1)
+        for column, values in zip(self.columns.values(), ids, strict=True):
+            column.add(values)
+
+    def rows(self, lengths: np.ndarray, *, cut: int, max_length: int) -> TokenRows:
+        if self._seen > 0 and not self._used:
+            raise UserError(
+                f"both replies are the same tokens in each of the {self._seen} pairs, once they are cut to max_length = "
+                f"{max_length}, so there is nothing to learn; raise max_length"
+            )
+        dataset = Dataset(pa.table({name: column.array() for name, column in self.columns.items()}))
+        used = np.array(self._used, np.int64)
+        return TokenRows(dataset=dataset, lengths=lengths, cut=cut, ties=self._seen - len(used), used=used)
 
 
 class _ListColumn:

@@ -18,6 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
+from rlhf_ray.errors import NotFinite
+from rlhf_ray.models.finite import REMEDY, first_bad
 from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
@@ -25,6 +27,7 @@ from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complet
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 from rlhf_ray.training.agreement import from_rank_zero, rank, world_size
 from rlhf_ray.training.deepspeed_config import MAX_GRAD_NORM, deepspeed_config
+from rlhf_ray.training.finite import check_weights
 
 KEPT_CHECKPOINTS = 2
 # Few different widths: CPU kernels are built and cached for each shape, and a cache for all lengths grows to gigabytes.
@@ -83,6 +86,8 @@ class StageTrainer(Trainer):
     def begin(self) -> None:
         """Do what needs the optimiser and DeepSpeed's engine, before the first step."""
         self.set_rate()
+        if self.stage_config.zero_stage == 0:  # above it DeepSpeed skips such a step and tells the norm
+            self.lr_scheduler.optimizer.register_step_pre_hook(refuse_bad_gradients)
         if world_size() == 1 and self.stage_config.zero_stage == 0:
             # With one rank it would only copy all gradients into one buffer and back.
             cast(Any, self.deepspeed).enable_backward_allreduce = False
@@ -93,6 +98,13 @@ class StageTrainer(Trainer):
         scheduler.base_lrs = [self.stage_config.learning_rate] * len(scheduler.base_lrs)
         for group in scheduler.optimizer.param_groups:
             group["lr"] = self.stage_config.learning_rate * self.rate_factor(scheduler.last_epoch)
+
+
+def refuse_bad_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """NotFinite before the weights move. Gradients are reduced: every rank sees the same."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if first_bad(("", each.grad) for each in parameters if each.grad is not None) is not None:
+        raise NotFinite(f"a gradient is not finite, so the step is not taken; {REMEDY}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +184,7 @@ class StageCallback(TrainerCallback):
         self.started, self.resumed_s = time.monotonic(), self.clock.elapsed_s
         self.saved_s = self.resumed_s
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, **kwargs):
         before = self.clock.elapsed_s
         elapsed = self.resumed_s + time.monotonic() - self.started
         stop = self.folder.stop_file.exists() if rank() == 0 else False
@@ -183,6 +195,8 @@ class StageCallback(TrainerCallback):
         self.stopped = bool(stop)
         due = self.clock.elapsed_s - self.saved_s >= self.config.checkpoint_minutes * 60
         if self.stopped or due:
+            what = f"no checkpoint is written after step {state.global_step}"
+            check_weights(kwargs["model"], what, sharded=self.config.zero_stage == 3, device=self.device)
             control.should_save = True
         if self.stopped or self.clock.time_is_up:
             control.should_training_stop = True
@@ -190,6 +204,10 @@ class StageCallback(TrainerCallback):
     def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **_):
         if logs is None or "loss" not in logs:  # the closing summary of Trainer.train
             return
+        for name in ("loss", "grad_norm"):  # before a checkpoint of this step would be written; the same on all ranks
+            value = logs.get(name)
+            if value is not None and not math.isfinite(value):
+                raise NotFinite(f"{name} of step {state.global_step} is {value}; {REMEDY}")
         self.last_loss = logs["loss"]
         if self.writer is None:
             return

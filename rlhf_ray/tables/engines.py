@@ -23,6 +23,7 @@ class Engine:
     problem: Callable[[float], str | None] | str | None = None
     #: it also is a `generation.protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
     continuous: bool = False
+    tells_support: bool = False  # it answers `SamplingParams.tells_support`, which PPO needs where sampling truncates
     coldest: float = 0.0  # the lowest temperature that it draws at, except 0
     #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
     copies: tuple[int, int] = (0, 0)
@@ -39,7 +40,7 @@ ENGINES: Table[Engine] = Table(
     "a generation engine",
     Engine(
         name="torch", make=f"{_HERE}.engine:torch_engine", words="plain torch, in this package", continuous=True,
-        copies=(1, 0),
+        tells_support=True, copies=(1, 0),
     ),
     Engine(
         name="vllm", make=f"{_HERE}.vllm_engine:vllm_engine", words="vLLM; needs the extra of that name",

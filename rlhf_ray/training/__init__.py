@@ -1,5 +1,5 @@
 """Passes over a model with a gradient: the DeepSpeed engine, forward passes, packing, precision, ranks.
 
-May import: errors, tables, algorithms, models.
+May import: errors, messages, tables, algorithms, models.
 Heavy packages: deepspeed, torch.distributed, transformers.
 """

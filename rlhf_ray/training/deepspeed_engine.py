@@ -6,19 +6,24 @@ float32. DeepSpeed's own bf16 mode accumulates them in bf16 and is no faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
+from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
+from rlhf_ray.training.finite import check_losses, check_weights
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
+STATE_WORDS = {"weight": "weights"} | {key: f"optimiser moments ({key})" for key in ADAM_STATE}
+CHECKPOINT_REMEDY = "delete it to go on from the checkpoint before it, or the stage's folder to start the stage again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,11 @@ class Forwarded:
     """An output of `DeepSpeedEngine.forward` that kept its graph."""
 
     output: torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def _check_norm(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise NotFinite(f"the norm of the gradient is {norm}")
 
 
 class DeepSpeedEngine:
@@ -105,7 +115,8 @@ class DeepSpeedEngine:
     def step(
         self, microbatches: Iterable[tuple[Any, Any]], loss_of: Callable[..., torch.Tensor], *, learning_rate: float
     ) -> float:
-        """One optimiser step; returns the gradient norm before clipping.
+        """One optimiser step; returns the gradient norm before clipping. NotFinite, on every rank and before any weight
+        moves, where the loss or the norm is not finite.
 
         A microbatch is (the module's inputs, rest) or (Forwarded, rest). `loss_of(output, rest)` gives this rank's share of a
         loss already divided by the global token count. DeepSpeed averages over ranks, so the share is multiplied by their
@@ -114,17 +125,25 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"], group["eps"] = learning_rate, self._adam_eps()
         self.engine.train()
+        losses: list[torch.Tensor] = []
         for inputs, rest in microbatches:
             output = inputs.output if isinstance(inputs, Forwarded) else self.engine(*inputs)
             loss = loss_of(output, rest)
+            losses.append(loss.detach())
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        check_losses(losses, self.device)
         self.engine.step()
+        if self.config.zero_stage > 0:
+            norm = self.engine.get_global_grad_norm()
+            assert norm is not None, "DeepSpeed has the norm after a step"
+            self._grad_norm = float(norm)
+            _check_norm(self._grad_norm)  # DeepSpeed has skipped such a step by itself, in silence
         self.steps_taken += 1
-        if self.config.zero_stage == 0:
-            return self._grad_norm
-        norm = self.engine.get_global_grad_norm()
-        assert norm is not None, "DeepSpeed has the norm after a step"
-        return float(norm)
+        return self._grad_norm
+
+    def check_weights(self, what: str) -> None:
+        """NotFinite where a trained weight is not finite: "{what}: the weight ...". Collective; nothing is gathered."""
+        check_weights(self.module, what, sharded=self.config.zero_stage == 3, device=self.device)
 
     def most_over_ranks(self, value: int) -> int:
         """The largest of each rank's value, on every rank. Collective."""
@@ -150,16 +169,36 @@ class DeepSpeedEngine:
             for key in ("weight", *ADAM_STATE):
                 yield f"{key}/{name}", self._whole(parameter, key)
 
-    def load_state(self, state: dict[str, torch.Tensor], steps_taken: int) -> None:
+    def load_state(self, state: dict[str, torch.Tensor], steps_taken: int, where: str = "the state") -> None:
         """Inverse of `state`. Bit for bit at equal stage and rank count.
 
-        Raises KeyError when a tensor of this model is missing.
+        UserError, and nothing is loaded, where a tensor of this model is missing or has another shape. where: what it is.
         """
+        self._check_state(state, where)
         for name, parameter in self._trained():
             for key in ("weight", *ADAM_STATE):
                 self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
         self.steps_taken = steps_taken
         self._set_adam_steps()
+
+    def _check_state(self, state: dict[str, torch.Tensor], where: str) -> None:
+        trained = self._trained()
+        for key, what in STATE_WORDS.items():
+            missing = [name for name, _ in trained if f"{key}/{name}" not in state]
+            if missing:
+                raise UserError(
+                    f"{where} has no {what} for {len(missing)} of {len(trained)} trained weights ({missing[0]} and so on), so "
+                    f"training can't go on from it as it was; {CHECKPOINT_REMEDY}"
+                )
+            for name, parameter in trained:
+                # DeepSpeed adds ds_shape to the parameters that it shards.
+                shape = cast(Any, parameter).ds_shape if self.config.zero_stage == 3 else parameter.shape
+                found = state[f"{key}/{name}"].shape
+                if found != shape:
+                    raise UserError(
+                        f"{where} has {what} of shape {tuple(found)} for {name}, whose own is {tuple(shape)}: it is of another "
+                        f"model; {CHECKPOINT_REMEDY}"
+                    )
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
@@ -178,6 +217,7 @@ class DeepSpeedEngine:
         """The fused step divides by grad_scale what it reads: no pass over all gradients for that alone."""
         gradients = [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
         self._grad_norm = float(nn.utils.get_total_norm(gradients))
+        _check_norm(self._grad_norm)  # of reduced gradients: the same on all ranks
         limit = self.config.max_grad_norm or float("inf")
         excess = (self._grad_norm + 1e-6) / limit  # as torch.nn.utils.clip_grad_norm_ has it
         optimizer.grad_scale = torch.tensor(max(1.0, excess), device=self.device)

@@ -19,6 +19,7 @@ from torch import nn
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
+from rlhf_ray.messages import Support
 from rlhf_ray.models.critic import Critic
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.training.packing import Layout, line_inputs, pack
@@ -36,6 +37,16 @@ class TokenBatch:
     states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
     targets: torch.Tensor  # [A] int64, the response tokens
     response_lengths: torch.Tensor  # [B]
+    #: [M] places in the order of `states`, and [M] token ids: what the response tokens were drawn among; None: all
+    support: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def support_mask(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """bool [A, V]"""
+        if self.support is None:
+            return None
+        mask = torch.zeros_like(logits, dtype=torch.bool)
+        mask[self.support] = True
+        return mask
 
     @cached_property
     def action_mask(self) -> torch.Tensor:
@@ -49,8 +60,14 @@ class TokenBatch:
 
 
 def token_batch(
-    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, packed: bool, device: torch.device | str = "cpu"
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    supports: Sequence[Support] | None = None,
+    *,
+    packed: bool,
+    device: torch.device | str = "cpu",
 ) -> TokenBatch:
+    """supports: of each row, where its tokens were not drawn among all."""
     rows = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
     lengths = np.array([len(row) for row in rows])
     responded = np.array([len(response) for response in responses])
@@ -70,7 +87,14 @@ def token_batch(
         states=torch.from_numpy(states).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         response_lengths=torch.from_numpy(responded).to(device),
+        support=None if supports is None else _places_and_ids(supports, device),
     )
+
+
+def _places_and_ids(supports: Sequence[Support], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = np.concatenate([support.counts for support in supports])
+    ids = np.concatenate([support.ids for support in supports]).astype(np.int64)
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device), torch.from_numpy(ids).to(device)
 
 
 class LogprobModel(nn.Module):
@@ -100,11 +124,12 @@ class LogprobModel(nn.Module):
         with autocast, self._only_at(batch.states):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
         logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
+        options: Any = {"temperature": self.temperature, "support": batch.support_mask(logits)}
         if with_entropy and not self.entropy_gradient:
-            both = selected_logprobs_and_entropy(logits, batch.targets, temperature=self.temperature)
+            both = selected_logprobs_and_entropy(logits, batch.targets, **options)
             return tuple(batch.in_rows(each) for each in both)
-        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, temperature=self.temperature))
-        return (logprobs, batch.in_rows(entropy(logits, temperature=self.temperature))) if with_entropy else logprobs
+        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, **options))
+        return (logprobs, batch.in_rows(entropy(logits, **options))) if with_entropy else logprobs
 
 
 class ValueModel(nn.Module):
@@ -129,6 +154,7 @@ def response_logprobs(
     model: PreTrainedModel,
     prompt_ids: Sequence[np.ndarray],
     response_ids: Sequence[np.ndarray],
+    supports: Sequence[Support] | None = None,
     *,
     temperature: float = 1.0,
     compute_dtype: torch.dtype = torch.float32,
@@ -137,6 +163,7 @@ def response_logprobs(
 ) -> list[np.ndarray]:
     """Log-probs of each response's tokens given its prompt, float32, one array per row. No gradient.
 
+    supports: of each row, where its tokens were not drawn among all: the log-probs are renormalised over them.
     A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
     """
     module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
@@ -145,7 +172,9 @@ def response_logprobs(
     found: dict[int, np.ndarray] = {}
     for rows in cut_microbatches(lengths, size=microbatch_size, tokens=microbatch_tokens):
         prompts, responses = [prompt_ids[row] for row in rows], [response_ids[row] for row in rows]
+        among = None if supports is None else [supports[row] for row in rows]
         with torch.no_grad():
-            padded = module(token_batch(prompts, responses, packed=module.packed, device=device)).float().cpu().numpy()
+            batch = token_batch(prompts, responses, among, packed=module.packed, device=device)
+            padded = module(batch).float().cpu().numpy()
         found |= {row: line[: len(response)] for row, line, response in zip(rows, padded, responses, strict=True)}
     return [found[row] for row in range(len(lengths))]

@@ -1,0 +1,92 @@
+"""Every number of a recipe is finite, wherever it stands and however it gets there."""
+
+import json
+import math
+import typing
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf_ray.config import Recipe, Section
+from rlhf_ray.config.base import option
+from rlhf_ray.config.recipe_file import build_recipe
+from rlhf_ray.config.reference import section_places
+from rlhf_ray.errors import UserError
+
+# Finite as doubles, but infinite or 0 in the 32 bits in which models compute: struct.pack('f', 1e39) overflows too.
+BAD = [math.nan, math.inf, -math.inf, 1e39, -1e39, 1e-46]
+
+
+def holds(annotation, kind):
+    return annotation is kind or any(holds(part, kind) for part in typing.get_args(annotation))
+
+
+SECTIONS = [Recipe, *section_places(Recipe)]
+FLOATS = [(kind, name) for kind in SECTIONS for name, field in kind.model_fields.items() if holds(field.annotation, float)]
+ANYTHING = [(kind, name) for kind in SECTIONS for name, field in kind.model_fields.items() if holds(field.annotation, typing.Any)]
+ids = lambda pair: f"{pair[0].__name__}.{pair[1]}"  # noqa: E731
+
+
+def refused_fields(kind, values):
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(values)
+    return {error["loc"][0] for error in refusal.value.errors()}
+
+
+def test_the_walk_finds_the_fields():
+    names = {name for _, name in FLOATS}
+    assert len(FLOATS) > 50 and {"learning_rate", "kl_coef", "reward_timeout_score", "missing_eos_score", "weight"} <= names
+    assert {name for _, name in ANYTHING} == {"builder_args", "options"}
+
+
+@pytest.mark.parametrize("kind, name", FLOATS, ids=map(ids, FLOATS))
+def test_a_number_that_is_not_finite_is_refused_in_every_field(kind, name):
+    for value in BAD:
+        assert name in refused_fields(kind, {name: value}), value
+        if not math.isfinite(value):
+            assert name in refused_fields(kind, {name: str(value)}), "as text, which pydantic reads as a number"
+
+
+@pytest.mark.parametrize("kind, name", ANYTHING, ids=map(ids, ANYTHING))
+def test_so_is_one_inside_a_mapping_or_a_list(kind, name):
+    for value in BAD:
+        assert name in refused_fields(kind, {name: {"limits": [1.0, {"high": value}]}}), value
+
+
+def test_a_plug_ins_section_inherits_that():
+    class Mine(Section):
+        scale: float = option(1.0, "a number")
+        scales: tuple[float, ...] = option((), "several")
+
+    for value in BAD:
+        assert refused_fields(Mine, {"scale": value}) == {"scale"}
+        assert refused_fields(Mine, {"scales": (1.0, value)}) == {"scales"}
+    assert Mine(scale=-3e38, scales=(0.0, 2e-38)).scale == -3e38
+
+
+@pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-.inf", ".inf", "1e39", "1e-50", "1e400"])
+@pytest.mark.parametrize("key", ["ppo.kl_coef", "ppo.missing_eos_score", "sft.learning_rate", "ppo.rewards.a.weight"])
+def test_overrides_are_no_way_around(key, text):
+    values = {"name": "x", "ppo": {"rewards": {"a": {"function": "m:f"}}}}
+    with pytest.raises(UserError) as refusal:
+        build_recipe(values, [f"{key}={text}"], "x")
+    assert key in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_the_sentence_has_key_value_and_remedy():
+    with pytest.raises(UserError) as refusal:
+        build_recipe({"name": "x", "ppo": {"kl_coef": 1e39}}, [], "x")
+    assert str(refusal.value) == (
+        "ppo.kl_coef: 1e+39 is 0 or not finite as a 32-bit float, in which models compute; give 0, or a number between "
+        "1.2e-38 and 3.4e+38 in size"
+    )
+    with pytest.raises(UserError, match="^'ppo.learning_rate' is nan: input should be a finite number$"):
+        build_recipe({"name": "x", "ppo": {"learning_rate": math.nan}}, [], "x")
+
+
+def test_a_whole_number_of_any_size_is_looked_at_too():
+    assert refused_fields(Recipe, {"name": "x", "seed": 10**60}) == {"seed"}
+
+
+def test_every_default_is_finite():
+    json.dumps(Recipe(name="x").model_dump(mode="json"), allow_nan=False)
