@@ -11,6 +11,8 @@ class RunFailed(RuntimeError):
     The same command goes on from the last checkpoint.
     """
 
+    process_must_end = False  # at once: a thread of it hangs in a library, which an orderly end would wait for
+
 
 def machine_failed(what: str, error: Exception) -> RunFailed:
     """What to tell of a full disk, a folder that may not be written, a file server that is gone."""
