@@ -26,7 +26,7 @@ def all_problems(values: Values, sentence: Callable[[ErrorDetails], str]) -> tup
     values, problems, removed = copy.deepcopy(values), dict[str, None](), set[str]()
     for _ in range(PASSES):
         try:
-            return list(problems), Recipe.model_validate(values), removed
+            return list(problems), Recipe.model_validate({"name": "recipe"} | values), removed
         except ValidationError as error:
             found = error.errors()
         told = [(each, sentence(each)) for each in found]

@@ -163,7 +163,7 @@ def _json_rows(lines: IO[str]) -> Iterator[tuple[Line, Row]]:
         if first and line.lstrip().startswith("["):
             yield from _items(decoder, line + lines.read(), number)
             return
-        first = False
+        first, line = False, line.rstrip("\r\n")
         value, end = _value(decoder, line, len(line) - len(line.lstrip()), number)
         if line[end:].strip():
             raise Broken(f", line {number}: is not JSON (more follows at place {end + 1}); write one object per line")

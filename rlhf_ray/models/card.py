@@ -55,7 +55,7 @@ def _shown(model: str) -> str:
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_paths(part) for name, part in cast(dict[str, Any], value).items()}
-    is_path = isinstance(value, str) and value.startswith(("/", "~/")) and Path(value).name != ""
+    is_path = isinstance(value, str) and value.startswith(("/", "~/", "./", "../")) and Path(value).name != ""
     return _shown(value) if is_path else value
 
 
