@@ -11,6 +11,8 @@ class RunFailed(RuntimeError):
     The same command goes on from the last checkpoint.
     """
 
+    process_must_end = False  # at once: a thread of it hangs in a library, which an orderly end would wait for
+
 
 class NotFinite(RunFailed):
     """A score, a loss, a gradient or a weight became NaN or infinite. It reaches no update, no file and no generator.

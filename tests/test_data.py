@@ -136,16 +136,16 @@ def test_every_local_format_gives_the_same_rows(tmp_path):
             writer.writerows(ROWS)
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.csv", "e.csv.gz", "f.tsv"):
         source = SourceConfig(path=name)
-        assert load_source(source, str(tmp_path), 0, "data.sft[0]").to_list() == ROWS, name
-        assert columns_of(source, str(tmp_path), "data.sft[0]") == ["text", "score"], name
+        assert list(load_source(source, str(tmp_path), 0, "data.sft[0]", "sft")) == ROWS, name
+        assert columns_of(source, str(tmp_path), "data.sft[0]", "sft") == ["text", "score"], name
 
 
 def test_a_root_stands_in_for_the_hub(tmp_path):
     write_jsonl(tmp_path / "imdb" / "train.jsonl.gz", ROWS)
     write_jsonl(tmp_path / "imdb" / "test.jsonl.gz", ROWS[:2])
     for root in (tmp_path, tmp_path / "imdb"):
-        train = load_source(SourceConfig(path="stanfordnlp/imdb"), str(root), 0, "x")
-        test = load_source(SourceConfig(path="stanfordnlp/imdb", split="test"), str(root), 0, "x")
+        train = load_source(SourceConfig(path="stanfordnlp/imdb"), str(root), 0, "x", "sft")
+        test = load_source(SourceConfig(path="stanfordnlp/imdb", split="test"), str(root), 0, "x", "sft")
         assert (len(train), len(test)) == (5, 2)
     with pytest.raises(UserError, match="named after the split 'unsup' .*test.jsonl.gz, train.jsonl.gz"):
         locate(SourceConfig(path="stanfordnlp/imdb", split="unsup"), str(tmp_path), "x")
@@ -155,7 +155,7 @@ def test_a_root_stands_in_for_the_hub(tmp_path):
 def test_max_rows_takes_a_seeded_sample_not_the_head(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(100)])
     source = SourceConfig(path="a.jsonl", max_rows=10)
-    taken = [load_source(source, str(tmp_path), seed, "x")["text"][:] for seed in (1, 1, 2)]
+    taken = [[row["text"] for row in load_source(source, str(tmp_path), seed, "x", "sft")] for seed in (1, 1, 2)]
     assert taken[0] == taken[1] != taken[2]
     assert len(taken[0]) == 10 and taken[0] != [str(i) for i in range(10)]
 
@@ -165,7 +165,7 @@ def test_max_rows_takes_a_seeded_sample_not_the_head(tmp_path):
     [
         (lambda d: write_jsonl(d / "pairs.jsonl", ROWS), "pairz.jsonl", "did you mean 'pairs.jsonl'"),
         (lambda d: (d / "a.jsonl").write_text(""), "a.jsonl", "has no rows"),
-        (lambda d: (d / "a.jsonl").write_text('{"text": "x"}\n{"text": \n'), "a.jsonl", "could not be read"),
+        (lambda d: (d / "a.jsonl").write_text('{"text": "x"}\n{"text": \n'), "a.jsonl", "line 2: is not JSON"),
         (lambda d: (d / "a.docx").write_text("x"), "a.docx", "ends in '.docx'"),
         (lambda d: (d / "empty").mkdir(), "empty", "holds no .jsonl"),
     ],
@@ -173,7 +173,7 @@ def test_max_rows_takes_a_seeded_sample_not_the_head(tmp_path):
 def test_what_is_wrong_with_a_file_is_said_in_words(tmp_path, write, path, message):
     write(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_source(SourceConfig(path=path), str(tmp_path), 0, "data.sft[0]")
+        load_source(SourceConfig(path=path), str(tmp_path), 0, "data.sft[0]", "sft")
 
 
 def test_local_paths_become_absolute_and_hub_names_stay(tmp_path, monkeypatch):
@@ -277,15 +277,15 @@ def test_renamed_columns():
             ["prompt", "choosen", "rejected"],
             {},
             "pairs",
-            r"no column 'chosen' \(nearest: 'choosen'\); there are prompt, choosen",
+            r"no column 'chosen'; there are prompt, choosen, rejected; .* with columns: \{chosen: COLUMN\}",
         ),
-        (["prompt", "answer"], {"response": "anser"}, "sft", r"no column 'anser' \(nearest: 'answer'\)"),
+        (["prompt", "answer"], {"response": "anser"}, "sft", r"no column 'anser' for response; there are prompt, answer"),
         (["prompt", "answer"], {"respond": "answer"}, "sft", r"'respond' is not a known name \(nearest: 'response'\)"),
         (["prompt", "response", "score"], {}, "pairs", "set objective: scores"),
         (["prompt", "chosen", "rejected"], {}, "scores", "set objective: pairs"),
     ],
 )
-def test_a_missing_column_is_named_with_the_nearest(columns, renamed, role, message):
+def test_a_missing_column_is_named_with_those_that_are_there(columns, renamed, role, message):
     with pytest.raises(UserError, match=message):
         detect(columns, renamed, role, "data.preferences[0]")
 
@@ -575,7 +575,7 @@ def test_the_doctor_sees_every_data_problem_at_once(tmp_path, pairs_file):
     )
     problems = check_data(recipe)
     assert len(problems) == 3
-    for problem, words in zip(problems, ("missing.jsonl", "objective: scores", "nearest: 'prompt'"), strict=True):
+    for problem, words in zip(problems, ("missing.jsonl", "objective: scores", "no column 'promt' for prompt"), strict=True):
         assert words in problem
     assert "not a folder" in check_data(recipe_of(tmp_path / "nowhere"))[0]
     assert len(check_data(recipe_of(tmp_path))) == 2  # no sft rows, no preferences
@@ -587,7 +587,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_words(tmp_path):
     code = (
         "from rlhf_ray.data.sources import load_source\nfrom rlhf_ray.config import SourceConfig\n"
         "from rlhf_ray.errors import UserError\n"
-        "try: load_source(SourceConfig(path='nobody/nothing'), None, 0, 'data.sft[0]')\n"
+        "try: load_source(SourceConfig(path='nobody/nothing'), None, 0, 'data.sft[0]', 'sft')\n"
         "except UserError as error: print(error)\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

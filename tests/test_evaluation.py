@@ -486,9 +486,9 @@ def test_traits_are_figures_of_every_model(same_model):
 @pytest.mark.parametrize(("returned", "told"), [
     ([1.0, 2.0], r"returned \[1.0, 2.0\]; return \{name: scores\}"),
     ({}, "return {name: scores}"),
-    ({"kind": [1.0]}, r"returned shape \(1,\) for 'kind' and 2 responses"),
+    ({"kind": [1.0]}, r"returned 1 numbers for 2 responses: \[1.0\] as 'kind'"),
     ({"kind": [1.0, float("nan")]}, "returned nan as 'kind' of response 'second'"),
-    ({"kind": ["a", "b"]}, "returned something other than numbers for 'kind'"),
+    ({"kind": ["a", "b"]}, r"returned \['a'\] as 'kind' of response"),
     (None, "returned None"),
 ])  # fmt: skip
 def test_a_trait_function_that_returns_something_else_is_told(monkeypatch, returned, told):

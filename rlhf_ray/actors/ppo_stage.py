@@ -150,6 +150,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     )
     if last is not None:
         state = LoopState.from_json(checkpoint.read_state(last))
+        progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state)  # where the run died between the two
         if ppo.adaptive_kl is None:
             state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})

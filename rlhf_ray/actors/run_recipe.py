@@ -13,6 +13,7 @@ import ray
 
 from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
+from rlhf_ray.actors.ray_start import refuse_second_ray
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
@@ -55,6 +56,7 @@ def run(
     recipe = absolute_paths(recipe)
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
     check_resume(recipe, folder)
+    refuse_second_ray()
     refuse_problems(recipe, folder, address)
     running: list[str | None] = [None]
     with held(folder), display() as shown:
@@ -77,6 +79,7 @@ def run(
                         object_store_bytes=object_store_bytes(recipe),
                         stages=kinds,
                         spins=recipe.ppo.steps_ahead == 0,
+                        start_timeout_s=recipe.resources.start_timeout_s,
                     )
                 )
                 check_cluster(recipe, left)

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed, UserError
 
 # Read by libgomp and Ray when a worker starts, so here and not in the worker's code. Two torch processes with two
 # spinning threads each run five times slower on two cores than with sleeping ones.
@@ -41,12 +43,16 @@ def ray_session(
     object_store_bytes: int = OBJECT_STORE_BYTES,
     stages: Sequence[str] = ("ppo",),
     spins: bool = True,
+    start_timeout_s: float = START_S,
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
+    Raises UserError where this process has a Ray already, or for an address where none answers; RunFailed where one does not start.
     stages: a local Ray forks the workers of these (`actors.worker_start`). spins: the threads of all forks spin-wait
     (`worker_environment`), each role's on its own share of the cores.
     """
+    refuse_second_ray()
+    prepare_home()  # before the fork server, which inherits the environment
     environment = worker_environment()
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
@@ -69,20 +75,28 @@ def ray_session(
     with fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
-        _connect(address, options)
+        if address is None:
+            start_own_ray(options, start_timeout_s, " (resources.start_timeout_s)")
+        else:
+            _connect(address, options, start_timeout_s)
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _connect(address: str | None, options: dict) -> None:
+def _connect(address: str, options: dict, start_timeout_s: float) -> None:
     try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise _no_cluster(address, error) from error
-    except ValueError as error:
-        if address is None:  # about something other than the address
+        start_ray(options, start_timeout_s, " (resources.start_timeout_s)")
+    except AuthenticationError as error:
+        raise UserError(
+            f"the cluster at {address!r} wants a token that this machine lacks; copy the head's (`ray get-auth-token` there) into "
+            "~/.ray/auth_token, mode 600, or set RAY_AUTH_TOKEN"
+        ) from error
+    except UserError:
+        raise
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if isinstance(error, RunFailed):
             raise
         raise _no_cluster(address, error) from error
 
@@ -98,7 +112,7 @@ def _check_answers(address: str) -> None:
         raise _no_cluster(address, error) from error
 
 
-def _no_cluster(address: str | None, error: Exception) -> UserError:
+def _no_cluster(address: str, error: Exception) -> UserError:
     return UserError(
         f"no Ray cluster answers at {address!r} ({error}); start one (cluster/README.md) or leave out --address"
     )

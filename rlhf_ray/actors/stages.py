@@ -32,8 +32,14 @@ def _run_stage(name: str, recipe: Recipe, folder: RunFolder, progress: Progress)
 
 def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
     from rlhf_ray.data.prepare import prepare
+    from rlhf_ray.data.words import dropped_in_words, losses
 
-    rows = prepare(recipe, folder)["roles"]["prompts"]["rows"]
+    summary = prepare(recipe, folder)
+    for line in dropped_in_words(summary):
+        progress({"stage": stage, "say": line})
+    for line in losses(summary):
+        progress({"stage": stage, "say": line, "warns": True})
+    rows = summary["roles"]["prompts"]["rows"]
     if rows < recipe.ppo.rollout_batch_size:
         folder.stage(stage).done_file.unlink()  # so that the recipe's data may be corrected
         raise UserError(

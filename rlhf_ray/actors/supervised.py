@@ -33,6 +33,7 @@ from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.ensemble import ensemble_summary
 
 Progress = Callable[[dict], None]
@@ -75,7 +76,13 @@ def _train(
     """Train one model -> its summary."""
     target = folder.stage(stage).member(member)
     target.path.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    started, found = time.monotonic(), newest_complete(target.checkpoints)
+    if found is not None:
+        # Its training time stands for what earlier runs took.
+        started -= found[1].elapsed_s
+        if on_progress is not None:
+            of = f" (model {member + 1} of {config.members})" if isinstance(config, RewardConfig) and config.members > 1 else ""
+            on_progress({"stage": stage, "goes_on_from": found[1].step, "of": of})
     answer = _fit(recipe, folder, stage, config, member, on_progress)
     if "refused" in answer:
         raise UserError(answer["refused"])

@@ -58,8 +58,14 @@ class Display:
                 self.log(f"> {STAGES[stage].words}")
         elif event.get("done"):
             line = f"[green]+[/] {STAGES[stage].words}: {duration(event['seconds'])}"
+            if event.get("seconds_before"):  # of a stage that went on where an earlier run stopped
+                line += f" ({duration(event['seconds'] - event['seconds_before'])} of it now)"
             self._event, self._samples = {}, []
             self.log(line + (f"  [dim]{escape(event['summary'])}[/]" if event.get("summary") else ""))
+        elif "goes_on_from" in event:
+            self.log(f"  goes on from step {event['goes_on_from']}{escape(event.get('of', ''))}")
+        elif "say" in event:
+            self.log(f"  [yellow]{escape(event['say'])}[/]" if event.get("warns") else f"  {escape(event['say'])}")
         elif "samples" in event:
             self._samples = event["samples"]
         else:

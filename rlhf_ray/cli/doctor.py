@@ -15,7 +15,8 @@ from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import cluster_problems
 from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.problems import mentions
+from rlhf_ray.config.recipe_file import RecipeError, load_recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import role_shares
 from rlhf_ray.data.paths import absolute_paths
@@ -33,6 +34,8 @@ def examine(
     """Print the plan; return the problems, one sentence each. Trains nothing, starts no actor."""
     try:
         recipe = load_recipe(recipe_name, overrides)
+    except RecipeError as error:
+        return [*str(error).splitlines(), *_beside(error)]
     except UserError as error:
         return str(error).splitlines()
     problems: list[str] = []
@@ -55,12 +58,24 @@ def examine(
         problems += cluster_problems(recipe, recipe.stages, nodes)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0.0) >= 1.0]
     threads = role_shares(recipe, min(cores, default=1), max(1, len(cores)))
-    _print_plan(recipe, altogether(nodes), threads, address is None and forks_here(["ppo"]), console)
+    if parameters(recipe) > 0:  # else the model can't be read, and a plan of zeros would follow
+        _print_plan(recipe, altogether(nodes), threads, address is None and forks_here(["ppo"]), console)
     if address is None and (words := hindrance()) is not None:
         console.print(words)
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
+
+
+def _beside(error: RecipeError) -> list[str]:
+    """What is wrong with data, model and functions of a recipe that can't be used as it is."""
+    if error.rest is None:
+        return []
+    try:
+        found = recipe_problems(absolute_paths(error.rest), hardware=False)
+    except UserError as other:
+        found = str(other).splitlines()
+    return [problem for problem in dict.fromkeys(found) if not mentions(problem, set(error.wrong))]
 
 
 def _nodes(address: str | None) -> list[Mapping[str, float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 
 import typer
 from rich.console import Console
@@ -26,6 +28,10 @@ def in_words(command):
             raise typer.Exit(2) from None
         except RunFailed as failure:
             errors.print(f"rlhf-ray: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
+            if failure.process_must_end:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
             raise typer.Exit(1) from None
         except StageStopped as stopped:
             console.print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)

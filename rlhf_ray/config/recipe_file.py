@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf_ray.config import Recipe, RewardConfig
+from rlhf_ray.config.problems import all_problems
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES
 from rlhf_ray.errors import UserError
+
+
+class RecipeError(UserError):
+    """Problems of a recipe, one per line. rest: the recipe without the keys that are wrong, for what else there is to say of it."""
+
+    rest: Recipe | None = None
+    wrong: Set[str] = frozenset()
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -45,8 +53,10 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
             f"({', '.join(packaged)}){hint}"
         )
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         raise UserError(
@@ -57,6 +67,20 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own rule, which the library does not keep: of two equal keys it takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"the key '{key.value}' stands there twice; keep one of the two"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
     """Validate. UserError with every problem, one line each."""
     for override in overrides:
@@ -65,8 +89,11 @@ def build_recipe(values: dict[str, Any], overrides: list[str], source: str) -> R
         values = {"name": Path(source).stem, **values}
     try:
         return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(_sentence(part) for part in error.errors())) from None
+    except ValidationError:
+        problems, rest, wrong = all_problems(values, _sentence)
+    error = RecipeError("\n".join(problems))
+    error.rest, error.wrong = rest, wrong
+    raise error from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:

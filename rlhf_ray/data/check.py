@@ -8,13 +8,13 @@ from pathlib import Path
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import Role, detect
-from rlhf_ray.data.prepare import LISTS, needed_lists, preference_section, prompt_origins
+from rlhf_ray.data.prepare import LISTS, form_of, needed_lists, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.errors import UserError
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Problems of the recipe's data, one sentence each; [] if none is seen. Reads no more than the first rows.
+    """Problems of the recipe's data, one sentence each; [] if none is seen. Files are read whole, data sets of the hub are not.
 
     A builder is imported and its arguments are checked against its signature; it is not called.
     """
@@ -45,12 +45,12 @@ def check_data(recipe: Recipe) -> list[str]:
     for role in given:
         if role not in needed and not role.endswith("prompts") and not (role == "preferences" and not data.prompts):
             continue  # prepare does not read it either
-        form = _form(recipe, role)
+        form = form_of(recipe, role)
         for index, source in enumerate(data.lists[role]):
             where = f"data.{role}[{index}]"
 
             def columns_fit(source=source, where=where, form: Role = form, role=role) -> None:
-                columns = columns_of(source, data.root, where)
+                columns = columns_of(source, data.root, where, form, with_prompts=role in prompt_origins(given))
                 if columns is None:
                     others[role] = None
                     return
@@ -75,10 +75,3 @@ def _asked_problems(recipe: Recipe, given: list[str], others: dict[str, list[str
         if there is not None:
             found += column_problems(recipe, there, f"data.{role}")
     return found
-
-
-def _form(recipe: Recipe, role: str) -> Role:
-    section = preference_section(recipe, role)
-    if section is not None:
-        return section.objective
-    return "sft" if role == "sft" else "prompts"

@@ -48,6 +48,10 @@ FORMS: dict[str, tuple[Form, ...]] = {  # the first whose columns all exist is t
         Form(("text",)),
     ),
 }  # fmt: skip
+#: the form that is named where a data set has no column of any
+USUAL = {
+    "sft": FORMS["sft"][2], "pairs": FORMS["pairs"][0], "scores": FORMS["scores"][0], "prompts": FORMS["prompts"][3],
+}  # fmt: skip
 REPLIES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "scores": ("response",), "prompts": ()}
 NAMES = tuple(sorted({name for forms in FORMS.values() for form in forms for name in (*form.needs, *form.may)}))
 
@@ -55,15 +59,10 @@ NAMES = tuple(sorted({name for forms in FORMS.values() for form in forms for nam
 def detect(columns: Iterable[str], renamed: Mapping[str, str], role: Role, where: str) -> dict[str, str]:
     """Which column holds what: our name -> the data set's column. Raises UserError if no form of the role fits."""
     columns = list(columns)
-    for ours, theirs in renamed.items():
-        if ours not in NAMES:
-            raise UserError(
-                f"{where}.columns: '{ours}' is not a known name{_nearest(ours, NAMES)}; there are {', '.join(NAMES)}"
-            )
-        if theirs not in columns:
-            raise UserError(
-                f"{where}.columns: no column '{theirs}'{_nearest(theirs, columns)}; there are {', '.join(columns)}"
-            )
+    if problems := _misnamed(columns, renamed):
+        usual = [name for name in USUAL[role].needs if name not in (*columns, *renamed)]
+        problems += [f"no column '{name}'" for name in usual if role == "pairs"]  # which has one form only
+        raise UserError(f"{where}.columns: {'; '.join(problems)}; there are {', '.join(columns)}")
     taken = set(renamed.values()) - set(renamed)
     names = {name: name for name in columns if name not in taken} | dict(renamed)
     for form in FORMS[role]:
@@ -73,11 +72,24 @@ def detect(columns: Iterable[str], renamed: Mapping[str, str], role: Role, where
     raise UserError(f"{where}: {_no_form(columns, names, renamed, role)}")
 
 
+def _misnamed(columns: list[str], renamed: Mapping[str, str]) -> list[str]:
+    problems = [
+        f"'{ours}' is not a known name{_nearest(ours, NAMES)}; known are {', '.join(NAMES)}"
+        for ours in renamed if ours not in NAMES
+    ]  # fmt: skip
+    # No nearest column here: 'worse' is the nearest to 'chosen', and would train the reward model backwards.
+    problems += [f"no column '{theirs}' for {ours}" for ours, theirs in renamed.items() if theirs not in columns]
+    sources = list(renamed.values())
+    problems += [f"'{theirs}' stands for two names" for theirs in dict.fromkeys(sources) if sources.count(theirs) > 1]
+    return problems
+
+
 def _no_form(columns: list[str], names: Mapping[str, str], renamed: Mapping[str, str], role: Role) -> str:
-    forms = " or ".join("/".join(form.needs) for form in FORMS[role])
-    nearly = max(FORMS[role], key=lambda form: sum(name in names for name in form.needs))
-    missing = next((name for name in nearly.needs if name not in names), None)
-    if missing is None:
+    """All that is missing, and all that is there. Which column is which is the user's to say: nothing is guessed."""
+    forms = ", or ".join(" and ".join(form.needs) for form in FORMS[role])
+    nearly = max(FORMS[role], key=lambda form: (sum(name in names for name in form.needs), form == USUAL[role]))
+    missing = [name for name in nearly.needs if name not in names]
+    if not missing:
         return f"columns {', '.join(renamed)} do not go together; {role} rows are {forms}"
     other = {"pairs": "scores", "scores": "pairs"}.get(role)
     if other is not None and any(all(name in names for name in form.needs) for form in FORMS[other]):
@@ -85,10 +97,12 @@ def _no_form(columns: list[str], names: Mapping[str, str], renamed: Mapping[str,
             f"these are rows for the objective '{other}' (columns {', '.join(columns)}), but the recipe says '{role}'; "
             f"set objective: {other}" + (", or give pairs, which DPO needs" if role == "pairs" else "")
         )
-    near = difflib.get_close_matches(missing, columns, 1, cutoff=0.5)
-    remedy = f"name it with columns: {{{missing}: {near[0] if near else 'YOUR_COLUMN'}}}"
-    there = f"no column '{missing}'{_nearest(missing, columns)}; there are {', '.join(columns)}"
-    return f"{there}; {role} rows need {forms}; {remedy}"
+    unnamed = [name for name in nearly.may if name not in names]
+    said = [f"{name}: COLUMN" for name in (*unnamed, *missing)]
+    return (
+        f"no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}; {role} rows need {forms}; say which column is "
+        f"which with columns: {{{', '.join(said)}}}" + (f" ({', '.join(unnamed)} may be left out)" if unnamed else "")
+    )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

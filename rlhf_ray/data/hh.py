@@ -14,9 +14,7 @@ Ties and empty replies are left in: the data stage drops and counts them.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
 from collections.abc import Iterable
@@ -26,10 +24,14 @@ from typing import Any, cast
 import datasets
 
 from rlhf_ray.data.formats import implicit_prompt
+from rlhf_ray.data.text_files import read_text_files
+from rlhf_ray.data.values import check_values
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.hub import look_up
 
 HUB_NAME = "Anthropic/hh-rlhf"
 FILE_NAME = "hh_test_pairs.jsonl.gz"
+COLUMNS = ("subset", "prompt", "chosen", "rejected")
 SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 HELPFUL = ("helpful-base", "helpful-online", "helpful-rejection-sampled")  # harmless-base has offensive prompts
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -57,12 +59,16 @@ def read(root: str | None, subsets: Iterable[str], hub_split: str) -> list[dict]
                 f"data.root: {path} does not exist; give the folder that holds it, "
                 f"or remove data.root to read {HUB_NAME}"
             )
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        return [row for row in rows if row["subset"] in subsets]
+        read = read_text_files("json", [(str(path), str(path))], "data.root")
+        if missing := [name for name in COLUMNS if name not in read.column_names]:
+            raise UserError(f"{path} has no column '{missing[0]}'; it should hold {', '.join(COLUMNS)}")
+        texts = {name: name for name in COLUMNS[1:]}
+        check_values(read, texts, lambda index: f"data.root: {read.place(index)}")
+        return [row | {name: row[name] or "" for name in texts} for row in read if row["subset"] in subsets]
     rows = []
     for subset in subsets:
         try:
+            look_up(HUB_NAME, "dataset")
             loaded = cast(Iterable[Any], datasets.load_dataset(HUB_NAME, data_dir=subset, split=hub_split))
         except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version
             raise UserError(

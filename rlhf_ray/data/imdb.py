@@ -19,8 +19,6 @@ smallest at the expected rating given this beginning, which is what the policy s
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 from collections import Counter
@@ -31,7 +29,10 @@ from typing import Any, Literal
 
 import datasets
 
+from rlhf_ray.data.text_files import read_text_files
+from rlhf_ray.data.values import check_values
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.hub import look_up
 
 HUB_NAME = "stanfordnlp/imdb"
 RUN = 50  # reviews that stay together
@@ -68,7 +69,7 @@ def read(root: str | None) -> dict[str, list[Review]]:
         rows: dict[str, Iterable[dict]] = _from_hub()
     else:
         rows = {split: _from_file(Path(root).expanduser() / f"{split}.jsonl.gz") for split in SPLITS}
-    return {split: [Review(clean(row["text"]), score_of(row)) for row in rows[split]] for split in SPLITS}
+    return {split: [Review(clean(row["text"] or ""), score_of(row)) for row in rows[split]] for split in SPLITS}
 
 
 def _from_file(path: Path) -> list[dict]:
@@ -78,16 +79,17 @@ def _from_file(path: Path) -> list[dict]:
             f"data.root: {path} does not exist; give the folder that holds {names}, "
             f"or remove data.root to read {HUB_NAME} from the hub"
         )
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    read = read_text_files("json", [(str(path), str(path))], "data.root")
     for column in ("text", "label"):
-        if not rows or column not in rows[0]:
+        if column not in read.column_names:
             raise UserError(f"{path} has no column '{column}'; it should hold text, label and, where known, rating")
-    return rows
+    check_values(read, {"text": "text"}, lambda index: f"data.root: {read.place(index)}")
+    return read.rows
 
 
 def _from_hub() -> dict[str, Iterable[Any]]:
     try:
+        look_up(HUB_NAME, "dataset")
         loaded = datasets.load_dataset(HUB_NAME)
     except (ConnectionError, FileNotFoundError) as error:  # a missing cache raises either, by version
         raise UserError(

@@ -19,7 +19,7 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
-from rlhf_ray.data.sources import call_builder, load_source, other_columns
+from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -74,7 +74,7 @@ def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple
         raise UserError("\n".join(problems))
 
 
-RawSource = tuple[str, SourceConfig, Dataset]  # its name in messages, its config, its rows
+RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, its rows
 Raw = Mapping[str, list[RawSource]]
 
 
@@ -101,13 +101,28 @@ def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
     return RewardConfig(max_length=recipe.max_length_of(name)) if name in recipe.trained else RewardConfig()
 
 
+def form_of(recipe: Recipe, role: str) -> Role:
+    """The form of the rows of a list, or of what a builder returns for this role."""
+    part = role.partition("_eval")[0]
+    section = preference_section(recipe, part)
+    if section is not None:
+        return section.objective
+    return "sft" if part == "sft" else "prompts"
+
+
 def _read_sources(recipe: Recipe) -> Raw:
     data = recipe.data
     raw: dict[str, list[RawSource]] = {}
-    if data.builder is not None:
-        for role, rows in call_builder(data, recipe.seed).items():
-            raw[role] = [(f"{data.builder} ({role})", SourceConfig(path=f"{data.builder}#{role}"), rows)]
     needed = needed_lists(recipe)
+    if data.builder is not None:
+        built = call_builder(data, recipe.seed)
+        for role, rows in built.items():
+            source, where = SourceConfig(path=f"{data.builder}#{role}"), f"{data.builder} ({role})"
+            part = role.partition("_eval")[0]
+            if part in needed or role.endswith("prompts") or (part == "preferences" and "prompts" not in built):
+                check_rows(rows, source, where, form_of(recipe, role), with_prompts=False)
+            raw[role] = [(where, source, rows)]
+    origins = prompt_origins([role for role in LISTS if data.lists[role]])
     for role in LISTS:
         if data.lists[role] and data.builder is not None:
             raise UserError(
@@ -116,7 +131,9 @@ def _read_sources(recipe: Recipe) -> Raw:
         if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
             for index, source in enumerate(data.lists[role]):
                 where = f"data.{role}[{index}]"
-                raw.setdefault(role, []).append((where, source, load_source(source, data.root, recipe.seed, where)))
+                form, with_prompts = form_of(recipe, role), role in origins
+                rows = load_source(source, data.root, recipe.seed, where, form, with_prompts=with_prompts)
+                raw.setdefault(role, []).append((where, source, rows))
     for role, section in needed.items():
         if role not in raw:
             giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"
@@ -128,7 +145,7 @@ def _read_sources(recipe: Recipe) -> Raw:
     return raw
 
 
-def _rows_of(dataset: Dataset) -> Iterable[Mapping]:
+def _rows_of(dataset: Rows) -> Iterable[Mapping]:
     """The rows as mappings, which they are where no format is set; the annotation allows for all formats."""
     return cast(Iterable[Mapping], dataset)
 
@@ -231,7 +248,7 @@ class _Preparation:
                 tally.kept = count
         self.tallies[role] = [{"source": source.path, **tally.as_dict()} for source, tally in counted]
         for entry, (_, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
-            if dataset.info.description:  # a builder says here what it dropped itself
+            if isinstance(dataset, Dataset) and dataset.info.description:  # a builder says here what it dropped itself
                 entry["note"] = dataset.info.description
         return rows
 

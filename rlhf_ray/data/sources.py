@@ -1,4 +1,4 @@
-"""Reads rows from local files, the hub or a builder function into a `datasets.Dataset` of raw columns."""
+"""Reads rows of raw columns from files, the hub or a builder function, and checks that they are what their role needs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,25 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
+from datasets.data_files import resolve_pattern
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from rlhf_ray.config import DataConfig, SourceConfig
 from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.data.formats import Role, detect
+from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import READERS, suffix_of
+from rlhf_ray.data.text_files import TextRows, read_text_files
+from rlhf_ray.data.values import NUMBERS, as_numbers, check_one_type, check_values
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.hub import look_up
+
+Rows = Dataset | TextRows
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
 BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
@@ -58,11 +67,15 @@ def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | H
     else:
         candidates = [Path(path).expanduser().absolute()]
     for candidate in candidates:
-        if candidate.is_file():
+        try:
+            is_file, is_folder = candidate.is_file(), candidate.is_dir()
+        except OSError as error:  # a name that is too long, say
+            raise UserError(f"{where}: '{path[:80]}' is no path ({error.strerror}); correct it") from error
+        if is_file:
             return LocalFiles(_reader_of([str(candidate)], where), (str(candidate),))
-        if candidate.is_dir():
+        if is_folder:
             return _folder(candidate, source.split, where)
-        if matches := sorted(glob.glob(str(candidate))):
+        if matches := sorted(match for match in glob.glob(str(candidate)) if Path(match).is_file()):
             return LocalFiles(_reader_of(matches, where), tuple(matches))
     if (
         root is None
@@ -79,26 +92,57 @@ def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | H
     raise UserError(f"{where}: '{candidates[0]}' does not exist ({there}); {remedy}")
 
 
-def load_source(source: SourceConfig, root: str | None, seed: int, where: str) -> Dataset:
-    """All rows of a source, or `max_rows` of them drawn at random (many files are sorted by label)."""
+def load_source(
+    source: SourceConfig, root: str | None, seed: int, where: str, form: Role, *, with_prompts: bool = False
+) -> Rows:
+    """All rows of a source, or `max_rows` of them drawn at random (many files are sorted by label).
+
+    UserError for columns or values that are not what a row of this form needs. with_prompts: their other columns stay with
+    the prompts, and so need one type each.
+    """
     rows = _load(source, root, where)
-    if source.max_rows is not None and len(rows) > source.max_rows:
-        rows = rows.shuffle(seed=seed).select(range(source.max_rows))
     if len(rows) == 0:
         raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
-    return rows
+    check_rows(rows, source, where, form, with_prompts=with_prompts)
+    if source.max_rows is None or len(rows) <= source.max_rows:
+        return rows
+    if isinstance(rows, TextRows):
+        return rows.sample(source.max_rows, seed)
+    return rows.shuffle(seed=seed).select(range(source.max_rows))
 
 
-def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] | None:
-    """The column names without reading everything; None where they are known only after a download."""
+def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with_prompts: bool) -> None:
+    columns = detect(rows.column_names, source.columns, form, where)
+    if isinstance(rows, TextRows):
+
+        def place(index: int) -> str:
+            return f"{where}: {rows.place(index)}"
+
+        if rows.untyped:
+            score = {columns["score"]} if "score" in columns else set()
+            as_numbers(rows.rows, [name for name in rows.column_names if name in NUMBERS or name in score])
+        check_values(rows, columns, place)
+        if with_prompts:
+            check_one_type(rows.rows, other_columns(rows, columns), place)
+        return
+    look_at = {ours: theirs for ours, theirs in columns.items() if not _is_text(rows.features[theirs])}
+    if look_at:
+        selected = rows.select_columns(list(look_at.values()))
+        check_values(selected, look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
+
+
+def _is_text(feature: object) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def columns_of(
+    source: SourceConfig, root: str | None, where: str, form: Role, *, with_prompts: bool = False
+) -> list[str] | None:
+    """The column names; None where they are known only after a download. Rows of files are read and checked."""
     place = locate(source, root, where)
     if isinstance(place, LocalFiles):
-        if place.reader == "arrow":
-            return _load(source, root, where).column_names
-        first = next(iter(_call(where, source.path, lambda: _read_files(place, streaming=True))), None)
-        if first is None:
-            raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
-        return list(first)
+        return load_source(source, root, 0, where, form, with_prompts=with_prompts).column_names
+    look_up(place.name, "dataset", where)
     builder = _call(where, source.path, lambda: datasets.load_dataset_builder(place.name, source.name))
     if builder.info.splits and source.split not in builder.info.splits and source.split.isidentifier():
         raise UserError(
@@ -107,9 +151,11 @@ def columns_of(source: SourceConfig, root: str | None, where: str) -> list[str] 
     return list(builder.info.features) if builder.info.features else None
 
 
-def other_columns(dataset: Dataset, used: Mapping[str, str]) -> tuple[str, ...]:
+def other_columns(dataset: Rows, used: Mapping[str, str]) -> tuple[str, ...]:
     """Columns that are not part of a role's row and can stay with it: text, numbers, and lists and structs of them."""
     taken = {*used.values(), "prompt"}
+    if isinstance(dataset, TextRows):
+        return tuple(name for name in dataset.column_names if name not in taken)
     return tuple(name for name, kind in dataset.features.items() if name not in taken and _is_plain(kind))
 
 
@@ -190,11 +236,12 @@ def _reader_of(files: list[str], where: str) -> str:
     return READERS[suffixes.pop()]
 
 
-def _load(source: SourceConfig, root: str | None, where: str) -> Dataset:
+def _load(source: SourceConfig, root: str | None, where: str) -> Rows:
     place = locate(source, root, where)
     datasets.disable_progress_bars()
     if isinstance(place, HubName):
-        return _call(where, source.path, lambda: datasets.load_dataset(place.name, source.name, split=source.split))
+        look_up(place.name, "dataset", where)
+        return _call(where, source.path, lambda: _from_hub(place.name, source))
     if place.reader == "arrow":
         saved = _call(where, source.path, lambda: datasets.load_from_disk(place.files[0]))
         if isinstance(saved, Dataset):
@@ -202,16 +249,29 @@ def _load(source: SourceConfig, root: str | None, where: str) -> Dataset:
         if source.split not in saved:
             raise UserError(f"{where}: '{source.path}' has no split '{source.split}'; it has {', '.join(saved)}")
         return saved[source.split]
-    return _call(where, source.path, lambda: _read_files(place))
+    files = [each for file in place.files for each in _call(where, file, lambda file=file: _local(file))]
+    if place.reader == "parquet":
+        return read_parquet(files, where)
+    delimiter = "\t" if suffix_of(place.files[0]) == ".tsv" else ","
+    return read_text_files(place.reader, files, where, delimiter)
 
 
-def _read_files(place: LocalFiles, streaming: bool = False):
-    extra: dict[str, Any] = {"sep": "\t"} if suffix_of(place.files[0]) == ".tsv" else {}
-    empty = [file for file in place.files if "://" not in file and Path(file).stat().st_size == 0]
-    files = [file for file in place.files if file not in empty]
-    if not files:
-        return Dataset.from_dict({})
-    return datasets.load_dataset(place.reader, data_files=files, split="train", streaming=streaming, **extra)
+def _from_hub(name: str, source: SourceConfig) -> Dataset:
+    """CSV there is text, too, unless its author says otherwise: "NA" is a word, and "00501" keeps its zeros."""
+    builder = datasets.load_dataset_builder(name, source.name)
+    if not isinstance(builder.config, CsvConfig) or builder.info.features:
+        return datasets.load_dataset(name, source.name, split=source.split)
+    first = next(iter(datasets.load_dataset(name, source.name, split=source.split, streaming=True)), {})
+    text = datasets.Features({column: datasets.Value("string") for column in first})
+    return datasets.load_dataset(name, source.name, split=source.split, features=text, keep_default_na=False)
+
+
+def _local(file: str) -> list[tuple[str, str]]:
+    """(name in messages, local path) of a file, or of those that a URI or a pattern of URIs stands for."""
+    if "://" not in file:
+        return [(file, file)]
+    uris = resolve_pattern(file, "") if any(sign in file for sign in "*?[") else [file]
+    return [(uri, datasets.DownloadManager().download(uri)) for uri in uris]
 
 
 def _call(where: str, path: str, load: Callable):
@@ -230,7 +290,7 @@ def _call(where: str, path: str, load: Callable):
             f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({_first_line(error)}); "
             "check the name, or give a local copy with data.root"
         ) from error
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, EOFError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{where}: '{path}' could not be loaded ({_first_line(error)}); correct path, name or split"
         ) from error

@@ -115,7 +115,7 @@ def check_columns(recipe: Recipe, folder: RunFolder, roles: Sequence[str] = ("pr
 def _array(name: str, values: list, role: str) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
         raise UserError(
             f"data.{role}: the values of the column '{name}' are of several types ({error}); give them one type, "
             "or leave the column out"

@@ -9,6 +9,7 @@ import numpy as np
 from rlhf_ray.config.columns import NO_COLUMNS, Columns, asked_by
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
+from rlhf_ray.rewards.returned import NotNumbers, numbers_of
 
 
 def trait_scores(
@@ -31,14 +32,12 @@ def trait_scores(
     scores = {}
     for name, values in found.items():
         try:
-            scores[name] = np.asarray(values, np.float64)
-        except (TypeError, ValueError):
-            raise UserError(f"evaluation.trait_function {path} returned something other than numbers for '{name}'") from None
-        if scores[name].shape != (len(responses),):
+            scores[name] = np.array(numbers_of(values, len(responses)), np.float64)
+        except NotNumbers as wrong:
+            told = "" if wrong.place is None else f" of response {responses[wrong.place]!r}"
             raise UserError(
-                f"evaluation.trait_function {path} returned shape {scores[name].shape} for '{name}' and {len(responses)} "
-                "responses; return one number each"
-            )
+                f"evaluation.trait_function {path} returned {wrong} as '{name}'{told}; return one number for each response"
+            ) from None
         if not np.isfinite(scores[name]).all():
             bad = int(np.flatnonzero(~np.isfinite(scores[name]))[0])
             raise UserError(

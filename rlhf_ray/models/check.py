@@ -13,13 +13,19 @@ def check_model(recipe: Recipe) -> list[str]:
     """Problems of the model that is tuned: not there, no EOS, sequences longer than its positions, missing layers.
     Loads no weights."""
     model = recipe.model
+    found = _base_problems(recipe)
     if model.is_from_scratch:
-        return _adapter_problems(recipe)  # its sizes are checked when the recipe is read
+        return found + _adapter_problems(recipe)  # its sizes are checked when the recipe is read
+    from rlhf_ray.models.hub import look_up
     from rlhf_ray.models.load import check_positions, load_config
     from rlhf_ray.models.tokenizer import load_tokenizer
     from rlhf_ray.models.trained_part import check_freeze
 
-    problems = []
+    try:
+        look_up(model.name_or_path, where="model.name_or_path")
+    except UserError as error:
+        return [*found, str(error)]
+    problems = found
     try:
         load_tokenizer(model.name_or_path, model.trust_remote_code)
     except UserError as error:
@@ -46,6 +52,23 @@ def check_model(recipe: Recipe) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return problems + _adapter_problems(recipe)
+
+
+def _base_problems(recipe: Recipe) -> list[str]:
+    """Other models that reward model and judge start from, and that are nowhere."""
+    bases = {name: section.base for name, section in recipe.trained.items()
+             if isinstance(section, RewardConfig) and not section.starts_within_run}  # fmt: skip
+    if not bases:
+        return []
+    from rlhf_ray.models.hub import look_up
+
+    problems = []
+    for name, base in bases.items():
+        try:
+            look_up(base, where=f"{name}.base")
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _adapter_problems(recipe: Recipe) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +28,7 @@ from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.finite import refuse_bad
+from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -226,9 +230,22 @@ def check_positions(
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """A model's config without its weights."""
+    if Path(path).exists():
+        return _read_config(str(path), trust_remote_code)
+    look_up(path)
+    return copy.deepcopy(_hub_config(str(path), trust_remote_code))
+
+
+@functools.cache
+def _hub_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Read once per process: each reading asks the hub whether its file has changed."""
+    return _read_config(name, trust_remote_code)
+
+
+def _read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the latter: a config.json of another form
         raise UserError(_cannot_load(path, error)) from error
 
 
@@ -276,6 +293,7 @@ def _load(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """from_pretrained on safetensors, refusing a checkpoint that leaves weights (other than `new`) random."""
+    look_up(path)
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of missing weights; what matters is raised below
@@ -284,7 +302,7 @@ def _load(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, **kwargs,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_cannot_load(path, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -306,7 +324,5 @@ def _cannot_load(path: str | Path, error: BaseException) -> str:
                 f"'{path}' holds no safetensors weights ({', '.join(sorted(names)[:6])}); pickled weights are not "
                 "loaded because they can run code: convert them with save_pretrained"
             )
-    elif str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
-        return f"the model folder '{path}' does not exist; check the path"
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"no model could be loaded from '{path}' ({first}); give a Hugging Face folder or hub name"

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
 
 EOS, PAD = "<|eos|>", "<|pad|>"
@@ -67,9 +68,10 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
     An added PAD may need one more row in the embeddings: `models.load.fit_embeddings`. Raises UserError if there is no
     tokenizer, or none with EOS.
     """
+    look_up(path_or_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # fault boundary: the tokenizers library raises a bare Exception for a broken file
         raise UserError(
             f"no tokenizer could be loaded from '{path_or_name}' ({_first_line(error)}); "
             "give a Hugging Face folder or hub name that holds one"

@@ -35,7 +35,7 @@ def model_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
             load(term.model, recipe.model.trust_remote_code)
         except UserError as error:
             problems.append(f"{key}.model: {error}")
-    return problems
+    return list(dict.fromkeys(problems))  # neither is there where the model is not
 
 
 def _import_problems(path: str) -> list[str]:

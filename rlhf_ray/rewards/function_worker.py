@@ -24,6 +24,7 @@ from contextlib import suppress
 from rlhf_ray.config.columns import asked_by
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
+from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 
 PARENT_POLL_S = 1.0
 
@@ -54,12 +55,12 @@ def answer_to(function: Callable, request: dict) -> dict:
         columns = {name: [value] for name, value in request["columns"].items()}
         scores = function([request["prompt"]], [request["response"]], **columns)
     except Exception as error:  # fault boundary: the user's code may raise anything
-        return {"raised": f"{type(error).__name__}: {error}"}
+        return {"raised": shown_error(error)}
     try:
-        (score,) = scores
-        return {"score": float(score)}
-    except (TypeError, ValueError):
-        return {"returned": repr(scores)[:200]}
+        (score,) = numbers_of(scores, 1)
+    except NotNumbers as wrong:
+        return {"returned": str(wrong)}
+    return {"score": score}
 
 
 def _private_pipes():

@@ -31,6 +31,7 @@ from rlhf_ray.models.load import (
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
 from rlhf_ray.rewards.finite import ModelScore, UserScore, check_finite, sample_words
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
+from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 from rlhf_ray.training.classifier import line_logits, pack_classifier
 
 MODEL_REMEDY = "look at its weights and its config's reward_mean and reward_std, or set ppo.precision to float32"
@@ -201,23 +202,25 @@ class FunctionScorer:
     ) -> Scores:
         own = self.asked.of(columns)
         try:
-            scores = self._call(prompts, responses, own)
+            returned = self._call(prompts, responses, own)
         except Exception as error:  # fault boundary: the user's code may raise anything
             self._raise_for_first(prompts, responses, own)
             raise UserError(
-                f"{self.path} raised {type(error).__name__}: {error} on {len(prompts)} samples together, and on none of "
+                f"{self.path} raised {shown_error(error)} on {len(prompts)} samples together, and on none of "
                 f"them alone; the first is {sample_words(prompts[0], responses[0], row_of(own, 0))}"
             ) from error
-        if scores.shape != (len(prompts),):
-            raise UserError(
-                f"{self.path} returned shape {scores.shape} for {len(prompts)} responses; return one number each"
-            )
+        try:
+            scores = np.array(numbers_of(returned, len(prompts)), np.float64)
+        except NotNumbers as wrong:
+            at = wrong.place
+            told = "" if at is None else f" for {sample_words(prompts[at], responses[at], row_of(own, at))}"
+            raise UserError(f"{self.path} returned {wrong}{told}; return one number for each response, in a list") from None
         return Scores(total=check_finite(UserScore, f"{self.path} returned", scores, prompts, responses, own))
 
-    def _call(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> np.ndarray:
+    def _call(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> object:
         # Copies: the function may change its lists.
         own = {name: list(values) for name, values in columns.items()}
-        return np.asarray(self.function(list(prompts), list(responses), **own), np.float64)
+        return self.function(list(prompts), list(responses), **own)
 
     def _raise_for_first(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> None:
         """UserError with the first sample that the function raises on when it is given alone."""
@@ -227,5 +230,5 @@ class FunctionScorer:
                 self._call([prompt], [response], {name: [value] for name, value in row.items()})
             except Exception as error:  # fault boundary: the user's code may raise anything
                 raise UserError(
-                    f"{self.path} raised {type(error).__name__}: {error} on {sample_words(prompt, response, row)}"
+                    f"{self.path} raised {shown_error(error)} on {sample_words(prompt, response, row)}"
                 ) from error

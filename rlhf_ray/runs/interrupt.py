@@ -24,8 +24,12 @@ def polite_interrupts(
     """SIGINT and SIGTERM (what `ray job stop` sends) leave a STOP file in the running stage's folder.
 
     Yields a function that tells whether a signal came: a stage that does not look for the file is the last to run.
+    Python handles signals in its main thread only: a run in another one is stopped by the file.
     """
     asked = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: asked
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked

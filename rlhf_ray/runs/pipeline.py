@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
+RECORD_S = 10.0  # between two notes of a running stage's time
 #: Runs a stage. It writes DONE itself, or returns the closing figures that DONE will hold.
 StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 
@@ -91,24 +93,42 @@ def run_stages(
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
         progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which must stay
-        started = time.time()
+        clock = _StageClock(folder, name)
+
+        def told(event: dict[str, Any], clock: _StageClock = clock) -> None:
+            with suppress(OSError):  # a full disk is for the stage to tell of
+                clock.record(every_s=RECORD_S)
+            progress(event)
+
         try:
-            figures = stages[name](recipe, folder, progress)
+            figures = stages[name](recipe, folder, told)
             if not stage.done:
                 stage.finish(figures or {})
         finally:
-            _add_seconds(folder, name, time.time() - started)
-        progress({"stage": name, "done": True, "seconds": time.time() - started})
+            clock.record()
+        progress({"stage": name, "done": True, "seconds": clock.total, "seconds_before": clock.before})
         if stop_requested() and name != wanted[-1]:
             raise StageStopped(f"{name} is done; stopped before the next stage")
 
 
-def _add_seconds(folder: RunFolder, name: str, seconds: float) -> None:
-    """timings.json: seconds by stage, summed over resumes."""
-    path = folder.path / "timings.json"
-    timings: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    timings[name] = round(timings.get(name, 0.0) + seconds, 1)
-    write_atomically(path, json.dumps(timings, indent=2) + "\n")
+class _StageClock:
+    """Adds a stage's seconds to timings.json, which sums them over resumes: now and then, so that a killed run's count too."""
+
+    def __init__(self, folder: RunFolder, name: str):
+        self._path, self._name, self._recorded = folder.path / "timings.json", name, time.time()
+        self.before = self.total = self._timings().get(name, 0.0)
+
+    def record(self, every_s: float = 0.0) -> None:
+        """Unless it is less than every_s since the last time."""
+        now = time.time()
+        if now - self._recorded < every_s:
+            return
+        self.total += now - self._recorded
+        self._recorded = now
+        write_atomically(self._path, json.dumps(self._timings() | {self._name: round(self.total, 1)}, indent=2) + "\n")
+
+    def _timings(self) -> dict[str, float]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""The start of a Ray in words and with a deadline, and the files that it needs in a home folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import stat
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from rlhf_ray.errors import RunFailed, UserError
+
+START_S = 300.0  # where no recipe says otherwise
+TELL_S = 15.0
+
+log = logging.getLogger(__name__)
+
+
+class RayNotThere(RunFailed):
+    """Ray began to start and hangs, and nothing ends the call."""
+
+    process_must_end = True
+
+
+def refuse_second_ray() -> None:
+    """UserError where this process uses a Ray already: it has one at a time, and it is not ours to shut down."""
+    if ray.is_initialized():
+        raise UserError(
+            "this process is connected to a Ray already (ray.init was called, or another run goes on in it), and a run starts "
+            "one of its own or joins a cluster; call ray.shutdown() first, or run it in a process of its own "
+            "(rlhf-ray run RECIPE.yaml --address HOST:PORT joins that Ray's cluster)"
+        )
+
+
+def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> None:
+    """ray.init(**options) in a thread, since nothing ends it when it hangs. Raises what it raises, RayNotThere past the deadline.
+
+    remedy: what lengthens the deadline
+    """
+    refuse_second_ray()
+    prepare_home()
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a thread gets no handler of SIGTERM
+    outcome: list[BaseException | None] = []
+
+    def start() -> None:
+        try:
+            ray.init(**options)
+            outcome.append(None)
+        except BaseException as error:  # fault boundary: this thread; the caller's raises it
+            outcome.append(error)
+
+    thread = threading.Thread(target=start, name="start of Ray", daemon=True)
+    started = time.monotonic()
+    thread.start()
+    while not outcome and (waited := time.monotonic() - started) < deadline_s:
+        thread.join(min(TELL_S, deadline_s - waited))
+        if not outcome and thread.is_alive():
+            log.warning("waiting %.0f s for Ray to start", time.monotonic() - started)
+    if not outcome:
+        raise RayNotThere(
+            f"Ray did not start within {deadline_s:.0f} s{remedy}; this machine may be too busy, or short of memory or disk: see "
+            f"{session_logs()}, then run the same command again"
+        )
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def start_own_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> None:
+    """`start_ray` for a Ray on this machine: whatever keeps it from starting is one sentence."""
+    try:
+        start_ray(options, deadline_s, remedy)
+    except (UserError, RunFailed):
+        raise
+    except AuthenticationError as error:
+        raise UserError(
+            f"Ray has no token ({_first_line(error)}); unset RAY_AUTH_TOKEN_PATH, or run: ray get-auth-token --generate"
+        ) from error
+    except OSError as error:
+        with suppress(Exception):  # what there is of it may not end either
+            ray.shutdown()
+        raise RunFailed(
+            f"Ray did not start: {_first_line(error)}; its files are in {temporary_folder()}: make room there, or set "
+            "RAY_TMPDIR to another folder with a short path"
+        ) from error
+    except Exception as error:  # fault boundary: Ray's start raises RuntimeError, ValueError and bare Exceptions
+        with suppress(Exception):
+            ray.shutdown()
+        raise RunFailed(
+            f"Ray did not start: {_first_line(error)}; see {session_logs()}, then run the same command again"
+        ) from error
+
+
+def temporary_folder() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+
+
+def session_logs() -> Path:
+    return temporary_folder() / "session_latest" / "logs"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+# -- what Ray and others keep in a home folder ------------------------------------------------------------------------
+
+
+def prepare_home() -> None:
+    """A token that nobody else can read; and where the home folder can't be written, other places for what would go there."""
+    home = home_folder()
+    if home is None:
+        _other_places()
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(given) if given else Path(os.path.expanduser("~")) / ".ray" / "auth_token"
+    if file.is_file() and file.stat().st_size > 0:
+        protect(file)
+    elif given is None and (home is None or not _make_token(file)):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and those that it starts
+
+
+def home_folder() -> Path | None:
+    """None where there is none that can be written."""
+    home = Path(os.path.expanduser("~"))
+    return home if home.is_absolute() and home.is_dir() and os.access(home, os.W_OK | os.X_OK) else None
+
+
+def protect(file: Path) -> None:
+    """Take others' rights to read a token; a warning where it belongs to somebody else."""
+    found = file.stat()
+    if not found.st_mode & 0o077:
+        return
+    if found.st_uid == os.geteuid():
+        with suppress(OSError):  # a file system that is read only
+            file.chmod(0o600)
+            return
+    log.warning(
+        "%s can be read by others (mode %03o), who can then run code in this Ray; its owner should run: chmod 600 %s",
+        file, stat.S_IMODE(found.st_mode), file,
+    )  # fmt: skip
+
+
+def _make_token(file: Path) -> bool:
+    """Before Ray does, which makes it readable by all. It appears whole, and one that another process makes now stays."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if file.stat().st_size == 0:
+                file.unlink()
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(part, file)
+        part.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _other_places() -> None:
+    """For caches of compiled code; the hub's cache can be read where it is."""
+    cache = Path(os.environ.get("HF_HOME") or Path(os.path.expanduser("~")) / ".cache" / "huggingface")
+    if cache.is_dir():
+        os.environ.setdefault("HF_HOME", str(cache))
+    if "XDG_CACHE_HOME" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"rlhf_ray_cache_{os.geteuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat() if folder.exists() else None
+    # Code is loaded from it, so nobody else may have made it.
+    if found is None or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_cache_"))
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    log.warning("the home folder %s can't be written; caches of compiled code go to %s", os.path.expanduser("~"), folder)

@@ -1,0 +1,174 @@
+"""A model or data set that is no folder here: the hub is asked once, with a deadline of seconds; real sockets stand for it."""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+
+import pytest
+
+NAME = "some-org/SmolLM2-135M-Instrct"
+LOOK = """
+import sys, time
+from rlhf_ray.config import Recipe
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.check import check_model
+from rlhf_ray.models.load import load_causal_lm, load_config
+from rlhf_ray.models.size import parameters
+from rlhf_ray.models.tokenizer import load_tokenizer
+started = time.monotonic()
+recipe = Recipe(name="r", model={"name_or_path": sys.argv[1]}, reward={"base": sys.argv[1] + "-other"})
+print(*check_model(recipe), sep="\\n")
+for load in (load_config, load_tokenizer, load_causal_lm):
+    try:
+        load(sys.argv[1])
+    except UserError as error:
+        assert "there is no folder" in str(error), error
+print("parameters", parameters(recipe), "seconds", time.monotonic() - started)
+"""
+
+
+def in_a_process(code, *arguments, cwd, **environment):
+    """huggingface_hub reads its variables once, when it is imported."""
+    own = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = own | {"HF_HOME": str(cwd / "hf"), "HF_HUB_ETAG_TIMEOUT": "5"} | environment
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def silent_hub():
+    """Takes requests and answers none. Yields (its address, what was asked about models and data sets)."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        asked, kept = [], []
+
+        def listen(connection):
+            with suppress(OSError):
+                line = connection.recv(4096).split(b"\r\n")[0].decode()
+                if about_a_repository(line):
+                    asked.append(line)
+
+        def accept():
+            with suppress(OSError):
+                while True:
+                    kept.append(listener.accept()[0])
+                    threading.Thread(target=listen, args=(kept[-1],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+
+
+def about_a_repository(path):
+    """The hub's client also asks which programs use it, once a day."""
+    return "/api/models/" in path or "/api/datasets/" in path or "/resolve/" in path
+
+
+@contextmanager
+def answering_hub(status):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if about_a_repository(self.path):
+                asked.append(self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", "RepoNotFound" if status == 404 else "")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_per_name(tmp_path):
+    (tmp_path / "some-org" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    with silent_hub() as (address, asked):
+        said = in_a_process(LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
+    lines = said.splitlines()
+    assert lines[0].startswith("reward.base: there is no folder")
+    assert lines[1].startswith(f"model.name_or_path: there is no folder '{NAME}' here, and the hub ")
+    assert lines[1].endswith("did you mean 'some-org/SmolLM2-135M-Instruct'?") and len(lines) == 3
+    assert lines[2].startswith("parameters 0 ") and float(lines[2].split()[-1]) < 60
+    assert len(asked) == 2, "one look-up for each of the two names"
+
+
+@pytest.mark.parametrize(("status", "says"), [(404, "the hub has no model of that name"), (503, "the hub answered 503")])
+def test_what_the_hub_answers_is_told(tmp_path, status, says):
+    with answering_hub(status) as (address, asked):
+        said = in_a_process(LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
+    assert f"there is no folder '{NAME}' here, and {says}" in said and "check the name" in said
+    assert len(asked) == 2, asked
+
+
+def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path):
+    snapshot = tmp_path / "hf" / "hub" / "models--some-org--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 3}))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    code = (
+        "import time; from rlhf_ray.models.load import load_config; started = time.monotonic()\n"
+        "layers = [load_config('some-org/tiny').n_layer for _ in range(2)]; print(*layers, time.monotonic() - started)"
+    )
+    with silent_hub() as (address, asked):
+        first, second, seconds = in_a_process(code, cwd=tmp_path, HF_ENDPOINT=address).split()
+    assert (first, second, len(asked)) == ("3", "3", 1) and float(seconds) < 60
+
+
+def test_a_data_set_that_is_nowhere_is_told_in_seconds(tmp_path):
+    code = (
+        "from rlhf_ray.config import SourceConfig; from rlhf_ray.data.sources import columns_of, load_source\n"
+        "from rlhf_ray.errors import UserError\n"
+        "source, where = SourceConfig(path='nobody/nothing'), 'data.sft[0]'\n"
+        "for load in (lambda: columns_of(source, None, where, 'sft'), lambda: load_source(source, None, 0, where, 'sft')):\n"
+        "    try: load()\n"
+        "    except UserError as error: print(error)\n"
+    )
+    with silent_hub() as (address, asked):
+        said = in_a_process(code, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
+    assert len(said) == 2 and len(asked) == 1
+    assert all(line.startswith("data.sft[0]: the data set 'nobody/nothing': the hub ") and "data.root" in line for line in said)
+
+
+def test_csv_on_the_hub_is_text_too(tmp_path):
+    """A folder stands for the hub's repository: both are read by the same reader of `datasets`."""
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "train.csv").write_text("prompt,response\nq,NA\n00501,2\n")
+    code = ("from rlhf_ray.config import SourceConfig; from rlhf_ray.data.sources import _from_hub\n"
+            "print(_from_hub('./repository', SourceConfig(path='x')).to_list())")  # fmt: skip
+    said = in_a_process(code, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert said.strip().splitlines()[-1] == str([{"prompt": "q", "response": "NA"}, {"prompt": "00501", "response": "2"}])
+
+
+def test_doctor_prints_no_plan_of_a_model_that_is_nowhere(tmp_path):
+    rows = "".join(json.dumps({"prompt": f"q{i}", "chosen": f"g{i}", "rejected": "b"}) + "\n" for i in range(40))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    source = [{"path": "pairs.jsonl"}]
+    (tmp_path / "r.yaml").write_text(json.dumps({
+        "name": "r", "model": {"name_or_path": NAME}, "data": {"sft": source, "preferences": source},
+    }))  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"HF_HOME": str(tmp_path)}
+    with silent_hub() as (address, asked):
+        command, environment = [sys.executable, "-m", "rlhf_ray", "doctor", "r.yaml"], environment | {"HF_ENDPOINT": address}
+        answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert answer.returncode == 2 and len(asked) == 1
+    assert answer.stderr.count(NAME) == 1 and "Traceback" not in answer.stderr
+    assert "parameters" not in answer.stdout and "memory" not in answer.stdout

@@ -1,0 +1,156 @@
+"""Ray starts where a program calls us, or says in words why it does not: threads, homes, tokens, a Ray that hangs."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlhf_ray.actors.ray_start import prepare_home, protect
+
+ONE_TASK = """
+import os, sys, threading
+from rlhf_ray.actors.session import ray_session
+def work():
+    import ray
+    with ray_session(None, stages=()):
+        @ray.remote
+        def double(value):
+            return 2 * value
+        print("twice 21 is", ray.get(double.remote(21), timeout=120))
+if sys.argv[1] == "thread":
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+else:
+    work()
+"""
+
+
+def python(code, *arguments, cwd, timeout=400, **environment):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH") and name != "XDG_CACHE_HOME"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=own | environment, capture_output=True, text=True,
+                          timeout=timeout, check=False)  # fmt: skip
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_in_another_thread_and_the_token_is_its_owners_alone(tmp_path):
+    (tmp_path / "home").mkdir()
+    answer = python(ONE_TASK, "thread", cwd=tmp_path, HOME=str(tmp_path / "home"))
+    assert "twice 21 is 42" in answer.stdout, answer.stderr
+    token = tmp_path / "home" / ".ray" / "auth_token"
+    assert mode(token) == 0o600 and len(token.read_text()) == 64
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_with_a_home_that_cannot_be_written(tmp_path):
+    answer = python(ONE_TASK, "main", cwd=tmp_path, HOME="/proc/nobody")
+    assert "twice 21 is 42" in answer.stdout, answer.stderr
+    assert "the home folder /proc/nobody can't be written" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_token_that_others_can_read_is_closed_or_told_of(tmp_path, monkeypatch, caplog):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    for rights in (0o644, 0o640, 0o604, 0o666):
+        token.write_text("0" * 64)
+        token.chmod(rights)
+        prepare_home()
+        assert mode(token) == 0o600 and token.read_text() == "0" * 64
+    assert not caplog.records
+    token.chmod(0o644)
+    monkeypatch.setattr(os, "geteuid", lambda: token.stat().st_uid + 1)
+    protect(token)
+    assert mode(token) == 0o644 and f"chmod 600 {token}" in caplog.text and "mode 644" in caplog.text
+
+
+def test_a_token_is_made_once_by_whoever_comes_first(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = "from rlhf_ray.actors.ray_start import prepare_home; prepare_home()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [each.wait(120) for each in both] == [0, 0]
+    token = tmp_path / ".ray" / "auth_token"
+    made = token.read_text()
+    assert mode(token) == 0o600 and len(made) == 64 and [file.name for file in token.parent.iterdir()] == ["auth_token"]
+    prepare_home()
+    assert token.read_text() == made and "RAY_AUTH_TOKEN" not in os.environ
+
+
+RUN_AFTER_INIT = """
+import ray
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+from rlhf_ray import UserError, load_recipe, run
+try:
+    run(load_recipe("demo"), "run")
+except UserError as error:
+    print("told:", error)
+print("still there:", ray.is_initialized(), ray.get(ray.put(7)))
+"""
+
+
+def test_after_the_users_own_ray_init(tmp_path):
+    (tmp_path / "home").mkdir()
+    answer = python(RUN_AFTER_INIT, cwd=tmp_path, HOME=str(tmp_path / "home"))
+    assert "told: this process is connected to a Ray already" in answer.stdout, answer.stderr
+    assert "call ray.shutdown() first" in answer.stdout and "still there: True 7" in answer.stdout
+    assert not (tmp_path / "run").exists() and "Traceback" not in answer.stderr
+
+
+HANGING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from rlhf_ray.actors.session import ray_session
+from rlhf_ray.cli.words import in_words
+def children(parent):
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = status.read_text().split("(", 1)[1].rsplit(") ", 1)
+        except OSError:
+            continue
+        if int(rest.split()[1]) == parent:
+            found.append((int(status.parent.name), name))
+    return found
+def stop():
+    while True:
+        for process, name in children(os.getpid()):
+            if name == sys.argv[1]:
+                os.kill(process, signal.SIGSTOP)
+                print("stopped", name, flush=True)
+                return
+        time.sleep(0.01)
+threading.Thread(target=stop, daemon=True).start()
+@in_words
+def command():
+    with ray_session(None, stages=(), start_timeout_s=float(sys.argv[2])):
+        print("started")
+command()
+"""
+
+
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_a_ray_that_hangs_ends_in_words(tmp_path, process):
+    (tmp_path / "home").mkdir()
+    started = time.monotonic()
+    answer = python(HANGING, process, "12", cwd=tmp_path, HOME=str(tmp_path / "home"))
+    assert f"stopped {process}" in answer.stdout and "started" not in answer.stdout
+    assert answer.returncode == 1 and time.monotonic() - started < 200
+    assert "rlhf-ray: Ray did not start" in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
+
+
+def test_a_folder_that_ray_cannot_make_is_told(tmp_path):
+    (tmp_path / "home").mkdir()
+    answer = python(HANGING, "nothing", "60", cwd=tmp_path, HOME=str(tmp_path / "home"), RAY_TMPDIR="/proc/nobody")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
+    assert "rlhf-ray: Ray did not start: " in answer.stderr and "set RAY_TMPDIR" in answer.stderr.replace("\n", " ")

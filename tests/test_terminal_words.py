@@ -1,0 +1,108 @@
+"""What the terminal says of dropped rows and of stages that go on; and cards that name no path of the machine."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from rlhf_ray.cli.display import Display
+from rlhf_ray.config import Recipe
+from rlhf_ray.data.words import dropped_in_words, losses
+from rlhf_ray.models.card import model_card
+
+
+def entry(read, dropped, source="dialogues.jsonl"):
+    return {"source": source, "read": read, "kept": read - sum(dropped.values()), "dropped": dropped, "cut": {}}
+
+
+def test_dropped_rows_are_one_line_and_more_than_a_tenth_a_warning():
+    summary = {"sources": {
+        "sft": [entry(50, {"empty_reply": 36})],
+        "preferences": [entry(100, {"tie": 3, "over_long": 7}, "pairs.csv"), entry(100, {"tie": 11}, "more.csv")],
+        "judge": [entry(10, {})],
+        "prompts_train": [entry(100, {"duplicate": 90}, "the train rows of preferences")],
+        "prompts_not_in_eval": [entry(100, {"in_eval_prompts": 50}, "the prompts that are left")],
+        "prompts": [entry(40, {"surplus_of_mix": 39}, "mixed.jsonl")],
+    }}  # fmt: skip
+    (line,) = dropped_in_words(summary)
+    assert "36 of 50 rows of data.sft 'dialogues.jsonl' (36 empty_reply)" in line
+    assert "10 of 100 rows of data.preferences 'pairs.csv' (7 over_long, 3 tie)" in line
+    assert "the train rows" not in line and "mixed.jsonl" not in line and "\n" not in line
+    warnings = losses(summary)
+    assert [warning.split("'")[1] for warning in warnings] == ["dialogues.jsonl", "more.csv"]
+    assert "72 % of the rows" in warnings[0] and "a dialogue that ends with the user's turn: 36" in warnings[0]
+    assert dropped_in_words({"sources": {"sft": [entry(5, {})]}}) == []
+
+
+def shown(*events):
+    screen = io.StringIO()
+    display = Display(Console(file=screen, width=200))
+    for event in events:
+        display(event)
+    return screen.getvalue()
+
+
+def test_the_terminal_says_where_a_stage_goes_on_and_both_times():
+    said = shown(
+        {"stage": "sft", "started": True},
+        {"stage": "sft", "goes_on_from": 40},
+        {"stage": "data", "say": "warning: [red]72 %[/] of the rows", "warns": True},
+        {"stage": "sft", "done": True, "seconds": 100.0, "seconds_before": 70.0},
+        {"stage": "reward", "done": True, "seconds": 30.0, "seconds_before": 0.0},
+    )
+    assert "goes on from step 40" in said and "warning: [red]72 %[/] of the rows" in said
+    assert "1 min 40 s (30 s of it now)" in said and "30 s\n" in said.splitlines(keepends=True)[-1]
+
+
+def recipe(**values):
+    return Recipe.model_validate({"name": "r", **values})
+
+
+PART = """
+import os, signal, sys, time
+from pathlib import Path
+from rlhf_ray.config import Recipe
+from rlhf_ray.runs import pipeline
+from rlhf_ray.runs.run_folder import RunFolder
+pipeline.RECORD_S = 0.05
+def stage(recipe, folder, progress):
+    for _ in range(10):
+        time.sleep(0.05)
+        progress({"stage": "data", "step": 1})
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[2] == "fails":
+        raise SystemExit(3)
+    return {}
+def told(event):
+    if event.get("done"):
+        print(event["seconds_before"], event["seconds"])
+pipeline.run_stages(Recipe(name="r"), RunFolder(Path(sys.argv[1])), {"data": stage}, told, ["data"])
+"""
+
+
+def test_a_stages_time_is_the_sum_of_its_parts_even_of_one_that_was_killed(tmp_path):
+    for ends, status in (("killed", -9), ("fails", 3), ("well", 0)):
+        command = [sys.executable, "-c", PART, str(tmp_path), ends]
+        part = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert part.returncode == status, part.stderr
+    before, seconds = map(float, part.stdout.split())
+    assert 0.9 <= before < 5 and before + 0.5 <= seconds < before + 3, "each part slept for half a second"
+    assert json.loads((tmp_path / "timings.json").read_text())["data"] == pytest.approx(seconds, abs=0.06)
+
+
+@pytest.mark.parametrize("base", ["/data/models/SmolLM2-135M", "~/models/SmolLM2-135M", "./models/SmolLM2-135M"])
+def test_a_card_names_no_local_path(base):
+    sections = {"judge": {"base": base}, "ppo": {"rewards": {"r": {"model": base}}}, "data": {"judge": [{"path": "x.jsonl"}]}}
+    for stage in ("sft", "judge", "ppo"):
+        card = model_card(recipe(model={"name_or_path": base}, **sections), stage, {"loss": 1.0})
+        assert "base_model" not in card and "models/" not in card
+        assert "the local model folder `SmolLM2-135M`" in card
+
+
+def test_a_card_names_the_hubs_model():
+    card = model_card(recipe(model={"name_or_path": "HuggingFaceTB/SmolLM2-135M"}), "sft", {})
+    assert "base_model: HuggingFaceTB/SmolLM2-135M" in card and "from `HuggingFaceTB/SmolLM2-135M`" in card
