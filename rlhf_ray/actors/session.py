@@ -6,9 +6,11 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
+from rlhf_ray.actors.ray_output import ray_output_in
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
@@ -41,11 +43,12 @@ def ray_session(
     object_store_bytes: int = OBJECT_STORE_BYTES,
     stages: Sequence[str] = ("ppo",),
     spins: bool = True,
+    log: Path | None = None,
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
     stages: a local Ray forks the workers of these (`actors.worker_start`). spins: the threads of all forks spin-wait
-    (`worker_environment`), each role's on its own share of the cores.
+    (`worker_environment`), each role's on its own share of the cores. log: where Ray's own lines go; None: to the terminal.
     """
     environment = worker_environment()
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
@@ -66,7 +69,7 @@ def ray_session(
     # Ray would print the traceback of every call that fails because of another; Waiter reports the first in a sentence.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     forked = worker_environment(spins=spins)
-    with fork_server(stages if address is None else (), forked) as python:
+    with ray_output_in(log), fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         _connect(address, options)
