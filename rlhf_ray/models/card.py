@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import cast
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
@@ -23,7 +24,7 @@ def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str
         if recipe.model.is_from_scratch
         else f"`{base}`"
     )
-    rows = [f"| {name} | {_show(value)} |" for name, value in figures.items()]
+    rows = [f"| {name} | {_show(value)} |" for name, value in _with_intervals(figures).items()]
     table = ["| figure | value |", "|---|---|", *rows] if rows else ["No figures were recorded."]
     section = recipe.section(stage)
     settings = json.dumps(section.model_dump(mode="json") if section is not None else {}, indent=2)
@@ -42,6 +43,17 @@ def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str
         f"## Settings of the stage `{stage}`", "", "```json", settings, "```", "",
         "A model of this kind repeats what is wrong in its data and makes up facts; measure before you rely on it.", "",
     ])  # fmt: skip
+
+
+def _with_intervals(figures: Mapping[str, object]) -> dict[str, object]:
+    """Each figure that has a 95 % interval (under `intervals`) as "0.612 (0.551 to 0.67)"."""
+    intervals = figures.get("intervals")
+    shown = {name: value for name, value in figures.items() if name != "intervals"}
+    if isinstance(intervals, Mapping):
+        for name, each in cast(Mapping[str, Mapping[str, float] | None], intervals).items():
+            if name in shown and each is not None:
+                shown[name] = f"{each['mean']:.4g} ({each['low']:.3g} to {each['high']:.3g})"
+    return shown
 
 
 def _show(value: object) -> str:
