@@ -18,6 +18,7 @@ class Advantage:
     name: str
     estimate: Estimator | str
     words: str  # in the recipe reference, after the name
+    title: str = ""  # how report and terminal call a policy that it trained; "": its name
     citation: str = ""
     needs_critic: bool = False
     compares_samples: bool = False  # the samples of a prompt, of which there have to be several
@@ -38,27 +39,27 @@ _HERE = "rlhf_ray.algorithms.advantages"
 ADVANTAGES: Table[Advantage] = Table(
     "an advantage",
     Advantage(
-        name="gae", estimate=f"{_HERE}:with_critic", words="has a critic",
+        name="gae", title="PPO", estimate=f"{_HERE}:with_critic", words="has a critic",
         citation="Schulman et al. 2015, arXiv 1506.02438", needs_critic=True, whitens=True,
     ),
     Advantage(
-        name="rloo", estimate=f"{_HERE}:rloo", words="a sample against the mean of the prompt's others",
+        name="rloo", title="RLOO", estimate=f"{_HERE}:rloo", words="a sample against the mean of the prompt's others",
         citation="Ahmadian et al. 2024, arXiv 2402.14740", compares_samples=True,
     ),
     Advantage(
-        name="grpo", estimate=f"{_HERE}:grpo", words="against the mean of all, divided by their deviation",
+        name="grpo", title="GRPO", estimate=f"{_HERE}:grpo", words="against the mean of all, divided by their deviation",
         citation="Shao et al. 2024, arXiv 2402.03300", compares_samples=True,
     ),
     Advantage(
-        name="dr_grpo", estimate=f"{_HERE}:dr_grpo", words="without the division",
+        name="dr_grpo", title="Dr. GRPO", estimate=f"{_HERE}:dr_grpo", words="without the division",
         citation="Liu et al. 2025, arXiv 2503.20783", compares_samples=True,
     ),
     Advantage(
-        name="reinforce_pp", estimate=f"{_HERE}:reinforce_pp", words="the reward to go, whitened over the batch",
-        citation="Hu et al. 2025, arXiv 2501.03262", whitens=True,
+        name="reinforce_pp", title="REINFORCE++", estimate=f"{_HERE}:reinforce_pp",
+        words="the reward to go, whitened over the batch", citation="Hu et al. 2025, arXiv 2501.03262", whitens=True,
     ),
     Advantage(
-        name="reinforce_pp_baseline", estimate=f"{_HERE}:reinforce_pp",
+        name="reinforce_pp_baseline", title="REINFORCE++ baseline", estimate=f"{_HERE}:reinforce_pp",
         words="the same of scores less the prompt's mean", citation="Hu et al. 2025, arXiv 2501.03262",
         compares_samples=True, whitens=True, before_kl=f"{_HERE}:group_centred",
     ),
