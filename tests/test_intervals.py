@@ -19,7 +19,7 @@ def test_wilsons_interval_is_that_of_newcombe_1998(right, trials, low, high):
 
 
 def test_few_pairs_that_are_all_right_say_little():
-    figure = share_interval(np.ones(3))
+    figure = share_interval([1.0] * 3)
     assert figure["mean"] == figure["high"] == 1.0 and figure["low"] == pytest.approx(0.4385, abs=5e-5)
 
 
@@ -32,12 +32,11 @@ def test_fishers_interval_of_half_in_thirty():
 
 
 def test_pairs_of_one_prompt_count_as_few_as_they_are_alike():
-    alone = np.array([1.0, 0.0] * 30)
-    assert independent_trials(alone, np.arange(60)) == pytest.approx(60, rel=0.05)
+    assert independent_trials([1.0, 0.0] * 30, range(60)) == pytest.approx(60, rel=0.05)
     # Ten prompts whose six pairs are all right or all wrong are ten coin tosses; their variance is estimated from nine.
-    alike = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 6)
-    assert independent_trials(alike, np.repeat(np.arange(10), 6)) == pytest.approx(9)
-    assert independent_trials(np.ones(12), np.repeat(np.arange(4), 3)) == 4
+    alike = [float(prompt % 2) for prompt in range(10) for _ in range(6)]
+    assert independent_trials(alike, [prompt for prompt in range(10) for _ in range(6)]) == pytest.approx(9)
+    assert independent_trials([1.0] * 12, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]) == 4
 
 
 def test_the_interval_holds_the_truth_where_pairs_of_a_prompt_are_alike():
@@ -46,8 +45,8 @@ def test_the_interval_holds_the_truth_where_pairs_of_a_prompt_are_alike():
     grouped = naive = 0
     for _ in range(400):
         chances = rng.beta(1.2, 0.8, 50)
-        right = (rng.random((50, 6)) < chances[:, None]).astype(float).ravel()
-        for name, groups in (("grouped", np.repeat(np.arange(50), 6)), ("naive", None)):
+        right = (rng.random((50, 6)) < chances[:, None]).astype(float).ravel().tolist()
+        for name, groups in (("grouped", [prompt for prompt in range(50) for _ in range(6)]), ("naive", None)):
             figure = share_interval(right, groups)
             held = figure["low"] <= 0.6 <= figure["high"]
             grouped, naive = grouped + (held and name == "grouped"), naive + (held and name == "naive")

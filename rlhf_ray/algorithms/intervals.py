@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypedDict
-
-import numpy as np
 
 Z = 1.959964  # 95 % of a normal distribution lie within this many deviations
 
@@ -26,29 +25,30 @@ def wilson(share: float, trials: float) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def independent_trials(right: np.ndarray, groups: np.ndarray) -> float:
+def independent_trials(right: Sequence[float], groups: Sequence[int]) -> float:
     """How many independent trials leave a share as uncertain as `right` [N] (0 to 1), where rows of a group [N] go together.
 
     Kish's effective sample size, by the variance of the groups' sums (Korn and Graubard 1998): pairs of one prompt share
     its replies, and six of them say less than six pairs of six prompts.
     """
-    share, rows = float(np.mean(right)), len(right)
-    _, places = np.unique(groups, return_inverse=True)
-    sums = np.bincount(places, weights=np.asarray(right, np.float64) - share)
+    rows, share = len(right), sum(right) / len(right)
+    sums: dict[int, float] = {}
+    for value, group in zip(right, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - share
     count = len(sums)
-    variance = float((sums**2).sum()) / rows**2 * (count / (count - 1) if count > 1 else 1.0)
-    if variance <= 0:  # all alike, or a single group
+    variance = sum(each**2 for each in sums.values()) / rows**2 * (count / (count - 1) if count > 1 else 1.0)
+    if variance < 1e-12:  # all alike, or a single group
         return float(count)
     return min(max(share * (1 - share) / variance, 1.0), float(rows))
 
 
-def share_interval(right: np.ndarray, groups: np.ndarray | None = None, trials: float = math.inf) -> Interval:
+def share_interval(right: Sequence[float], groups: Sequence[int] | None = None, trials: float = math.inf) -> Interval:
     """The mean of `right` [N] (1 right, 0 wrong, 0.5 a tie) with its interval.
 
     groups: which rows go together; None: each stands alone. trials: no more than this many count as independent
     """
     own = float(len(right)) if groups is None else independent_trials(right, groups)
-    share = float(np.mean(right))
+    share = sum(right) / len(right)
     low, high = wilson(share, max(min(own, trials), 1.0))
     return {"mean": share, "low": low, "high": high}
 

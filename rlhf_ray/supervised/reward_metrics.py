@@ -133,8 +133,8 @@ def accuracy_intervals(
     found = {}
     for name, (values, rows) in parts.items():
         if rows.any():
-            own = None if groups is None else groups[rows]
-            found[name] = share_interval(pairs_right(values[rows]), own, trials * float(rows.mean()))
+            own = None if groups is None else groups[rows].tolist()
+            found[name] = share_interval(pairs_right(values[rows]).tolist(), own, trials * float(rows.mean()))
     return found
 
 
@@ -187,7 +187,7 @@ def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray,
     correlations = {"pearson": pearson(predicted, human), "spearman": spearman(predicted, human)}
     right = (np.asarray(predicted) > 0) == (np.asarray(human) > middle)
     intervals = {name: correlation_interval(value, rows) for name, value in correlations.items()}
-    intervals["sign_accuracy"] = share_interval(right.astype(np.float64))
+    intervals["sign_accuracy"] = share_interval(right.astype(np.float64).tolist())
     return figures | length_bias(predicted, lengths) | correlations | {
         "sign_accuracy": sign_accuracy(predicted, human, middle=middle),
         "intervals": figures["intervals"] | intervals,
