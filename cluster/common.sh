@@ -37,21 +37,36 @@ require_token_mode() {
     export RAY_AUTH_MODE=token
 }
 
-own_ip() { # the address by which Ray lets other machines reach this one
-    python -c 'import ray; print(ray.util.get_node_ip_address())'
+own_addresses() { # "eth0 10.0.0.1, ib0 10.1.0.1": those by which other machines may reach this one, the best first
+    python "$here/addresses.py" list | paste -s -d , | sed 's/,/, /g'
 }
 
-# gloo (the CPU's collective library) picks its interface by the host's name, which is often the wrong one on several
-# machines. Every node takes the interface that leads to the head; set GLOO_SOCKET_IFNAME yourself to override.
+own_ip() { # the best of them; nothing and status 1 where there is none but loopback
+    python "$here/addresses.py" head
+}
+
+is_loopback() {
+    [[ $1 == 127.* || $1 == localhost || $1 == ::1 || $1 == "[::1]" ]]
+}
+
+with_port() { # HOST PORT -> HOST:PORT, an IPv6 address in brackets
+    [[ $1 == *:* ]] && echo "[$1]:$2" || echo "$1:$2"
+}
+
+# gloo and NCCL (the collective libraries of CPUs and GPUs) pick their interface by the host's name or by their own rules, which
+# is often wrong on several machines. Every node takes the interface that leads to the head; what you set yourself stays.
+interfaces_set=()
 choose_interface() { # address of the head, or of this machine
-    [[ -z ${GLOO_SOCKET_IFNAME:-} ]] || return 0
-    command -v ip >/dev/null || return 0
     local device
-    device=$(ip -o route get "$1" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1) || true
-    if [[ $device == lo && $1 != 127.* ]]; then # our own address: the interface that carries it
-        device=$(ip -o addr show | awk -v address="$1" '$4 ~ "^" address "/" {print $2; exit}')
-    fi
-    [[ -z $device ]] || export GLOO_SOCKET_IFNAME=$device
+    device=$(python "$here/addresses.py" interface "$1" 2>/dev/null) || true
+    [[ -n $device ]] || return 0
+    [[ -n ${GLOO_SOCKET_IFNAME:-} ]] || { export GLOO_SOCKET_IFNAME=$device && interfaces_set+=(GLOO_SOCKET_IFNAME); }
+    # With "=": of this name, not of all that begin with it.
+    [[ -n ${NCCL_SOCKET_IFNAME:-} ]] || { export NCCL_SOCKET_IFNAME="=$device" && interfaces_set+=(NCCL_SOCKET_IFNAME); }
+}
+
+forget_interface() { # what choose_interface has set
+    ((${#interfaces_set[@]} == 0)) || unset "${interfaces_set[@]}"
 }
 
 started_at() { # when process $1 started, or nothing: tells our process from a later one with its number

@@ -36,10 +36,11 @@ make_token
 RAY_AUTH_TOKEN=$(ray get-auth-token)
 export RAY_AUTH_TOKEN # the workers' tasks inherit it, shared home or not
 
-ip=$(own_ip)
+ip=$(own_ip) || ip=127.0.0.1
 port=$((20000 + SLURM_JOB_ID % 4000 * 4)) # several jobs of one user may share a node
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 nodes=${SLURM_JOB_NUM_NODES:-1}
+((nodes == 1)) || ! is_loopback "$ip" || die "$(hostname) has no address that the other $((nodes - 1)) node(s) could reach, only loopback"
 run=
 workers=
 
@@ -57,20 +58,20 @@ choose_interface "$ip"
 start head --head --node-ip-address "$ip" --port "$port" --ray-client-server-port $((port + 1)) \
     --dashboard-agent-listen-port $((port + 2)) --include-dashboard false --num-cpus "$cpus" \
     --temp-dir "/tmp/ray_$SLURM_JOB_ID"
-unset GLOO_SOCKET_IFNAME # each worker finds its own
+forget_interface # each worker finds its own
 
 if ((nodes > 1)); then
     # shellcheck disable=SC2016 # expands on the node
     srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --cpus-per-task="$cpus" --overlap \
         --exclude="${SLURMD_NODENAME:-$(hostname)}" \
         bash -c 'source "$1/common.sh"; use_ray; choose_interface "$2"
-                 exec ray start --block --disable-usage-stats --address "$2:$3" --num-cpus "$4" \
+                 exec ray start --block --disable-usage-stats --address "$(with_port "$2" "$3")" --num-cpus "$4" \
                      --dashboard-agent-listen-port $(($3 + 3))' \
         worker "$cluster" "$ip" "$port" "$cpus" >"$state/workers.log" 2>&1 &
     workers=$!
 fi
 
-python - "$ip:$port" "$nodes" <<'END' || { tail -n 15 "$state"/*.log >&2; exit 1; }
+python - "$(with_port "$ip" "$port")" "$nodes" <<'END' || { tail -n 15 "$state"/*.log >&2; exit 1; }
 import sys, time, ray
 
 address, expected = sys.argv[1], int(sys.argv[2])
@@ -84,7 +85,7 @@ print(f"{alive} nodes: {ray.cluster_resources()}", flush=True)
 END
 
 set -m # else the run would be started deaf to SIGINT
-rlhf-ray run "$recipe" --address "$ip:$port" --run-dir "$run_dir" "$@" </dev/null &
+rlhf-ray run "$recipe" --address "$(with_port "$ip" "$port")" --run-dir "$run_dir" "$@" </dev/null &
 run=$!
 set +m
 asked=0

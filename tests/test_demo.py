@@ -31,7 +31,8 @@ SHORT = {
     "fluency": "null", "reward.max_steps": 4, "reward.max_length": 128, "reward.normalise_samples": 16,
     "generation.max_new_tokens": 12, "generation.chunk_size": 8, "ppo.steps": 4, "ppo.rollout_batch_size": 16,
     "ppo.minibatch_size": 16, "ppo.microbatch_size": 8, "ppo.ppo_epochs": 2, "ppo.eval_every": 2, "ppo.eval_prompts": 8,
-    "ppo.checkpoint_every": 2, "evaluation.prompts": 16, "evaluation.bootstrap": 200, "evaluation.samples": 3,
+    "ppo.checkpoint_every": 2, "ppo.accept_weak_reward": "true", "evaluation.prompts": 16, "evaluation.bootstrap": 200,
+    "evaluation.samples": 3,
     "sft.eval_rows": 16, "reward.eval_rows": 16, "evaluation.seeds": "[0]", "plugins": "[toy_plugin]", "toy.start": 16,
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ from rlhf_ray.training.forward import LogprobModel, token_batch
 
 
 def test_weights_gradients_and_moments_by_hand():
-    """Twelve blocks of width 1,000: 144 M weights in them, 11 M in the embeddings; adapters of rank 10 have 2.16 M numbers.
+    """Twelve blocks of width 1,000: 144.16 M weights in them, 11 M in the embeddings, 155.16 M in all; adapters of rank 10 have
+    1.92 M: 10 x 16,000 per block.
 
     On a CPU the generator has its weights twice, in the order of products too.
     """
@@ -22,9 +23,9 @@ def test_weights_gradients_and_moments_by_hand():
         rows = memory_plan(tiny_recipe(model={"from_scratch": scratch}, ppo=ppo))
         return {row.role: round(row.state / 1e9, 3) for row in rows}
 
-    assert plan() == {"generation": 1.24, "reward": 0.62, "reference": 0.62, "policy": 2.48, "critic": 2.48}
-    adapters = plan(lora={"rank": 10}, critic_freeze_layers=6)  # 155 M + 3 x 2.16 M; 155 M + 3 x 72 M
-    assert adapters == {"generation": 1.86, "reward": 0.62, "policy": 0.646, "critic": 1.484}
+    assert plan() == {"generation": 1.241, "reward": 0.621, "reference": 0.621, "policy": 2.483, "critic": 2.483}
+    adapters = plan(lora={"rank": 10}, critic_freeze_layers=6)  # 155.16 M + 3 x 1.92 M; 155.16 M + 3 x 72.08 M
+    assert adapters == {"generation": 1.862, "reward": 0.621, "policy": 0.644, "critic": 1.486}
 
 
 def test_the_cache_of_generation_by_hand():
@@ -99,7 +100,7 @@ def test_forks_share_what_they_imported():
          ["most of it is the generation's", "lower generation.chunk_size"]),
         ({"model": {"from_scratch": {"layers": 24, "width": 2048, "heads": 16, "positions": 64, "vocab_size": 30_000}},
           "resources": {"policy": {"gpus": 0.5}, "critic": {"gpus": 0.5}}},
-         1e12, [24e9], ["the 1 GPU(s) here have 24.0 GB", "of weights an actor"]),
+         1e12, [24e9], ["the 1 GPU(s) here have 24.0 GB", "of weights per actor"]),
     ],
     ids=["processes", "weights", "logits", "cache", "gpu"],
 )  # fmt: skip

@@ -143,8 +143,9 @@ def test_the_reference_has_every_key_of_the_resolved_recipe():
         "| `kl_coef` | number >= 0 | `0.05` | weight of the per-token KL in the reward (start value if adaptive) |",
         "| `zero_stage` | `0` or `1` or `2` or `3` | `0` | DeepSpeed ZeRO stage |",
         "| `learning_rate` | number > 0 | `0.0001` | peak learning rate of AdamW |",  # the reward model's own default
-        "| `max_minutes` | number > 0, or null | `null` | stop the stage after this many minutes of training, "
-        "with what it has |",
+        "| `max_minutes` | number > 0, or null | `null` | end the training after this many minutes of its steps, over all "
+        "resumes, with what it has; starting the workers, reading the data, and saving and measuring the model (eval_rows, "
+        "normalise_samples) come on top |",
     ],
 )
 def test_rows_of_the_reference(row):

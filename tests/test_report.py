@@ -299,8 +299,8 @@ def evaluations(*points):
 
 
 def test_score_and_judge_are_drawn_over_the_root_of_the_kl():
-    """KL 0 (an estimate just below it), 1 and 4: the middle point lies in the middle."""
-    rows = evaluations((0, -0.01, 0.0, 5.0), (20, 1.0, 1.0, 6.0), (40, 4.0, 3.0, 4.0))
+    """KL 0 (an estimate just below it), 1, 4 and 9: equal distances."""
+    rows = evaluations((0, -0.01, 0.0, 5.0), (20, 1.0, 1.0, 6.0), (40, 4.0, 3.0, 4.0), (60, 9.0, 4.0, 3.0))
     (plot,) = report_curves.over_optimisation([*rows, {"step": 41, "objective/score": 3.0}])
     assert plot.legend == ["score", "independent judge"] and "√KL" in plot.title
     lines = re.findall(r'<polyline class="line c(\d)" points="([^"]+)"', str(plot.svg))
@@ -370,8 +370,8 @@ def test_ticks_are_round_and_inside():
 
 
 def test_a_curve_lies_where_its_numbers_say():
-    svg = str(charts.curves([charts.Series("x", np.array([0.0, 10.0]), np.array([0.0, 1.0]))]))
-    (x0, y0), (x1, y1) = [map(float, point.split(",")) for point in re.search(r'points="([^"]+)"', svg)[1].split()]
+    svg = str(charts.curves([charts.Series("x", np.array([0.0, 2.0, 5.0, 10.0]), np.array([0.0, 0.2, 0.5, 1.0]))]))
+    (x0, y0), *_, (x1, y1) = [map(float, point.split(",")) for point in re.search(r'points="([^"]+)"', svg)[1].split()]
     assert x0 == charts.LEFT and x1 == charts.WIDTH - charts.RIGHT and y1 < y0
 
 

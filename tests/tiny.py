@@ -31,6 +31,7 @@ def tiny_recipe(**sections) -> Recipe:
             "learning_rate": 1e-3,
             "critic_learning_rate": 1e-3,
             "missing_eos_penalty": 0.5,
+            "accept_weak_reward": True,
         },
         "resources": {
             role: {"threads": 1, "cpus": 0.1} for role in ("generation", "reward", "reference", "policy", "critic")

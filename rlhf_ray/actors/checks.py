@@ -16,6 +16,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
 from rlhf_ray.models.size import parameters
+from rlhf_ray.models.stage_memory import stage_memory_problems
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
@@ -79,13 +80,24 @@ def _engine_problems(recipe: Recipe) -> list[str]:
 def _memory_problems(recipe: Recipe) -> list[str]:
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
+    ppo = memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
+    return stage_memory_problems(recipe, host=host, itemsizes=stage_itemsizes(recipe)) + ppo
+
+
+def stage_itemsizes(recipe: Recipe) -> dict[str, int]:
+    """Supervised stage -> bytes of a number in its precision."""
+    return {name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu") for name, stage in recipe.trained.items()}
 
 
 def itemsize_of(recipe: Recipe, kind: str) -> int:
-    """Bytes of a number in PPO's precision; another check reports a precision that this machine lacks."""
+    """Bytes of a number in PPO's precision."""
+    return _itemsize(recipe.ppo.precision, kind)
+
+
+def _itemsize(precision: Precision, kind: str) -> int:
+    """Another check reports a precision that this machine lacks."""
     try:
-        return resolve_precision(recipe.ppo.precision, kind).itemsize
+        return resolve_precision(precision, kind).itemsize
     except UserError:
         return 4
 

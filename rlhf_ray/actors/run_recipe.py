@@ -24,7 +24,7 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import prepare_folder, run_stages
+from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
@@ -69,6 +69,8 @@ def run(
             shown(event)
 
         left = [name for name in (stages or recipe.stages) if not folder.stage(name).done]
+        for name in left:
+            check_stage(recipe, folder, name)  # by what is there already; once more when its turn comes
         with ExitStack() as stack:
             kinds = list(dict.fromkeys(STAGES[name].workers for name in left if STAGES[name].workers != "none"))
             connected = bool(kinds)
@@ -80,6 +82,7 @@ def run(
                         stages=kinds,
                         spins=recipe.ppo.steps_ahead == 0,
                         start_timeout_s=recipe.resources.start_timeout_s,
+                        log=folder.ray_log,
                     )
                 )
                 check_cluster(recipe, left)

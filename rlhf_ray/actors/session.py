@@ -6,10 +6,12 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
 
+from rlhf_ray.actors.ray_output import ray_output_in
 from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
@@ -44,12 +46,13 @@ def ray_session(
     stages: Sequence[str] = ("ppo",),
     spins: bool = True,
     start_timeout_s: float = START_S,
+    log: Path | None = None,
 ) -> Iterator[None]:
     """Ray for the body of the `with`. address None: a local Ray that ends with it, with an object store of this size.
 
     Raises UserError where this process has a Ray already, or for an address where none answers; RunFailed where one does not start.
     stages: a local Ray forks the workers of these (`actors.worker_start`). spins: the threads of all forks spin-wait
-    (`worker_environment`), each role's on its own share of the cores.
+    (`worker_environment`), each role's on its own share of the cores. log: where Ray's own lines go; None: to the terminal.
     """
     refuse_second_ray()
     prepare_home()  # before the fork server, which inherits the environment
@@ -72,7 +75,7 @@ def ray_session(
     # Ray would print the traceback of every call that fails because of another; Waiter reports the first in a sentence.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     forked = worker_environment(spins=spins)
-    with fork_server(stages if address is None else (), forked) as python:
+    with ray_output_in(log), fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         if address is None:

@@ -35,6 +35,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.ensemble import ensemble_summary
+from rlhf_ray.supervised.learning_rate import outlook
 
 Progress = Callable[[dict], None]
 RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
@@ -206,9 +207,7 @@ def _report_until_done(
             waiting = "the worker to start and read its data"
             on_progress({"stage": stage, "waiting_for": waiting, "waiting_s": reported - started})
         else:
-            # By time where a time limit will come before the last step.
-            total = max(round(row["step"] / row["progress"]), row["step"])
-            on_progress({"stage": stage, "total": total, **row})
+            on_progress({"stage": stage, **row, **outlook(row, recipe.trained[stage].max_minutes)})
 
 
 def _last_row(path: Path) -> dict | None:

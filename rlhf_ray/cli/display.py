@@ -12,7 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.cli.pace import Pace
+from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
 from rlhf_ray.tables.figures import shown_figures
 
@@ -22,13 +25,15 @@ PLAIN_EVERY_S = 10.0
 class Display:
     """Hears progress events of all stages. A context manager; `log` prints a line above the live block."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, names: RunNames = RunNames()):
+        """names: what the run calls its algorithm, its start and its reward."""
+        self.names = names
         self.console = console or Console()
         self.live = (
             Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         )
         self._stage, self._event, self._started, self._samples = "", {}, time.monotonic(), []
-        self._first: tuple[float, int] | None = None  # when and at which step this process's first step was seen
+        self._pace, self._doing = Pace(), ("", 0.0)  # what the stage does beside its steps, and since when
         self._last_plain = 0.0
 
     def __enter__(self) -> Display:
@@ -50,14 +55,14 @@ class Display:
     def __call__(self, event: dict) -> None:
         stage = event["stage"]
         if event.get("skipped"):
-            return self.log(f"[dim]= {STAGES[stage].words}: done before[/]")
+            return self.log(f"[dim]= {self._words(stage)}: done before[/]")
         if event.get("started"):
-            self._stage, self._event, self._first = stage, {}, None
+            self._stage, self._event, self._pace, self._doing = stage, {}, Pace(), ("", 0.0)
             self._started, self._samples = time.monotonic(), []
             if self.live is None:
-                self.log(f"> {STAGES[stage].words}")
+                self.log(f"> {self._words(stage)}")
         elif event.get("done"):
-            line = f"[green]+[/] {STAGES[stage].words}: {duration(event['seconds'])}"
+            line = f"[green]+[/] {self._words(stage)}: {duration(event['seconds'])}"
             if event.get("seconds_before"):  # of a stage that went on where an earlier run stopped
                 line += f" ({duration(event['seconds'] - event['seconds_before'])} of it now)"
             self._event, self._samples = {}, []
@@ -70,11 +75,16 @@ class Display:
             self._samples = event["samples"]
         else:
             if "step" in event:
-                if self._first is None:
-                    self._first = (time.monotonic(), event["step"])
-                event = {"waiting_for": None, **event}
+                self._pace.step(event["step"], time.monotonic(), event.get("elapsed_s"))
+                event = {"waiting_for": None, "doing": None, **event}
+            if event.get("doing") and event["doing"] != self._doing[0]:
+                self._doing = event["doing"], time.monotonic()
             self._event |= event
         self._show()
+
+    def _words(self, stage: str) -> str:
+        """The stage's name; that of PPO's is the algorithm's own."""
+        return self.names.told(STAGES[stage].words) if stage == "ppo" else STAGES[stage].words
 
     def _show(self) -> None:
         if self.live is not None:
@@ -86,7 +96,7 @@ class Display:
     def _block(self) -> list:
         if not self._stage:
             return []
-        head = Text.assemble((f"  {STAGES[self._stage].words}  ", "bold"), (self._line(), ""))
+        head = Text.assemble((f"  {self._words(self._stage)}  ", "bold"), (self._line(), ""))
         block: list = [head]
         if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
             block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))
@@ -104,9 +114,11 @@ class Display:
 
     def _line(self) -> str:
         event, parts = self._event, []
-        if "step" in event:
-            total = event.get("total")
-            parts.append(f"step {event['step']}" + (f" of {total}" if total else ""))
+        if event.get("doing"):
+            parts.append(f"{event['doing']}, {duration(time.monotonic() - self._doing[1])}")
+        elif "step" in event:
+            total, about = event.get("total"), "about " if event.get("total_is_estimate") else ""
+            parts.append(f"step {event['step']}" + (f" of {about}{total}" if total else ""))
             parts += self._rate(event["step"], total)
         metrics = event.get("metrics", {}) | {key: event[key] for key in ("loss",) if event.get(key) is not None}
         for key, name in (
@@ -122,11 +134,12 @@ class Display:
         return "   ".join(parts) or f"{duration(time.monotonic() - self._started)}"
 
     def _rate(self, step: int, total: int | None) -> list[str]:
-        if self._first is None or step <= self._first[1]:
+        seconds = self._pace.seconds_per_step
+        if seconds is None:
             return []
-        seconds = (time.monotonic() - self._first[0]) / (step - self._first[1])
-        rate = f"{seconds:.1f} s per step" if seconds >= 1 else f"{1 / seconds:.1f} steps per second"
-        return [rate, f"{duration(seconds * (total - step))} left"] if total and total > step else [rate]
+        rate = f"{seconds:.1f} s per step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.1f} steps per second"
+        left = self._pace.left(total, time.monotonic(), self._event.get("limit_s")) if total and total > step else None
+        return [rate] if left is None else [rate, f"{duration(left)} left"]
 
 
 def duration(seconds: float) -> str:
@@ -145,19 +158,19 @@ def one_line(text: str, limit: int) -> str:
 
 def summary_table(summary: dict) -> Table:
     """The closing table: SFT against PPO, and DPO where there is one, with 95 % intervals."""
-    models = models_of_summary(summary)
+    models, told = models_of_summary(summary), names_in(summary).told
     tuned = [over_sft(summary, model) for model in models if model != "sft"]
     between = "\n" if len(models) > 2 else " "  # three intervals side by side are wider than a terminal
     shown: Callable[[dict], str] = lambda figure: interval(figure, between=between)  # noqa: E731
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for model in models:
-        table.add_column(model.upper(), justify="right")
+        table.add_column(told(model.upper()), justify="right")
     for each in shown_figures(summary["ppo"], summary.get("shown_as", {})):
         figures = [summary[model].get(each.name) for model in models]
         if each.short is not None and all(figures):
-            table.add_row(each.short, *map(shown, figures))
-    scorers = {"reward_model": "reward model", "judge": "judge"}
+            table.add_row(told(each.short), *map(shown, figures))
+    scorers = {"reward_model": told("reward model"), "judge": "judge"}
     for key, name in scorers.items():
         rates = [one["win_rate"].get(key) for one in tuned]
         if all(rates):
@@ -173,7 +186,10 @@ def summary_table(summary: dict) -> Table:
 
 
 def interval(figure: dict, digits: int = 3, between: str = " ") -> str:
+    """ "0.8 [0.7, 0.9]"; of no width: the number alone."""
     if figure.get("mean") is None:
         return "-"
+    if figure["high"] - figure["low"] <= 1e-9 * max(abs(figure["low"]), abs(figure["high"])):
+        return f"{figure['mean']:.{digits}g}"
     number: Callable[[float], str] = lambda value: f"{value:.{digits}g}"  # noqa: E731
     return f"{number(figure['mean'])}{between}[{number(figure['low'])}, {number(figure['high'])}]"

@@ -11,8 +11,10 @@ from rich.markup import escape
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES, all_needs_of
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
 from rlhf_ray.report.models import models_of_summary
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -35,7 +37,8 @@ def run(
     from rlhf_ray.actors import run_recipe
 
     return run_recipe.run(
-        recipe, run_dir, address=address, stages=stages, start_from=start_from, display=lambda: Display(console)
+        recipe, run_dir, address=address, stages=stages, start_from=start_from,
+        display=lambda: Display(console, names_of(recipe.model_dump(mode="json"))),
     )
 
 
@@ -76,18 +79,16 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     summary = json.loads((evaluation / "summary.json").read_text())
     console.print()
     console.print(summary_table(summary))
-    cap = summary.get("max_kl")
-    if cap is not None and summary["kl"] > cap:
-        console.print(
-            f"[red]KL {summary['kl']:.1f} is above the recipe's cap of {cap:g} nats per response: raise ppo.kl_coef[/]"
-        )
+    console.print(verdict(summary, []), style="bold", highlight=False, markup=False, soft_wrap=True)
+    for words in warnings(summary):
+        console.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]     {escape(one_line(sample['prompt'], 200))}")
         for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last
             if model in sample:
                 style, answer = "bold" if model == "ppo" else "dim", one_line(response_of(sample, model), 240)
-                console.print(f"[{style}]{model.upper()}[/]{judged(sample, model):>8}  {escape(answer)}")
+                console.print(f"[{style}]{names_in(summary).told(model.upper())}[/]{judged(sample, model):>8}  {escape(answer)}")
     console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
 

@@ -113,6 +113,11 @@ class PPOConfig(Section):
     rewards: dict[str, RewardTerm] = option(
         {}, "name -> term of a weighted sum of rewards; empty: the reward model, or reward_function"
     )
+    accept_weak_reward: Literal[False, "early", True] = option(
+        False,
+        "train against a reward model that is no better than chance on held-out rows, as far as its 95 % interval says, or that "
+        "max_minutes ended before its last step; early: only such a one as is above chance",
+    )
     adam_form: Literal["torch", "tensorflow"] = option(
         "torch", "whether adam_eps stands outside or inside the bias correction"
     )

@@ -44,6 +44,7 @@ class Stage:
     words: str  # in the terminal
     run: str = SUPERVISED
     train: str | None = None  # with `run` left as it is
+    check: str | None = None  # of the results of others; called as check(recipe, folder) before the stage starts; raises UserError
     section: type[Section] | None = None  # what its key in the recipe holds; None: a typed field of Recipe
     needs: tuple[str, ...] = ()  # stages whose results it reads, those that the recipe has
     needs_too: Callable[[Recipe], tuple[str, ...]] | None = None  # those that it reads under some recipes only
@@ -107,6 +108,7 @@ _BUILT_IN = (
     Stage(
         name="ppo", title="PPO", words="PPO", run="rlhf_ray.actors.stages:run_ppo_stage", workers="ppo",
         needs=("data", "sft", "reward"), needs_too=_judge_of_ppo, command="ppo", brings_needs=False,
+        check="rlhf_ray.rewards.standing:refuse_weak_reward",
         help="PPO on the run folder's SFT and reward model.",
         model=StageModel(kind="policy", words="a language model tuned with PPO against a reward model"),
     ),

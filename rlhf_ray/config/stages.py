@@ -55,7 +55,12 @@ class TrainConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "shape of the learning rate after the warm-up")
     weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
     precision: Precision = option("auto", "auto: bfloat16 where the hardware computes in it, else float32")
-    max_minutes: float | None = option(None, "stop the stage after this many minutes of training, with what it has", gt=0)
+    max_minutes: float | None = option(
+        None,
+        "end the training after this many minutes of its steps, over all resumes, with what it has; starting the workers, reading "
+        "the data, and saving and measuring the model (eval_rows, normalise_samples) come on top",
+        gt=0,
+    )
     checkpoint_minutes: float = option(10.0, "longest time between checkpoints", gt=0)
     eval_rows: int = option(500, "held-out rows scored after training", gt=0)
     workers: int = option(1, "Ray Train workers (data-parallel ranks)", gt=0)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Precision, Recipe
+from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
 from rlhf_ray.data.store import check_columns, read_prompt_columns, read_prompts
 from rlhf_ray.errors import UserError
@@ -28,6 +29,7 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.finite import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
+from rlhf_ray.rewards.standing import standings
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as
@@ -40,6 +42,9 @@ DEFINITIONS = {
     "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
+    "scorers": "How well the run's own reward model and judge tell replies apart on held-out rows: the share of pairs that they "
+    "order as people do (accuracy, Wilson's 95 % interval, pairs of one prompt taken together) or the correlation with people's "
+    "scores (pearson, Fisher's interval); and whether max_minutes ended their training.",
 }
 Progress = Callable[[dict], None]
 
@@ -206,6 +211,7 @@ class _Evaluation:
 
     def _summary(self, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
         others, explained = {}, definitions() | DEFINITIONS
+        names = names_of(self.recipe.model_dump(mode="json"))
         for name in self.tuned[1:]:
             others[f"{name}_over_sft"] = self._over_sft(name, kl, found)
             others[f"ppo_over_{name}"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence[name])}
@@ -221,8 +227,16 @@ class _Evaluation:
             "seeds": list(self.seeds),
             "sampling": self.recipe.generation.model_dump(mode="json"),
             "reward": reward_in_words(self.recipe),
+            "scorers": {
+                name: None if standing is None else standing.to_json()
+                for name, standing in standings(self.recipe, self.folder).items()
+            },
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
-            "definitions": explained | {"relevance": f"{explained['relevance']} Under {model}."},
+            "names": names.to_json(),
+            "definitions": {
+                name: names.told(words)
+                for name, words in (explained | {"relevance": f"{explained['relevance']} Under {model}."}).items()
+            },
             "missing": {name: figure.absent for name, figure in FIGURES.items() if figure.absent and name not in found["sft"]},
             **({"shown_as": of_plugins} if of_plugins else {}),
         }

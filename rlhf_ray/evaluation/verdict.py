@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from rlhf_ray.config.run_names import RunNames
+
+SCORERS = {"judge": "independent judge", "reward_model": "reward model"}  # in summary.json -> in words
 MIN_DISTINCT_RATIO = 0.7
 MAX_PERPLEXITY_RATIO = 1.5
 MAX_LENGTH_RATIO = 1.25
@@ -9,23 +12,56 @@ MAX_LENGTH_CORRELATION = 0.5
 
 
 def verdict(summary: dict, stages: list[dict]) -> str:
-    """One sentence. Without an evaluation: how far the run has come."""
+    """One sentence or a few. Without an evaluation: how far the run has come.
+
+    A win rate is worth what the scorer behind it is worth: under one that is no better than chance there is no verdict.
+    """
     if not summary:
         return _progress(stages)
     model, judge = summary["win_rate"]["reward_model"], summary["win_rate"]["judge"]
-    rate, by = (judge, "the independent judge") if judge is not None else (model, "the reward model")
-    if rate["low"] > 0.5:
-        words = f"PPO beats SFT in {_rate(rate)} of comparisons under {by}"
+    name, rate, by = ("reward_model", model, "the reward model") if judge is None else ("judge", judge, "the independent judge")
+    standing = standing_of(summary, name)
+    doubted = standing is not None and bool(standing["problems"])
+    if standing is not None and not standing["above_chance"]:
+        words = f"No verdict: {by} {standing['problems'][0]}. Under it PPO wins {_rate(rate)} of comparisons"
+    elif rate["low"] > 0.5:
+        better = "PPO looks better than SFT: it wins" if doubted else "PPO beats SFT in"
+        words = f"{better} {_rate(rate)} of comparisons under {by}"
     elif rate["high"] < 0.5:
-        words = f"PPO made the model worse: it wins only {_rate(rate)} of comparisons under {by}"
+        worse = "PPO looks worse than SFT" if doubted else "PPO made the model worse"
+        words = f"{worse}: it wins only {_rate(rate)} of comparisons under {by}"
     else:
         words = f"These prompts show no difference between PPO and SFT: PPO wins {_rate(rate)} under {by}"
     if judge is not None and model is not None:
         words += f" and in {_rate(model)} under the reward model it was trained on"
     words += f", at a KL of {summary['kl']:.2f} nats per response."
     if is_above_cap(summary):
-        return f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats. {words}"
-    return words
+        words = f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats. {words}"
+    return names_in(summary).told(f"{words}{_reservations(summary, name)}")
+
+
+def _reservations(summary: dict, name: str) -> str:
+    """What else is wrong with the scorers that the headline speaks of."""
+    found = ""
+    for other, words in SCORERS.items():
+        standing = standing_of(summary, other)
+        if standing is None or summary["win_rate"].get(other) is None:
+            continue
+        # Of the one that the headline goes by, being no better than chance has been said.
+        left = standing["problems"][0 if standing["above_chance"] or other != name else 1 :]
+        if left:
+            found += f" The {words} {' and '.join(left)}."
+    return found
+
+
+def standing_of(summary: dict, name: str) -> dict | None:
+    """What is known of a trained scorer ("reward_model" or "judge"): see `rewards.standing`."""
+    return (summary.get("scorers") or {}).get(name)
+
+
+def names_in(summary: dict) -> RunNames:
+    """What the run calls its algorithm, its start and its reward."""
+    return RunNames(**summary.get("names", {}))
 
 
 def is_above_cap(summary: dict) -> bool:
@@ -38,7 +74,7 @@ def warnings(summary: dict) -> list[str]:
     """What a reader should not overlook, each with its figure."""
     if not summary:
         return []
-    found = []
+    found = _weak_scorers(summary)
     model, judge = summary["win_rate"]["reward_model"], summary["win_rate"]["judge"]
     ratio = summary.get("ratio", {})
     if judge is not None and model is not None and model["low"] > 0.5 and judge["low"] <= 0.5:
@@ -74,6 +110,17 @@ def warnings(summary: dict) -> list[str]:
         )
     if judge is None:
         found.append("There is no independent judge in this run: the win rate is the reward model's own opinion.")
+    return [names_in(summary).told(words) for words in found]
+
+
+def _weak_scorers(summary: dict) -> list[str]:
+    found = []
+    for name, words in SCORERS.items():
+        standing = standing_of(summary, name)
+        if standing is not None and standing["problems"]:
+            remedy = "train it longer or on more data, or measure it on more rows"
+            means = "its scores and win rates say nothing" if not standing["above_chance"] else standing["figure_in_words"]
+            found.append(f"The {words} {' and '.join(standing['problems'])}: {means}; {remedy}.")
     return found
 
 
@@ -88,7 +135,8 @@ def length_correlation(summary: dict) -> float:
 
 def _rate(figure: dict) -> str:
     # No-break spaces: a number and its unit stay on one line.
-    return f"{100 * figure['mean']:.1f}\u00a0% ({100 * figure['low']:.1f}\u00a0to\u00a0{100 * figure['high']:.1f})"
+    mean, low, high = (f"{100 * figure[part]:.1f}" for part in ("mean", "low", "high"))
+    return f"{mean}\u00a0%" + ("" if low == high else f" ({low}\u00a0to\u00a0{high})")
 
 
 def _progress(stages: list[dict]) -> str:

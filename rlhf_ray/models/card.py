@@ -26,7 +26,7 @@ def model_card(recipe: Recipe, stage: str, figures: Mapping[str, object]) -> str
         if recipe.model.is_from_scratch
         else f"`{base}`" if on_hub else f"the local model folder `{base}`"
     )
-    rows = [f"| {name} | {_show(value)} |" for name, value in figures.items()]
+    rows = [f"| {name} | {_show(value)} |" for name, value in _with_intervals(figures).items()]
     table = ["| figure | value |", "|---|---|", *rows] if rows else ["No figures were recorded."]
     section = recipe.section(stage)
     settings = json.dumps(_without_paths(section.model_dump(mode="json") if section is not None else {}), indent=2)
@@ -57,6 +57,15 @@ def _without_paths(value: Any) -> Any:
         return {name: _without_paths(part) for name, part in cast(dict[str, Any], value).items()}
     is_path = isinstance(value, str) and value.startswith(("/", "~/", "./", "../")) and Path(value).name != ""
     return _shown(value) if is_path else value
+def _with_intervals(figures: Mapping[str, object]) -> dict[str, object]:
+    """Each figure that has a 95 % interval (under `intervals`) as "0.612 (0.551 to 0.67)"."""
+    intervals = figures.get("intervals")
+    shown = {name: value for name, value in figures.items() if name != "intervals"}
+    if isinstance(intervals, Mapping):
+        for name, each in cast(Mapping[str, Mapping[str, float] | None], intervals).items():
+            if name in shown and each is not None:
+                shown[name] = f"{each['mean']:.4g} ({each['low']:.3g} to {each['high']:.3g})"
+    return shown
 
 
 def _show(value: object) -> str:

@@ -67,7 +67,8 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
     """The recipe's model without weights, for the names and kinds of its layers."""
     if cfg.is_from_scratch:
-        config = FAMILIES.named(cfg.from_scratch.architecture).scratch_config(cfg.from_scratch, {})
+        shape = cfg.from_scratch
+        config = FAMILIES.named(shape.architecture).scratch_config(shape, {"vocab_size": shape.vocab_size})
     else:
         config = load_config(cfg.name_or_path, cfg.trust_remote_code)
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""An estimate of the PPO stage's peak memory, before any of it exists.   Bytes.
+"""An estimate of the PPO stage's peak memory, before any of it exists.   Bytes. The supervised stages': `stage_memory`.
 
-Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, and the cache of keys and values. Not
-counted: allocators' slack, rollouts, the object store.
+Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, autocast's 16-bit copies of weights, and
+the cache of keys and values. Not counted: allocators' slack, rollouts, the object store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
-from rlhf_ray.models.size import parameters, shape_of_model, trained_parameters
+from rlhf_ray.models.size import ModelShape, parameters, shape_of_model, shape_of_other, trained_parameters
 from rlhf_ray.tables.engines import ENGINES
 
 GB = 1e9
@@ -42,15 +42,11 @@ class RoleMemory:
 def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
     """One row per role of the PPO stage. itemsize: bytes of the dtype that the roles compute in."""
     ppo, generation = recipe.ppo, recipe.generation
-    weights = 4.0 * parameters(recipe)
-    models = {term.model for term in ppo.terms.values()} - {None}
-    members = recipe.reward.members if "reward" in models and recipe.reward is not None else 0
-    # Models from elsewhere count as large as the policy.
-    copies = {"reward": float(len(models - {"reward"}) + members)}
+    weights, scorers = 4.0 * parameters(recipe), scorer_parameters(recipe)
     trained = trained_by_role(recipe)
     rows = []
     for name, role in recipe.ppo_roles.items():
-        state = weights * copies.get(name, 1.0)
+        state = 4.0 * sum(scorers) if name == "reward" else weights
         its = 4 if name == "generation" and generation.precision == "float32" else itemsize
         if name == "generation":
             on_gpu = role.gpus > 0
@@ -64,14 +60,27 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
             work = training_bytes(recipe, ranks=role.actors, itemsize=itemsize, head=name == "policy")
         elif name == "generation":
             work = generation_bytes(recipe, itemsize=its)
+        elif name == "reward":
+            work = scoring_bytes(recipe, itemsize=itemsize, head=False, cast=max(scorers)) if scorers else 0.0
         else:
-            work = scoring_bytes(recipe, itemsize=itemsize, head=name == "reference")
+            work = scoring_bytes(recipe, itemsize=itemsize, head=True, cast=parameters(recipe))
         rows.append(RoleMemory(name, role, state, work))
     return rows
 
 
+def scorer_parameters(recipe: Recipe) -> list[int]:
+    """Of each model that the reward role holds: those of the reward stage, and those from elsewhere."""
+    models = {term.model for term in recipe.ppo.terms.values()} - {None}
+    own, reward = parameters(recipe), recipe.reward
+    found = [own] * reward.members if "reward" in models and reward is not None else []
+    for name in models - {"reward"}:
+        assert name is not None
+        found.append(shape_of_other(recipe, name).parameters or own)  # as large as the policy, as far as is known
+    return found
+
+
 def trained_by_role(recipe: Recipe) -> dict[str, int]:
-    """Trained role -> the approximate number of its weights that train."""
+    """Trained role -> the number of its weights that train."""
     ppo = recipe.ppo
     found = {"policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers)}
     if ppo.has_critic:
@@ -87,27 +96,29 @@ def training_bytes(recipe: Recipe, *, ranks: int, itemsize: int, head: bool) -> 
         tokens = ppo.minibatch_size // ranks * longest  # the passes of a whole step wait for their backward
     else:
         tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
-    block = tokens * shape.width * KEPT[itemsize][shape.gated]
-    if ppo.gradient_checkpointing:
-        kept = tokens * shape.width * shape.layers * KEPT_AT_CHECKPOINTS + block
-    else:
-        kept = block * shape.layers
-    copied = shape.embeddings if ppo.gradient_checkpointing else parameters(recipe)
-    cast = 2.0 * copied if itemsize == 2 else 0.0  # autocast's copies; those of a block last as long as its activations
-    kept += tokens * shape.width * KEPT_AT_THE_END
+    kept = kept_bytes(shape, tokens=tokens, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing)
     if not head:
-        return kept + cast
+        return kept
     logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize
-    return kept + cast + 2 * logits  # and their gradient
+    return kept + 2 * logits  # and their gradient
 
 
-def scoring_bytes(recipe: Recipe, *, itemsize: int, head: bool) -> float:
-    """A forward pass alone."""
+def kept_bytes(shape: ModelShape, *, tokens: int, itemsize: int, checkpointing: bool) -> float:
+    """What a forward pass over `tokens` keeps for its backward pass, without logits."""
+    block = tokens * shape.width * KEPT[itemsize][shape.gated]
+    kept = tokens * shape.width * shape.layers * KEPT_AT_CHECKPOINTS + block if checkpointing else block * shape.layers
+    copied = shape.embeddings if checkpointing else shape.parameters
+    cast = 2.0 * copied if itemsize == 2 else 0.0  # autocast's copies; those of a block last as long as its activations
+    return kept + tokens * shape.width * KEPT_AT_THE_END + cast
+
+
+def scoring_bytes(recipe: Recipe, *, itemsize: int, head: bool, cast: int) -> float:
+    """A forward pass alone. cast: the model's weights, of which autocast keeps copies for as long as the pass lasts."""
     ppo, shape = recipe.ppo, shape_of_model(recipe)
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
     tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
     logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize if head else 0.0
-    return tokens * shape.width * PASSING + logits
+    return tokens * shape.width * PASSING + logits + (2.0 * cast if itemsize == 2 else 0.0)
 
 
 def generation_bytes(recipe: Recipe, *, itemsize: int) -> float:

@@ -65,7 +65,7 @@ def check_freeze(freeze_layers: int, blocks: int, key: str) -> None:
 
 def _frozen_parameters(model: PreTrainedModel, freeze_layers: int) -> Iterator[nn.Parameter]:
     """An output layer that is tied to the embeddings is among them."""
-    parent, blocks = _blocks(model)
+    parent, blocks = blocks_of(model)
     check_freeze(freeze_layers, len(blocks), "freeze_layers")
     for module in parent.children():
         if isinstance(module, nn.Embedding):
@@ -73,7 +73,7 @@ def _frozen_parameters(model: PreTrainedModel, freeze_layers: int) -> Iterator[n
     yield from blocks[:freeze_layers].parameters()
 
 
-def _blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The transformer blocks, and the module that they and the embeddings are parts of."""
     count = model.config.get_text_config().num_hidden_layers
     for parent in model.base_model.modules():

@@ -38,6 +38,7 @@ from rlhf_ray.models.load import disable_dropout, load_causal_lm
 from rlhf_ray.ppo.single_process_keys import refuse_other_keys
 from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.rewards.from_recipe import reward_scorer
+from rlhf_ray.rewards.standing import refuse_weak_reward
 from rlhf_ray.roles.configs import experience_config
 from rlhf_ray.roles.experience import EXPERIENCE_REMEDY, support_stats
 from rlhf_ray.roles.generator import Generator
@@ -66,6 +67,7 @@ class SingleProcessPPO:
 
     def __init__(self, recipe: Recipe, folder: RunFolder):
         refuse_other_keys(recipe)
+        refuse_weak_reward(recipe, folder)
         ppo, generation = recipe.ppo, recipe.generation
         self.recipe = recipe
         start = start_model(recipe, folder)

@@ -15,6 +15,8 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 460, 210
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 26
 MAX_POINTS = 400
+FEW = 3  # so many points make no line, and no scale of their own
+FEW_SPAN = 0.2  # of their size: the axis of few points shows at least this much
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}".replace("-", "−")
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
-    step = (high - low) / count
+def ticks(low: float, high: float, count: int = 4, least: float = 0.0) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart, and at least `least`) inside [low, high]."""
+    step = max((high - low) / count, least)
     power = 10 ** math.floor(math.log10(step))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -49,26 +51,28 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def curves(series: Sequence[Series]) -> Markup:
-    """Lines over steps. More than 60 points: raw values faint, a running mean in front."""
-    ys = np.concatenate([one.ys for one in series])
-    frame = _Frame(*_span(np.concatenate([one.xs for one in series]), pad=0), *_span(ys, pad=0.06))
+    """Lines over steps; one to three points stand alone. More than 60 points: raw values faint, a running mean in front."""
+    xs, ys = np.concatenate([one.xs for one in series]), np.concatenate([one.ys for one in series])
+    few = all(len(one.xs) <= FEW for one in series)
+    frame = _Frame(*_steps(xs), *(_wide(ys) if few else _span(ys, pad=0.06)), whole_x=True)
     body = [frame.axes()]
     for i, one in enumerate(series):
         xs, values = _thin(one.xs, one.ys)
         if len(one.ys) > 60:
             body.append(Markup('<polyline class="line c{} raw" points="{}"/>').format(i, frame.points(xs, values)))
             _, values = _thin(one.xs, _smooth(one.ys))
-        body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(xs, values)))
+        if len(xs) > FEW:
+            body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(xs, values)))
         # Every tenth or so point carries a tooltip; few points are shown as dots.
-        few = len(xs) <= 30
+        dots = len(xs) <= 30
         for x, y in list(zip(xs, values, strict=True))[:: max(len(xs) // 40, 1)]:
             body.append(
                 Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"><title>{}{}: {}</title></circle>').format(
-                    "dot" if few else "hover",
+                    "dot" if dots else "hover",
                     i,
                     _xy(frame.x(x)),
                     _xy(frame.y(y)),
-                    2.6 if few else 6,
+                    2.6 if dots else 6,
                     f"{one.name}, " if len(series) > 1 else "",
                     f"step {number(x, 6)}",
                     number(y, 4),
@@ -83,11 +87,13 @@ def path(series: Sequence[Series], x_name: str, steps: Sequence[float]) -> Marku
     steps: what the points' tooltips call them
     """
     ys = np.concatenate([one.ys for one in series])
-    frame = _Frame(*_span(np.concatenate([one.xs for one in series]), pad=0.04), *_span(ys, pad=0.06))
+    few = len(steps) <= FEW
+    frame = _Frame(*_span(np.concatenate([one.xs for one in series]), pad=0.04), *(_wide(ys) if few else _span(ys, pad=0.06)))
     body = [frame.axes()]
     dot = Markup('<circle class="dot c{}" cx="{}" cy="{}" r="2.6"><title>{}</title></circle>')
     for i, one in enumerate(series):
-        body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(one.xs, one.ys)))
+        if not few:
+            body.append(Markup('<polyline class="line c{}" points="{}"/>').format(i, frame.points(one.xs, one.ys)))
         for x, y, step in zip(one.xs, one.ys, steps, strict=True):
             told = f"{one.name}, step {step:g}: {number(y)} at {x_name} {number(x)}"
             body.append(dot.format(i, _xy(frame.x(x)), _xy(frame.y(y)), told))
@@ -109,18 +115,20 @@ def stacked(series: Sequence[Series], top: int = 6) -> tuple[Markup, list[str]]:
     if len(rows) > top:
         rows = rows[: top - 1] + [("other", sum(values for _, values in rows[top - 1 :]))]
     total = sum((values for _, values in rows), np.zeros(len(steps)))
-    frame = _Frame(*_span(steps, pad=0), 0.0, float(_smooth(total).max()) * 1.08 or 1.0)
+    few = len(steps) <= FEW  # bars then
+    ends = (steps.min() - 0.5, steps.max() + 0.5) if few else _steps(steps)
+    frame = _Frame(*ends, 0.0, float(_smooth(total).max()) * 1.08 or 1.0, whole_x=True)
     body, below = [], np.zeros(len(steps))
     for i, (name, values) in enumerate(rows):
         above = below + _smooth(values)
+        average = number(float(values.mean()))
         xs, upper = _thin(steps, above)
         _, lower = _thin(steps, below)
-        area = Markup('<polygon class="area c{}" points="{} {}"><title>{}: {} s on average</title></polygon>')
-        body.append(
-            area.format(
-                i, frame.points(xs, upper), frame.points(xs[::-1], lower[::-1]), name, number(float(values.mean()))
-            )
-        )
+        bars = [([x - 0.3, x + 0.3], [u, u], [v, v]) for x, u, v in zip(xs, upper, lower, strict=True)]
+        for across, top_edge, bottom_edge in bars if few else [(xs, upper, lower)]:
+            area = Markup('<polygon class="area c{}" points="{} {}"><title>{}: {} s on average</title></polygon>')
+            edges = frame.points(across, top_edge), frame.points(across[::-1], bottom_edge[::-1])
+            body.append(area.format(i, *edges, name, average))
         below = above
     return _svg([frame.axes(), *body], "seconds per step"), [name for name, _ in rows]
 
@@ -205,8 +213,12 @@ def gauge(figure: dict, reference: float, low: float, high: float) -> Markup:
 class _Frame:
     """Data coordinates -> pixels, and the axes."""
 
-    def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float, percent_y: bool = False):
-        self.x_low, self.x_high, self.y_low, self.y_high, self.percent_y = x_low, x_high, y_low, y_high, percent_y
+    def __init__(
+        self, x_low: float, x_high: float, y_low: float, y_high: float, *, percent_y: bool = False, whole_x: bool = False
+    ):
+        """whole_x: the horizontal axis counts steps, so there is nothing between two of them."""
+        self.x_low, self.x_high, self.y_low, self.y_high = x_low, x_high, y_low, y_high
+        self.percent_y, self.whole_x = percent_y, whole_x
 
     def x(self, value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / (self.x_high - self.x_low)
@@ -214,7 +226,7 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.y_low) / (self.y_high - self.y_low)
 
-    def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
+    def points(self, xs: Sequence[float] | np.ndarray, ys: Sequence[float] | np.ndarray) -> str:
         return " ".join(f"{_xy(self.x(x))},{_xy(self.y(y))}" for x, y in zip(xs, ys, strict=True))
 
     def axes(self) -> Markup:
@@ -226,7 +238,7 @@ class _Frame:
                 Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(LEFT, WIDTH - RIGHT, y=_xy(y))
             )
             body.append(Markup('<text class="y" x="{}" y="{}">{}</text>').format(LEFT - 7, _xy(y + 3.5), label))
-        for value in ticks(self.x_low, self.x_high, 5):
+        for value in ticks(self.x_low, self.x_high, 5, least=1.0 if self.whole_x else 0.0):
             body.append(
                 Markup('<text class="x" x="{}" y="{}">{}</text>').format(_xy(self.x(value)), HEIGHT - 8, _tick(value))
             )
@@ -247,6 +259,19 @@ def _span(values: np.ndarray, pad: float) -> tuple[float, float]:
         margin = abs(low) * 0.1 or 1.0
         return low - margin, high + margin
     return low - pad * (high - low), high + pad * (high - low)
+
+
+def _steps(xs: np.ndarray) -> tuple[float, float]:
+    """From the first step to the last; a single one stands between its neighbours."""
+    low, high = float(xs.min()), float(xs.max())
+    return (low - 1, high + 1) if low == high else (low, high)
+
+
+def _wide(ys: np.ndarray) -> tuple[float, float]:
+    """The span of few values: no narrower than a part of their size, so that a hundredth does not fill the page."""
+    low, high = _span(ys, pad=0.06)
+    missing = FEW_SPAN * max(abs(float(ys.min())), abs(float(ys.max()))) - (high - low)
+    return (low, high) if missing <= 0 else (low - missing / 2, high + missing / 2)
 
 
 def _smooth(ys: np.ndarray) -> np.ndarray:

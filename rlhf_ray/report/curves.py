@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.report import charts
 from rlhf_ray.report.charts import Series
 
@@ -64,7 +65,7 @@ class Plot:
     svg: Markup
 
 
-def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
+def of_stage(stage: str, rows: list[dict], names: RunNames = RunNames()) -> tuple[list[Plot], list[Plot]]:
     """(the plots that have a place, the plots of every other number) of one metrics.jsonl."""
     series = _series(rows)
     named, used = [], set(TOTALS) | set(NOT_CURVES)
@@ -72,8 +73,8 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
         present = [Series(label, series[name].xs, series[name].ys) for name, label in members if name in series]
         used |= {name for name, _ in members}
         if present:
-            named.append(_plot(title, present))
-    named += over_optimisation(rows)
+            named.append(_plot(names.told(title), present))
+    named += over_optimisation(rows, names)
     times = [
         Series(name.removeprefix(TIME_PREFIX).removesuffix("_s"), one.xs, one.ys)
         for name, one in series.items()
@@ -81,13 +82,13 @@ def of_stage(stage: str, rows: list[dict]) -> tuple[list[Plot], list[Plot]]:
     ]
     if times:
         used |= {name for name in series if name.startswith(TIME_PREFIX)}
-        svg, names = charts.stacked(times)
-        named.append(Plot("Seconds per step", "", names, svg))
+        svg, legend = charts.stacked(times)
+        named.append(Plot("Seconds per step", "", legend, svg))
     others = [_plot(name, [one]) for name, one in series.items() if name not in used]
     return named, others
 
 
-def over_optimisation(rows: list[dict]) -> list[Plot]:
+def over_optimisation(rows: list[dict], names: RunNames = RunNames()) -> list[Plot]:
     """The held-out score and the judge's along sqrt(KL), the axis of Gao et al. 2022 (arXiv 2210.10760), where both are
     there: PPO's reward goes on rising while what is wanted falls."""
     points = np.array([
@@ -100,7 +101,7 @@ def over_optimisation(rows: list[dict]) -> list[Plot]:
     distance = np.sqrt(np.maximum(kl, 0.0))  # an estimate of a KL near zero may be below it
     series = [Series("score", distance, scores), Series("independent judge", distance, judge)]
     svg = charts.path(series, "√KL", steps)
-    return [Plot("Score and judge over √KL to SFT, held-out prompts", "", [one.name for one in series], svg)]
+    return [Plot(names.told("Score and judge over √KL to SFT, held-out prompts"), "", [one.name for one in series], svg)]
 
 
 def _series(rows: list[dict]) -> dict[str, Series]:

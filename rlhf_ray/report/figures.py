@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report import charts
 from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
-from rlhf_ray.report.words import figure, flat, percent, shown
+from rlhf_ray.report.words import between, figure, flat, percent, shown
 from rlhf_ray.tables.figures import shown_figures
 
 QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
@@ -35,10 +37,10 @@ def cards(summary: dict) -> list[dict]:
     """The key figures: label, value, interval, note, gauge."""
     if not summary:
         return []
-    cards = []
+    cards, told = [], names_in(summary).told
     rates = [(summary["win_rate"], "PPO over SFT")]
     for other in other_tuned(summary):
-        rates += [(summary[f"{one}_over_{two}"]["win_rate"], f"{title(one)} over {title(two)}")
+        rates += [(summary[f"{one}_over_{two}"]["win_rate"], f"{told(title(one))} over {told(title(two))}")
                   for one, two in ((other, "sft"), ("ppo", other))]  # fmt: skip
     for rate, label, note in (
         (by[scorer], label, f"{models}, by {whom}")
@@ -53,8 +55,8 @@ def cards(summary: dict) -> list[dict]:
                 {
                     "label": label,
                     "value": percent(rate["mean"]),
-                    "note": note,
-                    "interval": f"{percent(rate['low'])[:-2]} to {percent(rate['high'])}",
+                    "note": told(note),
+                    "interval": between(rate, " %"),
                     "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
                 }
             )
@@ -63,10 +65,10 @@ def cards(summary: dict) -> list[dict]:
         kl = figures.get("kl_interval")
         cards.append(
             {
-                "label": "KL to SFT" + ("" if model == "ppo" else f" ({title(model)})"),
+                "label": told("KL to SFT") + ("" if model == "ppo" else f" ({title(model)})"),
                 "value": charts.number(figures["kl"]),
                 "note": "nats per response",
-                "interval": f"{charts.number(kl['low'])} to {charts.number(kl['high'])}" if kl else "",
+                "interval": between(kl) if kl else "",
                 "gauge": "",
             }
         )
@@ -79,10 +81,10 @@ def cards(summary: dict) -> list[dict]:
         if ratio is not None:
             cards.append(
                 {
-                    "label": label,
+                    "label": told(label),
                     "value": charts.number(ratio["mean"]),
                     "note": note,
-                    "interval": f"{charts.number(ratio['low'])} to {charts.number(ratio['high'])}",
+                    "interval": between(ratio),
                     "gauge": charts.gauge(ratio, 1.0, 0.0, 2.0),
                 }
             )
@@ -91,7 +93,7 @@ def cards(summary: dict) -> list[dict]:
 
 def table(summary: dict) -> list[dict]:
     """The models side by side, one row per figure; its cells are (value, difference from SFT, the difference's tone)."""
-    rows = []
+    rows, told = [], names_in(summary).told
     models = models_of_summary(summary)
     for each in shown_figures(summary.get("ppo", {}), summary.get("shown_as", {})):
         values = {name: summary[name].get(each.name) for name in models}
@@ -104,8 +106,8 @@ def table(summary: dict) -> list[dict]:
             cells.append((figure(value, each.percent), words, _tone(difference, each.better)))
         rows.append(
             {
-                "label": each.label,
-                "unit": each.unit,
+                "label": told(each.label),
+                "unit": told(each.unit),
                 "cells": cells,
                 "plot": charts.intervals(list(values.values())),
             }
@@ -119,9 +121,9 @@ def _tone(difference: dict | None, better: int) -> str:
     return {1: "good", -1: "bad", 0: ""}[sign * better]
 
 
-def histograms(samples: list[dict]) -> list[tuple[str, str]]:
+def histograms(samples: list[dict], names: RunNames) -> list[tuple[str, str]]:
     plots = []
-    for key, label in (("score", "Reward-model score"), ("judge", "Judge's score")):
+    for key, label in (("score", names.told("Reward-model score")), ("judge", "Judge's score")):
         scores = [[row[name].get(key) for name in models_of_sample(row)] for row in samples]
         scores = [row for row in scores if None not in row]
         if len(scores) >= 20:
@@ -135,18 +137,26 @@ def pair_titles(closing: dict) -> dict[str, str]:
     return {name: words for name, words in titles.items() if words is not None and closing.get(name)}
 
 
-def quality(closing: dict) -> list[tuple[str, list[str]]]:
+def quality(closing: dict, names: RunNames) -> list[tuple[str, list[str]]]:
     """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column])."""
     columns = [flat(closing[stage]) for stage in pair_titles(closing)]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
-    names = {
-        name: QUALITY_NAMES[key] + (f" ({name.rpartition('.')[0]})" if "." in name else "")
+    labels = {
+        name: names.told(QUALITY_NAMES[key]) + (f" ({name.rpartition('.')[0]})" if "." in name else "")
         for key in QUALITY_NAMES
         for column in columns
         for name in column
         if name.rpartition(".")[2] == key
     }
-    return [(label, [shown(name, column.get(name)) for column in columns]) for name, label in names.items()]
+    return [(label, [_with_interval(name, column) for column in columns]) for name, label in labels.items()]
+
+
+def _with_interval(name: str, column: dict) -> str:
+    """A figure of DONE with its interval, where it has one: that of `ensemble.accuracy` is `ensemble.intervals.accuracy`."""
+    prefix, dot, own = name.rpartition(".")
+    ends = {part: column.get(f"{prefix}{dot}intervals.{own}.{part}") for part in ("mean", "low", "high")}
+    known = all(isinstance(value, (int, float)) for value in ends.values())
+    return figure(ends, "accuracy" in own) if known else shown(name, column.get(name))
 
 
 def calibrations(closing: dict) -> list[tuple[str, str]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.config.stage_table import ALWAYS
-from rlhf_ray.evaluation.verdict import verdict, warnings
+from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
 from rlhf_ray.report import charts
 from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report import figures as report_figures
@@ -39,10 +40,13 @@ def render(folder: RunFolder) -> str:
     recipe = yaml.safe_load(folder.recipe.read_text()) if folder.recipe.exists() else {}
     summary = _json(folder.stage("evaluation").path / "summary.json")
     samples = read_metrics(folder.stage("evaluation").path / "samples.jsonl")
-    titles = folder.stage_titles
+    names = names_in(summary) if "names" in summary else names_of(recipe)
+    if summary:
+        summary |= {"names": names.to_json()}
+    titles = {stage: names.told(words) if stage == "ppo" else words for stage, words in folder.stage_titles.items()}
     metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in titles}
     closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in titles}
-    stages = _stages(folder, recipe, metrics, closing)
+    stages = _stages(folder, recipe, metrics, closing, titles)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,19 +57,21 @@ def render(folder: RunFolder) -> str:
         stages=stages,
         verdict=verdict(summary, stages),
         warnings=warnings(summary),
-        ended=_ended(closing["ppo"]),
+        ended=names.told(_ended(closing["ppo"])),
+        ppo=titles["ppo"],
+        told=names.told,
         cards=report_figures.cards(summary),
-        models=[title(model) for model in models_of_summary(summary)],
+        models=[names.told(title(model)) for model in models_of_summary(summary)],
         rows=report_figures.table(summary),
         summary=summary,
         missing=summary.get("missing", {}),
         definitions=summary.get("definitions", {}),
-        histograms=report_figures.histograms(samples),
-        curves=[(titles[stage], *report_curves.of_stage(stage, rows)) for stage, rows in metrics.items() if rows],
-        quality=report_figures.quality(closing),
+        histograms=report_figures.histograms(samples, names),
+        curves=[(titles[stage], *report_curves.of_stage(stage, rows, names)) for stage, rows in metrics.items() if rows],
+        quality=report_figures.quality(closing, names),
         quality_columns=list(report_figures.pair_titles(closing).values()),
         calibrations=report_figures.calibrations(closing),
-        samples=_shown(samples, recipe),
+        samples=_shown(samples, recipe, names),
         closing=_closing(titles, closing),
         events=read_metrics(folder.events)[-EVENTS:][::-1],
         environment=flat(_json(folder.path / "environment.json")),
@@ -77,10 +83,10 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict) -> list[dict]:
+def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict, titles: dict[str, str]) -> list[dict]:
     """One row per stage that the recipe has: its state (done, running, waiting), last step and time."""
     rows, timings = [], _json(folder.path / "timings.json")
-    for stage, name in folder.stage_titles.items():
+    for stage, name in titles.items():
         begun = folder.stage(stage).path.exists()
         if stage not in ALWAYS and recipe.get(stage) is None and not begun:
             continue
@@ -122,7 +128,7 @@ def _closing(titles: dict[str, str], closing: dict) -> list[tuple[str, list[tupl
     ]
 
 
-def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
+def _shown(samples: list[dict], recipe: dict, names: RunNames) -> dict[str, list[dict]]:
     """The first prompts (nobody chose them), and those where PPO lost most by the judge, else by the score."""
     count = recipe.get("evaluation", {}).get("samples", 12)
     first_seed = [row for row in samples if row["seed"] == samples[0]["seed"]]
@@ -130,13 +136,13 @@ def _shown(samples: list[dict], recipe: dict) -> dict[str, list[dict]]:
     rest = [row for row in first_seed[count:] if row["ppo"].get(key) is not None and row["sft"].get(key) is not None]
     worst = sorted(rest, key=lambda row: row["ppo"][key] - row["sft"][key])[:WORST]
     worst = [row for row in worst if row["ppo"][key] < row["sft"][key]]
-    return {name: [{"prompt": row["prompt"], "replies": _replies(row)} for row in rows]
+    return {name: [{"prompt": row["prompt"], "replies": _replies(row, names)} for row in rows]
             for name, rows in (("first", first_seed[:count]), ("worst", worst))}  # fmt: skip
 
 
-def _replies(row: dict) -> list[dict]:
+def _replies(row: dict, names: RunNames) -> list[dict]:
     """The models' answers in a row of samples.jsonl, each with its title, colour and the scorers by which it is the best."""
-    answers = [(title(model), row[model]) for model in models_of_sample(row)]
+    answers = [(names.told(title(model)), row[model]) for model in models_of_sample(row)]
 
     def best(answer: dict, scorer: str) -> bool:
         scores = [other.get(scorer) for _, other in answers if other is not answer]

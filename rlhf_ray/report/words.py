@@ -12,15 +12,28 @@ def percent(value: float | None) -> str:
 
 
 def figure(value: dict | None, as_percent: bool = False) -> str:
-    """ "1.23 (1.10 to 1.36)": as many decimals as the interval's width makes worth reading."""
+    """ "1.23 (1.10 to 1.36)": as many decimals as the interval's width makes worth reading. "12": of no width, so no interval."""
     if value is None:
         return "–"
     scale, unit = (100, " %") if as_percent else (1, "")
     mean, low, high = (scale * value[part] for part in ("mean", "low", "high"))
     width = high - low
-    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 2
+    if width <= 1e-9 * max(abs(low), abs(high)):
+        return f"{plain(mean)}{unit}"
+    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6)
     mean, low, high = (f"{part:,.{decimals}f}".replace("-", "−") for part in (mean, low, high))
     return f"{mean}{unit} ({low} to {high})"
+
+
+def plain(value: float) -> str:
+    """A number that is known exactly: "12", "0.5", "1.23"."""
+    return f"{value:,.0f}".replace("-", "−") if value == round(value) and abs(value) < 1e6 else charts.number(value)
+
+
+def between(value: dict, unit: str = "") -> str:
+    """ "75.0 to 85.0 %"; nothing for an interval of no width."""
+    low, high = (charts.number(value[part]) if not unit else percent(value[part])[:-2] for part in ("low", "high"))
+    return "" if low == high else f"{low} to {high}{unit}"
 
 
 def duration(seconds: float | None) -> str:

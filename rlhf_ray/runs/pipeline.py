@@ -15,7 +15,9 @@ from typing import Any
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES, needs_of
+from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.runs.closing import closing_words
 from rlhf_ray.runs.own_modules import digests, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
@@ -90,6 +92,7 @@ def run_stages(
                     f"stage '{name}' needs '{needed}', which is not done in {folder.path}; "
                     f"run it first: rlhf-ray run (or {STAGES[needed].started_by}) with the same recipe and --run-dir"
                 )
+        check_stage(recipe, folder, name)
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.stop_file.unlink(missing_ok=True)
         progress({"stage": name, "started": True})  # from here on a Ctrl-C leaves a STOP file, which must stay
@@ -106,9 +109,17 @@ def run_stages(
                 stage.finish(figures or {})
         finally:
             clock.record()
-        progress({"stage": name, "done": True, "seconds": clock.total, "seconds_before": clock.before})
+        words = closing_words(stage.summary())
+        progress({"stage": name, "done": True, "seconds": clock.total, "seconds_before": clock.before, "summary": words})
         if stop_requested() and name != wanted[-1]:
             raise StageStopped(f"{name} is done; stopped before the next stage")
+
+
+def check_stage(recipe: Recipe, folder: RunFolder, name: str) -> None:
+    """UserError where the stage's own check of what it builds on finds something against it, as far as that is there."""
+    path = STAGES[name].check
+    if path is not None:
+        import_function(path)(recipe, folder)
 
 
 class _StageClock:

@@ -99,6 +99,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def ray_log(self) -> Path:
+        """What Ray says of itself in the process that runs the recipe."""
+        return self.logs / "ray.log"
+
+    @property
     def best_model(self) -> Path:
         """The policy with the best held-out score so far, as of the newest checkpoint."""
         return self.path / "ppo" / "best"

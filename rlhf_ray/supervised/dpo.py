@@ -35,6 +35,7 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
+from rlhf_ray.supervised.reward_metrics import numbered
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, dpo_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
@@ -158,7 +159,10 @@ def heldout_figures(
         )
         sides[f"{side}_logratios"] = ours - theirs
         sides[f"{side}_lengths"] = np.array([len(ids) for ids in rows.dataset[:][f"{side}_ids"]])
-    figures = dpo_figures(**sides, beta=config.beta, loss=config.loss, label_smoothing=config.label_smoothing)
+    figures = dpo_figures(
+        **sides, beta=config.beta, loss=config.loss, label_smoothing=config.label_smoothing,
+        groups=numbered([tuple(ids) for ids in rows.dataset[:]["prompt_ids"]]),
+    )  # fmt: skip
     return {"eval_rows": len(rows.dataset), **figures}
 
 

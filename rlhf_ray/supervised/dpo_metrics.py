@@ -44,9 +44,11 @@ def dpo_figures(
     beta: float,
     loss: Literal["sigmoid", "ipo"],
     label_smoothing: float,
+    groups: np.ndarray | None = None,
 ) -> dict:
     """Loss, a reward model's figures for the implicit reward, and how far the model is from the reference.
 
+    groups: what pairs have in common (their prompt)
     logratio_chosen, logratio_rejected: mean log-ratios, nats per reply; above 0: likelier than under the reference.
     drift: minus their mean. Where the reference wrote the replies, that estimates KL(pi_ref || pi).
     """
@@ -57,7 +59,7 @@ def dpo_figures(
     rewards = (beta * chosen_logratios, beta * rejected_logratios)
     return {
         "eval_loss": float(losses.mean()),
-        **pair_figures(*rewards, chosen_lengths, rejected_lengths),
+        **pair_figures(*rewards, chosen_lengths, rejected_lengths, groups=groups),
         "logratio_chosen": float(chosen_logratios.mean()),
         "logratio_rejected": float(rejected_logratios.mean()),
         "drift": -float((chosen_logratios.mean() + rejected_logratios.mean()) / 2),

@@ -54,4 +54,5 @@ def ensemble_figures(
         apart.append(disagreement(members).numpy())
     figures = heldout_figures(combined, seed=int(combined["seed"]), middle=0.0)
     kept = {name: value for name, value in figures.items() if name not in OF_LOGITS}
+    kept["intervals"] = {name: value for name, value in figures["intervals"].items() if name in kept}
     return kept | {"combine": config.combine, "disagreement": float(np.concatenate(apart).mean())}

@@ -1,9 +1,10 @@
-"""The learning rate of a supervised stage, as a share of its peak."""
+"""How far a supervised stage is, and the learning rate that follows from it, as a share of its peak."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 def progress_of(*, step: float, total_steps: int, elapsed_s: float, limit_s: float | None) -> float:
@@ -13,6 +14,16 @@ def progress_of(*, step: float, total_steps: int, elapsed_s: float, limit_s: flo
     """
     by_time = elapsed_s / limit_s if limit_s is not None else 0.0
     return min(max(step / total_steps, by_time), 1.0)
+
+
+def outlook(row: Mapping[str, Any], max_minutes: float | None) -> dict[str, Any]:
+    """What is to come after a line of metrics: the last step (an estimate where the time limit will come before it) and the
+    time to the limit; or that the training is over."""
+    if row["progress"] >= 1:
+        return {"total": row["step"], "doing": "trained; saves and measures the model"}
+    total = max(round(row["step"] / row["progress"]), row["step"])
+    left = {} if max_minutes is None else {"limit_s": 60 * max_minutes - row["elapsed_s"]}
+    return {"total": total, "total_is_estimate": total < row["total_steps"], **left}
 
 
 def rate_factor(progress: float, *, schedule: Literal["linear", "cosine", "constant"], warmup_ratio: float) -> float:

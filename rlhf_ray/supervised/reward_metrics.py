@@ -5,12 +5,26 @@ A margin is score(chosen) - score(rejected); the model's probability that people
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Sequence
+
 import numpy as np
+
+from rlhf_ray.algorithms.intervals import Interval, correlation_interval, share_interval
+
+#: Of the rows of scored text, of which pairs are drawn at random. A pair shares each of its rows with others: N pairs of N
+#: rows leave the accuracy at least as certain as N / 3 pairs that share none.
+ROWS_PER_PAIR = 3
+
+
+def pairs_right(margins: np.ndarray) -> np.ndarray:
+    """1 for each pair whose chosen text scores higher, 0.5 for a tie, 0 otherwise."""
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def pair_accuracy(margins: np.ndarray) -> float:
     """Share of pairs whose chosen text scores higher; a tie counts half."""
-    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+    return float(np.mean(pairs_right(margins)))
 
 
 def longer_accuracy(chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> float:
@@ -33,7 +47,7 @@ def calibration(margins: np.ndarray, *, bins: int = 10) -> list[dict]:
     """Mean confidence (`predicted`) and accuracy (`observed`) of the `count` pairs in each bin that holds any."""
     margins = np.asarray(margins, np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    right = (margins > 0) + 0.5 * (margins == 0)
+    right = pairs_right(margins)
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     found = []
     for b in np.unique(place):
@@ -93,12 +107,53 @@ def accuracy_by_length(margins: np.ndarray, chosen_lengths: np.ndarray, rejected
     return figures
 
 
+def numbered(prompts: Sequence[Hashable]) -> np.ndarray:
+    """A number for each different prompt, [N]; rows without one ("") have nothing in common."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([
+        numbers.setdefault(prompt, len(numbers)) if prompt else -1 - place for place, prompt in enumerate(prompts)
+    ])  # fmt: skip
+
+
+def accuracy_intervals(
+    margins: np.ndarray,
+    longer: np.ndarray,
+    groups: np.ndarray | None,
+    trials: float,
+) -> dict[str, Interval]:
+    """The interval of each accuracy of `pair_figures` that there is.   longer: chosen minus rejected length
+
+    groups, trials: see `share_interval`
+    """
+    everything = np.ones(len(margins), bool)
+    parts = {
+        "accuracy": (margins, everything), "longer_accuracy": (longer, everything),
+        "chosen_longer_accuracy": (margins, longer > 0), "chosen_shorter_accuracy": (margins, longer < 0),
+    }  # fmt: skip
+    found = {}
+    for name, (values, rows) in parts.items():
+        if rows.any():
+            own = None if groups is None else groups[rows].tolist()
+            found[name] = share_interval(pairs_right(values[rows]).tolist(), own, trials * float(rows.mean()))
+    return found
+
+
 def pair_figures(
-    chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    chosen_lengths: np.ndarray,
+    rejected_lengths: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    trials: float = math.inf,
 ) -> dict:
-    """The figures of a model on held-out pairs."""
+    """The figures of a model on held-out pairs; under `intervals` those of the accuracies.
+
+    groups: what pairs have in common (their prompt); trials: at most this many of them count as independent
+    """
     margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
     both, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
+    longer = np.asarray(chosen_lengths) - np.asarray(rejected_lengths)
     return {
         "pairs": len(margins),
         "accuracy": pair_accuracy(margins),
@@ -108,6 +163,7 @@ def pair_figures(
         "ece": expected_calibration_error(margins),
         "margin_mean": float(margins.mean()),
         "calibration": calibration(margins),
+        "intervals": accuracy_intervals(margins, longer, groups, trials),
     }
 
 
@@ -122,21 +178,27 @@ def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray,
 
     A model fitted to scores was not fitted to make sigmoid(margin) a probability; `ece` says how far off it is.
     """
-    better, worse = pairs_of_scored(human, seed=seed, pairs=len(human))
-    figures = pair_figures(predicted[better], predicted[worse], lengths[better], lengths[worse]) if len(better) else {}
-    return figures | length_bias(predicted, lengths) | {
-        "pearson": pearson(predicted, human),
-        "spearman": spearman(predicted, human),
+    rows = len(human)
+    better, worse = pairs_of_scored(human, seed=seed, pairs=rows)
+    figures: dict = {"intervals": {}}
+    if len(better):
+        sides = predicted[better], predicted[worse], lengths[better], lengths[worse]
+        figures = pair_figures(*sides, trials=rows / ROWS_PER_PAIR)
+    correlations = {"pearson": pearson(predicted, human), "spearman": spearman(predicted, human)}
+    right = (np.asarray(predicted) > 0) == (np.asarray(human) > middle)
+    intervals = {name: correlation_interval(value, rows) for name, value in correlations.items()}
+    intervals["sign_accuracy"] = share_interval(right.astype(np.float64).tolist())
+    return figures | length_bias(predicted, lengths) | correlations | {
         "sign_accuracy": sign_accuracy(predicted, human, middle=middle),
+        "intervals": figures["intervals"] | intervals,
     }  # fmt: skip
 
 
 def heldout_figures(scores: dict[str, np.ndarray], *, seed: int, middle: float) -> dict:
     """All figures of a model's scores on held-out rows (as `reward_model.heldout_scores` returns them)."""
     if "chosen" in scores:
-        figures = pair_figures(
-            scores["chosen"], scores["rejected"], scores["chosen_lengths"], scores["rejected_lengths"]
-        )
+        sides = (scores[name] for name in ("chosen", "rejected", "chosen_lengths", "rejected_lengths"))
+        figures = pair_figures(*sides, groups=scores.get("prompts"))
         rows, logits = len(scores["chosen"]), np.concatenate([scores["chosen"], scores["rejected"]])
     else:
         figures = score_figures(scores["scores"], scores["human"], scores["lengths"], seed=seed, middle=middle)

@@ -32,7 +32,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.ensemble import save_scores
 from rlhf_ray.supervised.lines import classify_lines
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
-from rlhf_ray.supervised.reward_metrics import heldout_figures
+from rlhf_ray.supervised.reward_metrics import heldout_figures, numbered
 from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
 from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
@@ -159,7 +159,8 @@ def heldout_scores(
     *, dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The reward model's logits of held-out rows, and the lengths of the responses in tokens, EOS included: `chosen`,
-    `rejected`, `chosen_lengths`, `rejected_lengths`; or `scores`, `human`, `lengths`."""
+    `rejected`, `chosen_lengths`, `rejected_lengths`, and `prompts`, a number for each different one; or `scores`, `human`,
+    `lengths`."""
     made = ROW_MAKERS[config.objective](tokenizer, held_out, max_length=config.max_length)
     rows, held_out = made.dataset, held_out if made.used is None else held_out.select(made.used)
 
@@ -175,6 +176,7 @@ def heldout_scores(
         return {
             "chosen": logits("chosen_ids"), "rejected": logits("rejected_ids"),
             "chosen_lengths": lengths("chosen"), "rejected_lengths": lengths("rejected"),
+            "prompts": numbered(held_out[:]["prompt"]),
         }  # fmt: skip
     return {"scores": logits("input_ids"), "human": np.asarray(rows["score"]), "lengths": lengths("response")}
 

@@ -69,8 +69,9 @@ def train_stage(job: StageJob) -> dict:
     if rank() != 0:
         return {}
     summary = {
-        "steps": outcome.steps, "ended_by": outcome.ended_by, "train_seconds": round(outcome.seconds, 2),
-        "loss": outcome.last_loss, "rows": len(job.rows.lengths), "rows_cut": job.rows.cut,
+        "steps": outcome.steps, "planned_steps": len(tokens_per_step), "ended_by": outcome.ended_by,
+        "train_seconds": round(outcome.seconds, 2), "loss": outcome.last_loss,
+        "rows": len(job.rows.lengths), "rows_cut": job.rows.cut,
         **({"rows_tied": job.rows.ties} if job.rows.ties else {}),
         "tokens": int(np.sum(tokens_per_step[: outcome.steps])),
         **_sizes(model, sharded=weights is not None),

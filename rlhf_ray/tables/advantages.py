@@ -18,6 +18,7 @@ class Advantage:
     name: str
     estimate: Estimator | str
     words: str  # in the recipe reference, after the name
+    title: str = ""  # how report and terminal call a policy that it trained; "": its name
     needs_critic: bool = False
     compares_samples: bool = False  # the samples of a prompt, of which there have to be several
     whitens: bool = False  # advantages are centred and scaled over the batch, unless the recipe says otherwise
@@ -37,27 +38,26 @@ _HERE = "rlhf_ray.algorithms.advantages"
 ADVANTAGES: Table[Advantage] = Table(
     "an advantage",
     Advantage(
-        name="gae", estimate=f"{_HERE}:with_critic", words="has a critic",
-        needs_critic=True, whitens=True,
+        name="gae", title="PPO", estimate=f"{_HERE}:with_critic", words="has a critic", needs_critic=True, whitens=True,
     ),
     Advantage(
-        name="rloo", estimate=f"{_HERE}:rloo", words="a sample against the mean of the prompt's others",
+        name="rloo", title="RLOO", estimate=f"{_HERE}:rloo", words="a sample against the mean of the prompt's others",
         compares_samples=True,
     ),
     Advantage(
-        name="grpo", estimate=f"{_HERE}:grpo", words="against the mean of all, divided by their deviation",
+        name="grpo", title="GRPO", estimate=f"{_HERE}:grpo", words="against the mean of all, divided by their deviation",
         compares_samples=True,
     ),
     Advantage(
-        name="dr_grpo", estimate=f"{_HERE}:dr_grpo", words="without the division",
+        name="dr_grpo", title="Dr. GRPO", estimate=f"{_HERE}:dr_grpo", words="without the division",
         compares_samples=True,
     ),
     Advantage(
-        name="reinforce_pp", estimate=f"{_HERE}:reinforce_pp", words="the reward to go, whitened over the batch",
-        whitens=True,
+        name="reinforce_pp", title="REINFORCE++", estimate=f"{_HERE}:reinforce_pp",
+        words="the reward to go, whitened over the batch", whitens=True,
     ),
     Advantage(
-        name="reinforce_pp_baseline", estimate=f"{_HERE}:reinforce_pp",
+        name="reinforce_pp_baseline", title="REINFORCE++ baseline", estimate=f"{_HERE}:reinforce_pp",
         words="the same of scores less the prompt's mean",
         compares_samples=True, whitens=True, before_kl=f"{_HERE}:group_centred",
     ),
