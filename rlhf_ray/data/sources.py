@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from rlhf_ray.config import DataConfig, SourceConfig
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.paths import READERS, suffix_of
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
 BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
@@ -223,20 +223,16 @@ def _call(where: str, path: str, load: Callable):
         return load()
     except DatasetGenerationError as error:
         raise UserError(
-            f"{where}: '{path}' could not be read ({_first_line(error.__cause__ or error)}); correct the file"
+            f"{where}: '{path}' could not be read ({whole_message(error.__cause__ or error)}); correct the file"
         ) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({_first_line(error)}); "
+            f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({whole_message(error)}); "
             "check the name, or give a local copy with data.root"
         ) from error
     except (ValueError, FileNotFoundError) as error:
         raise UserError(
-            f"{where}: '{path}' could not be loaded ({_first_line(error)}); correct path, name or split"
+            f"{where}: '{path}' could not be loaded ({whole_message(error)}); correct path, name or split"
         ) from error
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -22,8 +22,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.models.chat_shape import saved_ends
+from rlhf_ray.models.generation_defaults import mended
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -55,7 +57,8 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         model = load_causal_lm(cfg.name_or_path, trust_remote_code=cfg.trust_remote_code)
         fit_embeddings(model, tokenizer)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = saved_ends(tokenizer)
     return model
 
 
@@ -241,8 +244,11 @@ def save_model(
     """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
 
     It is written beside `folder`, flushed to disk and renamed; what was there before is replaced. `state_dict`
-    overrides the model's own weights (gathered ones, say).
+    overrides the model's own weights (gathered ones, say). generation_config gets every token that ends a response.
     """
+    if model.can_generate():
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = saved_ends(tokenizer, model.generation_config.eos_token_id)
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -278,7 +284,7 @@ def _load(
     try:
         model, info = auto.from_pretrained(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **kwargs,
+            output_loading_info=True, generation_config=mended(path), **kwargs,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load(path, error)) from error
@@ -304,5 +310,4 @@ def _cannot_load(path: str | Path, error: BaseException) -> str:
             )
     elif str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
         return f"the model folder '{path}' does not exist; check the path"
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"no model could be loaded from '{path}' ({first}); give a Hugging Face folder or hub name"
+    return f"no model could be loaded from '{path}' ({whole_message(error)}); give a Hugging Face folder or hub name"
