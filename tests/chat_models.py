@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
-    "How many apples are in the basket? There are seven apples, two pears and a plum.",
+    "How many apples are in the basket? There are seven apples, two pears and a plum. Seven apples. None.",
     "system user assistant model What is the capital of France? The capital of France is Paris.",
     "im start im end eot id begin of text end of turn start header You are a helpful assistant.",
     "naïve café, ÄÖÜ; 漢字 🙂 and <b>bold</b> text: a < b > c | d [1] {2}\n\n    indented\tline",

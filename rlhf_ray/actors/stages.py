@@ -33,7 +33,13 @@ def _run_stage(name: str, recipe: Recipe, folder: RunFolder, progress: Progress)
 def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
     from rlhf_ray.data.prepare import prepare
 
-    rows = prepare(recipe, folder)["roles"]["prompts"]["rows"]
+    summary = prepare(recipe, folder)
+    for role, sources in summary["sources"].items():
+        plain, kept = (sum(source.get(name, 0) for source in sources) for name in ("plain", "kept"))
+        if plain:
+            words = f"data.{role}: {plain} of {kept} rows name special tokens, which are plain text there"
+            progress({"stage": stage, "told": f"{words}; data.allow_special_tokens: true makes them tokens"})
+    rows = summary["roles"]["prompts"]["rows"]
     if rows < recipe.ppo.rollout_batch_size:
         folder.stage(stage).done_file.unlink()  # so that the recipe's data may be corrected
         raise UserError(

@@ -51,6 +51,8 @@ class Display:
         stage = event["stage"]
         if event.get("skipped"):
             return self.log(f"[dim]= {STAGES[stage].words}: done before[/]")
+        if event.get("told"):
+            return self.log(f"  {escape(event['told'])}")
         if event.get("started"):
             self._stage, self._event, self._first = stage, {}, None
             self._started, self._samples = time.monotonic(), []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from rlhf_ray.config.columns import NO_COLUMNS, Columns
+from rlhf_ray.config.columns import Columns
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import shown
 
@@ -28,7 +28,7 @@ class Answers:
     ended: Sequence[bool]  # whether the response ended by itself, that is, whether a token that ends responses is part of it
     token_ids: Sequence[Sequence[int]]  # prompt and response, with that token
     tokenizer: PreTrainedTokenizerBase  # the policy's
-    columns: Columns = NO_COLUMNS
+    columns: Columns  # the other columns of the prompts' rows, one value per response
 
 
 @runtime_checkable
