@@ -22,7 +22,6 @@ CASES = [
     ({"epsilon_cutoff": 3e-4}, {"epsilon_cutoff": 3e-4, "do_sample": True}),
     ({"temperature": 0.6, "do_sample": False}, {"temperature": None}),
     ({"temperature": 0.0}, {"temperature": None}),
-    ({"temperature": 0.0, "top_p": 0.9, "do_sample": True}, {"temperature": None}),
     ({"num_beams": 4, "temperature": 0.6, "early_stopping": True}, {"num_beams": 4, "early_stopping": True, "temperature": None}),
     ({"early_stopping": True}, {"early_stopping": None}),
     ({"length_penalty": 0.8, "repetition_penalty": 1.1}, {"length_penalty": None, "repetition_penalty": 1.1}),

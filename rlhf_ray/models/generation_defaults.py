@@ -37,6 +37,13 @@ def mended(path: str | Path) -> GenerationConfig | None:
     return None if is_sound(values) else settled(values)
 
 
+def impossible(path: str | Path) -> dict[str, None]:
+    """Options of generation in config.json that no model can be made with -> None, to load it without them."""
+    known = GenerationConfig().to_dict()
+    values = {name: value for name, value in (read_json(path, "config.json") or {}).items() if name in known}
+    return {name: None for name, value in values.items() if not is_sound({name: value}, strict=False)}
+
+
 def settled(values: Mapping[str, Any]) -> GenerationConfig:
     """The values with do_sample on where they mean sampling, and without those that contradict the others.
 
@@ -60,10 +67,10 @@ def settled(values: Mapping[str, Any]) -> GenerationConfig:
     return GenerationConfig(**kept)
 
 
-def is_sound(values: Mapping[str, Any]) -> bool:
-    """Whether transformers takes the values and would save them."""
+def is_sound(values: Mapping[str, Any], *, strict: bool = True) -> bool:
+    """Whether transformers takes the values and, strict, would save them."""
     try:
-        GenerationConfig(**dict(values)).validate(strict=True)
+        GenerationConfig(**dict(values)).validate(strict=strict)
     except (ValueError, TypeError, AttributeError):
         return False
     return True

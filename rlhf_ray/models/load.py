@@ -25,7 +25,7 @@ from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.chat_shape import saved_ends
-from rlhf_ray.models.generation_defaults import mended
+from rlhf_ray.models.generation_defaults import impossible, mended
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -282,6 +282,10 @@ def _load(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of missing weights; what matters is raised below
     try:
+        without = impossible(path)
+        if without:  # those that transformers does not take out of a config by itself
+            kept = vars(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+            kwargs |= {name: None for name in without if name in kept}
         model, info = auto.from_pretrained(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, generation_config=mended(path), **kwargs,
