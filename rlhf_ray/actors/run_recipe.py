@@ -20,7 +20,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
-from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed
+from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
@@ -120,7 +120,7 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
         if isinstance(failure, (RunFailed, UserError)):
             what = str(failure)
         else:  # a bug: its text may be a whole traceback, which goes to the terminal
-            what = "".join(traceback.format_exception_only(failure)).strip().splitlines()[-1][:300]
+            what = whole_message("".join(traceback.format_exception_only(failure)))
         done = "the run stopped; the same command goes on from the last checkpoint"
         with suppress(OSError):  # a full disk has no room for the event either
             EventLog(folder.events).add(what, done, stage=current_stage())

@@ -29,7 +29,7 @@ from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError
+from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -237,16 +237,11 @@ def _explained(
     else:
         times = "" if lost or isinstance(error, ControllerError) else f" {RESTARTS + 1} times, the last time"
         explained = RunFailed(
-            f"{stage} failed{times} with: {_last_line(error)}; its log is {log}; "
+            f"{stage} failed{times} with: {whole_message(error)}; its log is {log}; "
             "the same command goes on from the last checkpoint"
         )
     explained.__cause__ = error
     return explained
-
-
-def _last_line(error: BaseException) -> str:
-    """What a text that may be a whole traceback ends with."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
 class _Trainer(TorchTrainer):
@@ -275,7 +270,7 @@ class _RecordFailures(UserCallback):
             done = f"the stage failed: that was failure {self.failures}, and {RESTARTS} restarts are allowed"
         for place, error in worker_exceptions.items():
             EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {_last_line(error)}", done, stage=self.stage
+                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage
             )
 
 

@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors import SafetensorError
 
 from rlhf_ray.actors.receipt import Receipt
-from rlhf_ray.errors import RunFailed, UserError, machine_failed
+from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
 START_REMEDY = "raise resources.start_timeout_s, or look in the run folder's logs/ for what holds it up"
@@ -131,9 +131,9 @@ def _died(name: str, error: RayError) -> Exception:
     """The error for a dead process. A UserError of an actor's constructor stays one; Ray gives it as text only."""
     _, told, sentence = str(error).rpartition("rlhf_ray.errors.UserError: ")
     if told:
-        return UserError(sentence.strip().splitlines()[0])
-    first_line = str(error).partition("\n")[0]
+        # All of its lines, one per problem; a further traceback follows a blank one.
+        return UserError(sentence.strip().partition("\n\n")[0])
     return ActorDied(
-        f"{name} died ({first_line}); see the run folder's logs/, "
+        f"{name} died ({whole_message(error)}); see the run folder's logs/, "
         "then run the same command again to go on from the last checkpoint"
     )

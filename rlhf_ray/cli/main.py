@@ -147,6 +147,9 @@ def serve(
         str | None, typer.Option(help="generation engine; default: the run's if it can serve, else torch")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings along")] = False,
+    allow_special_tokens: Annotated[
+        bool, typer.Option(help="clients may write special tokens by their names; default: these are plain text")
+    ] = False,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="longest prompt; default: the model's positions less one")
     ] = None,
@@ -182,6 +185,7 @@ def serve(
         precision=precision,
         engine=engine,
         trust_remote_code=trust_remote_code,
+        allow_special_tokens=allow_special_tokens,
         limits=limits,
     )
 

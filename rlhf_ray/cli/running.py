@@ -15,7 +15,7 @@ from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES, all_needs_of
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
-from rlhf_ray.report.models import models_of_summary
+from rlhf_ray.report.models import asked, models_of_summary
 from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -84,7 +84,7 @@ def closing_words(folder: RunFolder, console: Console) -> None:
         console.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
     for sample in samples:
-        console.print(f"\n[dim]prompt[/]     {escape(one_line(sample['prompt'], 200))}")
+        console.print(f"\n[dim]prompt[/]     {escape(one_line(asked(sample), 200))}")
         for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last
             if model in sample:
                 style, answer = "bold" if model == "ppo" else "dim", one_line(response_of(sample, model), 240)

@@ -76,12 +76,12 @@ def asked_columns(recipe: Recipe) -> dict[str, Asked]:
     return {key: each for key, each in asked.items() if each is not None}
 
 
-def column_problems(recipe: Recipe, there: Iterable[str], where: str) -> list[str]:
-    """What the functions ask for and the prompts' rows lack, one sentence each."""
+def column_problems(recipe: Recipe, there: Iterable[str], where: str, perhaps: Sequence[str] = ()) -> list[str]:
+    """What the functions ask for and the prompts' rows lack, one sentence each. perhaps: columns that may turn up."""
     has = list(there)
     problems: list[str] = []
     for key, asked in asked_columns(recipe).items():
-        missing = [name for name in asked.needed if name not in has]
+        missing = [name for name in asked.needed if name not in has and name not in perhaps]
         if missing:
             problems.append(
                 f"{key}: its function asks for {_words(missing)}, but {where} "

@@ -74,6 +74,9 @@ class DataConfig(Section):
     truncate_prompt: Literal["left", "right", "drop"] = option(
         "left", "side of a long prompt that is cut, or drop the row"
     )
+    allow_special_tokens: bool = option(
+        False, "encode a special token's name in a row's text as the token; default: as plain text, whatever people wrote"
+    )
     drop_duplicates: bool = option(
         True, "drop rows that repeat another of the same source exactly; of prompts, those with the same text"
     )

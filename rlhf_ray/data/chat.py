@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os.path
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.models.chat_shape import ChatShape, chat_shape
+from rlhf_ray.models.control_tokens import Marker, control_names, marker_of
 
 Messages = list[dict]
 
@@ -46,6 +53,11 @@ def shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
     return shared
 
 
+def last_question(messages: Messages) -> str:
+    """What the user said last; "" where the user said nothing."""
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
 def drop_oldest_turn(messages: Messages) -> Messages | None:
     """Without the oldest message (system messages stay) and the replies to it; None if there is only one turn."""
     system = [message for message in messages if message["role"] == "system"]
@@ -56,30 +68,84 @@ def drop_oldest_turn(messages: Messages) -> Messages | None:
 
 
 class ChatFormat:
-    """Renders messages for one tokenizer (None: the plain form)."""
+    """Renders messages for one tokenizer (None: the plain form), and marks what they and other texts hold.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+    The names of control tokens in contents are marked, so that they are encoded as plain text; the template's own are
+    tokens. allow_special_tokens: nothing is marked. readers: further tokenizers that will encode the texts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        allow_special_tokens: bool = False,
+        readers: Sequence[PreTrainedTokenizerBase] = (),
+    ):
         self._tokenizer = tokenizer if tokenizer is not None and tokenizer.chat_template is not None else None
+        shape = ChatShape() if self._tokenizer is None else chat_shape(self._tokenizer)
+        all_readers = [] if allow_special_tokens else [each for each in (tokenizer, *readers) if each is not None]
+        self._mark, self._mark_reply = (
+            marker_of(frozenset().union(*(control_names(each, of_replies=of_replies) for each in all_readers)))
+            for of_replies in (False, True)
+        )
+        self._end, self._edges = shape.end, shape.may_join(self._mark.names)
+
+    def plain(self, text: str, *, reply: bool = False) -> str:
+        """A text of a data row or a request, with the names of control tokens marked."""
+        return (self._mark_reply if reply else self._mark)(text)
 
     def prompt(self, messages: Messages) -> str:
         """The text that a reply follows: it ends with the cue for the assistant."""
+        marked = self._marked(messages)
         if self._tokenizer is None:
-            return _plain(messages) + "Assistant:"
-        return _rendered(self._tokenizer, messages, cue=True)
+            return _plain(marked) + "Assistant:"
+        return _rendered(self._tokenizer, marked, cue=True)
 
     def reply(self, messages: Messages, reply: Messages) -> str:
-        """The text of a reply to `messages` as it follows `prompt(messages)`, without EOS and the space around it."""
+        """The text of a reply to `messages` as it follows `prompt(messages)`, without the token that ends it (EOS, the end
+        of a turn) and the space around that."""
         if not reply:
             return ""
+        reply = self._marked(reply)
         if self._tokenizer is None:
             first, *others = reply
             return f" {first['content']}" + "".join(f"\n\n{_line(message)}" for message in others)
         prompt = self.prompt(messages)
-        both = _rendered(self._tokenizer, messages + reply, cue=False)
-        # A template may render earlier turns differently (drop reasoning, say): `both` then begins differently.
-        text = both[len(prompt) :] if both.startswith(prompt) else "".join(message["content"] for message in reply)
-        eos = self._tokenizer.eos_token
-        return text.rstrip().removesuffix(eos).rstrip() if isinstance(eos, str) and eos in text else text.rstrip()
+        both = _rendered(self._tokenizer, self._marked(messages) + reply, cue=False)
+        text = both[len(prompt) :] if both.startswith(prompt) else _content(prompt, both, reply)
+        text = text.rstrip()
+        for end in dict.fromkeys((self._tokenizer.eos_token, self._end)):
+            if isinstance(end, str) and text.endswith(end):
+                return text.removesuffix(end).rstrip()
+        return text
+
+    def _marked(self, messages: Messages) -> Messages:
+        return [
+            {key: self._map_texts(value, self._mark_reply if message["role"] == "assistant" else self._mark)
+             for key, value in message.items()}
+            for message in messages
+        ]  # fmt: skip
+
+    def _map_texts(self, value: Any, mark: Marker) -> Any:
+        """The value with every text in it marked."""
+        if isinstance(value, str):
+            return mark(value, edges=self._edges)
+        if isinstance(value, Mapping):
+            return {key: self._map_texts(part, mark) for key, part in value.items()}
+        return [self._map_texts(part, mark) for part in value] if isinstance(value, list) else value
+
+
+def _content(prompt: str, both: str, reply: Messages) -> str:
+    """The reply's own text, where a template renders the turns otherwise once there is a reply (it drops reasoning, say).
+
+    A prompt may then end with the beginning of the reply (a "<think>" that the model is spared to write): that part goes.
+    """
+    text = "".join(message["content"] for message in reply)
+    begun = prompt[len(os.path.commonprefix([prompt, both])) :]
+    for start in (begun, begun.rstrip()):
+        if start.strip() and text.startswith(start):
+            return text.removeprefix(start)
+    return text
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, cue: bool) -> str:

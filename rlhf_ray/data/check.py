@@ -10,6 +10,7 @@ from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.prepare import LISTS, form_of, needed_lists, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
+from rlhf_ray.data.store import CHAT
 from rlhf_ray.errors import UserError
 
 
@@ -73,5 +74,6 @@ def _asked_problems(recipe: Recipe, given: list[str], others: dict[str, list[str
     for role in prompt_origins(given):
         there = others.get(role)
         if there is not None:
-            found += column_problems(recipe, there, f"data.{role}")
+            # Whether a prompt is a conversation, which has messages, is known once it is read.
+            found += column_problems(recipe, there, f"data.{role}", perhaps=(CHAT,))
     return found

@@ -5,6 +5,7 @@
 
 and, beside these, `key` (the uncut prompt, or the text where there is none; it decides what is held out),
 `messages` (the prompt's messages where there were any, else None) and `columns` (the other columns that stay, by name).
+Texts are marked where they name control tokens (`models.control_tokens`), unless the recipe allows special tokens.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _sft(row: dict, chat: ChatFormat) -> dict:
             return {"prompt": pair["prompt"], "response": pair["chosen"], "messages": pair["messages"]}
         row = {"prompt": row["prompt"], "response": row["chosen"]}
     if "text" in row:
-        return {"prompt": "", "response": row["text"] or "", "messages": None}
+        return {"prompt": "", "response": chat.plain(row["text"] or "", reply=True), "messages": None}
     return _answered(row, chat)
 
 
@@ -159,7 +160,7 @@ def _prompt(row: dict, chat: ChatFormat) -> dict:
         if messages and messages[-1]["role"] == "assistant":
             messages = split_reply(messages)[0]
         return {"prompt": chat.prompt(messages) if messages else "", "messages": messages}
-    return {"prompt": value or "", "messages": None}
+    return {"prompt": chat.plain(value or ""), "messages": None}
 
 
 def _answered(row: dict, chat: ChatFormat) -> dict:
@@ -176,7 +177,7 @@ def _answered(row: dict, chat: ChatFormat) -> dict:
     if isinstance(prompt, list) or isinstance(response, list):
         messages, reply = _joined(prompt, response)
         return {"prompt": chat.prompt(messages), "response": chat.reply(messages, reply), "messages": messages}
-    return {"prompt": prompt or "", "response": response or "", "messages": None}
+    return {"prompt": chat.plain(prompt or ""), "response": chat.plain(response or "", reply=True), "messages": None}
 
 
 def _pair(row: dict, chat: ChatFormat) -> dict:
@@ -206,7 +207,12 @@ def _pair(row: dict, chat: ChatFormat) -> dict:
     chosen, rejected = cast(str, chosen or ""), cast(str, rejected or "")  # a pair is of one kind
     if prompt is None and "prompt" not in row:
         prompt, chosen, rejected = implicit_prompt(chosen, rejected)
-    return {"prompt": prompt or "", "chosen": chosen, "rejected": rejected, "messages": None}
+    return {
+        "prompt": chat.plain(prompt or ""),
+        "chosen": chat.plain(chosen, reply=True),
+        "rejected": chat.plain(rejected, reply=True),
+        "messages": None,
+    }
 
 
 def _joined(prompt, response) -> tuple[list[dict], list[dict]]:

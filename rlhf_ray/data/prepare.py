@@ -20,8 +20,9 @@ from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
-from rlhf_ray.data.store import COLUMNS, write_role
+from rlhf_ray.data.store import COLUMNS, kept_columns, write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -68,8 +69,7 @@ def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple
     """UserError where a function asks for a column that the prompts lack: now, not after the models are trained."""
     problems = []
     for role in ("prompts", "eval_prompts"):
-        names = dict.fromkeys(name for row in written[role][0] for name in row["columns"])
-        problems += column_problems(recipe, names, f"data.{role}")
+        problems += column_problems(recipe, kept_columns(written[role][0]), f"data.{role}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -160,7 +160,7 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
         for where, source, rows in raw["sft"]:
             columns = detect(rows.column_names, source.columns, "sft", where)
             normalised = normalise(_rows_of(rows), columns, "sft", ChatFormat(blank))
-            texts += [row["prompt"] + row["response"] for row in normalised]
+            texts += [shown(row["prompt"] + row["response"]) for row in normalised]
         random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
         total = 0
         for count, text in enumerate(texts):
@@ -181,7 +181,10 @@ class _Preparation:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw):
         self._recipe, self._tokenizer, self._raw = recipe, tokenizer, raw
-        self._chat = ChatFormat(tokenizer)
+        self._others = _other_tokenizers(recipe)
+        self._chat = ChatFormat(
+            tokenizer, allow_special_tokens=recipe.data.allow_special_tokens, readers=list(self._others.values())
+        )
         self.tallies: dict[str, list[dict]] = {}
 
     def roles(self) -> dict[str, tuple[list[dict], tuple[str, ...]]]:
@@ -202,7 +205,7 @@ class _Preparation:
                 continue
             tokenizer = self._tokenizer
             if not section.starts_within_run:
-                tokenizer = load_tokenizer(section.base, recipe.model.trust_remote_code)
+                tokenizer = self._others[section.base]
             limits = self._limits(tokenizer, section.max_length, truncate_reply=section.truncate_reply)
             pool[role] = self._train_and_eval(role, section.objective, limits)
             for part, rows in zip(("train", "eval"), pool[role], strict=True):
@@ -296,6 +299,14 @@ class _Preparation:
         if tally.dropped:
             self.tallies["prompts_not_in_eval"] = [{"source": "the prompts that are left", **tally.as_dict()}]
         return kept
+
+
+def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
+    """Model -> its tokenizer, of the models that read the prepared text with another one than the policy's."""
+    sections = [preference_section(recipe, role) for role in ("preferences", "judge")]
+    names = [section.base for section in sections if section is not None and not section.starts_within_run]
+    names += [term.model for term in recipe.ppo.terms.values() if term.model not in (None, "reward")]
+    return {name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None}
 
 
 def prompt_origins(given: Collection[str]) -> tuple[str, ...]:

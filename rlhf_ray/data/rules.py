@@ -1,9 +1,11 @@
 """The rules that drop or cut rows. Every dropped or cut row is counted under its rule's name.
 
-dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie, special_token, duplicate, over_long,
-          in_eval_prompts, surplus_of_mix (tie: both replies are the same, as they came or once they are cut)
+dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie (both replies are the same, as they came or once they
+          are cut), special_token (only where the recipe allows special tokens), duplicate, over_long, in_eval_prompts,
+          surplus_of_mix
 cut       prompt (long prompt shortened), reply (long reply shortened), eos_text (an EOS written at a reply's end, which
           is added anyway), text (plain text that the trainer will cut at max_length)
+plain     rows that name a control token in what people wrote: its name is encoded as plain text
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rlhf_ray.config.base import LARGEST
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
 from rlhf_ray.data.formats import REPLIES, Role
 from rlhf_ray.data.tokens import cut_text, encode_prompts, encode_texts
+from rlhf_ray.models.control_tokens import is_marked, marker_of
 
 
 @dataclass(slots=True)
@@ -29,9 +32,11 @@ class Tally:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     cut: Counter = field(default_factory=Counter)
+    plain: int = 0
 
     def as_dict(self) -> dict:
-        return {"read": self.read, "kept": self.kept, "dropped": dict(self.dropped), "cut": dict(self.cut)}
+        counts = {"read": self.read, "kept": self.kept, "dropped": dict(self.dropped), "cut": dict(self.cut)}
+        return counts | ({"plain": self.plain} if self.plain else {})
 
     def in_words(self) -> str:
         """'tie: 3, over_long: 4'."""
@@ -71,7 +76,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
     if role == "pairs":
         rows = drop(rows, tally, "tie", _is_tie)
     special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
-    # Inside a reply this text would encode to the special token itself and end the reply early.
+    # Unmarked (the recipe allows special tokens) it would encode to the token itself and end the reply early.
     rows = drop(
         rows, tally, "special_token", lambda row: any(token in row[name] for name in replies for token in special)
     )
@@ -93,6 +98,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
         columns = ("prompt", *replies, *(("score",) if role == "scores" else ()))
         rows = drop(rows, tally, "duplicate", lambda row: _seen_before(tuple(row[name] for name in columns), seen))
     tally.kept += len(rows)
+    tally.plain += sum(any(is_marked(row[name]) for name in ("prompt", *replies)) for row in rows)
     return rows
 
 
@@ -124,10 +130,14 @@ def _number(value: object) -> float | None:
 
 
 def _strip_eos(rows: list[dict], replies: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
+    eos = tokenizer.eos_token
+    assert isinstance(eos, str), "load_tokenizer lets no tokenizer without EOS through"
+    written = (eos, marker_of(frozenset([eos]))(eos))
     for row in rows:
-        ended = [name for name in replies if row[name].rstrip().endswith(tokenizer.eos_token)]
+        ended = [name for name in replies if row[name].rstrip().endswith(written)]
         for name in ended:
-            row[name] = row[name].rstrip().removesuffix(tokenizer.eos_token)
+            text = row[name].rstrip()
+            row[name] = text.removesuffix(next(form for form in written if text.endswith(form)))
         tally.cut["eos_text"] += bool(ended)
     tally.cut += Counter()  # drops a zero count
 

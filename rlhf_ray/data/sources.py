@@ -25,7 +25,7 @@ from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
 from rlhf_ray.data.values import NUMBERS, as_numbers, check_one_type, check_values
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.hub import look_up
 
 Rows = Dataset | TextRows
@@ -283,20 +283,16 @@ def _call(where: str, path: str, load: Callable):
         return load()
     except DatasetGenerationError as error:
         raise UserError(
-            f"{where}: '{path}' could not be read ({_first_line(error.__cause__ or error)}); correct the file"
+            f"{where}: '{path}' could not be read ({whole_message(error.__cause__ or error)}); correct the file"
         ) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({_first_line(error)}); "
+            f"{where}: the data set '{path}' is not on the hub or the hub cannot be reached ({whole_message(error)}); "
             "check the name, or give a local copy with data.root"
         ) from error
     except (ValueError, OSError, EOFError, KeyError, pa.ArrowException) as error:
         raise UserError(
-            f"{where}: '{path}' could not be loaded ({_first_line(error)}); correct path, name or split"
+            f"{where}: '{path}' could not be loaded ({whole_message(error)}); correct path, name or split"
         ) from error
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -8,16 +8,19 @@
 
 reward_eval_<name> and judge_eval_<name> are further held-out sets, where a builder makes them.
 
-All text, already in the chat template, so that any tokenizer can read it.
+All text, already in the chat template, so that any tokenizer can read it. What people wrote is marked where it names a
+control token (`models.control_tokens`; `shown` takes the marks out). Prompts that are conversations keep their messages in
+the column `messages`, as JSON, unless the data has a column of that name.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +39,8 @@ COLUMNS = {
     "sft": ("prompt", "response"),
     "prompts": ("prompt",),
 }
+CHAT = "messages"  # of a prompt that is a conversation
+JSON = {b"holds": b"JSON"}  # metadata of a column that we wrote as JSON
 ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts")
 
 
@@ -47,8 +52,12 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
     table = pa.Table.from_pydict({column: [row[column] for row in rows] for column in columns}, schema=schema)
     if role.endswith("prompts"):
         others = [row.get("columns", {}) for row in rows]
-        for name in dict.fromkeys(name for each in others for name in each):
-            table = table.append_column(name, _array(name, [each.get(name) for each in others], role))
+        for name in kept_columns(rows):
+            if any(name in each for each in others):
+                table = table.append_column(name, _array(name, [each.get(name) for each in others], role))
+            else:
+                texts = [json.dumps(row["messages"], default=str) if row.get("messages") else None for row in rows]
+                table = table.append_column(pa.field(name, pa.string(), metadata=JSON), pa.array(texts, pa.string()))
     target: Path = folder.data(role)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -56,6 +65,12 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())  # on the disk before DONE is written
     os.replace(temporary, target)
+
+
+def kept_columns(rows: Sequence[dict]) -> list[str]:
+    """The names of the columns that prompts keep."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("columns", {})))
+    return [*names, CHAT] if CHAT not in names and any(row.get("messages") for row in rows) else names
 
 
 def has_role(folder: RunFolder, role: str) -> bool:
@@ -71,7 +86,7 @@ def read_role(folder: RunFolder, role: str) -> Dataset:
 
 
 def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
-    """The prompts of the role "prompts" or "eval_prompts". Raises as `read_role`.
+    """The prompts of the role "prompts" or "eval_prompts", marked, to encode. Raises as `read_role`.
 
     PPO's processes read nothing else. Without an import of `datasets` each starts half a second sooner.
     """
@@ -79,23 +94,46 @@ def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
 
 
 class PromptColumns:
-    """The other columns of a role's prompts. They stay in Arrow's memory; only rows asked for become Python values."""
+    """A role's prompts and their other columns. They stay in Arrow's memory; only rows asked for become Python values."""
 
     def __init__(self, table: pa.Table):
         self._table = table
+        self.names: list[str] = [name for name in table.column_names if name != "prompt"]
+        self._json = [name for name in self.names if (table.schema.field(name).metadata or {}).get(b"holds") == b"JSON"]
 
-    @property
-    def names(self) -> list[str]:
-        return self._table.column_names
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def prompts(self, rows: Sequence[int]) -> list[str]:
+        """The stored text of these rows, marked."""
+        return self._rows(["prompt"], rows)["prompt"]
 
     def of(self, rows: Sequence[int]) -> dict[str, list]:
-        """name -> the values of these rows, in their order."""
-        return self._table.take(pa.array(rows, pa.int64())).to_pydict() if self.names else {}
+        """name of another column -> the values of these rows, in their order."""
+        values = self._rows(self.names, rows) if self.names else {}
+        return values | {name: [_read(text) for text in values[name]] for name in self._json}
+
+    def messages(self, rows: Sequence[int]) -> list[list[dict] | None]:
+        """The conversations that these rows are; None where a prompt is plain text."""
+        if CHAT not in self._json:
+            return [None] * len(rows)
+        return [_read(text) for text in self._rows([CHAT], rows)[CHAT]]
+
+    def take(self, rows: Sequence[int]) -> PromptColumns:
+        """These rows alone."""
+        return PromptColumns(self._table.take(pa.array(rows, pa.int64())))
+
+    def _rows(self, names: list[str], rows: Sequence[int]) -> dict[str, list]:
+        return self._table.select(names).take(pa.array(rows, pa.int64())).to_pydict()
+
+
+def _read(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
 
 
 def read_prompt_columns(folder: RunFolder, role: str = "prompts") -> PromptColumns:
-    """The other columns of the role "prompts" or "eval_prompts". Raises as `read_role`."""
-    return PromptColumns(pq.read_table(_path(folder, role), columns=prompt_columns(folder, role)))
+    """The prompts and other columns of the role "prompts" or "eval_prompts". Raises as `read_role`."""
+    return PromptColumns(pq.read_table(_path(folder, role)))
 
 
 def prompt_columns(folder: RunFolder, role: str) -> list[str]:

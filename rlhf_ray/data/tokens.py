@@ -1,8 +1,11 @@
 """How text becomes token ids. SFT, reward model, PPO, evaluation and serving all use this module.
 
-A sequence is encode(prompt) + encode(response) + [EOS]. Prompt and response are encoded separately, so the ids of a
-prompt do not depend on what follows it, and the boundary between the two is exact. Where the tokenizer puts a
-BOS token before every text (Llama, Gemma), the sequence has one BOS, before the prompt.
+A sequence is encode(prompt) + encode(response) + [closing]. Prompt and response are encoded separately, so the ids of a
+prompt do not depend on what follows it, and the boundary between the two is exact. The closing token is the end of a turn
+where the prompt opens a turn of the tokenizer's chat template, else EOS: one token, the one that generation ends at. Where
+the tokenizer puts a BOS token before every text (Llama, Gemma), the sequence has one BOS, before the prompt.
+
+Texts may be marked (`models.control_tokens`): the name of a control token is then plain text.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.models.chat_shape import closing_ids
+from rlhf_ray.models.control_tokens import encode_marked, is_marked, marker
 from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
 
 BATCH = 1000  # texts per call to the tokenizer
@@ -42,26 +47,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[tuple[list[int], int]]:
-    """For each prompt and response: (ids with EOS at the end, number of prompt ids)."""
-    eos = eos_id(tokenizer)
+    """For each prompt and response: (ids with the closing token at the end, number of prompt ids)."""
     heads, tails = encode_prompts(tokenizer, prompts), encode_texts(tokenizer, responses)
-    return [(head + tail + [eos], len(head)) for head, tail in zip(heads, tails, strict=True)]
+    closings = closing_ids(tokenizer, prompts)
+    return [(head + tail + [end], len(head)) for head, tail, end in zip(heads, tails, closings, strict=True)]
 
 
 def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Literal["left", "right"]) -> str:
     """`text`, cut on its left or right side until it encodes to at most `limit` ids.
 
     The result is text, because text is what is stored. A cut text may encode differently from the ids that it was cut
-    from, so cutting goes on until the text's own encoding fits.
+    from, so cutting goes on until the text's own encoding fits. A text with marks is marked again.
     """
     if limit <= 0:
         return ""
+    mark = marker(tokenizer) if is_marked(text) else str
     ids = encode_texts(tokenizer, [text])[0]
     keep = min(limit, len(ids))
     while len(ids) > limit:
         kept = ids[-keep:] if side == "left" else ids[:keep]
         text = decode(tokenizer, kept, special_tokens=True)
-        text = text.lstrip(REPLACEMENT) if side == "left" else text.rstrip(REPLACEMENT)
+        text = mark(text.lstrip(REPLACEMENT) if side == "left" else text.rstrip(REPLACEMENT))
         ids, keep = encode_texts(tokenizer, [text])[0], keep - 1
         if keep < 0:
             return ""
@@ -69,10 +75,13 @@ def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, side: Li
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of many texts as they are: no special tokens around them."""
+    """The ids of many texts as they are, no special tokens around them. Marked names of control tokens are plain text."""
     rows: list[list[int]] = []
     for start in range(0, len(texts), BATCH):
         batch = list(texts[start : start + BATCH])
         # verbose=False: no warning about texts above the tokenizer's model_max_length; limits are checked elsewhere.
         rows += tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
+    marked = [place for place, text in enumerate(texts) if is_marked(text)]
+    for place, ids in zip(marked, encode_marked(tokenizer, [texts[place] for place in marked]) if marked else [], strict=True):
+        rows[place] = ids
     return rows

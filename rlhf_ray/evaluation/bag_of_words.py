@@ -22,6 +22,7 @@ import pandas as pd
 
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
 
@@ -32,7 +33,7 @@ def _rows(folder: RunFolder, role: str) -> pd.DataFrame:
     path = folder.data(role)
     if not path.exists():
         raise UserError(f"{path} does not exist; run the data stage of the recipe first")
-    return pd.read_parquet(path)
+    return pd.read_parquet(path).map(lambda value: shown(value) if isinstance(value, str) else value)
 
 
 def _texts(rows: pd.DataFrame, column: str) -> list[str]:

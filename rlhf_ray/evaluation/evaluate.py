@@ -16,7 +16,7 @@ import torch
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
-from rlhf_ray.data.store import check_columns, read_prompt_columns, read_prompts
+from rlhf_ray.data.store import PromptColumns, check_columns, read_prompt_columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners, win_rate
 from rlhf_ray.evaluation.evidence import Evidence, Rated
@@ -24,12 +24,15 @@ from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
 from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.messages import Scores
+from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.answers import score_answers
 from rlhf_ray.rewards.finite import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.rewards.standing import standings
+from rlhf_ray.roles.text import answers_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as
@@ -73,7 +76,10 @@ class _Evaluation:
         self.device = device
         self.dtype = _dtype(recipe.ppo.precision, device)
         self.seeds = recipe.evaluation.seeds
-        self.prompts, columns = held_out_prompts(recipe, folder)
+        held_out = held_out_prompts(recipe, folder)
+        places = range(len(held_out))
+        self.prompts, columns = held_out.prompts(places), held_out.of(places)
+        self.messages = held_out.messages(places)
         self.repeated = [prompt for prompt in self.prompts for _ in self.seeds]  # [N]
         self.columns = {name: [value for value in each for _ in self.seeds] for name, each in columns.items()}
         self.tuned = tuned_stages(recipe)
@@ -94,7 +100,8 @@ class _Evaluation:
         self._fluency(sft)
         path = self.folder.stage("evaluation").path / "samples.jsonl"
         responses = {name: each.responses for name, each in self.evidence.items()}
-        write_samples(path, self.prompts, self.seeds, responses, {name: _told(each) for name, each in self.evidence.items()})
+        told = {name: _told(each) for name, each in self.evidence.items()}
+        write_samples(path, [shown(prompt) for prompt in self.prompts], self.messages, self.seeds, responses, told)
         return self._summary(kl, {name: estimates_of(each) for name, each in self.evidence.items()})
 
     def _load(self, path) -> LanguageModel:
@@ -119,8 +126,9 @@ class _Evaluation:
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
         )
         self.evidence[name] = Evidence(
-            recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn
-        )
+            recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn,
+            tokenizer=model.tokenizer,
+        )  # fmt: skip
 
     def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature
@@ -147,12 +155,17 @@ class _Evaluation:
         if path is not None:
             self._report("traits", 0, 1)
             for each in self.evidence.values():
-                each.traits = trait_scores(path, each.prompts, each.responses.texts, each.columns)
+                prompts = [shown(prompt) for prompt in each.prompts]
+                each.traits = trait_scores(path, prompts, each.responses.texts, each.columns)
 
     def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
-        texts = each.responses.texts
-        scores = scorer.score(each.prompts, texts, each.responses.ended.tolist(), each.columns)
-        return check_scores(scores, f"the score of {type(scorer).__name__} is", each.prompts, texts)
+        drawn = each.responses
+        answers = answers_of(
+            each.tokenizer, each.prompts, drawn.prompt_ids, drawn.response_ids, drawn.ended.tolist(),
+            stop=self.recipe.generation.stop, columns=each.columns,
+        )  # fmt: skip
+        scores = score_answers(scorer, answers)
+        return check_scores(scores, f"the score of {type(scorer).__name__} is", each.prompts, drawn.texts)
 
     def _fluency(self, sft: LanguageModel) -> None:
         self._report("perplexity", 0, 1)
@@ -285,14 +298,13 @@ def reward_in_words(recipe: Recipe) -> str:
     return f"{reward.members} reward models ({reward.combine})"
 
 
-def held_out_prompts(recipe: Recipe, folder: RunFolder) -> tuple[list[str], dict[str, list]]:
-    """(prompts, their other columns): `evaluation.prompts` of the held-out ones (or all there are), drawn by the recipe's
-    seed, in their order."""
-    prompts = read_prompts(folder, "eval_prompts")
-    if not prompts:
+def held_out_prompts(recipe: Recipe, folder: RunFolder) -> PromptColumns:
+    """`evaluation.prompts` of the held-out prompts (or all there are), drawn by the recipe's seed, in their order."""
+    prompts = read_prompt_columns(folder, "eval_prompts")
+    if not len(prompts):
         raise UserError(f"{folder.data('eval_prompts')} holds no prompts; set data.eval_prompts or give more prompts")
     chosen = sorted(np.random.default_rng(recipe.seed).permutation(len(prompts))[: recipe.evaluation.prompts].tolist())
-    return [prompts[i] for i in chosen], read_prompt_columns(folder, "eval_prompts").of(chosen)
+    return prompts.take(chosen)
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

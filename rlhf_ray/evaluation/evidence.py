@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from rlhf_ray.config.columns import Columns
 from rlhf_ray.evaluation.estimates import Estimate, Resampler
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +31,10 @@ class Evidence:
 
     recipe: Recipe
     resampler: Resampler
-    prompts: list[str]  # [N]: each as often as there are seeds
+    prompts: list[str]  # [N], as stored: each as often as there are seeds
     columns: Columns  # the prompts' other columns, [N] each
     responses: Responses
+    tokenizer: PreTrainedTokenizerBase  # of the model that drew them
     scores: Scores | None = None  # by PPO's reward
     judge: np.ndarray | None = None  # [N], normalised
     judge_scale: tuple[float, float] = (0.0, 1.0)  # (mean, deviation) that the judge is normalised with

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -95,19 +95,23 @@ def draw_responses(
 def write_samples(
     path: Path,
     prompts: Sequence[str],
+    messages: Sequence[list[dict] | None],
     seeds: Sequence[int],
     models: dict[str, Responses],
     scores: dict[str, dict[str, np.ndarray | None]],
 ) -> None:
     """One object per line for every (seed, prompt): the prompt and each model's response with its scores.
 
+    messages: of prompts that are conversations, their turns; they stand beside the text that the template makes of them
     scores: model -> scorer ("score", "judge") -> [N] or None
     """
     lines = []
     for position, seed in enumerate(seeds):
         for index, prompt in enumerate(prompts):
             i = index * len(seeds) + position
-            row = {"prompt": prompt, "index": index, "seed": seed}
+            row: dict[str, Any] = {"prompt": prompt, "index": index, "seed": seed}
+            if messages[index]:
+                row["messages"] = messages[index]
             for name, responses in models.items():
                 row[name] = {
                     "response": responses.texts[i],

@@ -13,6 +13,7 @@ from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
+from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 
@@ -66,8 +67,9 @@ class LanguageModel:
         return sums
 
     def encode(self, prompts: Sequence[str], responses: Responses) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(prompt_ids, response_ids) in this model's own tokenizer; EOS only where the response ended by itself."""
-        pairs = encode_pairs(self.tokenizer, prompts, responses.texts)
+        """(prompt_ids, response_ids) in this model's own tokenizer; a closing token only where the response ended by itself."""
+        mark = marker(self.tokenizer, of_replies=True)
+        pairs = encode_pairs(self.tokenizer, prompts, [mark(text) for text in responses.texts])
         rows = [
             (np.array(ids if end else ids[:-1], np.int32), length)
             for (ids, length), end in zip(pairs, responses.ended, strict=True)

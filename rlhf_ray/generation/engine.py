@@ -19,6 +19,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.row_batch import Request, RowBatch
+from rlhf_ray.models.chat_shape import end_ids
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
 
@@ -34,7 +35,7 @@ class GenerationEngine:
     """Draws responses from a Hugging Face causal LM, which it takes over (evaluation mode, device).
 
     max_rows: rows of the open batch; further requests wait (`generate` runs whatever batch it is given).
-    eos_token_ids: tokens that end a response; default: the tokenizer's EOS.
+    eos_token_ids: tokens that end a response; default: the tokenizer's (`models.chat_shape.end_ids`).
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class GenerationEngine:
         if eos_token_ids is None:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
-            eos_token_ids = [tokenizer.eos_token_id]
+            eos_token_ids = end_ids(tokenizer)
         self.model = model if device is None else to_device(model, device)
         self.tokenizer, self.max_rows, self.eos_token_ids = tokenizer, max_rows, tuple(eos_token_ids)
         self.decoder = RaggedDecoder(self.model)

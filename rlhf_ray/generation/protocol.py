@@ -86,5 +86,5 @@ class EngineSetting:
     rows: int = 32  # that decode at a time
     longest: int | None = None  # tokens of the longest prompt with its response; None: what the model has positions for
     probes: Sequence[Tokens] = ()  # some prompts, to try new weights on
-    eos_token_ids: Sequence[int] | None = None  # tokens that end a response; None: the tokenizer's EOS
+    eos_token_ids: Sequence[int] | None = None  # tokens that end a response; None: those of the tokenizer
     trust_remote_code: bool = False

@@ -24,6 +24,7 @@ from rlhf_ray.config.sampling import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.generation.vllm_build import vllm_problem
+from rlhf_ray.models.chat_shape import end_ids
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
 from rlhf_ray.tables.engines import ENGINES
@@ -83,7 +84,7 @@ class VllmEngine:
         if eos_token_ids is None:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
-            eos_token_ids = [tokenizer.eos_token_id]
+            eos_token_ids = end_ids(tokenizer)
         self.model, self.eos_token_ids, self.longest = to_device(model, self.device).eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]

@@ -25,9 +25,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.activation import fast_activation
+from rlhf_ray.models.chat_shape import saved_ends
 from rlhf_ray.models.finite import refuse_bad
+from rlhf_ray.models.generation_defaults import impossible, mended
 from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
 
@@ -60,7 +62,8 @@ def build_causal_lm(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         model = load_causal_lm(cfg.name_or_path, trust_remote_code=cfg.trust_remote_code)
         fit_embeddings(model, tokenizer)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = saved_ends(tokenizer)
     return model
 
 
@@ -260,8 +263,12 @@ def save_model(
     """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
 
     It is written beside `folder`, flushed to disk and renamed; what was there before is replaced. `state_dict`
-    overrides the model's own weights (gathered ones, say). NotFinite, and nothing is written, where one is not finite.
+    overrides the model's own weights (gathered ones, say). generation_config gets every token that ends a response. NotFinite,
+    and nothing is written, where a weight is not finite.
     """
+    if model.can_generate():
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = saved_ends(tokenizer, model.generation_config.eos_token_id)
     folder = Path(folder)
     buffers = dict(model.named_buffers())  # masks may hold infinities
     weights = (model.state_dict() if state_dict is None else state_dict).items()
@@ -299,9 +306,13 @@ def _load(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of missing weights; what matters is raised below
     try:
+        without = impossible(path)
+        if without:  # those that transformers does not take out of a config by itself
+            kept = vars(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+            kwargs |= {name: None for name in without if name in kept}
         model, info = auto.from_pretrained(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **kwargs,
+            output_loading_info=True, generation_config=mended(path), **kwargs,
         )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_cannot_load(path, error)) from error
@@ -325,5 +336,4 @@ def _cannot_load(path: str | Path, error: BaseException) -> str:
                 f"'{path}' holds no safetensors weights ({', '.join(sorted(names)[:6])}); pickled weights are not "
                 "loaded because they can run code: convert them with save_pretrained"
             )
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"no model could be loaded from '{path}' ({first}); give a Hugging Face folder or hub name"
+    return f"no model could be loaded from '{path}' ({whole_message(error)}); give a Hugging Face folder or hub name"

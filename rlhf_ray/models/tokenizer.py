@@ -1,7 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the recipe's own text, or a Hugging Face one made safe for RLHF.
 
-Safe means that EOS and PAD exist and differ. Where PAD is EOS, sequence classification pools the token before EOS and
-a mask made from pad ids hides the one token that ends a reply.
+Safe means that EOS exists, and a PAD that ends no response. Where PAD is EOS, sequence classification pools the token
+before EOS and a mask made from pad ids hides the one token that ends a reply.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
+from rlhf_ray.models.chat_shape import end_ids
+from rlhf_ray.models.control_tokens import ENDS_KEY
+from rlhf_ray.models.generation_defaults import read_json
 from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
 
@@ -63,17 +66,18 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A folder's or the hub's tokenizer, with a PAD of its own (added if missing or the same as EOS).
+    """A folder's or the hub's tokenizer, with a PAD of its own (added if missing or a token that ends responses).
 
-    An added PAD may need one more row in the embeddings: `models.load.fit_embeddings`. Raises UserError if there is no
-    tokenizer, or none with EOS.
+    It knows the tokens that end a response (`chat_shape.end_ids`): those of the model's generation_config beside EOS stay
+    with it wherever it is saved. An added PAD may need one more row in the embeddings: `models.load.fit_embeddings`. Raises
+    UserError if there is no tokenizer, or none with EOS.
     """
     look_up(path_or_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code)
     except Exception as error:  # fault boundary: the tokenizers library raises a bare Exception for a broken file
         raise UserError(
-            f"no tokenizer could be loaded from '{path_or_name}' ({_first_line(error)}); "
+            f"no tokenizer could be loaded from '{path_or_name}' ({whole_message(error)}); "
             "give a Hugging Face folder or hub name that holds one"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -81,9 +85,26 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
             f"the tokenizer of '{path_or_name}' has no EOS token, so no reply could end; "
             'set "eos_token" in its tokenizer_config.json'
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    ends = [*tokenizer.init_kwargs.get(ENDS_KEY, ()), *_declared_ends(path_or_name, tokenizer)]
+    ends = [number for number in dict.fromkeys(ends) if number != tokenizer.eos_token_id]
+    if ends:
+        tokenizer.init_kwargs[ENDS_KEY] = ends
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_ids(tokenizer):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def _declared_ends(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the model's generation_config (without it: its config) says ends a response.
+
+    A single number counts where it is an added token: it may as well be the default of a config whose author set none.
+    """
+    values = read_json(path, "generation_config.json") or read_json(path, "config.json") or {}
+    found = values.get("eos_token_id")
+    if isinstance(found, int):
+        found = [found] if found in tokenizer.added_tokens_decoder else []
+    several = found if isinstance(found, list) else []
+    return [number for number in several if isinstance(number, int) and 0 <= number < len(tokenizer)]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -118,9 +139,7 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     """Whether two tokenizers give every text the same ids: a model of the one can read ids of the other."""
     if one.get_vocab() != other.get_vocab() or one.eos_token_id != other.eos_token_id:
         return False
-    probe = "Two words, 12 numbers\n\nand  spaces: café."
-    return one(probe, add_special_tokens=False).input_ids == other(probe, add_special_tokens=False).input_ids
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    probes = ["Two words, 12 numbers\n\nand  spaces: café.", " ", "\tCAF\u0045\u0301 \u2167 \ufb01"]
+    return all(
+        one(probe, add_special_tokens=False).input_ids == other(probe, add_special_tokens=False).input_ids for probe in probes
+    )

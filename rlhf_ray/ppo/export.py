@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.stage_table import model_names
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 if TYPE_CHECKING:
@@ -69,9 +69,8 @@ def _push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(folder_path=str(folder), repo_id=repository)
     except (HTTPError, HFValidationError, OSError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"can't upload to '{repository}' ({first}); the folder {folder} is written; "
+            f"can't upload to '{repository}' ({whole_message(error)}); the folder {folder} is written; "
             "check the name, the network and `hf auth login`"
         ) from error
 

@@ -32,3 +32,9 @@ def over_sft(summary: Mapping[str, Any], model: str) -> Mapping[str, Any]:
 
 def title(model: str) -> str:
     return model.upper()
+
+
+def asked(row: Mapping[str, Any]) -> str:
+    """What the prompt of such a line asks: of a conversation, the user's last turn."""
+    turns = row.get("messages") or []
+    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), row["prompt"])

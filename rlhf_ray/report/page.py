@@ -136,8 +136,18 @@ def _shown(samples: list[dict], recipe: dict, names: RunNames) -> dict[str, list
     rest = [row for row in first_seed[count:] if row["ppo"].get(key) is not None and row["sft"].get(key) is not None]
     worst = sorted(rest, key=lambda row: row["ppo"][key] - row["sft"][key])[:WORST]
     worst = [row for row in worst if row["ppo"][key] < row["sft"][key]]
-    return {name: [{"prompt": row["prompt"], "replies": _replies(row, names)} for row in rows]
-            for name, rows in (("first", first_seed[:count]), ("worst", worst))}  # fmt: skip
+    parts = {"first": first_seed[:count], "worst": worst}
+    told: set[str] = set()  # system prompts that stand above already
+    return {name: [{"turns": _turns(row, told), "prompt": row["prompt"], "replies": _replies(row, names)} for row in rows]
+            for name, rows in parts.items()}  # fmt: skip
+
+
+def _turns(row: dict, told: set[str]) -> list[tuple[str, str]]:
+    """(role, text) of each turn of a conversation; none for a plain prompt. A system prompt is shown once on the page."""
+    turns = [(message["role"], message["content"]) for message in row.get("messages") or []]
+    shown_turns = [(role, text if role != "system" or text not in told else "(as above)") for role, text in turns]
+    told |= {text for role, text in turns if role == "system"}
+    return shown_turns
 
 
 def _replies(row: dict, names: RunNames) -> list[dict]:

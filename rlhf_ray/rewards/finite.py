@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.messages import Scores
+from rlhf_ray.models.control_tokens import shown
 
 SHOWN = 200  # characters of a text in a message
 
@@ -62,7 +63,7 @@ def check_finite(
     row = {name: given[place] for name, given in (columns or {}).items()}
     value = float(values[place])
     overflow = ", which is infinite as a 32-bit float" if np.isfinite(value) else ""
-    sample = sample_words(prompts[place][-SHOWN:], responses[place][:SHOWN], row)
+    sample = sample_words(shown(prompts[place])[-SHOWN:], responses[place][:SHOWN], row)
     error = kind(f"{source} {value:g} for {sample}{overflow}{remedy and '; '}{remedy}")
     error.place = place
     raise error

@@ -3,11 +3,11 @@ sum of these.   B responses.   `rewards.from_recipe` makes the scorer that a rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
+from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward
 from rlhf_ray.models.load import (
@@ -28,17 +29,21 @@ from rlhf_ray.models.load import (
     reward_normalisation,
     to_device,
 )
-from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id
+from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id, same_tokens
+from rlhf_ray.rewards.answers import Answers, score_answers
 from rlhf_ray.rewards.finite import ModelScore, UserScore, check_finite, sample_words
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
 from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 from rlhf_ray.training.classifier import line_logits, pack_classifier
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MODEL_REMEDY = "look at its weights and its config's reward_mean and reward_std, or set ppo.precision to float32"
 
 
 class Scorer(Protocol):
-    """Gives each response one score."""
+    """Gives each response one score. One that reads more than text has `answers.AnswerScorer`'s method, too."""
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
@@ -51,7 +56,8 @@ class Scorer(Protocol):
 class RewardScorer:
     """A reward model with its own tokenizer, whatever the policy's is. Scores are normalised: (raw - mean) / std.
 
-    A text longer than the model's positions keeps its end: the score is read at the last token.
+    With the policy's own tokenizer it reads the policy's token ids, else the text. A text longer than the model's positions
+    keeps its end: the score is read at the last token.
     """
 
     def __init__(
@@ -73,12 +79,24 @@ class RewardScorer:
         self.pad_token_id = self._padding()
         self.packed = pack_classifier(self.model)
         self._last_feed_forward = last_feed_forward(self.model)
+        self._policy: tuple[PreTrainedTokenizerBase, bool] | None = None  # and whether its token ids are this model's
+
+    def score_answers(self, answers: Answers) -> Scores:
+        if self._policy is None or self._policy[0] is not answers.tokenizer:
+            self._policy = answers.tokenizer, same_tokens(self.tokenizer, answers.tokenizer)
+        if self._policy[1]:
+            return self._score_ids([list(ids) for ids in answers.token_ids], answers.prompts, answers.responses)
+        mark = marker(self.tokenizer, of_replies=True)
+        return self.score(answers.prompts, [mark(text) for text in answers.responses], answers.ended)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
         rows = encode_pairs(self.tokenizer, prompts, responses)
         token_ids = [ids if end else ids[:-1] for (ids, _), end in zip(rows, ended, strict=True)]
+        return self._score_ids(token_ids, prompts, responses)
+
+    def _score_ids(self, token_ids: list[list[int]], prompts: Sequence[str], responses: Sequence[str]) -> Scores:
         token_ids = [ids[-(self.positions or 0) :] or [eos_id(self.tokenizer)] for ids in token_ids]
         scores = [self._raw(token_ids[i : i + self.batch_size]) for i in range(0, len(token_ids), self.batch_size)]
         raw = np.concatenate(scores) if scores else np.empty(0, np.float32)
@@ -133,7 +151,15 @@ class EnsembleScorer:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
-        each = np.stack([member.score(prompts, responses, ended, columns).total for member in self.members])  # [M, B]
+        scores = [member.score(prompts, responses, ended, columns) for member in self.members]
+        return self._combined(scores, prompts, responses)
+
+    def score_answers(self, answers: Answers) -> Scores:
+        scores = [score_answers(member, answers) for member in self.members]
+        return self._combined(scores, answers.prompts, answers.responses)
+
+    def _combined(self, scores: list[Scores], prompts: Sequence[str], responses: Sequence[str]) -> Scores:
+        each = np.stack([part.total for part in scores])  # [M, B]
         together = torch.from_numpy(each)
         combined = combine_scores(together, combine=self.combine, std=self.std).numpy()
         return Scores(
@@ -160,13 +186,18 @@ class WeightedSum:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
+        return self._sum(lambda scorer: scorer.score(prompts, responses, ended, columns), prompts, responses)
+
+    def score_answers(self, answers: Answers) -> Scores:
+        return self._sum(lambda scorer: score_answers(scorer, answers), answers.prompts, answers.responses)
+
+    def _sum(self, score: Callable[[Scorer], Scores], prompts: Sequence[str], responses: Sequence[str]) -> Scores:
         scorers = {name: term.scorer for name, term in self.terms.items()}
-        given = prompts, responses, ended, columns
-        waiting = {name: self._threads.submit(scorers[name].score, *given) for name in self.aside}
+        waiting = {name: self._threads.submit(score, scorers[name]) for name in self.aside}
         here: dict[int, Scores] = {}  # a model that is part of two terms scores once
         for name, scorer in scorers.items():
             if name not in waiting and id(scorer) not in here:
-                here[id(scorer)] = scorer.score(*given)
+                here[id(scorer)] = score(scorer)
         parts = {
             name: waiting[name].result() if name in waiting else here[id(scorer)] for name, scorer in scorers.items()
         }

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.config.columns import Columns
+from rlhf_ray.config.columns import NO_COLUMNS
+from rlhf_ray.data.chat import last_question
 from rlhf_ray.data.store import PromptColumns
-from rlhf_ray.messages import Chunk, RolloutBatch, Scores
+from rlhf_ray.messages import RolloutBatch, Scores
+from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.rewards.answers import Answers, score_answers
 from rlhf_ray.rewards.finite import ModelScore, UserScore, check_scores
 from rlhf_ray.rewards.scorer import Scorer
-from rlhf_ray.roles.text import decode_sequences
+from rlhf_ray.roles.text import answers_of
 
 
 class Reward:
-    """Scores the policy's token ids: they are decoded to text, and the scorer encodes it with its own tokenizer."""
+    """Scores the policy's responses. A scorer gets the stored text of their prompts, or the policy's token ids."""
 
     def __init__(
         self,
@@ -26,7 +29,8 @@ class Reward:
         trust_remote_code: bool = False,
         columns: tuple[PromptColumns, PromptColumns] | None = None,
     ):
-        """columns: the other columns of the prompts and of the held-out prompts, for scorers that ask for them."""
+        """columns: the prompts and the held-out prompts, with the other columns that scorers ask for. Without them, a
+        prompt's text is that of its token ids."""
         self.columns = columns
         self.scorer, self.judge_scorer, self.stop = scorer, judge, stop
         self.tokenizer = load_tokenizer(policy_folder, trust_remote_code)
@@ -41,17 +45,28 @@ class Reward:
         return self._score(self.judge_scorer, rollout, "judge")
 
     def _score(self, scorer: Scorer, rollout: RolloutBatch, name: str) -> Scores:
-        prompts, responses = decode_sequences(self.tokenizer, rollout.sequences, self.stop)
+        answers = self._answers(rollout)
         try:
-            scores = scorer.score(prompts, responses, rollout.ended.tolist(), self._columns_of(rollout.chunk))
-            return check_scores(scores, f"the {name}'s score ({type(scorer).__name__}) is", prompts, responses)
+            scores = score_answers(scorer, answers)
+            source = f"the {name}'s score ({type(scorer).__name__}) is"
+            return check_scores(scores, source, answers.prompts, answers.responses)
         except (UserScore, ModelScore) as error:
             raise type(error)(f"{error} ({rollout.chunk.where(error.place)})") from error
 
-    def _columns_of(self, chunk: Chunk) -> Columns:
-        return {} if self.columns is None else self.columns[chunk.evaluation].of(chunk.prompt_indices)
+    def _answers(self, rollout: RolloutBatch) -> Answers:
+        chunk, sequences = rollout.chunk, rollout.sequences
+        rows = None if self.columns is None else self.columns[chunk.evaluation]
+        return answers_of(
+            self.tokenizer, None if rows is None else rows.prompts(chunk.prompt_indices), sequences.prompts(),
+            sequences.responses(), rollout.ended.tolist(), stop=self.stop,
+            columns=NO_COLUMNS if rows is None else rows.of(chunk.prompt_indices),
+        )  # fmt: skip
 
     def texts(self, rollout: RolloutBatch, count: int) -> list[tuple[str, str]]:
-        """The first `count` (prompt, response) pairs, to show."""
-        prompts, responses = decode_sequences(self.tokenizer, rollout.sequences, self.stop)
-        return list(zip(prompts, responses, strict=True))[:count]
+        """The first `count` (prompt, response) pairs, to show; of a conversation, the user's last turn."""
+        answers, places = self._answers(rollout), rollout.chunk.prompt_indices
+        chats = [None] * len(places) if self.columns is None else self.columns[rollout.chunk.evaluation].messages(places)
+        prompts = [
+            last_question(messages or []) or shown(prompt) for messages, prompt in zip(chats, answers.prompts, strict=True)
+        ]
+        return list(zip(prompts, answers.responses, strict=True))[:count]

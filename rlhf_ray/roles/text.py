@@ -1,36 +1,65 @@
-"""Rollouts as text, to score or show them."""
+"""Rollouts as text, to score or show them.   B rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_ray.messages import Sequences
+from rlhf_ray.config.columns import NO_COLUMNS, Columns
+from rlhf_ray.data.tokens import REPLACEMENT, encode_texts
+from rlhf_ray.models.chat_shape import closing_ids, end_ids
+from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.models.tokenizer import decode
+from rlhf_ray.rewards.answers import Answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def decode_sequences(
-    tokenizer: PreTrainedTokenizerBase, sequences: Sequences, stop: tuple[str, ...] = ()
-) -> tuple[list[str], list[str]]:
-    """(prompts, responses) as text; EOS, padding and the stop string that ended a response are not part of its text.
+def answers_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | None,
+    prompt_ids: Sequence[np.ndarray],
+    response_ids: Sequence[np.ndarray],
+    ended: Sequence[bool],
+    *,
+    stop: tuple[str, ...] = (),
+    columns: Columns = NO_COLUMNS,
+) -> Answers:
+    """The policy's token ids as what scorers read. prompts: the stored text; None: the ids are decoded."""
+    if prompts is None:
+        prompts = [prompt_text(tokenizer, ids) for ids in prompt_ids]
+    texts = [response_text(tokenizer, ids, stop) for ids in response_ids]
+    ends, closings = set(end_ids(tokenizer)), closing_ids(tokenizer, prompts)
+    rows = [
+        [*prompt.tolist(), *(_stopped(tokenizer, ids, text, closing) if end and ids[-1] not in ends else ids.tolist())]
+        for prompt, ids, text, end, closing in zip(prompt_ids, response_ids, texts, ended, closings, strict=True)
+    ]
+    return Answers(prompts=prompts, responses=texts, ended=ended, token_ids=rows, tokenizer=tokenizer, columns=columns)
 
-    Special tokens stay in a prompt (a chat template's turns are made of them), except the BOS, which encoding adds.
-    """
-    prompts = [decode(tokenizer, ids, special_tokens=True) for ids in sequences.prompts()]
-    bos = tokenizer.bos_token
-    if isinstance(bos, str) and bos != tokenizer.eos_token:
-        prompts = [prompt.removeprefix(bos) for prompt in prompts]
-    responses = [response_text(tokenizer, ids, stop) for ids in sequences.responses()]
-    return prompts, responses
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    """A prompt with its special tokens, which a chat template's turns are made of, except the BOS, which encoding adds."""
+    prompt, bos = decode(tokenizer, ids, special_tokens=True), tokenizer.bos_token
+    return prompt.removeprefix(bos) if isinstance(bos, str) and bos != tokenizer.eos_token else prompt
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tuple[str, ...] = ()) -> str:
-    """One response as people read it and reward models were trained on it: without EOS and without its stop string."""
-    text = decode(tokenizer, ids, special_tokens=False)
+    """One response as people read it: without EOS, without its stop string, without half a character at its end."""
+    text = decode(tokenizer, ids, special_tokens=False).rstrip(REPLACEMENT)
     # The last token may run past the stop string, so the text ends where the first stop string begins.
     ends = [place for place in (text.find(one) for one in stop) if place >= 0]
     return text[: min(ends)] if ends else text
+
+
+def _stopped(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str, closing: int) -> list[int]:
+    """A response that a stop string ended: its ids up to there, and the token that ends a whole one.
+
+    Where the stop string begins inside a token, the text before it is encoded.
+    """
+    for size in range(len(ids), -1, -1):
+        if decode(tokenizer, ids[:size], special_tokens=False) == text:
+            return [*ids[:size].tolist(), closing]
+    return [*encode_texts(tokenizer, [marker(tokenizer, of_replies=True)(text)])[0], closing]

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--engine")
+    parser.add_argument("--allow-special-tokens", action="store_true")
     for name, default in asdict(Limits()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     given = vars(parser.parse_args(arguments))

@@ -57,6 +57,8 @@ class EngineOptions:
     threads: int = 1
     """torch threads; more is not faster for a model of a few million parameters."""
     trust_remote_code: bool = False
+    allow_special_tokens: bool = False
+    """Whether clients may write special tokens by their names; else these names are plain text, as they are in training."""
     engine: str = "torch"
     """A name of `tables.engines` that is continuous."""
     plugins: tuple[str, ...] = ()

@@ -70,7 +70,8 @@ def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
     args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
-    trust_remote_code, api_key and the fields of `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
+    trust_remote_code, allow_special_tokens, api_key and the fields of `Limits`. The API key (or the environment's
+    RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
     path = given.pop("model", None)
@@ -86,6 +87,7 @@ def build_application(args: dict[str, Any]) -> Application:
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=bool(given.pop("trust_remote_code", False)),
+        allow_special_tokens=bool(given.pop("allow_special_tokens", False)),
         engine=engine.name,
         plugins=engine.plugins,
     )

@@ -64,6 +64,7 @@ def serve(
     precision: Precision = "auto",
     engine: str | None = None,
     trust_remote_code: bool = False,
+    allow_special_tokens: bool = False,
     limits: Limits = Limits(),
     block: bool = True,
     say: Callable[[str], None] = print,
@@ -72,6 +73,7 @@ def serve(
 
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
     torch's, per replica (None: an equal share of the cores). `engine` None: the run's, or torch (`serving.engine_choice`).
+    `allow_special_tokens`: clients may write special tokens by their names, which are plain text otherwise.
     With `block` it ends only by KeyboardInterrupt (Ctrl-C; the command exits with 130) or SystemExit (SIGTERM), and
     releases everything; without, the caller closes the server.
 
@@ -89,6 +91,7 @@ def serve(
         precision=precision,
         engine=engine,
         trust_remote_code=trust_remote_code,
+        allow_special_tokens=allow_special_tokens,
         limits=limits,
     )
     if server.engine.note is not None:
@@ -129,6 +132,7 @@ class Server:
         precision: Precision,
         engine: str | None,
         trust_remote_code: bool,
+        allow_special_tokens: bool,
         limits: Limits,
     ):
         if not 0 <= port < 65536:
@@ -143,7 +147,7 @@ class Server:
         )
         self.replicas, self.gpus = replicas, gpus
         self.precision: Precision = precision
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.allow_special_tokens = trust_remote_code, allow_special_tokens
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // replicas)
         self._environment = replica_environment(replicas * self.threads, cores)
@@ -206,6 +210,7 @@ class Server:
             device="cuda" if gpus else "cpu",
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
+            allow_special_tokens=self.allow_special_tokens,
             engine=self.engine.name,
             plugins=self.engine.plugins,
         )

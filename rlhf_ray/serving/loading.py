@@ -9,7 +9,7 @@ import torch
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.generation.protocol import ContinuousEngine, EngineSetting
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
-from rlhf_ray.models.tokenizer import eos_id, load_tokenizer
+from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader
 from rlhf_ray.serving.runner import EngineRunner
@@ -25,22 +25,19 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
     dtype = resolve_precision(options.precision, options.device)
     model = load_causal_lm(options.model, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
-    assert model.generation_config is not None  # every language model has one
-    ends = model.generation_config.eos_token_id  # chat models end a turn with other tokens than a text
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     # That it is a continuous one is what its entry says.
     engine = cast(
         ContinuousEngine,
         ENGINES.named(options.engine).engine(
             EngineSetting(
                 folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
-                eos_token_ids=sorted({eos_id(tokenizer), *ends}), trust_remote_code=options.trust_remote_code,
+                trust_remote_code=options.trust_remote_code,
             )
         ),
     )  # fmt: skip
     reader = PromptReader(
         tokenizer=tokenizer, positions=engine.max_length, vocab_size=engine.vocab_size, limits=limits,
         # getattr: the PPO stage adds this key to its models' configs; other models do not have it.
-        stops=tuple(getattr(model.config, "response_stops", ())),
+        stops=tuple(getattr(model.config, "response_stops", ())), allow_special_tokens=options.allow_special_tokens,
     )  # fmt: skip
     return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader

@@ -31,6 +31,8 @@ class PromptReader:
     limits: Limits
     stops: tuple[str, ...] = ()
     """What ended responses in training, beside EOS."""
+    allow_special_tokens: bool = False
+    """Whether the name of a special token in a request's text is the token; else it is plain text."""
 
     def completion(self, request: CompletionRequest) -> list[list[int]]:
         prompts = request.prompts
@@ -40,13 +42,17 @@ class PromptReader:
             raise bad_request(
                 f"The request holds {len(prompts)} prompts; the limit is {self.limits.max_prompts}.", param="prompt"
             )
+        plain = self._format().plain
         return [
-            self._checked(encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, "prompt")
+            self._checked(encode_prompt(self.tokenizer, plain(prompt)) if isinstance(prompt, str) else prompt, "prompt")
             for prompt in prompts
         ]
 
     def chat(self, request: ChatRequest) -> list[list[int]]:
-        return [self._checked(encode_prompt(self.tokenizer, chat_text(self.tokenizer, request.messages)), "messages")]
+        return [self._checked(encode_prompt(self.tokenizer, chat_text(self._format(), request.messages)), "messages")]
+
+    def _format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, allow_special_tokens=self.allow_special_tokens)
 
     @property
     def chat_is_plain(self) -> bool:
@@ -97,7 +103,7 @@ class PromptReader:
         return prompt_ids
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+def chat_text(chat: ChatFormat, messages: list[Message]) -> str:
     """The messages as the tokenizer's chat template writes them, else as a plain dialogue; the assistant is next."""
     if all(message.role in ("system", "developer") for message in messages):
         raise bad_request("messages holds no user message to answer.", param="messages", code="invalid_value")
@@ -106,7 +112,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> st
         for message in messages
     ]
     try:
-        return ChatFormat(tokenizer).prompt(plain)
+        return chat.prompt(plain)
     except TemplateError as error:  # templates refuse orders of roles that their model was not trained on
         raise bad_request(
             f"The model's chat template refuses these messages: {error}.", param="messages", code="invalid_value"

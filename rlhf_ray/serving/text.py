@@ -71,7 +71,9 @@ class ResponseText:
     def _decode(self, *, final: bool) -> None:
         known = self._words(self._ids[self._window : self._read])
         now = self._words(self._ids[self._window :])
-        if len(now) <= len(known) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not final):
+        if final:
+            now = now.rstrip("\N{REPLACEMENT CHARACTER}")  # the answer was cut inside a character
+        if len(now) <= len(known) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return  # nothing new, or the token ends inside a character
         before = len(self.text)
         self.text += now[len(known) :].removeprefix(" " if self._drop_first_space else "")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import read_prompts
+from rlhf_ray.data.store import read_prompt_columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.rewards.scorer import RewardScorer
@@ -31,17 +31,17 @@ def sample_scores(
     """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice."""
     generation, trust = recipe.generation, recipe.model.trust_remote_code
     policy = start_model(recipe, folder)
-    prompts = read_prompts(folder)
+    prompts = read_prompt_columns(folder)
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
-    chosen = [prompts[order[place % len(prompts)]] for place in range(samples)]
+    chosen = prompts.take([order[place % len(prompts)] for place in range(samples)])
     generator = Generator(
-        policy, chosen, [], seed=recipe.seed, dtype=dtype, device=device,
+        policy, chosen.prompts(range(samples)), [], seed=recipe.seed, dtype=dtype, device=device,
         sampling=generation.sampling,
         trust_remote_code=trust,
     )  # fmt: skip
     scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=trust)
     scorer.mean, scorer.std = 0.0, 1.0  # raw
-    reward = Reward(scorer, policy, stop=generation.stop, trust_remote_code=trust)
+    reward = Reward(scorer, policy, stop=generation.stop, trust_remote_code=trust, columns=(chosen, chosen))
     scores = []
     for start in range(0, samples, generation.chunk_size):
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))
