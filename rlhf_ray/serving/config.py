@@ -105,6 +105,16 @@ def read_api_key(path: str | Path) -> str:
     return key
 
 
+def given_key(on_command_line: str | None, path: str | Path | None) -> str | None:
+    """The key of a command's options: that of the file, if one is given."""
+    if on_command_line is not None:
+        raise UserError(
+            "--api-key would show the key to everybody who lists this machine's processes; "
+            f"write it into a file and give --api-key-file, or set {API_KEY_VARIABLE}"
+        )
+    return None if path is None else read_api_key(path)
+
+
 def resolve_allowed_hosts(host: str, more: Sequence[str]) -> tuple[str, ...] | None:
     """For `AppConfig.allowed_hosts`: beyond loopback any name is right unless some are given."""
     if not more and not is_loopback(host):

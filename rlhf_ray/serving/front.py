@@ -6,7 +6,7 @@ It holds no model. /health and the refusals never wait for a replica.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
@@ -42,17 +42,18 @@ class Link(Protocol):
 
 
 class Front:
-    """An ASGI app over links to replicas. `drain` makes it refuse what is new."""
+    """An ASGI app over links to replicas. What `beside` makes runs from its start to its end."""
 
-    def __init__(self, links: Sequence[Link]):
-        self.links = links
+    def __init__(self, links: Sequence[Link], beside: Callable[[], Coroutine[Any, Any, None]] | None = None):
+        self.links, self.beside = links, beside
         self.draining = False
+        """Refuse what is new."""
         self.ongoing = 0
         """Requests that are being answered."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # Serve asks every app that it runs
-            await _lifespan(receive, send)
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
             return
         if scope["type"] != "http":
             return
@@ -71,11 +72,15 @@ class Front:
             finally:
                 self.ongoing -= 1
 
-    async def drained(self) -> None:
-        """Refuse what is new from now on; returns when all that is old has been answered."""
-        self.draining = True
-        while self.ongoing:
-            await asyncio.sleep(0.05)
+    async def _live(self, receive: Receive, send: Send) -> None:
+        task = None if self.beside is None else asyncio.ensure_future(self.beside())
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await send({"type": "lifespan.shutdown.complete"})
 
     def _health(self) -> JSONResponse:
         if self.draining:
@@ -162,11 +167,3 @@ def _unavailable(message: str, retry_after_s: int) -> ApiError:
     return ApiError(
         503, f"{message} Please retry shortly.", code="unavailable", headers={"Retry-After": str(retry_after_s)}
     )
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -6,11 +6,10 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any
+import uuid
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_ray.serving.http_limits import Connections, HttpLimits
 
@@ -18,21 +17,15 @@ _BACKLOG = 2048
 
 
 class HttpServer:
-    """Serves `app` on a bound socket from `start` to `close`. What `background` returns runs beside it in its event loop."""
+    """Serves `app` on a bound socket from `start` to `close`."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        bound: socket.socket,
-        limits: HttpLimits,
-        background: Callable[[], Coroutine[Any, Any, None]] | None = None,
-    ):
-        self._bound, self._background = bound, background
+    def __init__(self, app: ASGIApp, bound: socket.socket, limits: HttpLimits):
+        self._bound = bound
         config = uvicorn.Config(
-            app,
+            _with_request_ids(app),
             http=Connections(limits).protocol,  # type: ignore[arg-type]  # a factory does as well as a class
             ws="none",
-            lifespan="off",
+            lifespan="on",
             backlog=_BACKLOG,
             log_config=None,
             access_log=False,
@@ -67,17 +60,26 @@ class HttpServer:
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
-                runner.run(self._serve())
+                runner.run(self._server.serve(sockets=[self._bound]))
         except BaseException as error:  # fault boundary: the thread's end, told to whoever asks `alive`
             self._failure = error
 
-    async def _serve(self) -> None:
-        if self._background is None:
-            await self._server.serve(sockets=[self._bound])
+
+def _with_request_ids(app: ASGIApp) -> ASGIApp:
+    """Every answer has an X-Request-ID: the request's own, or a new one."""
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
             return
-        beside = asyncio.create_task(self._background())
-        try:
-            await self._server.serve(sockets=[self._bound])
-        finally:
-            beside.cancel()
-            await asyncio.gather(beside, return_exceptions=True)
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+        number = given[:200] if given else uuid.uuid4().hex.encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", number)]}
+            await send(message)
+
+        await app(scope, receive, send_named)
+
+    return named
