@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 RAY = ("test_bench.py", "test_cluster.py", "test_demo.py", "test_forking.py", "test_ppo_ray.py", "test_serving.py",
-       "test_stages.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
+       "test_serving_faults.py", "test_stages.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
 
 
 class Groups(LoadScopeScheduling):

@@ -14,8 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from rlhf_ray.serving.api_errors import ApiError, error_body
 from rlhf_ray.serving.relay import Piece, Relayed, relayed, send_piece
-from rlhf_ray.serving.responses import server_sent
-from rlhf_ray.serving.streaming import ClientLeft, while_connected
+from rlhf_ray.serving.streaming import ClientLeft, server_sent, while_connected
 
 _EVENT_STREAM = b"text/event-stream"
 _STATS_WAIT_S = 5.0

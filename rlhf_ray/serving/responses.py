@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rlhf_ray.config.sampling import TokenEvent
 from rlhf_ray.serving.text import ResponseText, TokenText
@@ -150,12 +148,6 @@ class ChatWriter:
             for token in tokens
         ]  # fmt: skip
         return {"content": content, "refusal": None}
-
-
-def server_sent(data: dict[str, Any] | str) -> bytes:
-    """One event of a stream."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
 
 
 def _head(prefix: str, kind: str, model: str) -> dict:
