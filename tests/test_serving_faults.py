@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from served_app import save_tiny
 
@@ -138,6 +139,16 @@ def test_hostile_connections_stop_neither_health_nor_others(served):
         for one in (big, *held):
             one.close()
     assert served.process.poll() is None
+
+
+def test_all_ports_but_one_of_each_replica_listen_on_loopback(served):
+    inside, replicas = set(), served.replicas()
+    for pid in {served.process.pid, *below(served.process.pid)}:
+        with contextlib.suppress(psutil.Error):
+            for one in psutil.Process(pid).net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN and one.laddr.ip.removeprefix("::ffff:") != "127.0.0.1":
+                    inside.add((pid, one.laddr))
+    assert sorted(pid for pid, _ in inside) == sorted(replicas), inside
 
 
 def test_another_host_name_is_refused(served):

@@ -51,6 +51,10 @@ _FOREIGN_SETTINGS = (
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
 )
 
+# Read by Ray when it is imported: its processes then talk by 127.0.0.1, and their ports listen there (all but one, which Serve's
+# replicas have on every interface, behind the token). Nobody reads the metrics.
+_LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+
 
 class Server:
     """One served model. What can be checked is checked here; `start` takes seconds, `close` releases it all."""
@@ -125,6 +129,8 @@ class Server:
         self._bound = self._bind()
         for variable in _FOREIGN_SETTINGS:
             os.environ.pop(variable, None)
+        os.environ |= _LOOPBACK_SETTINGS
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
         from ray import serve as ray_serve
 
@@ -137,6 +143,7 @@ class Server:
         python = self._stack.enter_context(fork_server(("serving",), self._environment))
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",
             runtime_env=None if python is None else {"py_executable": python, "env_vars": self._environment},
             num_cpus=self.replicas,
             include_dashboard=False,
