@@ -330,8 +330,8 @@ JSON = {"content-type": "application/json"}
         ("completions", TEXT | {"top_p": 0}, 400, "top_p", "invalid_value"),
         ("completions", TEXT | {"stop": ["a", ""]}, 400, "stop[1]", "invalid_value"),
         ("completions", TEXT | {"stop": list("abcde")}, 400, "stop", None),
-        ("completions", TEXT | {"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
-        ("completions", TEXT | {"logprobs": 5}, 400, "logprobs", "invalid_value"),
+        ("completions", TEXT | {"logit_bias": {"5": 101}}, 400, "logit_bias", "invalid_value"),
+        ("completions", TEXT | {"logprobs": 21}, 400, "logprobs", "invalid_value"),
         ("completions", TEXT | {"stream_options": {}}, 400, "stream_options", None),
         ("completions", [1], 400, None, None),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "invalid_value"),
@@ -604,7 +604,7 @@ class FailingEngine:
     def __init__(self, fail_at):
         self.fail_at, self.step_number, self.rows, self.next = fail_at, 0, [], 0
 
-    def submit(self, prompt_ids, seed, params):
+    def submit(self, prompt_ids, seed, params, rules=None):
         if prompt_ids == [13]:
             raise UserError("13 is unlucky; choose another")
         self.next += 1

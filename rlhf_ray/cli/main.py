@@ -135,9 +135,17 @@ def serve(
     path: Annotated[Path, typer.Argument(help="a run folder or a Hugging Face model folder")],
     host: Annotated[str, typer.Option(help="address to bind; beyond loopback an API key is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="RLHF_RAY_API_KEY", help="clients must send it as bearer token")
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the key that clients must send as bearer token; else RLHF_RAY_API_KEY's")
     ] = None,
+    api_key: Annotated[str | None, typer.Option(hidden=True)] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="further name that requests may have as Host (repeatable)")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="origin whose web pages may use the server, https://NAME (repeatable)")
+    ] = None,
+    drain_s: Annotated[float, typer.Option(help="how long SIGTERM waits for running requests")] = 120.0,
     name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
     replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
     gpus: Annotated[float | None, typer.Option(help="GPUs per replica; default: one where there are enough")] = None,
@@ -158,9 +166,10 @@ def serve(
     max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
     max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
+    max_connections: Annotated[int, typer.Option(help="open connections")] = 512,
 ):
     """Put a model behind Ray Serve with OpenAI's HTTP API."""
-    from rlhf_ray.serving.config import Limits
+    from rlhf_ray.serving.config import Limits, given_key
     from rlhf_ray.serving.launch import serve as serve_model
 
     limits = Limits(
@@ -170,6 +179,7 @@ def serve(
         max_rows=max_rows,
         max_waiting_rows=max_waiting_rows,
         max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
     )
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
@@ -177,7 +187,10 @@ def serve(
         path,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=given_key(api_key, api_key_file),
+        allowed_hosts=allowed_host or (),
+        cors_origins=cors_origin or (),
+        drain_s=drain_s,
         name=name,
         replicas=replicas,
         gpus=gpus,

@@ -53,6 +53,41 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRules:
+    """What a served request may ask for beside `SamplingParams`. PPO uses none of it.
+
+    The logits of each step are changed in this order, before the temperature: bias, minimum, repetition, frequency and presence.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit), each id once
+    min_tokens: int = 0  # before so many tokens no end token is drawn, and no stop string looked for
+    repetition_penalty: float = 1.0  # positive logits of tokens of the prompt and response are divided by it, others multiplied
+    frequency_penalty: float = 0.0  # taken off a token's logit per time that the response has it
+    presence_penalty: float = 0.0  # taken off the logit of every token that the response has
+    stop_token_ids: tuple[int, ...] = ()  # end the response like EOS
+    ignore_eos: bool = False  # EOS does not end the response
+    alternatives: int | None = None  # report `TokenLogprobs` with so many of the likeliest tokens; None: no report
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.repetition_penalty != 1.0
+            or self.frequency_penalty
+            or self.presence_penalty
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """What the model itself says of a token: no temperature, truncation, bias or penalty."""
+
+    logprob: float  # of the token that is there
+    top: tuple[tuple[int, float], ...]  # (token id, log-prob) of the likeliest, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One finished response of K tokens."""
 
@@ -71,3 +106,4 @@ class TokenEvent:
     token_id: int
     logprob: float
     completion: Completion | None  # set on the request's last token
+    raw: TokenLogprobs | None = None  # where the request's rules ask for it

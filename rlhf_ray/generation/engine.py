@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent
+from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.protocol import EngineSetting
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+from rlhf_ray.generation.request_rules import RequestRules, score_prompt
 from rlhf_ray.generation.row_batch import Request, RowBatch
 from rlhf_ray.models.chat_shape import end_ids
 from rlhf_ray.models.load import to_device
@@ -85,9 +86,15 @@ class GenerationEngine:
 
     # ---- an open batch
 
-    def submit(self, prompt_ids: Sequence[int] | np.ndarray, seed: int, params: SamplingParams) -> int:
+    def submit(
+        self,
+        prompt_ids: Sequence[int] | np.ndarray,
+        seed: int,
+        params: SamplingParams,
+        rules: TokenRules | None = None,
+    ) -> int:
         """Queue a request; it joins at the next step with a free row. -> its id, which its events carry."""
-        request = self._request(self._next_id, prompt_ids, seed, params)
+        request = self._request(self._next_id, prompt_ids, seed, params, rules)
         self._next_id += 1
         self._waiting.append(request)
         return request.request_id
@@ -105,6 +112,7 @@ class GenerationEngine:
             if not len(self._open):
                 return []
             running, tokens, logprobs, completions = self._open.step()
+            reported = self._open.reported
         except BaseException:  # fault boundary: one call; its rows leave the batch, whatever ended it
             self._open = None  # a half-made step leaves rows that no later one can continue, maybe NaN in the cache
             self.decoder.forget()
@@ -117,6 +125,7 @@ class GenerationEngine:
                 token_id=int(token),
                 logprob=float(logprob),
                 completion=completions.get(place),
+                raw=reported.get(place),
             )
             for place, (request, token, logprob) in enumerate(zip(running, tokens, logprobs, strict=True))
         ]
@@ -134,6 +143,10 @@ class GenerationEngine:
         if rows:
             self._open.remove(rows)
         return bool(rows)
+
+    def score(self, prompt_ids: Sequence[int] | np.ndarray, alternatives: int) -> list[TokenLogprobs | None]:
+        """Log-probs of a prompt's own tokens, between steps; None for the first, which follows nothing."""
+        return score_prompt(self.decoder, np.asarray(prompt_ids, np.int64), alternatives)
 
     @property
     def max_length(self) -> int | None:
@@ -183,7 +196,9 @@ class GenerationEngine:
     def _running(self) -> Sequence[Request]:
         return self._open.requests if self._open is not None else []
 
-    def _request(self, request_id: int, prompt_ids, seed: int, params: SamplingParams) -> Request:
+    def _request(
+        self, request_id: int, prompt_ids, seed: int, params: SamplingParams, rules: TokenRules | None = None
+    ) -> Request:
         ids = np.asarray(prompt_ids, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UserError(f"prompt {request_id} has no tokens; give it at least one (for example BOS or EOS)")
@@ -193,4 +208,9 @@ class GenerationEngine:
                 f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer"
             )
         self.decoder.check_length(len(ids), params.max_new_tokens)
-        return Request(request_id=request_id, prompt_ids=ids, seed=int(seed), params=params)
+        return Request(
+            request_id=request_id, prompt_ids=ids, seed=int(seed), params=params,
+            rules=None if rules is None else RequestRules(
+                rules, ids, self.eos_token_ids, vocab_size=self.vocab_size, device=self.decoder.device
+            ),
+        )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent
+from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 from rlhf_ray.models.wire import Weight
 
 Tokens = Sequence[int] | np.ndarray
@@ -62,8 +62,12 @@ class ContinuousEngine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def submit(self, prompt_ids: Tokens, seed: int, params: SamplingParams) -> int:
+    def submit(self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None) -> int:
         """Queue a request -> its id, which its events carry. UserError for one that it can't take."""
+        ...
+
+    def score(self, prompt_ids: Tokens, alternatives: int) -> list[TokenLogprobs | None]:
+        """The log-probs of a prompt's own tokens, and so many alternatives, between steps; None for the first token."""
         ...
 
     def step(self) -> list[TokenEvent]:

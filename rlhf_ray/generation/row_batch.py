@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.sampling import draw, draw_and_tell
-from rlhf_ray.config.sampling import Completion, FinishReason, SamplingParams
+from rlhf_ray.config.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
 from rlhf_ray.generation.kv_cache import MORE_SLOTS
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
+from rlhf_ray.generation.request_rules import RequestRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class Request:
     prompt_ids: np.ndarray  # [P] int64
     seed: int
     params: SamplingParams
+    rules: RequestRules | None = None
 
 
 def row_uniforms(seed: int, count: int) -> np.ndarray:
@@ -78,6 +80,8 @@ class RowBatch:
         self._tells = False  # whether a request asks for its support
         self._supports: dict[int, list[np.ndarray]] = {}  # request -> of each of its tokens so far
         self._log_mass: dict[int, list[float]] = {}
+        self._rules: dict[int, RequestRules] = {}  # row -> its rules, if it has any
+        self.reported: dict[int, TokenLogprobs] = {}  # of the last step, by place in the requests that it returned
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -108,6 +112,8 @@ class RowBatch:
         n, arrays = len(self), self.arrays
         logits = self.decoder.decode(self.cache, arrays.next_tokens[:n], arrays.positions[:n])
         rows, counts = np.arange(n), arrays.counts[:n]
+        untouched = {row: rules.raw(logits[row]) for row, rules in self._rules.items() if rules.reports}
+        logits = self._ruled(logits)
         uniforms = torch.from_numpy(arrays.uniforms[rows, counts]).to(logits.device)
         found = self._draw(logits, uniforms)
         # float64 holds token ids and float32 log-probs exactly: one copy to the host instead of two.
@@ -119,12 +125,15 @@ class RowBatch:
                 f"the model's logits for token {counts[row]} of request {self.requests[row].request_id} are not finite"
             )
 
+        self.reported = {row: self._rules[row].report(raw, int(tokens[row])) for row, raw in untouched.items()}
         arrays.tokens[rows, counts], arrays.logprobs[rows, counts] = tokens, logprobs
         arrays.next_tokens[:n] = tokens
         arrays.positions[:n] += 1
         arrays.counts[:n] += 1
 
         at_eos = (tokens[:, None] == self.eos_token_ids).any(1) & (arrays.counts[:n] >= arrays.minima[:n])
+        for row, rules in self._rules.items():
+            at_eos[row] = rules.ends(int(tokens[row]), bool(at_eos[row]))
         ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos)}
         for row in self._stop_windows:
             if row not in ended and self._is_stopped(row):
@@ -147,6 +156,16 @@ class RowBatch:
             self._supports.setdefault(request.request_id, []).append(among)
             self._log_mass.setdefault(request.request_id, []).append(mass)
         return tokens, logprobs
+
+    def _ruled(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits with those rows changed that have rules for it."""
+        changing = {row: rules for row, rules in self._rules.items() if rules.changes_logits}
+        if not changing:
+            return logits
+        logits = logits.float().clone()  # the decoder writes over its own
+        for row, rules in changing.items():
+            logits[row] = rules.logits(logits[row], self.arrays.tokens[row, : self.arrays.counts[row]])
+        return logits
 
     def remove(self, rows: Sequence[int]) -> None:
         """Drop these rows (ascending); the last ones move into the gaps."""
@@ -201,6 +220,7 @@ class RowBatch:
             for row, request in enumerate(self.requests)
             if request.params.stop
         }
+        self._rules = {row: request.rules for row, request in enumerate(self.requests) if request.rules is not None}
 
     def _is_stopped(self, row: int) -> bool:
         """Whether a stop string is complete.
@@ -209,6 +229,10 @@ class RowBatch:
         its context (half a character, a leading space).
         """
         count = self.arrays.counts[row]
-        tail = self.arrays.tokens[row, max(0, count - self._stop_windows[row]) : count]
+        rules = self._rules.get(row)
+        start = max(0 if rules is None else rules.min_tokens, count - self._stop_windows[row])
+        if start >= count:
+            return False
+        tail = self.arrays.tokens[row, start:count]
         text = self.tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(stop in text for stop in self.requests[row].params.stop)

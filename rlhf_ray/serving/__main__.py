@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.serving.config import Limits
-from rlhf_ray.serving.launch import serve
+from rlhf_ray.serving.config import API_KEY_VARIABLE, Limits, given_key
+from rlhf_ray.serving.launch import DRAIN_S, serve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api-key")
+    parser.add_argument("--api-key-file", help=f"a file with the key; else it is that of {API_KEY_VARIABLE}")
+    parser.add_argument("--api-key", help=argparse.SUPPRESS)
+    parser.add_argument("--allowed-host", action="append", default=[])
+    parser.add_argument("--cors-origin", action="append", default=[])
+    parser.add_argument("--drain-s", type=float, default=DRAIN_S)
     parser.add_argument("--name")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--gpus", type=float)
@@ -29,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     try:
         limits = Limits(**{name: given.pop(name) for name in Limits.__slots__})
-        serve(**given, limits=limits)
+        key = given_key(given.pop("api_key"), given.pop("api_key_file"))
+        hosts, origins = given.pop("allowed_host"), given.pop("cors_origin")
+        serve(**given, api_key=key, allowed_hosts=hosts, cors_origins=origins, limits=limits)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

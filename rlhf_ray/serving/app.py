@@ -1,48 +1,64 @@
-"""The HTTP app over one engine: /v1/models, /v1/completions and /v1/chat/completions like OpenAI's, and /health. No Ray."""
+"""The HTTP app over one engine: /v1/models, /v1/completions, /v1/chat/completions like OpenAI's, /health, /stats. No Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
+from rlhf_ray.config.sampling import TokenRules
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
-from rlhf_ray.serving.gate import Gate
+from rlhf_ray.serving.guard import guarded
+from rlhf_ray.serving.openapi import describe_bodies
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
-from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, usage
+from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
-from rlhf_ray.serving.text import ResponseText
+from rlhf_ray.serving.text import ResponseText, TokenText, prompt_tokens
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/stats", "/version", "/openapi.json")
 
 Writer = CompletionWriter | ChatWriter
 Body = TypeVar("Body", bound=GenerationRequest)
 
 
-def build_app(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> FastAPI:
-    """The app. `runner` draws responses, `reader` turns requests into token ids. Both use the same model."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, api_key=config.api_key, max_body_bytes=config.limits.max_body_bytes)
-    install_error_handlers(app)
+def build_app(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> ASGIApp:
+    """The app behind its guard. `runner` draws responses, `reader` turns requests into token ids. Both use the same model."""
+    return guarded(build_routes(runner, reader, config), config)
+
+
+def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> FastAPI:
+    """The app for a caller that has checked key, host and size: no guard."""
+    app = FastAPI(
+        title="rlhf_ray", description="OpenAI's completions and chat over one model.", version=version("rlhf_ray"),
+        docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
+    )  # fmt: skip
+    install_error_handlers(app, PATHS)
+    describe_bodies(app)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
-        return JSONResponse(error_body(503, f"The server can't answer now: {error}."), status_code=503)
+        body = error_body(503, f"The server can't answer now: {error}.", code="unavailable")
+        return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
 
     endpoints = _Endpoints(runner, reader, config)
     app.get("/health")(endpoints.health)
     app.get("/stats")(endpoints.stats)
+    app.get("/version")(endpoints.version)
     app.get("/v1/models")(endpoints.models)
     app.get("/v1/models/{model_id:path}")(endpoints.model)
     app.post("/v1/completions")(endpoints.completions)
@@ -71,6 +87,9 @@ class _Endpoints:
     async def stats(self) -> dict[str, int]:
         return asdict(self.runner.stats())
 
+    async def version(self) -> dict[str, str]:
+        return {"version": version("rlhf_ray")}
+
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self.card]}
 
@@ -82,18 +101,33 @@ class _Endpoints:
         body = await self._read(request, CompletionRequest)
         # Encoding a long prompt takes a while. In a thread it does not block the other requests.
         prompts = await asyncio.to_thread(self.reader.completion, body)
-        echoes = None
-        if body.echo:
-            texts = [given if isinstance(given, str) else self.reader.text(given) for given in body.prompts]
-            echoes = [text for text in texts for _ in range(body.choices)]
-        writer = CompletionWriter(self.config.name, logprobs=body.wants_logprobs, echoes=echoes)
+        self._check_count(len(prompts) * body.choices)
+        echoes = await self._echoes(request, body, prompts) if body.echo else None
+        writer = CompletionWriter(self.config.name, alternatives=body.alternatives, echoes=echoes)
+        if body.token_limit == 0:
+            return await self._answer(request, body, prompts, [], writer)
         rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops)
         return await self._answer(request, body, prompts, rows, writer)
+
+    async def _echoes(self, request: Request, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
+        """Each choice's prompt as text, and as tokens with their log-probs if these are asked for."""
+        texts = [given if isinstance(given, str) else self.reader.text(given) for given in body.prompts]
+        tokens: list[list[TokenText]] = [[] for _ in prompts]
+        if body.alternatives is not None:
+            with _refusals():
+                scores = await while_connected(request.receive, self.runner.score(prompts, body.alternatives))
+            tokens = [
+                prompt_tokens(self.reader.tokenizer, prompt_ids, found)
+                for prompt_ids, found in zip(prompts, scores, strict=True)
+            ]
+        echoes = [Echo(text, found) for text, found in zip(texts, tokens, strict=True)]
+        return [echo for echo in echoes for _ in range(body.choices)]
 
     async def chat(self, request: Request) -> Response:
         body = await self._read(request, ChatRequest)
         prompts = await asyncio.to_thread(self.reader.chat, body)
-        writer = ChatWriter(self.config.name, logprobs=body.wants_logprobs)
+        self._check_count(body.choices)
+        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None)
         plain = self.reader.chat_is_plain
         rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
         return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
@@ -125,12 +159,19 @@ class _Endpoints:
     ) -> list[RowRequest]:
         """The responses to draw: `body.choices` for each prompt, each with a seed of its own."""
         rows: list[RowRequest] = []
+        self.reader.check_ids(body)
+        rules = body.rules()
         seed = secrets.randbits(63) if body.seed is None else body.seed
         for prompt_ids in prompts:
             longest = self.reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
+            if rules is not None and rules.min_tokens > longest:
+                raise bad_request(
+                    f"min_tokens is {rules.min_tokens}; this response can have at most {longest}.",
+                    param="min_tokens", code="invalid_value",
+                )  # fmt: skip
             params = body.sampling(longest, stops)
             rows += [
-                RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params)
+                RowRequest(prompt_ids=prompt_ids, seed=choice_seed(seed, place), params=params, rules=rules)
                 for place in range(body.choices)
             ]
         return rows
@@ -145,41 +186,49 @@ class _Endpoints:
         drop_first_space: bool = False,
     ) -> Response:
         """Draw the rows and write them as OpenAI does: one body, or a stream of chunks."""
-        choices = [
-            Choice(
-                ResponseText(
-                    self.reader.tokenizer, row.prompt_ids, row.params.stop, drop_first_space=drop_first_space
-                )
-            )
-            for row in rows
-        ]
-        ticket = self._submit(rows)
+        choices = [self._choice(row, drop_first_space) for row in rows]
+        if not rows:  # nothing but the echo is asked for
+            texts = [ResponseText(self.reader.tokenizer, [], ()) for _ in range(len(prompts) * body.choices)]
+            choices = [Choice(text, finish_reason="length") for text in texts]
+        with _refusals():
+            ticket = self.runner.submit(rows)
         if body.stream:
             return EventStream(_stream(body, prompts, choices, ticket, writer), ticket.cancel)
-        try:
+        with _refusals():
             await while_connected(request.receive, _finish(choices, ticket))
-        except ClientLeft:
-            return Response(status_code=499)  # nobody reads it
-        except UserError as error:
-            raise bad_request(str(error)) from None
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
         return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
 
-    def _submit(self, rows: list[RowRequest]) -> Ticket:
+    def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
+        rules = row.rules or TokenRules()
+        text = ResponseText(
+            self.reader.tokenizer, row.prompt_ids, row.params.stop,
+            min_tokens=rules.min_tokens, drop_first_space=drop_first_space,
+        )  # fmt: skip
+        return Choice(text, rules.stop_token_ids)
+
+    def _check_count(self, rows: int) -> None:
         most = self.runner.max_rows + self.runner.max_waiting_rows
-        if len(rows) > most:
-            raise bad_request(
-                f"The request asks for {len(rows)} responses; this server takes at most {most}.", param="n"
-            )
-        try:
-            return self.runner.submit(rows)
-        except Overloaded as error:
-            raise ApiError(
-                429,
-                f"The server is overloaded: {error}. Please retry shortly.",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "1"},
-            ) from None
+        if rows > most:
+            raise bad_request(f"The request asks for {rows} responses; this server takes at most {most}.", param="n")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What the runner refuses, as the answers that a client gets."""
+    try:
+        yield
+    except Overloaded as error:
+        raise ApiError(
+            429,
+            f"The server is overloaded: {error}. Please retry shortly.",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": "1"},
+        ) from None
+    except UserError as error:
+        raise bad_request(str(error)) from None
+    except ClientLeft:
+        raise ApiError(499, "The client has left.") from None  # nobody reads it
 
 
 async def _stream(
@@ -191,6 +240,9 @@ async def _stream(
         opening = writer.opening(index)
         if opening is not None:
             yield opening | extra
+    for index, choice in enumerate(choices):
+        if choice.finish_reason is not None:  # of which nothing is drawn
+            yield writer.piece(index, "", [], choice.finish_reason) | extra
     async for touched in _progress(choices, ticket):
         for index in touched:
             text, tokens = choices[index].take()

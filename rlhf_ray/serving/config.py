@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from rlhf_ray.config import Precision
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
@@ -36,6 +39,8 @@ class Limits:
     max_body_bytes: int = 1 << 20
     max_rows: int = 32
     """Choices decoded together in one batch, per replica."""
+    max_connections: int = 512
+    """Open connections. For a new one beyond them one that waits for its client is closed; if all are busy, it gets 503."""
     max_waiting_rows: int = 128
     """Choices that wait for a place in the batch, per replica. The server refuses more with status 429."""
 
@@ -73,6 +78,10 @@ class AppConfig:
     """The model's id in requests and in /v1/models."""
     api_key: str | None = field(default=None, repr=False)
     """None: no authentication."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names that a request's Host header may have, beside loopback addresses; None: any."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the server from a browser."""
     limits: Limits = Limits()
 
 
@@ -87,6 +96,47 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
 
 
+def read_api_key(path: str | Path) -> str:
+    """The key that a file holds in its only line."""
+    try:
+        key = Path(path).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the API key can't be read from '{path}' ({error}); give a text file with the key") from None
+    if not key:
+        raise UserError(f"'{path}' is empty; write the API key into it")
+    return key
+
+
+def given_key(on_command_line: str | None, path: str | Path | None) -> str | None:
+    """The key of a command's options: that of the file, if one is given."""
+    if on_command_line is not None:
+        raise UserError(
+            "--api-key would show the key to everybody who lists this machine's processes; "
+            f"write it into a file and give --api-key-file, or set {API_KEY_VARIABLE}"
+        )
+    return None if path is None else read_api_key(path)
+
+
+def resolve_allowed_hosts(host: str, more: Sequence[str]) -> tuple[str, ...] | None:
+    """For `AppConfig.allowed_hosts`: beyond loopback any name is right unless some are given."""
+    if not more and not is_loopback(host):
+        return None
+    for name in more:
+        if not name or not name.isascii() or any(mark in name for mark in "/:* "):
+            raise UserError(f"allowed host {name!r} is no host name; write it without scheme, port and wildcard")
+    return ("localhost", host, *more)
+
+
+def check_cors_origins(origins: Sequence[str], api_key: str | None) -> tuple[str, ...]:
+    for origin in origins:
+        if origin == "*" and api_key is None:
+            raise UserError("any web page could use the model with the CORS origin '*' and no API key; name the origins")
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query):
+            raise UserError(f"CORS origin {origin!r} is none; write it as the browser does: https://NAME or http://NAME:PORT")
+    return tuple(origins)
+
+
 def resolve_api_key(host: str, api_key: str | None) -> str | None:
     """The key to require: the one given, else the environment's, else none, which only a loopback address allows."""
     if api_key is None:
@@ -98,6 +148,6 @@ def resolve_api_key(host: str, api_key: str | None) -> str | None:
     if api_key is None and not is_loopback(host):
         raise UserError(
             f"host {host!r} can be reached from other machines, and no API key is set; "
-            f"give --api-key or {API_KEY_VARIABLE}, or bind 127.0.0.1"
+            f"set {API_KEY_VARIABLE} or give --api-key-file, or bind 127.0.0.1"
         )
     return api_key

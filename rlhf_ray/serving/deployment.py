@@ -1,51 +1,77 @@
-"""The Ray Serve shell around the app. `build_application` is the import path for Serve configs (KubeRay RayService)."""
+"""The Ray Serve shell around app and front. `build_application` is the import path for Serve configs (KubeRay RayService)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
 from rlhf_ray.serving.engine_choice import choose_engine
+from rlhf_ray.serving.front import Front
+from rlhf_ray.serving.guard import guarded
+from rlhf_ray.serving.links import ReplicaLink, watch
 from rlhf_ray.serving.model_folder import find_model, model_name
+from rlhf_ray.serving.relay import Piece, Relayed, pieces
+
+# The app refuses what is too much (429), never Serve.
+_NO_LIMIT = 100_000
 
 
 @serve.deployment(
-    name="rlhf_ray",
-    health_check_period_s=5,
+    max_ongoing_requests=_NO_LIMIT,
+    health_check_period_s=2,
     health_check_timeout_s=60,
     graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=5,
+    graceful_shutdown_timeout_s=60,
     max_constructor_retry_count=1,
 )
-@serve.ingress()
 class Replica:
-    """One engine in its own thread, and the app in the replica's event loop."""
+    """One engine in its own thread, and its app in the replica's event loop."""
 
     def __init__(self, options: EngineOptions, config: AppConfig):
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
+        from rlhf_ray.serving.app import build_routes
         from rlhf_ray.serving.loading import load
 
-        self.config = config
-        self.runner, self.reader = load(options, config.limits)
+        self.runner, reader = load(options, config.limits)
+        self.app = build_routes(self.runner, reader, config)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        from rlhf_ray.serving.app import build_app
+    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+        async with aclosing(pieces(self.app, request)) as answer:
+            async for piece in answer:
+                yield piece
 
-        return build_app(self.runner, self.reader, self.config)
+    async def stats(self) -> dict[str, int]:
+        return asdict(self.runner.stats())
 
     def check_health(self) -> None:
         if not self.runner.healthy:
             raise RuntimeError("the generation engine has failed")
 
 
-def application(
+@serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
+@serve.ingress()
+class Gateway:
+    """The front as a deployment, for clusters whose HTTP servers are Serve's own."""
+
+    def __init__(self, config: AppConfig, handles: dict[str, DeploymentHandle]):
+        links = [ReplicaLink(name, handle) for name, handle in handles.items()]
+        self.app = guarded(Front(links, lambda: watch(links)), config)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self.app
+
+
+def replicas_of(
     options: EngineOptions,
     config: AppConfig,
     *,
@@ -53,24 +79,19 @@ def application(
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
-) -> Application:
-    """The deployment of `replicas` engines, each reserving `cpus` and `gpus`, in processes with these variables."""
-    limits = config.limits
-    # Serve's default of 5 requests at once would cap the batch. The app refuses (429) before this limit is reached.
-    ongoing = 2 * (limits.max_rows + limits.max_waiting_rows) + 64
-    return Replica.options(
-        num_replicas=replicas,
-        max_ongoing_requests=ongoing,
-        max_queued_requests=ongoing,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
-    ).bind(options, config)
+) -> dict[str, Application]:
+    """Name -> deployment of each engine, which reserves `cpus` and `gpus` and has these variables in its process."""
+    resources = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": dict(environment)}}
+    names = [f"replica-{number}" for number in range(1, replicas + 1)]
+    keyless = replace(config, api_key=None)  # the front checks it
+    return {name: Replica.options(name=name, ray_actor_options=resources).bind(options, keyless) for name in names}
 
 
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
     args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
-    trust_remote_code, allow_special_tokens, api_key and the fields of `Limits`. The API key (or the environment's
+    trust_remote_code, allow_special_tokens, api_key, cors_origins and the fields of `Limits`. The API key (or the environment's
     RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
@@ -94,9 +115,11 @@ def build_application(args: dict[str, Any]) -> Application:
     config = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
+        cors_origins=tuple(given.pop("cors_origins", ())),
         limits=Limits(**{name: int(value) for name, value in known.items()}),
     )
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
-    return application(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    found = replicas_of(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    return Gateway.bind(config, found)

@@ -1,7 +1,8 @@
-"""What every request passes before it is routed: the API key, then the size of its body."""
+"""What every request passes before it is routed: the API key, then the size of its body and the time that it takes."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,14 +12,21 @@ from rlhf_ray.serving.api_errors import ApiError
 # A client that is still sending its body can't read the answer: an over-long body is read (and thrown away) up to here.
 _DRAIN_BYTES = 64 << 20
 
+# A body may take so many seconds, and one more for every so many bytes that have come.
+BODY_TIMEOUT_S = 20.0
+_BYTES_PER_S = 16 << 10
+
 _OPEN_PATHS = ("/health",)
 
 
 class Gate:
     """ASGI middleware. The body is read once, up to `max_body_bytes`, and replayed to the app."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int):
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S
+    ):
         self.app, self.api_key, self.max_body_bytes = app, api_key, max_body_bytes
+        self.body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,8 +64,19 @@ class Gate:
             raise too_large
         parts: list[bytes] = []
         size, more = 0, True
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         while more:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(started + self.body_timeout_s + size / _BYTES_PER_S):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"The request's body was not complete after {loop.time() - started:.0f} s.",
+                    code="request_timeout",
+                    headers={"Connection": "close"},
+                ) from None
             if message["type"] == "http.disconnect":
                 return None
             part = message.get("body", b"")

@@ -12,7 +12,8 @@ from rlhf_ray.data.tokens import encode_prompt
 from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
 from rlhf_ray.serving.api_errors import bad_request
 from rlhf_ray.serving.config import Limits
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, Message
+from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from rlhf_ray.serving.request_parts import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,19 @@ class PromptReader:
     def text(self, prompt_ids: list[int]) -> str:
         return decode(self.tokenizer, prompt_ids, special_tokens=False)
 
+    def check_ids(self, request: GenerationRequest) -> None:
+        """Refuse token ids beyond the vocabulary in what changes the logits or the end."""
+        named = {
+            "logit_bias": [int(token) for token in request.logit_bias or {}],
+            "stop_token_ids": request.stop_token_ids or [],
+        }
+        for param, ids in named.items():
+            if ids and max(ids) >= self.vocab_size:
+                raise bad_request(self._beyond(max(ids)), param=param, code="invalid_value")
+
+    def _beyond(self, token: int) -> str:
+        return f"Token id {token} is beyond the model's vocabulary of {self.vocab_size}."
+
     def max_new_tokens(self, prompt_ids: list[int], asked: int | None, default: int | None) -> int:
         """How long a response may get: what was asked for, or an error; else the default, as far as there is room."""
         room = None if self.positions is None else self.positions - len(prompt_ids)
@@ -88,9 +102,7 @@ class PromptReader:
             bos = bos_id(self.tokenizer)
             prompt_ids = [eos_id(self.tokenizer) if bos is None else bos]
         if max(prompt_ids) >= self.vocab_size:
-            raise bad_request(
-                f"Token id {max(prompt_ids)} is beyond the model's vocabulary of {self.vocab_size}.", param=param
-            )
+            raise bad_request(self._beyond(max(prompt_ids)), param=param)
         caps = [
             cap for cap in (self.limits.max_prompt_tokens, self.positions and self.positions - 1) if cap is not None
         ]

@@ -1,41 +1,45 @@
 """The bodies of OpenAI's requests, as far as this server understands them.
 
 A field that would change the answer and that we can't honour is refused, never ignored; what only labels a request is
-accepted. `top_k` and `min_p` are extensions (the openai client sends them by `extra_body`).
+accepted. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos` are vLLM's extensions (the openai
+client sends them by `extra_body`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling import SamplingParams, TokenRules
 from rlhf_ray.serving.api_errors import ApiError, bad_request
+from rlhf_ray.serving.request_parts import Message, StrictBody
 
 MAX_STOPS = 4
-_NEUTRAL: dict[str, Any] = {
-    # field -> the value besides null that asks for nothing
-    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": "", "tools": [],
-    "tool_choice": "none", "functions": [], "function_call": "none", "response_format": {"type": "text"},
-    "modalities": ["text"], "top_logprobs": 0, "reasoning_effort": "none", "web_search_options": None, "audio": None,
-    "prediction": None, "verbosity": "medium", "parallel_tool_calls": True,
+MAX_ALTERNATIVES = 20  # as OpenAI's chat and vLLM
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # field -> the values besides null that ask for nothing
+    "best_of": (1,), "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "reasoning_effort": ("none",), "web_search_options": (), "audio": (), "prediction": (), "verbosity": ("medium",),
+    "parallel_tool_calls": (True, False),
 }  # fmt: skip
+_WORDS = {
+    "response_format": "response_format asks for JSON, which this server can't enforce. Ask for it in the prompt and check "
+    "the answer, or leave response_format out.",
+}
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(StrictBody):
     """What completions and chat have in common."""
 
     model: str
@@ -57,20 +61,23 @@ class GenerationRequest(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    # understood, and refused unless they ask for nothing
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    # what changes the logits or the end
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name in _NEUTRAL.keys() & data.keys():
-                if data[name] is not None and data[name] != _NEUTRAL[name]:
-                    raise bad_request(
-                        f"{name} is not supported by this server.", param=name, code="unsupported_parameter"
-                    )
+                if data[name] is not None and data[name] not in _NEUTRAL[name]:
+                    words = _WORDS.get(name, f"{name} is not supported by this server.")
+                    raise bad_request(words, param=name, code="unsupported_parameter")
             # Neutral values of fields that we don't have are dropped, so that only unknown names are left to refuse.
             data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
         return data
@@ -115,12 +122,32 @@ class GenerationRequest(_Body):
             stop=self.stops + more_stops,
         )
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each token's log-prob; None: no log-probs."""
+        raise NotImplementedError
+
+    def rules(self) -> TokenRules | None:
+        """What the request asks for beside `sampling`; None: nothing."""
+        bias = {int(token): change for token, change in (self.logit_bias or {}).items()}
+        rules = TokenRules(
+            logit_bias=tuple(bias.items()),
+            min_tokens=self.min_tokens or 0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            alternatives=self.alternatives,
+        )
+        return None if rules == TokenRules() else rules
+
 
 class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -131,49 +158,42 @@ class CompletionRequest(GenerationRequest):
         return cast(list[str] | list[list[int]], self.prompt)
 
     @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     @property
     def token_limit(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
     @model_validator(mode="after")
-    def _echo_has_no_logprobs(self) -> Self:
-        if self.echo and self.wants_logprobs:
+    def _nothing_is_drawn_for_an_echo_only(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
             raise bad_request(
-                "logprobs of an echoed prompt are not supported.", param="logprobs", code="unsupported_parameter"
-            )
+                "Invalid value for 'max_tokens': 0 needs echo, and without it the least is 1.",
+                param="max_tokens", code="invalid_value",
+            )  # fmt: skip
         return self
-
-
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
 
     @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.logprobs)
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        return self
 
 
 Body = TypeVar("Body", bound=GenerationRequest)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rlhf_ray.config.sampling import TokenEvent
 from rlhf_ray.serving.text import ResponseText, TokenText
@@ -16,16 +15,22 @@ _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 class Choice:
     """One response while it is being written."""
 
-    def __init__(self, text: ResponseText):
+    def __init__(self, text: ResponseText, stop_token_ids: tuple[int, ...] = (), finish_reason: str | None = None):
         self.text = text
+        self._stop_token_ids = stop_token_ids
         self.num_tokens = 0
-        self.finish_reason: str | None = None
+        self.finish_reason = finish_reason
 
     def push(self, event: TokenEvent) -> None:
         if self.finish_reason is not None:
             return
         self.num_tokens += 1
-        self.text.push(event.token_id, event.logprob)
+        ended = event.completion is not None and event.completion.finish_reason == "eos"
+        silent = ended and event.token_id in self._stop_token_ids
+        if event.raw is None:
+            self.text.push(event.token_id, event.logprob, silent=silent)
+        else:
+            self.text.push(event.token_id, event.raw.logprob, event.raw.top, silent=silent)
         if self.text.stopped:
             self.finish_reason = "stop"
         elif event.completion is not None:
@@ -46,43 +51,64 @@ def usage(prompts: list[list[int]], choices: list[Choice]) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is shown before its response."""
+
+    text: str
+    tokens: list[TokenText]  # [] where no log-probs are asked for
+
+
 class CompletionWriter:
     """/v1/completions"""
 
-    def __init__(self, model: str, *, logprobs: bool, echoes: list[str] | None = None):
+    def __init__(self, model: str, *, alternatives: int | None, echoes: list[Echo] | None = None):
+        """alternatives: tokens shown beside each token's log-prob; None: no log-probs. echoes: of each choice."""
         self._head = _head("cmpl", "text_completion", model)
-        self._logprobs, self._echoes = logprobs, echoes
+        self._alternatives, self._echoes = alternatives, echoes
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
         """pieces: text, tokens and finish reason of each choice."""
         choices = [
-            self._choice(index, self._echo(index) + text, tokens, reason)
-            for index, (text, tokens, reason) in enumerate(pieces)
+            self._choice(index, text, tokens, reason, echo=True) for index, (text, tokens, reason) in enumerate(pieces)
         ]
         return {**self._head, "choices": choices, "usage": usage}
 
     def opening(self, index: int) -> dict | None:
-        return {**self._head, "choices": [self._choice(index, self._echo(index), [], None)]} if self._echoes else None
+        return {**self._head, "choices": [self._choice(index, "", [], None, echo=True)]} if self._echoes else None
 
     def piece(self, index: int, text: str, tokens: list[TokenText], reason: str | None) -> dict:
-        return {**self._head, "choices": [self._choice(index, text, tokens, reason)]}
+        return {**self._head, "choices": [self._choice(index, text, tokens, reason, echo=False)]}
 
     def last(self, usage: dict[str, int]) -> dict:
         return {**self._head, "choices": [], "usage": usage}
 
-    def _echo(self, index: int) -> str:
-        return self._echoes[index] if self._echoes else ""
-
-    def _choice(self, index: int, text: str, tokens: list[TokenText], reason: str | None) -> dict:
-        logprobs = None
-        if self._logprobs:
-            logprobs = {
-                "tokens": [token.token for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": None,  # the engine keeps the drawn token's only
-                "text_offset": [token.offset for token in tokens],
-            }
+    def _choice(self, index: int, text: str, tokens: list[TokenText], reason: str | None, *, echo: bool) -> dict:
+        shown = self._echoes[index] if self._echoes else Echo("", [])
+        after = [replace(token, offset=len(shown.text) + token.offset) for token in tokens]
+        if echo:
+            text, after = shown.text + text, shown.tokens + after
+        logprobs = None if self._alternatives is None else _completion_logprobs(after, self._alternatives)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _completion_logprobs(tokens: list[TokenText], alternatives: int) -> dict:
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_by_token(token) for token in tokens] if alternatives else None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _by_token(token: TokenText) -> dict[str, float] | None:
+    """The likeliest tokens, and the one that is there. Several may look alike: the likeliest of them counts."""
+    if token.logprob is None:
+        return None
+    shown: dict[str, float] = {}
+    for text, logprob in (*token.top, (token.token, token.logprob)):
+        shown.setdefault(text, logprob)
+    return shown
 
 
 class ChatWriter:
@@ -117,16 +143,11 @@ class ChatWriter:
         if not self._logprobs:
             return None
         content = [
-            {"token": token.token, "logprob": token.logprob, "bytes": _bytes(token.token), "top_logprobs": []}
+            {"token": token.token, "logprob": token.logprob, "bytes": _bytes(token.token),
+             "top_logprobs": [{"token": text, "logprob": one, "bytes": _bytes(text)} for text, one in token.top]}
             for token in tokens
-        ]
+        ]  # fmt: skip
         return {"content": content, "refusal": None}
-
-
-def server_sent(data: dict[str, Any] | str) -> bytes:
-    """One event of a stream."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
 
 
 def _head(prefix: str, kind: str, model: str) -> dict:

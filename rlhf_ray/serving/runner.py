@@ -11,12 +11,12 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_ray.config.sampling import SamplingParams, TokenEvent
+from rlhf_ray.config.sampling import TokenEvent, TokenLogprobs
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving.tickets import EngineFailed, Overloaded, PromptToScore, RowRequest, Ticket, deliver_all, post
 
 if TYPE_CHECKING:
     from rlhf_ray.generation.protocol import ContinuousEngine
@@ -25,23 +25,6 @@ logger = logging.getLogger(__name__)
 
 # A failed step costs the rows that were in the batch; this many in a row cost the replica.
 MAX_FAILED_STEPS = 3
-
-
-class Overloaded(Exception):
-    """More rows than may wait."""
-
-
-class EngineFailed(Exception):
-    """The engine raised, or was shut down, while it held these rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowRequest:
-    """One response to draw."""
-
-    prompt_ids: list[int]
-    seed: int
-    params: SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,51 +37,6 @@ class RunnerStats:
     cancelled_rows: int
     running_rows: int
     waiting_rows: int
-
-
-class Ticket:
-    """The rows of one request. Only its event loop's thread touches it, except for what `EngineRunner` hands over."""
-
-    def __init__(self, runner: EngineRunner, rows: list[RowRequest], loop: asyncio.AbstractEventLoop):
-        self.rows, self.loop = rows, loop
-        self._runner = runner
-        self._inbox: deque[tuple[int, TokenEvent]] = deque()
-        self._arrived = asyncio.Event()
-        self._error: Exception | None = None
-        self._unfinished = set(range(len(rows)))
-
-    async def events(self) -> list[tuple[int, TokenEvent]]:
-        """All (row, token) pairs that have come since the last call; waits for one. [] when every row is done."""
-        while not self._inbox:
-            if self._error is not None:
-                raise self._error
-            if not self._unfinished:
-                return []
-            self._arrived.clear()
-            await self._arrived.wait()
-        events = list(self._inbox)
-        self._inbox.clear()
-        return events
-
-    def cancel(self, row: int | None = None) -> None:
-        """Take one row, or all that are unfinished, out of the batch. Safe to call twice."""
-        leaving = self._unfinished & ({row} if row is not None else set(range(len(self.rows))))
-        self._unfinished -= leaving
-        if leaving:
-            self._runner._cancel(self, leaving)
-
-    def _deliver(self, events: list[tuple[int, TokenEvent]]) -> None:
-        for row, event in events:
-            if row in self._unfinished:
-                self._inbox.append((row, event))
-                if event.completion is not None:
-                    self._unfinished.discard(row)
-        self._arrived.set()
-
-    def _fail(self, error: Exception) -> None:
-        self._error = error
-        self._unfinished.clear()
-        self._arrived.set()
 
 
 class EngineRunner:
@@ -114,6 +52,7 @@ class EngineRunner:
         # The engine thread's own:
         self._waiting: deque[tuple[Ticket, int]] = deque()
         self._running: dict[int, tuple[Ticket, int]] = {}
+        self._to_score: deque[PromptToScore] = deque()
         self._steps = self._tokens = self._requests = self._cancelled = 0
         self._thread = threading.Thread(target=self._run, name="generation-engine", daemon=True)
         self._thread.start()
@@ -135,18 +74,38 @@ class EngineRunner:
     def submit(self, rows: list[RowRequest]) -> Ticket:
         """Queue all rows of one request, or raise Overloaded or EngineFailed. Called from the event loop."""
         with self._lock:
-            if self._failure is not None or self._closed:
-                raise self._failure or EngineFailed("the engine is shut down")
-            if self._outstanding + len(rows) > self.max_rows + self.max_waiting_rows:
-                raise Overloaded(
-                    f"{self._outstanding} responses are being written or waiting; this request asks for "
-                    f"{len(rows)} more and the server takes {self.max_rows + self.max_waiting_rows} at once"
-                )
-            self._outstanding += len(rows)
-            ticket = Ticket(self, rows, asyncio.get_running_loop())
+            self._take_places(len(rows))
+            ticket = Ticket(self._cancel, rows, asyncio.get_running_loop())
             # Inside the lock: nothing is queued after the failure or the close that empties the queue.
             self._commands.put(("submit", ticket, range(len(rows))))
         return ticket
+
+    async def score(self, prompts: list[list[int]], alternatives: int) -> list[list[TokenLogprobs | None]]:
+        """The log-probs of each prompt's own tokens. A prompt is scored between two steps and counts as a row until then."""
+        loop = asyncio.get_running_loop()
+        asked = [
+            PromptToScore(prompt_ids=ids, alternatives=alternatives, future=loop.create_future(), loop=loop) for ids in prompts
+        ]
+        with self._lock:
+            self._take_places(len(asked))
+            for one in asked:
+                self._commands.put(("score", one, ()))
+        try:
+            return [await one.future for one in asked]
+        finally:
+            for one in asked:
+                one.future.cancel()  # the engine passes over what nobody waits for
+
+    def _take_places(self, rows: int) -> None:
+        """Count rows in, or refuse them. Under the lock."""
+        if self._failure is not None or self._closed:
+            raise self._failure or EngineFailed("the engine is shut down")
+        if self._outstanding + rows > self.max_rows + self.max_waiting_rows:
+            raise Overloaded(
+                f"{self._outstanding} responses are being written or waiting; this request asks for "
+                f"{rows} more and the server takes {self.max_rows + self.max_waiting_rows} at once"
+            )
+        self._outstanding += rows
 
     def _cancel(self, ticket: Ticket, rows: set[int]) -> None:
         self._commands.put(("cancel", ticket, rows))
@@ -163,10 +122,25 @@ class EngineRunner:
         try:
             while failed_steps < MAX_FAILED_STEPS and self._take_commands():
                 self._admit()
+                if self._to_score:
+                    self._score_one()
                 if self._running:
                     failed_steps = 0 if self._step() else failed_steps + 1
         finally:  # however it ends, nobody is left waiting
             self._fail_all(EngineFailed("the engine is shut down" if self._closed else "the engine has failed"))
+
+    def _score_one(self) -> None:
+        one = self._to_score.popleft()
+        try:
+            if not one.future.cancelled():
+                one.answer(self.engine.score(one.prompt_ids, one.alternatives))
+        except UserError as error:
+            one.fail(error)
+        except Exception as error:  # fault boundary: one prompt
+            logger.exception("a prompt could not be scored")
+            one.fail(EngineFailed(f"the engine failed: {type(error).__name__}"))
+        finally:
+            self._release(1)
 
     def _step(self) -> bool:
         # A failed step fails the requests whose rows were in the batch. After several in a row `healthy` turns False, and
@@ -184,7 +158,7 @@ class EngineRunner:
     def _take_commands(self) -> bool:
         """Carry out what has been asked; sleeps while there is nothing to decode. False: close."""
         while True:
-            idle = not self._running and not self._waiting
+            idle = not self._running and not self._waiting and not self._to_score
             try:
                 verb, ticket, rows = self._commands.get(block=idle)
             except queue.Empty:
@@ -194,6 +168,8 @@ class EngineRunner:
             if verb == "submit":
                 self._requests += 1
                 self._waiting.extend((ticket, row) for row in rows)
+            elif verb == "score":
+                self._to_score.append(ticket)
             else:
                 self._drop(ticket, rows)
 
@@ -213,11 +189,11 @@ class EngineRunner:
             ticket, row = self._waiting.popleft()
             request = ticket.rows[row]
             try:
-                number = self.engine.submit(request.prompt_ids, request.seed, request.params)
+                number = self.engine.submit(request.prompt_ids, request.seed, request.params, request.rules)
             except UserError as error:  # a request that the engine refuses is its sender's problem alone
                 self._drop(ticket, set(range(len(ticket.rows))))
                 self._release(1)
-                _post(ticket.loop, ticket._fail, error)
+                post(ticket.loop, ticket.fail, error)
             else:
                 self._running[number] = (ticket, row)
 
@@ -232,7 +208,7 @@ class EngineRunner:
         self._tokens += len(events)
         for loop in {ticket.loop for ticket in per_ticket}:
             mine = [(ticket, items) for ticket, items in per_ticket.items() if ticket.loop is loop]
-            _post(loop, _deliver_all, mine)
+            post(loop, deliver_all, mine)
 
     def _release(self, rows: int) -> None:
         with self._lock:
@@ -244,7 +220,7 @@ class EngineRunner:
         self._running.clear()
         for ticket in tickets:
             self._drop(ticket, set(range(len(ticket.rows))))  # those of its rows that still wait
-            _post(ticket.loop, ticket._fail, failure)
+            post(ticket.loop, ticket.fail, failure)
 
     def _fail_all(self, failure: EngineFailed) -> None:
         with self._lock:
@@ -254,21 +230,11 @@ class EngineRunner:
             verb, ticket, _ = self._commands.get()
             if verb == "submit":
                 tickets.add(ticket)
+            elif verb == "score":
+                self._to_score.append(ticket)
+        for one in self._to_score:
+            one.fail(failure)
         self._waiting.clear()
         self._running.clear()
         for ticket in tickets:
-            _post(ticket.loop, ticket._fail, failure)
-
-
-def _post(loop: asyncio.AbstractEventLoop, callback: Callable, argument: object) -> None:
-    try:
-        loop.call_soon_threadsafe(callback, argument)
-    except RuntimeError:
-        if not loop.is_closed():
-            raise
-        # The loop has ended, and everyone who waited with it; their rows run out.
-
-
-def _deliver_all(items: list[tuple[Ticket, list[tuple[int, TokenEvent]]]]) -> None:
-    for ticket, events in items:
-        ticket._deliver(events)
+            post(ticket.loop, ticket.fail, failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
@@ -11,9 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rlhf_ray.serving.api_errors import error_body
-from rlhf_ray.serving.responses import server_sent
 
 logger = logging.getLogger(__name__)
+
+
+def server_sent(data: dict[str, Any] | str) -> bytes:
+    """One event of a stream."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
 
 
 class ClientLeft(Exception):

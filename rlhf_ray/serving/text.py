@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_ray.config.sampling import TokenLogprobs
 from rlhf_ray.models.tokenizer import decode
 
 if TYPE_CHECKING:
@@ -16,12 +17,15 @@ _CONTEXT_TOKENS = 5
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """One sampled token as the API shows it."""
+    """One token as the API shows it."""
 
     token: str
-    logprob: float
+    logprob: float | None
+    """None: the first of a prompt, which follows nothing."""
     offset: int
-    """Where its text starts in the response, in characters."""
+    """Where its text starts, in characters: in the response, or in the prompt for a token of the prompt."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens in its place, in order."""
 
 
 class ResponseText:
@@ -33,8 +37,10 @@ class ResponseText:
         prompt_ids: list[int],
         stop: tuple[str, ...],
         *,
+        min_tokens: int = 0,
         drop_first_space: bool = False,
     ):
+        """min_tokens: the text of so many tokens holds no stop string."""
         self._tokenizer = tokenizer
         self._stop = stop
         self._drop_first_space = drop_first_space
@@ -44,16 +50,31 @@ class ResponseText:
         self._tokens: list[TokenText] = []
         self._sent_tokens = 0
         self._sent = 0
+        self._min_tokens, self._stops_from = min_tokens, 0
         self.text = ""
         self.stopped = False
 
-    def push(self, token_id: int, logprob: float) -> None:
+    def push(
+        self,
+        token_id: int,
+        logprob: float | None,
+        top: tuple[tuple[int, float], ...] = (),
+        *,
+        silent: bool = False,
+    ) -> None:
+        """silent: the token is reported and has no text (a stop token)."""
         if self.stopped:
             return
-        token = decode(self._tokenizer, [token_id], special_tokens=True)
-        self._tokens.append(TokenText(token, logprob, len(self.text)))
-        self._ids.append(token_id)
-        self._decode(final=False)
+        alternatives = tuple((self._token(each), one) for each, one in top)
+        self._tokens.append(TokenText(self._token(token_id), logprob, len(self.text), alternatives))
+        if not silent:
+            self._ids.append(token_id)
+            self._decode(final=False)
+        if len(self._tokens) <= self._min_tokens:
+            self._stops_from = len(self.text)
+
+    def _token(self, token_id: int) -> str:
+        return decode(self._tokenizer, [token_id], special_tokens=True)
 
     def take(self, *, final: bool) -> tuple[str, list[TokenText]]:
         """The text and tokens that can be sent now; with `final`, all that is left."""
@@ -85,7 +106,10 @@ class ResponseText:
         return decode(self._tokenizer, ids, special_tokens=False)
 
     def _find_stop(self, before: int) -> None:
-        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if len(self._tokens) <= self._min_tokens:
+            return
+        starts = {stop: max(self._stops_from, before - len(stop) + 1) for stop in self._stop}
+        found = [at for stop, start in starts.items() if (at := self.text.find(stop, start)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
 
@@ -96,3 +120,13 @@ class ResponseText:
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return size
         return 0
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], scores: list[TokenLogprobs | None]
+) -> list[TokenText]:
+    """A prompt's tokens with their log-probs; the first one's is None."""
+    text = ResponseText(tokenizer, [], ())
+    for token_id, score in zip(prompt_ids, scores, strict=True):
+        text.push(token_id, None if score is None else score.logprob, () if score is None else score.top)
+    return text.take(final=True)[1]

@@ -1,0 +1,59 @@
+"""The OpenAPI document of the app: its bodies are read by `protocol.parse`, which FastAPI does not see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest
+
+_BODIES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def describe_bodies(app: FastAPI) -> None:
+    """Make the app's document say what the bodies of its requests and errors are."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = document
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, schemas = models_json_schema(
+        [(body, "validation") for body in _BODIES.values()], ref_template="#/components/schemas/{model}"
+    )
+    components = document.setdefault("components", {})
+    components["schemas"] = schemas["$defs"] | {"Error": _ERROR}
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}, {}]
+    for path, body in _BODIES.items():
+        reference = {"$ref": f"#/components/schemas/{body.__name__}"}
+        operation = document["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own, which this app never sends
+            operation["responses"] |= {"4XX": {"description": "refused", **error}, "5XX": {"description": "failed", **error}}
+    return document

@@ -1,0 +1,300 @@
+"""A Ray cluster of its own, the replicas on it by Serve, and the HTTP server in front of them, in this process.
+
+Ray is imported inside the functions: Serve reads its environment when it is imported, and the plain app needs no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import socket
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_ray.actors.worker_start import fork_server
+from rlhf_ray.config import Precision
+from rlhf_ray.errors import UserError
+from rlhf_ray.serving.config import (
+    API_KEY_VARIABLE,
+    AppConfig,
+    EngineOptions,
+    Limits,
+    check_cors_origins,
+    replica_environment,
+    resolve_allowed_hosts,
+    resolve_api_key,
+)
+from rlhf_ray.serving.engine_choice import choose_engine
+from rlhf_ray.serving.model_folder import find_model, model_name
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from ray.serve.schema import ServeStatus
+
+    from rlhf_ray.serving.front import Front
+    from rlhf_ray.serving.http_server import HttpServer
+
+OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
+
+# Settings of Serve that would move its HTTP server or open further ports on every interface.
+_FOREIGN_SETTINGS = (
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
+)
+
+# Read by Ray when it is imported: its processes then talk by 127.0.0.1, and their ports listen there (all but one, which Serve's
+# replicas have on every interface, behind the token). Nobody reads the metrics.
+_LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+
+
+class Server:
+    """One served model. What can be checked is checked here; `start` takes seconds, `close` releases it all."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        host: str,
+        port: int,
+        api_key: str | None,
+        name: str | None,
+        replicas: int,
+        gpus: float | None,
+        threads: int | None,
+        precision: Precision,
+        engine: str | None,
+        trust_remote_code: bool,
+        allow_special_tokens: bool,
+        limits: Limits,
+        allowed_hosts: Sequence[str],
+        cors_origins: Sequence[str],
+    ):
+        if not 0 <= port < 65536:
+            raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
+        if replicas < 1:
+            raise UserError(f"replicas={replicas} serves nothing; give at least 1")
+        self.model = find_model(path)
+        self.engine = choose_engine(engine, path, gpus or 0.0)
+        self.host, self.port = host, port
+        key = resolve_api_key(host, api_key)
+        self.config = AppConfig(
+            name=name or model_name(path, self.model),
+            api_key=key,
+            allowed_hosts=resolve_allowed_hosts(host, allowed_hosts),
+            cors_origins=check_cors_origins(cors_origins, key),
+            limits=limits,
+        )
+        self.replicas, self.gpus = replicas, gpus
+        self.precision: Precision = precision
+        self.trust_remote_code, self.allow_special_tokens = trust_remote_code, allow_special_tokens
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or max(1, cores // replicas)
+        self._environment = replica_environment(replicas * self.threads, cores)
+        self._bound: socket.socket | None = None
+        self._http: HttpServer | None = None
+        self._front: Front | None = None
+        self._logs = ""
+        self._started = False
+        self._stack = contextlib.ExitStack()  # of what ends after Ray
+
+    @property
+    def serving(self) -> bool:
+        return self._http is not None
+
+    @property
+    def url(self) -> str:
+        """Base URL as a client on this machine writes it; append /v1 for OpenAI's clients."""
+        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def announcement(self) -> str:
+        """Where it listens, and a request to try."""
+        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
+        body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
+        return (
+            f"Serving '{self.config.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
+            f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+        )
+
+    def start(self) -> None:
+        """Start Ray, Serve and the replicas; returns when requests are answered."""
+        self._bound = self._bind()
+        for variable in _FOREIGN_SETTINGS:
+            os.environ.pop(variable, None)
+        os.environ |= _LOOPBACK_SETTINGS
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        import ray
+        from ray import serve as ray_serve
+
+        if ray.is_initialized():
+            raise UserError(
+                "this process is connected to a Ray cluster already; run the server in a process of its own"
+            )
+        warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+        self._started = True
+        python = self._stack.enter_context(fork_server(("serving",), self._environment))
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            runtime_env=None if python is None else {"py_executable": python, "env_vars": self._environment},
+            num_cpus=self.replicas,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        # RayletSocketName: SESSION/sockets/raylet
+        self._logs = str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        gpus = self._gpus_each(ray.cluster_resources().get("GPU", 0))
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        ray_serve.start(proxy_location="Disabled", logging_config=quiet)
+        from rlhf_ray.serving.deployment import replicas_of
+
+        options = EngineOptions(
+            model=str(self.model),
+            precision=self.precision,
+            device="cuda" if gpus else "cpu",
+            threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
+            allow_special_tokens=self.allow_special_tokens,
+            engine=self.engine.name,
+            plugins=self.engine.plugins,
+        )
+        found = replicas_of(
+            options, self.config, replicas=self.replicas, cpus=1, gpus=gpus, environment=self._environment
+        )
+        targets = [
+            ray_serve.RunTarget(target=each, name=name, route_prefix=None, logging_config=quiet)
+            for name, each in found.items()
+        ]
+        try:
+            handles = ray_serve.run_many(targets)
+        except RuntimeError as error:
+            raise _start_failure(ray_serve.status(), error) from None
+        self._open_front(dict(zip(found, handles, strict=True)))
+
+    def _open_front(self, handles: dict[str, DeploymentHandle]) -> None:
+        from rlhf_ray.serving.front import Front
+        from rlhf_ray.serving.guard import guarded
+        from rlhf_ray.serving.http_limits import HttpLimits
+        from rlhf_ray.serving.http_server import HttpServer
+        from rlhf_ray.serving.links import ReplicaLink, watch
+
+        links = [ReplicaLink(name, handle) for name, handle in handles.items()]
+        self._front = Front(links, lambda: watch(links))
+        assert self._bound is not None
+        self._http = HttpServer(
+            guarded(self._front, self.config),
+            self._bound,
+            HttpLimits(connections=self.config.limits.max_connections),
+        )
+        self._http.start()
+
+    def wait(self, say: Callable[[str], None] = print) -> None:
+        """Until interrupted. UserError if no replica is left and the model's folder is not usable any more.
+
+        Serve replaces a failed replica itself, and a slow one is not dead, so nothing else ends this.
+        """
+        assert self._front is not None and self._http is not None
+        told: set[str] = set()
+        while True:
+            time.sleep(1)
+            if not self._http.alive:
+                raise RuntimeError(f"the HTTP server has ended; Ray's logs are in {self._logs}")
+            down = {link.name for link in self._front.links if not link.up}
+            for name in sorted(down - told):
+                say(f"{name} has ended; Serve starts it again. Ray's logs are in {self._logs}")
+            for name in sorted(told - down):
+                say(f"{name} runs again.")
+            told = down
+            if len(down) == len(self._front.links):
+                self._check_model()
+
+    def _check_model(self) -> None:
+        try:
+            find_model(self.model)
+        except UserError as error:
+            raise UserError(f"no replica runs, and none can start again: {error}") from None
+
+    def drain(self, longest_s: float, say: Callable[[str], None] = print) -> None:
+        """Answer 503 to what is new, and wait until what is running has been answered."""
+        if self._front is None:
+            return
+        self._front.draining = True
+        deadline = time.monotonic() + longest_s
+        if self._front.ongoing:
+            say(f"Ending: {self._front.ongoing} requests are still being answered (at most {longest_s:g} s).")
+        while self._front.ongoing and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.1)  # the last bytes are with the event loop
+
+    def close(self) -> None:
+        """Stop the replicas, Serve and Ray; safe to call twice."""
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+        if not self._started:
+            return
+        self._started = False
+        import ray
+
+        # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray
+        # would then complain on the terminal that Serve's controller has gone.)
+        try:
+            ray.shutdown()
+        finally:
+            self._stack.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _bind(self) -> socket.socket:
+        """The port, ours from now on: who connects while the model loads waits for it."""
+        family = socket.getaddrinfo(self.host or "0.0.0.0", self.port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((self.host, self.port))
+            bound.listen()  # a port that is bound only, others can bind too
+        except OSError as error:
+            bound.close()
+            raise UserError(
+                f"can't listen on {self.host}:{self.port} ({error.strerror}); choose another with --port"
+            ) from None
+        self.port = bound.getsockname()[1]
+        return bound
+
+    def _gpus_each(self, available: float) -> float:
+        if self.gpus is None:
+            return 1.0 if available >= self.replicas else 0.0
+        if self.gpus * self.replicas > available:
+            raise UserError(
+                f"{self.replicas} replicas with {self.gpus:g} GPUs each need {self.gpus * self.replicas:g}, this "
+                f"machine has {available:g}; lower --gpus or --replicas"
+            )
+        return self.gpus
+
+
+def _start_failure(status: ServeStatus, error: RuntimeError) -> Exception:
+    """What the replica said, without the tracebacks of the layers around it."""
+    messages = [deployment.message for app in status.applications.values() for deployment in app.deployments.values()]
+    found = re.findall(r"UserError: (.+)", "\n".join(messages))
+    if found:
+        return UserError(found[-1].strip())
+    return RuntimeError("the model could not be started: " + ("\n".join(messages) or str(error)))
