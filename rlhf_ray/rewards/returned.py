@@ -41,6 +41,7 @@ def _sequence(returned: object) -> Sequence[object] | None:
 
 
 def _number(value: object, place: int) -> float:
+    # getattr: as above; an array of one element would pass for a number.
     if isinstance(value, (str, bytes)) or not isinstance(value, SupportsFloat) or getattr(value, "ndim", 0) != 0:
         raise NotNumbers(f"[{shown(value)}]" if isinstance(value, str) else f"{shown(value)} (a {type(value).__name__})", place)
     try:
