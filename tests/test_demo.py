@@ -77,14 +77,18 @@ def interrupted(workplace) -> tuple[Path, str, int, set[int]]:
         text=True,
         start_new_session=True,
     )
-    metrics = run_dir / "ppo" / "metrics.jsonl"
-    deadline = time.monotonic() + 360
-    while len(read_metrics(metrics)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.2)
-    below = descendants(process.pid)
-    os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    try:
+        metrics = run_dir / "ppo" / "metrics.jsonl"
+        deadline = time.monotonic() + 360
+        while len(read_metrics(metrics)) < 3:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "PPO takes too long to start"
+            time.sleep(0.2)
+        below = descendants(process.pid)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()  # where a test run is interrupted; a process that has ended stays as it is
     return run_dir, output, process.returncode, gone(below, within_s=30)
 
 
