@@ -68,7 +68,6 @@ CHANGES = {
     "ppo.adam_eps": {"ppo": {"adam_eps": 1e-2}},
     "ppo.max_grad_norm": {"ppo": {"max_grad_norm": 1e-4}},
     "ppo.kl_coef": {"ppo": {"kl_coef": 2.0}},
-    "ppo.kl_estimator": {"ppo": {"kl_estimator": "k2"}},
     "ppo.gamma": {"ppo": {"gamma": 0.5}},
     "ppo.gae_lambda": {"ppo": {"gae_lambda": 0.5}},
     "ppo.loss_aggregation": {"ppo": {"loss_aggregation": "sequence_mean"}},
@@ -119,6 +118,7 @@ REFUSED = {
     "ppo.adaptive_kl": {"ppo": {"adaptive_kl": {}}},
     "ppo.advantage": {"ppo": {"advantage": "rloo", "samples_per_prompt": 2}},
     "ppo.kl_in": {"ppo": {"kl_in": "loss", "kl_estimator": "k2"}},
+    "ppo.kl_estimator": {"ppo": {"kl_in": "loss", "kl_estimator": "k2"}},  # the other estimators are for the loss only
     "ppo.entropy_coef": {"ppo": {"entropy_coef": 0.01}},
     "ppo.max_approx_kl": {"ppo": {"max_approx_kl": 0.1}},
     "ppo.dynamic_sampling_rounds": {"ppo": {"dynamic_sampling_rounds": 1, "samples_per_prompt": 2}},

@@ -16,7 +16,7 @@ ACTS_ON: dict[str, frozenset[str]] = {
     "ppo": frozenset({
         "steps", "seed", "rollout_batch_size", "samples_per_prompt", "minibatch_size", "ppo_epochs",
         "learning_rate", "critic_learning_rate", "anneal", "adam_eps", "max_grad_norm",
-        "kl_coef", "kl_estimator", "gamma", "gae_lambda", "loss_aggregation",
+        "kl_coef", "gamma", "gae_lambda", "loss_aggregation",
         "clip_range", "clip_range_high", "dual_clip", "value_clip_range", "vf_coef",
         "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "missing_eos_score", "score_clip", "overlong_buffer",
         "critic_init", "reward_function", "reward_timeout_s", "reward_timeout_score", "rewards",
