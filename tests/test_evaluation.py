@@ -307,13 +307,18 @@ def test_kl_against_the_log_probs_that_were_sampled(evaluated, run_folder):
 
 
 def test_scores_against_plain_transformers(evaluated, run_folder):
+    """The reward model has the policy's tokenizer: it reads the ids that were drawn."""
     _, samples, _ = evaluated
     folder = run_folder.stage("reward").model
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    sft, params = load_causal_lm(run_folder.stage("sft").model), SamplingParams(max_new_tokens=8, temperature=0.8)
+    drawn = draw_responses(
+        sft, tokenizer, PROMPTS, (3, 4), params, chunk_size=4, device="cpu", progress=lambda count: None
+    )
     for row in samples[:4]:
-        text = row["sft"]
-        ids = tokenizer(row["prompt"]).input_ids + tokenizer(text["response"]).input_ids
-        ids += [tokenizer.eos_token_id] * text["ended"]
+        text, place = row["sft"], 2 * row["index"] + (3, 4).index(row["seed"])
+        ids = tokenizer(row["prompt"]).input_ids + drawn.response_ids[place].tolist()
+        assert (ids[-1] == tokenizer.eos_token_id) == text["ended"]
         with torch.no_grad():
             raw = model(torch.tensor([ids])).logits.item()
         assert text["score"] == pytest.approx((raw - 0.25) / 2.0, abs=1e-4)
