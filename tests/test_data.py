@@ -617,7 +617,7 @@ def test_check_model_compares_lengths_with_positions(tmp_path, tokenizer):
     problems = check_model(recipe)
     assert [problem.split(" ")[0] for problem in problems] == ["data.max_prompt_tokens", "reward.max_length"]
     assert "112 tokens is longer than the model's 64 positions" in problems[0]
-    assert "no model could" in check_model(recipe.model_copy(update={"model": recipe.model.model_copy(
+    assert "there is no folder 'nobody/nothing' here" in check_model(recipe.model_copy(update={"model": recipe.model.model_copy(
         update={"name_or_path": "nobody/nothing"})}))[-1]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from rlhf_ray.errors import RunFailed, UserError
 
 START_S = 300.0  # where no recipe says otherwise
+TOO_SLOW = "timed out during startup"  # how Ray calls it when its first process is not there within 30 s
 TELL_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -40,43 +42,60 @@ def refuse_second_ray() -> None:
         )
 
 
-def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> None:
-    """ray.init(**options) in a thread, since nothing ends it when it hangs. Raises what it raises, RayNotThere past the deadline.
+def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> Callable[[], None]:
+    """ray.init(**options) -> what shuts it down. In a thread, since nothing ends it when it hangs.
 
-    remedy: what lengthens the deadline
+    Raises what ray.init raises, RayNotThere past the deadline. remedy: what lengthens the deadline
     """
     refuse_second_ray()
     prepare_home()
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a thread gets no handler of SIGTERM
-    outcome: list[BaseException | None] = []
+    started = time.monotonic()
+    while True:
+        attempt = _Start(options)
+        while not attempt.over.wait(min(TELL_S, max(started + deadline_s - time.monotonic(), 0.0))):
+            waited = time.monotonic() - started
+            if waited >= deadline_s:
+                raise RayNotThere(
+                    f"Ray did not start within {deadline_s:.0f} s{remedy}; this machine may be too busy, or short of memory or "
+                    f"disk: see {session_logs()}, then run the same command again"
+                )
+            log.warning("waiting %.0f s for Ray to start", waited)
+        if attempt.error is None:
+            return attempt.shut_down
+        if TOO_SLOW not in str(attempt.error) or time.monotonic() - started > deadline_s / 2:
+            raise attempt.error
+        log.warning("Ray allows itself half a minute to start, which was not enough; it starts again")
 
-    def start() -> None:
+
+class _Start:
+    """One ray.init, in a thread that lives as long as that Ray: its processes end with the thread that started them."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.error: BaseException | None = None
+        self.over, self._shut_down = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, args=(options,), name="start of Ray", daemon=True).start()
+
+    def _run(self, options: dict[str, Any]) -> None:
         try:
             ray.init(**options)
-            outcome.append(None)
         except BaseException as error:  # fault boundary: this thread; the caller's raises it
-            outcome.append(error)
+            self.error = error
+        self.over.set()
+        if self.error is None:
+            self._shut_down.wait()
 
-    thread = threading.Thread(target=start, name="start of Ray", daemon=True)
-    started = time.monotonic()
-    thread.start()
-    while not outcome and (waited := time.monotonic() - started) < deadline_s:
-        thread.join(min(TELL_S, deadline_s - waited))
-        if not outcome and thread.is_alive():
-            log.warning("waiting %.0f s for Ray to start", time.monotonic() - started)
-    if not outcome:
-        raise RayNotThere(
-            f"Ray did not start within {deadline_s:.0f} s{remedy}; this machine may be too busy, or short of memory or disk: see "
-            f"{session_logs()}, then run the same command again"
-        )
-    if outcome[0] is not None:
-        raise outcome[0]
+    def shut_down(self) -> None:
+        try:
+            ray.shutdown()
+        finally:
+            self._shut_down.set()
 
 
-def start_own_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> None:
+def start_own_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> Callable[[], None]:
     """`start_ray` for a Ray on this machine: whatever keeps it from starting is one sentence."""
     try:
-        start_ray(options, deadline_s, remedy)
+        return start_ray(options, deadline_s, remedy)
     except (UserError, RunFailed):
         raise
     except AuthenticationError as error:

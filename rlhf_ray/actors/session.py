@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import ray
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.actors.ray_output import ray_output_in
@@ -78,19 +78,17 @@ def ray_session(
     with ray_output_in(log), fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
-        if address is None:
-            start_own_ray(options, start_timeout_s, " (resources.start_timeout_s)")
-        else:
-            _connect(address, options, start_timeout_s)
+        start = start_own_ray if address is None else partial(_connect, address)
+        shut_down = start(options, start_timeout_s, " (resources.start_timeout_s)")
         try:
             yield
         finally:
-            ray.shutdown()
+            shut_down()
 
 
-def _connect(address: str, options: dict, start_timeout_s: float) -> None:
+def _connect(address: str, options: dict, deadline_s: float, remedy: str) -> Callable[[], None]:
     try:
-        start_ray(options, start_timeout_s, " (resources.start_timeout_s)")
+        return start_ray(options, deadline_s, remedy)
     except AuthenticationError as error:
         raise UserError(
             f"the cluster at {address!r} wants a token that this machine lacks; copy the head's (`ray get-auth-token` there) into "

@@ -4,7 +4,7 @@ People ask an assistant about one of eight subjects in one of eight situations; 
 times misreads the request; a simulated annotator prefers one reply of two with Bradley-Terry noise. `utility` is what that
 annotator cares about. It reads text only, so anything that any model writes can be scored:
 
-    utility = sense^2 * (3.5 on_topic + 2.5 specific + 1.5 polite + 1.5 ends_properly + 1 no_repetition)     in 0..10
+    utility = sense^2 * (3.5 on_topic + 2 specific + 2 polite + 1.5 ends_properly + 1 no_repetition)     in 0..10
 
     sense          share of the reply's characters in distinct sentences that the world knows (gibberish: 0)
     on_topic       0.7 x share of the concrete details that belong to the prompt's subject, 0.15 if a known sentence
@@ -35,7 +35,7 @@ from rlhf_ray.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WEIGHTS = {"on_topic": 3.5, "specific": 2.5, "polite": 1.5, "ends_properly": 1.5, "no_repetition": 1.0}
+WEIGHTS = {"on_topic": 3.5, "specific": 2.0, "polite": 2.0, "ends_properly": 1.5, "no_repetition": 1.0}
 ANNOTATOR_TEMPERATURE = 0.7  # utility points: the annotator prefers a to b with probability sigmoid((u_a - u_b) / this)
 MISREAD = 0.4  # share of the pairs whose replies differ in that one writer misread the request in the second
 PROMPT_END = "\n"  # stands between request and reply

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsFloat
+from typing import Protocol, SupportsFloat, runtime_checkable
 
 SHOWN = 200  # characters of what it returned, in a message
+
+
+@runtime_checkable
+class Array(Protocol):
+    """Of numpy, torch, pandas and others, which have no type in common."""
+
+    @property
+    def ndim(self) -> int: ...
 
 
 class NotNumbers(Exception):
@@ -34,15 +42,14 @@ def _sequence(returned: object) -> Sequence[object] | None:
     if isinstance(returned, (list, tuple)):
         return returned
     try:
-        # getattr: arrays of numpy, torch, pandas and others have it, and no type in common.
-        return list(returned) if getattr(returned, "ndim", None) == 1 else None  # type: ignore[call-overload]
+        return list(returned) if isinstance(returned, Array) and returned.ndim == 1 else None  # type: ignore[call-overload]
     except Exception:  # fault boundary: a class of the user's may do anything
         return None
 
 
 def _number(value: object, place: int) -> float:
-    # getattr: as above; an array of one element would pass for a number.
-    if isinstance(value, (str, bytes)) or not isinstance(value, SupportsFloat) or getattr(value, "ndim", 0) != 0:
+    nested = isinstance(value, Array) and value.ndim != 0
+    if nested or isinstance(value, (str, bytes)) or not isinstance(value, SupportsFloat):
         raise NotNumbers(f"[{shown(value)}]" if isinstance(value, str) else f"{shown(value)} (a {type(value).__name__})", place)
     try:
         return float(value)
