@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +24,12 @@ class ModelShape:
     width: int
     vocabulary: int
     key_value_width: int
+    family: str  # the config's model_type
     gated: bool  # the feed-forward layer has three matrices
 
 
 UNKNOWN = ModelShape(
-    parameters=0, blocks=(), embeddings=0, layers=0, width=0, vocabulary=0, key_value_width=0, gated=False
+    parameters=0, blocks=(), embeddings=0, layers=0, width=0, vocabulary=0, key_value_width=0, family="", gated=False
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def shape_of_model(recipe: Recipe) -> ModelShape:
         return ModelShape(
             parameters=shape.layers * block + embeddings + rest, blocks=(block,) * shape.layers, embeddings=embeddings,
             layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.width,
-            gated=is_gated(shape.architecture),
+            family=shape.architecture, gated=is_gated(shape.architecture),
         )  # fmt: skip
     return _counted(model)
 
@@ -125,7 +126,8 @@ def _counted(model: ModelConfig) -> ModelShape:
         parameters=sum(weight.numel() for weight in built.parameters()),
         blocks=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
         embeddings=sum(weight.numel() for weight in embeddings.values()), layers=config.num_hidden_layers,
-        width=config.hidden_size, vocabulary=config.vocab_size, gated=is_gated(config.model_type),
+        width=config.hidden_size, vocabulary=config.vocab_size, family=config.model_type,
+        gated=is_gated(config.model_type),
         key_value_width=head_width * (options.get("num_key_value_heads") or heads),
     )  # fmt: skip
 
@@ -136,9 +138,7 @@ def _unbuilt(name_or_path: str) -> ModelShape:
         count = sum(math.prod(shape) for file in _weight_files(Path(name_or_path)) for shape in tensor_shapes(file))
     except (OSError, ValueError, KeyError, struct.error):  # cut off; loading it will say so
         return UNKNOWN
-    return ModelShape(
-        parameters=count, blocks=(), embeddings=0, layers=0, width=0, vocabulary=0, key_value_width=0, gated=False
-    )  # fmt: skip
+    return replace(UNKNOWN, parameters=count)
 
 
 def _weight_files(folder: Path) -> list[Path]:

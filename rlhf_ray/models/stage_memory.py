@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, TrainConfig
+from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.models.memory import GB, IMPORTED, kept_bytes
 from rlhf_ray.models.size import ModelShape, adapter_parameters, shape_of_model, shape_of_other
+from rlhf_ray.tables.families import is_tested
 
-#: Bytes per logit, by bytes of the compute dtype, at the peak of a language model's loss: logits, their softmax in float32, and
-#: the gradients of both. Measured (tests/test_stage_memory.py).
-LOGIT = {2: 12, 4: 12}
+#: Bytes per logit at the peak of a language model's loss, in 16 bits as in 32: on packed lines and under DPO, whose log-probs make
+#: no float32 copy of all of them, and in the plain loss. Measured (tests/test_stage_memory.py).
+LOGIT, PLAIN_LOGIT = 12, 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +68,20 @@ def _work(recipe: Recipe, name: str, config: TrainConfig, shape: ModelShape, ite
     pairs = isinstance(config, DpoConfig) or (isinstance(config, RewardConfig) and config.objective == "pairs")
     tokens = config.microbatch_size * recipe.max_length_of(name) * (2 if pairs else 1)
     kept = kept_bytes(shape, tokens=tokens, itemsize=itemsize, checkpointing=config.gradient_checkpointing)
+    # A gradient of the embeddings stands beside the sum that it is added to, and so does that of an output layer.
+    if config.lora is None and config.freeze_layers == 0:
+        kept += 4.0 * shape.embeddings * (1 if isinstance(config, RewardConfig) else 2)
     if isinstance(config, RewardConfig):
         return kept
-    logits = float(tokens) * shape.vocabulary * LOGIT[itemsize]
+    on_lines = isinstance(config, DpoConfig) or (is_tested(shape.family) and config.gpus_per_worker == 0 and not _packs(config))
+    logits = float(tokens) * shape.vocabulary * (LOGIT if on_lines else PLAIN_LOGIT)
     if isinstance(config, DpoConfig) and itemsize == 2:
         kept += 2.0 * shape.parameters  # autocast's copies of the reference
     return kept + logits
+
+
+def _packs(config: TrainConfig) -> bool:
+    return isinstance(config, SftConfig) and config.packing
 
 
 def stage_memory_problems(recipe: Recipe, *, host: float, itemsizes: dict[str, int]) -> list[str]:
