@@ -20,10 +20,11 @@ from rlhf_ray.serving.streaming import EventStream
 
 
 class AppLink:
-    """A replica in this process that holds `room` requests, and is lost after `pieces_left` pieces of answers."""
+    """A replica in this process that holds `room` requests, and is lost, with an error or without, after `pieces_left` pieces."""
 
-    def __init__(self, name, room=100, pieces_left=1_000_000):
+    def __init__(self, name, room=100, pieces_left=1_000_000, says_so=True):
         self.name, self.up, self.ongoing = name, True, 0
+        self.says_so = says_so
         self.room, self.pieces_left, self.inside, self.served, self.ended = room, pieces_left, 0, 0, 0
         self.app = FastAPI()
         self.app.post("/v1/completions")(self.whole)
@@ -55,6 +56,8 @@ class AppLink:
         self.ongoing += 1
         try:
             async for piece in pieces(self.app, request):
+                if self.pieces_left == 0 and not self.says_so:
+                    return
                 if self.pieces_left == 0:
                     raise ReplicaLost(self.name)
                 self.pieces_left -= 1
@@ -117,18 +120,19 @@ def test_a_lost_replica_costs_nothing_while_another_runs_and_503_otherwise():
         front.links[0].up = False
         return first, second, await post(client), await client.get("/health")
 
-    for lost in (AppLink("a", pieces_left=0), AppLink("a", pieces_left=0, room=0)):
+    for lost in (AppLink("a", pieces_left=0), AppLink("a", pieces_left=0, room=0), AppLink("a", pieces_left=0, says_so=False)):
         first, second, third, health = run([lost, AppLink("b")], talk)
         assert first.json()["id"] == "b"
         for response in (second, third, health):
             is_unavailable(response)
 
 
-def test_a_stream_that_is_cut_ends_with_an_error_event():
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_stream_that_is_cut_ends_with_an_error_event(says_so):
     async def talk(client, front):
         return await post(client, "/v1/stream")
 
-    response = run([AppLink("a", pieces_left=4)], talk)
+    response = run([AppLink("a", pieces_left=4, says_so=says_so)], talk)
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert response.status_code == 200 and events[-1] == "[DONE]"
     assert json.loads(events[0]) == {"number": 0}

@@ -720,7 +720,7 @@ def test_find_model_takes_model_run_and_results_folders(folder, tmp_path):
     reward.mkdir()
     (reward / "config.json").write_text('{"architectures": ["GPT2ForSequenceClassification"]}')
     assert find_model(results).samefile(folder)
-    for bad, words in ((tmp_path / "none", "no folder"), (tmp_path, "holds no model"), (reward, "writes no text")):
+    for bad, words in ((tmp_path / "none", "not a folder"), (tmp_path, "holds no model"), (reward, "writes no text")):
         with pytest.raises(UserError, match=words):
             find_model(bad)
     pickled = tmp_path / "pickled"

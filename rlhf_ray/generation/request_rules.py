@@ -32,11 +32,10 @@ class RequestRules:
         self.rules = rules
         self._stops = frozenset(rules.stop_token_ids)
         self._eos = frozenset(eos_token_ids)
-        to_device = {"device": device}
         self._prompt = torch.from_numpy(prompt_ids).to(device)
-        self._bias_ids = torch.tensor([token for token, _ in rules.logit_bias], dtype=torch.int64, **to_device)
-        self._bias = torch.tensor([change for _, change in rules.logit_bias], dtype=torch.float32, **to_device)
-        self._end_ids = torch.tensor(sorted(self._eos | self._stops), dtype=torch.int64, **to_device)
+        self._bias_ids = torch.tensor([token for token, _ in rules.logit_bias], dtype=torch.int64, device=device)
+        self._bias = torch.tensor([change for _, change in rules.logit_bias], dtype=torch.float32, device=device)
+        self._end_ids = torch.tensor(sorted(self._eos | self._stops), dtype=torch.int64, device=device)
 
     @property
     def min_tokens(self) -> int:
@@ -89,7 +88,8 @@ def token_logprobs(raw: torch.Tensor, token: int, alternatives: int) -> TokenLog
 def score_prompt(decoder: RaggedDecoder, prompt_ids: np.ndarray, alternatives: int) -> list[TokenLogprobs | None]:
     """Of each token of a prompt, given those before it; None for the first, which follows nothing."""
     ids = torch.from_numpy(prompt_ids)[None].to(decoder.device)
-    vocab_size, scores = decoder.vocab_size, [None]
+    vocab_size = decoder.vocab_size
+    scores: list[TokenLogprobs | None] = [None]
     # Whole, the logits of a long prompt are gigabytes. A model that can leave positions out is run once per part of them.
     part = max(1, _SCORED_AT_ONCE // vocab_size) if decoder.takes_logits_to_keep else len(prompt_ids)
     for start in range(0, len(prompt_ids) - 1, part):

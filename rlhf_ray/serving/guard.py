@@ -44,14 +44,14 @@ class _Methods:
         if method == "OPTIONS":
             await Response(status_code=204, headers={"Allow": ", ".join(_METHODS)})(scope, receive, send)
         elif method == "HEAD":
-            await self.app(scope | {"method": "GET"}, receive, _without_body(send))
+            await self.app({**scope, "method": "GET"}, receive, _without_body(send))
         else:
             await self.app(scope, receive, send)
 
 
 def _without_body(send: Send) -> Send:
     async def headers_only(message: Message) -> None:
-        await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
     return headers_only
 

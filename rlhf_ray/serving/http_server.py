@@ -77,7 +77,7 @@ def _with_request_ids(app: ASGIApp) -> ASGIApp:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", number)]}
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number)]}
             await send(message)
 
         await app(scope, receive, send_named)

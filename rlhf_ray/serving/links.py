@@ -39,7 +39,7 @@ class ReplicaLink:
 
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
         self.ongoing += 1
-        response = self._answers.remote(request)
+        response: Any = self._answers.remote(request)  # a generator: the handle streams
         try:
             yield await self._first(response)
             async for piece in response:
@@ -92,7 +92,8 @@ async def watch(links: Sequence[ReplicaLink]) -> None:
         else:
             for link in links:
                 one = found.get(link.name)
-                link.note(one is not None and one.replica_states.get("RUNNING", 0) > 0, "" if one is None else one.message)
+                running = [] if one is None else [state for state, number in one.replica_states.items() if number]
+                link.note("RUNNING" in running, "" if one is None else one.message)
         await asyncio.sleep(WATCH_EVERY_S)
 
 

@@ -54,7 +54,7 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
         ready.append(message)
         arrived.set()
 
-    working = asyncio.ensure_future(app(request.scope | {"state": {}}, receive, send))
+    working = asyncio.ensure_future(app({**request.scope, "state": {}}, receive, send))
     working.add_done_callback(lambda _: arrived.set())
     try:
         while True:
