@@ -87,7 +87,7 @@ class StageTrainer(Trainer):
         """Do what needs the optimiser and DeepSpeed's engine, before the first step."""
         self.set_rate()
         if self.stage_config.zero_stage == 0:  # above it DeepSpeed skips such a step and tells the norm
-            self.lr_scheduler.optimizer.register_step_pre_hook(refuse_bad_gradients)
+            cast(Any, self.deepspeed).basic_optimizer.register_step_pre_hook(refuse_bad_gradients)
         if world_size() == 1 and self.stage_config.zero_stage == 0:
             # With one rank it would only copy all gradients into one buffer and back.
             cast(Any, self.deepspeed).enable_backward_allreduce = False
