@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
@@ -22,6 +23,8 @@ from rlhf_ray.serving.relay import Piece, Relayed
 logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S = 2.0
+# Serve's controller, which looks every two seconds, may call a replica running for so long after it has ended.
+_STALE_S = 10.0
 
 
 class ReplicaLink:
@@ -31,27 +34,32 @@ class ReplicaLink:
         self.name = name
         self.up = True
         self.ongoing = 0
-        self.message = ""
-        """What Serve says of it."""
         self._answers = handle.options(method_name="answer", stream=True)
         self._stats = handle.options(method_name="stats")
         self._down = asyncio.Event()
+        self._ended_at: float | None = None
+        """When a request has found out that the replica has ended, until Serve knows it too."""
 
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
         self.ongoing += 1
+        complete = False
         response: Any = self._answers.remote(request)  # a generator: the handle streams
         try:
             yield await self._first(response)
             async for piece in response:
                 yield piece
+            complete = True
         except (RayError, RayServeException) as error:
-            logger.warning("%s was lost while it answered: %s", self.name, error)
+            if isinstance(error, RayActorError):
+                self._ended()
+            logger.info("%s was lost while it answered: %s", self.name, error)
             raise ReplicaLost(self.name) from error
         except StopAsyncIteration:
             return
         finally:
             self.ongoing -= 1
-            response.cancel()
+            if not complete:
+                response.cancel()
 
     async def _first(self, response: Any) -> Piece:
         """The first piece. Serve would let the request wait for a replica that may never come back."""
@@ -72,9 +80,19 @@ class ReplicaLink:
         except (RayError, RayServeException) as error:
             raise ReplicaLost(self.name) from error
 
-    def note(self, up: bool, message: str) -> None:
-        """What the watch has found."""
-        self.up, self.message = up, message
+    def note(self, up: bool) -> None:
+        """What Serve says."""
+        if up and self._ended_at is not None and time.monotonic() - self._ended_at < _STALE_S:
+            return
+        self._ended_at = None
+        self._set(up)
+
+    def _ended(self) -> None:
+        self._ended_at = time.monotonic()
+        self._set(False)
+
+    def _set(self, up: bool) -> None:
+        self.up = up
         if up:
             self._down.clear()
         else:
@@ -88,12 +106,11 @@ async def watch(links: Sequence[ReplicaLink]) -> None:
             found = await asyncio.to_thread(deployments)
         except (RayError, RayServeException, ConnectionError, TimeoutError) as error:
             # Serve's controller is busy or starts again; the replicas answer without it.
-            logger.warning("Serve's controller did not answer: %s", error)
+            logger.info("Serve's controller did not answer: %s", error)
         else:
             for link in links:
                 one = found.get(link.name)
-                running = [] if one is None else [state for state, number in one.replica_states.items() if number]
-                link.note("RUNNING" in running, "" if one is None else one.message)
+                link.note(one is not None and "RUNNING" in [state for state, number in one.replica_states.items() if number])
         await asyncio.sleep(WATCH_EVERY_S)
 
 
