@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray._private.worker as ray_worker
 
@@ -110,7 +110,7 @@ def _message_pipe() -> tuple[int, int]:
     return os.pipe()
 
 
-def _writes_to_terminal(stream: io.TextIOBase | None) -> bool:
+def _writes_to_terminal(stream: TextIO | None) -> bool:
     """Whether it is Python's own standard error, and not what a test or a notebook has put in its place."""
     try:
         return isinstance(stream, io.TextIOWrapper) and stream.fileno() == 2

@@ -92,22 +92,24 @@ def shape_of_model(recipe: Recipe) -> ModelShape:
             layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.width,
             family=shape.architecture, gated=is_gated(shape.architecture),
         )  # fmt: skip
-    return _counted(model)
+    return _counted(model.model_dump_json())
 
 
 def shape_of_other(recipe: Recipe, name_or_path: str) -> ModelShape:
     """Of another model than the policy, a reward model from elsewhere, say."""
-    return _counted(ModelConfig(name_or_path=name_or_path, trust_remote_code=recipe.model.trust_remote_code))
+    model = ModelConfig(name_or_path=name_or_path, trust_remote_code=recipe.model.trust_remote_code)
+    return _counted(model.model_dump_json())
 
 
 @lru_cache(maxsize=16)
-def _counted(model: ModelConfig) -> ModelShape:
+def _counted(model_json: str) -> ModelShape:
     """On a model without weights that is built from the config; where it can't be built, the weights that a folder holds."""
     from torch import nn
 
     from rlhf_ray.models.load import empty_causal_lm
     from rlhf_ray.models.trained_part import blocks_of
 
+    model = ModelConfig.model_validate_json(model_json)
     try:
         built = empty_causal_lm(model)
     except (UserError, ValueError, KeyError, ImportError, AttributeError, RuntimeError):

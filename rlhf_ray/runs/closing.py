@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 #: closing figure -> (its name, factor, decimals, unit, the count of what it was measured on, their name)
 SHOWN = {
@@ -24,7 +24,7 @@ def closing_words(figures: Mapping[str, Any]) -> str:
 
 
 def _with_interval(figures: Mapping[str, Any], name: str) -> str | None:
-    interval = (figures.get("intervals") or {}).get(name)
+    interval = cast(Mapping[str, Mapping[str, float] | None], figures.get("intervals") or {}).get(name)
     if interval is None:
         return None
     label, factor, decimals, unit, count, rows = SHOWN[name]
