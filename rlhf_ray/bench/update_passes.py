@@ -63,11 +63,13 @@ def measure(way: dict, microbatch: int) -> dict:
     )
     trainer = PolicyTrainer(engine, microbatch_size=microbatch, config=policy_loss_config(Recipe(name="bench")))
     draws = np.random.default_rng(0)
-    tokens = [[draws.integers(0, 8192, length).astype(np.int32) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)]
+    prompts, responses = (
+        [draws.integers(0, 8192, length).astype(np.int32) for _ in range(ROWS)] for length in (PROMPT, RESPONSE)
+    )
     once = OptimiserStep(rows=np.arange(ROWS), num_tokens=ROWS * RESPONSE, num_sequences=ROWS)
     floats = draws.normal(size=ROWS * RESPONSE).astype(np.float32)
     shard = PolicyShard(
-        step=0, sequences=Sequences.of(*tokens), old_logprobs=floats - 9.0, advantages=floats, schedule=(once,)
+        step=0, sequences=Sequences.of(prompts, responses), old_logprobs=floats - 9.0, advantages=floats, schedule=(once,)
     )
     seconds = []
     for _ in range(STEPS):

@@ -7,9 +7,10 @@ import glob
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -128,7 +129,7 @@ def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with
     look_at = {ours: theirs for ours, theirs in columns.items() if not _is_text(rows.features[theirs])}
     if look_at:
         selected = rows.select_columns(list(look_at.values()))
-        check_values(selected, look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
+        check_values(cast(Iterable[dict[str, Any]], selected), look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
 
 
 def _is_text(feature: object) -> bool:
@@ -271,7 +272,7 @@ def _local(file: str) -> list[tuple[str, str]]:
     if "://" not in file:
         return [(file, file)]
     uris = resolve_pattern(file, "") if any(sign in file for sign in "*?[") else [file]
-    return [(uri, datasets.DownloadManager().download(uri)) for uri in uris]
+    return [(uri, str(datasets.DownloadManager().download(uri))) for uri in uris]
 
 
 def _call(where: str, path: str, load: Callable):

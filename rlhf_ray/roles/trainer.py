@@ -87,7 +87,7 @@ class Trainer(Generic[Shard]):
         sequences = rollout.sequences
         prompts, responses, supports = sequences.prompts(), sequences.responses(), self._supports(sequences)
         for rows in self._microbatches(sequences.lengths):
-            batch = self._batch(*([each[row] for row in rows] for each in (prompts, responses, supports)))
+            batch = self._batch([prompts[row] for row in rows], [responses[row] for row in rows], [supports[row] for row in rows])
             yield rows, self.engine.forward(batch, **options)
 
     def _first_forward(self, rollout: RolloutBatch, **options: bool) -> Iterator[tuple[list[int], Any]]:

@@ -24,7 +24,7 @@ def closing_words(figures: Mapping[str, Any]) -> str:
 
 
 def _with_interval(figures: Mapping[str, Any], name: str) -> str | None:
-    interval = cast(Mapping[str, Mapping[str, float] | None], figures.get("intervals") or {}).get(name)
+    interval = cast(Mapping[str, Mapping[str, float] | None], figures.get("intervals", {})).get(name)
     if interval is None:
         return None
     label, factor, decimals, unit, count, rows = SHOWN[name]
