@@ -309,6 +309,7 @@ def test_a_wrong_token_and_unknown_jobs_are_refused_in_words(cluster, as_user, m
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_plain_ray_job_submit_reaches_our_command(cluster, tmp_path):
     """With a misspelt key, so that it ends at once: the sentence and exit code 2 come back through Ray."""
     address, env, _ = cluster

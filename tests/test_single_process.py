@@ -1,6 +1,6 @@
 """PPO in one process takes the steps of the distributed loop, and refuses every key that it does not act on."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -13,7 +13,7 @@ from tiny import TEXTS, tiny_recipe, write_start
 from rlhf_ray.config import GenerationConfig, ModelConfig, PPOConfig, Recipe
 from rlhf_ray.data.store import write_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.ppo.single_process import SingleProcessPPO, main
+from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.single_process_keys import ACTS_ON, NO_INFLUENCE, OTHER_SECTIONS
 from rlhf_ray.ppo.step import step_prompts
 from rlhf_ray.runs.run_folder import RunFolder
@@ -218,16 +218,16 @@ def test_a_refusal_names_all_keys_with_their_defaults(folder):
     )
 
 
-def test_it_runs_from_a_run_folder(folder):
+def as_a_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["single_process", *arguments])
+    monkeypatch.delitem(sys.modules, "rlhf_ray.ppo.single_process", raising=False)  # runpy warns of one that is there already
+    runpy.run_module("rlhf_ray.ppo.single_process", run_name="__main__")
+
+
+def test_it_runs_from_a_run_folder(folder, monkeypatch, capsys):
     folder.recipe.write_text(tiny_recipe().model_dump_json())
-    command = [sys.executable, "-m", "rlhf_ray.ppo.single_process", str(folder.path), "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("step 1   score ")
-
-
-def test_a_folder_that_holds_no_run_is_told(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["single_process", str(folder.path / "nowhere")])
+    as_a_command(monkeypatch, str(folder.path), "--steps", "1")
+    assert capsys.readouterr().out.startswith("step 1   score ")
     with pytest.raises(SystemExit) as ended:
-        main()
+        as_a_command(monkeypatch, str(folder.path / "nowhere"))
     assert ended.value.code == 2 and "nowhere" in capsys.readouterr().err
