@@ -57,7 +57,7 @@ def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, 
             object_store_memory=OBJECT_STORE_BYTES,
         )
     except Exception as error:  # fault boundary: Ray raises nothing narrower where its processes do not start in time
-        raise RuntimeError(f"Ray could not start on this machine ({error}); try again when it is less busy") from error
+        raise UserError(f"Ray could not start on this machine ({error}); try again when it is less busy") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # RayletSocketName: SESSION/sockets/raylet
     return str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
