@@ -58,6 +58,8 @@ def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, 
         )
     except Exception as error:  # fault boundary: Ray raises nothing narrower where its processes do not start in time
         raise UserError(f"Ray could not start on this machine ({error}); try again when it is less busy") from error
+    from ray import serve  # noqa: F401 - its import sets the level of its log
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # RayletSocketName: SESSION/sockets/raylet
     return str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
