@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import shlex
 import socket
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import (
@@ -33,6 +30,7 @@ from rlhf_ray.serving.config import (
 )
 from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.model_folder import find_model, model_name
+from rlhf_ray.serving.ray_start import check_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -40,21 +38,6 @@ if TYPE_CHECKING:
 
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
-
-OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
-
-# Settings of Serve that would move its HTTP server or open further ports on every interface.
-_FOREIGN_SETTINGS = (
-    "RAY_SERVE_ENABLE_HA_PROXY",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
-)
-
-# Read by Ray when it is imported: its processes then talk by 127.0.0.1, and their ports listen there (all but one, which Serve's
-# replicas have on every interface, behind the token). Nobody reads the metrics.
-_LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
-
 
 class Server:
     """One served model. What can be checked is checked here; `start` takes seconds, `close` releases it all."""
@@ -128,33 +111,12 @@ class Server:
     def start(self) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
         self._bound = self._bind()
-        for variable in _FOREIGN_SETTINGS:
-            os.environ.pop(variable, None)
-        os.environ |= _LOOPBACK_SETTINGS
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        check_ray()
+        self._started = True
+        self._logs = start_ray(self.replicas, self._stack, self._environment)
         import ray
         from ray import serve as ray_serve
 
-        if ray.is_initialized():
-            raise UserError(
-                "this process is connected to a Ray cluster already; run the server in a process of its own"
-            )
-        warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-        self._started = True
-        python = self._stack.enter_context(fork_server(("serving",), self._environment))
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            runtime_env=None if python is None else {"py_executable": python, "env_vars": self._environment},
-            num_cpus=self.replicas,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
-        # RayletSocketName: SESSION/sockets/raylet
-        self._logs = str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         gpus = self._gpus_each(ray.cluster_resources().get("GPU", 0))
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(proxy_location="Disabled", logging_config=quiet)

@@ -1,0 +1,65 @@
+"""The Ray cluster of a server: on this machine, for it alone, its ports on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf_ray.actors.worker_start import fork_server
+from rlhf_ray.errors import UserError
+
+OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
+
+# Settings of Serve that would start HTTP servers of its own or open further ports on every interface.
+_FOREIGN_SETTINGS = (
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
+)
+
+# Read by Ray when it is imported: its processes then talk by 127.0.0.1, and their ports listen there (all but one, which Serve's
+# replicas have on every interface, behind the token). Nobody reads the metrics.
+_LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+
+
+def check_ray() -> None:
+    """Import Ray with the settings that it reads then. UserError if this process uses a cluster already."""
+    for variable in _FOREIGN_SETTINGS:
+        os.environ.pop(variable, None)
+    os.environ |= _LOOPBACK_SETTINGS
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        raise UserError("this process is connected to a Ray cluster already; run the server in a process of its own")
+
+
+def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, str]) -> str:
+    """After `check_ray`. What ends after Ray goes on the stack. -> the folder of its logs"""
+    import ray
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    python = stack.enter_context(fork_server(("serving",), environment))
+    try:
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            runtime_env=None if python is None else {"py_executable": python, "env_vars": dict(environment)},
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+    except Exception as error:  # fault boundary: Ray raises nothing narrower where its processes do not start in time
+        raise UserError(f"Ray could not start on this machine ({error}); try again when it is less busy") from error
+    from ray import serve  # noqa: F401 - its import sets the level of its log
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # RayletSocketName: SESSION/sockets/raylet
+    return str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
