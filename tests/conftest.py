@@ -35,8 +35,8 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-RAY = ("test_bench.py", "test_cluster.py", "test_demo.py", "test_forking.py", "test_ppo_ray.py", "test_serving.py",
-       "test_stages.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
+RAY = ("test_addresses.py", "test_bench.py", "test_cluster.py", "test_demo.py", "test_forking.py", "test_ppo_ray.py",
+       "test_ray_output.py", "test_serving.py", "test_stages.py", "test_supervised.py", "test_weight_transport.py")  # fmt: skip
 
 
 class Groups(LoadScopeScheduling):
