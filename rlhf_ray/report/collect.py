@@ -21,6 +21,7 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -127,7 +128,7 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
              "over the held-out prompts of one run.", ""]  # fmt: skip
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",
               "|---|---|" + "---|" * (len(seeds) + 1)]  # fmt: skip
-    models = models_of_summary(summaries[seeds[0]])
+    models, told = models_of_summary(summaries[seeds[0]]), names_in(summaries[seeds[0]]).told
     pairs: list[tuple[str | None, str]] = [(None, "PPO over SFT")]
     for model in other_tuned(summaries[seeds[0]]):
         pairs += [(f"{model}_over_sft", f"{title(model)} over SFT"), (f"ppo_over_{model}", f"PPO over {title(model)}")]
@@ -137,20 +138,20 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
         for model in models:
             cells = [summaries[seed].get(model, {}).get(key) for seed in seeds]
             if all(cells):
-                lines.append(_row(words, title(model), cells))
+                lines.append(_row(told(words), told(title(model)), cells))
     for key, words in (("judge", "win rate, judge"), ("reward_model", "win rate, reward model")):
         for place, who in pairs:
             parts = [summaries[seed] if place is None else summaries[seed].get(place) for seed in seeds]
             cells = [part["win_rate"].get(key) for part in parts if part]
             if len(cells) == len(seeds) and all(cells):
-                lines.append(_row(f"**{words}**", who, cells))
+                lines.append(_row(told(f"**{words}**"), told(who), cells))
     for model in models[1:]:
         if all(model in summaries[seed] for seed in seeds):
             cells = [over_sft(summaries[seed], model)["kl_interval"] for seed in seeds]
-            lines.append(_row("KL, nats per response", f"{title(model)} to SFT", cells))
+            lines.append(_row("KL, nats per response", told(f"{title(model)} to SFT"), cells))
     ratios = [summaries[seed].get("ratio", {}).get("distinct_2") for seed in seeds]
     if all(ratios):
-        lines.append(_row("distinct-2", "PPO / SFT", ratios))
+        lines.append(_row("distinct-2", told("PPO / SFT"), ratios))
     lines += ["", "Seconds by stage:", "", "| stage | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
               "|---|" + "---|" * len(seeds)]  # fmt: skip
     lines += [f"| {stage} | " + " | ".join(f"{part[stage]:.0f}" if stage in part else "" for part in timings) + " |"
