@@ -49,7 +49,7 @@ def test_the_folder_holds_the_model_that_the_file_was_made_of(file, model, tmp_p
 
 @pytest.mark.parametrize("quantisation", ["F32", "Q8_0", "Q4_1"])
 def test_logits_equal_a_second_reading_of_the_file(quantisation, model, tmp_path):
-    """Which decodes the blocks and turns the heads in its own way; the original's logits are far from Q4_1's."""
+    """Which decodes the blocks and turns the heads in its own way."""
     file = write_tiny(tmp_path / "tiny.gguf", model, quantisation)
     import_gguf(file, tmp_path / "out", "float32")
     torch.testing.assert_close(logits(tmp_path / "out"), second_reading(file, IDS), atol=2e-4, rtol=0)
@@ -58,14 +58,14 @@ def test_logits_equal_a_second_reading_of_the_file(quantisation, model, tmp_path
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     with torch.no_grad():
         original = model(torch.tensor([IDS])).logits[0]
-    assert (second_reading(file, IDS) - original).abs().max() < {"F32": 1e-4, "Q8_0": 0.5, "Q4_1": 10}[quantisation]
+    assert (second_reading(file, IDS) - original).abs().max() < {"F32": 1e-4, "Q8_0": 1, "Q4_1": 20}[quantisation]
 
 
 def test_config_ids_template_and_card(file, tmp_path):
     folder = import_gguf(file, tmp_path / "out").folder
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
-    assert "quantization_config" not in config and config["tie_word_embeddings"] is True
+    assert not {"quantization_config", "_model_name_or_path"} & config.keys() and config["tie_word_embeddings"] is True
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]) == (4, 2, 266)
     model = load_causal_lm(folder)
     assert model.config.rope_parameters["rope_theta"] == 100000.0
@@ -74,7 +74,7 @@ def test_config_ids_template_and_card(file, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATE
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
-    assert (tokenizer.unk_token, len(tokenizer)) == ("<|endoftext|>", 266)
+    assert (tokenizer.unk_token, len(tokenizer), tokenizer.model_max_length) == ("<|endoftext|>", 266, 64)
     card = (folder / "README.md").read_text()
     assert "license: apache-2.0" in card and "# tiny" in card
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "out"}  # no temporary folder is left

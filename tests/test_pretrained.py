@@ -97,7 +97,7 @@ def test_texts_come_back_as_they_were(tokenizer):
 
 def test_digits_stay_apart_and_special_tokens_whole(tokenizer):
     assert tokenizer.tokenize("year 2024") == ["year", "\u0120", "2", "0", "2", "4"]
-    assert tokenizer.tokenize("\n\n   42")[-3:] == ["\u010a\u010a\u0120\u0120\u0120", "4", "2"] or True
+    assert tokenizer.tokenize("x   42") == ["x", "\u0120\u0120\u0120", "4", "2"]  # GPT-2 would leave one space with the number
     assert tokenizer("<|im_start|>user<|im_end|>", add_special_tokens=False).input_ids[::2] == [1, 2]
     assert tokenizer("<|im_start|>", add_special_tokens=False).input_ids == [1]
     assert tokenizer("<|endoftext|>", add_special_tokens=False).input_ids == [0]

@@ -64,6 +64,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=fields.get("tokenizer.chat_template"),
+        model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
         additional_special_tokens=[token for token in _of_kind(CONTROL, tokens, kinds) if token not in special.values()],
         **special,
     )  # fmt: skip

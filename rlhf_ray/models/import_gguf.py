@@ -134,7 +134,8 @@ def _dequantised(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{file} has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}")
-    values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    given = loaded.config.to_dict()
+    values = {key: value for key, value in given.items() if key not in ("quantization_config", "_model_name_or_path")}
     config = type(loaded.config).from_dict(values)
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in _special(tokenizer).items()}
     for name, token_id in ids.items():
