@@ -26,6 +26,9 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.timeout(1200)]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+#: <|im_start|>system ... <|im_end|> <|im_start|>user, as the hub's tokenizer of this model encodes its default prompt
+SYSTEM_IDS = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198,
+              1, 4093, 198]  # fmt: skip
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -109,6 +112,8 @@ def test_the_template_has_its_system_prompt_unless_there_is_one(folder):
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+    ids = encode_prompts(load_tokenizer(folder), [chat.prompt(QUESTION)])[0]
+    assert ids[: len(SYSTEM_IDS)] == SYSTEM_IDS  # the ids that runs of the hub's own tokenizer show
     own = [{"role": "system", "content": "Be brief."}, *QUESTION]
     assert chat.prompt(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert chat.reply(QUESTION, [{"role": "assistant", "content": "Paris."}]) == "Paris."  # without <|im_end|>
