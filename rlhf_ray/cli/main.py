@@ -30,7 +30,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, imdb, hh, arithmetic)")
+    str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, smollm2-sentiment, imdb, ...)")
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
@@ -280,6 +280,19 @@ def export(
     from rlhf_ray.ppo.export import export_model
 
     console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
+
+
+@app.command(name="import")
+@in_words
+def import_(
+    file: Annotated[Path, typer.Argument(help="a GGUF file of a causal language model")],
+    target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+):
+    """Write a Hugging Face folder from a GGUF file: config, dequantised weights, tokenizer, chat template."""
+    from rlhf_ray.models.import_gguf import import_gguf
+
+    console.print(str(import_gguf(file, target, dtype)), highlight=False, soft_wrap=True)
 
 
 app.add_typer(bench_app, name="bench")

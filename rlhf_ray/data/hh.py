@@ -90,14 +90,16 @@ def part_of(question: str, seed: int) -> str:
 
 def build(
     root: str | None = None, seed: int = 0, *, subsets: Iterable[str] = HELPFUL, hub_split: str = "train",
-    max_rows: int | None = None, max_prompts: int | None = None,
+    max_rows: int | None = None, max_prompts: int | None = None, max_prompt_words: int | None = None,
 ) -> dict[str, datasets.Dataset]:  # fmt: skip
     """All roles of the recipe; prompts are chat messages, for the tokenizer's (or the recipe's) chat template.
 
     subsets: which of the four; hub_split: split of the hub's copy (the local file holds one). max_rows: at most this
-    many pairs, drawn at random; max_prompts: at most this many PPO prompts.
+    many pairs, drawn at random; max_prompts: at most this many PPO prompts. max_prompt_words: longer dialogues are left out.
     """
     rows = read(root, subsets, hub_split)
+    if max_prompt_words is not None:
+        rows = [row for row in rows if len(row["prompt"].split()) <= max_prompt_words]
     if max_rows is not None:
         rows = random.Random(seed).sample(rows, min(max_rows, len(rows)))
     parts: dict[str, list[dict]] = {"train": [], "judge": [], "judge_eval": [], "held_out": []}

@@ -132,7 +132,7 @@ def build(
     root: str | None = None, seed: int = 0, *, text_words: int | None = 170,
     objective: Literal["scores", "pairs"] = "scores", openings: int = 1, opening_words: tuple[int, int] = (16, 64),
     opening_eval_words: int = 48, prompt_words: tuple[int, int] = (4, 12), prompts: int = 5000,
-    eval_prompts: int = 2000, sft_eval: int = 500, max_reviews: int | None = None,
+    eval_prompts: int = 2000, sft_eval: int = 500, max_reviews: int | None = None, eval_share: float = 0.05,
 ) -> dict[str, datasets.Dataset]:  # fmt: skip
     """All roles of the recipe.
 
@@ -140,7 +140,8 @@ def build(
     (None: all of it). objective: regression to the scores, or pairs of a higher and a lower rated review. openings:
     rows per review that hold only its first opening_words (least, most) words. opening_eval_words: words of a held-out
     opening (48 words are about 64 tokens of a 4,096-entry BPE). prompt_words: least and most words of a prompt.
-    max_reviews: use at most this many reviews per split, drawn at random.
+    max_reviews: use at most this many reviews per split, drawn at random. eval_share: of the reviews of the reward model
+    and of the judge, held out.
     """
     if objective not in ("scores", "pairs"):
         raise UserError(f"data.builder_args.objective = {objective!r}; give 'scores' or 'pairs'")
@@ -148,10 +149,10 @@ def build(
     splits, dropped = without_duplicates(read(root))
     if max_reviews is not None:
         splits = {split: _some(rows, max_reviews, rng) for split, rows in splits.items()}
-    reward, reward_eval = hold_out(splits["train"], 0.05, rng)
+    reward, reward_eval = hold_out(splits["train"], eval_share, rng)
     text, rest = hold_out(splits["unsup"], min((prompts + sft_eval) / len(splits["unsup"]), 0.5), rng)
     for_evaluation, for_judge = hold_out(splits["test"], 0.5, rng)
-    judge, judge_eval = hold_out(for_judge, 0.05, rng)
+    judge, judge_eval = hold_out(for_judge, eval_share, rng)
     rng.shuffle(rest)
     rng.shuffle(for_evaluation)
     sft = [_first(review.text, text_words) for review in text + reward]

@@ -9,6 +9,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.stage_table import model_names
 from rlhf_ray.errors import UserError, whole_message
+from rlhf_ray.models.target import refuse_taken
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 if TYPE_CHECKING:
@@ -28,11 +29,7 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
-    for path in (target, *target.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; choose another folder to write")
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} exists and is not empty; choose another folder")
+    refuse_taken(target)
     if (source / "state.json").exists():
         recipe, start = _checkpoint_start(source.absolute())
         trust = recipe.model.trust_remote_code
