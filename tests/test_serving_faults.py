@@ -32,7 +32,8 @@ class Served:
 
     def __init__(self, folder: Path, log: Path, *options):
         self.log = log
-        command = [sys.executable, "-u", "-m", "rlhf_ray.serving", str(folder), "--port", "0", "--precision", "float32"]
+        command = [sys.executable, "-u", "-m", "rlhf_ray.serving", str(folder), "--name", "model", "--port", "0",
+                   "--precision", "float32"]  # fmt: skip
         with open(log, "w") as out:
             self.process = subprocess.Popen(
                 [*command, *map(str, options)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
