@@ -114,7 +114,7 @@ def test_the_ids_scored_in_ppo_are_those_trained_on(name, kind, tmp_path):
     chat = ChatFormat(tokenizer)
     prompts = [chat.prompt(QUESTION), chat.prompt([{"role": "user", "content": "naïve cafe\u0301 <|im_end|> </s>"}]), "plain text"]
     replies = ["Seven apples.", "None.\n\nAt all 🙂", "  two  spaces"]
-    table = Dataset.from_dict({"prompt": prompts, "chosen": replies, "rejected": replies})
+    table = Dataset.from_dict({"prompt": prompts, "chosen": replies, "rejected": ["no"] * len(replies)})
     trained = pair_rows(tokenizer, table, max_length=200).dataset["chosen_ids"]
     heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     assert all(row[: len(head)] == head for row, head in zip(trained, heads, strict=True))

@@ -12,6 +12,8 @@ from rlhf_ray.cli.display import Display
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.words import dropped_in_words, losses
 from rlhf_ray.models.card import model_card
+from rlhf_ray.runs.pipeline import to_reopen
+from rlhf_ray.runs.run_folder import RunFolder
 
 
 def entry(read, dropped, source="dialogues.jsonl"):
@@ -106,3 +108,14 @@ def test_a_card_names_no_local_path(base):
 def test_a_card_names_the_hubs_model():
     card = model_card(recipe(model={"name_or_path": "HuggingFaceTB/SmolLM2-135M"}), "sft", {})
     assert "base_model: HuggingFaceTB/SmolLM2-135M" in card and "from `HuggingFaceTB/SmolLM2-135M`" in card
+
+
+def test_a_finished_run_with_more_steps_needs_ray_again(tmp_path):
+    """Without a session of ours the stage's first call of Ray would join whatever cluster runs on this machine."""
+    folder = RunFolder(tmp_path)
+    for stage in ("data", "sft", "reward", "ppo", "evaluation"):
+        folder.stage(stage).path.mkdir(parents=True)
+        folder.stage(stage).finish({"steps": 3, "ended_by": "steps", "worse_since": 0})
+    assert to_reopen(recipe(ppo={"steps": 3}), folder, []) == set()
+    assert to_reopen(recipe(ppo={"steps": 4}), folder, ["ppo.steps"]) == {"ppo", "evaluation"}
+    assert to_reopen(recipe(ppo={"steps": 3}), folder, ["evaluation.prompts"]) == {"evaluation"}

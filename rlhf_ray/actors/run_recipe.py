@@ -24,7 +24,7 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, 
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages
+from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages, to_reopen
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
@@ -68,7 +68,8 @@ def run(
                 running[0] = event["stage"] if event.get("started") else None
             shown(event)
 
-        left = [name for name in (stages or recipe.stages) if not folder.stage(name).done]
+        again = to_reopen(recipe, folder, check_resume(recipe, folder))
+        left = [name for name in (stages or recipe.stages) if not folder.stage(name).done or name in again]
         for name in left:
             check_stage(recipe, folder, name)  # by what is there already; once more when its turn comes
         with ExitStack() as stack:

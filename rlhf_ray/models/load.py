@@ -266,13 +266,13 @@ def save_model(
     overrides the model's own weights (gathered ones, say). generation_config gets every token that ends a response. NotFinite,
     and nothing is written, where a weight is not finite.
     """
-    if model.can_generate():
-        assert model.generation_config is not None
-        model.generation_config.eos_token_id = saved_ends(tokenizer, model.generation_config.eos_token_id)
     folder = Path(folder)
     buffers = dict(model.named_buffers())  # masks may hold infinities
     weights = (model.state_dict() if state_dict is None else state_dict).items()
     refuse_bad(((name, each) for name, each in weights if name not in buffers), f"the model {folder} is not written")
+    if model.can_generate():
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = saved_ends(tokenizer, model.generation_config.eos_token_id)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     transformers_logging.disable_progress_bar()

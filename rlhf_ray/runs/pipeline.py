@@ -41,6 +41,14 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
     write_atomically(folder.path / "environment.json", json.dumps(environment() | {"modules": modules}, indent=2) + "\n")
 
 
+def to_reopen(recipe: Recipe, folder: RunFolder, changed: list[str]) -> set[str]:
+    """The finished stages that `reopen_finished` would reopen: they need Ray too."""
+    ppo = folder.stage("ppo")
+    names = {"ppo", "evaluation"} if ppo.done and ppo_goes_on(recipe, ppo.summary()) else set[str]()
+    measured = {"evaluation", *needs_of(recipe, "evaluation")} - {"ppo"}
+    return names | ({"evaluation"} if {key.partition(".")[0] for key in changed} & measured else set[str]())
+
+
 def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> None:
     """Reopen finished stages: PPO for more steps, the evaluation for a new policy or when what it measures changed."""
     ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
