@@ -91,7 +91,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def saved_ends(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None = None) -> int | list[int]:
     """The same as generation_config.json has them: a number where there is one. listed: what it said before; a list stays."""
-    ends = list(dict.fromkeys([*end_ids(tokenizer), *(listed if isinstance(listed, list) else [])]))
+    all_ends: list[int] = [*end_ids(tokenizer), *(listed if isinstance(listed, list) else [])]
+    ends = list(dict.fromkeys(all_ends))
     return ends[0] if len(ends) == 1 else ends
 
 
