@@ -400,7 +400,7 @@ def test_no_dashboard_is_said_in_words():
     [port] = free_ports(1)
     with pytest.raises(UserError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}"):
         jobs.submit(recipe(), "/shared/run", address=f"127.0.0.1:{port}")
-    with pytest.raises(UserError, match="no dashboard address"):
+    with pytest.raises(UserError, match="not a dashboard address"):
         jobs.submit(recipe(), "/shared/run", address="ray://127.0.0.1:10001")
 
 

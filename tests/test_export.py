@@ -16,6 +16,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.export import export_model
+from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.resume import write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
@@ -35,7 +36,7 @@ def run(request, tmp_path):
     start = load_causal_lm(start_model(recipe, folder))
     state = [(f"weight/model.{name}", weight.data + 1) for name, weight in start.named_parameters()]
     checkpoint.write_rank(temporary, "policy", 0, 1, state, steps_taken=3)
-    return recipe, folder, checkpoint.publish(folder.stage("ppo").checkpoints, 3, {"step": 3}, keep=1)
+    return recipe, folder, checkpoint.publish(folder.stage("ppo").checkpoints, 3, LoopState(step=3, kl_coef=0.05).to_json(), keep=1)
 
 
 def test_a_checkpoint_gets_its_own_weights_and_its_own_card(run, tmp_path):

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
+from cats import STAGE, cats_folder, cats_tokenizer, recipe_of  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
-from test_supervised import STAGE, folder, recipe_of, tokenizer  # noqa: F401 - fixtures
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors.ppo_stage import run_ppo
@@ -66,7 +66,7 @@ TWO_RANKS = {"workers": 2, "microbatch_size": 4, "zero_stage": 2, "threads": 1}
 
 
 @pytest.mark.parametrize("options", [{}, TWO_RANKS], ids=["one rank", "two ranks, ZeRO-2"])
-def test_sft_that_blows_up_fails_at_once_and_leaves_no_file(session, folder, tmp_path, options):  # noqa: F811
+def test_sft_that_blows_up_fails_at_once_and_leaves_no_file(session, folder, tmp_path, options):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     recipe = recipe_of(sft=STAGE | {"learning_rate": 1e37, "checkpoint_minutes": 1e-4, "epochs": 2} | options)

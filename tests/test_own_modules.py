@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.runs.events import EventLog
@@ -12,6 +13,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 def test_a_module_that_has_changed_is_noted_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("own_plugin", "own_scores", "own_judge"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # other tests have modules of these names
         (tmp_path / f"{name}.py").write_text("def score(prompts, responses): ...\n")
     recipe = Recipe(
         name="r", plugins=("own_plugin",), ppo={"reward_function": "own_scores:score", "critic_init": "sft"}, reward=None,

@@ -82,6 +82,11 @@ def test_frequency_and_presence_are_openais_formula():
 # ---- what is served
 
 
+def text_of(tokenizer, ids):
+    """Without half a character at its end, which no answer has."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 @pytest.mark.parametrize(
     ("asked", "generates"),
     [
@@ -96,7 +101,7 @@ def test_greedy_responses_are_those_of_generate(served, model, tokenizer, asked,
         expected = model.generate(ids, do_sample=False, max_new_tokens=24, **generates)[0, ids.shape[1] :].tolist()
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0} | asked
         found = send(served, "POST", "/v1/completions", json=body).json()
-        assert found["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert found["choices"][0]["text"] == text_of(tokenizer, expected)
         assert found["usage"]["completion_tokens"] == len(expected)
 
 
@@ -126,7 +131,7 @@ def test_frequency_penalty_makes_greedy_responses_vary(served, model, tokenizer)
     body = {"model": "tiny", "prompt": "the cat", "max_tokens": 24, "temperature": 0, "frequency_penalty": 1.5,
             "presence_penalty": 0.4}  # fmt: skip
     found = send(served, "POST", "/v1/completions", json=body).json()["choices"][0]
-    assert found["text"] == tokenizer.decode(drawn, skip_special_tokens=True)
+    assert found["text"] == text_of(tokenizer, drawn)
 
 
 def test_min_tokens_ignore_eos_and_stop_tokens(served, tokenizer):

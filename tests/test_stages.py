@@ -252,7 +252,7 @@ def test_a_stage_by_its_name_and_one_taken_over(table, workplace):
     assert sorted(path.name for path in first.path.iterdir() if path.is_dir()) == ["data", "toy"]
     plan = rlhf_ray("doctor", "toy.yaml", cwd=workplace)
     assert plan.returncode == 0, plan.stderr
-    assert "stages: data, a toy's turn, teaching, RLOO, evaluation" in plan.stdout
+    assert "stages: data, a toy's turn, teaching, PPO, evaluation" in plan.stdout
 
     more = ("stage", "toy", "toy.yaml", "--run-dir", "second", "--start-from", "alone")
     taken = rlhf_ray(*more, cwd=workplace)

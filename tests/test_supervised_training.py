@@ -97,8 +97,10 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
     path = folder.stage("reward").model
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
-    def raw(prompt: str, response: str, ended: bool = True) -> float:
-        ids = tokenizer(prompt).input_ids + tokenizer(response).input_ids + [tokenizer.eos_token_id] * ended
+    def raw(prompt: str, response: str) -> float:
+        return score(tokenizer(prompt).input_ids + tokenizer(response).input_ids + [tokenizer.eos_token_id])
+
+    def score(ids: list[int]) -> float:
         with torch.no_grad():
             return model(input_ids=torch.tensor([ids])).logits.item()
 
@@ -116,8 +118,9 @@ def test_reward_model_learns_pairs_and_its_figures_are_those_of_the_saved_folder
         ids = torch.tensor([tokenizer(prompt).input_ids])
         out = policy.generate(ids, do_sample=True, max_new_tokens=8, num_return_sequences=8, top_k=0)
         for row in out[:, ids.shape[1] :]:
-            response = tokenizer.decode(row, skip_special_tokens=True)
-            scores.append(raw(prompt, response, ended=tokenizer.eos_token_id in row.tolist()))
+            drawn = row.tolist()
+            end = drawn.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in drawn else len(drawn)
+            scores.append(score(ids[0].tolist() + drawn[:end]))
     config = json.loads((path / "config.json").read_text())
     assert config["reward_mean"] == pytest.approx(np.mean(scores), abs=4 * np.std(scores) / 8)  # 64 samples: 4 errors
     assert config["reward_std"] == pytest.approx(np.std(scores), rel=0.4)

@@ -111,7 +111,7 @@ def test_only_the_named_layers_get_one_where_there_are_names(family, start):
     kind = "attn.c_proj" if family == "gpt2" else "o_proj"
     model = part_of(load_causal_lm(start), LORA.model_copy(update={"target_modules": (kind,)}))
     assert len(trained_of(model)) == 6 and all(f"{kind}.lora_" in name for name in trained_of(model))
-    with pytest.raises(UserError, match="names 'x_proj', and no linear layer.*c_proj|names 'x_proj'.*q_proj"):
+    with pytest.raises(UserError, match="names 'x_proj', but no linear layer.*c_proj|names 'x_proj'.*q_proj"):
         part_of(load_causal_lm(start), LORA.model_copy(update={"target_modules": ("x_proj",)}))
 
 
