@@ -38,6 +38,8 @@ class Chunk:
 
     def where(self, row: int) -> str:
         """One of its rows in words."""
+        if self.step < 0:
+            return f"a sample for the normalisation, number {self.prompt_indices[row]}"
         kind = "evaluation, held-out prompt" if self.evaluation else f"step {self.step}, prompt"
         return f"{kind} {self.prompt_indices[row]}, sample {self.sample_indices[row]}"
 

@@ -155,6 +155,25 @@ def test_a_stop_string_is_closed_as_a_whole_reply_is(tmp_path):
     assert seen.rows == [[*head.tolist(), *answer, end] for head, end in zip(heads, ends, strict=True)]
 
 
+def test_a_reply_that_another_end_token_ended_is_scored_with_the_one_that_rewards_are_trained_on(tmp_path):
+    """Llama 3's models end with <|end_of_text|> now and then, where a training row ends with <|eot_id|>."""
+    tokenizer = loaded("llama 3", tmp_path / "tokenizer")
+    policy = language_model(tokenizer, tmp_path / "policy")
+    save_model(build_reward_model(load_causal_lm(policy), tokenizer, seed=1), tokenizer, tmp_path / "reward", "tiny")
+    head = np.array(encode_prompt(tokenizer, ChatFormat(tokenizer).prompt(QUESTION)))
+    answer, ends = tokenizer("Seven apples.", add_special_tokens=False).input_ids, end_ids(tokenizer)
+    assert len(ends) == 2
+    rollout = RolloutBatch(
+        chunk=Chunk(step=0, index=0, prompt_indices=(0, 0), sample_indices=(0, 1)), policy_version=0,
+        sequences=Sequences.of([head, head], [np.array([*answer, end]) for end in ends]),
+        rollout_logprobs=np.zeros(2 * len(answer) + 2, np.float32), ended=np.array([True, True]),
+    )  # fmt: skip
+    scorer = RewardScorer(tmp_path / "reward")
+    seen = Seen(scorer)
+    Reward(scorer, policy).score(rollout)
+    assert seen.rows == [[*head.tolist(), *answer, tokenizer.convert_tokens_to_ids("<|eot_id|>")]] * 2
+
+
 # -- several end tokens -----------------------------------------------------------------------------------------------
 
 

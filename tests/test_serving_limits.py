@@ -211,8 +211,18 @@ def test_when_all_connections_are_busy_a_further_one_gets_503():
         for connection in busy:
             connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         time.sleep(0.3)
-        assert b"retry-after" in is_error(ask(port), 503)
+        for _ in range(6):  # one that is refused has no place that a later one could take
+            assert b"retry-after" in is_error(ask(port), 503)
         assert all(b"GET /slow 0" in read_all(connection) for connection in busy)
+    server.close()
+
+
+def test_endless_requests_of_one_connection_are_not_kept():
+    """Only so many wait for their turn; the answers to those come, and the connection ends."""
+    server, port = serve(echo, HttpLimits(pipelined=3))
+    with connect(port) as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
+        assert read_all(connection).count(b"GET /slow 0") == 3
     server.close()
 
 

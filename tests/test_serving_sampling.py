@@ -105,6 +105,11 @@ def test_greedy_responses_are_those_of_generate(served, model, tokenizer, asked,
         assert found["usage"]["completion_tokens"] == len(expected)
 
 
+def test_what_would_overflow_a_logit_is_refused(served):
+    body = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "repetition_penalty": 1e-40}
+    assert send(served, "POST", "/v1/completions", json=body).status_code == 400
+
+
 def test_a_banned_token_is_never_drawn_and_a_pushed_one_always(served, tokenizer):
     async def talk(client):
         create = client.completions.create

@@ -87,4 +87,7 @@ def test_a_stage_that_does_not_fit_is_told_with_what_to_lower():
     assert all("set sft.lora" in words or "set reward.lora" in words for words in told(model=large, sft=small, reward=small))
     assert told(model=large, sft=small, reward=small)
     assert told(sft={"microbatch_size": 4096, "batch_size": 4096, "gpus_per_worker": 1}) == []  # not this memory
+    recipe, needs = tiny_recipe(model=large, sft=small, reward=small), {"sft": 4, "reward": 4}
+    assert stage_memory_problems(recipe, host=2e9, itemsizes=needs, stages=["ppo"]) == []  # the others are done
+    assert len(stage_memory_problems(recipe, host=2e9, itemsizes=needs, stages=["reward", "ppo"])) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -21,17 +22,21 @@ from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
 
-def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
+def recipe_problems(
+    recipe: Recipe, *, data: bool = True, hardware: bool = True, stages: Collection[str] | None = None
+) -> list[str]:
     """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
 
     hardware: whether the run computes on this machine. Then its hardware says which precisions there are and what fits,
-    and its packages say which engines there are.
+    and its packages say which engines there are. stages: those that are to run (None: all of the recipe's); the others need no
+    memory any more.
     """
     problems = (_data_problems(recipe) if data else []) + check_model(recipe)
     problems += _reward_problems(recipe) + _stage_problems(recipe)
     if not hardware:
         return problems
-    return problems + _precision_problems(recipe) + _engine_problems(recipe) + _memory_problems(recipe)
+    problems += _precision_problems(recipe) + _engine_problems(recipe)
+    return problems + _memory_problems(recipe, recipe.stages if stages is None else stages)
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
@@ -77,11 +82,13 @@ def _engine_problems(recipe: Recipe) -> list[str]:
     return [] if problem is None else [problem]
 
 
-def _memory_problems(recipe: Recipe) -> list[str]:
+def _memory_problems(recipe: Recipe, stages: Collection[str]) -> list[str]:
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    ppo = memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
-    return stage_memory_problems(recipe, host=host, itemsizes=stage_itemsizes(recipe)) + ppo
+    found = stage_memory_problems(recipe, host=host, itemsizes=stage_itemsizes(recipe), stages=stages)
+    if "ppo" in stages:
+        found += memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
+    return found
 
 
 def stage_itemsizes(recipe: Recipe) -> dict[str, int]:

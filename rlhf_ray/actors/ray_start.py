@@ -21,6 +21,8 @@ from ray.exceptions import AuthenticationError
 from rlhf_ray.errors import RunFailed, UserError
 
 START_S = 300.0  # where no recipe says otherwise
+RAYS_OWN_S = 30.0  # that Ray allows its first process
+SLACK_S = 15.0
 TELL_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,20 @@ def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str 
     Raises what ray.init raises, RayNotThere past the deadline. remedy: what lengthens the deadline
     """
     refuse_second_ray()
-    prepare_home()
+    prepare_home(makes_token=options.get("address") == "local")
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a thread gets no handler of SIGTERM
     started, attempt = time.monotonic(), _Start(options, deadline_s)
+    try:
+        _wait_for(attempt, started, deadline_s, remedy)
+    except KeyboardInterrupt:
+        attempt.abandon()
+        raise
+    if attempt.error is not None:
+        raise attempt.error
+    return attempt.shut_down
+
+
+def _wait_for(attempt: _Start, started: float, deadline_s: float, remedy: str) -> None:
     while not attempt.over.wait(min(TELL_S, max(started + deadline_s - time.monotonic(), 0.0))):
         waited = time.monotonic() - started
         if waited >= deadline_s:
@@ -59,9 +72,6 @@ def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str 
                 f"see {session_logs()}, then run the same command again"
             )
         log.warning("waiting %.0f s for Ray to start", waited)
-    if attempt.error is not None:
-        raise attempt.error
-    return attempt.shut_down
 
 
 class _Start:
@@ -69,6 +79,7 @@ class _Start:
 
     def __init__(self, options: dict[str, Any], deadline_s: float):
         self.error: BaseException | None = None
+        self._abandoned = False
         self.over, self._shut_down = threading.Event(), threading.Event()
         threading.Thread(target=self._run, args=(options, deadline_s), name="start of Ray", daemon=True).start()
 
@@ -79,8 +90,19 @@ class _Start:
         except BaseException as error:  # fault boundary: this thread; the caller's raises it
             self.error = error
         self.over.set()
-        if self.error is None:
+        if self.error is not None:
+            return
+        if self._abandoned:
+            ray.shutdown()
+        else:
             self._shut_down.wait()
+
+    def abandon(self) -> None:
+        """Nobody wants that Ray any more: it ends, now or as soon as it has started."""
+        self._abandoned = True
+        self._shut_down.set()
+        if self.over.is_set() and self.error is None:
+            ray.shutdown()
 
     def shut_down(self) -> None:
         try:
@@ -92,14 +114,16 @@ class _Start:
 @contextmanager
 def patience(deadline_s: float) -> Iterator[None]:
     """Let Ray's first process take that long to appear. Ray allows 30 s, which no setting changes; busy machines need more."""
-    look, deadline = services.get_node, time.monotonic() + deadline_s
+    started, look = time.monotonic(), services.get_node
+    deadline = started + max(deadline_s - SLACK_S, RAYS_OWN_S)  # before `start_ray` gives up, whose words know no reason
 
     def wait_for_node(*args: Any, **kwargs: Any) -> Any:
         while True:
             try:
                 return look(*args, **kwargs)
             except RuntimeError:  # it is not there yet
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline or (now > started + RAYS_OWN_S and not _raylet_runs()):
                     raise
                 time.sleep(0.1)
 
@@ -108,6 +132,17 @@ def patience(deadline_s: float) -> Iterator[None]:
         yield
     finally:
         services.get_node = look
+
+
+def _raylet_runs() -> bool:
+    """Whether the raylet that this process started lives."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = file.read_text().partition("(")[2].rpartition(") ")
+            state, parent = rest.split()[:2]
+            if name == "raylet" and int(parent) == os.getpid() and state != "Z":
+                return True
+    return False
 
 
 def start_own_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str = "") -> Callable[[], None]:
@@ -119,6 +154,12 @@ def start_own_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: 
     except AuthenticationError as error:
         raise UserError(
             f"Ray has no token ({_first_line(error)}); unset RAY_AUTH_TOKEN_PATH, or run: ray get-auth-token --generate"
+        ) from error
+    except (ConnectionError, TimeoutError) as error:
+        with suppress(Exception):
+            ray.shutdown()
+        raise RunFailed(
+            f"Ray did not start: {_first_line(error)}; see {session_logs()}, then run the same command again"
         ) from error
     except OSError as error:
         with suppress(Exception):  # what there is of it may not end either
@@ -150,8 +191,11 @@ def _first_line(error: BaseException) -> str:
 # -- what Ray and others keep in a home folder ------------------------------------------------------------------------
 
 
-def prepare_home() -> None:
-    """A token that nobody else can read; and where the home folder can't be written, other places for what would go there."""
+def prepare_home(*, makes_token: bool = True) -> None:
+    """A token that nobody else can read; and where the home folder can't be written, other places for what would go there.
+
+    makes_token: not where a cluster has one already, which this machine must be given.
+    """
     home = home_folder()
     if home is None:
         _other_places()
@@ -161,7 +205,7 @@ def prepare_home() -> None:
     file = Path(given) if given else Path(os.path.expanduser("~")) / ".ray" / "auth_token"
     if file.is_file() and file.stat().st_size > 0:
         protect(file)
-    elif given is None and (home is None or not _make_token(file)):
+    elif makes_token and given is None and (home is None or not _make_token(file)):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and those that it starts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -57,7 +57,9 @@ def run(
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
     check_resume(recipe, folder)
     refuse_second_ray()
-    refuse_problems(recipe, folder, address)
+    folders = [folder] if start_from is None else [folder, RunFolder(Path(start_from).absolute())]
+    to_run = [name for name in stages or recipe.stages if not any(each.stage(name).done for each in folders)]
+    refuse_problems(recipe, folder, address, to_run)
     running: list[str | None] = [None]
     with held(folder), display() as shown:
         if start_from is not None:
@@ -94,7 +96,7 @@ def run(
                 shown.close()
                 ray.shutdown()
 
-            # After Ray, which puts a handler of its own on SIGTERM.
+            # After Ray's start, which Ctrl-C ends at once.
             stopping = stack.enter_context(polite_interrupts(folder, lambda: running[0], shown.log, at_once))
             with failures_recorded(folder, lambda: running[0]):
                 run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
@@ -135,8 +137,8 @@ def object_store_bytes(recipe: Recipe) -> int:
     return 512 * 1024**2 + 3 * 4 * parameters(recipe)
 
 
-def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None) -> None:
-    """UserError for what `doctor` would find in the recipe, before anything starts."""
-    problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None)
+def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None, stages: Sequence[str]) -> None:
+    """UserError for what `doctor` would find in the recipe, before anything starts. stages: those that are to run."""
+    problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None, stages=stages)
     if problems:
         raise UserError("\n".join(problems))

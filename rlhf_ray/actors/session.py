@@ -55,7 +55,7 @@ def ray_session(
     (`worker_environment`), each role's on its own share of the cores. log: where Ray's own lines go; None: to the terminal.
     """
     refuse_second_ray()
-    prepare_home()  # before the fork server, which inherits the environment
+    prepare_home(makes_token=address is None)  # before the fork server, which inherits the environment
     environment = worker_environment()
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:

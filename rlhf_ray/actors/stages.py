@@ -40,9 +40,9 @@ def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progre
     for line in losses(summary):
         progress({"stage": stage, "say": line, "warns": True})
     for role, sources in summary["sources"].items():
-        plain, kept = (sum(source.get(name, 0) for source in sources) for name in ("plain", "kept"))
+        plain = sum(source.get("plain", 0) for source in sources)
         if plain:
-            words = f"data.{role}: {plain} of {kept} rows name special tokens, which are plain text there"
+            words = f"data.{role}: {plain} rows name special tokens, which are plain text there"
             progress({"stage": stage, "say": f"{words}; data.allow_special_tokens: true makes them tokens"})
     rows = summary["roles"]["prompts"]["rows"]
     if rows < recipe.ppo.rollout_batch_size:

@@ -58,7 +58,8 @@ def examine(
             if not folder.stage(name).done:
                 check(check_stage, recipe, folder, name)
         problems += disk_problems(recipe, folder.path)
-    problems += recipe_problems(recipe, hardware=address is None)
+    left = recipe.stages if folder is None else [name for name in recipe.stages if not folder.stage(name).done]
+    problems += recipe_problems(recipe, hardware=address is None, stages=left)
     nodes = check(_nodes, address) or []
     if nodes:
         problems += cluster_problems(recipe, recipe.stages, nodes)

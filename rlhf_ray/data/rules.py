@@ -21,7 +21,7 @@ from rlhf_ray.config.base import LARGEST
 from rlhf_ray.data.chat import ChatFormat, drop_oldest_turn
 from rlhf_ray.data.formats import REPLIES, Role
 from rlhf_ray.data.tokens import cut_text, encode_prompts, encode_texts
-from rlhf_ray.models.control_tokens import is_marked, marker_of
+from rlhf_ray.models.control_tokens import BREAK, is_marked, marker_of
 
 
 @dataclass(slots=True)
@@ -77,9 +77,9 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
         rows = drop(rows, tally, "tie", _is_tie)
     special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
     # Unmarked (the recipe allows special tokens) it would encode to the token itself and end the reply early.
-    rows = drop(
-        rows, tally, "special_token", lambda row: any(token in row[name] for name in replies for token in special)
-    )
+    rows = drop(rows, tally, "special_token", lambda row: any(
+        token in row[name].replace(BREAK + token, "") for name in replies for token in special
+    ))  # fmt: skip
     if role == "prompts":
         rows = _fit_prompts(rows, limits, tally)
     elif role == "sft":

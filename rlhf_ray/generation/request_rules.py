@@ -36,6 +36,8 @@ class RequestRules:
         self._bias_ids = torch.tensor([token for token, _ in rules.logit_bias], dtype=torch.int64, device=device)
         self._bias = torch.tensor([change for _, change in rules.logit_bias], dtype=torch.float32, device=device)
         self._end_ids = torch.tensor(sorted(self._eos | self._stops), dtype=torch.int64, device=device)
+        if rules.min_tokens > 0 and len(self._end_ids) >= vocab_size:
+            raise UserError(f"min_tokens is {rules.min_tokens}, but every token ends a response; leave some out of stop_token_ids")
 
     @property
     def min_tokens(self) -> int:
@@ -90,15 +92,13 @@ def score_prompt(decoder: RaggedDecoder, prompt_ids: np.ndarray, alternatives: i
     ids = torch.from_numpy(prompt_ids)[None].to(decoder.device)
     vocab_size = decoder.vocab_size
     scores: list[TokenLogprobs | None] = [None]
-    # Whole, the logits of a long prompt are gigabytes. A model that can leave positions out is run once per part of them.
-    part = max(1, _SCORED_AT_ONCE // vocab_size) if decoder.takes_logits_to_keep else len(prompt_ids)
+    # Whole, the logits of a long prompt are gigabytes: it is read in parts, each after the cache of those before it.
+    part, cache = max(1, _SCORED_AT_ONCE // vocab_size), None
     for start in range(0, len(prompt_ids) - 1, part):
-        places = torch.arange(start, min(start + part, len(prompt_ids) - 1), device=decoder.device)
-        keep = {"logits_to_keep": places} if decoder.takes_logits_to_keep else {}
-        logits = decoder.model(input_ids=ids, use_cache=False, **keep).logits[0]
-        if not keep:
-            logits = logits[places]
-        for place, line in zip(places.tolist(), logits.float().log_softmax(-1), strict=True):
+        end = min(start + part, len(prompt_ids) - 1)
+        answer = decoder.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = answer.past_key_values
+        for place, line in zip(range(start, end), answer.logits[0].float().log_softmax(-1), strict=True):
             if not bool(torch.isfinite(line[ids[0, place + 1]])):
                 raise FloatingPointError(f"the model's logits for token {place + 1} of a prompt are not finite")
             scores.append(token_logprobs(line, int(ids[0, place + 1]), alternatives))

@@ -57,6 +57,8 @@ def _without_paths(value: Any) -> Any:
         return {name: _without_paths(part) for name, part in cast(dict[str, Any], value).items()}
     is_path = isinstance(value, str) and value.startswith(("/", "~/", "./", "../")) and Path(value).name != ""
     return _shown(value) if is_path else value
+
+
 def _with_intervals(figures: Mapping[str, object]) -> dict[str, object]:
     """Each figure that has a 95 % interval (under `intervals`) as "0.612 (0.551 to 0.67)"."""
     intervals = figures.get("intervals")

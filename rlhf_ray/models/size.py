@@ -116,7 +116,10 @@ def _counted(model_json: str) -> ModelShape:
         # No config, an architecture that this transformers lacks, or code of the model's own that fails: loading it will say so.
         return _unbuilt(model.name_or_path)
     config = built.config.get_text_config()
-    options, heads = config.to_dict(), config.num_attention_heads  # GPT-2 and others have neither of the two below
+    options = config.to_dict()  # GPT-2 and others have neither of the two below
+    heads = options.get("num_attention_heads") or options.get("n_head")
+    if not heads:  # a model without attention, whose activations are not planned
+        return replace(UNKNOWN, parameters=sum(weight.numel() for weight in built.parameters()))
     head_width = options.get("head_dim") or config.hidden_size // heads
     try:
         parent, blocks = blocks_of(built)

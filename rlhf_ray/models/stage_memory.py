@@ -6,6 +6,7 @@ sequences, where PPO computes those of responses only.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, SftConfig, TrainConfig
@@ -84,12 +85,14 @@ def _packs(config: TrainConfig) -> bool:
     return isinstance(config, SftConfig) and config.packing
 
 
-def stage_memory_problems(recipe: Recipe, *, host: float, itemsizes: dict[str, int]) -> list[str]:
-    """The stages that don't fit into `host` bytes of memory, in sentences with the remedy."""
+def stage_memory_problems(
+    recipe: Recipe, *, host: float, itemsizes: dict[str, int], stages: Collection[str] | None = None
+) -> list[str]:
+    """Those of the stages (None: all) that don't fit into `host` bytes of memory, in sentences with the remedy."""
     problems: list[str] = []
     for row in stage_memory_plan(recipe, itemsizes):
         needed = row.workers * row.worker
-        if row.gpus > 0 or needed <= host:
+        if row.gpus > 0 or needed <= host or (stages is not None and row.stage not in stages):
             continue
         section = recipe.trained[row.stage]
         remedy = f"lower {row.stage}.microbatch_size or {row.stage}.max_length"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rlhf_ray.rewards.scorer import Scorer
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """Prompts with the policy's responses.

@@ -34,7 +34,7 @@ def answers_of(
     texts = [response_text(tokenizer, ids, stop) for ids in response_ids]
     ends, closings = set(end_ids(tokenizer)), closing_ids(tokenizer, prompts)
     rows = [
-        [*prompt.tolist(), *(_stopped(tokenizer, ids, text, closing) if end and ids[-1] not in ends else ids.tolist())]
+        [*prompt.tolist(), *(_ended(tokenizer, ids, text, closing, ends) if end else ids.tolist())]
         for prompt, ids, text, end, closing in zip(prompt_ids, response_ids, texts, ended, closings, strict=True)
     ]
     return Answers(prompts=prompts, responses=texts, ended=ended, token_ids=rows, tokenizer=tokenizer, columns=columns)
@@ -54,12 +54,20 @@ def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tup
     return text[: min(ends)] if ends else text
 
 
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str, closing: int, ends: set[int]) -> list[int]:
+    """A whole response with the token that ends those that reward models are trained on, whichever of `ends` was drawn."""
+    return [*ids[:-1].tolist(), closing] if ids[-1] in ends else _stopped(tokenizer, ids, text, closing)
+
+
 def _stopped(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str, closing: int) -> list[int]:
     """A response that a stop string ended: its ids up to there, and the token that ends a whole one.
 
     Where the stop string begins inside a token, the text before it is encoded.
     """
     for size in range(len(ids), -1, -1):
-        if decode(tokenizer, ids[:size], special_tokens=False) == text:
+        found = decode(tokenizer, ids[:size], special_tokens=False)
+        if found == text:
             return [*ids[:size].tolist(), closing]
+        if len(found) + 3 < len(text):  # half a character shows as up to three
+            break
     return [*encode_texts(tokenizer, [marker(tokenizer, of_replies=True)(text)])[0], closing]

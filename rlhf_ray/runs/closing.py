@@ -18,13 +18,22 @@ def closing_words(figures: Mapping[str, Any]) -> str:
     found = [words for name in SHOWN if (words := _with_interval(together, name)) is not None][-1:]
     steps, planned = figures.get("steps"), figures.get("planned_steps")
     if steps is not None and planned is not None and steps < planned:
-        parts = f"{figures['train_seconds'] / 60:.1f} min of training, {figures['measure_seconds'] / 60:.1f} min of measuring"
-        found.append(f"max_minutes ended the training at step {steps} of {planned} ({parts})")
+        found.append(f"max_minutes ended the training at step {steps} of {planned}" + _minutes(figures))
     return "; ".join(found)
 
 
+def _minutes(figures: Mapping[str, Any]) -> str:
+    training, measuring = figures.get("train_seconds"), figures.get("measure_seconds")
+    if training is None or measuring is None:  # a plugin's stage
+        return ""
+    return f" ({training / 60:.1f} min of training, {measuring / 60:.1f} min of measuring)"
+
+
 def _with_interval(figures: Mapping[str, Any], name: str) -> str | None:
-    interval = cast(Mapping[str, Mapping[str, float] | None], figures.get("intervals", {})).get(name)
+    intervals = figures.get("intervals")
+    if not isinstance(intervals, Mapping):
+        return None
+    interval = cast(Mapping[str, Mapping[str, float] | None], intervals).get(name)
     if interval is None:
         return None
     label, factor, decimals, unit, count, rows = SHOWN[name]

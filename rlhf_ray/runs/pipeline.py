@@ -116,9 +116,13 @@ def run_stages(
             if not stage.done:
                 stage.finish(figures or {})
         finally:
-            clock.record()
+            with suppress(OSError):  # of a full disk the stage's own error tells
+                clock.record()
         words = closing_words(stage.summary())
         progress({"stage": name, "done": True, "seconds": clock.total, "seconds_before": clock.before, "summary": words})
+        for later in wanted[wanted.index(name) + 1 :]:  # not after the stages between
+            if not folder.stage(later).done:
+                check_stage(recipe, folder, later)
         if stop_requested() and name != wanted[-1]:
             raise StageStopped(f"{name} is done; stopped before the next stage")
 

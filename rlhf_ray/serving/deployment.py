@@ -107,19 +107,28 @@ def build_application(args: dict[str, Any]) -> Application:
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
-        trust_remote_code=bool(given.pop("trust_remote_code", False)),
-        allow_special_tokens=bool(given.pop("allow_special_tokens", False)),
+        trust_remote_code=_truth("trust_remote_code", given.pop("trust_remote_code", False)),
+        allow_special_tokens=_truth("allow_special_tokens", given.pop("allow_special_tokens", False)),
         engine=engine.name,
         plugins=engine.plugins,
     )
+    origins = given.pop("cors_origins", ())
     config = AppConfig(
         name=given.pop("name", None) or model_name(Path(path), model),
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
-        cors_origins=tuple(given.pop("cors_origins", ())),
-        limits=Limits(**{name: int(value) for name, value in known.items()}),
+        cors_origins=(origins,) if isinstance(origins, str) else tuple(origins),
+        limits=Limits(**{name: int(value) for name, value in known.items() if value is not None}),
     )
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
     found = replicas_of(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
     return Gateway.bind(config, found)
+
+
+def _truth(name: str, value: Any) -> bool:
+    """`serve run` gives texts, and the text "false" is true to Python."""
+    told = {"true": True, "false": False}.get(str(value).lower())
+    if told is None:
+        raise UserError(f"{name} is {value!r}; give true or false")
+    return told

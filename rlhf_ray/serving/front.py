@@ -111,6 +111,7 @@ class Front:
         if request is None:
             return
         tried: list[Link] = []
+        lost = 0
         error = _unavailable("No replica of the model is running.", 5)
         full: list[Piece] = []  # the answer of a replica that is full
         while (link := self._least_busy(tried)) is not None:
@@ -119,6 +120,9 @@ class Front:
                 full = await self._pass_to(link, request, send)
             except ReplicaLost:
                 error = _unavailable("The replica that had the request has ended.", 1)
+                lost += 1
+                if lost == 2:  # the request may be what ends them
+                    break
             else:
                 if not full:
                     return

@@ -42,7 +42,7 @@ class Gate:
             await self.app(scope, _replay(body, receive), send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or scope["path"] in _OPEN_PATHS:
+        if self.api_key is None or (scope["path"] in _OPEN_PATHS and scope["method"] == "GET"):
             return
         scheme, _, given = _header(scope, b"authorization").strip().partition(b" ")
         if not hmac.compare_digest(given.strip(), self.api_key.encode()) or scheme.lower() != b"bearer":

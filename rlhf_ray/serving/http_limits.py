@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from rlhf_ray.serving.api_errors import error_body
+
+REFUSED_AT_ONCE = 64  # connections that are told that there is no place, before the first of them is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ class HttpLimits:
     write_s: float = 60.0
     """How long a client may take nothing of its answer."""
     connections: int = 512
+    pipelined: int = 16
+    """Requests of one connection that have come and are not answered; what comes after them is thrown away."""
     framing_bytes: int = 8 << 20
     """Bytes of a body that are none of its content: chunk lengths, extensions, trailers."""
 
@@ -42,6 +47,8 @@ class Connections:
     def __init__(self, limits: HttpLimits):
         self.limits = limits
         self.waiting: dict[LimitedProtocol, None] = {}
+        self.refused: dict[LimitedProtocol, None] = {}
+        """Those that came when all places were taken. They are told so, and have none."""
 
     def protocol(self, **settings) -> LimitedProtocol:
         """For uvicorn, which makes one per connection."""
@@ -55,7 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(**settings)
         self.shared, self.limits = shared, shared.limits
         self._reading: Literal["idle", "header", "body", "nothing"] = "idle"
-        self._unanswered = 0  # requests whose headers have come and whose answers have not gone
+        self._cycles: deque[RequestResponseCycle] = deque()  # requests whose headers have come and whose answers have not gone
         self._header_bytes = 0  # as parsed
         self._unparsed = 0  # that came while a header was incomplete
         self._framing = 0
@@ -66,9 +73,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
+        if len(self.connections) - len(self.shared.refused) > self.limits.connections:
             longest = next(iter(self.shared.waiting), None)
             if longest is None:
+                self.shared.refused[self] = None
+                if len(self.shared.refused) > REFUSED_AT_ONCE:
+                    next(iter(self.shared.refused)).transport.abort()
                 self.refuse(503, "The server has as many connections as it can take. Please retry shortly.")
                 return
             longest.give_up(at_once=True)
@@ -78,6 +88,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._set_timer(None)
         self._stop_write_timer()
         self.shared.waiting.pop(self, None)
+        self.shared.refused.pop(self, None)
+        self._reading = "nothing"
+        self._leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -97,15 +110,25 @@ class LimitedProtocol(HttpToolsProtocol):
     # ---- the parser's callbacks
 
     def on_message_begin(self) -> None:
+        if self._reading == "nothing":
+            return
+        if len(self._cycles) >= self.limits.pipelined:
+            self._reading = "nothing"
+            self._cycles[-1].keep_alive = False  # its answer is the connection's last
+            return
         super().on_message_begin()
         self._header_bytes = self._unparsed = self._framing = 0
         self._wait_as("header", self.limits.header_timeout_s)
 
     def on_url(self, url: bytes) -> None:
+        if self._reading == "nothing":
+            return
         self._header_bytes += len(url)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._reading == "nothing":
+            return
         self._header_bytes += len(name) + len(value) + 4  # ": " and the line's end
         if self._header_bytes > self.limits.header_bytes:
             if self._reading == "body":  # a trailer
@@ -119,9 +142,13 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._header_bytes > self.limits.header_bytes:
             self._refuse_header()
             return
-        self._unanswered += 1
-        self._wait_as("body", None)
+        before, busy = self.cycle, bool(self._cycles)
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle is not before:
+            self._cycles.append(self.cycle)
+        self._wait_as("body", None)
+        if busy:  # uvicorn stops reading here, and would not see that the client leaves; `pipelined` bounds what comes
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         if self._reading != "nothing":
@@ -135,11 +162,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._wait_as("idle", self.limits.keep_alive_s)
 
     def on_response_complete(self) -> None:
-        self._unanswered = max(0, self._unanswered - 1)
+        if self._cycles:
+            self._cycles.popleft()
         super().on_response_complete()
+        if self.transport.is_closing():  # as soon as the client has read it all
+            if self._write_timer is None:
+                self._watch_writing()
+            return
         self._unset_keepalive_if_required()  # uvicorn's own, which any byte would stop
         if self._reading == "body":
-            self._wait_as("body", None if self._unanswered else self.limits.linger_s)
+            self._wait_as("body", None if self._cycles else self.limits.linger_s)
         elif self._reading != "nothing":
             self._wait_as(self._reading, self.limits.keep_alive_s if self._reading == "idle" else self.limits.header_timeout_s)
 
@@ -147,7 +179,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @property
     def _busy(self) -> bool:
-        return self._unanswered > (1 if self._reading == "body" else 0)
+        return len(self._cycles) > (1 if self._reading == "body" else 0)
 
     def _wait_as(self, reading: Literal["idle", "header", "body"], seconds: float | None) -> None:
         """What is waited for now, and how long (None: the app sees to it). The connection is last of those that wait."""
@@ -163,7 +195,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def give_up(self, *, at_once: bool = False) -> None:
         """The client has sent nothing for too long or, at_once, others need its place."""
-        if self._reading == "header" or (self._reading == "body" and self._unanswered):
+        if self._reading == "header" or (self._reading == "body" and self._cycles):
             self.refuse(408, "The request was not complete in time.")
             if at_once:
                 self._close()
@@ -189,14 +221,13 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         busy, self._reading = self._busy, "nothing"
         started = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if self.cycle is not None:  # what the app still does for this connection reaches nobody
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._leave()
         if started or busy:  # an answer that is under way can't be followed by another's
             self._close()
             return
         self.shared.waiting.pop(self, None)
-        self.shared.waiting[self] = None
+        if self not in self.shared.refused:
+            self.shared.waiting[self] = None
         self.transport.write(_answer(status, message))
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -208,18 +239,36 @@ class LimitedProtocol(HttpToolsProtocol):
         self._set_timer(None)
         self.shared.waiting.pop(self, None)
         if not self.transport.is_closing():
-            self.transport.close()
+            self.transport.close()  # once the client has read what is written, for which it has a moment
+            self._set_timer(self.loop.call_later(self.limits.linger_s, self.transport.abort))
+
+    def _leave(self) -> None:
+        """What the app still does for this connection reaches nobody."""
+        for cycle in self._cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     # ---- a client that does not read
 
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.write_s, self.transport.abort)
+            self._watch_writing()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_write_timer()
+
+    def _watch_writing(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.limits.write_s, self._has_taken, unsent)
+
+    def _has_taken(self, unsent: int) -> None:
+        """A slow client goes on, one that takes nothing is cut off."""
+        if self.transport.get_write_buffer_size() < unsent:
+            self._watch_writing()
+        else:
+            self.transport.abort()
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

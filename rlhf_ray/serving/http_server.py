@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -43,12 +44,21 @@ class HttpServer:
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
-        if self._failure is not None:
+        if not self._server.started:
             raise RuntimeError("the HTTP server could not start") from self._failure
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of answers that clients have not taken yet."""
+        for _ in range(10):
+            with contextlib.suppress(RuntimeError):  # a connection came or went meanwhile
+                connections = list(self._server.server_state.connections)
+                return sum(each.transport.get_write_buffer_size() for each in connections)
+        return 0
 
     def close(self) -> None:
         """Cut what is still being answered, and release the port."""

@@ -32,6 +32,7 @@ class ReplicaLink:
 
     def __init__(self, name: str, handle: DeploymentHandle):
         self.name = name
+        self.place = (handle.app_name, name)  # in Serve: another application has replicas of the same names
         self.up = True
         self.ongoing = 0
         self._answers = handle.options(method_name="answer", stream=True)
@@ -43,8 +44,9 @@ class ReplicaLink:
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
         self.ongoing += 1
         complete = False
-        response: Any = self._answers.remote(request)  # a generator: the handle streams
+        response: Any = None
         try:
+            response = self._answers.remote(request)  # a generator: the handle streams
             yield await self._first(response)
             async for piece in response:
                 yield piece
@@ -58,7 +60,7 @@ class ReplicaLink:
             return
         finally:
             self.ongoing -= 1
-            if not complete:
+            if not complete and response is not None:
                 response.cancel()
 
     async def _first(self, response: Any) -> Piece:
@@ -107,13 +109,16 @@ async def watch(links: Sequence[ReplicaLink]) -> None:
         except (RayError, RayServeException, ConnectionError, TimeoutError) as error:
             # Serve's controller is busy or starts again; the replicas answer without it.
             logger.info("Serve's controller did not answer: %s", error)
+        except Exception:  # fault boundary: one look; the next may see more
+            logger.exception("Serve's controller could not be asked")
         else:
             for link in links:
-                one = found.get(link.name)
+                one = found.get(link.place)
                 link.note(one is not None and "RUNNING" in [state for state, number in one.replica_states.items() if number])
         await asyncio.sleep(WATCH_EVERY_S)
 
 
-def deployments() -> dict[str, DeploymentStatusOverview]:
-    """By name."""
-    return {name: one for app in serve.status().applications.values() for name, one in app.deployments.items()}
+def deployments() -> dict[tuple[str, str], DeploymentStatusOverview]:
+    """By application and name."""
+    applications = serve.status().applications
+    return {(app, name): one for app, found in applications.items() for name, one in found.deployments.items()}

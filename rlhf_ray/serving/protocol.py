@@ -64,7 +64,7 @@ class GenerationRequest(StrictBody):
     # what changes the logits or the end
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)  # less overflows a logit
     logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)

@@ -196,7 +196,7 @@ class Server:
         deadline = time.monotonic() + longest_s
         if self._front.ongoing:
             say(f"Ending: {self._front.ongoing} requests are still being answered (at most {longest_s:g} s).")
-        while self._front.ongoing and time.monotonic() < deadline:
+        while (self._front.ongoing or (self._http and self._http.unsent)) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.1)  # the last bytes are with the event loop
 
