@@ -75,7 +75,7 @@ def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> l
         rows = drop(rows, tally, "no_score", lambda row: row["score"] is None)
     if role == "pairs":
         rows = drop(rows, tally, "tie", _is_tie)
-    special = [token for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
+    special = [str(token) for token in (limits.tokenizer.eos_token, limits.tokenizer.pad_token) if token]
     # Unmarked (the recipe allows special tokens) it would encode to the token itself and end the reply early.
     rows = drop(rows, tally, "special_token", lambda row: any(
         token in row[name].replace(BREAK + token, "") for name in replies for token in special

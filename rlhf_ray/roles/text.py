@@ -29,12 +29,22 @@ def answers_of(
     columns: Columns = NO_COLUMNS,
 ) -> Answers:
     """The policy's token ids as what scorers read. prompts: the stored text; None: the ids are decoded."""
+    stored = prompts is not None
     if prompts is None:
         prompts = [prompt_text(tokenizer, ids) for ids in prompt_ids]
     texts = [response_text(tokenizer, ids, stop) for ids in response_ids]
     ends, closings = set(end_ids(tokenizer)), closing_ids(tokenizer, prompts)
+
+    def whole(ids: np.ndarray, text: str, closing: int) -> list[int]:
+        """An ended response with the token that ends those that reward models are trained on, whichever was drawn."""
+        if ids[-1] not in ends:
+            return _stopped(tokenizer, ids, text, closing)
+        # A decoded prompt may hide that it opens a turn (some tokenizers add spaces), so then EOS may be the wrong one.
+        sure = stored or closing != tokenizer.eos_token_id
+        return [*ids[:-1].tolist(), closing] if sure else ids.tolist()
+
     rows = [
-        [*prompt.tolist(), *(_ended(tokenizer, ids, text, closing, ends) if end else ids.tolist())]
+        [*prompt.tolist(), *(whole(ids, text, closing) if end else ids.tolist())]
         for prompt, ids, text, end, closing in zip(prompt_ids, response_ids, texts, ended, closings, strict=True)
     ]
     return Answers(prompts=prompts, responses=texts, ended=ended, token_ids=rows, tokenizer=tokenizer, columns=columns)
@@ -52,11 +62,6 @@ def response_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, stop: tup
     # The last token may run past the stop string, so the text ends where the first stop string begins.
     ends = [place for place in (text.find(one) for one in stop) if place >= 0]
     return text[: min(ends)] if ends else text
-
-
-def _ended(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str, closing: int, ends: set[int]) -> list[int]:
-    """A whole response with the token that ends those that reward models are trained on, whichever of `ends` was drawn."""
-    return [*ids[:-1].tolist(), closing] if ids[-1] in ends else _stopped(tokenizer, ids, text, closing)
 
 
 def _stopped(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str, closing: int) -> list[int]:
