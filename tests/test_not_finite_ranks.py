@@ -79,6 +79,17 @@ def refusals(engine):
     return said
 
 
+def fill_padding(engine, value):
+    """Write what DeepSpeed leaves unwritten under ZeRO-3: what a rank's slices have past their parameters' ends."""
+    padded = 0
+    for _, parameter in engine.module.named_parameters():
+        ours = parameter.ds_tensor.detach()
+        end = max(0, parameter.ds_numel - engine.rank * ours.numel())
+        ours[end:] = value
+        padded += len(ours[end:])
+    return padded
+
+
 def work(rank, world, port, folder):
     torch.set_num_threads(1)
     join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
@@ -91,6 +102,8 @@ def work(rank, world, port, folder):
         engine = make_engine(stage)
         engine.step(microbatches(rank, world), loss_of, learning_rate=RATES[0])
         results[stage, "refusals"] = refusals(engine)
+        if stage == 3:
+            results[stage, "padding"] = fill_padding(engine, math.nan)
         engine.check_weights("fine")
         state = clones(engine.state())
         state["weight/2.weight"][0, 0] = math.nan  # in the slice of one rank
@@ -133,6 +146,11 @@ def test_weights_are_looked_at_before_they_are_sent(results, world, stage):
     told = [results[world][rank][stage, "weights"] for rank in range(world)]
     assert all(each.startswith("nothing is sent: ") for each in told)
     assert any("2.weight holds values that are not finite" in each for each in told)
+
+
+def test_memory_past_a_parameters_end_is_no_weight(results):
+    # 0.bias has 7 values in slices of 4, and so on: `work` went on although each place past an end was NaN.
+    assert results[2][1][3, "padding"] > 0 and results[1][0][3, "padding"] == 0
 
 
 @every

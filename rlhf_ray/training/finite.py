@@ -35,5 +35,12 @@ def check_weights(module: nn.Module, what: str, *, sharded: bool, device: torch.
 def _own_values(module: nn.Module, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            # DeepSpeed adds ds_tensor, this rank's slice, to the parameters that it shards.
-            yield name, cast(Any, parameter).ds_tensor if sharded else parameter.detach()
+            yield name, _own_slice(parameter) if sharded else parameter.detach()
+
+
+def _own_slice(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter under ZeRO-3. Slices are equally long; what the last ones have past the parameter's
+    end is memory that DeepSpeed never writes (partition_parameters.py, `torch.empty(partition_size)`): it may hold anything."""
+    sharded = cast(Any, parameter)  # DeepSpeed adds ds_tensor, the slice, and ds_numel, the size of the whole
+    start = torch.distributed.get_rank() * sharded.ds_tensor.numel()
+    return sharded.ds_tensor.detach()[: max(0, sharded.ds_numel - start)]
