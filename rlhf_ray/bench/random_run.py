@@ -26,7 +26,7 @@ def bench_recipe(
         "data": {"max_prompt_tokens": work.prompt},
         "generation": {"max_new_tokens": work.response, "min_new_tokens": work.response, "chunk_size": work.rows},
         "ppo": {"rollout_batch_size": work.rows, "minibatch_size": work.rows, "microbatch_size": min(microbatch, work.rows),
-                "ppo_epochs": work.epochs, "precision": precision, "max_mismatch": 100.0,
+                "ppo_epochs": work.epochs, "precision": precision, "max_mismatch": 100.0, "max_mismatch_kl": 100.0,
                 "reuse_forward": all(resources.get(role, {}).get("actors", 1) == 1 for role in ("policy", "critic"))},
         "resources": resources,
     }, [], "bench")  # fmt: skip
