@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     for name, figures in measure(given.model, given.samples, given.tokens, given.seed).items():
-        print(f"{name:<52}" + "".join(f"{figure:>10.5f}" for figure in figures.values()))
+        print(f"{name:<68}" + "".join(f"{figure:>10.5f}" for figure in figures.values()))
 
 
 def measure(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
