@@ -52,7 +52,8 @@ def measure_ppo(
         "pss_gb": pss,
         "work": {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
                  "prompts": work.rows, "prompt_tokens": work.prompt, "response_tokens": work.response,
-                 "ppo_epochs": work.epochs, "minibatches": 1, "precision": precision},
+                 "ppo_epochs": work.epochs, "minibatches": 1, "precision": precision,
+                 "key_value_heads": shape.key_value_heads, "lora_rank": work.lora_rank},
         "hardware": hardware(),
     }  # fmt: skip
 
