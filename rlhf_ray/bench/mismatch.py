@@ -23,7 +23,7 @@ QUESTIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Log-probs of generator and policy: rounding and faults.")
     parser.add_argument("model", type=Path, help="the folder of a chat model")
     parser.add_argument("--samples", type=int, default=4, help="answers to each of 16 questions")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
@@ -46,7 +46,7 @@ def measure(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dic
     found: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
-        engine = GenerationEngine(load_causal_lm(folder).to(dtype), tokenizer)
+        engine = GenerationEngine(load_causal_lm(folder, dtype), tokenizer)
         drawn = engine.generate(prompts, list(range(seed, seed + len(prompts))), SamplingParams(max_new_tokens=tokens))
         answers = [np.array(each.response_ids) for each in drawn]
         logprobs = np.concatenate([each.logprobs for each in drawn])

@@ -22,13 +22,13 @@ def wins_over(ours: Evidence, theirs: Evidence) -> dict:
         "reward_model": [None if each.scores is None else each.scores.total for each in (ours, theirs)],
         "judge": [ours.judge, theirs.judge],
     }
-    lengths = [ours.table(each.responses.lengths) for each in (ours, theirs)]
+    length, other_length = (ours.table(each.responses.lengths) for each in (ours, theirs))
     raw: dict[str, dict | None] = dict.fromkeys(pairs)
     level: dict[str, dict | None] = dict.fromkeys(pairs)
     for key, (one, other) in pairs.items():
         if one is not None and other is not None:
             raw[key] = ours.mean(win_rate(one, other)).figure()
-            found = win_rate_at_equal_length(ours.table(one), ours.table(other), *lengths, ours.resampler)
+            found = win_rate_at_equal_length(ours.table(one), ours.table(other), length, other_length, ours.resampler)
             level[key] = None if found is None else found.figure()
     return {**raw, "at_equal_length": level}
 

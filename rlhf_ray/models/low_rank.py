@@ -12,9 +12,14 @@ from typing import Any, cast
 # peft's layers have no annotations that strict could read
 # pyright: basic
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.load import load_causal_lm
 
 
 class LowRankLinear(Linear):
@@ -79,3 +84,17 @@ class _LowRank(torch.autograd.Function):
         by_low = gradient @ up
         by_x = (gradient @ weight).addmm_(by_low, down) if ctx.needs_input_grad[0] else None
         return by_x, None, None, by_low.t() @ x, gradient.t() @ low
+
+
+def load_merged(path: str, adapter: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM with an adapter in peft's format merged into it. UserError where the adapter is another model's."""
+    # Merged in float32: in 16 bits most of a small change would be rounded away.
+    model = load_causal_lm(path, torch.float32, trust_remote_code)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError, KeyError) as error:  # its layers are not the model's, or of another size
+        raise UserError(
+            f"the adapter {adapter} does not fit the model {path} ({str(error).splitlines()[0]}); give the model that it was "
+            "trained on"
+        ) from error
+    return cast(Any, adapted).merge_and_unload().to(dtype)

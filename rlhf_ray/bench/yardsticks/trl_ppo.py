@@ -92,10 +92,8 @@ def build_models(given: argparse.Namespace) -> list:
     return [*policies, *(AutoModelForSequenceClassification.from_config(shape) for _ in range(2))]
 
 
-def adapters(given: argparse.Namespace, task: str) -> LoraConfig | None:
-    """At all matrices of the blocks, as ours. --lora 0: none, all weights train."""
-    if not given.lora:
-        return None
+def adapters(given: argparse.Namespace, task: str) -> LoraConfig:
+    """At all matrices of the blocks, as ours."""
     return LoraConfig(
         r=given.lora, lora_alpha=2 * given.lora, lora_dropout=0.0, target_modules="all-linear", task_type=task,
         fan_in_fan_out=not given.llama, exclude_modules=["score"],
@@ -135,7 +133,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = PPOTrainer(
             args=settings, processing_class=tokenizer, model=policy, ref_model=reference,
-            reward_model=scoring[0], value_model=scoring[1], peft_config=adapters(given, "CAUSAL_LM"),
+            reward_model=scoring[0], value_model=scoring[1], peft_config=adapters(given, "CAUSAL_LM") if given.lora else None,
             train_dataset=prompts, eval_dataset=prompts.select(range(min(8, batch))),
         )  # fmt: skip
         ends: list[float] = []
