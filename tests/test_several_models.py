@@ -30,7 +30,8 @@ def folders(tmp_path_factory):
     adapter = base.parent / "tuned"
     torch.manual_seed(3)
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
     )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
@@ -100,7 +101,9 @@ def test_each_request_is_answered_by_the_model_that_it_names(folders, links, exp
     from rlhf_ray.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folders[0])
-    for model, answer in zip(("base", "tuned", "base"), talk(links, *map(completion, ("base", "tuned", "base"))), strict=True):
+    for model, answer in zip(
+        ("base", "tuned", "base"), talk(links, *map(completion, ("base", "tuned", "base"))), strict=True
+    ):
         body = answer.json()
         assert answer.status_code == 200 and body["model"] == model
         assert body["choices"][0]["text"] == tokenizer.decode(expected[model], skip_special_tokens=False)
@@ -116,9 +119,13 @@ def test_models_are_listed_and_an_unknown_one_is_told_all_of_them(links):
         assert refused.status_code == 404 and "this server has 'base', 'tuned'" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"{}", b'{"model": ["tuned"]}', b'{"model": 3}', b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[1]", b"{}", b'{"model": ["tuned"]}', b'{"model": 3}', b"[" * 100_000, b"\xff"]
+)
 def test_a_body_that_names_no_model_is_refused_and_not_an_error(links, body):
-    (answer,) = talk(links, ["POST", "/v1/completions", {"content": body, "headers": {"content-type": "application/json"}}])
+    (answer,) = talk(
+        links, ["POST", "/v1/completions", {"content": body, "headers": {"content-type": "application/json"}}]
+    )
     assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"]
 
 
@@ -166,15 +173,15 @@ def test_an_adapter_of_a_model_that_is_not_here_says_how_to_serve_it(folders, tm
         (lone / file.name).write_bytes(file.read_bytes())
     config = json.loads((lone / "adapter_config.json").read_text())
     (lone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
-    with pytest.raises(UserError, match=r"for somebody/else, which is no folder here.*rlhf-ray serve MODEL --model lone="):
+    with pytest.raises(
+        UserError, match=r"for somebody/else, which is no folder here.*rlhf-ray serve MODEL --model lone="
+    ):
         served_models(lone, None, {}, engine=None, gpus=0)
 
 
 def test_an_adapter_of_another_model_is_told(folders, tmp_path):
     other = tmp_path / "other"
-    tuned = get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"])
-    )
+    tuned = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]))
     tuned.save_pretrained(other)
     with pytest.raises(UserError, match="does not fit the model"):
         load(EngineOptions(model=str(folders[0]), adapter=str(other), precision="float32"), LIMITS)
