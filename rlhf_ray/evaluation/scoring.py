@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.data.store import OTHER_TEXT_TOKENS
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.evidence import Rated
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
 from rlhf_ray.models.control_tokens import marker
@@ -75,3 +77,14 @@ class LanguageModel:
             for (ids, length), end in zip(pairs, responses.ended, strict=True)
         ]
         return [ids[:length] for ids, length in rows], [ids[length:] for ids, length in rows]
+
+
+def rate_texts(model: LanguageModel, prompts: Sequence[str], responses: Sequence[str]) -> Rated:
+    """Texts of people under the model: replies given their prompts, plain text (prompt "") given its first token."""
+    longest = min(OTHER_TEXT_TOKENS, getattr(model.model.config, "max_position_embeddings", OTHER_TEXT_TOKENS))
+    pairs = [
+        (np.array(ids[:longest], np.int32), max(length, 1))
+        for ids, length in encode_pairs(model.tokenizer, prompts, responses)
+    ]
+    logprobs = model.rate_tokens([ids[:length] for ids, length in pairs], [ids[length:] for ids, length in pairs])
+    return Rated(logprobs=logprobs, tokens=np.array([max(len(ids) - length, 0) for ids, length in pairs]))
