@@ -113,7 +113,7 @@ class _Evaluation:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
         model = to_device(load_causal_lm(path, self.dtype, trust), self.device)
-        return LanguageModel(model, tokenizer, self.dtype, path)
+        return LanguageModel(model, tokenizer, self.dtype, path, self.recipe.ppo.microbatches)
 
     def _draw(self, name: str, model: LanguageModel) -> None:
         cfg = self.recipe.generation

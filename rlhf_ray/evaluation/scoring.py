@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.ppo import Microbatches
 from rlhf_ray.data.store import OTHER_TEXT_TOKENS
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
@@ -39,9 +40,12 @@ class LanguageModel:
     temperature divides the logits: 1 for perplexity and relevance, the sampling temperature for KL.
     """
 
-    def __init__(self, model, tokenizer, dtype: torch.dtype, folder: Path | str = ""):
-        """folder: where the model is from."""
+    def __init__(
+        self, model, tokenizer, dtype: torch.dtype, folder: Path | str = "", microbatches: Microbatches | None = None
+    ):
+        """folder: where the model is from. microbatches: the most that a forward pass takes; its logits are whole."""
         self.model, self.tokenizer, self.dtype, self.folder = model, tokenizer, dtype, folder
+        self.microbatches: Microbatches = microbatches or {"microbatch_size": 32, "microbatch_tokens": None}
 
     def rate_tokens(
         self,
@@ -64,6 +68,7 @@ class LanguageModel:
             None if supports is None else [supports[i] for i in rows],
             temperature=temperature,
             compute_dtype=self.dtype,
+            **self.microbatches,
         )
         sums[rows] = [row.sum(dtype=np.float64) for row in logprobs]
         return sums
