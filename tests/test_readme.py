@@ -36,7 +36,9 @@ DOCUMENTS = markdown_files()
 #: document -> its greatest number of lines, and of words
 LONGEST = {"README.md": (300, 3000), "REPORT.md": (1000, None)}
 #: words that only this project would use, or nobody any more
-FORBIDDEN = re.compile(r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it)\b", re.IGNORECASE)
+FORBIDDEN = re.compile(
+    r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it|price of|anew|(?:nats|seconds) an? )\b", re.IGNORECASE
+)
 REFERENCE = "rlhf_ray/config/README.md"
 OTHERS_OPTIONS = {"--differences", "--node-ip-address", "--temp-dir"}  # of pytest (tests/conftest.py) and `ray start`
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

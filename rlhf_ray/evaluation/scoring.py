@@ -17,6 +17,7 @@ from rlhf_ray.evaluation.evidence import Rated
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
 from rlhf_ray.models.control_tokens import marker
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 
@@ -86,7 +87,7 @@ class LanguageModel:
 
 def rate_texts(model: LanguageModel, prompts: Sequence[str], responses: Sequence[str]) -> Rated:
     """Texts of people under the model: replies given their prompts, plain text (prompt "") given its first token."""
-    longest = min(OTHER_TEXT_TOKENS, getattr(model.model.config, "max_position_embeddings", OTHER_TEXT_TOKENS))
+    longest = min(OTHER_TEXT_TOKENS, positions_of(model.model.config) or OTHER_TEXT_TOKENS)
     pairs = [
         (np.array(ids[:longest], np.int32), max(length, 1))
         for ids, length in encode_pairs(model.tokenizer, prompts, responses)
