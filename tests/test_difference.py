@@ -57,6 +57,14 @@ def test_a_lower_rank_leaves_out_the_smallest_singular_values():
     assert adapter_between(start, tuned, 2).lost == pytest.approx(0, abs=1e-5)
 
 
+def test_a_rank_above_a_layers_own_is_padded(tmp_path):
+    start, tuned = pair("llama", 3)
+    assert save_difference(start, tuned, 40, tmp_path / "adapter", "m") < 1e-6
+    PeftModel.from_pretrained(FAMILIES["llama"](), tmp_path / "adapter")
+    with pytest.raises(UserError, match="rank 0 changes nothing"):
+        adapter_between(start, tuned, 0)
+
+
 def test_a_change_elsewhere_is_refused():
     start, tuned = pair("llama", 1)
     with torch.no_grad():

@@ -129,18 +129,18 @@ def test_a_body_that_names_no_model_is_refused_and_not_an_error(links, body):
     assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"]
 
 
-def test_health_wants_a_replica_of_each(links):
-    links[1].up = False
+def test_one_model_without_a_replica_costs_the_others_nothing(links):
+    links[0].up = False
     try:
-        health, listed, other, gone = talk(
-            links, ["GET", "/health", {}], ["GET", "/v1/models", {}], completion("base"), completion("tuned")
-        )
+        health, listed, other, gone, version, unknown = talk(
+            links, ["GET", "/health", {}], ["GET", "/v1/models", {}], completion("tuned"), completion("base"),
+            ["GET", "/version", {}], completion("x"),
+        )  # fmt: skip
     finally:
-        links[1].up = True
-    assert health.status_code == 503 and "tuned" in health.json()["error"]["message"]
-    assert [card["id"] for card in listed.json()["data"]] == ["base"]
-    assert (other.status_code, gone.status_code) == (200, 503) and "model tuned" in gone.json()["error"]["message"]
-    assert talk(links, ["GET", "/health", {}])[0].status_code == 200
+        links[0].up = True
+    assert (health.status_code, version.status_code, unknown.status_code) == (200, 200, 404)
+    assert [card["id"] for card in listed.json()["data"]] == ["tuned"]
+    assert (other.status_code, gone.status_code) == (200, 503) and "model base" in gone.json()["error"]["message"]
 
 
 # -- which models
@@ -148,7 +148,7 @@ def test_health_wants_a_replica_of_each(links):
 
 def test_names_and_folders():
     assert named_folders(["a=x/y", "b=c=d"]) == {"a": "x/y", "b": "c=d"}
-    for wrong in ("a", "=x", "a=", " =x"):
+    for wrong in ("a", "=x", "a=", " =x", "a b=x", "a\nb=x", " a=x"):
         with pytest.raises(UserError, match="is not NAME=PATH"):
             named_folders([wrong])
     with pytest.raises(UserError, match="names 'a' twice"):
@@ -185,6 +185,62 @@ def test_an_adapter_of_another_model_is_told(folders, tmp_path):
     tuned.save_pretrained(other)
     with pytest.raises(UserError, match="does not fit the model"):
         load(EngineOptions(model=str(folders[0]), adapter=str(other), precision="float32"), LIMITS)
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target, target / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("fault, told", [
+    ("a layer more", "2 of its weights are on one side only"), ("no lora_B", "weights are on one side only"),
+    ("not finite", "not finite"), ("cut file", "or is damaged"),
+])  # fmt: skip
+def test_what_peft_loads_in_silence_is_refused(folders, tmp_path, fault, told):
+    from safetensors.torch import load_file, save_file
+
+    folder, file = copy_of(folders[1], tmp_path / "bad")
+    tensors = load_file(file)
+    first = sorted(tensors)[0]
+    if fault == "a layer more":
+        for name in sorted(tensors)[:2]:
+            tensors[name.replace(".h.0.", ".h.7.")] = tensors[name].clone()
+    elif fault == "no lora_B":
+        tensors = {name: tensor for name, tensor in tensors.items() if "lora_B" not in name}
+    else:
+        tensors[first][0, 0] = torch.nan
+    save_file(tensors, file)
+    if fault == "cut file":
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=told):
+        load(EngineOptions(model=str(folders[0]), adapter=str(folder), precision="float32"), LIMITS)
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"peft_type": "PROMPT_TUNING", "r": 2}', '{"peft_type": "LORA", "r": "x"}'])
+def test_a_config_that_is_no_low_rank_adapters_is_told(folders, tmp_path, config):
+    folder, _ = copy_of(folders[1], tmp_path / "bad")
+    (folder / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match="no low-rank adapter|can't be read"):
+        served_models(folders[0], None, {"bad": folder}, engine=None, gpus=0)
+
+
+def test_another_base_than_the_adapter_names_is_noted(folders, tmp_path):
+    folder, _ = copy_of(folders[1], tmp_path / "t")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
+    _, tuned = served_models(folders[0], None, {"t": folder}, engine=None, gpus=0)
+    assert "is for somebody/else; it is read on" in tuned.note
+    _, right = served_models(folders[0], None, {"t": folders[1]}, engine=None, gpus=0)
+    assert right.note is None
+
+
+def test_a_results_folder_with_an_adapter_says_how_to_serve_it(folders, tmp_path):
+    (tmp_path / "results").mkdir()
+    copy_of(folders[1], tmp_path / "results" / "policy")
+    with pytest.raises(UserError, match=r"holds an adapter and no model.*rlhf-ray serve MODEL --model results="):
+        served_models(tmp_path / "results", None, {}, engine=None, gpus=0)
 
 
 @pytest.mark.ray

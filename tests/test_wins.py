@@ -57,6 +57,7 @@ def test_where_all_is_won_it_is_one_and_equal_lengths_have_none():
     level = win_rate_at_equal_length(ones, zeros, lengths, np.full((6, 1), 6), Resampler(6, 50)).figure()
     assert level["low"] > 0.99 and level["high"] == pytest.approx(1.0)
     assert win_rate_at_equal_length(ones, zeros, lengths, lengths, Resampler(6, 50)) is None
+    assert win_rate_at_equal_length(ones, zeros, lengths, lengths - 1, Resampler(6, 50)) is None, "0 is beyond what was seen"
 
 
 @pytest.mark.filterwarnings("error")

@@ -43,7 +43,7 @@ from rlhf_ray.training.precision import resolve_precision
 DEFINITIONS = {
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
     "at_equal_length": "The win rate where both responses have the same number of tokens: a logistic regression of the wins on the "
-    "difference in length, read at 0 (arXiv 2404.04475). Null where all responses are equally long.",
+    "difference in length, read at 0 (arXiv 2404.04475). Null unless some pairs differ in each direction.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
     "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "

@@ -13,6 +13,7 @@ from rlhf_ray.evaluation.evidence import Evidence
 
 STEPS = 50  # Newton's; a handful, where the wins don't follow from the length alone
 FARTHEST = 30.0  # of the log-odds: where all are won the best intercept is infinite
+BLOCK = 2**20  # numbers of the resamples' weights that are worked on at a time
 RIDGE = 1e-3  # on the slope, where the length decides all
 
 
@@ -36,16 +37,17 @@ def wins_over(ours: Evidence, theirs: Evidence) -> dict:
 def win_rate_at_equal_length(
     ours: np.ndarray, theirs: np.ndarray, lengths: np.ndarray, other_lengths: np.ndarray, resampler: Resampler
 ) -> Estimate | None:
-    """Scores and lengths [P, S] each. None where no pair differs in length."""
+    """Scores and lengths [P, S] each. None unless some of ours are longer and some shorter: else 0 is beyond what was seen."""
     apart = (np.asarray(lengths, float) - other_lengths).ravel()
-    spread = apart.std()
-    if not np.any(apart) or spread == 0:
+    if not apart.min() < 0 < apart.max():
         return None
+    spread = apart.std()
     apart, wins = np.tanh(apart / spread), win_rate(ours, theirs).ravel()
     seeds = len(wins) // resampler.prompts
-    weights = np.repeat(resampler.weights, seeds, axis=1)  # [R, P * S]
     point = _intercepts(np.ones((1, len(wins))), apart, wins)
-    return Estimate(float(_share(point)[0]), _share(_intercepts(weights, apart, wins)))
+    blocks = np.array_split(resampler.weights, -(-resampler.weights.size * seeds // BLOCK))
+    draws = [_intercepts(np.repeat(block, seeds, axis=1), apart, wins) for block in blocks]
+    return Estimate(float(_share(point)[0]), _share(np.concatenate(draws)))
 
 
 def _share(log_odds: np.ndarray) -> np.ndarray:

@@ -26,7 +26,12 @@ class Difference:
 
 
 def adapter_between(start: PreTrainedModel, tuned: PreTrainedModel, rank: int) -> Difference:
-    """The adapter of `rank` that comes closest to tuned - start. UserError where other weights than linear layers' differ."""
+    """The adapter of `rank` that comes closest to tuned - start. UserError where other weights than linear layers' differ.
+
+    A layer with fewer singular values than `rank` gets rows of 0.
+    """
+    if rank < 1:
+        raise UserError(f"an adapter of rank {rank} changes nothing; give at least 1")
     lora = LoraConfig(rank=rank, alpha=float(rank))
     layers, changed = adapted_layers(start, lora), adapted_layers(tuned, lora)
     ours, theirs = dict(start.named_parameters()), dict(tuned.named_parameters())
@@ -44,11 +49,16 @@ def adapter_between(start: PreTrainedModel, tuned: PreTrainedModel, rank: int) -
             change = change.t()
         left, sizes, right = torch.linalg.svd(change, full_matrices=False)
         root = sizes[:rank].sqrt()
-        weights[f"{name}.lora_A"] = (root[:, None] * right[:rank]).float().contiguous()
-        weights[f"{name}.lora_B"] = (left[:, :rank] * root).float().contiguous()
+        missing = rank - len(root)
+        weights[f"{name}.lora_A"] = _pad(root[:, None] * right[:rank], (0, 0, 0, max(missing, 0)))
+        weights[f"{name}.lora_B"] = _pad(left[:, :rank] * root, (0, max(missing, 0)))
         total += float(sizes.square().sum())
         left_out += float(sizes[rank:].square().sum())
     return Difference(lora=lora, weights=weights, lost=(left_out / total) ** 0.5 if total else 0.0)
+
+
+def _pad(part: torch.Tensor, by: tuple[int, ...]) -> torch.Tensor:
+    return torch.nn.functional.pad(part, by).float().contiguous()
 
 
 def save_difference(start: PreTrainedModel, tuned: PreTrainedModel, rank: int, folder: Path, name: str) -> float:

@@ -7,18 +7,21 @@ frozen weight is cast to the compute dtype once, not in every pass.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 # peft's layers have no annotations that strict could read
 # pyright: basic
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import Linear
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.finite import first_bad
 from rlhf_ray.models.load import load_causal_lm
 
 
@@ -92,9 +95,23 @@ def load_merged(path: str, adapter: str, dtype: torch.dtype, trust_remote_code: 
     model = load_causal_lm(path, torch.float32, trust_remote_code)
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError, KeyError) as error:  # its layers are not the model's, or of another size
+        with cast(Any, safe_open)(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+            stored = set(file.keys())
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        # Its layers are not the model's, or of another size, or its files are damaged.
         raise UserError(
-            f"the adapter {adapter} does not fit the model {path} ({str(error).splitlines()[0]}); give the model that it was "
-            "trained on"
+            f"the adapter {adapter} does not fit the model {path}, or is damaged ({str(error).splitlines()[0]}); give the model "
+            "that it was trained on, or write the adapter again"
         ) from error
-    return cast(Any, adapted).merge_and_unload().to(dtype)
+    # peft loads what it finds a place for, and is silent about the rest.
+    odd = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+    if odd:
+        raise UserError(
+            f"the adapter {adapter} does not fit the model {path}: {len(odd)} of its weights are on one side only "
+            f"({', '.join(odd[:3])}); give the model that it was trained on"
+        )
+    merged = cast(Any, adapted).merge_and_unload()
+    bad = first_bad(merged.named_parameters())
+    if bad is not None:
+        raise UserError(f"the adapter {adapter} makes {bad} of the model {path} not finite; write the adapter again")
+    return merged.to(dtype)

@@ -123,7 +123,10 @@ def save_policy_adapter(run: RunFolder, out: Path, rank: int) -> None:
     from rlhf_ray.models.difference import save_difference
     from rlhf_ray.models.load import load_causal_lm
 
-    start = load_recipe(str(run.recipe)).model.name_or_path
+    recipe = load_recipe(str(run.recipe))
+    start = recipe.model.name_or_path
+    if recipe.generation.stop or recipe.model.chat_template is not None:
+        raise UserError("--adapter: an adapter holds no generation.stop and no model.chat_template, as this run has; use --models")
     if start == "from_scratch":
         raise UserError("--adapter needs a model that others have too, and this run's starts from random weights; use --models")
     models = load_causal_lm(start), load_causal_lm(run.stage("ppo").model)

@@ -88,11 +88,9 @@ class Front:
     def _health(self) -> JSONResponse:
         if self.draining:
             return _unavailable("The server is shutting down.", 5).response()
-        running = {link.model for link in self.links if link.up}
-        if running == set(self.models):
+        if any(link.up for link in self.links):
             return JSONResponse({"status": "ok"})
-        down = ", ".join(model for model in self.models if model not in running)
-        return _unavailable(f"No replica of the model {down} is running.", 5).response()
+        return _unavailable("No replica is running.", 5).response()
 
     async def _stats(self) -> dict[str, Any]:
         """The sums over the replicas, and each one's own."""
@@ -144,7 +142,7 @@ class Front:
             await error.response()(scope, receive, send)
 
     def _model_of(self, request: Relayed) -> str:
-        """The model that a request names. Where that is none of ours, the first one's replica says so."""
+        """The model that a request names. Where that is none of ours, or it names none, a replica that runs says so."""
         if len(self.models) == 1:
             return self.models[0]
         asked: Any = request.scope["path"].removeprefix("/v1/models/")
@@ -153,7 +151,9 @@ class Front:
                 asked = json.loads(request.body)["model"]
             except (ValueError, LookupError, TypeError, RecursionError):
                 asked = None
-        return asked if asked in self.models else self.models[0]
+        if asked in self.models:
+            return asked
+        return next((link.model for link in self.links if link.up), self.models[0])
 
     async def _cards(self, request: Relayed) -> dict[str, Any]:
         """What a replica of each model that runs says of it."""
@@ -163,10 +163,11 @@ class Front:
             if link is None:
                 continue
             try:
-                body = b"".join([piece[-2] async for piece in link.answer(request)])
+                answer = [piece async for piece in link.answer(request)]
             except ReplicaLost:
                 continue
-            data += json.loads(body)["data"]
+            if answer and answer[0][0] == 200:
+                data += json.loads(b"".join(piece[-2] for piece in answer))["data"]
         return {"object": "list", "data": data}
 
     def _least_busy(self, model: str, tried: Collection[Link]) -> Link | None:

@@ -58,7 +58,8 @@ def serve(
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
     )  # fmt: skip
-    for note in dict.fromkeys(model.engine.note for model in server.models if model.engine.note is not None):
+    notes = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
+    for note in dict.fromkeys(notes):
         say(note)
     if not block:
         try:

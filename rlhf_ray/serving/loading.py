@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import torch
 
 from rlhf_ray.config.user_functions import import_plugins
+from rlhf_ray.errors import UserError
 from rlhf_ray.generation.protocol import ContinuousEngine, EngineSetting
+from rlhf_ray.models.finite import first_bad
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
@@ -21,10 +24,14 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
     """Load the model and start its engine. UserError for a folder that holds no usable language model."""
     torch.set_num_threads(options.threads)
     import_plugins(options.plugins)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    own = options.adapter is not None and (Path(options.adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(cast(str, options.adapter) if own else options.model, options.trust_remote_code)
     dtype = resolve_precision(options.precision, options.device)
     if options.adapter is None:
         model = load_causal_lm(options.model, dtype, options.trust_remote_code)
+        bad = first_bad(model.named_parameters())
+        if bad is not None:
+            raise UserError(f"the model {options.model} holds values that are not finite ({bad}); write it again")
     else:
         from rlhf_ray.models.low_rank import load_merged  # peft takes a second
 

@@ -26,6 +26,12 @@ def find_model(path: str | Path) -> Path:
         if _is_model(run.stage(stage).model):
             return _checked(run.stage(stage).model)
     found = _language_models_in(folder)
+    adapter = next((each for each in (folder, *sorted(folder.iterdir())) if is_adapter(each)), None)
+    if not found and adapter is not None:
+        raise UserError(
+            f"'{given}' holds an adapter and no model; give the model that it is for, and the adapter beside it: "
+            f"rlhf-ray serve MODEL --model {folder.name}={adapter}"
+        )
     if not found:
         raise UserError(
             f"'{given}' holds no model: neither config.json, nor {', '.join(f'{name}/model' for name in policies())}, nor a "
@@ -48,7 +54,7 @@ def model_name(path: str | Path, model: Path) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds a low-rank adapter in peft's format, and no model."""
+    """Whether it holds an adapter in peft's format, and no model."""
     return (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file() and not _is_model(folder)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
@@ -20,6 +21,7 @@ class ServedModel:
     folder: Path  # of the model, or of the one that the adapter is for
     adapter: Path | None
     engine: EngineChoice
+    note: str | None = None  # what to tell before it is served
 
     def check(self) -> None:
         """UserError where its folder is not usable any more."""
@@ -49,8 +51,10 @@ def named_folders(given: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in given:
         name, equals, path = one.partition("=")
-        if not (name.strip() and equals and path.strip()):
-            raise UserError(f"--model {one!r} is not NAME=PATH; write the name that clients use, '=', and the model's folder")
+        if not (equals and path.strip()) or not name.isprintable() or len(name.split()) != 1 or name != name.strip():
+            raise UserError(
+                f"--model {one!r} is not NAME=PATH; write the name that clients use, without spaces, '=', and the model's folder"
+            )
         if name in found:
             raise UserError(f"--model names '{name}' twice; give each model its own name")
         found[name] = path
@@ -63,17 +67,29 @@ def _model(path: str | Path, name: str | None, base: Path | None, engine: str | 
         folder = find_model(path)
         choice = choose_engine(engine, path, gpus)
         return ServedModel(name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice)
-    folder = find_model(base if base is not None else _base_of(given))
-    return ServedModel(name=name or given.name, folder=folder, adapter=given, engine=choose_engine(engine, folder, gpus))
+    told = _checked_config(given).get("base_model_name_or_path")
+    folder = find_model(base if base is not None else _base_of(given, told))
+    note = None
+    if base is not None and isinstance(told, str) and told and Path(told).name != folder.name:
+        note = f"the adapter {given} says that it is for {told}; it is read on {folder}"
+    return ServedModel(
+        name=name or given.name, folder=folder, adapter=given, engine=choose_engine(engine, folder, gpus), note=note
+    )
 
 
-def _base_of(adapter: Path) -> Path:
-    """The folder that the adapter says it is for."""
+def _checked_config(adapter: Path) -> dict[str, Any]:
     try:
-        told = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, OSError):
-        told = None
-    if isinstance(told, str) and Path(told).is_dir():
+        config = json.loads((adapter / "adapter_config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"'{adapter / 'adapter_config.json'}' can't be read ({error}); write the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
+        raise UserError(f"'{adapter}' is no low-rank adapter (LoRA) in peft's format, and no other kind is served; give one")
+    return config
+
+
+def _base_of(adapter: Path, told: Any) -> Path:
+    """The folder that the adapter says it is for."""
+    if isinstance(told, str) and Path(told).is_absolute() and Path(told).is_dir():
         return Path(told)
     raise UserError(
         f"'{adapter}' is an adapter for {told or 'a model that it does not name'}, which is no folder here; give that model, and "
