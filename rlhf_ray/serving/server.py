@@ -65,8 +65,8 @@ class Server:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
         if replicas < 1:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
+        self.engine = choose_engine(engine, path, gpus or 0.0)  # imports the run's plugins, whose stages may have the policy
         self.model = find_model(path)
-        self.engine = choose_engine(engine, path, gpus or 0.0)
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
         self.config = AppConfig(
