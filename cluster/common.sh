@@ -29,6 +29,17 @@ has_token() {
 make_token() {
     has_token || [[ -n ${RAY_AUTH_TOKEN_PATH:-} ]] || (umask 077 && ray get-auth-token --generate &>/dev/null) || true
     has_token || die "there is no token in RAY_AUTH_TOKEN or $(token_file), and none could be made; 'ray get-auth-token --generate' says why"
+    protect_token
+}
+
+protect_token() { # takes others' rights to the token's file; a warning where they stay
+    local file mode
+    file=$(token_file)
+    [[ -z ${RAY_AUTH_TOKEN:-} && -e $file ]] || return 0
+    chmod go-rwx "$file" 2>/dev/null || true
+    mode=$(ls -lLd "$file")
+    [[ ${mode:4:6} == ------ ]] ||
+        echo "$(basename "$0"): $file can be read by others (${mode:0:10}), who can then run code on the cluster; its owner should run: chmod 600 $file" >&2
 }
 
 # Without a token anyone who reaches a Ray port runs code on the cluster, and `ray start` only warns. We refuse.

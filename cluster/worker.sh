@@ -24,6 +24,7 @@ head=$(with_port "$host" "$port")
 use_ray
 require_token_mode
 has_token || die "this machine has no token; copy the head's: scp HEAD:.ray/auth_token ~/.ray/auth_token"
+protect_token
 # A head of this machine alone may get a second node here.
 ! is_loopback "$host" || running "$state/head.pid" || die "$host is this machine itself, and no head was started here; give the head's address as head.sh prints it"
 why=$(python "$here/addresses.py" reach "$host" "$port") || die "the head at $head can't be reached from here: $why"

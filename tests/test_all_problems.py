@@ -3,6 +3,7 @@
 import pytest
 from command import rlhf_ray
 
+from rlhf_ray.config.problems import mentions
 from rlhf_ray.config.recipe_file import build_recipe, load_recipe
 from rlhf_ray.errors import UserError
 
@@ -60,6 +61,39 @@ def test_each_term_and_each_source_has_its_own():
                  "5048 is longer than", "'data.sft.0.path' is missing", "unknown key 'data.sft.0.pth'", "'data.sft.1.weight' is -1",
                  "the module 'no_such_module' could not be imported"):  # fmt: skip
         assert sum(part in line for line in lines) == 1, (part, lines)
+
+
+def test_a_key_of_the_same_name_in_another_section_hides_nothing():
+    """reward's rule is looked at when its learning rate is set back, after sft.batch_size has been."""
+    lines = problems({
+        "sft": {"batch_size": "many"},
+        "reward": {"learning_rate": -1, "batch_size": 7, "microbatch_size": 2},
+        "judge": {"lora": {"rank": 0}, "freeze_layers": "x"},
+        "ppo": {"lora": {"rank": 4}, "freeze_layers": 2, "steps": 0},
+    })  # fmt: skip
+    parts_in(lines, [
+        "'sft.batch_size' is 'many'", "'reward.learning_rate' is -1", "7 is not a multiple of 2", "'judge.lora.rank' is 0",
+        "'judge.freeze_layers' is 'x'", "'ppo.steps' is 0", "ppo.lora",
+    ])  # fmt: skip
+    lines = problems({"judge": 5, "evaluation": {"bootstrap": -1}, "ppo": {"best_by": "judge", "steps": 0}})
+    parts_in(lines, ["'judge' is 5", "'evaluation.bootstrap' is -1", "'ppo.steps' is 0", "ppo.best_by is 'judge'"])
+
+
+def test_the_defaults_of_a_section_that_is_wrong_as_a_whole_are_nobodys_words():
+    """The model's default has 64 positions: fewer than this prompt, but nobody wrote them."""
+    assert len(problems({"model": 5, "data": {"max_prompt_tokens": 5000}})) == 1
+
+
+def test_a_sentence_names_a_key_by_its_path_or_within_its_section():
+    rule = "ppo.rollout_batch_size * samples_per_prompt must divide by minibatch_size"
+    assert mentions(rule, ["ppo.minibatch_size"]) and mentions(rule, ["ppo.rollout_batch_size"])
+    assert not mentions(rule, ["sft.minibatch_size", "ppo.batch_size", "rollout_batch_size"])
+    odd = "batch_size = 7 is odd"
+    assert mentions(odd, ["sft.batch_size"], "sft") and not mentions(odd, ["sft.batch_size"], "reward")
+    assert mentions("target is 0", ["ppo.adaptive_kl.target"], "ppo")
+    assert mentions("reward is null", ["reward"]) and not mentions("the reward model is unknown", ["reward"])
+    assert mentions("data.sft[0]: no column 'a'", ["data.sft"]) and mentions("ppo.lora.rank is 0", ["ppo.lora"])
+    assert not mentions("model.name_or_path: there is no folder 'ppo'", ["ppo", "name_or_path", "reward.name_or_path"])
 
 
 def test_nothing_is_told_that_nobody_wrote():

@@ -180,6 +180,24 @@ def test_stop_leaves_a_process_that_merely_has_the_number(tmp_path):
         bystander.wait()
 
 
+@pytest.mark.parametrize("way", ["make_token", "protect_token"])  # of head.sh and slurm.sh; of worker.sh, which makes none
+def test_a_token_that_others_can_read_becomes_private(tmp_path, way):
+    """An existing file, also by RAY_AUTH_TOKEN_PATH. Where its mode can't be changed, there is a warning with the remedy."""
+    for file, more in ((tmp_path / ".ray" / "auth_token", {}), (tmp_path / "own", {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "own")})):
+        file.parent.mkdir(exist_ok=True)
+        for before, cannot, after in ((0o644, "", 0o600), (0o640, "chmod() { return 1; };", 0o640), (0o400, "", 0o400)):
+            file.write_text("a token of the test") if not file.exists() else None
+            file.chmod(before)
+            command = f"source {CLUSTER / 'common.sh'}; {cannot} {way}"
+            call = ["bash", "-euc", command, "head.sh"]
+            done = subprocess.run(call, env=bare_env(tmp_path) | more, capture_output=True, text=True)
+            assert done.returncode == 0 and file.stat().st_mode & 0o777 == after, done.stderr
+            warned = f"head.sh: {file} can be read by others (-rw-r-----), who can then run code on the cluster; "
+            warned += f"its owner should run: chmod 600 {file}\n"
+            assert done.stderr == (warned if cannot else "")
+    assert "protect_token" in (CLUSTER / "worker.sh").read_text()
+
+
 @pytest.mark.ray
 def test_the_head_made_a_private_token_and_a_second_head_is_refused(cluster):
     _, env, _ = cluster

@@ -399,23 +399,48 @@ def answers_match(prompts, responses, *, answer):
     return [float(prompt.split()[-1] == each) for prompt, each in zip(prompts, answer, strict=True)]
 
 
+WHOLE = []
+
+
+def notes_whole(prompts, responses, *, whole_prompt):
+    WHOLE.extend(whole_prompt)
+    return [0.0] * len(prompts)
+
+
+def test_a_function_may_ask_for_whole_prompts_where_none_was_cut(tmp_path):
+    """It gets the prompts. One that takes all columns gets those of the data only, and the data's own of that name comes first."""
+    recipe = tiny_recipe(ppo={"reward_function": f"{HERE}:notes_whole"})
+    assert column_problems(recipe, [], "data.prompts") == []
+    assert asked_by(notes_whole).of({}, ["a", "b"]) == {"whole_prompt": ["a", "b"]}
+    assert asked_by(notes_whole).of({"whole_prompt": ["x"], "other": [1]}, ["a"]) == {"whole_prompt": ["x"]}
+    assert asked_by(all_there_is).of({"other": [1]}, ["a"]) == {"other": [1]}
+    marked = [{"prompt": "b", "key": "a <|im\ufdd0_end|> b", "messages": None}, {"prompt": "c", "key": "c", "messages": None}]
+    write_role(RunFolder(tmp_path), "prompts", marked, ("prompt",))
+    assert read_prompt_columns(RunFolder(tmp_path)).of([1, 0]) == {"whole_prompt": ["c", "a <|im_end|> b"]}
+
+
 def test_rows_and_columns_stay_together_through_duplicates_cuts_mixing_and_holding_out(tmp_path, with_answers):
     recipe = tiny_recipe(data=with_answers, reward=None, ppo={"reward_function": f"{HERE}:answers_match", "critic_init": "sft"})
     assert check_data(recipe) == []
     folder = RunFolder(tmp_path / "run")
     prepare(recipe, folder)
-    seen = 0
+    seen, whole = 0, []
     for role in ("prompts", "eval_prompts"):
         prompts, columns = read_prompts(folder, role), read_prompt_columns(folder, role)
-        assert columns.names == ["answer", "only_a"]
+        assert columns.names[:2] == ["answer", "only_a"]
         rows = columns.of(range(len(prompts)))
+        WHOLE.clear()
+        FunctionScorer(f"{HERE}:notes_whole").score(prompts, prompts, [True] * len(prompts), rows)
+        whole += [(text, prompt) for text, prompt in zip(WHOLE, prompts, strict=True) if text != prompt]
         assert rows["answer"] == [prompt.split()[-1] for prompt in prompts]  # also the one that was cut
         for prompt, only_a in zip(prompts, rows["only_a"], strict=True):
             assert (only_a is None) == (50 <= int(prompt.split()[-1]) < 60)
-        assert columns.of([2, 0]) == {"answer": [rows["answer"][2], rows["answer"][0]],
-                                      "only_a": [rows["only_a"][2], rows["only_a"][0]]}  # fmt: skip
+        assert columns.of([2, 0]) == {name: [rows[name][2], rows[name][0]] for name in columns.names}
         seen += len(prompts)
     assert seen == 20 + 10  # 22 rows of a, less the empty one and the repeated one
+    ((text, cut),) = whole  # the data's own text, of the one that was cut
+    assert text == "word " * 40 + "please tell me about number 99" and cut and text.endswith(cut.strip())
+    assert column_problems(recipe, [], "x", perhaps=("answer",)) == []
     assert set(read_role(folder, "sft_train").column_names) == {"prompt", "response"}
 
 
@@ -591,7 +616,8 @@ def test_what_a_server_draws_with(spelling, added, tmp_path):
     with pytest.raises(UserError, match="the engine vllm has no batch .*; give --engine torch"):
         choose_engine("vllm", tmp_path, 0.0)
     recipe.write_text("name: x\ngeneration: {engine: open}\n")
-    assert choose_engine(None, tmp_path, 0.0) == EngineChoice("torch")  # of a plugin that is not here
+    left_out = choose_engine(None, tmp_path, 0.0)  # of a plugin that is not here
+    assert left_out.name == "torch" and "without the run's recipe, its engine and its plugins' stages" in left_out.note
     entry = rlhf_ray.Engine(name="open", make=Spelling, words="", continuous=True, problem=lambda gpus: "no" if gpus else None)
     added(rlhf_ray.register_engine, ENGINES, entry)
     assert choose_engine(None, tmp_path, 0.0) == choose_engine("open", tmp_path, 0.0) == EngineChoice("open")

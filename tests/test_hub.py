@@ -72,18 +72,20 @@ def about_a_repository(path):
 
 
 @contextmanager
-def answering_hub(status):
+def answering_hub(*statuses):
+    """The last one again and again, after those before it. 200: it has the model."""
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            status, body = statuses[min(len(asked), len(statuses) - 1)], b'{"id": "some-org/model"}'
             if about_a_repository(self.path):
                 asked.append(self.path)
             self.send_response(status)
             self.send_header("X-Error-Code", "RepoNotFound" if status == 404 else "")
-            self.send_header("Content-Length", "2")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -118,12 +120,62 @@ def test_what_the_hub_answers_is_told(tmp_path, status, says):
     assert len(asked) == 2, asked
 
 
-def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path):
+AGAIN = """
+import os
+from rlhf_ray.errors import UserError
+from rlhf_ray.models import hub
+hub.AGAIN_S = 1e9
+def look(name):
+    try:
+        hub.look_up(name)
+        print("found")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_failure_of_the_hub_is_not_for_ever(tmp_path):
+    """Two asks within the time make one request; the third, after it, finds the model; it is not asked for again."""
+    asks = "look('some-org/model'); look('some-org/model'); hub.AGAIN_S = -1; look('some-org/model'); look('some-org/model')"
+    with answering_hub(503, 200) as (address, asked):
+        said = in_a_process(AGAIN + asks, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
+    assert len(asked) == 2 and said[2:] == ["found", "found"]
+    assert all("the hub answered 503" in line for line in said[:2])
+
+
+def cached_model(tmp_path):
     snapshot = tmp_path / "hf" / "hub" / "models--some-org--tiny" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 3}))
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
+
+
+def test_a_name_without_a_copy_is_not_told_that_a_variable_is_set_which_nobody_set(tmp_path):
+    """The hub does not answer about a model with a copy, so the process goes offline. Then comes one without a copy; later the hub
+    is asked about that one, and has it, and the process is as it was."""
+    cached_model(tmp_path)
+    asks = ("look('some-org/tiny'); print(os.environ.get('HF_HUB_OFFLINE')); look('some-org/model'); hub.AGAIN_S = -1\n"
+            "look('some-org/model'); print(os.environ.get('HF_HUB_OFFLINE'))")  # fmt: skip
+    with answering_hub(503, 200) as (address, asked):
+        said = in_a_process(AGAIN + asks, cwd=tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0").splitlines()
+    assert said[:2] == ["found", "1"] and said[3:] == ["found", "0"] and len(asked) == 2
+    assert "there is no folder 'some-org/model' here, and the hub answered 503" in said[2]
+    assert "HF_HUB_OFFLINE" not in said[2] and str(tmp_path / "hf" / "hub") in said[2]
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_variable_that_is_set_is_named_with_its_remedy(tmp_path, variable):
+    cached_model(tmp_path)
+    with answering_hub(200) as (address, asked):
+        said = in_a_process(AGAIN + "look('some-org/tiny'); look('some-org/model')", cwd=tmp_path, HF_ENDPOINT=address,
+                            **{variable: "1"}).splitlines()  # fmt: skip
+    assert asked == [] and said[0] == "found"
+    assert f"the hub is not asked, because {variable} is set" in said[1] and f"; unset {variable}, or check the name" in said[1]
+
+
+def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path):
+    cached_model(tmp_path)
     code = (
         "import time; from rlhf_ray.models.load import load_config; started = time.monotonic()\n"
         "layers = [load_config('some-org/tiny').n_layer for _ in range(2)]; print(*layers, time.monotonic() - started)"

@@ -1,12 +1,15 @@
-"""The memory plan against arithmetic by hand, and against what autograd keeps."""
+"""The memory plan against arithmetic by hand, against what autograd keeps, and against what arrays take."""
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_recipe
 
+from rlhf_ray.actors import run_recipe
+from rlhf_ray.algorithms.sampling import truncate
+from rlhf_ray.messages import Support
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention
-from rlhf_ray.models.memory import memory_plan, memory_problems, training_bytes
+from rlhf_ray.models.memory import memory_plan, memory_problems, support_store_bytes, support_tokens, training_bytes
 from rlhf_ray.models.tokenizer import word_tokenizer
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
@@ -33,6 +36,65 @@ def test_the_cache_of_generation_by_hand():
     recipe = tiny_recipe(generation={"chunk_size": 6})
     row = next(row for row in memory_plan(recipe) if row.role == "generation")
     assert row.work == 4 * (2 * 2 * 32 * 6 * 26) + 4 * 3 * 6 * 300
+
+
+@pytest.mark.parametrize("cut, most", [
+    ({"top_k": 7}, 7), ({"top_k": 1000}, 300), ({"top_p": 0.5}, 150), ({"top_p": 0.501}, 151), ({"min_p": 0.4}, 300),
+    ({"top_k": 40, "top_p": 0.2}, 8), ({}, 0),
+])  # fmt: skip
+def test_the_most_that_truncated_sampling_keeps(cut, most):
+    """300 tokens that are as good as equally likely: their logits differ in the sixth digit."""
+    assert support_tokens(tiny_recipe(generation=cut)) == most
+    if cut:
+        logits = torch.randperm(300, generator=torch.Generator().manual_seed(0)).double()[None] * 1e-8
+        assert int((truncate(logits.log_softmax(-1), **cut) > -torch.inf).sum()) == most
+
+
+def test_what_truncated_sampling_keeps_is_in_the_plan():
+    """20 tokens kept by each of 8 x 10 response tokens: 4 bytes an id, 8 a token. In the store twice, in rollouts and in shards.
+
+    A chunk has 4 rows, twice; a forward pass has 2 rows: places and ids of 8 bytes each, and a mask of 300 bytes per token.
+    """
+    plans = [{row.role: row.work for row in memory_plan(tiny_recipe(generation=cut))} for cut in ({}, {"top_k": 20})]
+    more = {role: plans[1][role] - work for role, work in plans[0].items()}
+    a_pass = 2 * 10 * (20 * 16 + 300)
+    assert more == {
+        "generation": 2 * 4 * 10 * (20 * 4 + 8),
+        "reward": 0,
+        "reference": a_pass,
+        "policy": a_pass,
+        "critic": 0,
+    }
+    a_step = 8 * 10 * (20 * 4 + 8)
+    arrays = Support.of([np.arange(20)] * 80, np.zeros(80, np.float32))
+    assert arrays.ids.nbytes + arrays.counts.nbytes + arrays.log_mass.nbytes == a_step
+    for ppo, ranks, copies in (
+        ({}, 1, 2), ({"steps_ahead": 2}, 1, 4), ({}, 2, 3), ({"ppo_epochs": 1}, 2, 2), ({"samples_per_prompt": 2}, 1, 4),
+        ({"samples_per_prompt": 2, "rollout_batch_size": 4, "dynamic_sampling_rounds": 3}, 1, 6),
+    ):  # fmt: skip
+        recipe = tiny_recipe(generation={"top_k": 20}, ppo=ppo, resources={"policy": {"actors": ranks}})
+        assert support_store_bytes(recipe, 20) == copies * a_step, ppo
+
+
+def test_the_object_store_has_room_for_what_is_kept(monkeypatch):
+    """As much as half of the shared memory holds: GPT-2 with 2 blocks of width 32 has 37,120 weights."""
+    base, step = 512 * 2**20 + 12 * 37_120, 2 * 80 * (150 * 4 + 8)
+    sizes = {}
+    for free in (0, 2 * base + 2 * 1000, 10 * base):
+        monkeypatch.setattr(run_recipe, "shared_memory_bytes", lambda free=free: free)
+        sizes[free] = [run_recipe.object_store_bytes(tiny_recipe(generation={"top_p": top_p})) for top_p in (1.0, 0.5)]
+    assert list(sizes.values()) == [[base, base], [base, base + 1000], [base, base + step]]
+
+
+def test_only_what_top_k_bounds_is_held_against_a_recipe():
+    """8 x 2,000 rollouts of 40 tokens among 200 of 300: 0.51 GB, in two copies twice over."""
+    big = {"rollout_batch_size": 16_000, "minibatch_size": 4}
+    recipes = [
+        tiny_recipe(generation={"max_new_tokens": 40, **cut}, ppo=big) for cut in ({"top_p": 0.667}, {"top_k": 200})
+    ]
+    assert memory_problems(recipes[0], host=2.5e9, gpus=[], forked=True) == []
+    (problem,) = memory_problems(recipes[1], host=2.5e9, gpus=[], forked=True)
+    assert "need about 3.1 GB" in problem and "among, up to 200 of them; lower generation.top_k" in problem
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])

@@ -8,6 +8,24 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import prepare_folder
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.tables.figures import FIGURES, Figure
+
+
+def test_a_figure_that_is_gone_from_a_plugin_is_noted_once(tmp_path):
+    recipe, folder = Recipe(name="r"), RunFolder(tmp_path / "run")
+
+    def noted():
+        prepare_folder(recipe, folder)
+        return [event["what"] for event in EventLog(folder.events).read()] if folder.events.exists() else []
+
+    FIGURES.add(Figure(name="commas", measure=lambda evidence: None, label="Commas", unit="per response"))
+    try:
+        assert noted() == noted() == []
+    finally:
+        FIGURES.remove("commas")
+    says = ["no plugin has the figure 'commas' any more, which one had when this run folder was last used"]
+    assert noted() == noted() == says
+    assert EventLog(folder.events).read()[0]["done"] == "the evaluation does not measure it"
 
 
 def test_a_module_that_has_changed_is_noted_once(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Seconds per step and time left: from finished steps, the same between two of them, never beyond a time limit."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -92,3 +94,27 @@ def test_the_line_after_the_last_step_says_what_goes_on(shown):
 
 def test_a_total_that_the_clock_will_cut_is_an_estimate(shown):
     assert shown(10.0, {"step": 4, "total": 31, "total_is_estimate": True}).startswith("step 4 of about 31")
+
+
+def test_without_a_terminal_a_line_that_says_nothing_new_comes_once_a_minute(monkeypatch):
+    """A step of five minutes, heard of every second. A figure that changes is told at once, ten seconds after the last line."""
+    clock, screen = [0.0], io.StringIO()
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: clock[0])
+    display = Display(Console(file=screen, width=200, force_terminal=False))
+    display({"stage": "ppo", "started": True})
+    display({"stage": "ppo", "step": 0, "total": 2, "metrics": {"eval/score": 0.312}})
+    for second in range(1, 301):
+        clock[0] = float(second)
+        waits = {"waiting_for": "policy actor 0 (step 0)", "waiting_s": second} if second > 100 else {}
+        display({"stage": "ppo", **(waits or {"samples": []})})
+    clock[0] = 301.0
+    display({"stage": "ppo", "step": 1, "total": 2, "metrics": {"objective/score": 0.5}})
+    for second in range(302, 320):
+        clock[0] = float(second)
+        display({"stage": "ppo", "samples": []})
+    start = "  step 0 of 2   held-out score 0.312"
+    assert screen.getvalue().splitlines()[1:] == [
+        start, f"{start}   nothing new for 1 min 01 s",
+        *(f"{start}   waiting {minutes} min {minutes:02d} s for policy actor 0 (step 0)" for minutes in (2, 3, 4)),
+        "  step 1 of 2   301.0 s per step   5 min 01 s left   score 0.5",
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,36 @@ def test_a_session_of_ray(tmp_path):
     for words in ("A worker died or was killed", "said by ray", "said by the core"):
         assert words in written, written
     assert Path(ray_lines.__file__).is_file()
+
+
+SERVE = """
+import contextlib, logging, os, sys
+from pathlib import Path
+from rlhf_ray.serving.ray_start import check_ray, start_ray
+
+check_ray()
+import ray
+with contextlib.ExitStack() as stack:
+    logs = start_ray(1, stack, {})
+    os.write(2, b"[2026-11-30 01:56:22,123 E 1 1] core_worker.cc:1: said by the core\\n")
+    logging.getLogger("ray.something").error("said by ray")
+    logging.getLogger("ray.serve").error("said by serve")
+    print("stderr of ours", file=sys.stderr)
+    ray.shutdown()
+print((Path(logs) / "of_the_server.log").read_text())
+print("after", file=sys.stderr)
+"""
+
+
+@pytest.mark.ray
+def test_a_server_keeps_rays_lines_out_of_the_terminal_too():
+    """In a folder with a short name, for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="rr", dir="/tmp", ignore_cleanup_errors=True) as short:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": short}
+        command = [sys.executable, "-c", SERVE]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+        left = list(Path(short).glob("rlhf_ray_serve_*"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["stderr of ours", "after"] and left == []
+    for words in ("said by the core", "said by ray", "said by serve"):
+        assert done.stdout.count(words) == 1, done.stdout

@@ -262,13 +262,31 @@ def test_a_spoilt_file_is_named(folder):
         render(folder)
 
 
+def test_a_plugins_stage_keeps_its_column_where_the_plugin_is_not_here(folder):
+    """The run has recorded its title; a run of an older version has recorded titles of stages only."""
+    folder.stage("graded").path.mkdir()
+    folder.stage("graded").finish({"accuracy": 0.625, "pairs": 80})
+    recorded = {"reward": {"title": "Reward model", "pairs_title": "Reward model"}, "ppo": {"title": "PPO", "pairs_title": None},
+                "graded": {"title": "Graded stage", "pairs_title": "Grader"}}  # fmt: skip
+    (folder.path / "stages.json").write_text(json.dumps(recorded))
+    shown = " ".join("".join(Page(render(folder)).text).split())
+    assert "Grader" in shown and "62.5" in shown
+    (folder.path / "stages.json").write_text(json.dumps({name: each["title"] for name, each in recorded.items()}))
+    assert folder.stage_titles == {"reward": "Reward model", "ppo": "PPO", "graded": "Graded stage"}
+    assert folder.pair_titles == {"reward": "Reward model"}
+    assert "Grader" not in render(folder)
+
+
 def test_verdicts():
     assert verdict(summary(), []).startswith("PPO beats SFT in 80.0")
     assert verdict(summary(judge=0.52), []).startswith("These prompts show no difference")
     assert verdict(summary(judge=0.3), []).startswith("PPO made the model worse")
     assert "under the reward model, at a KL" in verdict(summary(judge=None), [])
     beyond = summary() | {"kl": 40.0, "max_kl": 15.0}
-    assert verdict(beyond, []).startswith("This run failed: its KL is above the recipe's cap of 15 nats")
+    assert verdict(beyond, []).startswith("This run failed: its KL is above the recipe's cap of 15 nats; raise ppo.kl_coef.")
+    assert warnings(beyond) == [], "that is said once"
+    dpo = beyond | {"dpo_over_sft": {"kl": 15.1}}
+    assert [line[:17] for line in warnings(dpo)] == ["DPO's KL of 15.1 "] and warnings(dpo | {"dpo_over_sft": {"kl": 15.0}}) == []
     assert verdict(beyond | {"kl": 15.0}, []).startswith("PPO beats SFT"), "at the cap is not above it"
 
 

@@ -275,3 +275,39 @@ def test_the_reference_has_the_sections_of_plugins(table, capsys):
     text = capsys.readouterr().out
     assert "#### `toy`" in text and "| `start` | number > 0 | `8` | the loss at first |" in text
     assert "| `answer` | integer | `42` | what it leaves |" in text
+
+
+POLICY_PLUGIN = """
+from rlhf_ray import Stage, register_stage
+from rlhf_ray.config import Section
+from rlhf_ray.config.stage_table import StageModel
+
+class Config(Section):
+    pass
+
+register_stage(Stage(name="polished", title="P", words="p", section=Config, run="m:f", before="evaluation",
+                     model=StageModel(kind="policy", words="a polished policy")))
+"""
+
+
+def test_a_server_of_a_run_takes_the_policy_of_a_plugins_stage(table, tmp_path, monkeypatch):
+    """The last stage with a policy is the plugin's; the process knows of it from the run's recipe only."""
+    from rlhf_ray.serving.config import Limits
+    from rlhf_ray.serving.server import Server
+
+    run = RunFolder(tmp_path / "run")
+    for stage in ("sft", "ppo", "polished"):
+        run.stage(stage).model.mkdir(parents=True)
+        (run.stage(stage).model / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+        (run.stage(stage).model / "model.safetensors").touch()
+    run.recipe.write_text("name: r\nplugins: [polishing_plugin]\npolished: {}\n")
+    options = {"host": "127.0.0.1", "port": 0, "api_key": None, "name": None, "replicas": 1, "gpus": None, "threads": None,
+               "precision": "auto", "engine": None, "trust_remote_code": False, "allow_special_tokens": False, "limits": Limits(),
+               "allowed_hosts": (), "cors_origins": ()}  # fmt: skip
+    without = Server(run.path, **options)
+    assert without.model == run.stage("ppo").model and "the module 'polishing_plugin' could not" in without.engine.note
+    (tmp_path / "polishing_plugin.py").write_text(POLICY_PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_it = Server(run.path, **options)
+    assert with_it.model == run.stage("polished").model and with_it.engine.note is None
+    sys.modules.pop("polishing_plugin", None)

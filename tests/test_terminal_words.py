@@ -1,4 +1,4 @@
-"""What the terminal says of dropped rows and of stages that go on; and cards that name no path of the machine."""
+"""What the terminal says of dropped rows, of stages that go on and of a call that lacks something; cards without local paths."""
 
 import io
 import json
@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from command import rlhf_ray
 from rich.console import Console
 
 from rlhf_ray.cli.display import Display
+from rlhf_ray.cli.main import app
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.words import dropped_in_words, losses
 from rlhf_ray.models.card import model_card
@@ -119,3 +122,28 @@ def test_a_finished_run_with_more_steps_needs_ray_again(tmp_path):
     assert to_reopen(recipe(ppo={"steps": 3}), folder, []) == set()
     assert to_reopen(recipe(ppo={"steps": 4}), folder, ["ppo.steps"]) == {"ppo", "evaluation"}
     assert to_reopen(recipe(ppo={"steps": 3}), folder, ["evaluation.prompts"]) == {"evaluation"}
+
+
+@pytest.mark.parametrize("called, says", [
+    ("doctor", "give RECIPE, a recipe YAML, or the name of a packaged one (demo, smollm2-sentiment, imdb, ...); "
+               "for example: rlhf-ray doctor demo"),
+    ("stage", "give NAME, a stage of the recipe, e.g. one of a plugin, which has no command of its own; "
+              "for example: rlhf-ray stage ppo demo"),
+    ("submit demo", "give --run-dir, absolute path that every node of the cluster sees; "
+                    "for example: rlhf-ray submit demo --run-dir /shared/runs/demo"),
+])  # fmt: skip
+def test_a_command_without_what_it_needs_says_what_to_give(called, says):
+    answer = rlhf_ray(*called.split())
+    assert (answer.returncode, answer.stderr, answer.stdout) == (2, f"rlhf-ray: {says}\n", "")
+
+
+def test_every_command_has_an_example():
+    """Of each argument and option that it needs, so no example has a placeholder in capitals."""
+    group = typer.main.get_command(app)
+    lacking = [name for name, command in group.commands.items() if any(param.required for param in command.params)]
+    assert {"run", "doctor", "report", "serve", "submit", "export", "import"} <= set(lacking)
+    for name in lacking:
+        answer = rlhf_ray(name)
+        example = answer.stderr.partition("for example: rlhf-ray ")[2].split()
+        assert answer.returncode == 2 and example[0] == name and len(example) > 1
+        assert not any(word.isupper() for word in example), answer.stderr

@@ -120,6 +120,19 @@ def test_log_probs_entropy_and_gradients_within_a_support(dtype, near):
     torch.testing.assert_close(both.double(), wanted_entropy.detach(), atol=near, rtol=0)
 
 
+def test_untruncated_log_probs_would_train_even_where_no_reply_is_better_than_another():
+    """The mean gradient of log-probs over what is drawn is 0. Of the untruncated ones it is q - p, by hand, for q the cut and p the
+    whole distribution: at top_k 2 of p = (.5, .25, .15, .1) it is (1/6, 1/12, -.15, -.1). Hence the refusal below.
+    """
+    whole = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
+    drawn, kept = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64), torch.tensor([True, True, False, False])
+    for support, expected in ((kept.expand(2, 4), [0.0] * 4), (None, [1 / 6, 1 / 12, -0.15, -0.1])):
+        logits = whole.log().requires_grad_()
+        found = selected_logprobs(logits.expand(2, 4), torch.tensor([0, 1]), temperature=1.0, support=support)
+        (gradient,) = torch.autograd.grad((drawn * found).sum(), logits)
+        assert gradient.tolist() == pytest.approx(expected, abs=1e-12)
+
+
 # -- messages ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,13 +14,14 @@ import ray
 from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_start import refuse_second_ray
-from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
+from rlhf_ray.models.memory import support_store_bytes, support_tokens
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
@@ -133,8 +134,23 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Bytes for three copies of the policy's weights in float32, and for rollouts."""
-    return 512 * 1024**2 + 3 * 4 * parameters(recipe)
+    """Bytes for three copies of the policy's weights in float32, for rollouts, and for the tokens that truncated sampling keeps.
+
+    The last are as many as there can be (`models.memory.support_tokens`), as far as half of what shared memory has left holds
+    them beside the rest: Ray would put a larger store on a disk. Of this one only what overflows goes there.
+    """
+    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe)
+    kept = support_store_bytes(recipe, support_tokens(recipe))
+    return base + int(min(kept, max(0, shared_memory_bytes() // 2 - base)))
+
+
+def shared_memory_bytes() -> int:
+    """Free bytes of the file system that Ray's object store is in; 0 where there is none (not Linux)."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return found.f_bsize * found.f_bavail
 
 
 def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None, stages: Sequence[str]) -> None:

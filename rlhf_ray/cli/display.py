@@ -19,7 +19,8 @@ from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
 from rlhf_ray.tables.figures import shown_figures
 
-PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S = 10.0  # between two lines at least, where there is no terminal
+UNCHANGED_EVERY_S = 60.0  # where the second says nothing new
 
 
 class Display:
@@ -34,7 +35,7 @@ class Display:
         )
         self._stage, self._event, self._started, self._samples = "", {}, time.monotonic(), []
         self._pace, self._doing = Pace(), ("", 0.0)  # what the stage does beside its steps, and since when
-        self._last_plain = 0.0
+        self._last_plain, self._told, self._told_first = float("-inf"), (), 0.0  # when, and what it said since when
 
     def __enter__(self) -> Display:
         if self.live is not None:
@@ -89,17 +90,37 @@ class Display:
     def _show(self) -> None:
         if self.live is not None:
             self.live.update(Group(*self._block()))
-        elif "step" in self._event and time.monotonic() - self._last_plain > PLAIN_EVERY_S:
-            self._last_plain = time.monotonic()
-            self.console.print("  " + self._line(), highlight=False, markup=False, soft_wrap=True)
+        elif "step" in self._event:
+            self._show_plain(time.monotonic())
+
+    def _show_plain(self, now: float) -> None:
+        """A line where there is something new, else one a minute that says what the stage waits for."""
+        says = (self._stage, self._event["step"], self._event.get("doing"), *self._figures())
+        is_new = says != self._told
+        if now - self._last_plain <= (PLAIN_EVERY_S if is_new else UNCHANGED_EVERY_S):
+            return
+        line = "  " + self._line()
+        if is_new:
+            self._told, self._told_first = says, now
+        elif waiting := self._waiting():
+            line += f"   {waiting}"
+        elif not self._event.get("doing"):  # that one has its time
+            line += f"   nothing new for {duration(now - self._told_first)}"
+        self._last_plain = now
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _waiting(self) -> str | None:
+        """For what, and for how long, once it is a while."""
+        what, seconds = self._event.get("waiting_for"), self._event.get("waiting_s", 0)
+        return f"waiting {duration(seconds)} for {what}" if what and seconds >= 3 else None
 
     def _block(self) -> list:
         if not self._stage:
             return []
         head = Text.assemble((f"  {self._words(self._stage)}  ", "bold"), (self._line(), ""))
         block: list = [head]
-        if self._event.get("waiting_for") and self._event.get("waiting_s", 0) >= 3:
-            block.append(Text(f"  waiting {self._event['waiting_s']:.0f} s for {self._event['waiting_for']}", "dim"))
+        if waiting := self._waiting():
+            block.append(Text(f"  {waiting}", "dim"))
         for sample in self._samples[:3]:
             block.append(
                 Text.assemble(
@@ -120,6 +141,11 @@ class Display:
             total, about = event.get("total"), "about " if event.get("total_is_estimate") else ""
             parts.append(f"step {event['step']}" + (f" of {about}{total}" if total else ""))
             parts += self._rate(event["step"], total)
+        parts += self._figures()
+        return "   ".join(parts) or f"{duration(time.monotonic() - self._started)}"
+
+    def _figures(self) -> list[str]:
+        event, found = self._event, []
         metrics = event.get("metrics", {}) | {key: event[key] for key in ("loss",) if event.get(key) is not None}
         for key, name in (
             ("objective/score", "score"),
@@ -130,8 +156,8 @@ class Display:
             ("accuracy", "accuracy"),
         ):
             if metrics.get(key) is not None:
-                parts.append(f"{name} {metrics[key]:.3g}")
-        return "   ".join(parts) or f"{duration(time.monotonic() - self._started)}"
+                found.append(f"{name} {metrics[key]:.3g}")
+        return found
 
     def _rate(self, step: int, total: int | None) -> list[str]:
         seconds = self._pace.seconds_per_step

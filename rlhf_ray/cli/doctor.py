@@ -23,7 +23,7 @@ from rlhf_ray.config.threads import role_shares, stage_shares
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.acceleration import hindrance
-from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan
+from rlhf_ray.models.memory import FORKED, GB, IMPORTED, memory_plan, support_store_bytes, support_tokens
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.runs.pipeline import check_stage
@@ -122,3 +122,9 @@ def _print_plan(
         numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[row.role])
         table.add_row(f"{names.told('PPO')}: {row.role}", str(role.actors), *numbers, f"{memory / GB:.1f} GB")
     console.print(table)
+    if support := support_tokens(recipe):
+        console.print(
+            f"truncated sampling: each token of a response is drawn among at most {support} tokens, which the memory above counts; "
+            f"they take at most {support_store_bytes(recipe, support) / GB:.1f} GB more in Ray's object store "
+            "(generation.top_k bounds them)"
+        )

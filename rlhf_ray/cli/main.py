@@ -20,12 +20,12 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 import typer
 
 from rlhf_ray.cli.bench import bench_app
-from rlhf_ray.cli.words import console, in_words
+from rlhf_ray.cli.words import Commands, console, in_words
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError
 
 app = typer.Typer(
-    name="rlhf-ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="rlhf-ray", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="From human preferences to a served, aligned language model: SFT, reward model, PPO, evaluation, on Ray.",
 )  # fmt: skip
 

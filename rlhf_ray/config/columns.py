@@ -4,6 +4,9 @@
     def score(prompts, responses, *, answer): ...           for `answer`: a list with the value of each response's row
     def score(prompts, responses, *, level=None): ...       for `level` where the data has it
     def score(prompts, responses, **columns): ...           for all there are
+
+`whole_prompt` is always there: each prompt as it was before it was cut to data.max_prompt_tokens. A column of the data with that
+name takes its place.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from rlhf_ray.tables.rewards import kind_of
 
 Columns = Mapping[str, Sequence[Any]]  # name -> a value for each response
 NO_COLUMNS: Columns = {}
+WHOLE = "whole_prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,10 @@ class Asked:
         """Those of `there` that it takes."""
         return tuple(name for name in there if self.everything or name in self.needed or name in self.welcome)
 
-    def of(self, columns: Columns) -> dict[str, Sequence[Any]]:
-        return {name: columns[name] for name in self.among(columns)}
+    def of(self, columns: Columns, prompts: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """prompts: their text, which is whole where no column says otherwise."""
+        asks_whole = WHOLE in (*self.needed, *self.welcome) and WHOLE not in columns
+        return {name: columns[name] for name in self.among(columns)} | ({WHOLE: prompts} if asks_whole else {})
 
 
 def asked_by(function: Callable[..., Any]) -> Asked:
@@ -81,7 +87,7 @@ def column_problems(recipe: Recipe, there: Iterable[str], where: str, perhaps: S
     has = list(there)
     problems: list[str] = []
     for key, asked in asked_columns(recipe).items():
-        missing = [name for name in asked.needed if name not in has and name not in perhaps]
+        missing = [name for name in asked.needed if name not in (*has, *perhaps, WHOLE)]
         if missing:
             problems.append(
                 f"{key}: its function asks for {_words(missing)}, but {where} "

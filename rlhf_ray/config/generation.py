@@ -58,8 +58,9 @@ class GenerationConfig(Section):
             able = " or ".join(engine.name for engine in ENGINES.values() if engine.tells_support)
             raise ValueError(
                 f"generation.top_k = {self.top_k}, top_p = {self.top_p:g} and min_p = {self.min_p:g} drop tokens, but the engine "
-                f"{self.engine} does not say which, so the policy's log-probs and the KL would be those of another distribution; "
-                f"set them to 0, 1 and 0, or generation.engine to {able}"
+                f"{self.engine} does not say which, so the policy's log-probs, its gradient and the KL would be those of another "
+                "distribution, whatever ppo.kl_coef and importance_correction are; set them to 0, 1 and 0, or "
+                f"generation.engine to {able}"
             )
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from rlhf_ray.config.recipe import Recipe
 
 PASSES = 50  # at most
+PATH = re.compile(r"(?<![\w.-])[\w-]+(?:\.[\w-]+)+")  # a key with its sections: ppo.adaptive_kl.target
 Loc = tuple[str | int, ...]
 Values = dict[str, Any]
 
@@ -31,7 +32,7 @@ def all_problems(values: Values, sentence: Callable[[ErrorDetails], str]) -> tup
             found = error.errors()
         told = [(each, sentence(each)) for each in found]
         # A rule that now compares a default with something else would tell of what nobody wrote.
-        problems |= {words: None for _, words in told if not mentions(words, removed)}
+        problems |= {words: None for each, words in told if not mentions(words, removed, _section(each))}
         before = len(removed)
         for each, words in told:
             removed |= set(_set_back(values, each, words))
@@ -40,29 +41,53 @@ def all_problems(values: Values, sentence: Callable[[ErrorDetails], str]) -> tup
     return list(problems), None, removed
 
 
-def mentions(words: str, keys: set[str]) -> bool:
-    """Whether a sentence names one of the keys, by its whole path or its last part."""
-    return any(_names(words, part) for key in keys for part in (key, key.rpartition(".")[2]))
+def mentions(words: str, keys: Iterable[str], section: str = "") -> bool:
+    """Whether a sentence names one of the keys or what is in it. section: of the rule that says it.
+
+    A path is compared as a whole. The last part alone counts where the sentence is about its section: that is `section`, or
+    another key of it stands there by its whole path. A key without a path may be a plain word: it counts as the subject only.
+    """
+    paths = PATH.findall(words)
+    sections = {path.rpartition(".")[0] for path in paths}
+
+    def named(key: str) -> bool:
+        parent, _, last = key.rpartition(".")
+        if any(path == key or path.startswith(f"{key}.") for path in paths):
+            return True
+        if not parent:
+            return re.search(rf"(?<![\w.]){re.escape(key)}(?= is | = |:)", words) is not None
+        within = parent in sections or (section != "" and f"{parent}.".startswith(f"{section}."))
+        return within and re.search(rf"(?<![\w.]){re.escape(last)}(?!\w|\.\w)", words) is not None
+
+    return any(named(key) for key in keys)
 
 
-def _names(words: str, key: str) -> bool:
-    """Not as a part of a longer path."""
-    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w|\.\w)", words) is not None
+def _section(error: ErrorDetails) -> str:
+    """Where the rule or the key of the error stands, without the numbers of a list's entries."""
+    return ".".join(_path(error))
+
+
+def _path(error: ErrorDetails) -> list[str]:
+    loc: Loc = error["loc"]
+    return [
+        str(part) for part in loc[: next((place for place, part in enumerate(loc) if isinstance(part, int)), len(loc))]
+    ]
 
 
 def _set_back(values: Values, error: ErrorDetails, words: str) -> Iterator[str]:
     """Delete the keys that the error is about; their paths."""
-    loc: Loc = error["loc"]
-    path = [str(part) for part in loc[: next((place for place, part in enumerate(loc) if isinstance(part, int)), len(loc))]]
-    if error["type"] == "missing" and len(path) == len(loc):
+    path, whole_loc = _path(error), len(error["loc"])
+    if error["type"] == "missing" and len(path) == whole_loc:
         path = path[:-1]
-    if error["type"] != "value_error" or len(path) < len(loc):
+    if error["type"] != "value_error" or len(path) < whole_loc:
         yield from _delete(values, path)
         return
     section = _at(values, path)
     leaves = list(_leaves(section)) if isinstance(section, dict) else []
-    whole = [leaf for leaf in leaves if _names(words, ".".join([*path, *leaf]))]
-    named = whole or [leaf for leaf in leaves if _names(words, leaf[-1])]
+    keys = {leaf: ".".join([*path, *leaf]) for leaf in leaves}
+    paths = set(PATH.findall(words))
+    named = [leaf for leaf in leaves if keys[leaf] in paths]
+    named = named or [leaf for leaf in leaves if mentions(words, [keys[leaf]], ".".join(path))]
     for leaf in named:
         yield from _delete(values, [*path, *leaf])
     if not named and path:

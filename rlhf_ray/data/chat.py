@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.models.chat_shape import ChatShape, chat_shape
-from rlhf_ray.models.control_tokens import Marker, control_names, marker_of
+from rlhf_ray.models.control_tokens import control_names, mark_all, marker_of, names_in
 
 Messages = list[dict]
 
@@ -99,7 +100,7 @@ class ChatFormat:
         marked = self._marked(messages)
         if self._tokenizer is None:
             return _plain(marked) + "Assistant:"
-        return _rendered(self._tokenizer, marked, cue=True)
+        return self._render(marked, cue=True)
 
     def reply(self, messages: Messages, reply: Messages) -> str:
         """The text of a reply to `messages` as it follows `prompt(messages)`, without the token that ends it (EOS, the end
@@ -111,7 +112,7 @@ class ChatFormat:
             first, *others = reply
             return f" {first['content']}" + "".join(f"\n\n{_line(message)}" for message in others)
         prompt = self.prompt(messages)
-        both = _rendered(self._tokenizer, self._marked(messages) + reply, cue=False)
+        both = self._render(self._marked(messages) + reply, cue=False)
         text = both[len(prompt) :] if both.startswith(prompt) else _content(prompt, both, reply)
         text = text.rstrip()
         for end in dict.fromkeys((self._tokenizer.eos_token, self._end)):
@@ -126,13 +127,56 @@ class ChatFormat:
             for message in messages
         ]  # fmt: skip
 
-    def _map_texts(self, value: Any, mark: Marker) -> Any:
+    def _render(self, marked: Messages, *, cue: bool) -> str:
+        """The template's text for marked messages.
+
+        A template may delete or replace characters of a content, and so make a control token's name of one that held none. Then it
+        gets these contents with every character marked.
+        """
+        assert self._tokenizer is not None
+        text = _rendered(self._tokenizer, marked, cue=cue)
+        changed = _changed(text, marked) if self._mark.names else []
+        if not changed:
+            return text
+        broken = [
+            {key: value if key == "role" else self._map_texts(value, mark_all) for key, value in message.items()}
+            if place in changed else message
+            for place, message in enumerate(marked)
+        ]  # fmt: skip
+        guarded = _rendered(self._tokenizer, broken, cue=cue)
+        own = Counter(names_in(guarded, self._mark.names))
+        own.update(name for place in changed for part in _texts(marked[place]) for name in names_in(part, self._mark.names))
+        return guarded if Counter(names_in(text, self._mark.names)) - own else text
+
+    def _map_texts(self, value: Any, mark: Callable[..., str]) -> Any:
         """The value with every text in it marked."""
         if isinstance(value, str):
             return mark(value, edges=self._edges)
         if isinstance(value, Mapping):
             return {key: self._map_texts(part, mark) for key, part in value.items()}
         return [self._map_texts(part, mark) for part in value] if isinstance(value, list) else value
+
+
+def _changed(text: str, messages: Messages) -> list[int]:
+    """The messages that do not stand in the rendered text as they are, in order, but for the space around them. One with further
+    texts than its content counts as changed."""
+    changed, at = [], 0
+    for place, message in enumerate(messages):
+        content = (message.get("content") or "").strip()
+        found = text.find(content, at)
+        if found < 0 or len(_texts(message)) > 1:
+            changed.append(place)
+        at = at if found < 0 else found + len(content)
+    return changed
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts of a message but its role."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, part in value.items() if key != "role" for text in _texts(part)]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
 
 
 def _content(prompt: str, both: str, reply: Messages) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import Role, detect
+from rlhf_ray.data.kept_rows import forget
 from rlhf_ray.data.lists import LISTS, form_of, is_read, needed_lists, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.data.store import CHAT
@@ -17,9 +18,12 @@ from rlhf_ray.errors import UserError
 def check_data(recipe: Recipe) -> list[str]:
     """Problems of the recipe's data, one sentence each; [] if none is seen. Files are read whole, data sets of the hub are not.
 
+    What was read stays for the data stage in this process (`kept_rows`).
+
     A builder is imported and its arguments are checked against its signature; it is not called.
     """
     data, problems = recipe.data, []
+    forget()
 
     def attempt(check: Callable) -> None:
         try:
@@ -65,6 +69,8 @@ def check_data(recipe: Recipe) -> list[str]:
         if None in weights and any(weight is not None for weight in weights):
             problems.append(f"some of data.{role} have a weight and some have none; give a weight to all or to none")
     attempt(lambda: problems.extend(_asked_problems(recipe, given, others)))
+    if problems:
+        forget()
     return problems
 
 

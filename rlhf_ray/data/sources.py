@@ -7,7 +7,7 @@ import glob
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from rlhf_ray.config import DataConfig, SourceConfig
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.formats import Role, detect
+from rlhf_ray.data.kept_rows import keep, stamps, take
 from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
@@ -103,15 +104,29 @@ def load_source(
     UserError for columns or values that are not what a row of this form needs. with_prompts: their other columns stay with
     the prompts, and so need one type each.
     """
-    rows = _load(source, root, where)
-    if len(rows) == 0:
-        raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
-    check_rows(rows, source, where, form, with_prompts=with_prompts)
+    rows = take(_key(source, root, where, form, with_prompts))
+    if rows is None:
+        rows = _read_and_check(source, root, where, form, with_prompts)
     if source.max_rows is None or len(rows) <= source.max_rows:
         return rows
     if isinstance(rows, TextRows):
         return rows.sample(source.max_rows, seed)
     return rows.shuffle(seed=seed).select(range(source.max_rows))
+
+
+def _read_and_check(source: SourceConfig, root: str | None, where: str, form: Role, with_prompts: bool) -> Rows:
+    rows = _load(source, root, where)
+    if len(rows) == 0:
+        raise UserError(f"{where}: '{source.path}' has no rows; give a data set with rows")
+    check_rows(rows, source, where, form, with_prompts=with_prompts)
+    return rows
+
+
+def _key(source: SourceConfig, root: str | None, where: str, form: Role, with_prompts: bool) -> Hashable | None:
+    """What the checked rows of local files follow from; None for other sources."""
+    place = locate(source, root, where)
+    found = stamps(place.files) if isinstance(place, LocalFiles) else None
+    return None if found is None else (found, source.model_dump_json(), root, where, form, with_prompts)
 
 
 def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with_prompts: bool) -> None:
@@ -141,10 +156,14 @@ def _is_text(feature: object) -> bool:
 def columns_of(
     source: SourceConfig, root: str | None, where: str, form: Role, *, with_prompts: bool = False
 ) -> list[str] | None:
-    """The column names; None where they are known only after a download. Rows of files are read and checked."""
+    """The column names; None where they are known only after a download. Rows of files are read and checked, and kept for the
+    next `load_source` of them."""
     place = locate(source, root, where)
     if isinstance(place, LocalFiles):
-        return load_source(source, root, 0, where, form, with_prompts=with_prompts).column_names
+        key = _key(source, root, where, form, with_prompts)  # of the files as they are before they are read
+        rows = _read_and_check(source, root, where, form, with_prompts)
+        keep(key, rows)
+        return rows.column_names
     look_up(place.name, "dataset", where)
     builder = _call(where, source.path, lambda: datasets.load_dataset_builder(place.name, source.name))
     if builder.info.splits and source.split not in builder.info.splits and source.split.isidentifier():

@@ -4,7 +4,8 @@
     sft_train, sft_eval, other_text           prompt, response                 (plain text: prompt == "")
     reward_train, reward_eval (also judge_*)  prompt, chosen, rejected         (objective: pairs)
                                               prompt, response, score (float)  (objective: scores)
-    prompts, eval_prompts                     prompt, and the rows' other columns (a gold answer, an id, ...)
+    prompts, eval_prompts                     prompt, and the rows' other columns (a gold answer, an id, ...);
+                                              whole_prompt, where prompts were cut: theirs, without marks
 
 reward_eval_<name> and judge_eval_<name> are further held-out sets, where a builder makes them.
 
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.columns import column_problems
+from rlhf_ray.config.columns import WHOLE, column_problems
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -41,6 +42,7 @@ COLUMNS = {
 }
 CHAT = "messages"  # of a prompt that is a conversation
 JSON = {b"holds": b"JSON"}  # metadata of a column that we wrote as JSON
+CUT = {b"holds": b"cut prompts"}  # metadata of WHOLE where we wrote it: null where the prompt is whole
 ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts|other_text")
 OTHER_TEXT_TOKENS = 256  # of each text of `data.other_text`, the closing token included
 
@@ -56,6 +58,9 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
         for name in kept_columns(rows):
             if any(name in each for each in others):
                 table = table.append_column(name, _array(name, [each.get(name) for each in others], role))
+            elif name == WHOLE:
+                whole = pa.array([_whole(row) for row in rows], pa.string())
+                table = table.append_column(pa.field(WHOLE, pa.string(), metadata=CUT), whole)
             else:
                 texts = [json.dumps(row["messages"], default=str) if row.get("messages") else None for row in rows]
                 table = table.append_column(pa.field(name, pa.string(), metadata=JSON), pa.array(texts, pa.string()))
@@ -70,8 +75,20 @@ def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[st
 
 def kept_columns(rows: Sequence[dict]) -> list[str]:
     """The names of the columns that prompts keep."""
-    names = list(dict.fromkeys(name for row in rows for name in row.get("columns", {})))
-    return [*names, CHAT] if CHAT not in names and any(row.get("messages") for row in rows) else names
+    names = dict.fromkeys(name for row in rows for name in row.get("columns", {}))
+    if any(row.get("messages") for row in rows):
+        names[CHAT] = None
+    if any(_whole(row) is not None for row in rows):
+        names[WHOLE] = None
+    return list(names)
+
+
+def _whole(row: dict) -> str | None:
+    """The text of a row's prompt before it was cut (its key); None where it is whole."""
+    from rlhf_ray.models.control_tokens import shown
+
+    key = row.get("key") or row["prompt"]
+    return shown(key) if key != row["prompt"] else None
 
 
 def has_role(folder: RunFolder, role: str) -> bool:
@@ -100,7 +117,9 @@ class PromptColumns:
     def __init__(self, table: pa.Table):
         self._table = table
         self.names: list[str] = [name for name in table.column_names if name != "prompt"]
-        self._json = [name for name in self.names if (table.schema.field(name).metadata or {}).get(b"holds") == b"JSON"]
+        holds = {name: (table.schema.field(name).metadata or {}).get(b"holds") for name in self.names}
+        self._json = [name for name in self.names if holds[name] == JSON[b"holds"]]
+        self._cut = holds.get(WHOLE) == CUT[b"holds"]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -112,6 +131,11 @@ class PromptColumns:
     def of(self, rows: Sequence[int]) -> dict[str, list]:
         """name of another column -> the values of these rows, in their order."""
         values = self._rows(self.names, rows) if self.names else {}
+        if self._cut:
+            from rlhf_ray.models.control_tokens import shown
+
+            texts = zip(values[WHOLE], self.prompts(rows), strict=True)
+            values[WHOLE] = [shown(prompt) if whole is None else whole for whole, prompt in texts]
         return values | {name: [_read(text) for text in values[name]] for name in self._json}
 
     def messages(self, rows: Sequence[int]) -> list[list[dict] | None]:

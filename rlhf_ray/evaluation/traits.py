@@ -20,7 +20,7 @@ def trait_scores(
     columns: the prompts' other columns, of which the function gets those that it asks for
     """
     function = import_function(path)
-    own = {name: list(values) for name, values in asked_by(function).of(columns).items()}
+    own = {name: list(values) for name, values in asked_by(function).of(columns, prompts).items()}
     try:
         found = function(list(prompts), list(responses), **own)
     except Exception as error:  # fault boundary: the user's code may raise anything

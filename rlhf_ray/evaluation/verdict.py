@@ -35,8 +35,8 @@ def verdict(summary: dict, stages: list[dict]) -> str:
     if judge is not None and model is not None:
         words += f" and in {_rate(model)} under the reward model it was trained on"
     words += f", at a KL of {summary['kl']:.2f} nats per response."
-    if is_above_cap(summary):
-        words = f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats. {words}"
+    if is_above_cap(summary, summary["kl"]):
+        words = f"This run failed: its KL is above the recipe's cap of {summary['max_kl']:g} nats; raise ppo.kl_coef. {words}"
     return names_in(summary).told(f"{words}{_reservations(summary, name)}")
 
 
@@ -64,14 +64,14 @@ def names_in(summary: dict) -> RunNames:
     return RunNames(**summary.get("names", {}))
 
 
-def is_above_cap(summary: dict) -> bool:
-    """Whether the policy has gone further from the SFT model than the recipe allows (evaluation.max_kl)."""
+def is_above_cap(summary: dict, kl: float) -> bool:
+    """Whether a policy has gone further from the SFT model than the recipe allows (evaluation.max_kl), in nats per response."""
     cap = summary.get("max_kl")
-    return cap is not None and summary["kl"] > cap
+    return cap is not None and kl > cap
 
 
 def warnings(summary: dict) -> list[str]:
-    """What a reader should not overlook, each with its figure."""
+    """What a reader should not overlook, each with its figure. That PPO's KL is above the cap, `verdict` says."""
     if not summary:
         return []
     found = _weak_scorers(summary)
@@ -82,13 +82,8 @@ def warnings(summary: dict) -> list[str]:
             "The reward model prefers PPO and the independent judge does not: PPO may be exploiting the "
             "reward model's mistakes."
         )
-    if is_above_cap(summary):
-        found.append(
-            f"The KL of {summary['kl']:.1f} nats per response is above the recipe's cap of {summary['max_kl']:g}: "
-            "raise ppo.kl_coef."
-        )
     dpo = summary.get("dpo_over_sft")
-    if dpo is not None and summary.get("max_kl") is not None and dpo["kl"] > summary["max_kl"]:
+    if dpo is not None and is_above_cap(summary, dpo["kl"]):
         found.append(
             f"DPO's KL of {dpo['kl']:.1f} nats per response is above the recipe's cap of {summary['max_kl']:g}: "
             "raise dpo.beta."

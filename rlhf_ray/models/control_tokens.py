@@ -105,6 +105,24 @@ def marker(tokenizer: PreTrainedTokenizerBase, *, of_replies: bool = False) -> M
     return marker_of(control_names(tokenizer, of_replies=of_replies))
 
 
+def mark_all(text: str, **_: object) -> str:
+    """With every character marked but space: no part of it spells a name, whatever is deleted from it or replaced."""
+    return re.sub(r"(?=\S)", BREAK, shown(text))
+
+
+def names_in(text: str, names: frozenset[str]) -> list[str]:
+    """The control tokens that a marked text is encoded with."""
+    spelled = _spelled(names)
+    return spelled.findall(text) if spelled is not None else []
+
+
+@cache
+def _spelled(names: frozenset[str]) -> re.Pattern[str] | None:
+    ordered = sorted(names, key=len, reverse=True)  # the longest name that begins at a place is the token
+    alternatives = [re.escape(name) if len(name) > 1 else f"(?<!{BREAK}){re.escape(name)}" for name in ordered]
+    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+
+
 def is_marked(text: str) -> bool:
     return BREAK in text
 
@@ -130,11 +148,9 @@ class _Twin:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: frozenset[str]):
         self.names, self.size = names, len(tokenizer)
-        ordered = sorted(names, key=len, reverse=True)  # the longest name that begins at a place is the token
-        spelled = [re.escape(name) if len(name) > 1 else f"(?<!{BREAK}){re.escape(name)}" for name in ordered]
-        self._names = re.compile(f"({'|'.join(spelled)})") if spelled else None
+        self._names = _spelled(names)
         self._ids = {name: _id_of(tokenizer, name) for name in names}
-        self._secret = {name: f"{BREAK}{number}{BREAK}" for number, name in enumerate(ordered)}
+        self._secret = {name: f"{BREAK}{number}{BREAK}" for number, name in enumerate(sorted(names))}
         self._backend, self._back, self._tokenizer = None, {}, tokenizer.__call__
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             source = tokenizer.backend_tokenizer

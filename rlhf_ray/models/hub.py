@@ -1,14 +1,17 @@
 """Whether a model or a data set that is no folder here is on the hub: asked once, with a deadline of seconds.
 
-The hub's own client tries again for half a minute per file, and a recipe's model is looked at two dozen times before a run.
+The hub's own client tries again for half a minute per file, and a recipe's model is looked at two dozen times before a run. That a
+name is there holds for the life of the process; a failure holds for a minute, so that a notebook may try again.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import os
+import sys
 import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +24,8 @@ from rlhf_ray.errors import UserError
 
 Kind = Literal["model", "dataset"]
 LOOK_UP_S = 8.0
+AGAIN_S = 60.0  # before the hub is asked again about a name that it did not have or did not answer about
+REST_S = 600.0  # before it is asked again about a name of which there is a copy
 REMEDY = {
     "model": "check the name, or give a folder that holds the model",
     "dataset": "check the name, or give a local copy with data.root",
@@ -30,12 +35,12 @@ REMEDY = {
 def look_up(name: str | Path, kind: Kind = "model", where: str = "") -> None:
     """UserError unless `name` is here, in the hub's cache, or on the hub. where: the key, for the message.
 
-    Where the hub is out of reach and its cache has a copy, this process does not ask the hub again.
+    Where the hub is out of reach and its cache has a copy, this process and its workers use that copy without asking.
     """
     name = str(name)
     if Path(name).expanduser().exists():
         return
-    problem = _no_path(name) if is_path(name) else _not_on_hub(name, kind, os.getcwd())
+    problem = _no_path(name) if is_path(name) else _not_on_hub(name, kind)
     if problem is not None:
         raise UserError(f"{where}: {problem}" if where else problem)
 
@@ -49,23 +54,84 @@ def _no_path(name: str) -> str:
     return f"the model folder '{name}' does not exist; {_did_you_mean(name) or 'check the path'}"
 
 
-@functools.cache
-def _not_on_hub(name: str, kind: Kind, folder: str) -> str | None:
-    """folder: the working directory, in which the name was looked for."""
+@dataclass(slots=True)
+class _Asked:
+    """What the hub has said so far. Times are `time.monotonic`."""
+
+    there: set[tuple[str, Kind]] = field(default_factory=set)
+    failed: dict[tuple[str, Kind], tuple[float, str]] = field(default_factory=dict)  # when, and what it said
+    #: when this process itself turned offline mode on, why, and the value of HF_HUB_OFFLINE before
+    out_of_reach: tuple[float, str, str | None] | None = None
+
+    def recent_failure(self, name: str, kind: Kind) -> str | None:
+        when, said = self.failed.get((name, kind), (float("-inf"), None))
+        return said if time.monotonic() - when < AGAIN_S else None
+
+    def go_offline(self, why: str) -> None:
+        self.out_of_reach = time.monotonic(), why, os.environ.get(OFFLINE[0])
+        os.environ[OFFLINE[0]] = "1"  # for the workers
+        _set_offline_mode(True)
+
+    def go_online(self, *, after_s: float) -> None:
+        """Where this process went offline by itself, so long ago."""
+        if self.out_of_reach is None or time.monotonic() - self.out_of_reach[0] < after_s:
+            return
+        before, self.out_of_reach = self.out_of_reach[2], None
+        os.environ.pop(OFFLINE[0], None)
+        if before is not None:
+            os.environ[OFFLINE[0]] = before
+        _set_offline_mode(False)
+
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # either turns the offline mode of the hub's client on
+_ASKED = _Asked()
+
+
+def _set_offline_mode(value: bool) -> None:
+    """Both libraries read their variable once."""
+    constants.HF_HUB_OFFLINE = value
+    datasets = sys.modules.get("datasets.config")
+    if datasets is not None:
+        vars(datasets)["HF_HUB_OFFLINE"] = value
+
+
+def _not_on_hub(name: str, kind: Kind) -> str | None:
     cached = _in_cache(name, kind)
+    _ASKED.go_online(after_s=REST_S if cached else AGAIN_S)
+    remedy = REMEDY[kind]
     if constants.is_offline_mode():
-        said = None if cached else "the hub is not asked, because HF_HUB_OFFLINE is set (its cache has no copy)"
+        said = None if cached else _offline_words()
+        if _ASKED.out_of_reach is None:
+            remedy = f"unset {_offline_variable()}, or {remedy}"
+    elif (name, kind) in _ASKED.there:
+        return None
     else:
-        said = _ask(name, kind)
-        if said is not None and cached and "has no" not in said:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers
-            constants.HF_HUB_OFFLINE = True
+        said = _ASKED.recent_failure(name, kind) or _ask(name, kind)
+        if said is None:
+            _ASKED.there.add((name, kind))
+        elif cached and "has no" not in said:
+            _ASKED.go_offline(said)
             said = None
+        elif _ASKED.recent_failure(name, kind) is None:
+            _ASKED.failed[name, kind] = time.monotonic(), said
     if said is None:
         return None
     if kind == "dataset":
-        return f"the data set '{name}': {said}; {REMEDY[kind]}"
-    return f"there is no folder '{name}' here, and {said}; {_did_you_mean(name) or REMEDY[kind]}"
+        return f"the data set '{name}': {said}; {remedy}"
+    return f"there is no folder '{name}' here, and {said}; {_did_you_mean(name) or remedy}"
+
+
+def _offline_words() -> str:
+    """Why the hub is not asked about a name that its cache lacks: the user says so, or it did not answer a moment ago."""
+    lacks = f"its cache, {constants.HF_HUB_CACHE}, has no copy"
+    if _ASKED.out_of_reach is None:
+        return f"the hub is not asked, because {_offline_variable()} is set ({lacks})"
+    when, why, _ = _ASKED.out_of_reach
+    return f"{why}, {time.monotonic() - when:.0f} s ago ({lacks})"
+
+
+def _offline_variable() -> str:
+    return next((name for name in OFFLINE if os.environ.get(name)), OFFLINE[0])
 
 
 def _ask(name: str, kind: Kind) -> str | None:
@@ -81,7 +147,7 @@ def _ask(name: str, kind: Kind) -> str | None:
             what = "model" if kind == "model" else "data set"
             answer.append(f"the hub has no {what} of that name (or it is private: set HF_TOKEN)")
         except OfflineModeIsEnabled:
-            answer.append("the hub is not asked, because HF_HUB_OFFLINE is set (its cache has no copy)")
+            answer.append(_offline_words())
         except HfHubHTTPError as error:
             answer.append(f"the hub answered {error.response.status_code} ({_first_line(error)})")
         except Exception as error:  # fault boundary: whatever the connection raises

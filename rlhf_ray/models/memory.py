@@ -1,11 +1,13 @@
 """An estimate of the PPO stage's peak memory, before any of it exists.   Bytes. The supervised stages': `stage_memory`.
 
-Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, autocast's 16-bit copies of weights, and
-the cache of keys and values. Not counted: allocators' slack, rollouts, the object store.
+Counted are weights, gradients and Adam's moments, what a backward pass keeps, logits, autocast's 16-bit copies of weights, the
+cache of keys and values, and the sets of tokens that truncated sampling draws among (`support_tokens`). Not counted: allocators'
+slack, the rest of the rollouts, the object store.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ KEPT = {2: (38, 60), 4: (67, 89)}
 KEPT_AT_CHECKPOINTS = 4  # the float32 input of each block
 KEPT_AT_THE_END = 10  # the last norm's, whatever the blocks keep
 PASSING = 24  # without a backward pass, at any one time: a block's widest tensors in float32
+SUPPORT_ID, SUPPORT_TOKEN = 4, 8  # of `messages.Support`: a kept token's id; a response token's count and log mass
+SUPPORT_PLACE = 16  # place and id of a kept token, in int64, as a forward pass takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,11 @@ class RoleMemory:
         return self.state + self.work
 
 
-def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
-    """One row per role of the PPO stage. itemsize: bytes of the dtype that the roles compute in."""
+def memory_plan(recipe: Recipe, *, itemsize: int = 4, support: int | None = None) -> list[RoleMemory]:
+    """One row per role of the PPO stage. itemsize: bytes of the dtype that the roles compute in. support: tokens that each token
+    is drawn among; None: the most that there can be (`support_tokens`)."""
     ppo, generation = recipe.ppo, recipe.generation
+    support = support_tokens(recipe) if support is None else support
     weights, scorers = 4.0 * parameters(recipe), scorer_parameters(recipe)
     trained = trained_by_role(recipe)
     rows = []
@@ -64,6 +70,12 @@ def memory_plan(recipe: Recipe, *, itemsize: int = 4) -> list[RoleMemory]:
             work = scoring_bytes(recipe, itemsize=itemsize, head=False, cast=max(scorers)) if scorers else 0.0
         else:
             work = scoring_bytes(recipe, itemsize=itemsize, head=True, cast=parameters(recipe))
+        if name == "generation":  # each row's own sets, and the chunk's together
+            work += 2.0 * support_bytes(generation.chunk_size * generation.max_new_tokens, support)
+        elif name in ("policy", "reference"):
+            work += support_mask_bytes(
+                recipe, support, tokens=pass_tokens(recipe, ranks=role.actors if name == "policy" else None)
+            )
         rows.append(RoleMemory(name, role, state, work))
     return rows
 
@@ -90,17 +102,28 @@ def trained_by_role(recipe: Recipe) -> dict[str, int]:
 
 def training_bytes(recipe: Recipe, *, ranks: int, itemsize: int, head: bool) -> float:
     """A forward pass with what it keeps, where every sequence is as long as the recipe allows."""
-    ppo, shape = recipe.ppo, shape_of_model(recipe)
-    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
-    if ppo.reuse_forward:
-        tokens = ppo.minibatch_size // ranks * longest  # the passes of a whole step wait for their backward
-    else:
-        tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
-    kept = kept_bytes(shape, tokens=tokens, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing)
+    shape, tokens = shape_of_model(recipe), pass_tokens(recipe, ranks=ranks)
+    kept = kept_bytes(shape, tokens=tokens, itemsize=itemsize, checkpointing=recipe.ppo.gradient_checkpointing)
     if not head:
         return kept
-    logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize
-    return kept + 2 * logits  # and their gradient
+    return kept + 2 * _response_share(recipe) * tokens * shape.vocabulary * itemsize  # logits and their gradient
+
+
+def pass_tokens(recipe: Recipe, *, ranks: int | None = None) -> int:
+    """Tokens of a forward pass over the longest rows. ranks: of a role that trains, whose passes may wait for their backward."""
+    ppo, longest = recipe.ppo, _longest(recipe)
+    if ppo.reuse_forward and ranks is not None:
+        return ppo.minibatch_size // ranks * longest  # a whole step
+    return ppo.microbatch_tokens or ppo.microbatch_size * longest
+
+
+def _longest(recipe: Recipe) -> int:
+    return recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
+
+
+def _response_share(recipe: Recipe) -> float:
+    """Of the tokens of the longest sequence; logits are computed of these only."""
+    return recipe.generation.max_new_tokens / _longest(recipe)
 
 
 def kept_bytes(shape: ModelShape, *, tokens: int, itemsize: int, checkpointing: bool) -> float:
@@ -114,18 +137,58 @@ def kept_bytes(shape: ModelShape, *, tokens: int, itemsize: int, checkpointing: 
 
 def scoring_bytes(recipe: Recipe, *, itemsize: int, head: bool, cast: int) -> float:
     """A forward pass alone. cast: the model's weights, of which autocast keeps copies for as long as the pass lasts."""
-    ppo, shape = recipe.ppo, shape_of_model(recipe)
-    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
-    tokens = ppo.microbatch_tokens or ppo.microbatch_size * longest
-    logits = tokens * recipe.generation.max_new_tokens / longest * shape.vocabulary * itemsize if head else 0.0
+    shape, tokens = shape_of_model(recipe), pass_tokens(recipe)
+    logits = _response_share(recipe) * tokens * shape.vocabulary * itemsize if head else 0.0
     return tokens * shape.width * PASSING + logits + (2.0 * cast if itemsize == 2 else 0.0)
 
 
 def generation_bytes(recipe: Recipe, *, itemsize: int) -> float:
     """Keys and values of a chunk of the longest sequences, and a step's logits and their probabilities."""
     shape, rows = shape_of_model(recipe), recipe.generation.chunk_size
-    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
-    return 2.0 * shape.layers * shape.key_value_width * rows * longest * itemsize + 3.0 * 4 * rows * shape.vocabulary
+    return (
+        2.0 * shape.layers * shape.key_value_width * rows * _longest(recipe) * itemsize
+        + 3.0 * 4 * rows * shape.vocabulary
+    )
+
+
+def support_tokens(recipe: Recipe) -> int:
+    """Tokens that a response's token is drawn among, at most, where sampling drops others; 0: all, and nobody notes them.
+
+    Assumed is a model that finds all V tokens as good as equally likely: top_k keeps k of them, top_p that share of what top_k
+    left, and min_p drops none. Trained models keep far fewer under top_p and min_p. Tokens that tie with the last one kept
+    are kept, too; those are not counted.
+    """
+    generation, vocabulary = recipe.generation, shape_of_model(recipe).vocabulary
+    if not generation.sampling.truncates:
+        return 0
+    return math.ceil(generation.top_p * min(generation.top_k or vocabulary, vocabulary))
+
+
+def support_bytes(tokens: int, support: int) -> float:
+    """What `messages.Support` takes for this many response tokens, each drawn among `support` others; 0 where that is 0."""
+    return float(tokens) * (SUPPORT_ID * support + SUPPORT_TOKEN) if support else 0.0
+
+
+def support_mask_bytes(recipe: Recipe, support: int, *, tokens: int) -> float:
+    """Places and ids of what was kept, and the mask that a forward pass over `tokens` makes of them."""
+    return (
+        _response_share(recipe) * tokens * (SUPPORT_PLACE * support + shape_of_model(recipe).vocabulary)
+        if support
+        else 0.0
+    )
+
+
+def support_store_bytes(recipe: Recipe, support: int) -> float:
+    """Of a step's supports in the object store, all responses as long as the recipe allows.
+
+    They stand in the rollouts (those of steps ahead, too, and once more where dynamic sampling packs others in their place) and
+    in the shards: a rank has a row once, however many epochs train on it.
+    """
+    ppo = recipe.ppo
+    shards = min(recipe.resources.policy.actors, ppo.ppo_epochs)
+    packed = ppo.dynamic_sampling_rounds + 1 if ppo.dynamic_sampling_rounds else 0
+    a_step = support_bytes(ppo.rollouts_per_step * recipe.generation.max_new_tokens, support)
+    return a_step * (1 + ppo.steps_ahead + packed + shards)
 
 
 def memory_problems(
@@ -139,23 +202,31 @@ def memory_problems(
 ) -> list[str]:
     """What does not fit into `host` bytes of memory or into `gpus` (bytes of each), in sentences with the remedy.
 
-    forked: the actors' processes are forks of one (`forking.server_process`).
+    forked: the actors' processes are forks of one (`forking.server_process`). Of what truncated sampling keeps, only what top_k
+    bounds is held against a recipe: the bound of top_p and min_p is the vocabulary, and trained models are far below it.
     """
     problems = []
-    on_cpu = [row for row in memory_plan(recipe, itemsize=itemsize) if row.config.gpus == 0]
+    support = support_tokens(recipe) if recipe.generation.top_k else 0
+    on_cpu = [row for row in memory_plan(recipe, itemsize=itemsize, support=support) if row.config.gpus == 0]
     everyone = sum(role.actors for role in recipe.ppo_roles.values())
     imported = IMPORTED + everyone * FORKED if forked else everyone * IMPORTED
-    needed = imported + sum(row.config.actors * row.model for row in on_cpu)
+    kept = 2 * support_store_bytes(recipe, support)  # in the store, and where the experience is joined and cut
+    needed = imported + kept + sum(row.config.actors * row.model for row in on_cpu)
     if needed > host:
         there = f"this machine has {host / GB:.1f} GB"
-        if imported > needed / 2:
+        if kept > needed / 2:
+            problems.append(
+                f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it says which tokens each token of a "
+                f"response was drawn among, up to {support} of them; lower generation.top_k"
+            )
+        elif imported > needed / 2:
             problems.append(
                 f"the PPO actors need about {needed / GB:.1f} GB of memory, {there}; most of it is what {everyone} processes take "
                 "before they load a model; use fewer actors"
             )
         else:
             problems.append(_too_much(needed, there, on_cpu))
-    on_gpu = [row for row in memory_plan(recipe, itemsize=gpu_itemsize) if row.config.gpus > 0]
+    on_gpu = [row for row in memory_plan(recipe, itemsize=gpu_itemsize, support=support) if row.config.gpus > 0]
     needed = sum(row.config.actors * row.model for row in on_gpu)
     if on_gpu and gpus and needed > sum(gpus):
         problems.append(_too_much(needed, f"the {len(gpus)} GPU(s) here have {sum(gpus) / GB:.1f} GB", on_gpu))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from rlhf_ray.config.run_names import RunNames
-from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report import charts
 from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
@@ -132,15 +131,12 @@ def histograms(samples: list[dict], names: RunNames) -> list[tuple[str, str]]:
     return plots
 
 
-def pair_titles(closing: dict) -> dict[str, str]:
-    """Stage -> the title of its column, of those that are done and say how well they tell replies apart."""
-    titles = {name: stage.pairs_title for name, stage in STAGES.items()}
-    return {name: words for name, words in titles.items() if words is not None and closing.get(name)}
+def quality(closing: dict, pairs: dict[str, str], names: RunNames) -> list[tuple[str, list[str]]]:
+    """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column]).
 
-
-def quality(closing: dict, names: RunNames) -> list[tuple[str, list[str]]]:
-    """Rows of the held-out figures of reward model, judge and DPO: (name, [value under each column])."""
-    columns = [flat(closing[stage]) for stage in pair_titles(closing)]
+    pairs: stage -> the title of its column, of those that are done
+    """
+    columns = [flat(closing[stage]) for stage in pairs]
     # A figure measured on another set too ("openings.accuracy") stands under its own key.
     labels = {
         name: names.told(QUALITY_NAMES[key]) + (f" ({name.rpartition('.')[0]})" if "." in name else "")
@@ -160,10 +156,10 @@ def _with_interval(name: str, column: dict) -> str:
     return figure(ends, "accuracy" in own) if known else shown(name, column.get(name))
 
 
-def calibrations(closing: dict) -> list[tuple[str, str]]:
+def calibrations(closing: dict, pairs: dict[str, str]) -> list[tuple[str, str]]:
     """Plots of DONE's "calibration": a list of {"predicted", "observed", "count"}."""
     plots = []
-    for stage, words in pair_titles(closing).items():
+    for stage, words in pairs.items():
         bins = closing[stage].get("calibration")
         if isinstance(bins, list):
             points = [(one["predicted"], one["observed"]) for one in bins if one["count"]]

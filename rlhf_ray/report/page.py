@@ -47,6 +47,7 @@ def render(folder: RunFolder) -> str:
     metrics = {stage: read_metrics(folder.stage(stage).metrics) for stage in titles}
     closing = {stage: folder.stage(stage).summary() if folder.stage(stage).done else None for stage in titles}
     stages = _stages(folder, recipe, metrics, closing, titles)
+    pairs = {stage: words for stage, words in folder.pair_titles.items() if closing.get(stage)}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -68,9 +69,9 @@ def render(folder: RunFolder) -> str:
         definitions=summary.get("definitions", {}),
         histograms=report_figures.histograms(samples, names),
         curves=[(titles[stage], *report_curves.of_stage(stage, rows, names)) for stage, rows in metrics.items() if rows],
-        quality=report_figures.quality(closing, names),
-        quality_columns=list(report_figures.pair_titles(closing).values()),
-        calibrations=report_figures.calibrations(closing),
+        quality=report_figures.quality(closing, pairs, names),
+        quality_columns=list(pairs.values()),
+        calibrations=report_figures.calibrations(closing, pairs),
         samples=_shown(samples, recipe, names),
         closing=_closing(titles, closing),
         events=read_metrics(folder.events)[-EVENTS:][::-1],

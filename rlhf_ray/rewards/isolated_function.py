@@ -60,7 +60,8 @@ class IsolatedFunction:
         row = row_of(columns, place)
         if not self._process.alive:
             self._process = FunctionProcess(self.path)
-        row = {name: row[name] for name in self._process.asked.among(row)}
+        asked = self._process.asked.of({name: [value] for name, value in row.items()}, [prompt])
+        row = {name: value for name, (value,) in asked.items()}
         sample = sample_words(prompt, response, row)
         answer = self._process.ask({"prompt": prompt, "response": response, "columns": row}, self.timeout_s)
         if answer is None:

@@ -231,7 +231,7 @@ class FunctionScorer:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], columns: Columns = NO_COLUMNS
     ) -> Scores:
-        own = self.asked.of(columns)
+        own = self.asked.of(columns, prompts)
         try:
             returned = self._call(prompts, responses, own)
         except Exception as error:  # fault boundary: the user's code may raise anything

@@ -1,4 +1,4 @@
 """The run folder and what happens in it, stage by stage: pipeline, resume, events, metrics.
 
-May import: errors, config.
+May import: errors, tables, config.
 """

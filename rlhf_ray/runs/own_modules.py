@@ -1,4 +1,4 @@
-"""The modules of one's own that a recipe names: a run that continues says which of them have changed."""
+"""The modules of one's own that a recipe names: a run that continues says which of them have changed, and what is gone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import function_names
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.tables.figures import BUILT_IN, FIGURES
 
 
 def digests(recipe: Recipe) -> dict[str, str]:
@@ -34,11 +36,24 @@ def _file_of(module: str) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def record_changes(folder: RunFolder, now: dict[str, str]) -> None:
-    """An event for each module that was another one when this folder's environment.json was written."""
+def own_figures() -> list[str]:
+    """The figures that plugins have added to the evaluation's."""
+    return [name for name in FIGURES if name not in BUILT_IN]
+
+
+def record_changes(folder: RunFolder, now: dict[str, str], figures: list[str]) -> None:
+    """An event for each module that was another one when this folder's environment.json was written, and for each figure of a
+    plugin that was there and is not among these any more."""
     path = folder.path / "environment.json"
-    before: dict[str, str] = json.loads(path.read_text()).get("modules", {}) if path.exists() else {}
+    recorded: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    before: dict[str, str] = recorded.get("modules", {})
     for name in sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
         EventLog(folder.events).add(
             f"the module {name} has changed since this run folder was last used", "the run goes on with the new one"
         )
+    for name in recorded.get("figures", []):
+        if name not in figures:
+            EventLog(folder.events).add(
+                f"no plugin has the figure '{name}' any more, which one had when this run folder was last used",
+                "the evaluation does not measure it", stage="evaluation",
+            )  # fmt: skip

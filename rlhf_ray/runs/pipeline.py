@@ -18,7 +18,7 @@ from rlhf_ray.config.stage_table import STAGES, needs_of
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.runs.closing import closing_words
-from rlhf_ray.runs.own_modules import digests, record_changes
+from rlhf_ray.runs.own_modules import digests, own_figures, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
@@ -36,9 +36,10 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
     reopen_finished(recipe, folder, changed)
     write_recipe(recipe, folder.recipe)
     folder.record_stages()
-    modules = digests(recipe)
-    record_changes(folder, modules)
-    write_atomically(folder.path / "environment.json", json.dumps(environment() | {"modules": modules}, indent=2) + "\n")
+    modules, figures = digests(recipe), own_figures()
+    record_changes(folder, modules, figures)
+    own = {"modules": modules} | ({"figures": figures} if figures else {})
+    write_atomically(folder.path / "environment.json", json.dumps(environment() | own, indent=2) + "\n")
 
 
 def to_reopen(recipe: Recipe, folder: RunFolder, changed: list[str]) -> set[str]:

@@ -77,13 +77,29 @@ class RunFolder:
 
     @property
     def stage_titles(self) -> dict[str, str]:
-        """Stage -> its title, in order, as the run recorded them: a reader may not have imported its plugins."""
+        """Stage -> its title, in order."""
+        return {name: words["title"] for name, words in self._stage_words().items()}
+
+    @property
+    def pair_titles(self) -> dict[str, str]:
+        """Stage -> the title of its column, of those whose closing figures say how well they tell replies apart."""
+        words = {name: each["pairs_title"] for name, each in self._stage_words().items()}
+        return {name: title for name, title in words.items() if title is not None}
+
+    def _stage_words(self) -> dict[str, dict[str, str | None]]:
+        """As the run recorded them: a reader may not have imported its plugins."""
+        here = {name: {"title": stage.title, "pairs_title": stage.pairs_title} for name, stage in STAGES.items()}
         path = self.path / "stages.json"
-        return json.loads(path.read_text()) if path.exists() else {name: stage.title for name, stage in STAGES.items()}
+        if not path.exists():
+            return here
+        recorded = json.loads(path.read_text())
+        # An older run recorded titles only.
+        return {name: {**here.get(name, {"pairs_title": None}), "title": words} if isinstance(words, str) else words
+                for name, words in recorded.items()}  # fmt: skip
 
     def record_stages(self) -> None:
-        titles = {name: stage.title for name, stage in STAGES.items()}
-        write_atomically(self.path / "stages.json", json.dumps(titles, indent=2) + "\n")
+        words = {name: {"title": stage.title, "pairs_title": stage.pairs_title} for name, stage in STAGES.items()}
+        write_atomically(self.path / "stages.json", json.dumps(words, indent=2) + "\n")
 
     @property
     def recipe(self) -> Path:

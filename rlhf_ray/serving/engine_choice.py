@@ -20,7 +20,7 @@ DEFAULT = "torch"
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
     name: str
-    note: str | None = None  # what to tell where it is not the recipe's
+    note: str | None = None  # what to tell where something of the recipe is left out
     plugins: tuple[str, ...] = ()  # modules of the run's recipe: the engine or the model's class may be theirs
 
 
@@ -30,15 +30,15 @@ def choose_engine(asked: str | None, path: str | Path, gpus: float) -> EngineCho
     Raises UserError for an engine that is asked for and can't serve; the recipe's, which was chosen for training, only
     gives way.
     """
-    named, plugins = _of_recipe(Path(path).expanduser().resolve())
+    named, plugins, without = _of_recipe(Path(path).expanduser().resolve())
     if asked is not None:
         problem = _problem(asked, gpus)
         if problem is not None:
             raise UserError(f"{problem}; give --engine {DEFAULT}, or leave it out")
-        return EngineChoice(asked, None, plugins)
+        return EngineChoice(asked, without, plugins)
     problem = _problem(named, gpus)
     if problem is None:
-        return EngineChoice(named, None, plugins)
+        return EngineChoice(named, without, plugins)
     return EngineChoice(DEFAULT, f"drawing with {DEFAULT}: {problem}", plugins)
 
 
@@ -49,14 +49,16 @@ def _problem(name: str, gpus: float) -> str | None:
     return engine.problem_here(gpus)
 
 
-def _of_recipe(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """(engine, plugins) of the run folder that `folder` is, or is a stage's model of; torch where there is none."""
+def _of_recipe(folder: Path) -> tuple[str, tuple[str, ...], str | None]:
+    """(engine, plugins, a note where the recipe can't be used) of the run folder that `folder` is, or is a stage's model of; torch
+    where there is none."""
     for place in (folder, folder.parent.parent):
         path = RunFolder(place).recipe
         if path.is_file():
             try:
                 recipe = load_recipe(str(path))
-            except UserError:  # of another version, or of a plugin that is not here: the model can be served all the same
-                break
-            return recipe.generation.engine, recipe.plugins
-    return DEFAULT, ()
+            except UserError as error:  # of another version, or of a plugin that is not here: the model can be served all the same
+                why = str(error).splitlines()[0]
+                return DEFAULT, (), f"serving without the run's recipe, its engine and its plugins' stages: {why}"
+            return recipe.generation.engine, recipe.plugins, None
+    return DEFAULT, (), None

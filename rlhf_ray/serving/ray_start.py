@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.errors import UserError
 
+RAY_LOG = "of_the_server.log"  # in the folder of Ray's logs: what Ray says in the server's own process
 OBJECT_STORE_BYTES = 100 << 20  # no tensors pass through it; Ray's default is 30 % of the memory
 
 # Settings of Serve that would start HTTP servers of its own or open further ports on every interface.
@@ -40,9 +43,17 @@ def check_ray() -> None:
 
 
 def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, str]) -> str:
-    """After `check_ray`. What ends after Ray goes on the stack. -> the folder of its logs"""
+    """After `check_ray`. What ends after Ray goes on the stack. -> the folder of its logs
+
+    Ray's own lines in this process go to a file there and not to the terminal (`actors.ray_output`).
+    """
     import ray
 
+    from rlhf_ray.actors.ray_output import ray_output_in
+
+    places: list[Path] = []  # where the log is to stand
+    log = stack.enter_context(_log_to_be(places))
+    stack.enter_context(ray_output_in(log))
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     python = stack.enter_context(fork_server(("serving",), environment))
     try:
@@ -57,9 +68,35 @@ def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, 
             object_store_memory=OBJECT_STORE_BYTES,
         )
     except Exception as error:  # fault boundary: Ray raises nothing narrower where its processes do not start in time
-        raise UserError(f"Ray could not start on this machine ({error}); try again when it is less busy") from error
+        raise UserError(
+            f"Ray could not start on this machine ({error}{_last_line(log)}); try again when it is less busy"
+        ) from error
     from ray import serve  # noqa: F401 - its import sets the level of its log
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve_logger = logging.getLogger("ray.serve")
+    serve_logger.setLevel(logging.ERROR)
+    serve_logger.handlers[:], serve_logger.propagate = [], True  # to the file, as all of Ray's
     # RayletSocketName: SESSION/sockets/raylet
-    return str(Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs")
+    logs = Path(ray.nodes()[0]["RayletSocketName"]).parent.parent / "logs"
+    places.append(logs / RAY_LOG)
+    with contextlib.suppress(OSError):  # another file system, on which it stands at the end
+        os.link(log, places[0])
+    return str(logs)
+
+
+def _last_line(log: Path) -> str:
+    """Of what Ray has said: the file goes where there is no folder of logs for it."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return f"; it said last: {lines[-1][:200]}" if lines else ""
+
+
+@contextlib.contextmanager
+def _log_to_be(places: list[Path]) -> Iterator[Path]:
+    """A file for what Ray says before it has a folder of logs. places: where it is to stand in the end, once that is known."""
+    with tempfile.TemporaryDirectory(prefix="rlhf_ray_serve_", ignore_cleanup_errors=True) as folder:
+        log = Path(folder) / RAY_LOG
+        yield log
+        for place in places:
+            if not place.exists():
+                with contextlib.suppress(OSError):
+                    shutil.copyfile(log, place)

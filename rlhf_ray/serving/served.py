@@ -64,8 +64,8 @@ def named_folders(given: Sequence[str]) -> dict[str, str]:
 def _model(path: str | Path, name: str | None, base: Path | None, engine: str | None, gpus: float) -> ServedModel:
     given = Path(path).expanduser().resolve()
     if not is_adapter(given):
+        choice = choose_engine(engine, path, gpus)  # imports the run's plugins, whose stages may have the policy
         folder = find_model(path)
-        choice = choose_engine(engine, path, gpus)
         return ServedModel(name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice)
     told = _checked_config(given).get("base_model_name_or_path")
     folder = find_model(base if base is not None else _base_of(given, told))
