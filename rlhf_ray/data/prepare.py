@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config import Recipe, RewardConfig, SftConfig, SourceConfig
+from rlhf_ray.config import Recipe, SftConfig, SourceConfig
 from rlhf_ray.config.columns import column_problems
-from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
+from rlhf_ray.data.lists import LISTS, form_of, given_lists, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
 from rlhf_ray.data.store import COLUMNS, kept_columns, write_role
+from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted, read_votes
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -28,7 +29,6 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
 TOKENIZER_CHARACTERS = 20_000_000  # more text hardly changes a small vocabulary, and takes minutes
-LISTS = ("sft", "preferences", "judge", "prompts", "eval_prompts")
 
 
 def prepare(recipe: Recipe, folder: RunFolder) -> dict:
@@ -41,9 +41,10 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
     if stage.done:
         return stage.summary()
     started = time.monotonic()
-    raw = _read_sources(recipe)
+    votes = None if recipe.data.votes is None else read_votes(recipe.data.votes)
+    raw = _read_sources(recipe, votes)
     tokenizer = _tokenizer(recipe, raw)
-    builder = _Preparation(recipe, tokenizer, raw)
+    builder = _Preparation(recipe, tokenizer, raw, votes)
     written = builder.roles()
     _check_columns(recipe, written)
     tokenizer.save_pretrained(folder.tokenizer)
@@ -78,39 +79,7 @@ RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, 
 Raw = Mapping[str, list[RawSource]]
 
 
-def needed_lists(recipe: Recipe) -> dict[str, str]:
-    """The recipe's data lists that must not be empty -> the section that needs them."""
-    needed: dict[str, str] = {}
-    for name in recipe.stages:
-        for role in STAGES[name].lists:
-            needed.setdefault(role, name)
-    return needed
-
-
-def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
-    """The config that sets the form and limits of a list of preferences; None where nothing is trained on them.
-
-    DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as if there were one.
-    """
-    name = needed_lists(recipe).get(role) if role in ("preferences", "judge") else None
-    if name is None:
-        return None
-    section = recipe.section(name)
-    if isinstance(section, RewardConfig):
-        return section
-    return RewardConfig(max_length=recipe.max_length_of(name)) if name in recipe.trained else RewardConfig()
-
-
-def form_of(recipe: Recipe, role: str) -> Role:
-    """The form of the rows of a list, or of what a builder returns for this role."""
-    part = role.partition("_eval")[0]
-    section = preference_section(recipe, part)
-    if section is not None:
-        return section.objective
-    return "sft" if part == "sft" else "prompts"
-
-
-def _read_sources(recipe: Recipe) -> Raw:
+def _read_sources(recipe: Recipe, votes: Voted | None) -> Raw:
     data = recipe.data
     raw: dict[str, list[RawSource]] = {}
     needed = needed_lists(recipe)
@@ -122,7 +91,7 @@ def _read_sources(recipe: Recipe) -> Raw:
             if part in needed or role.endswith("prompts") or (part == "preferences" and "prompts" not in built):
                 check_rows(rows, source, where, form_of(recipe, role), with_prompts=False)
             raw[role] = [(where, source, rows)]
-    origins = prompt_origins([role for role in LISTS if data.lists[role]])
+    origins = prompt_origins(given_lists(recipe))
     for role in LISTS:
         if data.lists[role] and data.builder is not None:
             raise UserError(
@@ -134,6 +103,10 @@ def _read_sources(recipe: Recipe) -> Raw:
                 form, with_prompts = form_of(recipe, role), role in origins
                 rows = load_source(source, data.root, recipe.seed, where, form, with_prompts=with_prompts)
                 raw.setdefault(role, []).append((where, source, rows))
+    if votes is not None and ("preferences" in needed or "prompts" not in raw):
+        raw.setdefault("preferences", []).append((WHERE, votes.source, votes.train))
+        if len(votes.held_out):
+            raw[HELD_OUT] = [(f"{WHERE} (held out)", votes.source, votes.held_out)]
     for role, section in needed.items():
         if role not in raw:
             giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"
@@ -179,12 +152,14 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
 class _Preparation:
     """Turns raw rows into the roles' rows; `tallies` counts, per source, the rows read, kept, dropped and cut."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw):
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw, votes: Voted | None):
         self._recipe, self._tokenizer, self._raw = recipe, tokenizer, raw
         self._others = _other_tokenizers(recipe)
         self._chat = ChatFormat(
             tokenizer, allow_special_tokens=recipe.data.allow_special_tokens, readers=list(self._others.values())
         )
+        self._held_out = frozenset[str]() if votes is None else votes.held_out_keys(self._chat)
+        self._notes = {} if votes is None else {WHERE: f"left out: {votes.left_out}"}
         self.tallies: dict[str, list[dict]] = {}
 
     def roles(self) -> dict[str, tuple[list[dict], tuple[str, ...]]]:
@@ -212,6 +187,8 @@ class _Preparation:
                 written[f"{name}_{part}"] = (rows, COLUMNS[section.objective])
             for extra in (given for given in self._raw if given.startswith(f"{role}_eval_")):
                 rows = self._rows(extra, section.objective, limits)
+                if not rows:
+                    continue
                 written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
         train, held_out = self._prompts(pool)
         written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
@@ -238,8 +215,12 @@ class _Preparation:
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
             normalised = normalise(_rows_of(dataset), columns, form, self._chat, keep)
+            if "eval" not in role:  # whatever list it is in, and in whatever run
+                tally.read = len(normalised)
+                normalised = drop(normalised, tally, "in_held_out_votes", lambda row: row["key"] in self._held_out)
+                tally.read -= len(normalised)
             parts.append(apply_rules(normalised, form, limits, tally))
-            if not parts[-1]:
+            if not parts[-1] and role != HELD_OUT:  # which may be few
                 raise UserError(
                     f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"
                 )
@@ -250,8 +231,12 @@ class _Preparation:
                 tally.dropped["surplus_of_mix"] += tally.kept - count
                 tally.kept = count
         self.tallies[role] = [{"source": source.path, **tally.as_dict()} for source, tally in counted]
-        for entry, (_, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
-            if isinstance(dataset, Dataset) and dataset.info.description:  # a builder says here what it dropped itself
+        for entry, (where, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
+            if where in self._notes:
+                entry["note"] = self._notes[where]
+            elif (
+                isinstance(dataset, Dataset) and dataset.info.description
+            ):  # a builder says here what it dropped itself
                 entry["note"] = dataset.info.description
         return rows
 
@@ -306,18 +291,15 @@ def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
     sections = [preference_section(recipe, role) for role in ("preferences", "judge")]
     names = [section.base for section in sections if section is not None and not section.starts_within_run]
     names += [term.model for term in recipe.ppo.terms.values() if term.model not in (None, "reward")]
-    return {name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None}
-
-
-def prompt_origins(given: Collection[str]) -> tuple[str, ...]:
-    """Of the given roles, those whose rows become prompts (`_Preparation._prompts`)."""
-    origin = next((role for role in ("prompts", "preferences", "sft") if role in given), "prompts")
-    return (origin, f"{origin}_eval", "eval_prompts")
+    return {
+        name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None
+    }
 
 
 def _remedy(tally: Tally, form: Role, role: str) -> str:
     section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.partition("_eval")[0], "data")
     return {
+        "in_held_out_votes": "give rows of prompts that data.votes does not hold out",
         "over_long": "raise data.max_prompt_tokens"
         if form == "prompts"
         else f"raise {section}.max_length or cut the texts",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -64,16 +65,15 @@ class Database:
             raise UserError(f"the held-out share of votes is {held_out_share}; give a number from 0 up to 1")
         self._engine = _engine(url, self.name, create=create)
         self._writing = self._engine.execution_options(writes=True)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
             found = self._opened(create, held_out_share)
             if found is None:
                 raise UserError(
                     f"{self.name} holds no votes: it has no table '{schema.schema_version.name}'; correct the name"
                 )
             schema.check(found[0], self.name)
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
         self.held_out_share = found[1]
 
     def _opened(self, create: bool, held_out_share: float) -> tuple[int, float] | None:
@@ -124,8 +124,8 @@ def _engine(url: sa.URL, name: str, *, create: bool) -> sa.Engine:
         if not file.parent.is_dir():
             raise UserError(f"'{name}' can't be made: there is no folder {file.parent}; make it, or correct the name")
         engine = sa.create_engine(url, connect_args={"timeout": WAIT_S}, pool_timeout=WAIT_S)
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
         return engine
     wait_ms = int(WAIT_S * 1000)
     arguments = {

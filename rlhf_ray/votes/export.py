@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.votes.reading import Pair
-from rlhf_ray.votes.records import Judgement, Messages, Prompt
+from rlhf_ray.votes.records import Judgement, Prompt, turns
 
 Form = Literal["explicit", "implicit"]
 
@@ -47,11 +47,6 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
         raise RunFailed(f"'{path}' can't be written ({error.strerror}); make room, or name another file") from error
 
 
-def turns(prompt: Prompt) -> Messages:
-    """The prompt as messages: a text is what a user said."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def _row(prompt: Prompt, texts: dict[str, str], form: Form, messages: bool) -> dict[str, Any]:
     if messages:
         replies = {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
@@ -66,6 +61,6 @@ def _check_texts(prompts: Sequence[Prompt], messages: bool) -> None:
     conversations = sum(not isinstance(prompt, str) for prompt in prompts)
     if conversations and not messages:
         raise UserError(
-            f"{conversations} of {len(prompts)} rows have a conversation as their prompt, which only a chat template makes a text of; "
-            "write messages (--messages)"
+            f"{conversations} of {len(prompts)} rows have a conversation as their prompt, and only a chat template makes a text of "
+            "that; write messages (--messages)"
         )

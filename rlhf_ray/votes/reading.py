@@ -107,7 +107,7 @@ def pairs_of(judgements: Iterable[Judgement], min_agreement: float = 0.0) -> Pai
     pairs: list[Pair] = []
     left_out, said = Counter[str](), Counter[Judged]()
     for group in by_comparison.values():
-        counts = Counter(each.judged for each in group)
+        counts = Counter[Judged](each.judged for each in group)
         said += counts
         comparison, better = group[0].comparison, _better(counts)
         agreement = counts[better] / len(group) if better is not None else 0.0

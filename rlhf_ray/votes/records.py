@@ -172,6 +172,11 @@ def check_prompt(prompt: Prompt) -> None:
     json_of("a prompt", prompt)
 
 
+def turns(prompt: Prompt) -> Messages:
+    """The prompt as messages: a text is what a user said."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def check_text(what: str, value: object, *, empty: bool = False) -> None:
     """VoteRefused for what is no text, or one that a database can't hold."""
     if not isinstance(value, str) or not (value or empty):
@@ -200,8 +205,10 @@ def json_of(what: str, value: object) -> str:
 
 def prompt_key(prompt: Prompt) -> str:
     """Equal for prompts of the same words: case and spacing don't count, and a text is one message of a user. 64 hex digits."""
-    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
-    plain = [[role, " ".join(unicodedata.normalize("NFC", text).casefold().split())] for role, text in turns]
+    plain = [
+        [turn["role"], " ".join(unicodedata.normalize("NFC", turn["content"]).casefold().split())]
+        for turn in turns(prompt)
+    ]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()
 
 

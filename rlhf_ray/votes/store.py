@@ -114,7 +114,7 @@ class VoteStore:
                     f"the key '{vote.key}' came with another vote before ('{there['choice']}'); make a key for each vote"
                 )
             raise VoteRefused(
-                f"{vote.rater} has voted '{there['choice']}' on this comparison already, and that stays; replace the vote to change it"
+                f"{vote.rater} has voted '{there['choice']}' on this comparison already; replace the vote to change it"
             )
 
     def replace(self, vote: Vote) -> Receipt:
