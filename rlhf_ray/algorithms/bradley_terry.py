@@ -5,6 +5,8 @@ P(i beats j) = sigmoid(score_i - score_j). wins[i, j] counts how often i was pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 STEPS = 100
@@ -42,8 +44,9 @@ def bradley_terry(wins: torch.Tensor, *, prior: float = 0.0) -> torch.Tensor:
 
 def _solved(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """x of matrix [..., V, V] x = vector [..., V]; NaN where the matrix is singular."""
-    found: tuple[torch.Tensor, torch.Tensor] = torch.linalg.solve_ex(matrix, vector.unsqueeze(-1))  # pyright: ignore
-    return torch.where(found[1][..., None] == 0, found[0].squeeze(-1), torch.nan)
+    solve: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.linalg.solve_ex  # pyright: ignore  (torch names no types)
+    solution, failed = solve(matrix, vector.unsqueeze(-1))
+    return torch.where(failed[..., None] == 0, solution.squeeze(-1), torch.nan)
 
 
 def connected(wins: torch.Tensor) -> list[list[int]]:

@@ -62,8 +62,7 @@ class VotesConfig(Section):
     """Votes of people, as pairs for the reward model. `votes: URL` is the same as `votes: {url: URL}`."""
 
     url: str = option(
-        ...,
-        "database of votes: a SQLite file, or postgresql://USER@HOST/NAME, whose password is in PGPASSWORD or ~/.pgpass",
+        ..., "database of votes: a SQLite file, or postgresql://USER@HOST/NAME, whose password is in PGPASSWORD or ~/.pgpass"
     )
     raters: tuple[str, ...] = option((), "votes of these raters only; none given: all")
     versions: tuple[str, ...] = option(
@@ -105,12 +104,9 @@ class DataConfig(Section):
     preferences: tuple[SourceConfig, ...] = option((), "prompt/chosen/rejected pairs or prompt/response/score rows")
     judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")
     votes: VotesConfig | None = option(
-        None,
-        "people's votes, as further preferences: a file or URL, or a section; prompts held out there train nothing",
+        None, "people's votes, as further preferences: a file or URL, or a section; prompts held out there train nothing"
     )
-    prompts: tuple[SourceConfig, ...] = option(
-        (), "prompts for PPO; default: those of the preferences, else of the SFT rows"
-    )
+    prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences, else of the SFT rows")
     eval_prompts: tuple[SourceConfig, ...] = option((), "held-out prompts; default: a share of prompts")
     holdout: float = option(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
     max_prompt_tokens: int = option(64, "longer prompts are cut", gt=0)
@@ -118,8 +114,7 @@ class DataConfig(Section):
         "left", "side of a long prompt that is cut, or drop the row"
     )
     allow_special_tokens: bool = option(
-        False,
-        "encode a special token's name in a row's text as the token; default: as plain text, whatever people wrote",
+        False, "encode a special token's name in a row's text as the token; default: as plain text, whatever people wrote"
     )
     drop_duplicates: bool = option(
         True, "drop rows that repeat another of the same source exactly; of prompts, those with the same text"

@@ -28,15 +28,8 @@ from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 
 BEGIN, END = "<!-- recipe-reference -->", "<!-- /recipe-reference -->"
-WORDS = {
-    datetime.date: "date",
-    int: "integer",
-    float: "number",
-    bool: "true or false",
-    str: "text",
-    dict: "mapping",
-    type(None): "null",
-}
+WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping", datetime.date: "date",
+         type(None): "null"}  # fmt: skip
 BOUNDS = {annotated_types.Gt: (">", "gt"), annotated_types.Ge: (">=", "ge"),
           annotated_types.Lt: ("<", "lt"), annotated_types.Le: ("<=", "le")}  # fmt: skip
 

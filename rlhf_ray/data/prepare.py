@@ -187,9 +187,8 @@ class _Preparation:
                 written[f"{name}_{part}"] = (rows, COLUMNS[section.objective])
             for extra in (given for given in self._raw if given.startswith(f"{role}_eval_")):
                 rows = self._rows(extra, section.objective, limits)
-                if not rows:
-                    continue
-                written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
+                if rows:
+                    written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
         train, held_out = self._prompts(pool)
         written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
         return written
@@ -215,7 +214,7 @@ class _Preparation:
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
             normalised = normalise(_rows_of(dataset), columns, form, self._chat, keep)
-            if "eval" not in role:  # whatever list it is in, and in whatever run
+            if "eval" not in role:  # in whatever list a prompt is
                 tally.read = len(normalised)
                 normalised = drop(normalised, tally, "in_held_out_votes", lambda row: row["key"] in self._held_out)
                 tally.read -= len(normalised)
@@ -234,9 +233,7 @@ class _Preparation:
         for entry, (where, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
             if where in self._notes:
                 entry["note"] = self._notes[where]
-            elif (
-                isinstance(dataset, Dataset) and dataset.info.description
-            ):  # a builder says here what it dropped itself
+            elif isinstance(dataset, Dataset) and dataset.info.description:  # a builder says here what it dropped itself
                 entry["note"] = dataset.info.description
         return rows
 
@@ -291,9 +288,7 @@ def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
     sections = [preference_section(recipe, role) for role in ("preferences", "judge")]
     names = [section.base for section in sections if section is not None and not section.starts_within_run]
     names += [term.model for term in recipe.ppo.terms.values() if term.model not in (None, "reward")]
-    return {
-        name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None
-    }
+    return {name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None}
 
 
 def _remedy(tally: Tally, form: Role, role: str) -> str:

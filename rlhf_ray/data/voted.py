@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+
+from jinja2 import TemplateError
 
 from rlhf_ray.config import SourceConfig, VotesConfig
 from rlhf_ray.data.chat import ChatFormat
@@ -32,7 +35,8 @@ class Voted:
         found = set[str]()
         for prompt in self.held_out_prompts:
             messages = turns(prompt)
-            found.add(chat.prompt(messages))
+            with suppress(TemplateError):  # then no row with these messages is trained on
+                found.add(chat.prompt(messages))
             if len(messages) == 1 and messages[0]["role"] == "user":
                 found.add(chat.plain(messages[0]["content"]))
         return frozenset(found)
