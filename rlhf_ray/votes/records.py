@@ -24,6 +24,7 @@ CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 Judged = Literal["a", "b", "tie", "both_bad"]  # a choice, said of the answers and not of the sides
 RATINGS = range(1, 6)
 LARGEST_SEED = 2**63 - 1
+LONGEST_NAME = 200  # characters of an id, a rater, a key
 
 
 class VoteRefused(UserError):
@@ -103,7 +104,7 @@ class Vote:
 
     def __post_init__(self):
         for name, value in (("comparison", self.comparison), ("rater", self.rater), ("key", self.key)):
-            check_text(f"a vote's {name}", value)
+            check_name(f"a vote's {name}", value)
         for name, value in (("reason", self.reason), ("edit", self.edit), ("flag", self.flag)):
             if value is not None:
                 check_text(f"a vote's {name}", value)
@@ -189,6 +190,13 @@ def check_text(what: str, value: object, *, empty: bool = False) -> None:
         raise VoteRefused(
             f"{what} holds half of a character ({value[error.start]!r}); write whole characters"
         ) from error
+
+
+def check_name(what: str, value: str) -> None:
+    """VoteRefused for what is no text, or one too long to be looked up by."""
+    check_text(what, value)
+    if len(value) > LONGEST_NAME:
+        raise VoteRefused(f"{what} has {len(value)} characters; give at most {LONGEST_NAME}")
 
 
 def json_of(what: str, value: object) -> str:

@@ -30,8 +30,8 @@ from rlhf_ray.votes.records import (
     Showing,
     Vote,
     VoteRefused,
+    check_name,
     check_prompt,
-    check_text,
     json_of,
     prompt_key,
     side_of,
@@ -56,7 +56,7 @@ class VoteStore:
         """Store a comparison; its id. id: the caller's own, for a call that may come again; None: a new one."""
         check_prompt(prompt)
         id = uuid.uuid4().hex if id is None else id
-        check_text("a comparison's id", id)
+        check_name("a comparison's id", id)
         with self.database.writing() as connection:
             row = {
                 "id": id,
@@ -81,7 +81,7 @@ class VoteStore:
 
     def show(self, comparison: str, rater: str) -> Showing:
         """What the rater sees: the first call draws the sides and notes the time, and later ones return the same."""
-        check_text("a rater", rater)
+        check_name("a rater", rater)
         with self.database.writing() as connection:
             found = _comparison(connection, comparison)
             row = {
@@ -162,7 +162,8 @@ class VoteStore:
 def _insert(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> bool:
     """Whether the row is new. Where another process inserts the same one, this waits until that is stored or given up."""
     maker = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    return connection.execute(maker(table).values(**row).on_conflict_do_nothing()).rowcount == 1
+    stored = maker(table).values(**row).on_conflict_do_nothing().returning(*table.primary_key)
+    return connection.execute(stored).first() is not None
 
 
 def _of(table: sa.Table, comparison: str, rater: str) -> tuple[sa.ColumnElement[bool], ...]:
