@@ -89,7 +89,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A transaction that sees one state of the database."""
+        """A transaction that only reads."""
         with _in_use(self.name), self._engine.begin() as connection:
             yield connection
 

@@ -225,10 +225,5 @@ def is_held_out(key: str, share: float) -> bool:
     return int(key[:16], 16) < share * 2**64
 
 
-def side_of(comparison: str, rater: str) -> Name:
-    """Which answer a rater sees on the left: random, and the same for two tabs that ask at once."""
-    return "a" if hashlib.sha256(f"{comparison}/{rater}".encode()).digest()[0] % 2 == 0 else "b"
-
-
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

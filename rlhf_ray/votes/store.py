@@ -12,6 +12,7 @@ A second vote that says something else is refused; `replace` changes a vote.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 import uuid
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from rlhf_ray.votes.records import (
     check_prompt,
     json_of,
     prompt_key,
-    side_of,
 )
 from rlhf_ray.votes.schema import answers, comparisons, replaced_votes, showings, votes
 
@@ -66,7 +66,7 @@ class VoteStore:
             }
             if not _insert(connection, comparisons, row):
                 there = _comparison(connection, id)
-                if (there.prompt, there.a, there.b) != (prompt, a, b):
+                if _as_stored(there.prompt, there.a, there.b) != _as_stored(prompt, a, b):
                     raise VoteRefused(
                         f"there is another comparison '{id}' already; leave the id out, or give a new one"
                     )
@@ -87,7 +87,7 @@ class VoteStore:
             row = {
                 "comparison": comparison,
                 "rater": rater,
-                "left_name": side_of(comparison, rater),
+                "left_name": secrets.choice("ab"),
                 "shown_at": self._clock(),
             }
             _insert(connection, showings, row)
@@ -226,6 +226,11 @@ def _answer_row(answer: Answer) -> dict[str, Any]:
         "sampling": sampling,
         "seed": answer.seed,
     }
+
+
+def _as_stored(prompt: Prompt, a: Answer, b: Answer) -> tuple[object, ...]:
+    """What equal comparisons have in common once they are JSON, where a tuple is a list."""
+    return json_of("a prompt", prompt), _answer_row(a), _answer_row(b)
 
 
 def _receipt(row: dict[str, Any], *, new: bool) -> Receipt:
