@@ -11,7 +11,9 @@ os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not
 import pytest
 import torch
 from differences import table
+from postgres import cluster  # noqa: F401 - a fixture
 from processors import processor, threads  # noqa: F401 - fixtures
+from voters import voters  # noqa: F401 - a fixture
 from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():

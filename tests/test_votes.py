@@ -8,10 +8,8 @@ import time
 
 import pytest
 import sqlalchemy as sa
-from postgres import cluster  # noqa: F401 - a fixture
 from processes import wait_for
 from voted import PROMPT, answer, compare, shown, vote
-from voters import voters  # noqa: F401 - a fixture
 
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.votes.reading import read_judgements
@@ -167,7 +165,7 @@ def test_a_double_click_on_a_server_with_threads(store):
     assert len(receipts) == 80 and sum(receipt.new for receipt in receipts) == 10 and len(rows(store, "votes")) == 10
 
 
-def test_two_processes_vote_at_once_and_one_vote_is_stored(store, url, voters):  # noqa: F811
+def test_two_processes_vote_at_once_and_one_vote_is_stored(store, url, voters):
     """Both wait for a lock that this process holds until they have come to it; so neither comes first by its start."""
     two = [voters("on_request", url, name) for name in ("one", "two")]
     assert [voter.stdout.readline() for voter in two] == ["ready\n"] * 2
@@ -190,7 +188,7 @@ def test_two_processes_vote_at_once_and_one_vote_is_stored(store, url, voters): 
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_server_killed_around_the_commit_and_the_request_again(store, url, when, voters):  # noqa: F811
+def test_a_server_killed_around_the_commit_and_the_request_again(store, url, when, voters):
     id = shown(store)
     assert voters("killed", url, id, when).stdout.read() == ""
     wait_for(lambda: when == "before" or rows(store, "votes"))
@@ -200,7 +198,7 @@ def test_a_server_killed_around_the_commit_and_the_request_again(store, url, whe
     assert not store.vote(vote(id, key="click")).new and len(rows(store, "votes")) == 1
 
 
-def test_a_server_that_is_killed_over_and_over_loses_nothing_and_stores_nothing_twice(store, url, voters):  # noqa: F811
+def test_a_server_that_is_killed_over_and_over_loses_nothing_and_stores_nothing_twice(store, url, voters):
     ids = [shown(store) for _ in range(100)]
     following, kills, again = 0, 0, 0
     while following < len(ids):

@@ -8,7 +8,6 @@ import threading
 import pytest
 import sqlalchemy as sa
 from command import rlhf_ray
-from postgres import cluster  # noqa: F401 - a fixture
 from voted import shown, vote
 
 from rlhf_ray.errors import UserError
@@ -229,7 +228,7 @@ def test_postgresql_without_its_driver_names_the_extra(monkeypatch):
         Database("postgresql://host/votes")
 
 
-def test_a_store_outlives_a_connection_that_postgresql_ended(cluster):  # noqa: F811
+def test_a_store_outlives_a_connection_that_postgresql_ended(cluster):
     store = VoteStore(cluster.new_database(), create=True)
     id = shown(store)
     with store.database.reading() as connection:
