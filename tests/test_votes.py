@@ -124,6 +124,8 @@ def test_a_vote_is_replaced_by_an_explicit_call_only(store):
     store.vote(vote(id, "left", key="1"))
     changed = store.replace(vote(id, "right", key="2"))
     assert changed.new and not store.replace(vote(id, "right", key="2")).new
+    with pytest.raises(VoteRefused, match="the key '2' came with another vote before"):
+        store.replace(vote(id, "tie", key="2"))
     # The first request comes again, late: it was stored once, and what stands now stays.
     late = store.vote(vote(id, "left", key="1"))
     assert not late.new and late.vote.choice == "right"

@@ -104,15 +104,9 @@ class VoteStore:
                 return _receipt(row, new=True)
             there = _vote(connection, vote.comparison, vote.rater)
             if there is None:
-                raise VoteRefused(
-                    f"the key '{vote.key}' was used for a vote on another comparison; make a key for each vote"
-                )
-            if _receipt(there, new=False).vote.said == vote.said or _replaced(connection, vote):
+                raise _used_elsewhere(vote)
+            if _is_stored(connection, vote, there):
                 return _receipt(there, new=False)
-            if there["key"] == vote.key:
-                raise VoteRefused(
-                    f"the key '{vote.key}' came with another vote before ('{there['choice']}'); make a key for each vote"
-                )
             raise VoteRefused(
                 f"{vote.rater} has voted '{there['choice']}' on this comparison already; replace the vote to change it"
             )
@@ -126,19 +120,13 @@ class VoteStore:
                 raise VoteRefused(
                     f"{vote.rater} has not voted on this comparison, so there is nothing to replace; vote on it"
                 )
-            if (
-                there["key"] == vote.key
-                or _receipt(there, new=False).vote.said == vote.said
-                or _replaced(connection, vote)
-            ):
+            if _is_stored(connection, vote, there):
                 return _receipt(there, new=False)
             used = connection.execute(
                 sa.select(votes.c.key).where(votes.c.rater == vote.rater, votes.c.key == vote.key)
             ).first()
             if used is not None:
-                raise VoteRefused(
-                    f"the key '{vote.key}' was used for a vote on another comparison; make a key for each vote"
-                )
+                raise _used_elsewhere(vote)
             connection.execute(replaced_votes.insert().values(**there, replaced_at=self._clock()))
             connection.execute(votes.update().where(*_of(votes, vote.comparison, vote.rater)).values(**row))
             return _receipt(row, new=True)
@@ -196,11 +184,24 @@ def _vote(connection: sa.Connection, comparison: str, rater: str, *, lock: bool 
     return None if row is None else dict(row)
 
 
-def _replaced(connection: sa.Connection, vote: Vote) -> bool:
-    """Whether this very request was stored once, and another vote took its place since."""
+def _is_stored(connection: sa.Connection, vote: Vote, there: dict[str, Any]) -> bool:
+    """Whether the row that is there says the same, or this very request was stored once and another vote replaced it since.
+
+    VoteRefused for the key of the row with another vote.
+    """
+    if _receipt(there, new=False).vote.said == vote.said:
+        return True
+    if there["key"] == vote.key:
+        raise VoteRefused(
+            f"the key '{vote.key}' came with another vote before ('{there['choice']}'); make a key for each vote"
+        )
     table = replaced_votes
     found = sa.select(table.c.key).where(*_of(table, vote.comparison, vote.rater), table.c.key == vote.key)
     return connection.execute(found).first() is not None
+
+
+def _used_elsewhere(vote: Vote) -> VoteRefused:
+    return VoteRefused(f"the key '{vote.key}' was used for a vote on another comparison; make a key for each vote")
 
 
 def vote_of(row: Any) -> Vote:
