@@ -1,5 +1,6 @@
 """Processes that vote: forks of one that has imported the store, so that each starts at once, and can be killed alone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import descendants
 
 
 class Voter:
@@ -40,6 +42,9 @@ def voters(tmp_path_factory):
         return started[-1]
 
     yield start
+    for pid in descendants(parent.pid):  # those that a failed test left
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     parent.communicate(timeout=60)
 
 
@@ -79,7 +84,9 @@ def main():
         role, inbox, outbox, *arguments = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            sys.stdin, sys.stdout = open(inbox), open(outbox, "w")  # noqa: SIM115 - until the process ends
+            os.dup2(os.open(inbox, os.O_RDONLY), 0)  # the parent's pipes end with the parent
+            os.dup2(os.open(outbox, os.O_WRONLY), 1)
+            sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - until the process ends
             globals()[role](*arguments)
             sys.stdout.flush()
             os._exit(0)
