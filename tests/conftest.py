@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 from differences import table
+from postgres import cluster  # noqa: F401 - a fixture
+from voters import voters  # noqa: F401 - a fixture
 from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["processors"] if find_spec("rlhf_ray.cpu") else []  # fixtures of tests that go with that package

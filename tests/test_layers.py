@@ -15,6 +15,7 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 AT_THE_ROOT = {"__init__", "__main__", "errors", "messages"}
 HEAVY = (
     "ray", "deepspeed", "torch.distributed", "transformers", "trl", "peft", "accelerate", "vllm", "typer", "rich", "fastapi",
+    "sqlalchemy", "psycopg",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ May import: errors, tables.
 """
 
 from rlhf_ray.config.base import Precision, Section, exact_div
-from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig
+from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig, VotesConfig
 from rlhf_ray.config.evaluation import EvaluationConfig
 from rlhf_ray.config.generation import GenerationConfig
 from rlhf_ray.config.kl import KlConfig
@@ -20,5 +20,5 @@ from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfi
 __all__ = [
     "DataConfig", "DpoConfig", "EvaluationConfig", "FromScratch", "GenerationConfig", "GroupConfig", "KlConfig",
     "LoraConfig", "ModelConfig", "PPOConfig", "Precision", "Recipe", "ResourcesConfig", "RewardConfig", "RewardTerm",
-    "RoleConfig", "Section", "SftConfig", "SourceConfig", "TrackingConfig", "TrainConfig", "exact_div",
+    "RoleConfig", "Section", "SftConfig", "SourceConfig", "TrackingConfig", "TrainConfig", "VotesConfig", "exact_div",
 ]  # fmt: skip

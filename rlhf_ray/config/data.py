@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.base import OneOf, Section, exact_div, option
 from rlhf_ray.tables.families import FAMILIES
@@ -71,6 +73,40 @@ class SourceConfig(Section):
     max_rows: int | None = option(None, "read at most this many rows", gt=0)
 
 
+class VotesConfig(Section):
+    """Votes of people, as pairs for the reward model. `votes: URL` is the same as `votes: {url: URL}`."""
+
+    url: str = option(
+        ..., "database of votes: a SQLite file, or postgresql://USER@HOST/NAME, whose password is in PGPASSWORD or ~/.pgpass"
+    )
+    raters: tuple[str, ...] = option((), "votes of these raters only; none given: all")
+    versions: tuple[str, ...] = option(
+        (), "comparisons with an answer of one of these models, or MODEL@VERSION, only; none given: all"
+    )
+    since: datetime.date | None = option(None, "votes from this day on, in UTC: 2026-11-30")
+    until: datetime.date | None = option(None, "votes up to this day, and of it")
+    min_agreement: float = option(0.0, "least share of a comparison's votes that prefer its better answer", ge=0, le=1)
+    weight: float | None = option(
+        None, "share in the mix with data.preferences, relative to the others; none given: every pair once", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _is_no_secret(self):
+        parts = urlsplit(self.url) if self.is_url else None
+        if parts is not None and (parts.password or "password=" in parts.query):
+            raise ValueError(
+                "the URL of votes holds a password, and the run folder keeps the recipe; take it out, and give it by PGPASSWORD "
+                "or ~/.pgpass"
+            )
+        if self.since is not None and self.until is not None and self.since > self.until:
+            raise ValueError(f"votes since {self.since} and until {self.until} are none; give the days in order")
+        return self
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.url
+
+
 class DataConfig(Section):
     """Where the text, the preferences and the prompts come from."""
 
@@ -82,6 +118,9 @@ class DataConfig(Section):
     sft: tuple[SourceConfig, ...] = option((), "text, prompt/response or chat messages to imitate")
     preferences: tuple[SourceConfig, ...] = option((), "prompt/chosen/rejected pairs or prompt/response/score rows")
     judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")
+    votes: VotesConfig | None = option(
+        None, "people's votes, as further preferences: a file or URL, or a section; prompts held out there train nothing"
+    )
     prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences, else of the SFT rows")
     eval_prompts: tuple[SourceConfig, ...] = option((), "held-out prompts; default: a share of prompts")
     other_text: tuple[SourceConfig, ...] = option(
@@ -98,6 +137,11 @@ class DataConfig(Section):
     drop_duplicates: bool = option(
         True, "drop rows that repeat another of the same source exactly; of prompts, those with the same text"
     )
+
+    @field_validator("votes", mode="before")
+    @classmethod
+    def _votes_by_name(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @property
     def lists(self) -> dict[str, tuple[SourceConfig, ...]]:

@@ -180,6 +180,8 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
             yield ("ppo", "rewards", name, "model"), term.model
     if recipe.data.root is not None:
         yield ("data", "root"), recipe.data.root
+    if recipe.data.votes is not None and not recipe.data.votes.is_url:
+        yield ("data", "votes", "url"), recipe.data.votes.url
     for role, sources in recipe.data.lists.items():
         for index, source in enumerate(sources):
             if recipe.data.root is None or Path(source.path).is_absolute():  # else it is relative to the root

@@ -10,6 +10,7 @@ A section class that several keys use is one table; what a class inherits is in 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 import types
@@ -27,7 +28,8 @@ from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 
 BEGIN, END = "<!-- recipe-reference -->", "<!-- /recipe-reference -->"
-WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping", type(None): "null"}
+WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping", datetime.date: "date",
+         type(None): "null"}  # fmt: skip
 BOUNDS = {annotated_types.Gt: (">", "gt"), annotated_types.Ge: (">=", "ge"),
           annotated_types.Lt: ("<", "lt"), annotated_types.Le: ("<=", "le")}  # fmt: skip
 

@@ -9,9 +9,10 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import forget
-from rlhf_ray.data.lists import LISTS, form_of, is_read, needed_lists, prompt_origins
+from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.data.store import CHAT
+from rlhf_ray.data.voted import COLUMNS, WHERE, read_votes
 from rlhf_ray.errors import UserError
 
 
@@ -34,15 +35,20 @@ def check_data(recipe: Recipe) -> list[str]:
     if data.root is not None and not Path(data.root).expanduser().is_dir():
         return [f"data.root = '{data.root}' is not a folder; give the folder that holds the data"]
     needed = needed_lists(recipe)
+    votes = data.votes
+    if votes is not None:
+        attempt(lambda: read_votes(votes))
+        attempt(lambda: detect(COLUMNS, {}, form_of(recipe, "preferences"), WHERE))
     given = [role for role in LISTS if data.lists[role]]
     if data.builder is not None:
         attempt(lambda: find_builder(data, recipe.seed))
         problems += [f"data.builder and data.{role} are both set, but the builder replaces the lists; remove one"
                      for role in given]  # fmt: skip
         return problems
+    there = given_lists(recipe)
     problems += [f"'{section}' is set and data.{role} is empty; give it rows, or set {section}: null"
-                 for role, section in needed.items() if role not in given]  # fmt: skip
-    if "sft" not in needed and "preferences" not in given and "prompts" not in given:
+                 for role, section in needed.items() if role not in there]  # fmt: skip
+    if "sft" not in needed and "preferences" not in there and "prompts" not in there:
         problems.append(
             "data.prompts is empty and there is no other data to take prompts from; list a source of prompts"
         )
@@ -55,7 +61,7 @@ def check_data(recipe: Recipe) -> list[str]:
             where = f"data.{role}[{index}]"
 
             def columns_fit(source=source, where=where, form: Role = form, role=role) -> None:
-                columns = columns_of(source, data.root, where, form, with_prompts=role in prompt_origins(given))
+                columns = columns_of(source, data.root, where, form, with_prompts=role in prompt_origins(there))
                 if columns is None:
                     others[role] = None
                     return
@@ -66,9 +72,12 @@ def check_data(recipe: Recipe) -> list[str]:
 
             attempt(columns_fit)
         weights = [source.weight for source in data.lists[role]]
+        weights += [votes.weight] if role == "preferences" and votes is not None else []
         if None in weights and any(weight is not None for weight in weights):
             problems.append(f"some of data.{role} have a weight and some have none; give a weight to all or to none")
-    attempt(lambda: problems.extend(_asked_problems(recipe, given, others)))
+    if votes is not None and not data.preferences:
+        others["preferences"] = []  # a vote's row is the pair alone
+    attempt(lambda: problems.extend(_asked_problems(recipe, there, others)))
     if problems:
         forget()
     return problems

@@ -20,6 +20,12 @@ def needed_lists(recipe: Recipe) -> dict[str, str]:
     return needed
 
 
+def given_lists(recipe: Recipe) -> list[str]:
+    """The lists that the recipe has rows for; votes are preferences."""
+    data = recipe.data
+    return [role for role in LISTS if data.lists[role] or (role == "preferences" and data.votes is not None)]
+
+
 def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
     """The config that sets the form and limits of a list of preferences; None where nothing is trained on them.
 

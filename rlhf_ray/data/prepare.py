@@ -16,11 +16,12 @@ from rlhf_ray.config import Recipe, SftConfig, SourceConfig
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
-from rlhf_ray.data.lists import LISTS, form_of, is_read, needed_lists, preference_section, prompt_origins
+from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
 from rlhf_ray.data.store import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
+from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted, read_votes
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -40,9 +41,10 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
     if stage.done:
         return stage.summary()
     started = time.monotonic()
-    raw = _read_sources(recipe)
+    votes = None if recipe.data.votes is None else read_votes(recipe.data.votes)
+    raw = _read_sources(recipe, votes)
     tokenizer = _tokenizer(recipe, raw)
-    builder = _Preparation(recipe, tokenizer, raw)
+    builder = _Preparation(recipe, tokenizer, raw, votes)
     written = builder.roles()
     _check_columns(recipe, written)
     tokenizer.save_pretrained(folder.tokenizer)
@@ -77,7 +79,7 @@ RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, 
 Raw = Mapping[str, list[RawSource]]
 
 
-def _read_sources(recipe: Recipe) -> Raw:
+def _read_sources(recipe: Recipe, votes: Voted | None) -> Raw:
     data = recipe.data
     raw: dict[str, list[RawSource]] = {}
     needed = needed_lists(recipe)
@@ -88,7 +90,7 @@ def _read_sources(recipe: Recipe) -> Raw:
             if is_read(role, needed, built):
                 check_rows(rows, source, where, form_of(recipe, role), with_prompts=False)
             raw[role] = [(where, source, rows)]
-    given = [role for role in LISTS if data.lists[role]]
+    given = given_lists(recipe)
     origins = prompt_origins(given)
     for role in LISTS:
         if data.lists[role] and data.builder is not None:
@@ -101,6 +103,10 @@ def _read_sources(recipe: Recipe) -> Raw:
                 form, with_prompts = form_of(recipe, role), role in origins
                 rows = load_source(source, data.root, recipe.seed, where, form, with_prompts=with_prompts)
                 raw.setdefault(role, []).append((where, source, rows))
+    if votes is not None and ("preferences" in needed or "prompts" not in raw):
+        raw.setdefault("preferences", []).append((WHERE, votes.source, votes.train))
+        if len(votes.held_out):
+            raw[HELD_OUT] = [(f"{WHERE} (held out)", votes.source, votes.held_out)]
     for role, section in needed.items():
         if role not in raw:
             giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"
@@ -146,12 +152,14 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
 class _Preparation:
     """Turns raw rows into the roles' rows; `tallies` counts, per source, the rows read, kept, dropped and cut."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw):
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, raw: Raw, votes: Voted | None):
         self._recipe, self._tokenizer, self._raw = recipe, tokenizer, raw
         self._others = _other_tokenizers(recipe)
         self._chat = ChatFormat(
             tokenizer, allow_special_tokens=recipe.data.allow_special_tokens, readers=list(self._others.values())
         )
+        self._held_out = frozenset[str]() if votes is None else votes.held_out_keys(self._chat)
+        self._notes = {} if votes is None else {WHERE: f"left out: {votes.left_out}"}
         self.tallies: dict[str, list[dict]] = {}
 
     def roles(self) -> dict[str, tuple[list[dict], tuple[str, ...]]]:
@@ -179,7 +187,8 @@ class _Preparation:
                 written[f"{name}_{part}"] = (rows, COLUMNS[section.objective])
             for extra in (given for given in self._raw if given.startswith(f"{role}_eval_")):
                 rows = self._rows(extra, section.objective, limits)
-                written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
+                if rows:
+                    written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
         if "other_text" in self._raw:
             limits = self._limits(self._tokenizer, OTHER_TEXT_TOKENS, plain_text="packed")  # the evaluation cuts long texts
             written["other_text"] = (self._rows("other_text", "sft", limits), COLUMNS["sft"])
@@ -208,8 +217,12 @@ class _Preparation:
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
             normalised = normalise(_rows_of(dataset), columns, form, self._chat, keep)
+            if "eval" not in role:  # in whatever list a prompt is
+                tally.read = len(normalised)
+                normalised = drop(normalised, tally, "in_held_out_votes", lambda row: row["key"] in self._held_out)
+                tally.read -= len(normalised)
             parts.append(apply_rules(normalised, form, limits, tally))
-            if not parts[-1]:
+            if not parts[-1] and role != HELD_OUT:  # which may be few
                 raise UserError(
                     f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"
                 )
@@ -220,8 +233,10 @@ class _Preparation:
                 tally.dropped["surplus_of_mix"] += tally.kept - count
                 tally.kept = count
         self.tallies[role] = [{"source": source.path, **tally.as_dict()} for source, tally in counted]
-        for entry, (_, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
-            if isinstance(dataset, Dataset) and dataset.info.description:  # a builder says here what it dropped itself
+        for entry, (where, _, dataset) in zip(self.tallies[role], self._raw[role], strict=True):
+            if where in self._notes:
+                entry["note"] = self._notes[where]
+            elif isinstance(dataset, Dataset) and dataset.info.description:  # a builder says here what it dropped itself
                 entry["note"] = dataset.info.description
         return rows
 
@@ -282,6 +297,7 @@ def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
 def _remedy(tally: Tally, form: Role, role: str) -> str:
     section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.partition("_eval")[0], "data")
     return {
+        "in_held_out_votes": "give rows of prompts that data.votes does not hold out",
         "over_long": "raise data.max_prompt_tokens"
         if form == "prompts"
         else f"raise {section}.max_length or cut the texts",

@@ -2,7 +2,7 @@
 
 dropped   refused_by_template, empty_reply, empty_prompt, no_score, tie (both replies are the same, as they came or once they
           are cut), special_token (only where the recipe allows special tokens), duplicate, over_long, in_eval_prompts,
-          surplus_of_mix
+          in_held_out_votes (`data.votes` holds the prompt out), surplus_of_mix
 cut       prompt (long prompt shortened), reply (long reply shortened), eos_text (an EOS written at a reply's end, which
           is added anyway), text (plain text that the trainer will cut at max_length)
 plain     rows that name a control token in what people wrote: its name is encoded as plain text

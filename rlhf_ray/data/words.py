@@ -16,9 +16,10 @@ RULES = {
     "duplicate": "repeated",
     "over_long": "too long",
     "in_eval_prompts": "held out for evaluation",
+    "in_held_out_votes": "held out by data.votes",
 }
 #: what the recipe asked for, or what happens to every data set
-EXPECTED = ("surplus_of_mix", "in_eval_prompts")
+EXPECTED = ("surplus_of_mix", "in_eval_prompts", "in_held_out_votes")
 
 
 def dropped_in_words(summary: Mapping[str, Any]) -> list[str]:
