@@ -5,7 +5,7 @@ P(i beats j) = sigmoid(score_i - score_j). wins[i, j] counts how often i was pre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -44,8 +44,8 @@ def bradley_terry(wins: torch.Tensor, *, prior: float = 0.0) -> torch.Tensor:
 
 def _solved(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """x of matrix [..., V, V] x = vector [..., V]; NaN where the matrix is singular."""
-    solve: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.linalg.solve_ex  # pyright: ignore  (torch names no types)
-    solution, failed = solve(matrix, vector.unsqueeze(-1))
+    found: Any = cast(Any, torch.linalg).solve_ex(matrix, vector.unsqueeze(-1))  # torch names no types of it
+    solution, failed = cast(tuple[torch.Tensor, torch.Tensor], (found.result, found.info))
     return torch.where(failed[..., None] == 0, solution.squeeze(-1), torch.nan)
 
 

@@ -85,5 +85,9 @@ def _called(param: Any) -> str:
 
 def _example(param: Any) -> list[str]:
     if param.param_type_name == "option":
-        return [param.opts[0], EXAMPLES.get(param.opts[0], param.name.upper())]
-    return [EXAMPLES.get(param.name, param.name.upper())]
+        return [param.opts[0], _value(param.opts[0], param)]
+    return [_value(param.name, param)]
+
+
+def _value(known_as: str, param: Any) -> str:
+    return EXAMPLES[known_as] if known_as in EXAMPLES else param.name.upper()
