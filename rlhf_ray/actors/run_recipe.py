@@ -15,12 +15,14 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_start import refuse_second_ray
 from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.snapshots import BYTES_PER_WEIGHT_BYTE, KEPT
 from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
+from rlhf_ray.models.memory import trained_by_role
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
@@ -133,8 +135,10 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Bytes for three copies of the policy's weights in float32, and for rollouts."""
-    return 512 * 1024**2 + 3 * 4 * parameters(recipe)
+    """Bytes for three copies of the policy's weights in float32, for snapshots, and for rollouts."""
+    states = KEPT * BYTES_PER_WEIGHT_BYTE * 4 * sum(trained_by_role(recipe).values())
+    snapshots = states if states <= recipe.resources.snapshot_gb * 1e9 else 0
+    return 512 * 1024**2 + 3 * 4 * parameters(recipe) + snapshots
 
 
 def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None, stages: Sequence[str]) -> None:
