@@ -41,7 +41,7 @@ class Member:
         call = Call(self, method, args, name, **options)
         call.send()
         self.calls.append(call)
-        return call.results
+        return [Handle(call, number) for number in range(call.returns)]
 
 
 def members(role: str, actors: Sequence[Any]) -> list[Member]:
@@ -50,7 +50,11 @@ def members(role: str, actors: Sequence[Any]) -> list[Member]:
 
 
 class Call:
-    """One remote call of the loop. `refs` are those of the last time that it was sent."""
+    """One remote call of the loop. `refs` are those of the last time that it was sent.
+
+    Handles hold their call, and a call its arguments, but nothing holds a finished call that no handle does: what it returned
+    goes from the object store when the loop lets go of it.
+    """
 
     def __init__(
         self,
@@ -70,11 +74,10 @@ class Call:
         computes with other weights than before."""
         self.member, self.method, self.args, self.name = member, method, args, name
         self.account, self.concurrency_group = account or member.role, concurrency_group
-        self.count, self.brings_weights = returns + receipt, brings_weights
+        self.returns, self.count, self.brings_weights = returns, returns + receipt, brings_weights
         self.refs: list[ray.ObjectRef] = []
         self.life = 0  # that of the member to which it was sent
         self.tries = 0  # how often it was sent again for the sake of an argument
-        self.results = [Handle(self, number) for number in range(returns)]
         self.beside: list[Handle] = []  # who waits for this call waits for these too; no caller has them
         self.finished = False  # and was looked at
 

@@ -169,7 +169,7 @@ class Recovery:
                 self._charge(member, again, f"start of {member.name}")
         for call in lost:
             call.send()
-        self._tell(member, failure, phase, seen, f"made again, {len(lost)} calls sent again", steps_lost=0)
+        self._tell(member, failure, phase, seen, f"made again, {_counted(len(lost), 'call')} sent again", steps_lost=0)
 
     def _unanswered(self, member: Member) -> list[Call]:
         """The calls that a dead actor has not answered, in order."""
@@ -299,8 +299,12 @@ class Recovery:
             phase=phase, seen=seen, steps_lost=steps_lost,
         )  # fmt: skip
         words = f"{member.name} was lost in step {self.step + steps_lost + 1}, {phase}: {seen}"
-        lost = f"{seconds:.1f} s" + (f" and {steps_lost} finished steps" if steps_lost else "")
+        lost = f"{seconds:.1f} s" + (f" and {_counted(steps_lost, 'finished step')}" if steps_lost else "")
         self.progress({"stage": "ppo", "say": f"{words}; {done}; {lost} lost", "warns": True})
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _in_short(failure: Failure) -> str:

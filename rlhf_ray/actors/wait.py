@@ -30,7 +30,7 @@ class Deadline(RunFailed):
 
 
 class ActorDied(RunFailed):
-    """A process of the run ended. The run stops with its cause; the same command goes on from the last checkpoint."""
+    """A process of the run ended. Where `actors.recovery` can't help, the run stops with this cause."""
 
 
 class ArgumentLost(ActorDied):
@@ -163,14 +163,17 @@ class Waiter:
             assert isinstance(each, Call) and each.receipt != ref, f"{each.name} is mended, so it was sent again"
             return each.receipt
         if isinstance(value, Receipt):
-            self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + value.seconds
-            self.bytes[each.account] = self.bytes.get(each.account, 0) + value.bytes
+            self._account(each, value)
         if isinstance(each, Call):
             each.finish()
-            if isinstance(value, Receipt):
-                kind = each.member.role, each.method
-                self._longest_s[kind] = max(value.seconds, self._longest_s.get(kind, 0.0))
         return None
+
+    def _account(self, each: Tracked | Call, receipt: Receipt) -> None:
+        self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + receipt.seconds
+        self.bytes[each.account] = self.bytes.get(each.account, 0) + receipt.bytes
+        if isinstance(each, Call):
+            kind = each.member.role, each.method
+            self._longest_s[kind] = max(receipt.seconds, self._longest_s.get(kind, 0.0))
 
     def _be_patient(self, each: Tracked | Call, limit_s: float) -> None:
         """Where the limit was learned, it is twice as long from now on: the machine may only have been busy."""
