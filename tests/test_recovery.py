@@ -125,7 +125,7 @@ STATELESS = [
     kill("generation", "generate", 4), kill("generation", "load_weights", 3), kill("reward", "score", 6, "after"),
     kill("reference", "logprobs", 1), kill("experience", "assemble", 3),
 ]  # fmt: skip
-TRAINED = [kill("policy", "update", 2, "after"), kill("critic", "update", 3), kill("policy", "save", 2)]
+TRAINED = [kill("policy", "update", 2, "after"), kill("critic", "update", 4), kill("policy", "save", 2)]
 
 
 def test_an_actor_of_each_stateless_role_dies(run_with, undisturbed):
@@ -137,8 +137,8 @@ def test_an_actor_of_each_stateless_role_dies(run_with, undisturbed):
         assert event["what"] == f"{event['role']} actor 0 was lost" and event["done"].startswith("made again, ")
         assert event["steps_lost"] == 0 and event["cost_s"] > 0 and "died" in event["seen"]
     where = {(event["role"], event["step"], event["phase"]) for event in ended.events}
-    assert {("generation", 1, "generation (step 0)"), ("experience", 3, "assembling (step 2)")} <= where
-    assert sum("actor 0 was lost in step" in line for line in ended.said) == 5
+    assert {("generation", 0, "generation (step 0)"), ("experience", 2, "assembling (step 2)")} <= where
+    assert sum("actor 0 was lost after step" in line for line in ended.said) == 5
 
 
 def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
@@ -146,7 +146,7 @@ def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
     ended = run_with(TRAINED)
     same(ended, undisturbed)
     assert [(event["what"], event["step"], event["steps_lost"]) for event in ended.events] == [
-        ("policy rank 0 was lost", 2, 0), ("critic rank 0 was lost", 3, 0), ("policy rank 0 was lost", 5, 0),
+        ("policy rank 0 was lost", 1, 0), ("critic rank 0 was lost", 2, 0), ("policy rank 0 was lost", 4, 0),
     ]  # fmt: skip
     assert [event["done"][-12:] for event in ended.events] == [f"{step} (snapshot)" for step in (1, 2, 4)]
 

@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_recipe
 
 from rlhf_ray.actors import faults
+from rlhf_ray.actors.budgets import Budget
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.receipt import Receipt
 from rlhf_ray.actors.recovery import Recovery
@@ -19,60 +20,66 @@ from rlhf_ray.runs.events import EventLog
 DIED = ActorDied("reward actor 0 died (killed); see the logs")
 
 
-def recovery(tmp_path, **resources):
-    roles = SimpleNamespace(trained=[], members=[])
-    events = EventLog(tmp_path / "events.jsonl")
-    recipe = tiny_recipe(resources=resources)
-    return Recovery(recipe, roles, Waiter(60, "wait"), tmp_path, events=events, progress=lambda event: None)
-
-
 def member(role="reward"):
     return Member(role, 0, lambda: None)
 
 
-def test_a_storm_of_restarts_stops_with_its_table(tmp_path):
-    mending = recovery(tmp_path, restarts=2)
-    for phase in ("scoring (step 0)", "scoring (step 0)"):
-        mending._charge(member(), DIED, phase)
-    mending.step_done(LoopState(step=1, kl_coef=0.1))  # a finished step: the count begins anew
+def test_a_storm_of_restarts_stops_with_its_table():
+    budget = Budget(2)
+    for _ in range(2):
+        budget.charge(member(), DIED, "after step 0, scoring (step 0)")
+    budget.begin_anew()
     for role in ("generation", "reward"):
-        mending._charge(member(role), DIED, "weight sync (version 1)")
-    mending.step_done(LoopState(step=1, kl_coef=0.1))  # taken again: no progress
+        budget.charge(member(role), DIED, "after step 1, weight sync (version 1)")
     with pytest.raises(RunFailed, match="3 actors were lost .*more than resources.restarts = 2") as told:
-        mending._charge(member("critic"), DIED, "value update (step 1)")
+        budget.charge(member("critic"), DIED, "after step 1, value update (step 1)")
     assert str(told.value).splitlines()[1:] == [
-        "  step 2, weight sync (version 1): generation actor 0: reward actor 0 died (killed)",
-        "  step 2, weight sync (version 1): reward actor 0: reward actor 0 died (killed)",
-        "  step 2, value update (step 1): critic actor 0: reward actor 0 died (killed)",
+        "  after step 1, weight sync (version 1): generation actor 0: reward actor 0 died (killed)",
+        "  after step 1, weight sync (version 1): reward actor 0: reward actor 0 died (killed)",
+        "  after step 1, value update (step 1): critic actor 0: reward actor 0 died (killed)",
     ]
-    assert mending.take_failures() == {"failures/reward": 3.0, "failures/generation": 1.0, "failures/critic": 1.0}
-    assert mending.take_failures() == {}
+    assert budget.take_failures() == {"failures/reward": 3.0, "failures/generation": 1.0, "failures/critic": 1.0}
+    assert budget.take_failures() == {}
 
 
-def test_a_call_that_ends_two_actors_is_named_with_its_samples(tmp_path):
-    mending, generator, scorer = recovery(tmp_path), member("generation"), member()
+def test_a_step_that_is_taken_again_is_no_progress(tmp_path):
+    roles, recipe = SimpleNamespace(trained=[], members=[]), tiny_recipe(resources={"restarts": 1})
+    events = EventLog(tmp_path / "events.jsonl")
+    recovery = Recovery(recipe, roles, Waiter(60, "wait"), tmp_path, events=events, progress=lambda event: None)
+    recovery.run(recovery.step_done, LoopState(step=1, kl_coef=0.1))
+    for step in (2, 3):
+        recovery.budget.charge(member(), DIED, "scoring")
+        recovery.step_done(LoopState(step=step, kl_coef=0.1))
+    recovery.budget.charge(member(), DIED, "scoring")
+    recovery.step_done(LoopState(step=3, kl_coef=0.1))
+    with pytest.raises(RunFailed, match="2 actors were lost"):
+        recovery.budget.charge(member(), DIED, "scoring")
+
+
+def test_a_call_that_ends_two_actors_is_named_with_its_samples():
+    budget, generator, scorer = Budget(5), member("generation"), member()
     chunk = Chunk(step=3, index=1, prompt_indices=(7, 9), sample_indices=(0, 2))
     rollout = Call(generator, "generate", (chunk,), "generation actor 0 (step 3, chunk 1)")
 
     def score():
         return Call(scorer, "score", (Handle(rollout, 0),), "reward actor 0 (chunk 1)")
 
-    mending._charge(scorer, DIED, "scoring", score())
-    mending._charge(generator, DIED, "scoring", rollout)  # another call on the same samples
+    budget.charge(scorer, DIED, "scoring", score())
+    budget.charge(generator, DIED, "scoring", rollout)  # another call on the same samples
     with pytest.raises(RunFailed, match="reward actor 0 died 2 times at the same call, score of reward actor 0") as told:
-        mending._charge(scorer, DIED, "scoring", score())
+        budget.charge(scorer, DIED, "scoring", score())
     assert "Its samples: step 3, prompt 7, sample 0; step 3, prompt 9, sample 2. " in str(told.value)
 
 
-def test_with_no_restarts_the_first_death_stops_the_run(tmp_path):
+def test_with_no_restarts_the_first_death_stops_the_run():
     with pytest.raises(ActorDied, match="^reward actor 0 died"):
-        recovery(tmp_path, restarts=0)._charge(member(), DIED, "scoring")
+        Budget(0).charge(member(), DIED, "scoring")
 
 
 def test_an_actor_is_hung_when_it_is_silent_far_longer_than_its_calls_took():
     waiter, call = Waiter(1800, "wait"), Call(member(), "score", (), "reward actor 0 (chunk 1)")
     assert waiter.limit_s(call) == 1800  # nothing is known of it yet
-    for seconds, limit_s in ((0.5, 120), (10.0, 200), (2.0, 200), (1000.0, 1800)):
+    for seconds, limit_s in ((0.5, 300), (20.0, 400), (2.0, 400), (1000.0, 1800)):
         waiter._account(call, Receipt(seconds, 8))
         assert waiter.limit_s(call) == limit_s
     assert waiter.limit_s(Call(member(), "judge", (), "reward actor 0 (chunk 1)")) == 1800

@@ -260,7 +260,7 @@ def _hooks(
     stage, waiter = folder.stage("ppo"), roles.waiter
 
     def record(step: int, values: dict[str, float]) -> None:
-        values = values | waiter.take_totals() | recovery.take_failures()
+        values = values | waiter.take_totals() | recovery.budget.take_failures()
         metrics.write(step, values)
         recovery.step_done(state_now())
         progress({"stage": "ppo", "step": step, "total": recipe.ppo.steps, "metrics": values})

@@ -15,15 +15,15 @@ code of its own in the loop, keeps no batch, and is exact for every algorithm th
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
+from rlhf_ray.actors.budgets import Budget, Failure, counted, in_short
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.groups import RayRoles, TrainerGroup, connect_weights
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
@@ -34,10 +34,7 @@ from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.events import EventLog
 
-DEATHS_OF_A_CALL = 2  # then the call is to blame, not the machine
 FAIL_S = 10.0  # in which the calls of a dead actor fail
-SHOWN_SAMPLES = 8
-Failure = RunFailed | RayTaskError
 Trained = TypeVar("Trained")
 
 
@@ -77,9 +74,7 @@ class Recovery:
         self.step = 0  # that the loop has finished
         self.furthest = -1  # that it has ever finished
         self.finished_at: dict[int, float] = {}  # step -> when
-        self.failures: Counter[str] = Counter()  # role -> restarts since `take_failures`
-        self._restarts: list[str] = []  # since a step was finished that never was before
-        self._deaths: Counter[Any] = Counter()  # what a call does -> actors that died at it, since then too
+        self.budget = Budget(resources.restarts)
 
     # -- what the loop's hooks tell -----------------------------------------------------------------------------------
 
@@ -89,15 +84,8 @@ class Recovery:
         self.finished_at[state.step] = time.monotonic()
         if state.step > self.furthest:
             self.furthest = state.step
-            self._restarts.clear()
-            self._deaths.clear()
+            self.budget.begin_anew()
         self.snapshots.take(state)
-
-    def take_failures(self) -> dict[str, float]:
-        """failures/<role> since the last call, for the metrics."""
-        counts = {f"failures/{role}": float(count) for role, count in self.failures.items()}
-        self.failures.clear()
-        return counts
 
     # -- one actor ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +157,7 @@ class Recovery:
                 self._charge(member, again, f"start of {member.name}")
         for call in lost:
             call.send()
-        self._tell(member, failure, phase, seen, f"made again, {_counted(len(lost), 'call')} sent again", steps_lost=0)
+        self._tell(member, failure, phase, seen, f"made again, {counted(len(lost), 'call')} sent again", steps_lost=0)
 
     def _unanswered(self, member: Member) -> list[Call]:
         """The calls that a dead actor has not answered, in order."""
@@ -217,6 +205,7 @@ class Recovery:
         if snapshot is not None and folder is not None and state_in(folder, self.recipe.ppo).step > snapshot.state.step:
             snapshot = None
         groups = [group for group in self.roles.trained if lost.member in group.members]
+        groups = groups or [self.roles.policy]  # a generator's, which shares a channel for weights with the policy
         if snapshot is None and folder is None:
             groups = self.roles.trained
         self._make_again(groups)
@@ -232,12 +221,13 @@ class Recovery:
     def _make_again(self, groups: list[TrainerGroup]) -> None:
         generation = self.roles.generation
         everyone = [member for group in groups for member in group.members]
-        everyone += generation.members if generation.by_channel else []
+        channel = generation.by_channel and self.roles.policy in groups
+        everyone += generation.members if channel else []
         for member in everyone:
             member.make_again()
         self._start(everyone)
         self.roles.join(groups, self.resources.start_timeout_s)
-        if generation.by_channel:
+        if channel:
             connect_weights(self.roles.policy, generation, self.waiter, self.resources, waits=True)
 
     def _load(self, snapshot: Snapshot | None, folder: Path | None) -> tuple[LoopState, str]:
@@ -257,7 +247,7 @@ class Recovery:
             return state_in(folder, self.recipe.ppo), folder.name
         return LoopState(kl_coef=self.recipe.ppo.kl_coef), "the start"
 
-    # -- budgets and words --------------------------------------------------------------------------------------------
+    # -- words --------------------------------------------------------------------------------------------
 
     def _group_of(self, member: Member) -> list[Member]:
         """The ranks of its group; none for a stateless role."""
@@ -267,53 +257,16 @@ class Recovery:
         self._charge(member, failure, phase, self._head(member, failure))
         return GroupLost(str(failure), member, phase)
 
-    def _charge(self, member: Member, failure: Failure, phase: str, head: Call | None = None) -> None:
-        """Count a restart, and whom to blame for it. RunFailed where there were too many, or one call has ended two actors."""
-        if self.resources.restarts == 0:
-            raise failure
-        self.failures[member.role] += 1
-        self._restarts.append(f"step {self.step + 1}, {phase}: {member.name}: {_in_short(failure)}")
-        if head is not None:
-            chunks = head.chunks()
-            work = member.role, head.method, *(chunks or [head.name])
-            self._deaths[work] += 1
-            if self._deaths[work] >= DEATHS_OF_A_CALL:
-                samples = [chunk.where(row) for chunk in chunks for row in range(len(chunk.prompt_indices))]
-                raise RunFailed(
-                    f"{member.name} died {self._deaths[work]} times at the same call, {head.method} of {head.name} during "
-                    f"{phase}, so no third try is made. {_listed(samples)}Last: {_in_short(failure)}; see the run folder's logs/, "
-                    "mend what ends it or take the sample out of the data, then run the same command again"
-                ) from failure
-        if len(self._restarts) > self.resources.restarts:
-            table = "\n".join(f"  {line}" for line in self._restarts)
-            raise RunFailed(
-                f"{len(self._restarts)} actors were lost without a finished step between, more than resources.restarts = "
-                f"{self.resources.restarts}; look in the run folder's logs/, then run the same command again\n{table}"
-            ) from failure
+    def _charge(self, member: Member, failure: Failure, phase: str, call: Call | None = None) -> None:
+        self.budget.charge(member, failure, f"after step {self.step}, {phase}", call)
 
     def _tell(self, member: Member, failure: Failure, phase: str, since: float, done: str, *, steps_lost: int) -> None:
         """since: when what is lost was begun."""
-        seconds, seen = time.monotonic() - since, _in_short(failure)
+        seconds, seen = time.monotonic() - since, in_short(failure)
         self.events.add(
-            f"{member.name} was lost", done, seconds, stage="ppo", role=member.role, step=self.step + steps_lost + 1,
+            f"{member.name} was lost", done, seconds, stage="ppo", role=member.role, step=self.step + steps_lost,
             phase=phase, seen=seen, steps_lost=steps_lost,
         )  # fmt: skip
-        words = f"{member.name} was lost in step {self.step + steps_lost + 1}, {phase}: {seen}"
-        lost = f"{seconds:.1f} s" + (f" and {_counted(steps_lost, 'finished step')}" if steps_lost else "")
+        words = f"{member.name} was lost after step {self.step + steps_lost}, {phase}: {seen}"
+        lost = f"{seconds:.1f} s" + (f" and {counted(steps_lost, 'finished step')}" if steps_lost else "")
         self.progress({"stage": "ppo", "say": f"{words}; {done}; {lost} lost", "warns": True})
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _in_short(failure: Failure) -> str:
-    """How it was seen, without the remedy."""
-    return whole_message(failure).partition("; ")[0]
-
-
-def _listed(samples: list[str]) -> str:
-    if not samples:
-        return ""
-    more = len(samples) - SHOWN_SAMPLES
-    return f"Its samples: {'; '.join(samples[:SHOWN_SAMPLES])}{f' and {more} more' if more > 0 else ''}. "

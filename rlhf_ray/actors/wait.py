@@ -20,7 +20,7 @@ from rlhf_ray.actors.receipt import Receipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
-SHORTEST_LIMIT_S = 120.0  # no actor is taken for hung before
+SHORTEST_LIMIT_S = 300.0  # no actor is taken for hung before
 TIMES_AS_LONG = 20.0  # as the longest call of a kind; then its actor is taken for hung
 START_REMEDY = "raise resources.start_timeout_s, or look in the run folder's logs/ for what holds it up"
 
