@@ -213,6 +213,12 @@ def _died(name: str, error: RayError, kind: type[ActorDied] = ActorDied) -> Exce
         # All of its lines, one per problem; a further traceback follows a blank one.
         return UserError(sentence.strip().partition("\n\n")[0])
     return kind(
-        f"{name} died ({whole_message(error)}); see the run folder's logs/, "
+        f"{name} died ({_cause(error)}); see the run folder's logs/, "
         "then run the same command again to go on from the last checkpoint"
     )
+
+
+def _cause(error: RayError) -> str:
+    """What Ray says of a dead process, without the ids before it and the advice behind it."""
+    words = whole_message(error).rpartition("Worker exit detail: ")[2]
+    return words.partition(" Some common causes include")[0].removesuffix(".")
