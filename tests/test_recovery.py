@@ -142,13 +142,14 @@ def test_an_actor_of_each_stateless_role_dies(run_with, undisturbed):
 
 
 def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
-    """After an update, in one, and in the last checkpoint: only what came after the newest snapshot is done again."""
+    """After an update, in a checkpoint, in an update: only what came after the newest snapshot is done again."""
     ended = run_with(TRAINED)
     same(ended, undisturbed)
+    # The first save is that of the restored state, so that a lost rank never leaves a run without a checkpoint on disk.
     assert [(event["what"], event["step"], event["steps_lost"]) for event in ended.events] == [
-        ("policy rank 0 was lost", 1, 0), ("critic rank 0 was lost", 2, 0), ("policy rank 0 was lost", 4, 0),
+        ("policy rank 0 was lost", 1, 0), ("policy rank 0 was lost", 2, 0), ("critic rank 0 was lost", 2, 0),
     ]  # fmt: skip
-    assert [event["done"][-12:] for event in ended.events] == [f"{step} (snapshot)" for step in (1, 2, 4)]
+    assert [event["done"][-12:] for event in ended.events] == [f"{step} (snapshot)" for step in (1, 2, 2)]
 
 
 def test_a_call_that_ends_two_actors_stops_the_run_and_names_its_samples(run_with):
