@@ -42,7 +42,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 RAY = ("test_addresses.py", "test_bench_commands.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py",
        "test_not_finite_ray.py",
-       "test_ppo_ray.py", "test_ray_output.py", "test_ray_start.py", "test_serving.py", "test_serving_faults.py",
+       "test_ppo_ray.py", "test_ray_output.py", "test_ray_start.py", "test_recovery.py", "test_serving.py",
+       "test_serving_faults.py",
        "test_supervised.py", "test_weight_transport.py")  # fmt: skip
 
 

@@ -825,7 +825,7 @@ def test_terms_judge_and_length_are_metrics(folder):
 
 def test_log_probs_that_do_not_repeat_stop_the_run(folder):
     """Old log-probs of another temperature: the first ratio is not 1, and nothing else would tell."""
-    recipe = tiny_recipe(ppo={"max_mismatch": 100.0})
+    recipe = tiny_recipe(ppo={"max_mismatch": 100.0, "max_mismatch_kl": 100.0})
     roles = LocalRoles(recipe, folder)
     policy, logprobs = roles.policy.roles[0], roles.policy.roles[0].logprobs
 

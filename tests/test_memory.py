@@ -77,8 +77,9 @@ def test_what_truncated_sampling_keeps_is_in_the_plan():
 
 
 def test_the_object_store_has_room_for_what_is_kept(monkeypatch):
-    """As much as half of the shared memory holds: GPT-2 with 2 blocks of width 32 has 37,120 weights."""
-    base, step = 512 * 2**20 + 12 * 37_120, 2 * 80 * (150 * 4 + 8)
+    """As much as half of the shared memory holds: GPT-2 with 2 blocks of width 32 has 37,120 weights, and so has its critic. Two
+    snapshots of both hold weights and two moments."""
+    base, step = 512 * 2**20 + 12 * 37_120 + 2 * 12 * 2 * 37_120, 2 * 80 * (150 * 4 + 8)
     sizes = {}
     for free in (0, 2 * base + 2 * 1000, 10 * base):
         monkeypatch.setattr(run_recipe, "shared_memory_bytes", lambda free=free: free)

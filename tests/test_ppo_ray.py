@@ -1,12 +1,14 @@
 """PPO over real Ray actors, from start models to final model: stopped, resumed, spread over ranks. And waiting."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
+from rlhf_ray.actors.calls import members
 from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
@@ -416,11 +419,11 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
     ranks = [toy, Toy.remote()]
     waiting = waiter()
     rollout = ray.put(7)
-    (both,) = PolicyGroup("policy", ranks, waiting).logprobs([rollout])
+    (both,) = PolicyGroup(members("policy", ranks)).logprobs([rollout])
     waiting.wait([both], "log-probs")
     assert waiting.take_totals() == {"busy/policy_s": 1.0, "bytes/policy": 16.0}
     ray.kill(ranks[1])
-    results = PolicyGroup("policy", ranks, waiting).logprobs([rollout])
+    results = PolicyGroup(members("policy", ranks)).logprobs([rollout])
     with pytest.raises(ActorDied, match=r"policy actor 1 \(chunk 1\) died"):
         waiting.wait(results, "log-probs")
 
@@ -428,7 +431,7 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
 @pytest.mark.parametrize("in_flight", [True, False])
 def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session, in_flight):
     actor, waiting = SlowGenerator.remote(), waiter()
-    group = GenerationGroup([actor], waiting, in_flight)
+    group = GenerationGroup(members("generation", [actor]), in_flight)
     chunks = cut_chunks(1, range(4), 1, 1)
     rollouts = group.generate(chunks)
     waiting.wait(rollouts[:1], "the first")
@@ -507,3 +510,18 @@ def test_what_was_waited_for_is_let_go(toy):
     assert sys.getrefcount(result) > held
     waiting.wait([result], "a test")
     assert sys.getrefcount(result) == held
+
+
+def test_a_call_that_was_waited_for_goes_with_its_handle(toy):
+    """At once, not when the garbage collector comes by: it holds a rollout in the object store."""
+    waiting, (member,) = waiter(), members("toy", [toy])
+    (handle,) = member.call("large", 10, name="toy", receipt=True)
+    (second,) = member.call("answer", handle, name="toy (second)")
+    waiting.wait([handle, second], "a test")
+    calls = [weakref.ref(each.call) for each in (handle, second)]
+    gc.disable()
+    try:
+        del handle, second
+        assert [call() for call in calls] == [None, None] and member.calls == []
+    finally:
+        gc.enable()

@@ -14,6 +14,7 @@ from collections import deque
 import numpy as np
 import ray
 
+from rlhf_ray.actors.calls import members
 from rlhf_ray.actors.groups import (
     ExperienceHandle,
     GenerationGroup,
@@ -30,6 +31,7 @@ from rlhf_ray.messages import Scores
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 
 CHUNKS = 4  # of a step
+GROUPS = {"reward": RewardGroup, "reference": ReferenceGroup, "policy": PolicyGroup}
 MODES = {"alternating": {}, "1 ahead": {"steps_ahead": 1}, "2 ahead": {"steps_ahead": 2},
          "1 ahead, in flight": {"steps_ahead": 1, "weights_in_flight": True}}  # fmt: skip
 
@@ -100,9 +102,9 @@ def seconds_of(actors: dict, mode: dict, *, generate: float, train: float, steps
         for name, actor in actors.items()
     ], "start")  # fmt: skip
     roles = RayRoles(
-        GenerationGroup([generator], waiter, in_flight), RewardGroup("reward", [actors["reward"]], waiter),
-        ReferenceGroup("reference", [actors["reference"]], waiter), PolicyGroup("policy", [actors["policy"]], waiter),
-        None, ExperienceHandle(actors["experience"], waiter, 1, 0, 1), waiter,
+        GenerationGroup(members("generation", [generator]), in_flight),
+        *(group(members(role, [actors[role]])) for role, group in GROUPS.items()),
+        None, ExperienceHandle(*members("experience", [actors["experience"]]), 1, 0, 1), waiter,
     )  # fmt: skip
     records = []
     hooks = LoopHooks(

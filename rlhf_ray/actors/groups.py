@@ -1,4 +1,4 @@
-"""The roles as groups of actors, with the methods of `ppo.step.Roles`. Handles are ObjectRefs."""
+"""The roles as groups of actors, with the methods of `ppo.step.Roles`. Handles are those of `actors.calls`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
+from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.weight_transport import Transport, choose_transport
@@ -15,170 +14,172 @@ from rlhf_ray.config import ResourcesConfig
 from rlhf_ray.messages import Chunk
 
 WEIGHT_PART_BYTES = 256 * 1024**2
-Refs = Sequence[ray.ObjectRef]
+Handles = Sequence[Handle]
 
 
 class GenerationGroup:
     """Chunk i goes to actor i modulo their number. The result does not depend on which actor that is."""
 
-    def __init__(self, actors: Sequence[Any], waiter: Waiter, in_flight: bool = False, sleeps: bool = False):
+    def __init__(self, members: Sequence[Member], in_flight: bool = False, sleeps: bool = False):
         """in_flight: an actor takes new weights between two chunks. Otherwise it first draws all chunks that it was asked for.
 
         sleeps: an actor frees its GPU memory after the last chunk that it was asked for.
         """
-        self.actors, self.waiter, self.in_flight, self.sleeps = actors, waiter, in_flight, sleeps
+        self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
         self.by_channel = False  # `connect_weights`
 
-    def generate(self, chunks: Sequence[Chunk]) -> list[ray.ObjectRef]:
+    def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
         for i, chunk in enumerate(chunks):
-            number = i % len(self.actors)
-            last = (True,) if self.sleeps and i + len(self.actors) >= len(chunks) else ()
-            rollout, receipt = self.actors[number].generate.options(num_returns=2).remote(chunk, *last)
-            name = f"generation actor {number} (step {chunk.step}, chunk {chunk.index})"
-            handles.append(self.waiter.track(rollout, name, receipt))
+            member = self.members[i % len(self.members)]
+            last = (True,) if self.sleeps and i + len(self.members) >= len(chunks) else ()
+            name = f"{member.name} (step {chunk.step}, chunk {chunk.index})"
+            handles += member.call("generate", chunk, *last, name=name, receipt=True)
         return handles
 
-    def load_weights(self, weights: Refs, policy_version: int) -> list[ray.ObjectRef]:
-        return [
-            self.waiter.track(
-                self._take(actor, policy_version, weights),
-                f"generation actor {number} (weights of version {policy_version})",
-            )
-            for number, actor in enumerate(self.actors)
-        ]
-
-    def _take(self, actor: Any, policy_version: int, weights: Refs) -> ray.ObjectRef:
+    def load_weights(self, weights: Handles, policy_version: int) -> list[Handle]:
+        method, group = "load_weights", None
         if self.by_channel:  # the actor receives while the policy sends; `weights` only tell that the sending has ended
-            return actor.receive_weights.remote(policy_version)
-        if self.in_flight:
-            update = actor.update_weights_in_flight.options(concurrency_group=IN_FLIGHT)
-        else:
-            update = actor.load_weights
-        return update.remote(policy_version, *weights)
+            method, weights = "receive_weights", ()
+        elif self.in_flight:
+            method, group = "update_weights_in_flight", IN_FLIGHT
+        handles = []
+        for member in self.members:
+            name = f"{member.name} (weights of version {policy_version})"
+            options = {"concurrency_group": group, "brings_weights": True}
+            handles += member.call(method, policy_version, *weights, name=name, **options)
+        return handles
 
 
 class ChunkGroup:
     """Actors that turn each rollout into one small result: scores, reference log-probs, old log-probs, values."""
 
-    def __init__(self, role: str, actors: Sequence[Any], waiter: Waiter):
-        self.role, self.actors, self.waiter = role, actors, waiter
+    def __init__(self, members: Sequence[Member]):
+        self.members = members
 
-    def _each(self, method: str, rollouts: Refs) -> list[ray.ObjectRef]:
+    def _each(self, method: str, rollouts: Handles) -> list[Handle]:
         handles = []
         for i, rollout in enumerate(rollouts):
-            number = i % len(self.actors)
-            # getattr: Ray makes an actor's methods as attributes of its handle, and has no other way to name one.
-            call = getattr(self.actors[number], method).options(num_returns=2)
-            result, receipt = call.remote(rollout)
-            handles.append(self.waiter.track(result, f"{self.role} actor {number} (chunk {i})", receipt))
+            member = self.members[i % len(self.members)]
+            handles += member.call(method, rollout, name=f"{member.name} (chunk {i})", receipt=True)
         return handles
 
 
 class RewardGroup(ChunkGroup):
-    def score(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def score(self, rollouts: Handles) -> list[Handle]:
         return self._each("score", rollouts)
 
-    def judge(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def judge(self, rollouts: Handles) -> list[Handle]:
         return self._each("judge", rollouts)
 
-    def texts(self, rollout: ray.ObjectRef, count: int) -> ray.ObjectRef:
-        return self.waiter.track(self.actors[0].texts.remote(rollout, count), "reward actor 0 (texts)")
+    def texts(self, rollout: Handle, count: int) -> Handle:
+        (handle,) = self.members[0].call("texts", rollout, count, name=f"{self.members[0].name} (texts)")
+        return handle
 
 
 class ReferenceGroup(ChunkGroup):
-    def logprobs(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._each("logprobs", rollouts)
 
 
 class TrainerGroup(ChunkGroup):
     """The ranks of a DeepSpeed group. A collective call goes to all of them."""
 
-    def _forward(self, method: str, rollouts: Refs) -> list[ray.ObjectRef]:
+    weight_bytes = 0  # of what trains, in float32
+    start: Path  # the model that it is built from
+
+    @property
+    def role(self) -> str:
+        return self.members[0].role
+
+    def _forward(self, method: str, rollouts: Handles) -> list[Handle]:
         """Like `_each`, with equally many forward passes on every rank.
 
         A ZeRO-3 forward pass gathers from all ranks. If one rank has a pass less, the others wait forever.
         """
-        short = -len(rollouts) % len(self.actors)
+        short = -len(rollouts) % len(self.members)
         results = self._each(method, [*rollouts, *[rollouts[0]] * short])
         results, surplus = results[: len(rollouts)], results[len(rollouts) :]
         # A surplus pass that fails blocks the other ranks. So whoever waits for the first result waits for these too.
-        self.waiter.put_beside(surplus, results[0])
+        results[0].call.beside = surplus
         return results
 
-    def update(self, shards: Refs, *rates: float) -> list[ray.ObjectRef]:
+    def update(self, shards: Handles, *rates: float) -> list[Handle]:
         handles = []
-        for rank, (actor, shard) in enumerate(zip(self.actors, shards, strict=True)):
-            stats, receipt = actor.update.options(num_returns=2).remote(shard, *rates)
-            name = f"{self.role} rank {rank} (update)"
-            handles.append(self.waiter.track(stats, name, receipt, account=f"{self.role}_update"))
+        for member, shard in zip(self.members, shards, strict=True):
+            name, account = f"{member.name} (update)", f"{member.role}_update"
+            handles += member.call("update", shard, *rates, name=name, receipt=True, account=account)
         return handles
 
-    def call(self, method: str, *args: Any) -> list[ray.ObjectRef]:
+    def call(self, method: str, *args: Any) -> list[Handle]:
         return [
-            # getattr: as in `_each`.
-            self.waiter.track(getattr(actor, method).remote(*args), f"{self.role} rank {rank} ({method})")
-            for rank, actor in enumerate(self.actors)
+            handle for member in self.members for handle in member.call(method, *args, name=f"{member.name} ({method})")
+        ]
+
+    def snapshot(self) -> list[Handle]:
+        """Each rank's share of the state, beside the number of optimiser steps."""
+        return [
+            handle
+            for member in self.members
+            for handle in member.call("snapshot", name=f"{member.name} (snapshot)", returns=2)
         ]
 
 
 class PolicyGroup(TrainerGroup):
-    weight_bytes = 0  # of what trains, in float32
     transport: Transport = "object_store"  # `connect_weights`
 
-    def logprobs(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("logprobs", rollouts)
 
-    def reference_logprobs(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def reference_logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("reference_logprobs", rollouts)
 
-    def weights(self) -> list[ray.ObjectRef]:
+    def weights(self) -> list[Handle]:
         """Rank 0's parts, and one empty part of each other rank. All ranks make the call, because ZeRO-3 gathers from all.
 
         Over a channel the parts are empty: the generators receive the weights while the policy sends them.
         """
+        method, args, parts = "send_weights", (), 1
         if self.transport == "object_store":
             parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
-            answers = [actor.weights.options(num_returns=parts + 1).remote(parts) for actor in self.actors]
+            method, args = "weights", (parts,)
         elif self.transport == "ipc":
-            answers = [actor.shared_weights.options(num_returns=2).remote(1) for actor in self.actors]
-        else:
-            answers = [actor.send_weights.options(num_returns=2).remote() for actor in self.actors]
-        for rank, (first, *_, receipt) in enumerate(answers):
-            self.waiter.track(first, f"policy rank {rank} (weights)", receipt, account="policy_sync")
-        return [*answers[0][:-1], *(others[0] for others in answers[1:])]
+            method, args = "shared_weights", (1,)
+        answers = [
+            member.call(
+                method, *args, name=f"{member.name} (weights)", returns=parts, receipt=True, account="policy_sync"
+            )
+            for member in self.members
+        ]
+        return [*answers[0], *(others[0] for others in answers[1:])]
 
 
 def connect_weights(
-    policy: PolicyGroup, generation: GenerationGroup, resources: ResourcesConfig, *, waits: bool
+    policy: PolicyGroup, generation: GenerationGroup, waiter: Waiter, resources: ResourcesConfig, *, waits: bool
 ) -> None:
     """Choose how weights travel (`actors.weight_transport`). For a broadcast, its members meet here.
 
     waits: the policy goes on training only after each sync has ended.
     """
-    waiter, everyone = policy.waiter, [policy.actors[0], *generation.actors]
+    everyone = [policy.members[0], *generation.members]
 
-    def answers(handles: list[ray.ObjectRef], what: str) -> list:
+    def answers(handles: list[Handle], what: str) -> list:
         return waiter.get(handles, what, resources.start_timeout_s, START_REMEDY)
 
     what = "where policy and generation compute"
-    places = answers([waiter.track(actor.place.remote(), what) for actor in everyone], what)
+    places = answers([handle for member in everyone for handle in member.call("place", name=what)], what)
     policy.transport = choose_transport(resources.weight_transport, places[0], places[1:], waits=waits)
     generation.by_channel = policy.transport == "collective"
     if not generation.by_channel:
         return
     layout, dtype = answers(policy.call("weight_layout"), "the names of the policy's weights")[0]
-    address = waiter.track(policy.actors[0].address.remote(), "policy rank 0 (address)")
-    (where,) = answers([address], "the policy's address")
+    address = policy.members[0].call("address", name="policy rank 0 (address)")
+    (where,) = answers(address, "the policy's address")
     timeout_s = resources.call_timeout_s
     meeting = policy.call("open_channel", len(everyone), *where, layout, timeout_s)
-    meeting += [
-        waiter.track(
-            actor.open_channel.remote(rank, len(everyone), *where, layout, dtype, timeout_s),
-            f"generation actor {rank - 1} (channel for weights)",
-        )
-        for rank, actor in enumerate(generation.actors, start=1)
-    ]
+    for rank, member in enumerate(generation.members, start=1):
+        place = rank, len(everyone), *where, layout, dtype, timeout_s
+        meeting += member.call("open_channel", *place, name=f"{member.name} (channel for weights)")
     answers(meeting, "policy and generation to meet")
 
 
@@ -188,52 +189,55 @@ class AdapterOff:
     def __init__(self, policy: PolicyGroup):
         self.policy = policy
 
-    def logprobs(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self.policy.reference_logprobs(rollouts)
 
 
 class CriticGroup(TrainerGroup):
-    def values(self, rollouts: Refs) -> list[ray.ObjectRef]:
+    def values(self, rollouts: Handles) -> list[Handle]:
         return self._forward("values", rollouts)
 
 
 class ExperienceHandle:
-    def __init__(self, actor: Any, waiter: Waiter, policy_ranks: int, critic_ranks: int, group_size: int):
-        self.actor, self.waiter, self.group_size = actor, waiter, group_size
+    def __init__(self, member: Member, policy_ranks: int, critic_ranks: int, group_size: int):
+        self.member, self.group_size = member, group_size
         self.policy_ranks, self.critic_ranks = policy_ranks, critic_ranks
 
     def assemble(
-        self, rollouts: Refs, scores: Refs, ref_logprobs: Refs, old_logprobs: Refs, old_values: Refs, kl_coef: float
-    ) -> tuple[ray.ObjectRef, list[ray.ObjectRef], list[ray.ObjectRef]]:
+        self, rollouts: Handles, scores: Handles, ref_logprobs: Handles, old_logprobs: Handles, old_values: Handles,
+        kl_coef: float,
+    ) -> tuple[Handle, list[Handle], list[Handle]]:  # fmt: skip
         """(statistics, the policy's shards, the critic's shards)."""
-        returns = 1 + self.policy_ranks + self.critic_ranks
-        stats, *shards, receipt = self.actor.assemble.options(num_returns=returns + 1).remote(
-            len(rollouts), kl_coef, *rollouts, *scores, *ref_logprobs, *old_logprobs, *old_values
-        )
-        self.waiter.track(stats, "experience", receipt)
+        stats, *shards = self.member.call(
+            "assemble", len(rollouts), kl_coef, *rollouts, *scores, *ref_logprobs, *old_logprobs, *old_values,
+            name="experience", returns=1 + self.policy_ranks + self.critic_ranks, receipt=True,
+        )  # fmt: skip
         return stats, shards[: self.policy_ranks], shards[self.policy_ranks :]
 
-    def own_mismatch(self, rollouts: Refs, logprobs: Refs) -> ray.ObjectRef:
-        ref = self.actor.own_mismatch.remote(len(rollouts), *rollouts, *logprobs)
-        return self.waiter.track(ref, "experience (mismatch)")
+    def own_mismatch(self, rollouts: Handles, logprobs: Handles) -> Handle:
+        return self._one("own_mismatch", len(rollouts), *rollouts, *logprobs, name="experience (mismatch)")
 
-    def zero_variance(self, scores: Refs) -> ray.ObjectRef:
-        return self.waiter.track(self.actor.zero_variance.remote(*scores), "experience (zero-variance groups)")
+    def zero_variance(self, scores: Handles) -> Handle:
+        return self._one("zero_variance", *scores, name="experience (zero-variance groups)")
 
     def pack(
-        self, rollouts: Refs, scores: Refs, prompts: int, chunk_size: int
-    ) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+        self, rollouts: Handles, scores: Handles, prompts: int, chunk_size: int
+    ) -> tuple[list[Handle], list[Handle]]:
         """(rollouts, scores) of `prompts` prompts, in chunks of chunk_size."""
         chunks = -(-prompts * self.group_size // chunk_size)
-        call = self.actor.pack.options(num_returns=2 * chunks + 1)
-        *packed, receipt = call.remote(len(rollouts), prompts, chunk_size, *rollouts, *scores)
-        for ref in packed:
-            self.waiter.track(ref, "experience (pack)", receipt)
+        packed = self.member.call(
+            "pack", len(rollouts), prompts, chunk_size, *rollouts, *scores,
+            name="experience (pack)", returns=2 * chunks, receipt=True,
+        )  # fmt: skip
         return packed[:chunks], packed[chunks:]
 
-    def evaluate(self, rollouts: Refs, scores: Refs, ref_logprobs: Refs, judged: Refs) -> ray.ObjectRef:
-        ref = self.actor.evaluate.remote(len(rollouts), *rollouts, *scores, *ref_logprobs, *judged)
-        return self.waiter.track(ref, "experience (evaluation)")
+    def evaluate(self, rollouts: Handles, scores: Handles, ref_logprobs: Handles, judged: Handles) -> Handle:
+        parts = *rollouts, *scores, *ref_logprobs, *judged
+        return self._one("evaluate", len(rollouts), *parts, name="experience (evaluation)")
+
+    def _one(self, method: str, *args: Any, name: str) -> Handle:
+        (handle,) = self.member.call(method, *args, name=name)
+        return handle
 
 
 class RayRoles:
@@ -252,25 +256,31 @@ class RayRoles:
         self.generation, self.reward, self.reference = generation, reward, reference
         self.policy, self.critic, self.experience, self.waiter = policy, critic, experience, waiter
 
-    def wait(self, handles: Refs, what: str) -> None:
+    def wait(self, handles: Handles, what: str) -> None:
         self.waiter.wait(handles, what)
 
-    def get(self, handles: Refs, what: str) -> list[Any]:
+    def get(self, handles: Handles, what: str) -> list[Any]:
         return self.waiter.get(handles, what)
 
     @property
     def trained(self) -> list[TrainerGroup]:
         return [self.policy] if self.critic is None else [self.policy, self.critic]
 
-    def join(self, policy_start: Path, critic_start: Path, deadline_s: float) -> None:
+    @property
+    def members(self) -> list[Member]:
+        stateless = [*self.generation.members, *self.reward.members, self.experience.member]
+        reference = [] if isinstance(self.reference, AdapterOff) else self.reference.members
+        return [*stateless, *reference, *(member for group in self.trained for member in group.members)]
+
+    def join(self, groups: Sequence[TrainerGroup], deadline_s: float) -> None:
         """The ranks of each DeepSpeed group meet at its rank 0."""
-        groups = list(zip(self.trained, (policy_start, critic_start), strict=False))  # no critic, no second
         places = [
-            self.waiter.track(group.actors[0].address.remote(), f"{group.role} rank 0 (address)") for group, _ in groups
+            handle
+            for group in groups
+            for handle in group.members[0].call("address", name=f"{group.members[0].name} (address)")
         ]
         places = self.waiter.get(places, "start of the trainers", deadline_s, START_REMEDY)
-        joining = [group.call("join", start, *place) for (group, start), place in zip(groups, places, strict=True)]
-        answers = self.waiter.get(joining[0], "start of the policy group", deadline_s, START_REMEDY)
-        self.policy.weight_bytes = answers[0]
-        for handles in joining[1:]:
-            self.waiter.wait(handles, "start of the critic group", deadline_s, START_REMEDY)
+        joining = [group.call("join", group.start, *place) for group, place in zip(groups, places, strict=True)]
+        for group, handles in zip(groups, joining, strict=True):
+            answers = self.waiter.get(handles, f"start of the {group.role} group", deadline_s, START_REMEDY)
+            group.weight_bytes = answers[0]

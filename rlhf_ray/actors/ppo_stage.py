@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
 
+from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -21,6 +23,7 @@ from rlhf_ray.actors.groups import (
     connect_weights,
 )
 from rlhf_ray.actors.placement import Placement
+from rlhf_ray.actors.recovery import Recovery, state_in
 from rlhf_ray.actors.role_actors import (
     CriticActor,
     ExperienceActor,
@@ -33,7 +36,7 @@ from rlhf_ray.actors.role_actors import (
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
-from rlhf_ray.config import PPOConfig, Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import check_columns, count_rows
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.models.card import model_card
@@ -57,66 +60,52 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
         alone="generation" if spins else None, runtime_env=runtime_env,
     ) as placement:  # fmt: skip
 
-        def actors(kind, role: str, config: RoleConfig, *args):
+        def group(kind, role: str, config: RoleConfig, *args, word: str = "actor") -> list[Member]:
             return [
-                kind.options(**placement.options(role, number)).remote(
-                    f"{role}-{number}",
-                    recipe,
-                    folder,
-                    config,
+                Member(role, number, partial(
+                    kind.options(**placement.options(role, number)).remote, f"{role}-{number}", recipe, folder, config,
                     *(part(number) if callable(part) else part for part in args),
-                )
+                ), word)
                 for number in range(config.actors)
-            ]
+            ]  # fmt: skip
+
+        def ranks(kind, role: str, config: GroupConfig) -> list[Member]:
+            return group(kind, role, config, lambda rank: rank, config.actors, word="rank")
 
         in_flight = recipe.ppo.weights_in_flight
         # Other roles compute on the same GPU once everything is drawn.
         sleeps = 0 < resources.generation.gpus < 1 and recipe.ppo.steps_ahead == 0
         generator = InFlightGenerationActor if in_flight else GenerationActor
-        generation = actors(generator, "generation", resources.generation, start)
-        reward = actors(RewardActor, "reward", resources.reward, start)
+        generation = group(generator, "generation", resources.generation, start)
+        reward = group(RewardActor, "reward", resources.reward, start)
         reference = []
         if "reference" in recipe.ppo_roles:
-            reference = actors(ReferenceActor, "reference", resources.reference, start)
-        policy = actors(PolicyActor, "policy", resources.policy, lambda rank: rank, resources.policy.actors)
-        critic = []
+            reference = group(ReferenceActor, "reference", resources.reference, start)
+        policy = PolicyGroup(ranks(PolicyActor, "policy", resources.policy))
+        policy.start, critic = Path(start), None
         if recipe.ppo.has_critic:
-            critic = actors(CriticActor, "critic", resources.critic, lambda rank: rank, resources.critic.actors)
-        experience = ExperienceActor.options(num_cpus=0, runtime_env=runtime_env).remote(
-            "experience-0", recipe, folder, RoleConfig(threads=1)
+            critic = CriticGroup(ranks(CriticActor, "critic", resources.critic))
+            critic.start = Path(critic_start)
+        make_experience = ExperienceActor.options(num_cpus=0, runtime_env=runtime_env).remote
+        experience = Member(
+            "experience", 0, partial(make_experience, "experience-0", recipe, folder, RoleConfig(threads=1))
         )
-        everyone = [*generation, *reward, *reference, *policy, *critic, experience]
-        names = [
-            f"{role} actor {number}"
-            for role, group in (
-                ("generation", generation),
-                ("reward", reward),
-                ("reference", reference),
-                ("policy", policy),
-                ("critic", critic),
-            )
-            for number in range(len(group))
-        ]
+        roles = RayRoles(
+            GenerationGroup(generation, in_flight, sleeps), RewardGroup(reward),
+            ReferenceGroup(reference) if reference else AdapterOff(policy), policy, critic,
+            ExperienceHandle(
+                experience, resources.policy.actors, resources.critic.actors if critic else 0, recipe.ppo.samples_per_prompt
+            ), waiter,
+        )  # fmt: skip
         try:
-            policy_group = PolicyGroup("policy", policy, waiter)
-            generation_group = GenerationGroup(generation, waiter, in_flight, sleeps=sleeps)
-            roles = RayRoles(
-                generation_group, RewardGroup("reward", reward, waiter),
-                ReferenceGroup("reference", reference, waiter) if reference else AdapterOff(policy_group), policy_group,
-                CriticGroup("critic", critic, waiter) if critic else None,
-                ExperienceHandle(experience, waiter, len(policy), len(critic), recipe.ppo.samples_per_prompt), waiter,
-            )  # fmt: skip
-            ready = [
-                waiter.track(actor.ready.remote(), f"{name} (start)")
-                for actor, name in zip(everyone, [*names, "experience"], strict=True)
-            ]
-            roles.join(Path(start), Path(critic_start), resources.start_timeout_s)
+            ready = [waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in roles.members]
+            roles.join(roles.trained, resources.start_timeout_s)
             waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
-            connect_weights(policy_group, generation_group, resources, waits=recipe.ppo.steps_ahead == 0)
+            connect_weights(policy, roles.generation, waiter, resources, waits=recipe.ppo.steps_ahead == 0)
             yield roles
         finally:
-            for actor in everyone:
-                ray.kill(actor)
+            for member in roles.members:
+                ray.kill(member.actor)
 
 
 def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
@@ -149,11 +138,9 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         ),
     )
     if last is not None:
-        state = LoopState.from_json(checkpoint.read_state(last))
+        state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state)  # where the run died between the two
-        if ppo.adaptive_kl is None:
-            state = LoopState.from_json(state.to_json() | {"kl_coef": ppo.kl_coef})
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
     with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
@@ -163,17 +150,29 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     ) as metrics:  # fmt: skip
         if last is not None:
             waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
-        hooks = _hooks(recipe, folder, roles, waiter, metrics, progress)
-        loop = PPOLoop(
-            roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
-            chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
-        )  # fmt: skip
-        finished = loop.run()
-        if not finished:
+        recovery = Recovery(recipe, roles, waiter, stage.checkpoints, events=EventLog(folder.events), progress=progress)
+        waiter.mend = recovery.mend
+
+        def train(state: LoopState) -> PPOLoop:
+            """The stage from a state of policy and critic on."""
+            hooks = _hooks(recipe, folder, roles, metrics, progress, recovery, lambda: loop.state)
+            loop = PPOLoop(
+                roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
+                chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
+            )  # fmt: skip
+            metrics.drop_after(state.step or -1)
+            if state.step > 0 and checkpoint.step_folder(stage.checkpoints, state.step) not in checkpoint.complete(
+                stage.checkpoints
+            ):
+                hooks.save(state)  # the loop takes it that a state of an earlier step is that of a checkpoint
+            if loop.run() and not rolls_back(loop.state, ppo):
+                adapter = stage.path / "adapter" if ppo.lora is not None else None
+                _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
+            return loop
+
+        loop = recovery.run(train, state)
+        if not loop.finished:
             raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
-        if not rolls_back(loop.state, ppo):
-            adapter = stage.path / "adapter" if ppo.lora is not None else None
-            _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
@@ -225,7 +224,7 @@ def publish_best(folder: RunFolder, state: LoopState) -> None:
         shutil.rmtree(other)
 
 
-def _of_all(roles: RayRoles, method: str, *args) -> list[ray.ObjectRef]:
+def _of_all(roles: RayRoles, method: str, *args) -> list[Handle]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
 
 
@@ -250,13 +249,20 @@ def _same_files(one: Path, other: Path, *names: str) -> bool:
 
 
 def _hooks(
-    recipe: Recipe, folder: RunFolder, roles: RayRoles, waiter: Waiter, metrics: MetricsWriter, progress: Progress
+    recipe: Recipe,
+    folder: RunFolder,
+    roles: RayRoles,
+    metrics: MetricsWriter,
+    progress: Progress,
+    recovery: Recovery,
+    state_now: Callable[[], LoopState],
 ) -> LoopHooks:
-    stage = folder.stage("ppo")
+    stage, waiter = folder.stage("ppo"), roles.waiter
 
     def record(step: int, values: dict[str, float]) -> None:
-        values = values | waiter.take_totals()
+        values = values | waiter.take_totals() | recovery.budget.take_failures()
         metrics.write(step, values)
+        recovery.step_done(state_now())
         progress({"stage": "ppo", "step": step, "total": recipe.ppo.steps, "metrics": values})
 
     def samples(step: int, texts: list[tuple[str, str]], scores: list[float]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 from rlhf_ray.actors.garbage_collection import collector_paused
 
 with collector_paused():
+    import numpy as np
     import ray
     import torch
 
+    from rlhf_ray.actors import faults
     from rlhf_ray.actors.process import set_up_process
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
@@ -22,7 +24,8 @@ class RoleActor:
     """Set-up that all actors share. Not an actor itself."""
 
     def __init__(self, name: str, recipe: Recipe, folder: RunFolder, settings: RoleConfig, *args):
-        self.recipe, self.folder, self.settings = recipe, folder, settings
+        self.name, self.recipe, self.folder, self.settings = name, recipe, folder, settings
+        faults.tell_process(name)
         self.device = set_up_process(name, folder.logs, threads=settings.threads, gpus=settings.gpus)
         with collector_paused():
             self.build(*args)
@@ -75,6 +78,7 @@ class Generation(RoleActor, GenerationEnd):
         return self.role.generate(chunk, last)
 
 
+Generation = faults.with_points(Generation)
 GenerationActor = ray.remote(Generation)
 #: Calls of this concurrency group run in a thread of their own, so weights arrive while the actor generates.
 IN_FLIGHT = "in_flight"
@@ -82,6 +86,7 @@ InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generati
 
 
 @ray.remote
+@faults.with_points
 class RewardActor(RoleActor):
     def build(self, start: Path):
         from rlhf_ray.data.store import read_prompt_columns
@@ -109,6 +114,7 @@ class RewardActor(RoleActor):
 
 
 @ray.remote
+@faults.with_points
 class ReferenceActor(RoleActor):
     def build(self, start: Path):
         from rlhf_ray.roles.reference import Reference
@@ -126,6 +132,7 @@ class ReferenceActor(RoleActor):
 
 
 @ray.remote
+@faults.with_points
 class ExperienceActor(RoleActor):
     def build(self):
         from rlhf_ray.roles.configs import experience_config
@@ -209,15 +216,40 @@ class TrainerActor(RoleActor):
         write_rank(folder, self.role_name, self.rank, self.ranks, engine.state(), engine.steps_taken)
         return self.rank
 
+    def snapshot(self) -> tuple[dict[str, np.ndarray], int]:
+        """This rank's share of the state, by name, and the optimiser steps taken."""
+        engine = self.role.engine
+        state = enumerate(engine.state())
+        # Ray copies what a call returns into its store before this actor's next call, but ZeRO-3 takes its weights back at once.
+        copy = self.settings.zero_stage == 3
+        share = {
+            name: tensor.detach().to("cpu", torch.float32, copy=copy).contiguous().numpy()
+            for number, (name, tensor) in state
+            if number % self.ranks == self.rank
+        }
+        return share, engine.steps_taken
+
+    def restore(self, *parts: Any) -> int:
+        """The inverse: what each rank's `snapshot` returned, one after the other."""
+        from rlhf_ray.models.wire import as_tensor
+
+        shares, (steps, *_) = parts[::2], parts[1::2]
+        state = {name: as_tensor(array) for share in shares for name, array in share.items()}
+        self.role.forget()
+        self.role.engine.load_state(state, steps, f"the snapshot of the {self.role_name}")
+        return steps
+
     def load(self, folder: Path) -> int:
         from rlhf_ray.ppo.checkpoint import read_role
 
         state, steps = read_role(folder, self.role_name)
+        self.role.forget()
         self.role.engine.load_state(state, steps, f"the checkpoint {folder} ({self.role_name})")
         return steps
 
 
 @ray.remote
+@faults.with_points
 class PolicyActor(TrainerActor, PolicyEnd):
     role_name = "policy"
 
@@ -280,11 +312,12 @@ class PolicyActor(TrainerActor, PolicyEnd):
 
 
 @ray.remote
+@faults.with_points
 class CriticActor(TrainerActor):
     role_name = "critic"
 
     def join(self, start: Path, address: str, port: int) -> int:
-        """Build the critic and meet the other ranks."""
+        """Build the critic and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         with collector_paused():
             from rlhf_ray.models.critic import build_critic
             from rlhf_ray.models.load import fast_attention
@@ -304,7 +337,7 @@ class CriticActor(TrainerActor):
             engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, value_clip_range=ppo.value_clip_range,
             vf_coef=ppo.vf_coef,
         )  # fmt: skip
-        return 0
+        return 4 * sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
 
     @with_receipt
     def values(self, rollout):

@@ -15,13 +15,14 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_start import refuse_second_ray
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
+from rlhf_ray.actors.snapshots import BYTES_PER_WEIGHT_BYTE, KEPT
 from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
-from rlhf_ray.models.memory import support_store_bytes, support_tokens
+from rlhf_ray.models.memory import support_store_bytes, support_tokens, trained_by_role
 from rlhf_ray.models.size import parameters
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
@@ -134,12 +135,15 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Bytes for three copies of the policy's weights in float32, for rollouts, and for the tokens that truncated sampling keeps.
+    """Bytes for three copies of the policy's weights in float32, for snapshots, for rollouts, and for the tokens that truncated
+    sampling keeps.
 
     The last are as many as there can be (`models.memory.support_tokens`), as far as half of what shared memory has left holds
     them beside the rest: Ray would put a larger store on a disk. Of this one only what overflows goes there.
     """
-    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe)
+    states = KEPT * BYTES_PER_WEIGHT_BYTE * 4 * sum(trained_by_role(recipe).values())
+    snapshots = states if states <= recipe.resources.snapshot_gb * 1e9 else 0
+    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe) + snapshots
     kept = support_store_bytes(recipe, support_tokens(recipe))
     return base + int(min(kept, max(0, shared_memory_bytes() // 2 - base)))
 

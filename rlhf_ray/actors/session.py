@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ray.exceptions import AuthenticationError
 
+from rlhf_ray.actors import faults
 from rlhf_ray.actors.ray_output import ray_output_in
 from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
 from rlhf_ray.actors.worker_start import fork_server
@@ -27,7 +28,7 @@ WORKER_ENVIRONMENT = {
     # A worker's working directory is Ray's; nothing may depend on it.
     "RAY_TRAIN_V2_ENABLED": "1",
 }
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", faults.VARIABLE)
 OBJECT_STORE_BYTES = 512 * 1024**2
 ANSWER_S = 10  # in which a cluster's port must take a connection
 

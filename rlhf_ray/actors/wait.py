@@ -15,10 +15,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors import SafetensorError
 
+from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.receipt import Receipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
+SHORTEST_LIMIT_S = 300.0  # no actor is taken for hung before
+TIMES_AS_LONG = 20.0  # as the longest call of a kind; then its actor is taken for hung
 START_REMEDY = "raise resources.start_timeout_s, or look in the run folder's logs/ for what holds it up"
 
 
@@ -27,14 +30,25 @@ class Deadline(RunFailed):
 
 
 class ActorDied(RunFailed):
-    """A process of the run ended. The run stops with its cause; the same command goes on from the last checkpoint."""
+    """A process of the run ended. Where `actors.recovery` can't help, the run stops with this cause."""
+
+
+class ArgumentLost(ActorDied):
+    """The process that made an argument of a call ended, so the call was never begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    name: str  # "reward actor 1 (step 17, chunk 3)"
-    receipt: ray.ObjectRef | None  # None: the result itself is small and is looked at
+    """A ref that is no call of the loop: it can't be sent again."""
+
+    name: str  # "reward actor 1 (start)"
+    receipt: ray.ObjectRef  # what is looked at
     account: str  # what the receipt's seconds and bytes are added to
+
+
+Awaited = Handle | ray.ObjectRef
+#: (call, what failed, what was waited for): afterwards the call is under way again. Raises what can't be mended.
+Mend = Callable[[Call, RunFailed | RayTaskError, str], None]
 
 
 class Waiter:
@@ -42,56 +56,82 @@ class Waiter:
 
     def __init__(self, deadline_s: float, remedy: str, on_wait: Callable[[str, float], None] = lambda what, s: None):
         self.deadline_s, self.remedy, self.on_wait = deadline_s, remedy, on_wait
+        self.mend: Mend | None = None  # `actors.recovery`; None: what fails is raised
         self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
+        self._longest_s: dict[tuple[str, str], float] = {}  # role and method -> compute seconds of the longest call
         self._tracked: dict[ray.ObjectRef, Tracked] = {}
-        self._beside: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
 
     def track(
         self, ref: ray.ObjectRef, name: str, receipt: ray.ObjectRef | None = None, account: str | None = None
     ) -> ray.ObjectRef:
-        """name: begins with the role, which is its account if no other is given."""
-        self._tracked[ref] = Tracked(name, receipt, account or name.split()[0])
+        """name: begins with the role, which is its account if no other is given. receipt: None: the result itself is small
+        and is looked at."""
+        self._tracked[ref] = Tracked(name, ref if receipt is None else receipt, account or name.split()[0])
         return ref
 
-    def put_beside(self, refs: list[ray.ObjectRef], other: ray.ObjectRef) -> None:
-        """Whoever waits for `other` waits for `refs` too; no caller gets `refs`."""
-        self._beside[other] = refs
-
     def wait(
-        self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None, remedy: str | None = None
+        self, handles: Sequence[Awaited], what: str, deadline_s: float | None = None, remedy: str | None = None
     ) -> None:
-        """Until all are there. Raises what a failed call raised, `Deadline` past the deadline.
+        """Until all are there. Raises what a failed call raised, `Deadline` past the deadline, unless `mend` sees to it.
 
-        remedy: the advice in the message, where this wait has a deadline of its own.
+        deadline_s: of each actor, from the last call that it has answered; None: `limit_s`. remedy: the advice in the message,
+        where this wait has a deadline of its own.
         """
-        deadline_s, remedy = deadline_s or self.deadline_s, remedy or self.remedy
-        started = time.monotonic()
-        waiting = {}
-        for ref in [each for given in refs for each in (given, *self._beside.pop(given, ()))]:
-            tracked = self._tracked.pop(ref, None)
-            if tracked is not None:  # else it was waited for already
-                waiting[tracked.receipt if tracked.receipt is not None else ref] = tracked
+        remedy = remedy or self.remedy
+        waiting = self._waiting(handles)
+        started = since = time.monotonic()
+        heard: dict[Member, float] = {}  # when an actor last answered
         pending = list(waiting)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
             for ref in done:
-                self._look_at(ref, waiting[ref], remedy)
-            seconds = time.monotonic() - started
+                each = waiting.pop(ref)
+                again = self._look_at(ref, each, what, remedy)
+                if again is not None:
+                    waiting[again] = each
+                    pending.append(again)
+                if isinstance(each, Call):
+                    heard[each.member] = time.monotonic()
             if pending:
-                name = waiting[pending[0]].name
-                self.on_wait(name, seconds)
-                if seconds > deadline_s:
-                    raise Deadline(
-                        f"waited {seconds:.0f} s for {name} during {what}, longer than {deadline_s:.0f} s; {remedy}"
+                self.on_wait(waiting[pending[0]].name, time.monotonic() - started)
+            for each in (waiting[ref] for ref in pending):
+                seconds = time.monotonic() - (heard.get(each.member, since) if isinstance(each, Call) else since)
+                limit_s = deadline_s or self.limit_s(each)
+                if seconds > limit_s:
+                    late = (
+                        f"waited {seconds:.0f} s for {each.name} during {what}, longer than {limit_s:.0f} s; {remedy}"
                     )
+                    self._mend(each, Deadline(late), what)
+                    self._be_patient(each, limit_s)
+                    since, heard = time.monotonic(), {}
 
     def get(
-        self, refs: Sequence[ray.ObjectRef], what: str, deadline_s: float | None = None, remedy: str | None = None
+        self, handles: Sequence[Awaited], what: str, deadline_s: float | None = None, remedy: str | None = None
     ) -> list[Any]:
         """`wait`, then the values: for small ones only, the controller holds no tensors."""
-        self.wait(refs, what, deadline_s, remedy)
-        return _fetch(list(refs), what, remedy or self.remedy)
+        self.wait(handles, what, deadline_s, remedy)
+        refs = [each.ref if isinstance(each, Handle) else each for each in handles]
+        return _fetch(refs, what, remedy or self.remedy)
+
+    def limit_s(self, each: Tracked | Call) -> float:
+        """How long an actor may be silent: for a call of a kind that has been answered before, far longer than any took."""
+        longest = self._longest_s.get((each.member.role, each.method)) if isinstance(each, Call) else None
+        return (
+            self.deadline_s if longest is None else min(self.deadline_s, max(SHORTEST_LIMIT_S, TIMES_AS_LONG * longest))
+        )
+
+    def there(self, call: Call) -> bool:
+        """Whether the call has ended, in whichever way."""
+        return bool(ray.wait([call.receipt], timeout=0, fetch_local=False)[0])
+
+    def failure_of(self, call: Call) -> RunFailed | RayTaskError | None:
+        """What made the call fail, if it has; None: it has not, or is under way."""
+        try:
+            _fetch([call.receipt] if self.there(call) else [], call.name, self.remedy)
+        except (RunFailed, RayTaskError) as failure:
+            return failure
+        return None
 
     def take_totals(self) -> dict[str, float]:
         """busy/<account>_s and bytes/<account> since the last call."""
@@ -100,11 +140,50 @@ class Waiter:
         self.busy_s, self.bytes = {}, {}
         return totals
 
-    def _look_at(self, ref: ray.ObjectRef, tracked: Tracked, remedy: str) -> None:
-        value = _fetch(ref, tracked.name, remedy)
+    def _waiting(self, handles: Sequence[Awaited]) -> dict[ray.ObjectRef, Tracked | Call]:
+        """What to look at -> what it is. What was waited for already is left out."""
+        waiting: dict[ray.ObjectRef, Tracked | Call] = {}
+        for handle in handles:
+            if not isinstance(handle, Handle):
+                tracked = self._tracked.pop(handle, None)
+                waiting |= {} if tracked is None else {tracked.receipt: tracked}
+                continue
+            for call in (handle.call, *(other.call for other in handle.call.beside)):
+                waiting |= {} if call.finished else {call.receipt: call}
+        return waiting
+
+    def _look_at(self, ref: ray.ObjectRef, each: Tracked | Call, what: str, remedy: str) -> ray.ObjectRef | None:
+        """Take in a finished ref. Returns another one where the call was sent again."""
+        if isinstance(each, Call) and each.receipt != ref:  # with others of its actor
+            return each.receipt
+        try:
+            value = _fetch(ref, each.name, remedy)
+        except (RunFailed, RayTaskError) as failure:
+            self._mend(each, failure, what)
+            assert isinstance(each, Call) and each.receipt != ref, f"{each.name} is mended, so it was sent again"
+            return each.receipt
         if isinstance(value, Receipt):
-            self.busy_s[tracked.account] = self.busy_s.get(tracked.account, 0.0) + value.seconds
-            self.bytes[tracked.account] = self.bytes.get(tracked.account, 0) + value.bytes
+            self._account(each, value)
+        if isinstance(each, Call):
+            each.finish()
+        return None
+
+    def _account(self, each: Tracked | Call, receipt: Receipt) -> None:
+        self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + receipt.seconds
+        self.bytes[each.account] = self.bytes.get(each.account, 0) + receipt.bytes
+        if isinstance(each, Call):
+            kind = each.member.role, each.method
+            self._longest_s[kind] = max(receipt.seconds, self._longest_s.get(kind, 0.0))
+
+    def _be_patient(self, each: Tracked | Call, limit_s: float) -> None:
+        """Where the limit was learned, it is twice as long from now on: the machine may only have been busy."""
+        if isinstance(each, Call):
+            self._longest_s[each.member.role, each.method] = 2 * limit_s / TIMES_AS_LONG
+
+    def _mend(self, each: Tracked | Call, failure: RunFailed | RayTaskError, what: str) -> None:
+        if self.mend is None or not isinstance(each, Call):
+            raise failure
+        self.mend(each, failure, what)
 
 
 def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) -> Any:
@@ -119,7 +198,7 @@ def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) ->
             raise machine_failed(name, cause) from error
         # An argument of the call never came. A plain RayError only stands for a cause that can't be pickled.
         if isinstance(cause, RayError) and type(cause) is not RayError:
-            raise _died(f"a process that {name} waited for", cause) from error
+            raise _died(f"a process that {name} waited for", cause, ArgumentLost) from error
         raise
     except GetTimeoutError as error:
         raise Deadline(f"{name} finished, but its result didn't arrive within 60 s; {remedy}") from error
@@ -127,13 +206,19 @@ def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) ->
         raise _died(name, error) from error
 
 
-def _died(name: str, error: RayError) -> Exception:
+def _died(name: str, error: RayError, kind: type[ActorDied] = ActorDied) -> Exception:
     """The error for a dead process. A UserError of an actor's constructor stays one; Ray gives it as text only."""
     _, told, sentence = str(error).rpartition("rlhf_ray.errors.UserError: ")
     if told:
         # All of its lines, one per problem; a further traceback follows a blank one.
         return UserError(sentence.strip().partition("\n\n")[0])
-    return ActorDied(
-        f"{name} died ({whole_message(error)}); see the run folder's logs/, "
+    return kind(
+        f"{name} died ({_cause(error)}); see the run folder's logs/, "
         "then run the same command again to go on from the last checkpoint"
     )
+
+
+def _cause(error: RayError) -> str:
+    """What Ray says of a dead process, without the ids before it and the advice behind it."""
+    words = whole_message(error).rpartition("Worker exit detail: ")[2]
+    return words.partition(" Some common causes include")[0].removesuffix(".")

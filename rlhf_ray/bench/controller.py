@@ -104,22 +104,23 @@ def _roles(processes: list, experience, crowd: Crowd, waiter):
     """The real groups; number i of a role is process i modulo their number. The last process is the policy's other ranks,
     which have no weights to send."""
     from rlhf_ray.actors import groups
+    from rlhf_ray.actors.calls import members
 
     *processes, without_weights = processes
 
-    def actors(count: int) -> list:
-        return [processes[number % len(processes)] for number in range(count)]
+    def actors(role: str, count: int) -> list:
+        return members(role, [processes[number % len(processes)] for number in range(count)])
 
     scorers = max(1, crowd.generators // 8)  # a scorer reads eight chunks in the time in which a generator draws one
-    policy = groups.PolicyGroup("policy", [processes[0], *[without_weights] * (crowd.ranks - 1)], waiter)
+    policy = groups.PolicyGroup(members("policy", [processes[0], *[without_weights] * (crowd.ranks - 1)]))
     policy.weight_bytes = crowd.weight_bytes
     return groups.RayRoles(
-        groups.GenerationGroup(actors(crowd.generators), waiter),
-        groups.RewardGroup("reward", actors(scorers), waiter),
-        groups.ReferenceGroup("reference", actors(scorers), waiter),
+        groups.GenerationGroup(actors("generation", crowd.generators)),
+        groups.RewardGroup(actors("reward", scorers)),
+        groups.ReferenceGroup(actors("reference", scorers)),
         policy,
-        groups.CriticGroup("critic", actors(crowd.ranks), waiter),
-        groups.ExperienceHandle(experience, waiter, crowd.ranks, crowd.ranks, 1),
+        groups.CriticGroup(actors("critic", crowd.ranks)),
+        groups.ExperienceHandle(members("experience", [experience])[0], crowd.ranks, crowd.ranks, 1),
         waiter,
     )
 

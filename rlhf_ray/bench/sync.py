@@ -49,6 +49,7 @@ def measure_sync(megabytes: list[float], *, generators: int, repeats: int, preci
 def _one_size(shape: Shape, generators: int, repeats: int, precision: Precision) -> dict:
     import ray
 
+    from rlhf_ray.actors.calls import members
     from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
     from rlhf_ray.actors.role_actors import GenerationActor, PolicyActor
     from rlhf_ray.actors.wait import Waiter
@@ -67,11 +68,11 @@ def _one_size(shape: Shape, generators: int, repeats: int, precision: Precision)
         ]
         training = PolicyActor.options(num_cpus=0.1).remote("policy-0", recipe, folder, recipe.resources.policy, 0, 1)
         try:
-            policy = PolicyGroup("policy", [training], waiter)
+            policy = PolicyGroup(members("policy", [training]))
             (place,) = waiter.get(policy.call("address"), "start")
             (policy.weight_bytes,) = waiter.get(policy.call("join", start, *place), "start")
             roles = SimpleNamespace(
-                policy=policy, generation=GenerationGroup(drawing, waiter), wait=waiter.wait, get=waiter.get
+                policy=policy, generation=GenerationGroup(members("generation", drawing)), wait=waiter.wait, get=waiter.get
             )
             return _timed(roles, waiter, repeats) | {"weights": policy.weight_bytes // 4, "layers": shape.layers,
                                                     "width": shape.width}  # fmt: skip

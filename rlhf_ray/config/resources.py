@@ -47,6 +47,22 @@ class ResourcesConfig(Section):
         1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
     )
 
+    restarts: int = option(
+        5,
+        "PPO: how many actors in a row may be lost without a finished step between, each made again, before the run stops; 0: none",
+        ge=0,
+    )
+    snapshot_every: int = option(
+        1,
+        "PPO: steps between two copies of the trained state in memory, which a lost rank of policy or critic goes back to",
+        gt=0,
+    )
+    snapshot_gb: float = option(
+        1.0,
+        "most GB that these copies (two) may take; where they would take more, a lost rank goes back to the last checkpoint",
+        ge=0,
+    )
+
     @property
     def roles(self) -> dict[str, RoleConfig]:
         """Role -> its actors."""

@@ -224,7 +224,7 @@ def check_mismatch(metrics: dict[str, float], limits: MismatchLimits) -> None:
         )
     if not kl <= limits.max_mismatch_kl:
         raise MismatchError(
-            f"the KL of generator and policy is {kl:.4f} nats a sampled token, above ppo.max_mismatch_kl = "
+            f"the KL of generator and policy is {kl:.4f} nats per sampled token, above ppo.max_mismatch_kl = "
             f"{limits.max_mismatch_kl}; {remedy} ppo.max_mismatch_kl"
         )
 

@@ -70,6 +70,10 @@ class Trainer(Generic[Shard]):
         self._kept: dict[int, list[tuple[list[int], Any]]] = {}  # chunk -> its rows and outputs
         self._kept_step = -1
 
+    def forget(self) -> None:
+        """The weights are others from now on: outputs of the old ones are of no use."""
+        self._kept, self._kept_step = {}, -1
+
     def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
         """floats: the arrays of `_floats`, each padded to [b, T]."""
         raise NotImplementedError

@@ -76,6 +76,12 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.write(step, numbers)
 
+    def drop_after(self, step: float) -> None:
+        """Take the later steps out of the file: they are taken again. Trackers get them twice, with the same numbers."""
+        self._file.close()
+        drop_after(self.path, step)
+        self._file = open(self.path, "a")  # noqa: SIM115
+
     def close(self) -> None:
         self._file.close()
         for tracker in self._trackers:

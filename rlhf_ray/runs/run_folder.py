@@ -78,7 +78,7 @@ class RunFolder:
     @property
     def stage_titles(self) -> dict[str, str]:
         """Stage -> its title, in order."""
-        return {name: words["title"] for name, words in self._stage_words().items()}
+        return {name: str(words["title"]) for name, words in self._stage_words().items()}
 
     @property
     def pair_titles(self) -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""How often actors of the PPO stage are made again before the run stops, and what is to blame: the machine, or a sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ray.exceptions import RayTaskError
+
+from rlhf_ray.actors.calls import Call, Member
+from rlhf_ray.errors import RunFailed, whole_message
+
+DEATHS_OF_A_CALL = 2  # then the call is to blame, not the machine
+SHOWN_SAMPLES = 8
+Failure = RunFailed | RayTaskError
+
+
+class Budget:
+    """Counts what was lost since a step was finished that had never been finished before."""
+
+    def __init__(self, restarts: int):
+        """restarts: so many are allowed in a row; 0: the first failure is raised as it is."""
+        self.restarts = restarts
+        self.failures: Counter[str] = Counter()  # role -> restarts since `take_failures`
+        self._lost: list[str] = []
+        self._deaths: Counter[Any] = Counter()  # what a call does -> actors that died at it
+
+    def begin_anew(self) -> None:
+        """There is progress."""
+        self._lost.clear()
+        self._deaths.clear()
+
+    def take_failures(self) -> dict[str, float]:
+        """failures/<role> since the last call, for the metrics."""
+        counts = {f"failures/{role}": float(count) for role, count in self.failures.items()}
+        self.failures.clear()
+        return counts
+
+    def charge(self, member: Member, failure: Failure, where: str, call: Call | None = None) -> None:
+        """Count an actor that is to be made again. RunFailed where there were too many, or one call has ended two.
+
+        where: "after step 3, scoring (step 3)". call: the one that the actor died at, if it is known.
+        """
+        if self.restarts == 0:
+            raise failure
+        self.failures[member.role] += 1
+        self._lost.append(f"{where}: {member.name}: {in_short(failure)}")
+        if call is not None:
+            work = member.role, call.method, *(call.chunks() or [call.name])
+            self._deaths[work] += 1
+            if self._deaths[work] >= DEATHS_OF_A_CALL:
+                raise RunFailed(
+                    f"{member.name} died {self._deaths[work]} times at the same call, {call.method} of {call.name}, {where}, so no "
+                    f"third try is made. {_samples_of(call)}Last: {in_short(failure)}; see the run folder's logs/, mend what ends "
+                    "it or take the sample out of the data, then run the same command again"
+                ) from failure
+        if len(self._lost) > self.restarts:
+            table = "\n".join(f"  {line}" for line in self._lost)
+            raise RunFailed(
+                f"{len(self._lost)} actors were lost without a finished step between, more than resources.restarts = "
+                f"{self.restarts}; look in the run folder's logs/, then run the same command again\n{table}"
+            ) from failure
+
+
+def in_short(failure: Failure) -> str:
+    """How it was seen, without the remedy."""
+    return whole_message(failure).partition("; ")[0]
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _samples_of(call: Call) -> str:
+    samples = [chunk.where(row) for chunk in call.chunks() for row in range(len(chunk.prompt_indices))]
+    if not samples:
+        return ""
+    more = len(samples) - SHOWN_SAMPLES
+    return f"Its samples: {'; '.join(samples[:SHOWN_SAMPLES])}{f' and {more} more' if more > 0 else ''}. "
