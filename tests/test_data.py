@@ -4,10 +4,10 @@ import csv
 import gzip
 import json
 import math
-import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -582,17 +582,10 @@ def test_the_doctor_sees_every_data_problem_at_once(tmp_path, pairs_file):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_words(tmp_path):
-    # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, when it is imported.
-    code = (
-        "from rlhf_ray.data.sources import load_source\nfrom rlhf_ray.config import SourceConfig\n"
-        "from rlhf_ray.errors import UserError\n"
-        "try: load_source(SourceConfig(path='nobody/nothing'), None, 0, 'data.sft[0]', 'sft')\n"
-        "except UserError as error: print(error)\n"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "nobody/nothing" in run.stdout and "data.root" in run.stdout
+def test_a_hub_that_cannot_be_reached_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nobody/nothing.*data.root"):
+        load_source(SourceConfig(path="nobody/nothing"), None, 0, "data.sft[0]", "sft")
 
 
 def test_prompts_are_read_and_counted_without_the_library_of_data_sets(tmp_path):

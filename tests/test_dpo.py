@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from cats import WORDS, assert_same_weights, ray_of_two_cpus  # noqa: F401 - a fixture
+from cats import WORDS, assert_same_weights, merged, plain_loop
 from datasets import Dataset
 from ranks import train
 from tiny import tiny_recipe
@@ -19,12 +19,11 @@ from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.errors import StageStopped
 from rlhf_ray.models.load import build_causal_lm, save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
-from rlhf_ray.models.trained_part import MergedLayers, plain_name, train_only_part
+from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.dpo import Dpo, heldout_figures, loss_arguments
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
-from rlhf_ray.supervised.learning_rate import rate_factor
 from rlhf_ray.supervised.rows import dpo_rows, training_order
 
 SCRATCH = {"layers": 2, "width": 32, "heads": 2, "positions": 96, "vocab_size": 300}
@@ -245,29 +244,17 @@ def plain_dpo(recipe, folder):
     rows = dpo_rows(tokenizer, Dataset.from_parquet(str(folder.data("reward_train"))), max_length=config.max_length)
     wanted = round(config.epochs * len(rows.lengths))
     order = training_order(rows.lengths, batch_size=config.batch_size, rows=wanted, seed=recipe.seed + 4000)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0), []
-    steps = len(order) // config.batch_size
-    for step in range(steps):
+
+    def loss_of(step):
         batch = rows.dataset[order[step * config.batch_size : (step + 1) * config.batch_size]]
         chosen, rejected = (
             logratios(model, reference, batch["prompt_ids"], batch[side], tokenizer.pad_token_id)
             for side in ("chosen_ids", "rejected_ids")
         )
-        loss = -torch.log(torch.sigmoid(config.beta * (chosen - rejected))).mean()
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor(
-            (step + 0.5) / steps, schedule=config.schedule, warmup_ratio=config.warmup_ratio
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    if config.lora is None:
-        return model, losses
-    adapter = {plain_name(f"model.{name}"): p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    MergedLayers(reference, config.lora).load(adapter)
-    return reference, losses
+        return -torch.log(torch.sigmoid(config.beta * (chosen - rejected))).mean()
+
+    losses = plain_loop(model, config, len(order) // config.batch_size, loss_of)
+    return merged(model, reference, config), losses
 
 
 def with_dpo(recipe, **changes):
@@ -311,7 +298,7 @@ def test_a_part_of_the_weights_trains_as_in_a_plain_loop(trained_parts, part):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, folder, recipe):
+def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(session, folder, recipe):
     from rlhf_ray.actors.supervised import run_supervised
 
     trained = with_dpo(recipe, workers=2, zero_stage=2)
@@ -341,7 +328,7 @@ def test_two_ranks_with_accumulation_train_as_a_plain_loop_does(ray_cluster, fol
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_stopped_and_resumed_it_is_still_the_plain_loop(ray_cluster, folder, recipe, tmp_path, zero_stage):
+def test_stopped_and_resumed_it_is_still_the_plain_loop(session, folder, recipe, tmp_path, zero_stage):
     from rlhf_ray.actors.supervised import run_supervised
 
     run = RunFolder(tmp_path)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+from functools import partial
 
-import httpx
 import openai
 import pytest
+import served_app
 import torch
+from served_app import save_tiny, start
 
-from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
-from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_ray.models.load import load_causal_lm, save_model
+from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.app import build_app
 from rlhf_ray.serving.config import (
     AppConfig,
@@ -29,24 +31,17 @@ from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowR
 from rlhf_ray.serving.streaming import EventStream
 from rlhf_ray.serving.text import ResponseText
 
-POSITIONS = 96
-TEXTS = ["the cat sat on the mat and the dog sat on the log, then they both slept. café naïve 漢字 🙂 "] * 8
-LIMITS = Limits(max_rows=16, max_waiting_rows=16, max_n=8, max_prompts=4, max_body_bytes=20_000, max_tokens=80)
+LIMITS = dataclasses.replace(served_app.LIMITS, max_tokens=80)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    tokenizer = train_tokenizer(TEXTS, 320)
-    shape = FromScratch(layers=2, width=32, heads=2, positions=POSITIONS, vocab_size=320)
-    model = build_causal_lm(ModelConfig(from_scratch=shape), tokenizer, seed=0)
-    with torch.no_grad():  # so that the distributions are not flat
-        model.transformer.wte.weight *= 5
-    return save_model(model, tokenizer, tmp_path_factory.mktemp("run") / "model", "tiny")
+    return save_tiny(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture(scope="module")
 def served(folder):
-    runner, reader = load(EngineOptions(model=str(folder), precision="float32"), LIMITS)
+    runner, reader = start(folder, LIMITS)
     yield runner, reader
     runner.close()
 
@@ -56,32 +51,11 @@ def tokenizer(folder):
     return load_tokenizer(folder)
 
 
-def transport(served, **settings):
-    app = build_app(*served, AppConfig(name="tiny", limits=LIMITS, **settings))
-    return httpx.ASGITransport(app=app, raise_app_exceptions=False)
+transport, ask = partial(served_app.transport, limits=LIMITS), partial(served_app.ask, limits=LIMITS)
 
 
-def ask(served, talk, **settings):
-    """Run talk(client) with OpenAI's client on an app of its own."""
-
-    async def run():
-        async with openai.AsyncOpenAI(
-            base_url="http://test/v1",
-            api_key=settings.get("api_key", "none"),
-            max_retries=0,
-            http_client=httpx.AsyncClient(transport=transport(served, **settings)),
-        ) as client:
-            return await talk(client)
-
-    return asyncio.run(run())
-
-
-def send(served, method, path, *, settings=None, **kwargs):
-    async def run():
-        async with httpx.AsyncClient(transport=transport(served, **settings or {}), base_url="http://test") as client:
-            return await client.request(method, path, **kwargs)
-
-    return asyncio.run(run())
+def send(*request, settings=None, **kwargs):
+    return served_app.send(*request, settings={"limits": LIMITS} | (settings or {}), **kwargs)
 
 
 def reference(folder, prompt, count):
