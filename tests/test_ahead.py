@@ -67,14 +67,15 @@ class QueueingRoles(ScriptedRoles):
         ages = [chunk.step - version for chunk, version in drawn]
         handle.value |= {"rollout/age_max": float(max(ages)), "rollout/importance_mean": self.importance}
         if max(ages) > 0:
-            del handle.value["policy/mismatch_max"]
+            for name in ("p99", "kl"):
+                del handle.value[f"policy/mismatch_{name}"]
         return handle, *shards
 
     def own_mismatch(self, rollouts, logprobs):
         self._log("own_mismatch")
         assert {handle.verb for handle in logprobs} == {"logprobs"}
         assert all(chunk.evaluation and version == chunk.step for chunk, version in (each.value for each in rollouts))
-        return self._answer("own_mismatch", {"policy/mismatch_max": self.own_gap})[0]
+        return self._answer("own_mismatch", {"policy/mismatch_p99": self.own_gap, "policy/mismatch_kl": 0.0})[0]
 
 
 def run_queueing(diary=None, state=None, **options):
@@ -178,9 +179,9 @@ def test_generators_that_lose_weights_stop_the_run():
 @pytest.mark.parametrize("gap", [0.51, math.inf, NAN])
 def test_the_mismatch_gate_stands_at_each_evaluation(gap):
     with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
-        scripted_loop(QueueingRoles(own_gap=gap), Diary(), steps_ahead=1).run()
+        scripted_loop(QueueingRoles(own_gap=gap), Diary(), steps_ahead=1, max_mismatch=0.5).run()
     _, diary, _ = run_queueing()
-    gaps = {step: metrics["policy/mismatch_max"] for step, metrics in diary.records if "policy/mismatch_max" in metrics}
+    gaps = {step: metrics["policy/mismatch_p99"] for step, metrics in diary.records if "policy/mismatch_p99" in metrics}
     assert gaps == dict.fromkeys((0, 1, 3, 6, 7), 0.0), (
         "evaluations, and the first step, whose samples are of its policy"
     )
@@ -188,7 +189,7 @@ def test_the_mismatch_gate_stands_at_each_evaluation(gap):
 
 def test_the_gate_holds_samples_of_the_current_policy_too():
     with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
-        scripted_loop(QueueingRoles(mismatch=0.6), Diary(), steps_ahead=1).run()
+        scripted_loop(QueueingRoles(mismatch=0.6), Diary(), steps_ahead=1, max_mismatch=0.5).run()
 
 
 def test_a_log_prob_that_is_no_number_stops_the_run():
@@ -243,7 +244,7 @@ def test_what_is_said_of_older_samples_by_hand():
         "rollout/age_mean": 1.0, "rollout/age_max": 2.0, "rollout/importance_capped_frac": 0.2,
         "rollout/importance_mean": (math.exp(0.5) + 2 + math.exp(-1) + 1 + math.exp(0.25)) / 5,
         "rollout/off_policy_kl": (-0.5 - 2 + 1 + 0 - 0.25) / 5,
-        "policy/mismatch_max": 0.25, "policy/mismatch_kl": -0.125,
+        "policy/mismatch_p99": 0.25, "policy/mismatch_max": 0.25, "policy/mismatch_kl": (math.exp(0.25) - 1.25) / 2,
     })  # fmt: skip
     assert not any("mismatch" in name for name in off_policy_stats(weights, OLD, DRAWN, ages + 1, MASK, cap=2.0))
 

@@ -22,6 +22,7 @@ from rlhf_ray.algorithms.losses import (
     value_loss,
 )
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
+from rlhf_ray.algorithms.off_policy import mismatch
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation, linear_anneal, minibatch_rows
 from rlhf_ray.algorithms.scores import end_scores, overlong_penalty, token_rewards
 from rlhf_ray.tables.advantages import ADVANTAGES
@@ -539,8 +540,9 @@ def test_assemble_by_hand():
             "value/explained_variance": 1 - errors.var() / returns.var(),
             "value/returns": 0.71,
             "policy/advantage_std": math.sqrt(0.0436),
+            "policy/mismatch_p99": 0.25,
             "policy/mismatch_max": 0.25,
-            "policy/mismatch_kl": -0.05,
+            "policy/mismatch_kl": (math.exp(0.25) - 1.25) / 5,  # k3 of one gap of -0.25
         }
     )
 
@@ -629,3 +631,13 @@ def test_the_estimator_of_the_kl_in_the_reward(estimator, expected):
     total = result.returns[:, 0]  # with lambda 1 and gamma 1: score less the penalties
     assert total.tolist() == pytest.approx([2 - expected[0], 1 - expected[1]])
     assert result.stats["objective/kl"] == pytest.approx(2.0)  # the metric stays k1
+
+
+def test_the_mismatch_of_many_tokens():
+    """100 gaps of 0, 1, ... 99 hundredths: 98 of them are at most 0.97, 99 at most 0.98."""
+    gaps = torch.arange(100, dtype=torch.float64).view(4, 25) / 100
+    own, mask = torch.full((4, 25), -1.0, dtype=torch.float64), torch.ones(4, 25, dtype=torch.bool)
+    found = mismatch(own, own + gaps, mask)
+    assert found["policy/mismatch_p99"] == pytest.approx(0.98) and found["policy/mismatch_max"] == pytest.approx(0.99)
+    brute = sum(math.exp(-place / 100) - 1 + place / 100 for place in range(100)) / 100
+    assert found["policy/mismatch_kl"] == pytest.approx(brute)

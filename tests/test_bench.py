@@ -60,6 +60,30 @@ def test_flop_that_are_left_by_hand():
     assert found["generate"] == flops.phases(TINY, WORK)["generate"]
 
 
+def test_flop_with_adapters_by_hand():
+    """Rank 2 at GPT-2's matrices of width 8: 2 x (8 + 24 + 8 + 8 + 8 + 32 + 32 + 8) = 256 weights a block. Two blocks, 20 tokens,
+    policy and critic: 2 x 2 x 20 x 2 x 256 operations. No gradient of the frozen matrices."""
+    work = Work(rows=5, prompt=2, response=2, epochs=3, lora_rank=2)
+    beside, trained = 40_960, 66_240 + 64_640
+    assert flops.adapters(TINY, work) == beside
+    found = flops.phases(TINY, work)
+    assert found["score"] == 2 * trained + beside
+    assert found["update"] == 3 * (2 * trained + 3 * beside)
+    left = flops.computed(TINY, work)
+    trained -= 2 * 2 * 5120
+    # of the forward passes that score: language twice and value once less 2 tokens, the reward model less 3
+    assert left["score"] == 2 * 66_240 + 2 * 64_640 - 5120 * (2 + 2 + 2 + 3) + beside
+    assert left["update"] == 3 * (trained + 2 * beside) + 2 * (trained + beside)
+
+
+def test_adapters_of_grouped_heads_by_hand():
+    """SmolLM2's block: queries and output 1,152 inputs and outputs each, keys and values 768, three of 2,112; 30 blocks of them
+    have 4,884,480 weights at rank 16 (`trained_part.adapted_layers` of the real model has as many)."""
+    shape = flops.SIZES["smollm2"]
+    assert shape.block_weights == 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    assert 30 * shape.adapter_weights(16) == 30 * 16 * (2 * 1152 + 2 * 768 + 3 * 2112) == 4_884_480
+
+
 def test_rays_share_by_hand():
     """Of 2 s: 0.1 s beyond the generator, 0.05 beyond the slowest scorer, 0.02 beyond the slower update, and all of the sync."""
     busy = {"generation": 0.4, "reward": 0.1, "reference": 0.2, "policy": 0.35, "critic": 0.3, "experience": 0.01,
@@ -139,7 +163,7 @@ def test_options_lie_over_a_named_size():
     assert (shape.layers, shape.width, shape.heads, shape.vocabulary) == (6, 384, 6, 8192)
     shape = flops.shape_of("14m", layers=2, width=None, heads=None, vocabulary=300)
     assert (shape.layers, shape.width, shape.vocabulary) == (2, 384, 300)
-    with pytest.raises(UserError, match="--size '2b' is none of 4m, 14m, 124m, 1b"):
+    with pytest.raises(UserError, match="--size '2b' is none of 4m, 14m, 124m, smollm2, 1b"):
         flops.shape_of("2b", layers=None, width=None, heads=None, vocabulary=None)
 
 

@@ -213,7 +213,7 @@ def test_summary_has_the_form_that_people_script_against(evaluated, run_folder):
         ):
             figure = summary[model][key]
             assert set(figure) == {"mean", "low", "high"} and figure["low"] <= figure["mean"] <= figure["high"], key
-    assert set(summary["win_rate"]) == {"reward_model", "judge"}
+    assert set(summary["win_rate"]) == {"reward_model", "judge", "at_equal_length"}
     assert (summary["prompts"], summary["seeds"], summary["missing"]) == (6, [3, 4], {})
     assert summary["kl"] == summary["kl_interval"]["mean"] > 0
     assert len(samples) == 12 and {"stage", "doing", "step", "total"} == set(seen[0])

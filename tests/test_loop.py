@@ -36,6 +36,7 @@ class ScriptedRoles:
     """Every role in one: writes down what is asked of it, and answers from the script."""
 
     mismatch: float = 0.0
+    mismatch_kl: float = 0.0
     kl: float = 1.0
     eval_scores: list[float] = field(default_factory=lambda: [0.0] * 100)
     eval_judge: list[float] = field(default_factory=list)
@@ -95,7 +96,7 @@ class ScriptedRoles:
         parts = rollouts, scores, ref_logprobs, old_logprobs, old_values
         verbs = [{handle.verb for handle in part} for part in parts]
         assert verbs == [{"generate"}, {"score"}, {"logprobs"}, {"logprobs"}, {"values"}]
-        stats = {"policy/mismatch_max": self.mismatch, "objective/kl": self.kl}
+        stats = {"policy/mismatch_p99": self.mismatch, "policy/mismatch_kl": self.mismatch_kl, "objective/kl": self.kl}
         return self._answer("assemble", stats)[0], ["policy shard"], ["critic shard"]
 
     def update(self, shards, learning_rate, kl_coef=None):
@@ -215,6 +216,7 @@ def options(**values):
             "learning_rate": 0.5,
             "critic_learning_rate": 0.25,
             "max_mismatch": 0.5,
+            "max_mismatch_kl": 0.01,
             "max_first_approx_kl": 1e-3,
             **values,
         }  # fmt: skip
@@ -288,10 +290,11 @@ def test_a_failure_of_any_verb_ends_the_step(verb):
         ppo_step(ScriptedRoles(broken=verb), cut_chunks(4, range(6), 1, 3), options())
 
 
-@pytest.mark.parametrize("mismatch", [0.51, math.inf, math.nan])
-def test_the_mismatch_gate_stands_before_the_update(mismatch):
-    roles = ScriptedRoles(mismatch=mismatch)
-    with pytest.raises(MismatchError, match="max_mismatch = 0.5"):
+@pytest.mark.parametrize("figure, limit", [("mismatch", "max_mismatch = 0.5"), ("mismatch_kl", "max_mismatch_kl = 0.01")])
+@pytest.mark.parametrize("value", [0.51, math.inf, math.nan])
+def test_the_mismatch_gate_stands_before_the_update(figure, limit, value):
+    roles = ScriptedRoles(**{figure: value})
+    with pytest.raises(MismatchError, match=limit):
         ppo_step(roles, cut_chunks(4, range(6), 1, 3), options())
     assert roles.verbs()[-1] == "assemble"
 

@@ -42,8 +42,8 @@ pytestmark = pytest.mark.ray
 EVERY_STEP = {
     "objective/score", "objective/kl", "objective/rlhf_reward", "objective/kl_coef", "objective/response_length",
     "objective/eos_rate", "policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy",
-    "policy/grad_norm", "policy/learning_rate", "policy/mismatch_max", "policy/mismatch_kl", "first_policy/ratio",
-    "first_policy/approx_kl", "value/loss", "value/clip_frac", "value/explained_variance", "value/grad_norm",
+    "policy/grad_norm", "policy/learning_rate", "policy/mismatch_p99", "policy/mismatch_max", "policy/mismatch_kl",
+    "first_policy/ratio", "first_policy/approx_kl", "value/loss", "value/clip_frac", "value/explained_variance", "value/grad_norm",
     "rollout/tokens", "rollout/policy_version_min", "episodes", "samples_per_s", "time/generate_s", "time/score_s",
     "time/assemble_s", "time/update_s", "time/sync_s", "time/step_s", "busy/generation_s", "busy/policy_s",
     "busy/policy_update_s",
@@ -215,7 +215,7 @@ def test_one_step_ahead_with_weights_in_flight(session, new_folder):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     for row in rows[1:]:
         assert row["rollout/age_max"] <= 1 and row["first_policy/ratio"] == pytest.approx(1.0, abs=1e-5)
-        assert row.keys() >= EVERY_STEP - {"policy/mismatch_max", "policy/mismatch_kl"}
+        assert row.keys() >= EVERY_STEP - {"policy/mismatch_p99", "policy/mismatch_max", "policy/mismatch_kl"}
     assert rows[1]["rollout/age_max"] == 0
     assert [row["policy/mismatch_max"] < 1e-5 for row in rows if row.keys() >= EVALUATED] == [True] * 3
     assert largest_gap(weights(folder), load_file(folder.stage("sft").model / "model.safetensors")) > 1e-4

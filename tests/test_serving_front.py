@@ -23,7 +23,7 @@ class AppLink:
     """A replica in this process that holds `room` requests, and is lost, with an error or without, after `pieces_left` pieces."""
 
     def __init__(self, name, room=100, pieces_left=1_000_000, says_so=True):
-        self.name, self.up, self.ongoing = name, True, 0
+        self.name, self.model, self.up, self.ongoing = name, "m", True, 0
         self.says_so = says_so
         self.room, self.pieces_left, self.inside, self.served, self.ended = room, pieces_left, 0, 0, 0
         self.app = FastAPI()
@@ -184,7 +184,7 @@ def test_stats_are_sums_and_say_whose_they_are():
     both, one = run([AppLink("a"), AppLink("b")], talk)
     assert (both["steps"], both["tokens"]) == (6, 15)
     assert [(each["name"], each["up"], each.get("tokens")) for each in both["replicas"]] == [("a", True, 10), ("b", True, 5)]
-    assert (one["tokens"], one["replicas"][1]) == (10, {"name": "b", "up": False})
+    assert (one["tokens"], one["replicas"][1]) == (10, {"name": "b", "model": "m", "up": False})
 
 
 def test_a_draining_server_ends_what_it_has_and_refuses_what_is_new():

@@ -110,6 +110,7 @@ NEUTRAL = {
     "ppo.checkpoint_minutes": 1.0,
     "ppo.keep_checkpoints": 3,
     "ppo.max_mismatch": 0.1,
+    "ppo.max_mismatch_kl": 0.1,
     "ppo.max_first_approx_kl": 0.1,
     "generation.chunk_size": 2,
     "generation.precision": "bfloat16",

@@ -44,12 +44,18 @@ def test_grouped_keys_are_narrower(tmp_path):
     assert (shape.key_value_width, shape.layers, shape.embeddings) == (3 * 64, 30, 49152 * 576)
 
 
+@pytest.mark.parametrize("shared", [None, 2, 1])
 @pytest.mark.parametrize("architecture", SCRATCH_WEIGHTS)
-def test_a_model_from_scratch_is_counted_without_building_it(architecture):
-    scratch = FromScratch(architecture=architecture, layers=3, width=96, heads=4, positions=80, vocab_size=700)
+def test_a_model_from_scratch_is_counted_without_building_it(architecture, shared):
+    if architecture == "gpt2":
+        shared = None
+    scratch = FromScratch(
+        architecture=architecture, layers=3, width=96, heads=4, key_value_heads=shared, positions=80, vocab_size=700
+    )
     built = empty_causal_lm(ModelConfig(from_scratch=scratch))
     recipe = tiny_recipe(model={"from_scratch": scratch.model_dump()}, data={"max_prompt_tokens": 16})
     assert parameters(recipe) == sum(weight.numel() for weight in built.parameters())
+    assert shape_of_model(recipe).key_value_width == 24 * (shared or 4)
     # The last block, the norm after it, and in these families no output layer of its own.
     trained = sum(w.numel() for name, w in built.named_parameters() if any(part in name for part in (".2.", "ln_f", "model.norm")))
     assert trained_parameters(recipe, None, 2) == trained
@@ -76,3 +82,10 @@ def test_a_folder_that_can_not_be_built_is_counted_by_the_headers_of_its_files(t
 
 def test_what_is_not_there_has_no_weights(tmp_path):
     assert parameters(tiny_recipe(model={"name_or_path": str(tmp_path / "none")})) == 0
+
+
+def test_heads_that_groups_can_not_share_are_refused():
+    with pytest.raises(ValueError, match="heads must divide by key_value_heads"):
+        FromScratch(architecture="llama", heads=4, key_value_heads=3)
+    with pytest.raises(ValueError, match="GPT-2 has as many as heads"):
+        FromScratch(architecture="gpt2", heads=4, key_value_heads=2)

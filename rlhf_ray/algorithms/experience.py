@@ -12,6 +12,7 @@ from rlhf_ray.algorithms.finite import check_finite
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
+from rlhf_ray.algorithms.off_policy import mismatch
 from rlhf_ray.algorithms.scores import (
     end_scores,
     length_correlation,
@@ -92,9 +93,7 @@ def assemble(
         "objective/kl_coef": kl_coef,
         "objective/response_length": float(action_mask.sum(1).float().mean()),
         "objective/eos_rate": float(ended.float().mean()),
-        "policy/mismatch_max": float((rollout_logprobs - old_logprobs)[action_mask].abs().max()),
-        "policy/mismatch_kl": float(masked_mean(rollout_logprobs - old_logprobs, action_mask)),
-    }
+    } | mismatch(old_logprobs, rollout_logprobs, action_mask)
     if config.group_size > 1:
         equal = zero_variance_groups(penalised, group_size=config.group_size)
         stats["objective/zero_variance_groups"] = float(equal.float().mean())

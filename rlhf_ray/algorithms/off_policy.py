@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from rlhf_ray.algorithms.kl import kl_k3
 from rlhf_ray.algorithms.masking import masked_mean
 
 
@@ -50,8 +53,17 @@ def off_policy_stats(
 
 
 def mismatch(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, action_mask: torch.Tensor) -> dict[str, float]:
-    """Generator against policy of the same weights; nothing where the mask is empty."""
+    """Generator against policy of the same weights; nothing where the mask is empty.
+
+    policy/mismatch_p99 and _max: |difference of a token's log-probs|, the 99 % quantile (the next larger one that occurs) and the
+    largest. policy/mismatch_kl: KL(generator || policy) in nats a token by k3, whose terms are not negative.
+    """
     if not action_mask.any():
         return {}
     gaps = (rollout_logprobs - old_logprobs)[action_mask]
-    return {"policy/mismatch_max": float(gaps.abs().max()), "policy/mismatch_kl": float(gaps.mean())}
+    sizes = gaps.abs()
+    return {
+        "policy/mismatch_p99": float(sizes.kthvalue(math.ceil(0.99 * len(sizes))).values),
+        "policy/mismatch_max": float(sizes.max()),
+        "policy/mismatch_kl": float(kl_k3(rollout_logprobs, old_logprobs)[action_mask].mean()),
+    }

@@ -3,5 +3,5 @@
 
 May import: errors, messages, config, algorithms, runs, models, data, generation, training, rewards, roles, ppo,
 actors, serving.
-Heavy packages: ray, rich, transformers, trl, vllm.
+Heavy packages: peft, ray, rich, transformers, trl, vllm.
 """

@@ -110,8 +110,8 @@ class Iterations:
     def run(self) -> tuple[float, float]:
         """-> (of the iteration, of its generation)"""
         chunks = cut_chunks(self.step, range(self.rows), 1, self.rows)
-        config = StepConfig(step=self.step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0,
-                            max_first_approx_kl=1.0)  # fmt: skip
+        config = StepConfig(step=self.step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5,
+                            max_mismatch=100.0, max_mismatch_kl=100.0, max_first_approx_kl=1.0)  # fmt: skip
         started = time.process_time()
         ppo_step(self.roles, chunks, config)
         self.step += 1

@@ -67,8 +67,8 @@ def run_ours(recipe, folder: RunFolder, work: Work, iterations: int) -> dict[str
         for step in range(iterations):
             rate = LEARNING_RATE * (1 - step / iterations)
             chunks = cut_chunks(step, range(step * work.rows, (step + 1) * work.rows), 1, work.rows)
-            config = StepConfig(step=step, kl_coef=KL_COEF, learning_rate=rate, critic_learning_rate=rate, max_mismatch=1.0,
-                              max_first_approx_kl=1.0)  # fmt: skip
+            config = StepConfig(step=step, kl_coef=KL_COEF, learning_rate=rate, critic_learning_rate=rate,
+                              max_mismatch=1.0, max_mismatch_kl=1.0, max_first_approx_kl=1.0)  # fmt: skip
             found.append(ppo_step(roles, chunks, config))
     return {name: [metrics[f"objective/{name}"] for metrics in found] for name in ("score", "kl")}
 

@@ -37,15 +37,23 @@ class Shape:
     def feed_forward_weights(self) -> int:
         return (3 if self.gated else 2) * self.width * (self.feed_forward or 4 * self.width)
 
+    def adapter_weights(self, rank: int) -> int:
+        """Of low-rank adapters at all matrices of a block: `rank` per input and per output."""
+        width, inner, cached = self.width, self.feed_forward or 4 * self.width, self.key_value_width
+        if self.gated:  # queries, keys, values, output and the feed-forward's three, each a layer of its own
+            return rank * (2 * width + 2 * (width + cached) + 2 * width + 3 * (width + inner))
+        return rank * (width + width + 2 * cached + 2 * width + 2 * (width + inner))  # GPT-2 has queries, keys, values in one
+
     @property
     def weights(self) -> int:
         """Of all blocks and of the embeddings, which the head shares."""
         return self.layers * self.block_weights + self.vocabulary * self.width
 
 
-def llama_from_scratch(*, layers: int, width: int, heads: int, vocabulary: int) -> Shape:
-    """As `model.from_scratch` builds a Llama: as many key-value heads as heads, three matrices of 8/3 of the width."""
+def llama_from_scratch(*, layers: int, width: int, heads: int, vocabulary: int, key_value_heads: int | None = None) -> Shape:
+    """As `model.from_scratch` builds a Llama: three matrices of 8/3 of the width."""
     return Shape(
+        key_value_heads=key_value_heads,
         layers=layers,
         width=width,
         heads=heads,
@@ -55,11 +63,12 @@ def llama_from_scratch(*, layers: int, width: int, heads: int, vocabulary: int) 
     )
 
 
-#: name -> shape, for `--size`. 124m is GPT-2's.
+#: name -> shape, for `--size`. 124m is GPT-2's, smollm2 that of SmolLM2-135M.
 SIZES = {
     "4m": Shape(layers=4, width=256, heads=4, vocabulary=4096),
     "14m": Shape(layers=6, width=384, heads=6, vocabulary=8192),
     "124m": Shape(layers=12, width=768, heads=12, vocabulary=50257),
+    "smollm2": llama_from_scratch(layers=30, width=576, heads=9, key_value_heads=3, vocabulary=49152),
     "1b": llama_from_scratch(layers=18, width=2048, heads=16, vocabulary=32000),
 }
 
@@ -72,7 +81,7 @@ def shape_of(size: str, *, layers: int | None, width: int | None, heads: int | N
     build = llama_from_scratch if base.gated else Shape
     return build(
         layers=layers or base.layers, width=width or base.width, heads=heads or base.heads,
-        vocabulary=vocabulary or base.vocabulary,
+        vocabulary=vocabulary or base.vocabulary, key_value_heads=base.key_value_heads if heads is None else None,
     )  # fmt: skip
 
 
@@ -84,6 +93,7 @@ class Work:
     prompt: int
     response: int
     epochs: int
+    lora_rank: int | None = None  # of adapters at policy and critic, which alone train; None: all weights do
 
 
 def blocks(shape: Shape, tokens: int) -> int:
@@ -112,14 +122,27 @@ def value_forward(shape: Shape, work: Work) -> int:
     return work.rows * blocks(shape, work.prompt + work.response)
 
 
+def adapters(shape: Shape, work: Work) -> int:
+    """A forward pass of policy and critic through their adapters, beside that through the matrices."""
+    if work.lora_rank is None:
+        return 0
+    return 2 * 2 * work.rows * (work.prompt + work.response) * shape.layers * shape.adapter_weights(work.lora_rank)
+
+
+def backward(shape: Shape, work: Work, forward: int) -> int:
+    """Of policy and critic, whose forward pass through the matrices is `forward`: one gradient for inputs, one for what trains."""
+    return 2 * forward if work.lora_rank is None else forward + 2 * adapters(shape, work)
+
+
 def phases(shape: Shape, work: Work) -> dict[str, int]:
-    """Operations of each phase of an iteration. The backward pass is two forwards: one gradient for inputs, one for weights."""
+    """Operations of each phase of an iteration."""
     language, value = language_forward(shape, work), value_forward(shape, work)
+    trained = language + value
     return {
         "generate": generation(shape, work),
-        "score": 2 * language + 2 * value,  # reference and policy, reward model and critic
+        "score": 2 * language + 2 * value + adapters(shape, work),  # reference and policy, reward model and critic
         "assemble": 0,
-        "update": 3 * work.epochs * (language + value),
+        "update": work.epochs * (trained + adapters(shape, work) + backward(shape, work, trained)),
         "sync": 0,
     }
 
@@ -131,7 +154,9 @@ def computed(shape: Shape, work: Work) -> dict[str, int]:
     unread = feed_forward * work.prompt  # of the states before the response's tokens
     language, value = language_forward(shape, work) - unread, value_forward(shape, work) - unread
     reward = value_forward(shape, work) - feed_forward * (work.prompt + work.response - 1)  # one state a row
-    score, update = 2 * language + value + reward, (3 * work.epochs - 1) * (language + value)
+    trained, beside = language + value, adapters(shape, work)
+    score = 2 * language + value + reward + beside
+    update = work.epochs * backward(shape, work, trained) + (work.epochs - 1) * (trained + beside)
     return phases(shape, work) | {"score": score, "update": update}
 
 

@@ -52,7 +52,8 @@ def measure_ppo(
         "pss_gb": pss,
         "work": {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
                  "prompts": work.rows, "prompt_tokens": work.prompt, "response_tokens": work.response,
-                 "ppo_epochs": work.epochs, "minibatches": 1, "precision": precision},
+                 "ppo_epochs": work.epochs, "minibatches": 1, "precision": precision,
+                 "key_value_heads": shape.key_value_heads, "lora_rank": work.lora_rank},
         "hardware": hardware(),
     }  # fmt: skip
 
@@ -78,8 +79,8 @@ def _run(recipe, work: Work, iterations: int) -> tuple[float, list[dict], float 
             for step in range(iterations + 1):
                 chunks = cut_chunks(step, range(work.rows), 1, work.rows)
                 config = StepConfig(
-                    step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0,
-                    max_first_approx_kl=1.0,
+                    step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5,
+                    max_mismatch=100.0, max_mismatch_kl=100.0, max_first_approx_kl=1.0,
                 )  # fmt: skip
                 began = time.perf_counter()
                 metrics = ppo_step(roles, chunks, config)

@@ -16,17 +16,19 @@ def bench_recipe(
     shape: Shape, work: Work, *, microbatch: int, precision: Precision, resources: dict[str, Any]
 ) -> Recipe:
     """Responses have exactly work.response tokens: an EOS ends none."""
+    adapters = None if work.lora_rank is None else {"rank": work.lora_rank, "alpha": 2 * work.lora_rank}
     return build_recipe({
         "name": "bench",
         "model": {"from_scratch": {
             "architecture": "llama" if shape.gated else "gpt2",
             "layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocab_size": shape.vocabulary,
-            "positions": max(512, work.prompt + work.response),
+            "key_value_heads": shape.key_value_heads, "positions": max(512, work.prompt + work.response),
         }},
         "data": {"max_prompt_tokens": work.prompt},
         "generation": {"max_new_tokens": work.response, "min_new_tokens": work.response, "chunk_size": work.rows},
         "ppo": {"rollout_batch_size": work.rows, "minibatch_size": work.rows, "microbatch_size": min(microbatch, work.rows),
-                "ppo_epochs": work.epochs, "precision": precision, "max_mismatch": 100.0,
+                "ppo_epochs": work.epochs, "precision": precision, "max_mismatch": 100.0, "max_mismatch_kl": 100.0,
+                "lora": adapters, "critic_lora": adapters,
                 "reuse_forward": all(resources.get(role, {}).get("actors", 1) == 1 for role in ("policy", "critic"))},
         "resources": resources,
     }, [], "bench")  # fmt: skip

@@ -42,8 +42,8 @@ def main(steps: int) -> None:
             sync_weights(roles, 0)
             for step in range(steps + 1):
                 metrics = ppo_step(roles, cut_chunks(step, range(32), 1, 8), StepConfig(
-                    step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5, max_mismatch=100.0,
-                    max_first_approx_kl=1.0,
+                    step=step, kl_coef=0.05, learning_rate=1e-5, critic_learning_rate=1e-5,
+                    max_mismatch=100.0, max_mismatch_kl=100.0, max_first_approx_kl=1.0,
                 )) | waiter.take_totals()  # fmt: skip
                 if step > 0:
                     both = metrics["time/generate_s"] + metrics["time/score_s"]

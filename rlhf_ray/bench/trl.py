@@ -13,7 +13,7 @@ from rlhf_ray.bench.yardsticks import __file__ as yardsticks
 from rlhf_ray.errors import RunFailed, UserError
 
 SCRIPT = Path(yardsticks).with_name("trl_ppo.py")
-PACKAGES = ("torch==2.13.*", "trl==1.11.*", "transformers<5.20", "datasets", "accelerate", "rich")
+PACKAGES = ("torch==2.13.*", "trl==1.11.*", "transformers<5.20", "datasets", "accelerate", "rich", "peft")
 # Ours, set by the command line for its own actors: TRL gets the defaults of its libraries.
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR", "PYTHONPATH", "RAY_AUTH_MODE")
 
@@ -71,6 +71,7 @@ def arguments(shape: Shape, work: Work, microbatch: int, iterations: int, thread
     values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocabulary": shape.vocabulary,
               "batch": work.rows, "prompt": work.prompt, "response": work.response, "epochs": work.epochs,
               "microbatch": microbatch, "iterations": iterations, "threads": threads}  # fmt: skip
+    values |= {"kv-heads": shape.key_value_heads or shape.heads, "lora": work.lora_rank or 0}
     given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     return [*given, "--llama"] if shape.gated else given
 

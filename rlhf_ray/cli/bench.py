@@ -18,7 +18,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measur
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Size = Annotated[
     str,
-    typer.Option(help="4m, 14m, 124m (GPT-2) or 1b (Llama's blocks); --layers, --width, --heads, --vocab override it"),
+    typer.Option(help="4m, 14m, 124m (GPT-2), smollm2 or 1b (Llama's blocks); --layers, --width, --heads, --vocab override it"),
 ]
 Layers = Annotated[int | None, typer.Option(help="transformer blocks", min=1)]
 Width = Annotated[int | None, typer.Option(help="hidden size", min=1)]
@@ -61,6 +61,9 @@ def bench_ppo(
     prompt: Prompt = 32,
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
+    lora: Annotated[
+        int | None, typer.Option(help="rank of adapters at policy and critic, which alone train; default: all weights do", min=1)
+    ] = None,
     microbatch: Annotated[
         int, typer.Option(help="rollouts per forward pass, TRL's too; lowered to a divisor of --batch", min=1)
     ] = 32,
@@ -84,7 +87,7 @@ def bench_ppo(
         _gpu_or_refuse()
 
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
-    work = Work(rows=batch, prompt=prompt, response=response, epochs=epochs)
+    work = Work(rows=batch, prompt=prompt, response=response, epochs=epochs, lora_rank=lora)
     python = trl_python or (trl.trl_python(trl.environment_folder(), _say) if against_trl else None)
     microbatch = math.gcd(microbatch, batch)
     settings = {"microbatch": microbatch, "iterations": iterations, "threads": threads, "gpu": gpu}

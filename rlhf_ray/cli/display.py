@@ -175,6 +175,9 @@ def summary_table(summary: dict) -> Table:
         rates = [one["win_rate"].get(key) for one in tuned]
         if all(rates):
             table.add_row(f"win rate, {name}", "", *map(shown, rates), style="bold")
+        level = [one["win_rate"].get("at_equal_length", {}).get(key) for one in tuned]
+        if all(level):
+            table.add_row("  at equal length", "", *map(shown, level))
     for other, (key, name) in itertools.product(other_tuned(summary), scorers.items()):
         rate = summary[f"ppo_over_{other}"]["win_rate"].get(key)
         if rate:

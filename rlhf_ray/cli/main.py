@@ -133,6 +133,10 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
 @in_words
 def serve(
     path: Annotated[Path, typer.Argument(help="a run folder or a Hugging Face model folder")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: a further model at the same endpoint, or an adapter on the first one (repeatable)"),
+    ] = None,
     host: Annotated[str, typer.Option(help="address to bind; beyond loopback an API key is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
     api_key_file: Annotated[
@@ -171,6 +175,7 @@ def serve(
     """Put a model behind Ray Serve with OpenAI's HTTP API."""
     from rlhf_ray.serving.config import Limits, given_key
     from rlhf_ray.serving.launch import serve as serve_model
+    from rlhf_ray.serving.served import named_folders
 
     limits = Limits(
         max_prompt_tokens=max_prompt_tokens,
@@ -185,6 +190,7 @@ def serve(
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
     serve_model(
         path,
+        more_models=named_folders(model or ()),
         host=host,
         port=port,
         api_key=given_key(api_key, api_key_file),

@@ -19,13 +19,28 @@ class FromScratch(Section):
     layers: int = option(4, "transformer blocks", gt=0)
     width: int = option(256, "hidden size", gt=0)
     heads: int = option(4, "attention heads", gt=0)
+    key_value_heads: int | None = option(
+        None, "heads of keys and values, which groups of attention heads share (llama, qwen2); null: as many as heads", gt=0
+    )
     positions: int = option(256, "longest sequence in tokens, prompt and response together", gt=1)
     vocab_size: int = option(4096, "entries of the byte-level BPE tokenizer trained on the recipe's text", ge=260)
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
         exact_div(self.width, self.heads, "model.from_scratch.width must divide by heads")
+        if self.key_value_heads is not None:
+            exact_div(self.heads, self.key_value_heads, "model.from_scratch.heads must divide by key_value_heads")
+            if self.architecture == "gpt2" and self.key_value_heads != self.heads:
+                raise ValueError(
+                    f"model.from_scratch.key_value_heads is {self.key_value_heads}, but GPT-2 has as many as heads "
+                    f"({self.heads}); leave it out, or set architecture to llama"
+                )
         return self
+
+    @property
+    def key_value_width(self) -> int:
+        """Of one token's keys, or of its values."""
+        return self.width // self.heads * (self.key_value_heads or self.heads)
 
 
 class ModelConfig(Section):

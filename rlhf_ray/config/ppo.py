@@ -143,7 +143,10 @@ class PPOConfig(Section):
     checkpoint_minutes: float = option(20.0, "longest time between checkpoints", gt=0)
     keep_checkpoints: int = option(2, "last good checkpoints kept", gt=0)
     max_mismatch: float = option(
-        0.5, "stop if a sampled token's log-prob differs by more than this between generator and policy", gt=0
+        0.35, "stop if log-probs differ by more than this between generator and policy in 1 of 100 sampled tokens", gt=0
+    )
+    max_mismatch_kl: float = option(
+        0.006, "stop if the KL (k3) of generator and policy exceeds this many nats a sampled token", gt=0
     )
     max_first_approx_kl: float = option(
         1e-3, "stop if approx_kl of an update's first minibatch exceeds this: the policy has not moved yet", gt=0

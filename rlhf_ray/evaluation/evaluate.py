@@ -18,18 +18,19 @@ from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
 from rlhf_ray.data.store import PromptColumns, check_columns, read_prompt_columns
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners, win_rate
+from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
 from rlhf_ray.evaluation.traits import trait_scores
+from rlhf_ray.evaluation.wins import wins_over
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.answers import score_answers
 from rlhf_ray.rewards.finite import check_scores
-from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
+from rlhf_ray.rewards.from_recipe import judge_scorer, reward_in_words, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.rewards.standing import standings
 from rlhf_ray.roles.text import answers_of
@@ -41,6 +42,8 @@ from rlhf_ray.training.precision import resolve_precision
 #: of what is not a figure of one model; those figures are in `tables.figures`
 DEFINITIONS = {
     "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
+    "at_equal_length": "The win rate where both responses have the same number of tokens: a logistic regression of the wins on the "
+    "difference in length, read at 0 (arXiv 2404.04475). Null where all responses are equally long.",
     "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
     "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
@@ -199,23 +202,12 @@ class _Evaluation:
                 response_ids = each.responses.response_ids  # the sampled ids themselves, as in `own`
             each.other = model.rate_tokens(prompt_ids, response_ids)
 
-    def _wins(self, ours: Evidence, theirs: Evidence) -> dict:
-        """The win rate under each scorer; null for one that is not there."""
-        pairs = {
-            "reward_model": [None if each.scores is None else each.scores.total for each in (ours, theirs)],
-            "judge": [ours.judge, theirs.judge],
-        }
-        return {
-            key: None if one is None or other is None else ours.mean(win_rate(one, other)).figure()
-            for key, (one, other) in pairs.items()
-        }
-
     def _over_sft(self, name: str, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
         """How far the tuned model has gone from the SFT model, and what it gained."""
         sft, tuned = found["sft"], found[name]
         both = [key for key in tuned if key in sft]
         return {
-            "win_rate": self._wins(self.evidence[name], self.evidence["sft"]),
+            "win_rate": wins_over(self.evidence[name], self.evidence["sft"]),
             "kl": kl[name].point,
             "kl_interval": kl[name].figure(),
             "difference": {key: (tuned[key] - sft[key]).figure() for key in both},
@@ -227,7 +219,7 @@ class _Evaluation:
         names = names_of(self.recipe.model_dump(mode="json"))
         for name in self.tuned[1:]:
             others[f"{name}_over_sft"] = self._over_sft(name, kl, found)
-            others[f"ppo_over_{name}"] = {"win_rate": self._wins(self.evidence["ppo"], self.evidence[name])}
+            others[f"ppo_over_{name}"] = {"win_rate": wins_over(self.evidence["ppo"], self.evidence[name])}
             explained |= _definitions_of(name)
         keys = list(dict.fromkeys((*FIGURES, *(key for out in found.values() for key in out))))
         model, of_plugins = "the separately seeded language model" if self.recipe.fluency else "the SFT model", shown_as()
@@ -284,18 +276,6 @@ def _told(evidence: Evidence) -> dict[str, np.ndarray | None]:
     """What samples.jsonl says of each response."""
     scores = None if evidence.scores is None else evidence.scores.total
     return {"score": scores, "judge": evidence.judge} | {f"trait/{name}": each for name, each in evidence.traits.items()}
-
-
-def reward_in_words(recipe: Recipe) -> str:
-    """What PPO was rewarded by."""
-    ppo, reward = recipe.ppo, recipe.reward
-    if ppo.rewards:
-        return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
-    if ppo.reward_function is not None:
-        return ppo.reward_function
-    if reward is None or reward.members == 1:
-        return "reward model"
-    return f"{reward.members} reward models ({reward.combine})"
 
 
 def held_out_prompts(recipe: Recipe, folder: RunFolder) -> PromptColumns:

@@ -44,7 +44,7 @@ def _rotary(kind: type[PretrainedConfig], shape: FromScratch, token_ids: TokenId
         intermediate_size=math.ceil(shape.width * 8 / 3 / 32) * 32,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads or shape.heads,
         max_position_embeddings=shape.positions,
         tie_word_embeddings=True,
         attention_dropout=0.0,

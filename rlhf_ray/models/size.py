@@ -41,12 +41,13 @@ def _gpt2_weights(shape: FromScratch) -> tuple[int, int, int]:
 
 def _llama_weights(shape: FromScratch) -> tuple[int, int, int]:
     width, inner = shape.width, math.ceil(shape.width * 8 / 3 / 32) * 32
-    return 4 * width**2 + 3 * width * inner + 2 * width, shape.vocab_size * width, width
+    attention = 2 * width**2 + 2 * width * shape.key_value_width
+    return attention + 3 * width * inner + 2 * width, shape.vocab_size * width, width
 
 
 def _qwen2_weights(shape: FromScratch) -> tuple[int, int, int]:
     block, embeddings, rest = _llama_weights(shape)
-    return block + 3 * shape.width, embeddings, rest  # biases of queries, keys and values
+    return block + shape.width + 2 * shape.key_value_width, embeddings, rest  # biases of queries, keys and values
 
 
 #: of the families that start from random weights: what a run asks for before its start need not import transformers. Others are
@@ -89,7 +90,7 @@ def shape_of_model(recipe: Recipe) -> ModelShape:
         block, embeddings, rest = SCRATCH_WEIGHTS[shape.architecture](shape)
         return ModelShape(
             parameters=shape.layers * block + embeddings + rest, blocks=(block,) * shape.layers, embeddings=embeddings,
-            layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.width,
+            layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.key_value_width,
             family=shape.architecture, gated=is_gated(shape.architecture),
         )  # fmt: skip
     return _counted(model.model_dump_json())

@@ -131,10 +131,15 @@ def _ends_with(name: str, end: str) -> bool:
 def _add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     from peft import inject_adapter_in_model
 
+    from rlhf_ray.models.low_rank import LowRankLinear
+
     # With a random state of its own: every rank draws the same A, and no other draws change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(model, lora), model)
+        config = _peft_config(model, lora)
+        # peft's way for layers of one's own ("Custom models" in its developer guides)
+        config._register_custom_module({nn.Linear: LowRankLinear, Conv1D: LowRankLinear})
+        inject_adapter_in_model(config, model)
 
 
 def _peft_config(model: PreTrainedModel, lora: LoraConfig, **extra):

@@ -143,6 +143,7 @@ class PPOLoop:
         anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
         step_config = StepConfig(
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
+            max_mismatch_kl=config.max_mismatch_kl,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
             max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
             steps_ahead=config.steps_ahead,
@@ -222,7 +223,7 @@ class PPOLoop:
         self.roles.wait([*scores, *judged, *ref_logprobs, *own], what)
         figures, texts, first_scores, *gaps = self.roles.get([figures, texts, scores[0], *gaps], what)
         for gap in gaps:
-            check_mismatch(gap, config.max_mismatch)
+            check_mismatch(gap, config)
             figures = figures | gap
         clock.lap("evaluate")
         self.state = judged_best(self.state, figures[f"eval/{config.best_by}"])

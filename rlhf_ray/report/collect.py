@@ -2,7 +2,7 @@
 
 Each run (one per seed) leaves its resolved recipe, summary, metrics, first samples and report; OUT/README.md puts them side
 by side, with each run's 95 % intervals and the mean and range over the runs. --models adds policy and reward model in
-bfloat16.
+bfloat16, --adapter the policy as an adapter on the recipe's model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILES = ("environment.json", "timings.json", "report.html", "events.jsonl")
 OWN_MODELS = ("sft", "fluency", "model", "from_scratch")  # what these say in a recipe is not a folder
 
 
-def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
+def collect(out: Path, runs: list[RunFolder], models: bool = False, rank: int | None = None) -> Path:
     """Write OUT from scratch and return its README.md. Raises UserError for a run that has no evaluation."""
     summaries = {}
     for run in runs:
@@ -46,6 +46,8 @@ def collect(out: Path, runs: list[RunFolder], models: bool = False) -> Path:
         record(run, out / f"seed_{seed}")
     if models:
         save_models(runs[0], out)
+    if rank is not None:
+        save_policy_adapter(runs[0], out, rank)
     text = "\n".join(_readme(out.name, summaries, runs)) + "\n"
     write_atomically(out / "README.md", text)
     return out / "README.md"
@@ -116,6 +118,19 @@ def save_models(run: RunFolder, out: Path) -> None:
         save_model(model, load_tokenizer(source), out / name, card)
 
 
+def save_policy_adapter(run: RunFolder, out: Path, rank: int) -> None:
+    """policy/ as an adapter on the recipe's model, whatever stages have changed it."""
+    from rlhf_ray.models.difference import save_difference
+    from rlhf_ray.models.load import load_causal_lm
+
+    start = load_recipe(str(run.recipe)).model.name_or_path
+    if start == "from_scratch":
+        raise UserError("--adapter needs a model that others have too, and this run's starts from random weights; use --models")
+    models = load_causal_lm(start), load_causal_lm(run.stage("ppo").model)
+    lost = save_difference(*models, rank, out / "policy", path_shortener(run)(start))
+    print(f"policy/: an adapter of rank {rank}, which leaves out {lost:.2%} of the change")
+
+
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:
     environment = json.loads((runs[0].path / "environment.json").read_text())
     timings = [json.loads((run.path / "timings.json").read_text()) for run in runs]
@@ -175,9 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--models", action="store_true", help="also the first run's policy and reward model in bfloat16"
     )
+    parser.add_argument("--adapter", type=int, metavar="RANK", help="also the first run's policy as an adapter of this rank")
     given = parser.parse_args(arguments)
     try:
-        print(collect(given.out, [RunFolder(path.absolute()) for path in given.runs], given.models))
+        print(collect(given.out, [RunFolder(path.absolute()) for path in given.runs], given.models, given.adapter))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -44,7 +44,7 @@ PPO = {
         ("eval/response_length", "held-out prompts"),
     ),
     "Share that ended by itself": (("objective/eos_rate", "training prompts"), ("eval/eos_rate", "held-out prompts")),
-    "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_max", "largest gap")),
+    "Generator/policy mismatch": (("policy/mismatch_kl", "KL"), ("policy/mismatch_p99", "99 % quantile")),
     "Truncated sampling: log of the kept mass": (("rollout/log_kept_mass", "mean per token"),),
     "Samples of older policies: age in versions": (("rollout/age_mean", "mean"), ("rollout/age_max", "oldest")),
     "Samples of older policies: importance": (

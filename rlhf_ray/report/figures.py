@@ -42,8 +42,8 @@ def cards(summary: dict) -> list[dict]:
     for other in other_tuned(summary):
         rates += [(summary[f"{one}_over_{two}"]["win_rate"], f"{told(title(one))} over {told(title(two))}")
                   for one, two in ((other, "sft"), ("ppo", other))]  # fmt: skip
-    for rate, label, note in (
-        (by[scorer], label, f"{models}, by {whom}")
+    for rate, at_equal_length, scorer, label, note in (
+        (by[scorer], by.get("at_equal_length", {}), scorer, label, f"{models}, by {whom}")
         for by, models in rates
         for scorer, label, whom in (
             ("reward_model", "Win rate, reward", "what PPO was trained on"),
@@ -51,12 +51,13 @@ def cards(summary: dict) -> list[dict]:
         )
     ):
         if rate is not None:
+            level = at_equal_length.get(scorer)
             cards.append(
                 {
                     "label": label,
                     "value": percent(rate["mean"]),
                     "note": told(note),
-                    "interval": between(rate, " %"),
+                    "interval": between(rate, " %") + (f"; at equal length {percent(level['mean'])}" if level else ""),
                     "gauge": charts.gauge(rate, 0.5, 0.0, 1.0),
                 }
             )

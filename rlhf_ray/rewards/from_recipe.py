@@ -97,3 +97,15 @@ def stage_scorer(
 def _model_scorer(recipe: Recipe, model: str | Path, dtype: torch.dtype, device: torch.device | str) -> RewardScorer:
     trust = recipe.model.trust_remote_code
     return RewardScorer(model, compute_dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def reward_in_words(recipe: Recipe) -> str:
+    """What PPO was rewarded by."""
+    ppo, reward = recipe.ppo, recipe.reward
+    if ppo.rewards:
+        return " + ".join(f"{term.weight:g} {name}" for name, term in ppo.rewards.items())
+    if ppo.reward_function is not None:
+        return ppo.reward_function
+    if reward is None or reward.members == 1:
+        return "reward model"
+    return f"{reward.members} reward models ({reward.combine})"

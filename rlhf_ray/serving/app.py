@@ -71,6 +71,7 @@ class _Endpoints:
 
     def __init__(self, runner: EngineRunner, reader: PromptReader, config: AppConfig):
         self.runner, self.reader, self.config = runner, reader, config
+        self.names = (config.name, *config.others)
         self.card = {
             "id": config.name,
             "object": "model",
@@ -145,7 +146,7 @@ class _Endpoints:
         if model_id != self.config.name:
             raise ApiError(
                 404,
-                f"The model '{model_id}' does not exist; this server has '{self.config.name}'.",
+                f"The model '{model_id}' does not exist; this server has {', '.join(map(repr, self.names))}.",
                 code="model_not_found",
                 param="model",
             )

@@ -57,6 +57,8 @@ class EngineOptions:
 
     model: str
     """Absolute path of a Hugging Face model folder."""
+    adapter: str | None = None
+    """Absolute path of an adapter in peft's format, which is merged into the model."""
     precision: Precision = "auto"
     device: str = "cpu"
     threads: int = 1
@@ -76,6 +78,8 @@ class AppConfig:
 
     name: str
     """The model's id in requests and in /v1/models."""
+    others: tuple[str, ...] = ()
+    """The ids of the models that other replicas of this server have."""
     api_key: str | None = field(default=None, repr=False)
     """None: no authentication."""
     allowed_hosts: tuple[str, ...] | None = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -15,12 +14,11 @@ from starlette.types import ASGIApp
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
-from rlhf_ray.serving.engine_choice import choose_engine
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.links import ReplicaLink, watch
-from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.relay import Piece, Relayed, pieces
+from rlhf_ray.serving.served import ServedModel, served_models
 
 # The app refuses what is too much (429), never Serve.
 _NO_LIMIT = 100_000
@@ -63,15 +61,25 @@ class Replica:
 class Gateway:
     """The front as a deployment, for clusters whose HTTP servers are Serve's own."""
 
-    def __init__(self, config: AppConfig, handles: dict[str, DeploymentHandle]):
-        links = [ReplicaLink(name, handle) for name, handle in handles.items()]
+    def __init__(self, config: AppConfig, handles: dict[str, DeploymentHandle], models: dict[str, str]):
+        """Both by the replica's name: its handle, and the id of the model that it has."""
+        links = [ReplicaLink(name, handle, models[name]) for name, handle in handles.items()]
         self.app = guarded(Front(links, lambda: watch(links)), config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self.app
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A replica to be started."""
+
+    model: str  # the id of the model that it has
+    target: Application
+
+
 def replicas_of(
+    models: Sequence[ServedModel],
     options: EngineOptions,
     config: AppConfig,
     *,
@@ -79,42 +87,55 @@ def replicas_of(
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
-) -> dict[str, Application]:
-    """Name -> deployment of each engine, which reserves `cpus` and `gpus` and has these variables in its process."""
+) -> dict[str, Bound]:
+    """Name -> each engine's deployment, which reserves `cpus` and `gpus` and has these variables in its process.
+
+    options, config: what all models share; each has `replicas` engines.
+    """
     resources = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": dict(environment)}}
-    names = [f"replica-{number}" for number in range(1, replicas + 1)]
-    keyless = replace(config, api_key=None)  # the front checks it
-    return {name: Replica.options(name=name, ray_actor_options=resources).bind(options, keyless) for name in names}
+    names = tuple(model.name for model in models)
+    found: dict[str, Bound] = {}
+    for model in models:
+        own = replace(
+            options, model=str(model.folder), adapter=None if model.adapter is None else str(model.adapter),
+            engine=model.engine.name, plugins=model.engine.plugins,
+        )  # fmt: skip
+        # The front checks the key.
+        app = replace(config, name=model.name, others=tuple(name for name in names if name != model.name), api_key=None)
+        for _ in range(replicas):
+            name = f"replica-{len(found) + 1}"
+            target = Replica.options(name=name, ray_actor_options=resources).bind(own, app)
+            found[name] = Bound(model.name, target)
+    return found
 
 
 def build_application(args: dict[str, Any]) -> Application:
     """For `serve run rlhf_ray.serving.deployment:build_application model=...` and for RayService.
 
-    args: model (a folder that every node sees), and optionally name, replicas, cpus, gpus, threads, precision, engine,
-    trust_remote_code, allow_special_tokens, api_key, cors_origins and the fields of `Limits`. The API key (or the environment's
-    RLHF_RAY_API_KEY) is required.
+    args: model (a folder that every node sees), and optionally name, models (further ones, name -> folder), replicas (of each),
+    cpus, gpus, threads, precision, engine, trust_remote_code, allow_special_tokens, api_key, cors_origins and the fields of
+    `Limits`. The API key (or the environment's RLHF_RAY_API_KEY) is required.
     """
     given = dict(args)
     path = given.pop("model", None)
     if path is None:
         raise UserError("args of build_application have no 'model'; give the folder to serve")
-    model = find_model(path)
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
     replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
-    engine = choose_engine(given.pop("engine", None), path, gpus)
+    models = served_models(
+        path, given.pop("name", None), given.pop("models", None) or {}, engine=given.pop("engine", None), gpus=gpus
+    )
     options = EngineOptions(
-        model=str(model),
+        model=str(models[0].folder),
         precision=given.pop("precision", "auto"),
         device="cuda" if gpus else "cpu",
         threads=int(given.pop("threads", max(1, int(cpus)))),
         trust_remote_code=_truth("trust_remote_code", given.pop("trust_remote_code", False)),
         allow_special_tokens=_truth("allow_special_tokens", given.pop("allow_special_tokens", False)),
-        engine=engine.name,
-        plugins=engine.plugins,
     )
     origins = given.pop("cors_origins", ())
     config = AppConfig(
-        name=given.pop("name", None) or model_name(Path(path), model),
+        name=models[0].name,
         api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
         cors_origins=(origins,) if isinstance(origins, str) else tuple(origins),
         limits=Limits(**{name: int(value) for name, value in known.items() if value is not None}),
@@ -122,8 +143,9 @@ def build_application(args: dict[str, Any]) -> Application:
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
-    found = replicas_of(options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
-    return Gateway.bind(config, found)
+    found = replicas_of(models, options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    targets = {name: each.target for name, each in found.items()}
+    return Gateway.bind(config, targets, {name: each.model for name, each in found.items()})
 
 
 def _truth(name: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ It holds no model. /health and the refusals never wait for a replica.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ class Link(Protocol):
     """The way to one replica."""
 
     name: str
+    model: str
+    """The id of the model that it has."""
     up: bool
     """Whether it is known to run."""
     ongoing: int
@@ -45,6 +48,7 @@ class Front:
 
     def __init__(self, links: Sequence[Link], beside: Callable[[], Coroutine[Any, Any, None]] | None = None):
         self.links, self.beside = links, beside
+        self.models = tuple(dict.fromkeys(link.model for link in links))
         self.draining = False
         """Refuse what is new."""
         self.ongoing = 0
@@ -84,9 +88,11 @@ class Front:
     def _health(self) -> JSONResponse:
         if self.draining:
             return _unavailable("The server is shutting down.", 5).response()
-        if any(link.up for link in self.links):
+        running = {link.model for link in self.links if link.up}
+        if running == set(self.models):
             return JSONResponse({"status": "ok"})
-        return _unavailable("No replica of the model is running.", 5).response()
+        down = ", ".join(model for model in self.models if model not in running)
+        return _unavailable(f"No replica of the model {down} is running.", 5).response()
 
     async def _stats(self) -> dict[str, Any]:
         """The sums over the replicas, and each one's own."""
@@ -94,7 +100,8 @@ class Front:
         found = [one for one in each if one is not None]
         sums = {name: sum(one[name] for one in found) for name in (found[0] if found else ())}
         replicas = [
-            {"name": link.name, "up": one is not None, **(one or {})} for link, one in zip(self.links, each, strict=True)
+            {"name": link.name, "model": link.model, "up": one is not None, **(one or {})}
+            for link, one in zip(self.links, each, strict=True)
         ]
         return sums | {"replicas": replicas}
 
@@ -110,11 +117,15 @@ class Front:
         request = await relayed(scope, receive)
         if request is None:
             return
+        if len(self.models) > 1 and scope["path"] == "/v1/models" and scope["method"] == "GET":
+            await JSONResponse(await self._cards(request))(scope, receive, send)
+            return
+        model = self._model_of(request)
         tried: list[Link] = []
         lost = 0
-        error = _unavailable("No replica of the model is running.", 5)
+        error = _unavailable(f"No replica of the model {model} is running.", 5)
         full: list[Piece] = []  # the answer of a replica that is full
-        while (link := self._least_busy(tried)) is not None:
+        while (link := self._least_busy(model, tried)) is not None:
             tried.append(link)
             try:
                 full = await self._pass_to(link, request, send)
@@ -132,8 +143,34 @@ class Front:
         else:
             await error.response()(scope, receive, send)
 
-    def _least_busy(self, tried: Collection[Link]) -> Link | None:
-        left = [link for link in self.links if link.up and link not in tried]
+    def _model_of(self, request: Relayed) -> str:
+        """The model that a request names. Where that is none of ours, the first one's replica says so."""
+        if len(self.models) == 1:
+            return self.models[0]
+        asked: Any = request.scope["path"].removeprefix("/v1/models/")
+        if request.body:
+            try:
+                asked = json.loads(request.body)["model"]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                asked = None
+        return asked if asked in self.models else self.models[0]
+
+    async def _cards(self, request: Relayed) -> dict[str, Any]:
+        """What a replica of each model that runs says of it."""
+        data: list[Any] = []
+        for model in self.models:
+            link = self._least_busy(model, ())
+            if link is None:
+                continue
+            try:
+                body = b"".join([piece[-2] async for piece in link.answer(request)])
+            except ReplicaLost:
+                continue
+            data += json.loads(body)["data"]
+        return {"object": "list", "data": data}
+
+    def _least_busy(self, model: str, tried: Collection[Link]) -> Link | None:
+        left = [link for link in self.links if link.up and link.model == model and link not in tried]
         return min(left, key=lambda link: link.ongoing, default=None)
 
     async def _pass_to(self, link: Link, request: Relayed, send: Send) -> list[Piece]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config import Precision
@@ -23,6 +23,7 @@ class Terminated(SystemExit):
 def serve(
     path: str | Path,
     *,
+    more_models: Mapping[str, str | Path] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -43,6 +44,7 @@ def serve(
 ) -> Server:
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
+    more_models: name -> folder of further models at the same endpoint, or of adapters on the first one.
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
     torch's, per replica (None: an equal share of the cores). `engine` None: the run's, or torch (`serving.engine_choice`).
     `allow_special_tokens`: clients may write special tokens by their names, which are plain text otherwise.
@@ -53,6 +55,7 @@ def serve(
     """
     server = Server(
         path,
+        more_models=more_models or {},
         host=host,
         port=port,
         api_key=api_key,
@@ -68,8 +71,8 @@ def serve(
         allowed_hosts=allowed_hosts,
         cors_origins=cors_origins,
     )
-    if server.engine.note is not None:
-        say(server.engine.note)
+    for note in dict.fromkeys(model.engine.note for model in server.models if model.engine.note is not None):
+        say(note)
     if not block:
         try:
             server.start()
@@ -79,7 +82,9 @@ def serve(
         return server
     with _stopping_on_signals() as take_signals:
         try:
-            say(f"Loading '{server.config.name}' from {server.model} ...")
+            for model in server.models:
+                adapter = "" if model.adapter is None else f" and {model.adapter}"
+                say(f"Loading '{model.name}' from {model.folder}{adapter} ...")
             server.start()
             take_signals()  # ray.init has put a handler of its own in place
             say(server.announcement())

@@ -30,8 +30,8 @@ _STALE_S = 10.0
 class ReplicaLink:
     """One replica."""
 
-    def __init__(self, name: str, handle: DeploymentHandle):
-        self.name = name
+    def __init__(self, name: str, handle: DeploymentHandle, model: str):
+        self.name, self.model = name, model
         self.place = (handle.app_name, name)  # in Serve: another application has replicas of the same names
         self.up = True
         self.ongoing = 0

@@ -23,7 +23,12 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
     import_plugins(options.plugins)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     dtype = resolve_precision(options.precision, options.device)
-    model = load_causal_lm(options.model, dtype, options.trust_remote_code)
+    if options.adapter is None:
+        model = load_causal_lm(options.model, dtype, options.trust_remote_code)
+    else:
+        from rlhf_ray.models.low_rank import load_merged  # peft takes a second
+
+        model = load_merged(options.model, options.adapter, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
     # That it is a continuous one is what its entry says.
     engine = cast(

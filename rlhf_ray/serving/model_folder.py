@@ -47,6 +47,11 @@ def model_name(path: str | Path, model: Path) -> str:
     return f"{model.parent.parent.name}-{model.parent.name}"
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds a low-rank adapter in peft's format, and no model."""
+    return (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file() and not _is_model(folder)
+
+
 def _language_models_in(folder: Path) -> dict[str, Path]:
     """Name of each sub-folder that is a language model, or whose model/ is one -> that model folder."""
     found = {}

@@ -12,7 +12,7 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,8 @@ from rlhf_ray.serving.config import (
     resolve_allowed_hosts,
     resolve_api_key,
 )
-from rlhf_ray.serving.engine_choice import choose_engine
-from rlhf_ray.serving.model_folder import find_model, model_name
 from rlhf_ray.serving.ray_start import check_ray, start_ray
+from rlhf_ray.serving.served import served_models
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -39,13 +38,18 @@ if TYPE_CHECKING:
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
 
+
 class Server:
-    """One served model. What can be checked is checked here; `start` takes seconds, `close` releases it all."""
+    """One served model, or several at one endpoint.
+
+    What can be checked is checked when it is made; `start` takes seconds, `close` releases it all.
+    """
 
     def __init__(
         self,
         path: str | Path,
         *,
+        more_models: Mapping[str, str | Path],
         host: str,
         port: int,
         api_key: str | None,
@@ -65,23 +69,22 @@ class Server:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
         if replicas < 1:
             raise UserError(f"replicas={replicas} serves nothing; give at least 1")
-        self.model = find_model(path)
-        self.engine = choose_engine(engine, path, gpus or 0.0)
+        self.models = served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
         self.config = AppConfig(
-            name=name or model_name(path, self.model),
+            name=self.models[0].name,
             api_key=key,
             allowed_hosts=resolve_allowed_hosts(host, allowed_hosts),
             cors_origins=check_cors_origins(cors_origins, key),
             limits=limits,
         )
-        self.replicas, self.gpus = replicas, gpus
+        self.replicas, self.gpus = replicas * len(self.models), gpus
         self.precision: Precision = precision
         self.trust_remote_code, self.allow_special_tokens = trust_remote_code, allow_special_tokens
         cores = len(os.sched_getaffinity(0))
-        self.threads = threads or max(1, cores // replicas)
-        self._environment = replica_environment(replicas * self.threads, cores)
+        self.threads = threads or max(1, cores // self.replicas)
+        self._environment = replica_environment(self.replicas * self.threads, cores)
         self._bound: socket.socket | None = None
         self._http: HttpServer | None = None
         self._front: Front | None = None
@@ -103,8 +106,9 @@ class Server:
         """Where it listens, and a request to try."""
         key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
         body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
+        names = " and ".join(f"'{model.name}'" for model in self.models)
         return (
-            f"Serving '{self.config.name}' at {self.url}/v1 (Ctrl-C stops it). Try:\n"
+            f"Serving {names} at {self.url}/v1 (Ctrl-C stops it). Try:\n"
             f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
         )
 
@@ -123,36 +127,36 @@ class Server:
         from rlhf_ray.serving.deployment import replicas_of
 
         options = EngineOptions(
-            model=str(self.model),
+            model=str(self.models[0].folder),
             precision=self.precision,
             device="cuda" if gpus else "cpu",
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             allow_special_tokens=self.allow_special_tokens,
-            engine=self.engine.name,
-            plugins=self.engine.plugins,
         )
+        each_has = self.replicas // len(self.models)
         found = replicas_of(
-            options, self.config, replicas=self.replicas, cpus=1, gpus=gpus, environment=self._environment
+            self.models, options, self.config, replicas=each_has, cpus=1, gpus=gpus, environment=self._environment
         )
         targets = [
-            ray_serve.RunTarget(target=each, name=name, route_prefix=None, logging_config=quiet)
+            ray_serve.RunTarget(target=each.target, name=name, route_prefix=None, logging_config=quiet)
             for name, each in found.items()
         ]
         try:
             handles = ray_serve.run_many(targets)
         except RuntimeError as error:
             raise _start_failure(ray_serve.status(), error) from None
-        self._open_front(dict(zip(found, handles, strict=True)))
+        self._open_front([(name, handle, each.model) for (name, each), handle in zip(found.items(), handles, strict=True)])
 
-    def _open_front(self, handles: dict[str, DeploymentHandle]) -> None:
+    def _open_front(self, replicas: Sequence[tuple[str, DeploymentHandle, str]]) -> None:
+        """replicas: (name, handle, id of the model)."""
         from rlhf_ray.serving.front import Front
         from rlhf_ray.serving.guard import guarded
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
         from rlhf_ray.serving.links import ReplicaLink, watch
 
-        links = [ReplicaLink(name, handle) for name, handle in handles.items()]
+        links = [ReplicaLink(*each) for each in replicas]
         self._front = Front(links, lambda: watch(links))
         assert self._bound is not None
         self._http = HttpServer(
@@ -180,11 +184,12 @@ class Server:
                 say(f"{name} runs again.")
             told = down
             if len(down) == len(self._front.links):
-                self._check_model()
+                self._check_models()
 
-    def _check_model(self) -> None:
+    def _check_models(self) -> None:
         try:
-            find_model(self.model)
+            for model in self.models:
+                model.check()
         except UserError as error:
             raise UserError(f"no replica runs, and none can start again: {error}") from None
 

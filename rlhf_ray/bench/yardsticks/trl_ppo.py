@@ -1,7 +1,7 @@
 """The yardstick of `rlhf-ray bench ppo --against-trl`: the same work with TRL's PPOTrainer. Prints one JSON object.
 
 It runs in an environment of its own (`bench/trl.py` makes it) and imports nothing of rlhf_ray. By hand:
-    python3 -m venv trl && trl/bin/pip install 'torch==2.13.*' 'trl==1.11.*' 'transformers<5.20' datasets accelerate rich
+    python3 -m venv trl && trl/bin/pip install 'torch==2.13.*' 'trl==1.11.*' 'transformers<5.20' datasets accelerate rich peft
     trl/bin/python -P rlhf_ray/bench/yardsticks/trl_ppo.py [--bf16]
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -51,7 +52,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--llama", action="store_true", help="Llama's blocks, with an inner width of 8/3 of the width")
     for name, default in (
         ("layers", 4), ("width", 256), ("heads", 4), ("vocabulary", 4096), ("batch", 64), ("prompt", 32),
-        ("response", 48), ("epochs", 4), ("iterations", 5), ("microbatch", 16), ("threads", 0),
+        ("response", 48), ("epochs", 4), ("iterations", 5), ("microbatch", 16), ("threads", 0), ("kv-heads", 4), ("lora", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
@@ -67,7 +68,7 @@ def config_of(given: argparse.Namespace) -> GPT2Config | LlamaConfig:
         return LlamaConfig(
             num_hidden_layers=given.layers, hidden_size=given.width, num_attention_heads=given.heads,
             intermediate_size=math.ceil(given.width * 8 / 3 / 32) * 32, max_position_embeddings=positions,
-            tie_word_embeddings=True, **shared,
+            num_key_value_heads=given.kv_heads, tie_word_embeddings=True, **shared,
         )  # fmt: skip
     return GPT2Config(
         n_layer=given.layers, n_head=given.heads, n_embd=given.width, n_positions=positions, attn_pdrop=0.0,
@@ -91,6 +92,14 @@ def build_models(given: argparse.Namespace) -> list:
     return [*policies, *(AutoModelForSequenceClassification.from_config(shape) for _ in range(2))]
 
 
+def adapters(given: argparse.Namespace, task: str) -> LoraConfig:
+    """At all matrices of the blocks, as ours."""
+    return LoraConfig(
+        r=given.lora, lora_alpha=2 * given.lora, lora_dropout=0.0, target_modules="all-linear", task_type=task,
+        fan_in_fan_out=not given.llama, exclude_modules=["score"],
+    )  # fmt: skip
+
+
 def main() -> None:
     given = read_arguments()
     batch, microbatch, vocabulary = given.batch, math.gcd(given.microbatch, given.batch), given.vocabulary
@@ -98,6 +107,12 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     policy, reference, *scoring = build_models(given)
+    if given.lora:
+        # The policy without its adapter is the reference; TRL reads the critic's body by its name, so peft's wrapper stays off.
+        reference = None
+        for name, parameter in scoring[1].named_parameters():
+            parameter.requires_grad_("score" in name)
+        inject_adapter_in_model(adapters(given, "SEQ_CLS"), scoring[1])
     tokenizer = (
         AutoTokenizer.from_pretrained(given.models / "sft" / "model") if given.models else word_tokenizer(vocabulary)
     )
@@ -118,7 +133,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = PPOTrainer(
             args=settings, processing_class=tokenizer, model=policy, ref_model=reference,
-            reward_model=scoring[0], value_model=scoring[1],
+            reward_model=scoring[0], value_model=scoring[1], peft_config=adapters(given, "CAUSAL_LM") if given.lora else None,
             train_dataset=prompts, eval_dataset=prompts.select(range(min(8, batch))),
         )  # fmt: skip
         ends: list[float] = []

@@ -1,0 +1,58 @@
+"""The adapter that makes one model of another: what training changed, for those who have the model that it started from.
+
+A run trains adapters one after the other (SFT's, then PPO's) and saves whole models. The sum of their changes is of low rank too,
+and its best approximation of a given rank are its first singular vectors (Eckart and Young 1936).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray.config import LoraConfig
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.trained_part import adapted_layers, save_adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    lora: LoraConfig
+    weights: dict[str, torch.Tensor]  # <layer>.lora_A [rank, in] and .lora_B [out, rank], float32
+    lost: float  # share of the change's norm that the rank leaves out
+
+
+def adapter_between(start: PreTrainedModel, tuned: PreTrainedModel, rank: int) -> Difference:
+    """The adapter of `rank` that comes closest to tuned - start. UserError where other weights than linear layers' differ."""
+    lora = LoraConfig(rank=rank, alpha=float(rank))
+    layers, changed = adapted_layers(start, lora), adapted_layers(tuned, lora)
+    ours, theirs = dict(start.named_parameters()), dict(tuned.named_parameters())
+    if ours.keys() != theirs.keys():
+        raise UserError("the two models have other layers; give the model that training started from")
+    for name, weight in ours.items():
+        inside = name.removesuffix(".weight") in layers
+        if weight.shape != theirs[name].shape or not (inside or torch.equal(weight, theirs[name])):
+            raise UserError(f"{name} differs, which an adapter can't change; save the whole model")
+    weights: dict[str, torch.Tensor] = {}
+    total = left_out = 0.0
+    for name, layer in layers.items():
+        change = changed[name].weight.detach().double() - layer.weight.detach().double()
+        if isinstance(layer, Conv1D):  # GPT-2 keeps it [in, out]
+            change = change.t()
+        left, sizes, right = torch.linalg.svd(change, full_matrices=False)
+        root = sizes[:rank].sqrt()
+        weights[f"{name}.lora_A"] = (root[:, None] * right[:rank]).float().contiguous()
+        weights[f"{name}.lora_B"] = (left[:, :rank] * root).float().contiguous()
+        total += float(sizes.square().sum())
+        left_out += float(sizes[rank:].square().sum())
+    return Difference(lora=lora, weights=weights, lost=(left_out / total) ** 0.5 if total else 0.0)
+
+
+def save_difference(start: PreTrainedModel, tuned: PreTrainedModel, rank: int, folder: Path, name: str) -> float:
+    """Write the adapter in peft's format, in bfloat16. name: of the model that it is for. -> the share lost by the rank."""
+    found = adapter_between(start, tuned, rank)
+    save_adapter(start, {key: weight.bfloat16() for key, weight in found.weights.items()}, found.lora, folder, name)
+    return found.lost
