@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from clusters import CLUSTER, bare_env, free_ports, script
+from test_cluster import CLUSTER, bare_env, free_ports, script
 
 ADDRESSES = str(CLUSTER / "addresses.py")
 

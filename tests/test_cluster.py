@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -10,13 +11,50 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import REPO, bare_env, free_ports, recipe, script
 
 from rlhf_ray.actors import jobs
 from rlhf_ray.actors.dashboard import connect
+from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 
+REPO = Path(__file__).resolve().parent.parent
+CLUSTER = REPO / "cluster"
+SCRIPTS = sorted(path.name for path in CLUSTER.glob("*.sh"))
 RAY_OPTIONS = ("--num-cpus", "1", "--object-store-memory", "100000000")
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def script(name, *arguments, env, timeout=120):
+    return subprocess.run(
+        ["bash", str(CLUSTER / name), *arguments],
+        env=env,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def bare_env(home):
+    """An environment without anybody's token or cluster, in which this test's Python is the active one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RLHF_RAY", "SLURM"))}
+    binaries = Path(sys.executable).parent
+    return env | {
+        "HOME": str(home),
+        "RLHF_RAY_STATE": str(home / "state"),
+        "VIRTUAL_ENV": str(binaries.parent),
+        "PATH": f"{binaries}:{env['PATH']}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +145,42 @@ def entry(monkeypatch):
     return use
 
 
+def recipe(name="tiny", **sections):
+    return Recipe.model_validate({"name": name, **sections})
+
+
+# --- the scripts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_parses(name):
+    assert subprocess.run(["bash", "-n", str(CLUSTER / name)], capture_output=True, text=True).stderr == ""
+
+
+def test_a_cluster_without_a_token_is_refused(tmp_path):
+    env = bare_env(tmp_path)
+    worker = script("worker.sh", "127.0.0.1:6379", env=env)
+    assert worker.returncode == 2 and "no token" in worker.stderr
+    head = script("head.sh", env=env | {"RAY_AUTH_MODE": "disabled"})
+    assert head.returncode == 2 and "open to anyone" in head.stderr
+    head = script("head.sh", env=env | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
+    assert head.returncode == 2 and "there is no token" in head.stderr
+    assert not (tmp_path / "state").exists(), "nothing was started"
+
+
+def test_stop_leaves_a_process_that_merely_has_the_number(tmp_path):
+    env = bare_env(tmp_path)
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / "head.pid").write_text(f"{bystander.pid}\nMon Jan  1 00:00:00 2001\n")
+        assert "nothing" in script("stop.sh", env=env).stdout
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
 @pytest.mark.ray
 def test_the_head_made_a_private_token_and_a_second_head_is_refused(cluster):
     _, env, _ = cluster
@@ -114,6 +188,9 @@ def test_the_head_made_a_private_token_and_a_second_head_is_refused(cluster):
     assert len(token.read_text()) >= 32 and token.stat().st_mode & 0o077 == 0
     second = script("head.sh", *RAY_OPTIONS, env=env)
     assert second.returncode == 2 and "already running" in second.stderr
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -308,3 +385,30 @@ def test_the_slurm_script_builds_a_cluster_and_runs_on_it(short_tmp, tmp_path):
         assert words in result.stdout
     refused = script("slurm.sh", "demo", "runs/demo", env=env)
     assert refused.returncode == 2 and "relative" in refused.stderr
+
+
+# --- without a cluster --------------------------------------------------------------------------------------------
+
+
+def test_a_relative_run_folder_is_refused():
+    with pytest.raises(UserError, match="'runs/demo' is relative.*absolute"):
+        jobs.submit(recipe(), "runs/demo", address="http://127.0.0.1:9")
+    assert jobs.cluster_path("/a/b/../c/") == "/a/c"
+    assert jobs.cluster_path("s3://bucket/run/") == "s3://bucket/run"
+
+
+def test_no_dashboard_is_said_in_words():
+    [port] = free_ports(1)
+    with pytest.raises(UserError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}"):
+        jobs.submit(recipe(), "/shared/run", address=f"127.0.0.1:{port}")
+    with pytest.raises(UserError, match="not a dashboard address"):
+        jobs.submit(recipe(), "/shared/run", address="ray://127.0.0.1:10001")
+
+
+def test_the_entrypoint_is_one_run_with_its_arguments_quoted():
+    assert jobs.entrypoint("/shared/my runs/a") == (
+        "exec python -m rlhf_ray.cli.main run recipe.yaml --address auto --run-dir '/shared/my runs/a'"
+    )
+    assert jobs.entrypoint("/r", has_data=True).startswith(
+        "mkdir -p /r/uploads && cp -R uploads/. /r/uploads/ && exec python"
+    )
