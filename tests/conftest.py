@@ -8,12 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads from the hub
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the command line does; Ray reads it once, when it is imported
 os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not ours
 
+from importlib.util import find_spec
+
 import pytest
 import shared_ray
 import torch
 from differences import table
-from processors import processor, threads  # noqa: F401 - fixtures
 from xdist.scheduler import LoadScopeScheduling
+
+pytest_plugins = ["processors"] if find_spec("rlhf_ray.cpu") else []  # fixtures of tests that go with that package
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -20,7 +20,7 @@ from rlhf_ray.evaluation.estimates import (
     win_rate,
     words,
 )
-from rlhf_ray.evaluation.evaluate import evaluate
+from rlhf_ray.evaluation.evaluate import _Evaluation, evaluate
 from rlhf_ray.evaluation.samples import Responses, draw_responses
 from rlhf_ray.evaluation.scoring import LanguageModel
 from rlhf_ray.evaluation.traits import trait_scores
@@ -264,6 +264,17 @@ def test_each_response_is_rated_in_its_own_place(run_folder):
         plain_logprob(path, PROMPTS[2], texts[2], False)[0],
     ]
     assert model.rate_tokens(prompt_ids, response_ids) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_recipes_microbatch_bounds_a_forward_pass(run_folder):
+    """Logits are rows x tokens x vocabulary: 32 rows of a model that trained with 2 may not fit."""
+    made = recipe(judge=None, fluency=None, ppo={"microbatch_size": 2, "rollout_batch_size": 4, "minibatch_size": 4})
+    model = _Evaluation(made, run_folder, lambda state: None, torch.device("cpu"))._load(run_folder.stage("sft").model)
+    rows = []
+    model.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[-2]))
+    ids = [np.array([5, 6, 7], np.int32)] * 5
+    model.rate_tokens(ids, ids)
+    assert rows == [2 * 3, 2 * 3, 1 * 3]
 
 
 def test_responses_stand_prompt_by_prompt(run_folder):

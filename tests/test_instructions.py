@@ -133,6 +133,8 @@ def questions(rows):
 
 def test_held_out_are_questions_and_kinds(folder):
     roles = build(str(folder), prompts=200, eval_prompts=60)
+    others = [messages[0]["content"] for messages in roles.pop("other_text")["messages"]]
+    assert others and all(is_held_out(question) for question in others), "none that a training prompt asks"
     asked = {role: questions(rows) for role, rows in roles.items()}
     assert {role: len(each) for role, each in asked.items()} == {"prompts": 200, "eval_prompts": 60}
     assert len(set(asked["prompts"] + asked["eval_prompts"])) == 260

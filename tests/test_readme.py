@@ -11,7 +11,9 @@ from rlhf_ray.config.reference import main, reference, write_between_markers
 #: document -> its greatest number of lines, and of words
 LONGEST = {"README.md": (300, 3000), "REPORT.md": (1000, None)}
 #: words that only this project would use, or nobody any more
-FORBIDDEN = re.compile(r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it)\b", re.IGNORECASE)
+FORBIDDEN = re.compile(
+    r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it|price of|anew|(?:nats|seconds) an? )\b", re.IGNORECASE
+)
 REFERENCE = "rlhf_ray/config/README.md"
 
 

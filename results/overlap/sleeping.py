@@ -1,7 +1,7 @@
 """What generating ahead saves, without a model:   python results/overlap/sleeping.py [--steps 12] [--seconds 0.8] [--json]
 
 The real loop over real Ray actors on two "hosts" (custom resources); generators and trainers sleep as long as their phase
-would take. For each pair of phases: seconds a step, and the wall time of all steps, the first generation that nothing hides
+would take. For each pair of phases: seconds per step, and the wall time of all steps, the first generation that nothing hides
 among them, over steps * max(generate, train). That is sum / max where phases alternate, and near 1 where the longer hides the
 shorter. Beside it the mean age of the samples.
 """

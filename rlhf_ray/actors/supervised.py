@@ -1,4 +1,4 @@
-"""Runs a supervised stage under Ray Train's TorchTrainer. The only file of this package that knows Ray.
+"""Runs a supervised stage under Ray Train's TorchTrainer.
 
 Ray must be initialised. Library noise goes to RUN/logs/<stage>.log; the terminal stays the caller's.
 """

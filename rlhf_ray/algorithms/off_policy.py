@@ -56,7 +56,7 @@ def mismatch(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, action_
     """Generator against policy of the same weights; nothing where the mask is empty.
 
     policy/mismatch_p99 and _max: |difference of a token's log-probs|, the 99 % quantile (the next larger one that occurs) and the
-    largest. policy/mismatch_kl: KL(generator || policy) in nats a token by k3, whose terms are not negative.
+    largest. policy/mismatch_kl: KL(generator || policy) in nats per token by k3, whose terms are not negative.
     """
     if not action_mask.any():
         return {}

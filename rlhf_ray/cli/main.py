@@ -178,35 +178,17 @@ def serve(
     from rlhf_ray.serving.served import named_folders
 
     limits = Limits(
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        max_n=max_n,
-        max_rows=max_rows,
-        max_waiting_rows=max_waiting_rows,
-        max_body_bytes=max_body_bytes,
-        max_connections=max_connections,
-    )
+        max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
+        max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes, max_connections=max_connections,
+    )  # fmt: skip
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
     serve_model(
-        path,
-        more_models=named_folders(model or ()),
-        host=host,
-        port=port,
-        api_key=given_key(api_key, api_key_file),
-        allowed_hosts=allowed_host or (),
-        cors_origins=cors_origin or (),
-        drain_s=drain_s,
-        name=name,
-        replicas=replicas,
-        gpus=gpus,
-        threads=threads,
-        precision=precision,
-        engine=engine,
-        trust_remote_code=trust_remote_code,
-        allow_special_tokens=allow_special_tokens,
-        limits=limits,
-    )
+        path, more_models=named_folders(model or ()), host=host, port=port, api_key=given_key(api_key, api_key_file),
+        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name, replicas=replicas, gpus=gpus,
+        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
+        allow_special_tokens=allow_special_tokens, limits=limits,
+    )  # fmt: skip
 
 
 ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]

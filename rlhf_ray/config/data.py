@@ -84,6 +84,9 @@ class DataConfig(Section):
     judge: tuple[SourceConfig, ...] = option((), "preferences that only the independent judge sees")
     prompts: tuple[SourceConfig, ...] = option((), "prompts for PPO; default: those of the preferences, else of the SFT rows")
     eval_prompts: tuple[SourceConfig, ...] = option((), "held-out prompts; default: a share of prompts")
+    other_text: tuple[SourceConfig, ...] = option(
+        (), "text, prompt/response or chat messages that nothing trains on: its perplexity under each model says what tuning cost"
+    )
     holdout: float = option(0.05, "share held out of each role without a held-out set of its own", gt=0, lt=0.9)
     max_prompt_tokens: int = option(64, "longer prompts are cut", gt=0)
     truncate_prompt: Literal["left", "right", "drop"] = option(
@@ -101,5 +104,5 @@ class DataConfig(Section):
         """Role -> its sources."""
         return {
             "sft": self.sft, "preferences": self.preferences, "judge": self.judge, "prompts": self.prompts,
-            "eval_prompts": self.eval_prompts,
+            "eval_prompts": self.eval_prompts, "other_text": self.other_text,
         }  # fmt: skip

@@ -146,7 +146,7 @@ class PPOConfig(Section):
         0.35, "stop if log-probs differ by more than this between generator and policy in 1 of 100 sampled tokens", gt=0
     )
     max_mismatch_kl: float = option(
-        0.006, "stop if the KL (k3) of generator and policy exceeds this many nats a sampled token", gt=0
+        0.006, "stop if the KL (k3) of generator and policy exceeds this many nats per sampled token", gt=0
     )
     max_first_approx_kl: float = option(
         1e-3, "stop if approx_kl of an update's first minibatch exceeds this: the policy has not moved yet", gt=0

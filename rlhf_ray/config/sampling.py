@@ -60,13 +60,13 @@ class TokenRules:
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit), each id once
-    min_tokens: int = 0  # before so many tokens no end token is drawn, and no stop string looked for
+    min_tokens: int = 0  # before this many tokens no end token is drawn, and no stop string looked for
     repetition_penalty: float = 1.0  # positive logits of tokens of the prompt and response are divided by it, others multiplied
     frequency_penalty: float = 0.0  # taken off a token's logit per time that the response has it
     presence_penalty: float = 0.0  # taken off the logit of every token that the response has
     stop_token_ids: tuple[int, ...] = ()  # end the response like EOS
     ignore_eos: bool = False  # EOS does not end the response
-    alternatives: int | None = None  # report `TokenLogprobs` with so many of the likeliest tokens; None: no report
+    alternatives: int | None = None  # report `TokenLogprobs` with this many of the likeliest tokens; None: no report
 
     @property
     def changes_logits(self) -> bool:

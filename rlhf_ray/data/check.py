@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.formats import Role, detect
-from rlhf_ray.data.prepare import LISTS, form_of, needed_lists, prompt_origins
+from rlhf_ray.data.lists import LISTS, form_of, is_read, needed_lists, prompt_origins
 from rlhf_ray.data.sources import columns_of, find_builder
 from rlhf_ray.data.store import CHAT
 from rlhf_ray.errors import UserError
@@ -44,7 +44,7 @@ def check_data(recipe: Recipe) -> list[str]:
         )
     others: dict[str, list[str] | None] = {}  # role -> its rows' other columns; None: not known before they are read
     for role in given:
-        if role not in needed and not role.endswith("prompts") and not (role == "preferences" and not data.prompts):
+        if not is_read(role, needed, given):
             continue  # prepare does not read it either
         form = form_of(recipe, role)
         for index, source in enumerate(data.lists[role]):

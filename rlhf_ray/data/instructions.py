@@ -6,6 +6,7 @@ The questions are the first turns of Anthropic's helpful dialogues (`hh`) and of
     role           questions   rules
     prompts        three in four   one or two, of the training kinds
     eval_prompts   the others      two: one of a training kind and one of a held-out kind
+    other_text     held out, with people's preferred answers: what learning the rules cost elsewhere
 
 The column `rules` of both is a JSON list. `followed` is the reward: the share of a prompt's rules that the reply follows.
 It does not look at what the reply says. A policy can raise it and answer worse, so the evaluation's other figures
@@ -36,18 +37,20 @@ MOST_RULES = 2
 
 def build(
     root: str | None = None, seed: int = 0, *, prompts: int = 4000, eval_prompts: int = 400, self_dialogue_share: float = 0.5,
+    other_text: int = 256,
 ) -> dict[str, Dataset]:  # fmt: skip
     """Prompts and held-out prompts, as chat messages, with their rules.
 
     root: a folder that holds hh_test_pairs.jsonl.gz, dialogues.jsonl.gz or both, or folders that do; None: Anthropic's
-    dialogues from the hub. self_dialogue_share: of the questions, where there are both. Raises UserError where there are
-    fewer questions than prompts.
+    dialogues from the hub. self_dialogue_share: of the questions, where there are both. other_text: replies of Anthropic's
+    dialogues, where they are there. Raises UserError where there are fewer questions than prompts.
     """
     from datasets import Dataset  # takes half a second, and `followed` does not need it
 
     rng = random.Random(seed)
     roles: dict[str, list[dict[str, Any]]] = {"prompts": [], "eval_prompts": []}
-    sources = _questions(root)
+    rows = _dialogues(root)
+    sources = _questions(root, rows)
     shares = [1.0] if len(sources) == 1 else [1 - self_dialogue_share, self_dialogue_share]
     for role, count, draw in (("prompts", prompts, _training_rules), ("eval_prompts", eval_prompts, _evaluation_rules)):
         chosen: list[str] = []
@@ -62,7 +65,10 @@ def build(
             chosen += rng.sample(there, wanted)
         rng.shuffle(chosen)
         roles[role] = [_row(question, draw(rng)) for question in chosen]
-    return {role: Dataset.from_list(rows) for role, rows in roles.items()}
+    if rows and other_text:
+        answered = _answered(rows)
+        roles["other_text"] = rng.sample(answered, min(other_text, len(answered)))
+    return {role: Dataset.from_list(found) for role, found in roles.items()}
 
 
 def is_held_out(question: str) -> bool:
@@ -110,27 +116,47 @@ def _evaluation_rules(rng: random.Random) -> list[dict[str, Any]]:
     return rules
 
 
-def _questions(root: str | None) -> dict[str, list[str]]:
+def _dialogues(root: str | None) -> list[dict[str, Any]]:
+    """Anthropic's helpful dialogues; none where the root has none."""
+    from rlhf_ray.data import hh
+
+    file = None if root is None else _find(root, hh.FILE_NAME)
+    if root is not None and file is None:
+        return []
+    return hh.read(None if file is None else str(file.parent), hh.HELPFUL, "train")
+
+
+def _questions(root: str | None, dialogues: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Source -> its questions, each once over all sources."""
     from rlhf_ray.data import hh
 
-    dialogues = None if root is None else _find(root, hh.FILE_NAME)
     corpus = None if root is None else _find(root, SELF_DIALOGUE)
-    if root is not None and dialogues is None and corpus is None:
+    if not dialogues and corpus is None:
         raise UserError(
             f"data.root: {root} holds neither {hh.FILE_NAME} nor {SELF_DIALOGUE}, and no folder in it does; "
             f"give a folder that does, or remove data.root to read {hh.HUB_NAME}"
         )
     found: dict[str, Iterable[str]] = {}
-    if root is None or dialogues is not None:
-        rows = hh.read(None if dialogues is None else str(dialogues.parent), hh.HELPFUL, "train")
-        turns = (hh.messages_of(row["prompt"]) for row in rows)
+    if dialogues:
+        turns = (hh.messages_of(row["prompt"]) for row in dialogues)
         found["Anthropic's dialogues"] = [messages[0]["content"] for messages in turns if messages]
     if corpus is not None:
         with gzip.open(corpus, "rt", encoding="utf-8") as file:
             found["the self-dialogues"] = [json.loads(line)["turns"][0] for line in file]
     seen: set[str] = set()
     return {name: list(_usable(texts, seen)) for name, texts in found.items()}
+
+
+def _answered(dialogues: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One held-out question and people's preferred answer each, which no rule has touched."""
+    from rlhf_ray.data import hh
+
+    turns = [(hh.messages_of(row["prompt"]), row["chosen"].strip()) for row in dialogues]
+    return [
+        {"messages": [*messages, {"role": "assistant", "content": answer}]}
+        for messages, answer in turns
+        if len(messages) == 1 and answer and is_held_out(messages[0]["content"])
+    ]
 
 
 def _usable(texts: Iterable[str], seen: set[str]) -> Iterable[str]:

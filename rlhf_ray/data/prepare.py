@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config import Recipe, RewardConfig, SftConfig, SourceConfig
+from rlhf_ray.config import Recipe, SftConfig, SourceConfig
 from rlhf_ray.config.columns import column_problems
-from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
+from rlhf_ray.data.lists import LISTS, form_of, is_read, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.mixing import mix, split
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
-from rlhf_ray.data.store import COLUMNS, kept_columns, write_role
+from rlhf_ray.data.store import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -28,7 +28,6 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 
 TOKENIZER_CHARACTERS = 20_000_000  # more text hardly changes a small vocabulary, and takes minutes
-LISTS = ("sft", "preferences", "judge", "prompts", "eval_prompts")
 
 
 def prepare(recipe: Recipe, folder: RunFolder) -> dict:
@@ -78,38 +77,6 @@ RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, 
 Raw = Mapping[str, list[RawSource]]
 
 
-def needed_lists(recipe: Recipe) -> dict[str, str]:
-    """The recipe's data lists that must not be empty -> the section that needs them."""
-    needed: dict[str, str] = {}
-    for name in recipe.stages:
-        for role in STAGES[name].lists:
-            needed.setdefault(role, name)
-    return needed
-
-
-def preference_section(recipe: Recipe, role: str) -> RewardConfig | None:
-    """The config that sets the form and limits of a list of preferences; None where nothing is trained on them.
-
-    DPO learns from the reward model's pairs. Where there is no reward model, they are prepared as if there were one.
-    """
-    name = needed_lists(recipe).get(role) if role in ("preferences", "judge") else None
-    if name is None:
-        return None
-    section = recipe.section(name)
-    if isinstance(section, RewardConfig):
-        return section
-    return RewardConfig(max_length=recipe.max_length_of(name)) if name in recipe.trained else RewardConfig()
-
-
-def form_of(recipe: Recipe, role: str) -> Role:
-    """The form of the rows of a list, or of what a builder returns for this role."""
-    part = role.partition("_eval")[0]
-    section = preference_section(recipe, part)
-    if section is not None:
-        return section.objective
-    return "sft" if part == "sft" else "prompts"
-
-
 def _read_sources(recipe: Recipe) -> Raw:
     data = recipe.data
     raw: dict[str, list[RawSource]] = {}
@@ -118,17 +85,17 @@ def _read_sources(recipe: Recipe) -> Raw:
         built = call_builder(data, recipe.seed)
         for role, rows in built.items():
             source, where = SourceConfig(path=f"{data.builder}#{role}"), f"{data.builder} ({role})"
-            part = role.partition("_eval")[0]
-            if part in needed or role.endswith("prompts") or (part == "preferences" and "prompts" not in built):
+            if is_read(role, needed, built):
                 check_rows(rows, source, where, form_of(recipe, role), with_prompts=False)
             raw[role] = [(where, source, rows)]
-    origins = prompt_origins([role for role in LISTS if data.lists[role]])
+    given = [role for role in LISTS if data.lists[role]]
+    origins = prompt_origins(given)
     for role in LISTS:
         if data.lists[role] and data.builder is not None:
             raise UserError(
                 f"data.builder and data.{role} are both set, but the builder replaces the lists; remove one"
             )
-        if role in needed or role.endswith("prompts") or (role == "preferences" and not data.prompts):
+        if is_read(role, needed, given):
             for index, source in enumerate(data.lists[role]):
                 where = f"data.{role}[{index}]"
                 form, with_prompts = form_of(recipe, role), role in origins
@@ -213,6 +180,9 @@ class _Preparation:
             for extra in (given for given in self._raw if given.startswith(f"{role}_eval_")):
                 rows = self._rows(extra, section.objective, limits)
                 written[extra.replace(role, name, 1)] = (rows, COLUMNS[section.objective])
+        if "other_text" in self._raw:
+            limits = self._limits(self._tokenizer, OTHER_TEXT_TOKENS, plain_text="packed")  # the evaluation cuts long texts
+            written["other_text"] = (self._rows("other_text", "sft", limits), COLUMNS["sft"])
         train, held_out = self._prompts(pool)
         written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
         return written
@@ -307,12 +277,6 @@ def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
     names = [section.base for section in sections if section is not None and not section.starts_within_run]
     names += [term.model for term in recipe.ppo.terms.values() if term.model not in (None, "reward")]
     return {name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None}
-
-
-def prompt_origins(given: Collection[str]) -> tuple[str, ...]:
-    """Of the given roles, those whose rows become prompts (`_Preparation._prompts`)."""
-    origin = next((role for role in ("prompts", "preferences", "sft") if role in given), "prompts")
-    return (origin, f"{origin}_eval", "eval_prompts")
 
 
 def _remedy(tally: Tally, form: Role, role: str) -> str:

@@ -32,7 +32,9 @@ from rlhf_ray.models.hub import look_up
 Rows = Dataset | TextRows
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
-BUILDER_ROLES = ("sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts")
+BUILDER_ROLES = (
+    "sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts", "other_text",
+)  # fmt: skip
 FURTHER_EVAL = re.compile(r"(preferences|judge)_eval_[a-z0-9_]+")  # another held-out set, reported under its own name
 
 

@@ -1,7 +1,7 @@
 """The data stage's Parquet files in a run folder: RUN/data/<role>.parquet.
 
     role                                      columns
-    sft_train, sft_eval                       prompt, response                 (plain text: prompt == "")
+    sft_train, sft_eval, other_text           prompt, response                 (plain text: prompt == "")
     reward_train, reward_eval (also judge_*)  prompt, chosen, rejected         (objective: pairs)
                                               prompt, response, score (float)  (objective: scores)
     prompts, eval_prompts                     prompt, and the rows' other columns (a gold answer, an id, ...)
@@ -41,7 +41,8 @@ COLUMNS = {
 }
 CHAT = "messages"  # of a prompt that is a conversation
 JSON = {b"holds": b"JSON"}  # metadata of a column that we wrote as JSON
-ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts")
+ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts|other_text")
+OTHER_TEXT_TOKENS = 256  # of each text of `data.other_text`, the closing token included
 
 
 def write_role(folder: RunFolder, role: str, rows: list[dict], columns: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ def compare(train: pd.DataFrame, held_out: dict[str, pd.DataFrame], seed: int = 
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
-        raise UserError("the bag-of-words baseline needs scikit-learn; install rlhf-ray[bench]") from error
+        raise UserError("the bag-of-words baseline needs scikit-learn; install it with: pip install scikit-learn") from error
     pairs = "chosen" in train
     columns = ("chosen", "rejected") if pairs else ("response",)
     texts = [text for column in columns for text in _texts(train, column)]

@@ -16,12 +16,12 @@ import torch
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
-from rlhf_ray.data.store import PromptColumns, check_columns, read_prompt_columns
+from rlhf_ray.data.store import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
-from rlhf_ray.evaluation.scoring import LanguageModel, sft_model, stage_model
+from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
 from rlhf_ray.evaluation.traits import trait_scores
 from rlhf_ray.evaluation.wins import wins_over
 from rlhf_ray.messages import Scores
@@ -92,10 +92,12 @@ class _Evaluation:
     def run(self) -> dict:
         sft = self._load(sft_model(self.recipe, self.folder))
         self._draw("sft", sft)
+        self._rate_other_text("sft", sft)
         kl = {}
         for name in self.tuned:
             model = self._load(stage_model(self.folder, name))
             self._draw(name, model)
+            self._rate_other_text(name, model)
             self._report("language-model figures", 0, 1)
             kl[name] = self._kl(model, sft, self.evidence[name].responses)
             del model  # before the next one is loaded
@@ -111,7 +113,7 @@ class _Evaluation:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
         model = to_device(load_causal_lm(path, self.dtype, trust), self.device)
-        return LanguageModel(model, tokenizer, self.dtype, path)
+        return LanguageModel(model, tokenizer, self.dtype, path, self.recipe.ppo.microbatches)
 
     def _draw(self, name: str, model: LanguageModel) -> None:
         cfg = self.recipe.generation
@@ -132,6 +134,12 @@ class _Evaluation:
             recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn,
             tokenizer=model.tokenizer,
         )  # fmt: skip
+
+    def _rate_other_text(self, name: str, model: LanguageModel) -> None:
+        if has_role(self.folder, "other_text"):
+            self._report("perplexity of other text", 0, 1)
+            rows = read_role(self.folder, "other_text")
+            self.evidence[name].other_text = rate_texts(model, rows["prompt"], rows["response"])
 
     def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
         temperature = self.recipe.generation.temperature

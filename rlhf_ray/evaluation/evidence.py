@@ -42,6 +42,7 @@ class Evidence:
     sft: Rated | None = None  # given their prompts, under the SFT model
     independent: Rated | None = None  # the same under the separately seeded model
     own: Rated | None = None  # the same under the better of the two
+    other_text: Rated | None = None  # the texts of `data.other_text` under the model itself, one for each
     other: np.ndarray | None = None  # [N], as `own`'s log-probs, given other prompts
 
     def table(self, values) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.evaluation import estimates
-from rlhf_ray.evaluation.estimates import Estimate
+from rlhf_ray.evaluation.estimates import Estimate, Resampler
 from rlhf_ray.evaluation.evidence import Evidence, Rated
 
 
@@ -53,6 +53,15 @@ def perplexity(evidence: Evidence) -> Estimate | None:
 
 def perplexity_independent(evidence: Evidence) -> Estimate | None:
     return _perplexity(evidence, evidence.independent)
+
+
+def perplexity_other_text(evidence: Evidence) -> Estimate | None:
+    """Texts are resampled, not prompts: with one seed, so that models are compared text by text."""
+    rated = evidence.other_text
+    if rated is None:
+        return None
+    resampler = Resampler(len(rated.tokens), evidence.recipe.evaluation.bootstrap, evidence.recipe.seed)
+    return resampler.perplexity(rated.logprobs, rated.tokens)
 
 
 def relevance(evidence: Evidence) -> Estimate | None:

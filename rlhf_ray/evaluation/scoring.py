@@ -9,11 +9,15 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.ppo import Microbatches
+from rlhf_ray.data.store import OTHER_TEXT_TOKENS
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.evidence import Rated
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
 from rlhf_ray.models.control_tokens import marker
+from rlhf_ray.models.load import positions_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 
@@ -37,9 +41,12 @@ class LanguageModel:
     temperature divides the logits: 1 for perplexity and relevance, the sampling temperature for KL.
     """
 
-    def __init__(self, model, tokenizer, dtype: torch.dtype, folder: Path | str = ""):
-        """folder: where the model is from."""
+    def __init__(
+        self, model, tokenizer, dtype: torch.dtype, folder: Path | str = "", microbatches: Microbatches | None = None
+    ):
+        """folder: where the model is from. microbatches: the most that a forward pass takes; its logits are whole."""
         self.model, self.tokenizer, self.dtype, self.folder = model, tokenizer, dtype, folder
+        self.microbatches: Microbatches = microbatches or {"microbatch_size": 32, "microbatch_tokens": None}
 
     def rate_tokens(
         self,
@@ -62,6 +69,7 @@ class LanguageModel:
             None if supports is None else [supports[i] for i in rows],
             temperature=temperature,
             compute_dtype=self.dtype,
+            **self.microbatches,
         )
         sums[rows] = [row.sum(dtype=np.float64) for row in logprobs]
         return sums
@@ -75,3 +83,14 @@ class LanguageModel:
             for (ids, length), end in zip(pairs, responses.ended, strict=True)
         ]
         return [ids[:length] for ids, length in rows], [ids[length:] for ids, length in rows]
+
+
+def rate_texts(model: LanguageModel, prompts: Sequence[str], responses: Sequence[str]) -> Rated:
+    """Texts of people under the model: replies given their prompts, plain text (prompt "") given its first token."""
+    longest = min(OTHER_TEXT_TOKENS, positions_of(model.model.config) or OTHER_TEXT_TOKENS)
+    pairs = [
+        (np.array(ids[:longest], np.int32), max(length, 1))
+        for ids, length in encode_pairs(model.tokenizer, prompts, responses)
+    ]
+    logprobs = model.rate_tokens([ids[:length] for ids, length in pairs], [ids[length:] for ids, length in pairs])
+    return Rated(logprobs=logprobs, tokens=np.array([max(len(ids) - length, 0) for ids, length in pairs]))

@@ -67,7 +67,7 @@ class ContinuousEngine(Protocol):
         ...
 
     def score(self, prompt_ids: Tokens, alternatives: int) -> list[TokenLogprobs | None]:
-        """The log-probs of a prompt's own tokens, and so many alternatives, between steps; None for the first token."""
+        """The log-probs of a prompt's own tokens, and this many alternatives, between steps; None for the first token."""
         ...
 
     def step(self) -> list[TokenEvent]:

@@ -101,7 +101,7 @@ def read_fields(file: Path) -> tuple[dict[str, Any], Counter[str]]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UserError("GGUF files are read by the package 'gguf'; install it with: pip install 'rlhf-ray[gguf]'") from None
+        raise UserError("GGUF files are read by the package 'gguf'; install it with: pip install gguf") from None
     try:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -62,7 +62,7 @@ OTHER_SECTIONS = {
     "evaluation": "it is for the final evaluation",
     "resources": "it places actors, and there are none",
     "tracking": "nothing is written",
-    "plugins": "they add stages, and rewards that `ppo.rewards` names",
+    "plugins": "what they add counts where one of the keys here names it",
 }
 
 

@@ -137,8 +137,8 @@ def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> lis
     seeds = sorted(summaries)
     lines = [f"# {name}", "",
              f"{len(seeds)} run(s), seeds {', '.join(map(str, seeds))}, on {environment['cpus']} cores of {environment['cpu']}"
-             f"{', ' + environment['gpus'][0] if environment['gpus'] else ''}. Repeat one with "
-             f"`rlhf-ray run {name} --set seed={seeds[0]} --run-dir runs/{name}-{seeds[0]}`, this page with "
+             f"{', ' + environment['gpus'][0] if environment['gpus'] else ''}. To repeat one: [results](../README.md#{name}); its "
+             f"recipe, with all that was set, is in seed_{seeds[0]}/recipe.yaml. This page: "
              f"`python -m rlhf_ray.report.collect results/{name} runs/{name}-*`. Brackets: 95 % bootstrap intervals "
              "over the held-out prompts of one run.", ""]  # fmt: skip
     lines += ["| figure | model | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (range) |",

@@ -12,7 +12,7 @@ try:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 except ImportError:
     raise UserError(
-        "VADER's lexicon is in the package 'vaderSentiment'; install it with: pip install 'rlhf-ray[vader]', or set "
+        "VADER's lexicon is in the package 'vaderSentiment'; install it with: pip install vaderSentiment, or set "
         "evaluation.trait_function to null"
     ) from None
 

@@ -149,7 +149,7 @@ class _WandbTracker(_Tracker):
             wandb: Any = importlib.import_module("wandb")  # not in the environment in which types are checked
         except ImportError:
             raise UserError(
-                f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install 'rlhf-ray[wandb]'"
+                f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install wandb"
             ) from None
         self._run: Any = wandb.init(project=project, name=run_name)
 
@@ -167,7 +167,7 @@ class _MlflowTracker(_Tracker):
         except ImportError:
             raise UserError(
                 f"tracking.mlflow = {experiment!r} needs the package mlflow; "
-                "install it with: pip install 'rlhf-ray[mlflow]'"
+                "install it with: pip install mlflow"
             ) from None
         mlflow.set_experiment(experiment)
         self._mlflow: Any = mlflow

@@ -46,7 +46,7 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 
 def _cut(text: str, most: int) -> str:
-    """At most so many characters, all of which UTF-8 can write."""
+    """At most `most` characters, all of which UTF-8 can write."""
     text = text if len(text) <= most else f"{text[: most - 4]} ..."
     return text.encode("utf-8", "replace").decode()
 

@@ -54,23 +54,10 @@ def serve(
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """
     server = Server(
-        path,
-        more_models=more_models or {},
-        host=host,
-        port=port,
-        api_key=api_key,
-        name=name,
-        replicas=replicas,
-        gpus=gpus,
-        threads=threads,
-        precision=precision,
-        engine=engine,
-        trust_remote_code=trust_remote_code,
-        allow_special_tokens=allow_special_tokens,
-        limits=limits,
-        allowed_hosts=allowed_hosts,
-        cors_origins=cors_origins,
-    )
+        path, more_models=more_models or {}, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
+        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
+        allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
+    )  # fmt: skip
     for note in dict.fromkeys(model.engine.note for model in server.models if model.engine.note is not None):
         say(note)
     if not block:

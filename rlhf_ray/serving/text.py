@@ -40,7 +40,7 @@ class ResponseText:
         min_tokens: int = 0,
         drop_first_space: bool = False,
     ):
-        """min_tokens: the text of so many tokens holds no stop string."""
+        """min_tokens: the text of fewer tokens holds no stop string."""
         self._tokenizer = tokenizer
         self._stop = stop
         self._drop_first_space = drop_first_space

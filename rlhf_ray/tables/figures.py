@@ -104,6 +104,13 @@ FIGURES: Table[Figure] = Table(
         definition="The same under a language model trained from another seed, in its own tokenizer.",
     ),
     Figure(
+        name="perplexity_other_text", measure=f"{_HERE}:perplexity_other_text", label="Perplexity of other text",
+        unit="under the model itself", better=-1, ratio=True, short="perplexity of other text",
+        definition="exp of the mean negative log-prob of a token of the texts of data.other_text under the model itself (replies "
+        "given their prompts, plain text from its second token on, at most 256 tokens of each): what tuning cost elsewhere. Its "
+        "interval resamples texts.",
+    ),
+    Figure(
         name="relevance", measure=f"{_HERE}:relevance", label="Relevance", unit="nats per token, own prompt against another's",
         better=1, short="relevance, nats per token",
         absent="All held-out prompts are equal, so there is no other prompt to compare with.",
