@@ -7,6 +7,19 @@ import pytest
 import torch
 from differences import saw
 from ranks import clones, gap, on_ranks
+from small_engines import (
+    CLIP,
+    CPU,
+    INPUTS,
+    RATES,
+    ROWS,
+    STAGES,
+    WEIGHTS,
+    loss_of,
+    make_engine,
+    make_module,
+    microbatches,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,26 +27,8 @@ from rlhf_ray.ppo.checkpoint import read_role, write_rank
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
-STAGES = (0, 1, 2, 3)
-STEPS, ROWS, CLIP = 5, 8, 0.1
+STEPS = 5
 TF_EPS = 1e-3  # large, so that where it stands is felt
-RATES = [0.01, 0.02, 0.005, 0.01, 0.003]
-CPU = torch.device("cpu")
-
-
-def make_module():
-    """Odd sizes: no tensor divides by the ranks, so ZeRO has to pad."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
-
-
-INPUTS = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1))
-WEIGHTS = torch.rand(ROWS, generator=torch.Generator().manual_seed(2))
-
-
-def loss_of(output, weights):
-    """A share of a weighted mean, already divided by the global count."""
-    return (output.squeeze(-1) ** 2 * weights).sum() / ROWS
 
 
 def plain_torch(clip=CLIP):
@@ -68,18 +63,6 @@ def tensorflow_adam():
             parameter.data -= alpha * m / (v.sqrt() + TF_EPS)
         states.append({name: tensor.detach().clone() for name, tensor in module.named_parameters()})
     return states
-
-
-def microbatches(rank, world):
-    """This rank's rows in two unequal microbatches."""
-    sizes = {(0, 1): [6, 2], (0, 2): [3, 1], (1, 2): [1, 3]}[rank, world]
-    rows = torch.arange(ROWS).chunk(world)[rank].split(sizes)
-    return [((INPUTS[part],), WEIGHTS[part]) for part in rows]
-
-
-def make_engine(stage, clip=CLIP, **settings):
-    settings = {"adam_eps": 1e-5, "max_grad_norm": clip, "zero_stage": stage} | settings
-    return DeepSpeedEngine(make_module(), OptimiserConfig(**settings), device=CPU)
 
 
 def train(engine, rank, world, steps=STEPS, start=0):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from ranks import clones, on_ranks
-from test_deepspeed_engine import RATES, STAGES, loss_of, make_engine, microbatches
+from small_engines import RATES, STAGES, loss_of, make_engine, microbatches
 
 from rlhf_ray.errors import NotFinite, UserError
 
