@@ -56,11 +56,12 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-# The first starts a Ray of its own before it shares, the last ends the shared one.
-SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py", "test_forked_workers.py")
+# The first starts a Ray of its own before it shares.
+SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py")
 GROUPS = {
     # Two Rays at once would slow each other down.
-    "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_ray_output.py", "test_ray_start.py",
+    "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_ray_output.py",
+            "test_ray_start.py",
             "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import ray
-import shared_ray
 from processes import descendants, server_of, wait_for
 from tiny import tiny_recipe, write_start
 
@@ -22,7 +21,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 pytestmark = pytest.mark.ray
 
 
-def test_forked_and_plain_workers_are_alike(session):
+def test_forked_and_plain_workers_are_alike():
     """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
 
     def facts():
@@ -40,7 +39,14 @@ def test_forked_and_plain_workers_are_alike(session):
             "oom": open("/proc/self/oom_score_adj").read(),
         }
 
-    def found():
+    def found(stages):
+        with ray_session(None, stages=stages, spins=False):
+            if stages:  # all workers are forks: actors need nothing of their own
+                with forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:
+                    assert runtime_env == {} and "py_executable" in ray.get_runtime_context().runtime_env
+            return found_in_session()
+
+    def found_in_session():
         task = ray.remote(max_calls=1)(facts)  # a process each
         kinds = [
             {"num_cpus": 1},
@@ -49,12 +55,7 @@ def test_forked_and_plain_workers_are_alike(session):
         ]
         return [ray.get(task.options(**kind).remote(), timeout=120) for kind in kinds]
 
-    with forked_actors.forked_actors(worker_environment(spins=True)) as runtime_env:  # all are forks: no need of its own
-        assert runtime_env == {} and "py_executable" in ray.get_runtime_context().runtime_env
-    forked = found()
-    shared_ray.end()
-    with shared_ray.surroundings(), ray_session(None, stages=(), spins=False):
-        plain = found()
+    forked, plain = found(("supervised", "ppo")), found(())
     parents, processes = zip(*(each.pop("processes") for each in forked), strict=True)
     assert len(set(parents)) == 1 and len(set(processes)) == 3
     assert all(len(set(seeds)) == 3 for seeds in zip(*(each.pop("seeds") for each in forked), strict=True))
