@@ -1,8 +1,7 @@
 """Prepared data of a world where people prefer cats, and a recipe whose models learn that."""
 
-import os
 import random
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.data.store import COLUMNS, write_role
 from rlhf_ray.models.load import build_causal_lm
 from rlhf_ray.models.tokenizer import train_tokenizer
@@ -68,19 +67,6 @@ def cats_folder(tmp_path_factory, tokenizer) -> RunFolder:
     return folder
 
 
-@pytest.fixture(scope="module", name="ray_cluster")
-def ray_of_two_cpus():
-    import ray
-
-    # The workers find toy_plugin beside this file.
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    variables = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": variables})  # fmt: skip
-    yield ray
-    ray.shutdown()
-
-
 def plain_sft(recipe: Recipe, folder: RunFolder, steps: int) -> tuple[torch.nn.Module, list[float]]:
     """The SFT stage as a loop of plain torch -> (model, its adapter merged; losses).
 
@@ -93,16 +79,25 @@ def plain_sft(recipe: Recipe, folder: RunFolder, steps: int) -> tuple[torch.nn.M
     )
     rows = sft_rows(tokenizer, Dataset.from_parquet(str(folder.data("sft_train"))), max_length=config.max_length)
     order = training_order(rows.lengths, batch_size=config.batch_size, rows=steps * config.batch_size, seed=recipe.seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=config.weight_decay)
-    losses = []
-    for step in range(steps):
+
+    def loss_of(step):
         batch = rows.dataset[order[step * config.batch_size : (step + 1) * config.batch_size]]
         longest = max(map(len, batch["input_ids"]))
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in batch["input_ids"]])
         labels = torch.tensor([row + [-100] * (longest - len(row)) for row in batch["labels"]])
         logits = model(input_ids=ids).logits[:, :-1]  # padding stands on the right: no token sees it
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+
+    losses = plain_loop(model, config, steps, loss_of)
+    return merged(model, build_causal_lm(recipe.model, tokenizer, recipe.seed), config), losses
+
+
+def plain_loop(model, config: TrainConfig, steps: int, loss_of: Callable[[int], torch.Tensor]) -> list[float]:
+    """Steps of AdamW on what trains, at the stage's rates, clip 1. loss_of(step): of that step's batch."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=0.0, weight_decay=config.weight_decay), []
+    for step in range(steps):
+        loss = loss_of(step)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor(
             (step + 0.5) / steps, schedule=config.schedule, warmup_ratio=config.warmup_ratio
         )
@@ -111,12 +106,16 @@ def plain_sft(recipe: Recipe, folder: RunFolder, steps: int) -> tuple[torch.nn.M
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+def merged(model, start, config: TrainConfig):
+    """The model, or where it has an adapter `start` with that in its weights."""
     if config.lora is None:
-        return model, losses
-    merged = build_causal_lm(recipe.model, tokenizer, recipe.seed)
+        return model
     adapter = {plain_name(f"model.{name}"): p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    MergedLayers(merged, config.lora).load(adapter)
-    return merged, losses
+    MergedLayers(start, config.lora).load(adapter)
+    return start
 
 
 def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module, atol: float) -> None:

@@ -11,6 +11,7 @@ os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not
 from importlib.util import find_spec
 
 import pytest
+import shared_ray
 import torch
 from differences import table
 from postgres import cluster  # noqa: F401 - a fixture
@@ -29,6 +30,23 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def session():
+    """A Ray that runs: the one that several files share."""
+    shared_ray.start()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_the_shared_ray(request):
+    """Before a file that does not use it: a process has one Ray at a time."""
+    if request.path.name not in SHARED_RAY:
+        shared_ray.end()
+
+
+def pytest_sessionfinish():
+    shared_ray.end()
+
+
 def pytest_addoption(parser):
     parser.addoption("--differences", action="store_true", help="print the largest difference of each invariance")
 
@@ -40,28 +58,36 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-RAY = ("test_addresses.py", "test_bench_commands.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py",
-       "test_not_finite_ray.py",
-       "test_ppo_ray.py", "test_ray_output.py", "test_ray_start.py", "test_recovery.py", "test_serving.py",
-       "test_serving_faults.py",
-       "test_supervised.py", "test_weight_transport.py")  # fmt: skip
+# The first starts a Ray of its own before it shares.
+SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py")
+GROUPS = {
+    # Two Rays at once would slow each other down.
+    "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_ray_output.py",
+            "test_ray_start.py", "test_recovery.py", "test_several_models.py",
+            "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
+    # Forks of one process (`ranks`).
+    "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
+              "test_dpo_stage.py"),
+}  # fmt: skip
+ORDER = [file for files in GROUPS.values() for file in files]
 
 
-def group_of(nodeid: str) -> str:
-    file = nodeid.partition("::")[0].rpartition("/")[2]
-    return "ray" if file in RAY else file
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0].rpartition("/")[2]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: group_of(item.nodeid) != "ray")  # the longest group first
+    """The longest groups first, so that both processes end at about the same time; within them as they stand there."""
+    places = {file: place for place, file in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(file_of(item.nodeid), len(places)))
 
 
 class Groups(LoadScopeScheduling):
-    """`make test` has two processes, which take file after file, but for one that takes all with Ray: two Rays at once would slow
-    each other down."""
+    """`make test` has two processes. Each takes file after file, and the files of a group together."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid)
+        file = file_of(nodeid)
+        return next((group for group, files in GROUPS.items() if file in files), file)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,13 +30,13 @@ def save_tiny(path, positions=POSITIONS):
     return save_model(model, tokenizer, path, "tiny")
 
 
-def start(folder):
+def start(folder, limits=LIMITS):
     """-> (runner, reader)"""
-    return load(EngineOptions(model=str(folder), precision="float32"), LIMITS)
+    return load(EngineOptions(model=str(folder), precision="float32"), limits)
 
 
 def transport(served, **settings):
-    app = build_app(*served, AppConfig(name="tiny", limits=LIMITS, **settings))
+    app = build_app(*served, AppConfig(**{"name": "tiny", "limits": LIMITS} | settings))
     return httpx.ASGITransport(app=app, raise_app_exceptions=False)
 
 
@@ -46,7 +46,7 @@ def ask(served, talk, **settings):
     async def run():
         async with openai.AsyncOpenAI(
             base_url="http://test/v1",
-            api_key="none",
+            api_key=settings.get("api_key", "none"),
             max_retries=0,
             http_client=httpx.AsyncClient(transport=transport(served, **settings)),
         ) as client:

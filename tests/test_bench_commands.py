@@ -1,9 +1,13 @@
 """Each benchmark command that starts Ray, once at a tiny size."""
 
+import contextlib
+import inspect
+
 import pytest
 from benches import LENGTHS, MODEL, answered
 from command import rlhf_ray
 
+from rlhf_ray.actors.session import ray_session
 from rlhf_ray.bench import flops, trl
 from rlhf_ray.bench.flops import Shape, Work
 
@@ -21,19 +25,6 @@ def test_bench_controller_counts_what_passes():
     assert trend["low"] <= trend["mean"] <= trend["high"] and abs(trend["mean"]) < found["cpu_s_per_step"]["high"]
     refused = rlhf_ray("bench", "controller", "--steps", "2")
     assert refused.returncode == 2 and "give at least 5" in refused.stderr
-
-
-def test_bench_ppo_holds_its_phases_against_their_arithmetic():
-    found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--precision",
-                     "float32", "--threads", "1")  # fmt: skip
-    assert found["response_tokens"] == 5.0 and found["mismatch_max"] < 1e-4
-    work = Work(rows=4, prompt=6, response=5, epochs=1)
-    counted = flops.phases(Shape(layers=1, width=32, heads=2, vocabulary=260), work)
-    rows = {row["phase"]: row for row in found["floor"]}
-    assert {name: rows[name]["flop"] for name in counted} == counted
-    assert rows["iteration"]["flop"] == sum(counted.values())
-    assert 0 < rows["update"]["peak_share"] < 1 and found["matmul"]["threads"] == 1
-    assert 1.0 < found["pss_gb"] < 6.0  # nine processes, most of them with torch
 
 
 @pytest.mark.slow
@@ -73,3 +64,28 @@ def test_bench_ppo_against_trl():
 def test_bench_ppo_on_a_gpu():
     found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--gpu")
     assert found["matmul"]["device"] == "cuda" and found["response_tokens"] == 5.0
+
+
+@pytest.fixture
+def on_the_shared_ray(session, monkeypatch):
+    """Where a command would start its own."""
+    start = inspect.signature(ray_session)
+
+    def instead(*arguments, **options):
+        start.bind(*arguments, **options)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("rlhf_ray.actors.session.ray_session", instead)
+
+
+def test_bench_ppo_holds_its_phases_against_their_arithmetic(on_the_shared_ray):
+    found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--precision",
+                     "float32", "--threads", "1")  # fmt: skip
+    assert found["response_tokens"] == 5.0 and found["mismatch_max"] < 1e-4
+    work = Work(rows=4, prompt=6, response=5, epochs=1)
+    counted = flops.phases(Shape(layers=1, width=32, heads=2, vocabulary=260), work)
+    rows = {row["phase"]: row for row in found["floor"]}
+    assert {name: rows[name]["flop"] for name in counted} == counted
+    assert rows["iteration"]["flop"] == sum(counted.values())
+    assert 0 < rows["update"]["peak_share"] < 1 and found["matmul"]["threads"] == 1
+    assert 1.0 < found["pss_gb"] < 6.0  # nine processes, most of them with torch

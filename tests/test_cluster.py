@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.actors import jobs
+from rlhf_ray.actors.dashboard import connect
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 
@@ -300,7 +301,7 @@ def test_a_run_folder_has_one_run_at_a_time_and_stop_lets_it_finish_its_step(clu
     follower.send_signal(signal.SIGINT)
     rest = follower.communicate(timeout=30)[0]
     assert follower.returncode == 130 and "detached" in rest and f"rlhf-ray logs {first}" in rest
-    assert jobs.connect(as_user).get_job_status(first).value == "RUNNING"
+    assert connect(as_user).get_job_status(first).value == "RUNNING"
 
     assert jobs.stop(first, address=as_user) == 0
     assert Path(run_dir, "checkpoint").read_text() == "written"

@@ -32,6 +32,9 @@ print("parameters", parameters(recipe), "seconds", time.monotonic() - started)
 """
 
 
+QUICK = "from rlhf_ray.models import hub; hub.LOOK_UP_S = 1.0\n"  # for a hub that does not answer
+
+
 def in_a_process(code, *arguments, cwd, **environment):
     """huggingface_hub reads its variables once, when it is imported."""
     own = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
@@ -103,7 +106,7 @@ def answering_hub(*statuses):
 def test_a_hub_that_does_not_answer_is_asked_once_per_name(tmp_path):
     (tmp_path / "some-org" / "SmolLM2-135M-Instruct").mkdir(parents=True)
     with silent_hub() as (address, asked):
-        said = in_a_process(LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
+        said = in_a_process(QUICK + LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
     lines = said.splitlines()
     assert lines[0].startswith("reward.base: there is no folder")
     assert lines[1].startswith(f"model.name_or_path: there is no folder '{NAME}' here, and the hub ")
@@ -181,7 +184,7 @@ def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path):
         "layers = [load_config('some-org/tiny').n_layer for _ in range(2)]; print(*layers, time.monotonic() - started)"
     )
     with silent_hub() as (address, asked):
-        first, second, seconds = in_a_process(code, cwd=tmp_path, HF_ENDPOINT=address).split()
+        first, second, seconds = in_a_process(QUICK + code, cwd=tmp_path, HF_ENDPOINT=address).split()
     assert (first, second, len(asked)) == ("3", "3", 1) and float(seconds) < 60
 
 
@@ -195,7 +198,7 @@ def test_a_data_set_that_is_nowhere_is_told_in_seconds(tmp_path):
         "    except UserError as error: print(error)\n"
     )
     with silent_hub() as (address, asked):
-        said = in_a_process(code, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
+        said = in_a_process(QUICK + code, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
     assert len(said) == 2 and len(asked) == 1
     assert all(line.startswith("data.sft[0]: the data set 'nobody/nothing': the hub ") and "data.root" in line for line in said)
 
@@ -219,7 +222,8 @@ def test_doctor_prints_no_plan_of_a_model_that_is_nowhere(tmp_path):
     }))  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"HF_HOME": str(tmp_path)}
     with silent_hub() as (address, asked):
-        command, environment = [sys.executable, "-m", "rlhf_ray", "doctor", "r.yaml"], environment | {"HF_ENDPOINT": address}
+        code, environment = QUICK + "from rlhf_ray.cli.main import app; app()", environment | {"HF_ENDPOINT": address}
+        command = [sys.executable, "-c", code, "doctor", "r.yaml"]
         answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert answer.returncode == 2 and len(asked) == 1
     assert answer.stderr.count(NAME) == 1 and "Traceback" not in answer.stderr

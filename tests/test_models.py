@@ -1,29 +1,22 @@
-"""Tokenizers and models of three families: built, saved, loaded, turned into reward models and critics."""
+"""Tokenizers and causal models: built, loaded, refused."""
 
-import math
 import os
 
 import pytest
 import torch
+from built_models import TEXT, built_batch, built_family, built_folder, built_tokenizer, settings_of  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
 )
 
-from rlhf_ray.config import FromScratch, ModelConfig, Recipe
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.activation import PIECE, SigmoidGELU
-from rlhf_ray.models.card import model_card
-from rlhf_ray.models.critic import Critic, build_critic, critic_from_causal_lm, critic_from_reward_model
 from rlhf_ray.models.load import (
     build_causal_lm,
-    build_reward_model,
     check_positions,
     disable_dropout,
     fit_embeddings,
@@ -31,53 +24,10 @@ from rlhf_ray.models.load import (
     load_reward_model,
     position_ids_of,
     save_model,
-    score_head,
 )
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens, train_tokenizer
-from rlhf_ray.models.wire import as_tensor, pack_weights
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the cat sat on the mat. It's 1999! "
 ODD = "  It's   déjà vu — 你好, 12345\n\n\tthe end "
-FAMILIES = ("gpt2", "llama", "qwen2")
-
-
-def settings_of(family):
-    return ModelConfig(
-        from_scratch=FromScratch(architecture=family, layers=2, width=32, heads=4, positions=64, vocab_size=320)
-    )
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def tokenizer(family):
-    return train_tokenizer([TEXT] * 20, 320, family)
-
-
-@pytest.fixture(scope="module")
-def folder(family, tokenizer, tmp_path_factory):
-    return save_model(
-        build_causal_lm(settings_of(family), tokenizer, 3),
-        tokenizer,
-        tmp_path_factory.mktemp(family) / "model",
-        "# card",
-    )
-
-
-@pytest.fixture
-def batch(tokenizer):
-    """Two rows padded on the right, and their lengths."""
-    rows = [ids for ids, _ in encode_pairs(tokenizer, ["the quick", "the"], [" brown fox jumps over", " cat"])]
-    width = max(map(len, rows))
-    return torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]), [
-        len(row) for row in rows
-    ]
-
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def test_a_trained_tokenizer_encodes_any_text_and_is_the_same_after_a_reload(tokenizer, folder):
@@ -128,9 +78,6 @@ def test_an_added_pad_gets_a_row_where_there_is_none(family, tokenizer, folder):
     # The new output row is the mean of the others, and logits are linear in it.
     torch.testing.assert_close(after[..., -1], before.mean(-1), atol=1e-5, rtol=0)
     assert model.config.vocab_size == len(bigger) == after.shape[-1]
-
-
-# --- causal models ----------------------------------------------------------------------------------------------------
 
 
 def test_random_weights_follow_from_the_seed_and_disturb_nobody(family, tokenizer):
@@ -203,9 +150,6 @@ def test_left_padding_needs_position_ids(family, tokenizer, folder):
         assert (without - right).abs().max() > 1e-3
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 class Explosive:
     """Pickles to a call that leaves a file behind."""
 
@@ -252,149 +196,3 @@ def test_positions(family, tokenizer):
     check_positions(config, 64)
     with pytest.raises(UserError, match="= 65 tokens is longer than the model's 64 positions"):
         check_positions(config, 65)
-
-
-# --- reward models ----------------------------------------------------------------------------------------------------
-
-
-def test_a_reward_model_is_the_body_with_a_small_random_head(family, tokenizer, folder, batch):
-    model = build_reward_model(folder, tokenizer, 5)
-    from_model = build_reward_model(load_causal_lm(folder), tokenizer, 5)
-    body = load_causal_lm(folder).base_model.state_dict()
-    for reward in (model, from_model):
-        assert all(torch.equal(weight, body[name]) for name, weight in reward.base_model.state_dict().items())
-        assert torch.equal(score_head(reward).weight, score_head(model).weight)
-        assert reward.config.num_labels == 1 and reward(batch[0]).logits.shape == (2, 1)
-    assert not torch.equal(score_head(build_reward_model(folder, tokenizer, 6)).weight, score_head(model).weight)
-    heads = torch.cat(
-        [score_head(build_reward_model(folder, tokenizer, seed)).weight.detach().flatten() for seed in range(20)]
-    )
-    # 640 draws of N(0, 1/sqrt(33)): the deviation is known to 3 %.
-    assert abs(heads.std().item() * math.sqrt(33) - 1) < 0.1
-
-
-def test_the_score_is_read_at_eos_whatever_the_padding(tokenizer, folder, batch):
-    model = build_reward_model(folder, tokenizer, 5).eval()
-    ids, lengths = batch
-    with torch.no_grad():
-        scores = model(ids).logits[:, 0]
-        for row, length, score in zip(ids, lengths, scores, strict=True):
-            hidden = model.base_model(row[None, :length]).last_hidden_state[0, -1]
-            assert row[length - 1] == tokenizer.eos_token_id
-            torch.testing.assert_close(score, score_head(model).weight[0] @ hidden, atol=1e-5, rtol=0)
-
-
-def test_a_saved_reward_model_gives_raw_logits_anywhere(tokenizer, folder, batch, tmp_path):
-    model = build_reward_model(folder, tokenizer, 5)
-    model.config.reward_mean, model.config.reward_std = 3.0, 2.0
-    save_model(model, tokenizer, tmp_path / "model", "card")
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
-    assert torch.equal(plain(batch[0]).logits, model.eval()(batch[0]).logits)
-    assert (plain.config.reward_mean, plain.config.reward_std) == (3.0, 2.0)
-    assert plain.config.pad_token_id == tokenizer.pad_token_id
-
-
-# --- critics ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_critic_from_a_reward_model_starts_at_the_normalised_score(tokenizer, folder, batch, tmp_path):
-    model = build_reward_model(folder, tokenizer, 5).eval()
-    model.config.reward_mean, model.config.reward_std = 0.7, 2.5
-    save_model(model, tokenizer, tmp_path / "model", "card")
-    ids, lengths = batch
-    with torch.no_grad():
-        raw = model(ids).logits[:, 0]
-        for critic in (build_critic(tmp_path / "model", "reward"), critic_from_reward_model(model)):
-            values = critic.eval()(ids)
-            assert values.shape == ids.shape and values.dtype == torch.float32
-            at_eos = values[torch.arange(2), torch.tensor(lengths) - 1]  # after EOS was read
-            torch.testing.assert_close(at_eos, (raw - 0.7) / 2.5, atol=1e-5, rtol=0)
-
-
-def test_a_critic_from_a_language_model_starts_at_zero(tokenizer, folder, batch):
-    for critic in (build_critic(folder, "sft"), critic_from_causal_lm(load_causal_lm(folder))):
-        assert not critic(batch[0]).any()
-
-
-def some_critic(folder, tokenizer) -> Critic:
-    return critic_from_reward_model(build_reward_model(folder, tokenizer, 5)).eval()
-
-
-def test_a_value_knows_the_tokens_up_to_its_index_and_none_after(tokenizer, folder, batch):
-    critic, ids = some_critic(folder, tokenizer), batch[0][:1]
-    changed = ids.clone()
-    changed[0, 3] = 40
-    with torch.no_grad():
-        before, after = critic(ids)[0], critic(changed)[0]
-    torch.testing.assert_close(after[:3], before[:3], atol=1e-6, rtol=0)
-    assert (after[3:] != before[3:]).all()
-
-
-def test_values_do_not_depend_on_the_side_of_the_padding(tokenizer, folder, batch):
-    critic, (ids, lengths) = some_critic(folder, tokenizer), batch
-    short = ids[1, : lengths[1]]
-    pads = ids.shape[1] - lengths[1]
-    left = torch.cat([torch.full((pads,), tokenizer.pad_token_id), short])[None]
-    mask = (torch.arange(ids.shape[1]) >= pads).long()[None]
-    with torch.no_grad():
-        alone = critic(short[None])[0]
-        torch.testing.assert_close(critic(ids)[1, : lengths[1]], alone, atol=1e-5, rtol=0)
-        torch.testing.assert_close(critic(left, attention_mask=mask)[0, pads:], alone, atol=1e-5, rtol=0)
-
-
-def test_the_value_head_is_float32_also_under_autocast(tokenizer, folder, batch):
-    critic = some_critic(folder, tokenizer)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        values = critic(batch[0])
-        hidden = critic.backbone(batch[0]).last_hidden_state.float()
-    expected = (hidden.double() @ critic.value_head.weight[0].double() + critic.value_head.bias.double()).float()
-    assert values.dtype == torch.float32
-    torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
-
-
-# --- the card ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_says_what_the_model_is_and_how_it_did():
-    recipe = Recipe(name="mine", seed=7)
-    card = model_card(recipe, "reward", {"accuracy": 0.87654, "rows": 500})
-    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
-    assert "| accuracy | 0.8765 |" in card and "| rows | 500 |" in card and "seed 7" in card
-    assert "base_model: org/name" in model_card(Recipe(name="mine", model={"name_or_path": "org/name"}), "ppo", {})
-
-
-def test_gpt2s_activation_has_the_same_values(tmp_path):
-    config = GPT2Config(n_layer=1, n_embd=64, n_head=2, n_positions=16, vocab_size=32, activation_function="gelu_new")
-    torch.manual_seed(0)
-    slow = GPT2LMHeadModel(config).eval()
-    for weight in slow.parameters():
-        weight.data *= 10
-    slow.save_pretrained(tmp_path)
-    fast = load_causal_lm(tmp_path)
-    ids = torch.arange(16).expand(40, -1)  # enough numbers for the pieces
-    torch.testing.assert_close(fast(ids).logits, slow(ids).logits, atol=1e-3, rtol=1e-5)
-    assert isinstance(fast.transformer.h[0].mlp.act, SigmoidGELU)
-    assert fast.config.activation_function == "gelu_new", "what is saved says what it was"
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_the_activation_and_its_gradient_against_the_formula(dtype, atol):
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) and its derivative, in float64; two pieces and a rest."""
-    x = torch.linspace(-8, 8, 2 * PIECE + 77, dtype=torch.float64).to(dtype).requires_grad_()
-    result = SigmoidGELU()(x)
-    result.backward(torch.full_like(x, 0.5))
-    y = x.detach().double().requires_grad_()
-    expected = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-    expected.backward(torch.full_like(y, 0.5))
-    assert result.dtype == x.grad.dtype == dtype
-    torch.testing.assert_close(result.double(), expected.detach(), atol=atol, rtol=0)
-    torch.testing.assert_close(x.grad.double(), y.grad, atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("dtype, shares", [(torch.float32, True), (torch.bfloat16, False)])
-def test_packed_weights_are_copies_unless_they_may_be_the_live_ones(dtype, shares):
-    weight = torch.arange(6.0).reshape(2, 3)
-    copied, live = (pack_weights([("w", weight)], 1, dtype, copy=copy)[0]["w"] for copy in (True, False))
-    weight += 10
-    assert as_tensor(copied).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert as_tensor(live).tolist() == ([[10, 11, 12], [13, 14, 15]] if shares else [[0, 1, 2], [3, 4, 5]])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from in_process import LocalRoles
+from loops import Diary, real_loop
 from test_isolated_functions import isolated, module  # noqa: F401 - a fixture
-from test_loop import Diary, real_loop
 from test_single_process import folder  # noqa: F401 - a fixture
 from tiny import tiny_recipe
 
@@ -151,7 +151,7 @@ MASK = torch.tensor([[True, True], [True, False]])
 
 
 def assembled(whitens=False, **changes):
-    from test_algorithms import CONFIG
+    from masks import CONFIG
 
     values = {
         "scores": torch.tensor([1.0, 2.0]), "ended": torch.tensor([True, True]), "rollout_logprobs": torch.zeros(2, 2),

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from test_deepspeed_engine import RATES, STAGES, clones, free_port, loss_of, make_engine, microbatches
+from ranks import clones, on_ranks
+from small_engines import RATES, STAGES, loss_of, make_engine, microbatches
 
 from rlhf_ray.errors import NotFinite, UserError
-from rlhf_ray.training.distributed import join_group
 
 
 class BadGradient(torch.autograd.Function):
@@ -90,9 +90,7 @@ def fill_padding(engine, value):
     return padded
 
 
-def work(rank, world, port, folder):
-    torch.set_num_threads(1)
-    join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
+def work(rank, world):
     results = {}
     for stage in STAGES:
         for name, bad in CASES.items():
@@ -112,19 +110,12 @@ def work(rank, world, port, folder):
             engine.check_weights("nothing is sent")
         except NotFinite as error:
             results[stage, "weights"] = str(error)
-    torch.save(results, folder / f"results-{world}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("not_finite")
-    found = {}
-    for world in (2, 1):
-        torch.multiprocessing.spawn(work, args=(world, free_port(), folder), nprocs=world)
-        found[world] = [torch.load(folder / f"results-{world}-{rank}.pt") for rank in range(world)]
-    return found
+def results():
+    return {world: on_ranks(work, world) for world in (2, 1)}
 
 
 every = pytest.mark.parametrize("world, stage", [(world, stage) for world in (1, 2) for stage in STAGES])

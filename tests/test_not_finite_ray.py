@@ -11,21 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.supervised import run_supervised
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def session():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # the actors find this module
-        with ray_session(None):
-            yield
 
 
 def late(prompts, responses):

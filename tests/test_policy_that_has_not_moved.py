@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from loops import Diary, ScriptedRoles, scripted_loop
 from pydantic import ValidationError
-from test_loop import Diary, ScriptedRoles, scripted_loop
 
 from rlhf_ray.algorithms.kl import adapt_kl_coef
 from rlhf_ray.config import PPOConfig

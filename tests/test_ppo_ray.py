@@ -26,7 +26,6 @@ from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.role_actors import IN_FLIGHT
-from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.stages import check_cluster
 from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
 from rlhf_ray.config import RoleConfig
@@ -54,14 +53,6 @@ EVERY_STEP = {
     "bytes/generation", "bytes/policy", "bytes/experience",
 }  # fmt: skip
 EVALUATED = {"eval/score", "eval/kl", "eval/response_length", "eval/eos_rate", "time/evaluate_s"}
-
-
-@pytest.fixture(scope="module")
-def session():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # the actors find user_scores and toy_advantage
-        with ray_session(None):
-            yield
 
 
 @pytest.fixture(scope="module")

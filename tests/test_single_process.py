@@ -7,7 +7,7 @@ import pytest
 import torch
 from differences import saw
 from in_process import LocalRoles
-from test_loop import Diary, real_loop
+from loops import Diary, real_loop
 from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.config import GenerationConfig, ModelConfig, PPOConfig, Recipe

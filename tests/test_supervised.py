@@ -12,8 +12,9 @@ import time
 
 import numpy as np
 import pytest
+import ray
 import torch
-from cats import STAGE, assert_same_weights, cats_folder, cats_tokenizer, plain_sft, ray_of_two_cpus, recipe_of  # noqa: F401
+from cats import STAGE, assert_same_weights, cats_folder, cats_tokenizer, plain_sft, recipe_of  # noqa: F401
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def sft(ray_cluster, folder) -> dict:
+def sft(session, folder) -> dict:
     return run_supervised(recipe_of(sft=STAGE | {"epochs": 4}), folder, "sft")
 
 
@@ -56,7 +57,7 @@ def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, fol
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_cluster, folder, tmp_path):
+def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     ranks = {"workers": 2, "microbatch_size": 4, "zero_stage": 3, "threads": 1}
@@ -83,7 +84,7 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(ray_c
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_path):
+def test_a_killed_worker_costs_no_step_and_is_reported(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     recipe = recipe_of(sft=STAGE | {"max_steps": 250, "checkpoint_minutes": 0.02})
@@ -103,7 +104,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(ray_cluster, folder, tmp_
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
+def test_a_stage_that_fails_each_time_says_so(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     run.path.joinpath("data").mkdir()
     os.symlink(folder.tokenizer, run.tokenizer)
@@ -118,7 +119,7 @@ def test_a_stage_that_fails_each_time_says_so(ray_cluster, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, folder, tmp_path):
+def test_a_worker_that_stands_still_is_not_waited_for_for_ever(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     recipe = recipe_of(sft=STAGE | {"max_steps": 100_000}, resources={"call_timeout_s": 3})
@@ -138,7 +139,7 @@ def test_a_worker_that_stands_still_is_not_waited_for_for_ever(ray_cluster, fold
 
 
 @pytest.mark.slow
-def test_time_limit_ends_training_at_a_low_rate(ray_cluster, folder, tmp_path):
+def test_time_limit_ends_training_at_a_low_rate(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     fluency = STAGE | {"max_steps": 100_000, "max_minutes": 0.05, "packing": False}
@@ -204,7 +205,7 @@ def plugin():
     sys.modules.pop("toy_plugin", None)
 
 
-def test_a_users_mistake_comes_out_of_a_plugin_s_worker_as_one_sentence(ray_cluster, plugin, tmp_path):
+def test_a_users_mistake_comes_out_of_a_plugin_s_worker_as_one_sentence(session, plugin, tmp_path):
     """The worker imports the plugin; what its function raises is not retried as if a machine had failed."""
     run = RunFolder(tmp_path)
     recipe = build_recipe({"name": "r", "plugins": [plugin], "taught": {"answer": -1}}, [], "r")
@@ -214,8 +215,7 @@ def test_a_users_mistake_comes_out_of_a_plugin_s_worker_as_one_sentence(ray_clus
 
 
 @pytest.mark.slow
-def test_a_full_cluster_is_waited_for_with_a_deadline(ray_cluster, folder, tmp_path):
-    ray = ray_cluster
+def test_a_full_cluster_is_waited_for_with_a_deadline(session, folder, tmp_path):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")
     with pytest.raises(UserError, match=r"need 3 CPUs, the cluster has 2"):

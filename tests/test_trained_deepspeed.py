@@ -1,9 +1,8 @@
 """Adapters, frozen layers and gradient checkpointing under DeepSpeed: every ZeRO stage, one rank and two, against plain torch."""
 
-import socket
-
 import pytest
 import torch
+from ranks import clones, gap, on_ranks
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -11,7 +10,6 @@ from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.trained_part import adapter_off, train_only_part
 from rlhf_ray.ppo.checkpoint import read_role, write_rank
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
-from rlhf_ray.training.distributed import join_group
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
 pytestmark = pytest.mark.slow
@@ -70,10 +68,6 @@ def loss_of(output, _):
     return (output.exp() * torch.arange(output.shape[1])).sum() / len(ROWS)
 
 
-def clones(named):
-    return {name: tensor.detach().clone() for name, tensor in named}
-
-
 def plain_torch(part):
     """(trained weights after the steps, log-probs of the start model) in one process."""
     module = make_module(part)
@@ -103,9 +97,7 @@ def whole(engine):
     return found
 
 
-def work(rank, world, port, folder):
-    torch.set_num_threads(1)
-    join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=60)
+def work(rank, world, folder):
     results = {}
     for part in PARTS:
         for stage in STAGES:
@@ -142,33 +134,18 @@ def work(rank, world, port, folder):
             train(again, RATES[2:])
             result["resumed"] = clones(again.weights())
             results[part, stage] = result
-    torch.save(results, folder / f"results-{world}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return results
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def results(request, tmp_path_factory):
     """A list of {(part, stage): result}, one of each rank."""
-    world, folder = request.param, tmp_path_factory.mktemp("trained")
-    torch.multiprocessing.spawn(work, args=(world, free_port(), folder), nprocs=world)
-    return [torch.load(folder / f"results-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    return on_ranks(work, request.param, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
 def expected():
     return {part: plain_torch(part) for part in PARTS}
-
-
-def gap(one, other):
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("stage", STAGES)

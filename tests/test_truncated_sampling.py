@@ -12,8 +12,8 @@ import pytest
 import torch
 from differences import saw
 from in_process import LocalRoles
+from loops import run_real
 from test_generation import VOCAB, brute_force, build, make_engine, ragged_prompts, reference_distribution
-from test_loop import run_real
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from in_process import LocalRoles
+from loops import Diary, real_loop
 from test_generation import reference_distribution
-from test_loop import Diary, real_loop
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors.checks import recipe_problems

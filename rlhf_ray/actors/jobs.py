@@ -7,29 +7,23 @@ that submitted it, and the run folder is its memory: submitting with the same ru
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import os
 import shlex
-import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from rlhf_ray.actors import upload
+from rlhf_ray.actors.dashboard import connect, within
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import run_folder_of
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOPPED_EXIT_STATUS = 130  # as after Ctrl-C
 _RUN_DIR = "rlhf_ray_run_dir"  # keys of the job's metadata
 _STOP_WAIT = "rlhf_ray_stop_wait_s"
@@ -81,7 +75,7 @@ def submit(
                 **(env or {}),
             },
         }
-        _within(
+        within(
             300,
             f"the upload to {client.get_address()}",
             lambda: client.submit_job(
@@ -103,7 +97,7 @@ def logs(job_id: str, *, address: str | None = None, follow: bool = True, echo: 
     client = connect(address)
     _info(client, job_id)
     if not follow:
-        sys.stdout.write(_within(120, f"the log of job {job_id}", lambda: client.get_job_logs(job_id)))
+        sys.stdout.write(within(120, f"the log of job {job_id}", lambda: client.get_job_logs(job_id)))
         sys.stdout.flush()
         return _exit_status(_info(client, job_id), echo)
     try:
@@ -123,7 +117,7 @@ def stop(job_id: str, *, address: str | None = None, echo: Echo = print) -> int:
         return 0
     wait_s = int((job.metadata or {}).get(_STOP_WAIT, 3))  # Ray's own default for a job that we did not submit
     echo(f"job {job_id} finishes its step and writes a checkpoint; at most {wait_s} s (Ctrl-C leaves it to that)")
-    _within(60, f"the stop of job {job_id}", lambda: client.stop_job(job_id))
+    within(60, f"the stop of job {job_id}", lambda: client.stop_job(job_id))
     try:
         job = _wait_terminal(client, job_id, wait_s + 60)
     except KeyboardInterrupt:
@@ -155,81 +149,13 @@ def entrypoint(run_dir: str, *, has_data: bool = False) -> str:
     return command
 
 
-def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the dashboard at `address` (http://HEAD:8265), with this machine's token."""
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    if "://" not in address:
-        address = f"http://{address}"
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--address '{address}' is not a dashboard address; give http://HEAD:8265")
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
-    try:
-        socket.create_connection((url.hostname, port), timeout=10).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray dashboard answers at {address} ({error.strerror or error}); is the cluster up, and is "
-            "this port open to you (ssh -N -L 8265:127.0.0.1:8265 HEAD)?"
-        ) from None
-    headers = {**json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")), **_token_header()}
-    # Ray lets these two override the address that it is given; an --address that means another cluster must win.
-    logging.getLogger("ray").setLevel(logging.WARNING)  # this file reports the upload; closed sockets are harmless
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
-    for module in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-    hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
-    try:
-        return _within(60, f"the dashboard at {address}", lambda: JobSubmissionClient(address, headers=headers))
-    finally:
-        os.environ.update(hidden)
-
-
-def _token_header() -> dict[str, str]:
-    """The token from where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
-    if os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN")
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not token and file.is_file():
-        token = file.read_text().strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _within(deadline_s: float, what: str, call: Callable):
-    """call(), or a sentence naming what was waited for: Ray's client sets no time-outs of its own."""
-    outcome: list = []
-
-    def work() -> None:
-        try:
-            outcome.append((call(), None))
-        except Exception as error:  # fault boundary: this thread; the caller's raises it again
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(deadline_s)
-    if not outcome:
-        raise UserError(f"waited {deadline_s:.0f} s for {what}; look at the dashboard's log on the head node")
-    value, error = outcome[0]
-    if isinstance(error, AuthenticationError):
-        raise UserError(
-            "the cluster refused this machine's token; copy the head's (`ray get-auth-token` there) into "
-            "~/.ray/auth_token or set RAY_AUTH_TOKEN"
-        ) from None
-    if isinstance(error, ConnectionError):
-        raise UserError(f"lost {what}: {error}") from None
-    if error is not None:
-        raise error
-    return value
-
-
 def _jobs(client: JobSubmissionClient) -> list[JobDetails]:
-    return [job for job in _within(60, "the list of jobs", client.list_jobs) if job.submission_id]
+    return [job for job in within(60, "the list of jobs", client.list_jobs) if job.submission_id]
 
 
 def _info(client: JobSubmissionClient, job_id: str) -> JobDetails:
     try:
-        return _within(60, f"the state of job {job_id}", lambda: client.get_job_info(job_id))
+        return within(60, f"the state of job {job_id}", lambda: client.get_job_info(job_id))
     except RuntimeError as error:
         if "404" not in str(error):
             raise

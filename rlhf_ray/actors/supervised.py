@@ -18,19 +18,16 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.callback import UserCallback
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
+from rlhf_ray.actors.ray_trainer import RecordFailures, Trainer
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
-from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.checkpoints import newest_complete
@@ -121,7 +118,7 @@ def _fit(
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
     storage, name = folder.logs / "ray_train", f"{stage}_{member}"
     storage.mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
@@ -140,7 +137,7 @@ def _fit(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
-            callbacks=[_RecordFailures(folder.events, stage)],
+            callbacks=[RecordFailures(folder.events, stage, RESTARTS)],
             worker_runtime_env={"env_vars": _worker_environment(config)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -242,36 +239,6 @@ def _explained(
         )
     explained.__cause__ = error
     return explained
-
-
-class _Trainer(TorchTrainer):
-    """TorchTrainer without two actors that a stage does not need; each is a process of 0.2 GB that takes seconds to start.
-
-    One distributes Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
-    controller that died, but the group ends with its controller anyway. It looks for the controller through the state
-    API, which chooses a cluster by itself: where there are two it asks the wrong one, and removes our group under the worker.
-    """
-
-    def _create_default_callbacks(self):
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
-
-
-class _RecordFailures(UserCallback):
-    """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
-
-    def __init__(self, events: Path, stage: str):
-        self.events, self.stage, self.failures = events, stage, 0
-
-    def after_exception(self, run_context, worker_exceptions):
-        self.failures += 1
-        done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {RESTARTS})"
-        if self.failures > RESTARTS:
-            done = f"the stage failed: that was failure {self.failures}, and {RESTARTS} restarts are allowed"
-        for place, error in worker_exceptions.items():
-            EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage
-            )
 
 
 def _worker(config: dict) -> dict:

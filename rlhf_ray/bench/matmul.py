@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from rlhf_ray.bench.flops import Shape
 
 ROUNDS = 7
+CALLS = 1000  # per round at most
 TIMEOUT_S = 600
 
 
@@ -75,7 +76,7 @@ def _timed(device: str, flop: float, function, *args) -> float:
     """Seconds per call, over as many as take some milliseconds: a single one includes waking the threads, or a launch."""
     import torch
 
-    again = max(1, round(5e9 / flop)) if device == "cpu" else 20
+    again = min(CALLS, max(1, round(5e9 / flop))) if device == "cpu" else 20
     started = time.perf_counter()
     for _ in range(again):
         function(*args)

@@ -1,0 +1,104 @@
+"""Each figure of the documents is in a file that a run left."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from documents import FENCE, ROOT, text_of
+
+NUMBER = re.compile(r"(?<![\w.`])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w`])")
+
+
+def numbers(text: str) -> list[str]:
+    return [number.replace(",", "") for number in NUMBER.findall(text)]
+
+
+def half_a_digit(number: str) -> float:
+    """By how much a number as it is written may differ from the one that was measured."""
+    digits, _, power = number.partition("e")
+    return 0.5 * 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+
+
+def kept_numbers(folder: Path) -> set[tuple[float, float]]:
+    """(number, how far from it the measured one may be) of the figures that a folder's runs left.
+
+    JSON has them in full; README.md and figures.txt, which are written from it, have three digits.
+    """
+    found = set()
+    for file in (folder / "README.md", *folder.glob("*.txt")):
+        for number in map(float, numbers(file.read_text()) if file.exists() else ()):
+            found.add((number, 0.5 * 10.0 ** (math.floor(math.log10(abs(number))) - 2) if number else 0.0))
+    for file in (*folder.glob("*.json"), *folder.glob("seed_*/*.json"), *folder.glob("*/seed_*/summary.json")):
+        found |= {(float(number), 0.0) for number in numbers(file.read_text())}
+    return found
+
+
+def unbacked(tables: str, folder: Path) -> list[str]:
+    """Decimal numbers of the tables that no file of the folder has."""
+    kept = kept_numbers(folder)
+    cells = [cell for line in tables.splitlines() if line.startswith("|") for cell in line.split("|")[2:]]
+    return [
+        number for cell in cells for number in numbers(cell)
+        if "." in number and not any(abs(float(number) - value) <= half_a_digit(number) + half + 1e-12 for value, half in kept)
+    ]  # fmt: skip
+
+
+def test_figures_of_the_demo_are_those_of_its_runs():
+    _, _, rest = text_of("README.md").partition("<!-- results:demo -->")
+    block, end, _ = rest.partition("<!-- /results:demo -->")
+    figures, _, samples = block.partition("\n| prompt |")
+    assert end and unbacked(figures, ROOT / "results/demo") == []
+    kept = [json.loads(line) for file in (ROOT / "results/demo").glob("seed_*/samples.jsonl")
+            for line in file.read_text().splitlines()]  # fmt: skip
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")
+    ]
+    assert len(rows) == 3
+    shown = [(row["prompt"], *(f"({row[model]['judge']:.1f}) {row[model]['response']}" for model in ("sft", "ppo")))
+             for row in kept]  # fmt: skip
+    assert {tuple(row) for row in rows} <= {tuple(" ".join(text.split()) for text in row) for row in shown}
+    assert ("(results/demo/curves.png)" in block) == (ROOT / "results/demo/curves.png").exists()
+
+
+RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overoptimisation")
+
+
+@pytest.mark.parametrize("experiment", RESULTS)
+def test_figures_of_an_experiment_are_those_of_its_runs(experiment):
+    (section,) = re.findall(
+        rf"^## {experiment}\n(.*?)(?=^## |\Z)", text_of("results/README.md"), re.MULTILINE | re.DOTALL
+    )
+    assert len(numbers(section)) > 10
+    assert unbacked(section, ROOT / "results" / experiment) == []
+
+
+def test_a_figure_without_a_run_is_found():
+    assert unbacked("| accuracy | 0.564 (0.727 to 0.648) | 44 |\n| | 0.574 |", ROOT / "results/hh") == ["0.574"]
+
+
+def test_benchmarks_are_those_of_each_machines_table():
+    tables = {
+        "Intel Xeon, AMX": "xeon/table.md",
+        "AMD EPYC, AVX512-BF16": "table.md",
+        "AMD EPYC, AVX2": "avx2/table.md",
+    }
+    found = re.findall(r"^\| (Intel[^|]*|AMD[^|]*) (\|.*\|)$", text_of("results/bench/README.md"), re.MULTILINE)
+    rows = [(machine, row) for machine, row in found if "](" not in row]
+    assert len(rows) > 30
+    for machine, row in rows:
+        assert row in text_of(f"results/bench/{tables[machine]}").splitlines(), row
+
+
+def test_every_paper_that_the_report_cites_has_its_address():
+    text = text_of("REPORT.md")
+    assert set(re.findall(r"\[(\d{4}\.\d{5})\](?!:)", text)) == set(re.findall(r"^\[([\d.]+)\]: ", text, re.MULTILINE))
+
+
+def test_the_report_writes_its_formulas_in_pairs_of_dollars():
+    text = re.sub(r"`[^`]*`", "", FENCE.sub("", text_of("REPORT.md")))
+    assert text.count("$$") % 2 == 0
+    inline = text.replace("$$", "")
+    for paragraph in inline.split("\n\n"):
+        assert paragraph.count("$") % 2 == 0, paragraph[:80]
