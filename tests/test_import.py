@@ -155,7 +155,7 @@ def test_without_the_package_the_extra_is_named(file, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'rlhf-ray\[gguf\]'"):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         import_gguf(file, tmp_path / "out")
 
 

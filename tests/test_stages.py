@@ -301,13 +301,16 @@ def test_a_server_of_a_run_takes_the_policy_of_a_plugins_stage(table, tmp_path, 
         (run.stage(stage).model / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
         (run.stage(stage).model / "model.safetensors").touch()
     run.recipe.write_text("name: r\nplugins: [polishing_plugin]\npolished: {}\n")
-    options = {"host": "127.0.0.1", "port": 0, "api_key": None, "name": None, "replicas": 1, "gpus": None, "threads": None,
+    options = {"more_models": {},
+               "host": "127.0.0.1", "port": 0, "api_key": None, "name": None, "replicas": 1, "gpus": None, "threads": None,
                "precision": "auto", "engine": None, "trust_remote_code": False, "allow_special_tokens": False, "limits": Limits(),
                "allowed_hosts": (), "cors_origins": ()}  # fmt: skip
     without = Server(run.path, **options)
-    assert without.model == run.stage("ppo").model and "the module 'polishing_plugin' could not" in without.engine.note
+    (model,) = without.models
+    assert model.folder == run.stage("ppo").model and "the module 'polishing_plugin' could not" in model.engine.note
     (tmp_path / "polishing_plugin.py").write_text(POLICY_PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
     with_it = Server(run.path, **options)
-    assert with_it.model == run.stage("polished").model and with_it.engine.note is None
+    (model,) = with_it.models
+    assert model.folder == run.stage("polished").model and model.engine.note is None
     sys.modules.pop("polishing_plugin", None)

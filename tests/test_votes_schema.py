@@ -224,7 +224,7 @@ def test_postgresql_without_its_driver_names_the_extra(monkeypatch):
         raise ImportError("No module named 'psycopg'")
 
     monkeypatch.setattr(database.sa, "create_engine", missing)
-    with pytest.raises(UserError, match=re.escape("pip install 'rlhf-ray[postgresql]'")):
+    with pytest.raises(UserError, match=re.escape("pip install 'psycopg[binary]'")):
         Database("postgresql://host/votes")
 
 

@@ -140,7 +140,7 @@ def _engine(url: sa.URL, name: str, *, create: bool) -> sa.Engine:
             url, connect_args=arguments, pool_pre_ping=True, pool_timeout=WAIT_S, isolation_level="READ COMMITTED"
         )
     except ImportError as error:
-        raise UserError(f"{name} needs the driver of PostgreSQL; run: pip install 'rlhf-ray[postgresql]'") from error
+        raise UserError(f"{name} needs the driver of PostgreSQL; run: pip install 'psycopg[binary]'") from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
