@@ -26,7 +26,7 @@ from rlhf_ray.data.kept_rows import keep, stamps, take
 from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
-from rlhf_ray.data.values import NUMBERS, as_numbers, check_one_type, check_values
+from rlhf_ray.data.values import NUMBERS, TEXT_OR_MESSAGES, as_numbers, check_one_type, check_values
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.hub import look_up
 
@@ -143,7 +143,12 @@ def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with
         if with_prompts:
             check_one_type(rows.rows, other_columns(rows, columns), place)
         return
-    look_at = {ours: theirs for ours, theirs in columns.items() if not _is_text(rows.features[theirs])}
+    text = {ours for ours, theirs in columns.items() if _is_text(rows.features[theirs])}
+    # Text is right for these, so nothing is read; of a pair both are looked at, or neither: they are of one kind.
+    right = text & {*TEXT_OR_MESSAGES, "text"}
+    if not {"chosen", "rejected"} <= right:
+        right -= {"chosen", "rejected"}
+    look_at = {ours: theirs for ours, theirs in columns.items() if ours not in right}
     if look_at:
         selected = rows.select_columns(list(look_at.values()))
         check_values(cast(Iterable[dict[str, Any]], selected), look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
