@@ -217,8 +217,9 @@ class ExperienceHandle:
         ref = self.actor.own_mismatch.remote(len(rollouts), *rollouts, *logprobs)
         return self.waiter.track(ref, "experience (mismatch)")
 
-    def zero_variance(self, scores: Refs) -> ray.ObjectRef:
-        return self.waiter.track(self.actor.zero_variance.remote(*scores), "experience (zero-variance groups)")
+    def zero_variance(self, rollouts: Refs, scores: Refs) -> ray.ObjectRef:
+        ref = self.actor.zero_variance.remote(len(rollouts), *rollouts, *scores)
+        return self.waiter.track(ref, "experience (zero-variance groups)")
 
     def pack(
         self, rollouts: Refs, scores: Refs, prompts: int, chunk_size: int

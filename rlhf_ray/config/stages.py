@@ -109,6 +109,7 @@ class RewardConfig(TrainConfig):
         "sft",
         "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
         "or a folder / hub name",
+        min_length=1,
     )
     truncate_reply: Literal["left", "right", "drop"] = option(
         "drop", "side of a reply that is cut when its row exceeds max_length, or drop the row"
