@@ -63,6 +63,8 @@ def test_a_key_like_no_other_gets_all_the_names():
         ({"reward": {"max_steps": -7}}, ["'reward.max_steps' is -7"]),
         ({"name": "a/b"}, ["'name' is 'a/b'"]),
         ({"data": {"sft": [{"split": "train"}]}}, ["'data.sft.0.path' is missing"]),
+        ({"data": {"sft": [{"path": ""}]}}, ["'data.sft.0.path' is ''", "at least 1 character"]),
+        ({"data": {"root": ""}}, ["'data.root' is ''"]),
         ({"data": {"sft": [{"path": "a", "weight": -1}]}}, ["'data.sft.0.weight' is -1"]),
     ],
 )

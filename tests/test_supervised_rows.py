@@ -10,6 +10,7 @@ import pytest
 import torch
 from cats import cats_tokenizer, sentence  # noqa: F401 - a fixture
 from datasets import Dataset
+from transformers import GPT2Config
 
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.runs.run_folder import StageFolder, write_figures
@@ -133,7 +134,7 @@ class Sure(torch.nn.Module):
 
     def __init__(self, logit: float):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(logit))
+        self.weight, self.config = torch.nn.Parameter(torch.tensor(logit)), GPT2Config()
 
     def forward(self, input_ids, **others):
         logits = torch.zeros(*input_ids.shape, 600)
