@@ -206,7 +206,8 @@ def test_a_server_is_refused_before_anything_is_looked_for(options, says):
     ("args", "says"),
     [
         ({"cpus": "nan"}, "cpus is 'nan'"), ({"replicas": "abc"}, "replicas is 'abc'"), ({"threads": "1.5"}, "threads is '1.5'"),
-        ({"precision": "float8"}, "precision is 'float8'"), ({"models": "a=b"}, "models is 'a=b'"), ({"gpus": "-1"}, "gpus is '-1'"),
+        ({"precision": "float8"}, "precision is 'float8'"), ({"models": "a=b"}, "models is 'a=b'"),
+        ({"gpus": "-1"}, "gpus is '-1'"),
     ],
 )  # fmt: skip
 def test_a_serve_config_is_refused_as_a_command_is(args, says):

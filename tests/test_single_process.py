@@ -242,7 +242,7 @@ def test_too_few_prompts_and_no_steps_are_refused(folder, tmp_path, monkeypatch,
     recipe = tiny_recipe()
     few = write_start(recipe, RunFolder(tmp_path))
     write_role(few, "prompts", [{"prompt": "a"}], ("prompt",))
-    with pytest.raises(UserError, match=f"there are 1 prompts, fewer than ppo.rollout_batch_size = {recipe.ppo.rollout_batch_size}"):
+    with pytest.raises(UserError, match="there are 1 prompts, fewer than ppo.rollout_batch_size"):
         SingleProcessPPO(recipe, few)
     folder.recipe.write_text(recipe.model_dump_json())
     for steps in ("0", "-3"):
