@@ -27,6 +27,17 @@ def replica_environment(threads: float, cores: float) -> dict[str, str]:
     return REPLICA_ENVIRONMENT | (ALONE_ENVIRONMENT if threads <= cores else {})
 
 
+def checked_number(name: str, value: Any, least: float, *, whole: bool = False) -> float:
+    """UserError for what is no finite number, or less. value: a number or its text, as `serve run` gives it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < least or (whole and not number.is_integer()):
+        raise UserError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number of at least {least:g}")
+    return number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The most that one request, or all requests together, may ask for."""
@@ -90,17 +101,6 @@ class AppConfig:
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser."""
     limits: Limits = Limits()
-
-
-def checked_number(name: str, value: Any, least: float, *, whole: bool = False) -> float:
-    """UserError for what is no finite number, or less. value: a number or its text, as `serve run` gives it."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number) or number < least or (whole and not number.is_integer()):
-        raise UserError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number of at least {least:g}")
-    return number
 
 
 def addresses_of(host: str) -> list[tuple[socket.AddressFamily, str]]:
