@@ -4,14 +4,18 @@ import errno
 import gc
 
 import pytest
+from rich.console import Console
 from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.run_recipe import failures_recorded
+from rlhf_ray.cli.running import closing_words
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
+from rlhf_ray.report.compare import seed_of
+from rlhf_ray.report.page import render
 from rlhf_ray.roles.text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
@@ -160,6 +164,45 @@ def test_whatever_ends_a_run_is_an_event_and_a_full_disk_is_told_in_words(tmp_pa
     events = EventLog(folder.events).read()
     assert [event["what"] for event in events[1:]] == ["that won't do", "ZeroDivisionError: ours"]
     assert "No space left" in events[0]["what"] and events[0]["stage"] == "ppo"
+
+
+READERS = {
+    "ppo/DONE": lambda folder: prepare_folder(tiny_recipe(ppo={"steps": 5}), folder),
+    "stages.json": lambda folder: folder.stage_titles,
+    "environment.json": lambda folder: prepare_folder(tiny_recipe(), folder),
+    "timings.json": lambda folder: run_stages(tiny_recipe(), folder, stages(folder, []), lambda state: None),
+    "evaluation/summary.json": lambda folder: closing_words(folder, Console(quiet=True)),
+    "ppo/metrics.jsonl": lambda folder: render(folder),
+}
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"steps": 3', b'{"a": "\xff"}', b"{}"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_of_a_run_is_told_with_its_name_and_what_to_do(tmp_path, name, text):
+    folder = RunFolder(tmp_path)
+    prepare_folder(tiny_recipe(), folder)
+    run_stages(tiny_recipe(), folder, stages(folder, []), lambda state: None)
+    (folder.path / "sft" / "DONE").unlink()  # so that its seconds are counted again
+    rest = b'\n{"step": 1}\n' if name == "ppo/metrics.jsonl" else b""  # a last line may be cut off
+    (folder.path / name).write_bytes(text + rest)
+    whole = {b"{}": ("stages.json", "environment.json", "timings.json", "ppo/metrics.jsonl"), b"": ("ppo/metrics.jsonl",)}
+    if name in whole.get(text, ()):
+        READERS[name](folder)
+    elif (name, text) != ("evaluation/summary.json", b"{}"):
+        with pytest.raises(UserError, match=rf"^{folder.path / name} .*delete"):
+            READERS[name](folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "name: tiny\nppo: {steps: [", "name: 2024-13-45"])
+def test_a_damaged_recipe_of_a_run_folder_is_told(tmp_path, text):
+    folder = RunFolder(tmp_path)
+    prepare_folder(tiny_recipe(), folder)
+    folder.recipe.write_text(text)
+    with pytest.raises(UserError, match=rf"^{folder.recipe} .*; delete it to go on"):
+        prepare_folder(tiny_recipe(), folder)
+    for read in (render, seed_of):
+        with pytest.raises(UserError, match=rf"^{folder.recipe} "):
+            read(folder)
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path):

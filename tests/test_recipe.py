@@ -72,6 +72,12 @@ def test_a_bad_override_is_refused(override):
         build_recipe({"name": "x"}, [override], "x")
 
 
+def test_an_override_that_only_looks_like_a_date_is_text_and_a_long_number_is_told():
+    assert build_recipe({}, ["name=2024-99-99"], "x").name == "2024-99-99"
+    with pytest.raises(UserError, match="'seed' is inf"):
+        build_recipe({"name": "x"}, ["seed=" + "1" * 5000], "x")
+
+
 def test_scientific_notation_in_a_file_is_a_number_too(tmp_path):
     (tmp_path / "mine.yaml").write_text("ppo: {learning_rate: 1e-5}\n")
     recipe = load_recipe(str(tmp_path / "mine.yaml"))
@@ -85,6 +91,12 @@ def test_scientific_notation_in_a_file_is_a_number_too(tmp_path):
         ("- a\n- b\n", "no mapping"),
         ("", "no mapping"),
         ("\x00", "not YAML"),
+        ("name: x\nseed: 2024-13-45", "(line 2): '2024-13-45' is no timestamp (month must be in 1..12)"),
+        ("seed: " + "1" * 5000, "(line 1): '1111"),
+        ("a:\n- !!map [1]", "(line 2): expected a mapping"),
+        ("a: !!int abc", "(line 1): 'abc' is no int"),
+        ("a: !!timestamp x", "(line 1): 'x' is no timestamp"),
+        ("name: x\nseed: 0x" + "f" * 5000, "'seed' is a number of thousands of digits"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_told(tmp_path, text, part):

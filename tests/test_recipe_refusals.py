@@ -50,8 +50,15 @@ def test_a_key_like_no_other_gets_all_the_names():
         ({"ppo": {"critic_init": "random"}}, ["'ppo.critic_init' is 'random'", "'reward' or 'sft'"]),
         ({"resources": {"policy": {"zero_stage": 4}}}, ["'resources.policy.zero_stage' is 4"]),
         ({"seed": -1}, ["'seed' is -1"]),
+        ({"seed": 2**32}, ["'seed' is 4294967296", "less than"]),  # NumPy's seeds end at 2**32 - 1
+        ({"ppo": {"seed": 2**70}}, ["'ppo.seed' is 1180591620717411303424"]),
+        ({"evaluation": {"seeds": []}}, ["'evaluation.seeds' is []"]),
+        ({"sft": {"max_steps": 0}}, ["sft.max_steps: max_steps is 0", "-1 for as many"]),
+        ({"reward": {"max_steps": -7}}, ["'reward.max_steps' is -7"]),
         ({"name": "a/b"}, ["'name' is 'a/b'"]),
         ({"data": {"sft": [{"split": "train"}]}}, ["'data.sft.0.path' is missing"]),
+        ({"data": {"sft": [{"path": ""}]}}, ["'data.sft.0.path' is ''", "at least 1 character"]),
+        ({"data": {"root": ""}}, ["'data.root' is ''"]),
         ({"data": {"sft": [{"path": "a", "weight": -1}]}}, ["'data.sft.0.weight' is -1"]),
     ],
 )

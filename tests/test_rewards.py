@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
+from rlhf_ray.algorithms.experience import AdvantageConfig
 from rlhf_ray.algorithms.scores import length_correlation, zero_variance_groups
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
@@ -18,9 +19,10 @@ from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import EnsembleScorer, RewardScorer, WeightedSum
-from rlhf_ray.roles.experience import score_stats
+from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker, score_stats
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.tables.advantages import ADVANTAGES
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
@@ -42,6 +44,27 @@ def test_a_flat_group_is_one_whose_samples_all_score_the_same():
     scores = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 0.5])
     assert zero_variance_groups(scores, group_size=2).tolist() == [True, False, True]
     assert zero_variance_groups(scores, group_size=3).tolist() == [False, False]
+
+
+def test_samples_are_alike_if_the_scores_that_the_advantages_see_are():
+    """Clipped at 5 the first two are 5 and 5; unended the next two are -1 and -1; 6 tokens of at most 6 with a buffer of 2 cost
+    1, so 2 - 1 is the last one's 1, and 1 and 1 of different lengths are not alike."""
+    options = AdvantageConfig(
+        advantage=ADVANTAGES["grpo"], group_size=2, kl_in_reward=True, kl_estimator="k1", gamma=1.0, gae_lambda=1.0,
+        score_clip=5.0, missing_eos_penalty=0.0, missing_eos_score=-1.0, overlong_buffer=2, max_new_tokens=6,
+        whiten_rewards=False, whiten_advantages=False,
+    )  # fmt: skip
+    maker = ExperienceMaker(ExperienceConfig(
+        advantages=options, minibatch_size=8, ppo_epochs=1, policy_ranks=1, critic_ranks=0, seed=0
+    ))  # fmt: skip
+    lengths = [1, 1, 1, 1, 6, 1, 6, 1]
+    rollout = RolloutBatch(
+        chunk=Chunk(step=0, index=0, prompt_indices=(0, 0, 1, 1, 2, 2, 3, 3), sample_indices=(0, 1) * 4), policy_version=0,
+        sequences=Sequences.of([[1]] * 8, [[1] * length for length in lengths]),
+        ended=np.array([True, True, False, False, True, True, True, True]), rollout_logprobs=np.zeros(sum(lengths), np.float32),
+    )  # fmt: skip
+    scores = Scores(total=np.array([7, 9, 0, 3, 2, 1, 1, 1], np.float32))
+    assert maker.zero_variance([rollout], [scores]) == [True, True, True, False]
 
 
 def test_the_correlation_with_length_by_hand():

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 
 import openai
 import pytest
 from served_app import ask, save_tiny, send, start
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.serving.config import check_cors_origins, given_key, read_api_key, resolve_allowed_hosts
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest
+from rlhf_ray.serving.api_errors import ApiError
+from rlhf_ray.serving.config import (
+    Limits,
+    addresses_of,
+    check_cors_origins,
+    checked_number,
+    given_key,
+    is_loopback,
+    read_api_key,
+    resolve_allowed_hosts,
+)
+from rlhf_ray.serving.deployment import build_application
+from rlhf_ray.serving.launch import serve
+from rlhf_ray.serving.model_folder import find_model
+from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, parse
 
 USER = {"role": "user", "content": "hi"}
 # openai.types.chat.ChatCompletionMessage.model_dump(), as versions of the client have written it.
@@ -160,3 +174,83 @@ def test_hosts_and_origins_are_checked_before_the_start():
     for origin in ("*", "a.example", "https://a.example/", "https://a.example/page"):
         with pytest.raises(UserError):
             check_cors_origins([origin], None)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example", "a\0b", "nowhere.invalid"])
+def test_a_host_that_is_none_is_told_wherever_it_is_looked_up(host):
+    for look in (is_loopback, addresses_of):
+        with pytest.raises(UserError, match="does not resolve"):
+            look(host)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, "abc", None, 2.5, 10**400])
+def test_options_are_finite_numbers_in_range(value):
+    with pytest.raises(UserError, match=r"^threads is .*give a whole number of at least 1$"):
+        checked_number("threads", value, 1, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"threads": 0}, "threads is 0"), ({"threads": -3}, "threads is -3"), ({"gpus": math.nan}, "gpus is nan"),
+        ({"gpus": -1.0}, "gpus is -1.0"), ({"drain_s": math.nan}, "drain_s is nan"), ({"drain_s": -5.0}, "drain_s is -5.0"),
+        ({"replicas": 0}, "replicas is 0"),
+    ],
+)  # fmt: skip
+def test_a_server_is_refused_before_anything_is_looked_for(options, says):
+    with pytest.raises(UserError, match=says):
+        serve("/nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"cpus": "nan"}, "cpus is 'nan'"), ({"replicas": "abc"}, "replicas is 'abc'"), ({"threads": "1.5"}, "threads is '1.5'"),
+        ({"precision": "float8"}, "precision is 'float8'"), ({"models": "a=b"}, "models is 'a=b'"),
+        ({"gpus": "-1"}, "gpus is '-1'"),
+    ],
+)  # fmt: skip
+def test_a_serve_config_is_refused_as_a_command_is(args, says):
+    with pytest.raises(UserError, match=says):
+        build_application({"model": "/nowhere", **args})
+    with pytest.raises(UserError, match="max_rows is nan"):
+        Limits(max_rows=math.nan)  # type: ignore[arg-type]
+
+
+def test_the_home_folder_of_nobody_is_told():
+    for read in (find_model, read_api_key):
+        with pytest.raises(UserError, match="'~nosuchuser/x' names the home folder of a user"):
+            read("~nosuchuser/x")
+
+
+# Defaults of vLLM's SamplingParams and ChatCompletionRequest (0.6 to 0.10), which its clients write out.
+VLLM = {
+    "top_k": -1, "skip_special_tokens": True, "spaces_between_special_tokens": True, "include_stop_str_in_output": False,
+    "use_beam_search": False, "length_penalty": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
+    "prompt_logprobs": None, "truncate_prompt_tokens": None, "guided_json": None,
+}  # fmt: skip
+
+
+def read(kind, **body):
+    return parse(kind, "application/json", json.dumps({"model": "m", **body}).encode())
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_what_vllms_clients_send_by_default_asks_for_nothing(kind):
+    own = {"prompt": "a"} if kind is CompletionRequest else {"messages": [{"role": "user", "content": "a"}]}
+    assert read(kind, **own, **VLLM).sampling(5) == read(kind, **own).sampling(5)
+    for name, value in {"top_k": -2, "skip_special_tokens": False, "use_beam_search": True, "length_penalty": 0.5}.items():
+        with pytest.raises(ApiError):
+            read(kind, **own, **{name: value})
+
+
+def test_what_other_servers_put_beside_a_text_is_left_out():
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": "Ho", "token_ids": [1, 2], "stop_reason": "stop"},
+    ]
+    request = read(ChatRequest, messages=messages, response_format={"type": "text", "json_schema": None})
+    assert [message.text for message in request.messages] == ["Hi", "Ho"]
+    for wanted, says in (({"type": "json_object"}, "asks for JSON"), ({"type": "grammar"}, "response_format is not supported")):
+        with pytest.raises(ApiError, match=says):
+            read(ChatRequest, messages=messages, response_format=wanted)

@@ -15,7 +15,7 @@ from rlhf_ray.data.store import write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.single_process_keys import ACTS_ON, NO_INFLUENCE, OTHER_SECTIONS
-from rlhf_ray.ppo.step import step_prompts
+from rlhf_ray.ppo.step import check_enough, step_prompts
 from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -233,3 +233,19 @@ def test_it_runs_from_a_run_folder(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         as_a_command(monkeypatch, str(folder.path / "nowhere"))
     assert ended.value.code == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_too_few_prompts_and_no_steps_are_refused(folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="there are 3 prompts, fewer than ppo.rollout_batch_size = 4"):
+        check_enough(3, 4)
+    check_enough(4, 4)
+    recipe = tiny_recipe()
+    few = write_start(recipe, RunFolder(tmp_path))
+    write_role(few, "prompts", [{"prompt": "a"}], ("prompt",))
+    with pytest.raises(UserError, match="there are 1 prompts, fewer than ppo.rollout_batch_size"):
+        SingleProcessPPO(recipe, few)
+    folder.recipe.write_text(recipe.model_dump_json())
+    for steps in ("0", "-3"):
+        with pytest.raises(SystemExit) as ended:
+            as_a_command(monkeypatch, str(folder.path), "--steps", steps)
+        assert ended.value.code == 2 and f"{steps} PPO steps train nothing" in capsys.readouterr().err

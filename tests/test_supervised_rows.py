@@ -1,17 +1,23 @@
 """SFT and reward models: rows, learning rate, DeepSpeed's configuration and precision, by hand."""
 
+import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from cats import cats_tokenizer, sentence  # noqa: F401 - a fixture
 from datasets import Dataset
+from transformers import GPT2Config
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import NotFinite, UserError
+from rlhf_ray.runs.run_folder import StageFolder, write_figures
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
+from rlhf_ray.supervised.reward_metrics import score_figures
 from rlhf_ray.supervised.rows import packed_rows, pair_rows, score_rows, sft_rows, training_order
+from rlhf_ray.supervised.sft import heldout_loss
 from rlhf_ray.training.deepspeed_config import deepspeed_config
 from rlhf_ray.training.precision import resolve_precision
 
@@ -118,3 +124,52 @@ def test_precision_is_what_the_hardware_has():
         with pytest.raises(UserError, match="no GPU"):
             resolve_precision("bfloat16", "cuda")
         assert resolve_precision("auto", "cuda") is torch.float32
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+class Sure(torch.nn.Module):
+    """Is as sure of the last token as its logit says."""
+
+    def __init__(self, logit: float):
+        super().__init__()
+        self.weight, self.config = torch.nn.Parameter(torch.tensor(logit)), GPT2Config()
+
+    def forward(self, input_ids, **others):
+        logits = torch.zeros(*input_ids.shape, 600)
+        logits[..., 599] = self.weight
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_loss_whose_perplexity_is_beyond_a_double_is_kept_and_one_that_is_no_number_is_refused(tokenizer):
+    rows = sft_rows(tokenizer, Dataset.from_dict({"prompt": ["a cat"], "response": [" sat"]}), max_length=64)
+    assert tokenizer.vocab_size < 600
+
+    def figures(logit):
+        return heldout_loss(Sure(logit), tokenizer, rows, dtype=torch.float32, batch_size=1)
+
+    assert figures(0.0)["eval_perplexity"] == pytest.approx(600)  # all alike
+    # e ** 709.78 is the largest double
+    assert figures(709.0)["eval_perplexity"] == pytest.approx(math.exp(709.0), rel=1e-3)
+    assert figures(1000.0)["eval_loss"] == pytest.approx(1000.0) and figures(1000.0)["eval_perplexity"] is None
+    for logit in (math.nan, math.inf):
+        with pytest.raises(NotFinite, match="held-out text is nan; .*learning_rate"):
+            figures(logit)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_closing_figures_are_json(tmp_path, value):
+    stage = StageFolder(tmp_path)
+    with pytest.raises(NotFinite, match=r"\(of\.loss is -?(NaN|Infinity)\); .*learning_rate"):
+        stage.finish({"steps": 3, "of": {"loss": value}})
+    assert not stage.done
+    with pytest.raises(NotFinite, match=r"\(0 is "):
+        write_figures(stage.done_file, {"0": [1.0, value]})
+
+
+def test_a_correlation_of_what_does_not_vary_is_unknown():
+    human, lengths = np.array([1.0, 2.0, 3.0, 4.0]), np.array([3, 1, 2, 5])
+    figures = score_figures(np.zeros(4), human, lengths, seed=0, middle=2.5)
+    assert [figures[name] for name in ("pearson", "spearman", "length_pearson", "length_spearman")] == [None] * 4
+    json.dumps(figures, allow_nan=False)

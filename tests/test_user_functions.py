@@ -1,8 +1,14 @@
 """Functions that a recipe names: how they are found, and what is said of one that fails."""
 
-import pytest
+import sys
+from types import ModuleType
 
-from rlhf_ray.config.user_functions import import_function
+import pytest
+from datasets import Dataset
+
+from rlhf_ray.config import DataConfig
+from rlhf_ray.config.user_functions import import_function, import_plugins
+from rlhf_ray.data.sources import call_builder
 from rlhf_ray.errors import UserError
 from rlhf_ray.rewards.scorer import FunctionScorer
 
@@ -41,3 +47,31 @@ def test_a_failure_of_no_single_sample_says_so():
     scorer = FunctionScorer(f"{__name__}:fails_on_many")
     with pytest.raises(UserError, match="raised ValueError: too many on 2 samples together, and on none of them alone"):
         scorer.score(["a", "b"], ["x", "y"], [True, True])
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda root, seed: {}["rows"], r"builders:build failed in .*test_user_functions.py, line \d+: KeyError: 'rows'"),
+        (lambda root, seed: 1 / 0, "ZeroDivisionError: division by zero; correct it"),
+        (lambda root, seed: None, "builders:build returned a NoneType; return a dict"),
+        (lambda root, seed: [Dataset.from_dict({"text": ["a"]})], "returned a list; return a dict"),
+        (lambda root, seed: {1: Dataset.from_dict({"text": ["a"]})}, "returned a role '1'"),
+        (lambda root: {}, "data.builder_args: builders:build cannot be called with root, seed"),
+        (5, "'builders:build' is a int and no function"),
+    ],
+)
+def test_a_builder_that_fails_or_returns_something_else_is_told(monkeypatch, build, says):
+    module = ModuleType("builders")
+    module.build = build
+    monkeypatch.setitem(sys.modules, "builders", module)
+    with pytest.raises(UserError, match=says):
+        call_builder(DataConfig(builder="builders:build"), 0)
+
+
+def test_a_module_that_can_not_be_imported_is_told_whatever_it_raises(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for number, (text, says) in enumerate((("a b", "SyntaxError"), ("1 / 0", "ZeroDivisionError: division by zero"))):
+        (tmp_path / f"broken_plugin_{number}.py").write_text(text)
+        with pytest.raises(UserError, match=rf"plugins: the module 'broken_plugin_{number}' could not be imported \({says}"):
+            import_plugins([f"broken_plugin_{number}"])

@@ -87,6 +87,27 @@ def test_columns_of_parquet_that_are_no_text_are_told(tmp_path, values, says):
         load_source(SourceConfig(path=str(tmp_path / "a.parquet")), None, 0, "data.x[0]", "sft")
 
 
+@pytest.mark.parametrize(
+    ("form", "columns", "says"),
+    [
+        ("sft", {"messages": json.dumps([USER, REPLY])}, "row 1: 'messages' is text .* chat messages: a list"),
+        ("prompts", {"conversations": json.dumps([USER])}, "row 1: 'conversations' is text"),
+        ("scores", {"response": "a", "score": "good"}, r"row 1: 'score' is text \('good'\), and should be a number"),
+        ("scores", {"response": "a", "score": "1_000"}, r"row 1: 'score' is text \('1_000'\), and should be a number"),
+        ("pairs", {"chosen": "a", "rejected": [REPLY]}, "row 1: 'chosen' is text .* and 'rejected' is a list"),
+    ],
+)
+def test_parquet_text_is_right_only_where_text_is(tmp_path, form, columns, says):
+    pq.write_table(pa.table({name: [value] for name, value in columns.items()}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=says):
+        load_source(SourceConfig(path=str(tmp_path / "a.parquet")), None, 0, "data.x[0]", form)
+
+
+def test_numbers_that_parquet_holds_as_text_are_numbers(tmp_path):
+    pq.write_table(pa.table({"response": ["a", "b"], "score": ["1.5", ""]}), tmp_path / "a.parquet")
+    assert len(load_source(SourceConfig(path=str(tmp_path / "a.parquet")), None, 0, "data.x[0]", "scores")) == 2
+
+
 def test_rows_of_a_builder_are_looked_at_too():
     rows = Dataset.from_dict({"prompt": ["a"], "response": [3]})
     with pytest.raises(UserError, match=r"^mine:build \(sft\): .*row 1: 'response' is a number \(3\)"):

@@ -217,8 +217,8 @@ class ExperienceHandle:
     def own_mismatch(self, rollouts: Handles, logprobs: Handles) -> Handle:
         return self._one("own_mismatch", len(rollouts), *rollouts, *logprobs, name="experience (mismatch)")
 
-    def zero_variance(self, scores: Handles) -> Handle:
-        return self._one("zero_variance", *scores, name="experience (zero-variance groups)")
+    def zero_variance(self, rollouts: Handles, scores: Handles) -> Handle:
+        return self._one("zero_variance", len(rollouts), *rollouts, *scores, name="experience (zero-variance groups)")
 
     def pack(
         self, rollouts: Handles, scores: Handles, prompts: int, chunk_size: int

@@ -42,6 +42,7 @@ from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -125,11 +126,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     )
     check_columns(recipe, folder)  # e.g. of data that an older run prepared
     prompts, eval_prompts = count_rows(folder, "prompts"), count_rows(folder, "eval_prompts")
-    if prompts < ppo.rollout_batch_size:
-        raise UserError(
-            f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {ppo.rollout_batch_size}; "
-            "lower it or add prompts"
-        )
+    check_enough(prompts, ppo.rollout_batch_size)
     state, last = (
         LoopState(kl_coef=ppo.kl_coef),
         checkpoint.last_good(

@@ -152,8 +152,9 @@ class ExperienceActor(RoleActor):
         """parts: rollouts and the policy's log-probs, `chunks` of each."""
         return self.role.own_mismatch(list(parts[:chunks]), list(parts[chunks:]))
 
-    def zero_variance(self, *scores):
-        return self.role.zero_variance(list(scores))
+    def zero_variance(self, chunks: int, *parts):
+        """parts: rollouts and their scores, `chunks` of each."""
+        return self.role.zero_variance(list(parts[:chunks]), list(parts[chunks:]))
 
     @with_receipt
     def pack(self, chunks: int, prompts: int, chunk_size: int, *parts):

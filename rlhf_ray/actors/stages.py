@@ -44,13 +44,14 @@ def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progre
         if plain:
             words = f"data.{role}: {plain} rows name special tokens, which are plain text there"
             progress({"stage": stage, "say": f"{words}; data.allow_special_tokens: true makes them tokens"})
+    from rlhf_ray.ppo.step import check_enough
+
     rows = summary["roles"]["prompts"]["rows"]
-    if rows < recipe.ppo.rollout_batch_size:
+    try:
+        check_enough(rows, recipe.ppo.rollout_batch_size)
+    except UserError:
         folder.stage(stage).done_file.unlink()  # so that the recipe's data may be corrected
-        raise UserError(
-            f"there are {rows} prompts, fewer than ppo.rollout_batch_size = {recipe.ppo.rollout_batch_size}; "
-            "lower it or add prompts"
-        )
+        raise
 
 
 def run_ppo_stage(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:

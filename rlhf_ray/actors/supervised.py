@@ -28,8 +28,7 @@ from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
-from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
 from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.ensemble import ensemble_summary
 from rlhf_ray.supervised.learning_rate import outlook
@@ -59,8 +58,8 @@ def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: P
             if members == 1:
                 each.append(summary)
                 break
-            write_atomically(done, json.dumps(summary, indent=2) + "\n")
-        each.append(json.loads(done.read_text()))
+            write_figures(done, summary)
+        each.append(read_figures(done))
         shutil.rmtree(target.member(member).checkpoints, ignore_errors=True)
     summary = ensemble_summary(each, target, config) if isinstance(config, RewardConfig) and members > 1 else each[0]
     target.finish(summary)

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import function_names, path_fields
 from rlhf_ray.errors import UserError
 
@@ -49,7 +50,7 @@ def stage(
     for module in _own_modules(recipe, here):
         items.append(_copy("your module", module, folder / module.name))
 
-    named = {path.expanduser().resolve() for path in data}
+    named = {expanded(path).resolve() for path in data}
     sent = [_copy_data(path, folder / DATA_FOLDER, run_dir) for path in sorted(named)]
     total = sum(item.size for item in sent)
     if total > MAX_DATA_MB * 1e6:
@@ -61,7 +62,7 @@ def stage(
     settings = recipe.model_dump(mode="json")
     used = set()
     for field, text in path_fields(recipe):
-        path = Path(text).expanduser()
+        path = expanded(text)
         if path.resolve() in named:
             used.add(path.resolve())
             _put(settings, field, f"{run_dir}/{DATA_FOLDER}/{path.resolve().name}")

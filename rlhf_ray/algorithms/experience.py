@@ -77,7 +77,7 @@ def assemble(
         check_finite("a value of the critic", old_values, action_mask)
     advantage = config.advantage
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
-    penalised = _penalised(scores, ended, action_mask, config)
+    penalised = penalise(scores, ended, action_mask, config)
     baseline = advantage.score_baseline
     compared = penalised if baseline is None else baseline(penalised, group_size=config.group_size)
     estimated_kl = kl  # counts nothing where the KL is in the loss, whose estimator may overflow
@@ -115,7 +115,7 @@ def assemble(
     return Assembled(advantages=advantages, returns=returns, stats=stats)
 
 
-def _penalised(
+def penalise(
     scores: torch.Tensor, ended: torch.Tensor, action_mask: torch.Tensor, config: AdvantageConfig
 ) -> torch.Tensor:
     """Scores [B] less the penalties of responses that did not end or are too long."""

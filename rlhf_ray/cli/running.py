@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,9 @@ from rlhf_ray.config.stage_table import STAGES, all_needs_of
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
 from rlhf_ray.report.models import asked, models_of_summary
-from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder
+from rlhf_ray.runs.storage import read_object
 
 
 def run(
@@ -76,13 +77,13 @@ def run_some(
 def closing_words(folder: RunFolder, console: Console) -> None:
     """The table, three sample pairs, where the report is, and the line that serves the model."""
     evaluation = folder.stage("evaluation").path
-    summary = json.loads((evaluation / "summary.json").read_text())
+    summary = read_object(evaluation / "summary.json", EVALUATE_AGAIN)
     console.print()
     console.print(summary_table(summary))
     console.print(verdict(summary, []), style="bold", highlight=False, markup=False, soft_wrap=True)
     for words in warnings(summary):
         console.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
-    samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()[:3]]
+    samples = read_metrics(evaluation / "samples.jsonl")[:3]
     for sample in samples:
         console.print(f"\n[dim]prompt[/]     {escape(one_line(asked(sample), 200))}")
         for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last

@@ -12,6 +12,7 @@ from pydantic_core import CoreSchema, core_schema
 from rlhf_ray.tables.table import Table
 
 Precision = Literal["auto", "float32", "bfloat16"]
+SEEDS = 2**31  # NumPy takes seeds below 2 ** 32, and stages add to the recipe's
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of 32-bit floats, in which models, scores and losses are computed
 
 

@@ -48,7 +48,7 @@ class FromScratch(Section):
 class ModelConfig(Section):
     """The language model that is tuned."""
 
-    name_or_path: str = option("from_scratch", "Hugging Face folder, hub name, or 'from_scratch'")
+    name_or_path: str = option("from_scratch", "Hugging Face folder, hub name, or 'from_scratch'", min_length=1)
     from_scratch: FromScratch = option(FromScratch(), "architecture when name_or_path is 'from_scratch'")
     trust_remote_code: bool = option(False, "run Python code that a hub model ships; only for authors you trust")
     chat_template: str | None = option(None, "Jinja chat template to use in place of the tokenizer's own")
@@ -62,7 +62,8 @@ class SourceConfig(Section):
     """One data set; several are mixed by weight."""
 
     path: str = option(
-        ..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given"
+        ..., "hub name, or a JSONL/CSV/Parquet file (gz too), or a folder of them; relative to data.root if given",
+        min_length=1,
     )
     name: str | None = option(None, "hub configuration (subset) name")
     split: str = option("train", "split to read")
@@ -110,7 +111,7 @@ class VotesConfig(Section):
 class DataConfig(Section):
     """Where the text, the preferences and the prompts come from."""
 
-    root: str | None = option(None, "local folder to read in place of the hub")
+    root: str | None = option(None, "local folder to read in place of the hub", min_length=1)
     builder: str | None = option(
         None, "package.module:function that returns the data sets by role, in place of the lists below"
     )

@@ -10,7 +10,9 @@ class EvaluationConfig(Section):
 
     prompts: int = option(256, "held-out prompts", gt=0)
     samples: int = option(12, "sample pairs shown in the report", gt=0)
-    seeds: tuple[int, ...] = option((0,), "sampling seeds; every prompt is drawn once for each")
+    seeds: tuple[int, ...] = option(
+        (0,), "sampling seeds; every prompt is drawn once for each", min_length=1
+    )
     bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
     judge_function: str | None = option(
         None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"

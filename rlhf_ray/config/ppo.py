@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import OneOf, Precision, Section, exact_div, option
+from rlhf_ray.config.base import SEEDS, OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.kl import KlConfig, controller_problem, estimator_problem
 from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.stages import LoraConfig, check_trained_part
@@ -25,7 +25,9 @@ class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
     steps: int = option(100, "rollout-and-update iterations", gt=0)
-    seed: int | None = option(None, "seed of PPO's draws, to repeat PPO on the same models; null: the recipe's seed", ge=0)
+    seed: int | None = option(
+        None, "seed of PPO's draws, to repeat PPO on the same models; null: the recipe's seed", ge=0, lt=SEEDS
+    )
     rollout_batch_size: int = option(64, "prompts per step, all ranks", gt=0)
     samples_per_prompt: int = option(1, "responses drawn for each prompt", gt=0)
     minibatch_size: int = option(64, "rollouts per optimiser step, all ranks", gt=0)

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from rlhf_ray.config.base import Section, exact_div, option
+from rlhf_ray.config.base import SEEDS, Section, exact_div, option
 from rlhf_ray.config.data import DataConfig, ModelConfig
 from rlhf_ray.config.evaluation import EvaluationConfig
 from rlhf_ray.config.generation import GenerationConfig
@@ -26,7 +26,7 @@ class Recipe(Section):
     model_config = ConfigDict(extra="allow")  # sections of plugins, which `_plugins_are_known` checks
 
     name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = option(0, "every random draw follows from it", ge=0)
+    seed: int = option(0, "every random draw follows from it", ge=0, lt=SEEDS)
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")
     sft: SftConfig | None = option(SftConfig(), "supervised fine-tuning; null: start from the model as it is")

@@ -53,7 +53,7 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
             f"({', '.join(packaged)}){hint}"
         )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -67,12 +67,24 @@ def read_yaml(path_or_name: str) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML's own rule, which the library does not keep: of two equal keys it takes the last and says nothing."""
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuses what the library lets pass (of two equal keys it takes the last) or leaves as an error of Python's."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value that is not of its type (the 45th of a month, a number of 5,000 digits) is an error with its line."""
+        try:
+            return cast(Any, super()).construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            kind = str(node.tag).rpartition(":")[2]
+            why = f" ({str(error).partition(';')[0]})" if isinstance(error, ValueError) else ""
+            shown = f"'{node.value[:40]}' is" if isinstance(node, yaml.ScalarNode) else "there is"
+            problem = f"{shown} no {kind}{why}; correct it, or write it in quotes where it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        given: Any = node  # a sequence that is marked as a mapping comes here too, and the library refuses it
+        for key, _ in given.value if isinstance(given, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     problem = f"the key '{key.value}' stands there twice; keep one of the two"
@@ -101,8 +113,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override!r}: write key=value, for example --set ppo.steps=10")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _RecipeLoader)
+    except (yaml.YAMLError, RecursionError):
         value = text
     if isinstance(value, str) and value == text.strip():  # a value in quotes is text
         value = _number(value)
@@ -137,7 +149,15 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key and not message.startswith(key) else message
-    return f"'{key}' is {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"'{key}' is {_shown(value)}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write a whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def known_keys(path: tuple[str | int, ...]) -> list[str]:

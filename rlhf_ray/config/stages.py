@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.base import Precision, Section, exact_div, option
 
@@ -47,7 +47,7 @@ class TrainConfig(Section):
 
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", gt=0)
     epochs: float = option(1.0, "passes over the data", gt=0)
-    max_steps: int = option(-1, "optimiser steps; -1: as many as the epochs need")
+    max_steps: int = option(-1, "optimiser steps; -1: as many as the epochs need", ge=-1)
     batch_size: int = option(32, "sequences per optimiser step, all workers", gt=0)
     microbatch_size: int = option(32, "sequences per forward pass, per worker", gt=0)
     max_length: int = option(256, "longest sequence in tokens", gt=1)
@@ -77,6 +77,13 @@ class TrainConfig(Section):
         per_rank = exact_div(self.batch_size, self.workers, "batch_size must divide by workers")
         return exact_div(per_rank, self.microbatch_size, "batch_size / workers must divide by microbatch_size")
 
+    @field_validator("max_steps")
+    @classmethod
+    def _trains_or_follows_epochs(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("max_steps is 0, which would train nothing; give 1 or more, or -1 for as many as the epochs need")
+        return value
+
     @model_validator(mode="after")
     def _batches_divide(self):
         assert self.accumulation_steps > 0
@@ -102,6 +109,7 @@ class RewardConfig(TrainConfig):
         "sft",
         "start from 'sft' or 'fluency' (that stage's model), 'model' (the recipe's model, before SFT) "
         "or a folder / hub name",
+        min_length=1,
     )
     truncate_reply: Literal["left", "right", "drop"] = option(
         "drop", "side of a reply that is cut when its row exceeds max_length, or drop the row"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, whole_message
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -24,6 +24,8 @@ def import_function(path: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(name, names, 1)
         remedy = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:8])}"
         raise UserError(f"'{path}': the module '{module_name}' has no function '{name}'; {remedy}")
+    if not callable(found):
+        raise UserError(f"'{path}' is a {type(found).__name__} and no function; name a function")
     return found
 
 
@@ -44,4 +46,10 @@ def _import(module: str, where: str) -> ModuleType:
         raise UserError(
             f"{where}: the module '{module}' could not be imported ({error}); install it, correct the name, or "
             "run in the folder that holds it"
+        ) from error
+    except Exception as error:  # fault boundary: a module of the user's may raise anything
+        if isinstance(error, UserError) or module.startswith("rlhf_ray."):
+            raise
+        raise UserError(
+            f"{where}: the module '{module}' could not be imported ({type(error).__name__}: {whole_message(error)}); correct it"
         ) from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import forget
 from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, prompt_origins
@@ -32,7 +32,7 @@ def check_data(recipe: Recipe) -> list[str]:
         except UserError as error:
             problems.append(str(error))
 
-    if data.root is not None and not Path(data.root).expanduser().is_dir():
+    if data.root is not None and not expanded(data.root).is_dir():
         return [f"data.root = '{data.root}' is not a folder; give the folder that holds the data"]
     needed = needed_lists(recipe)
     votes = data.votes

@@ -18,11 +18,11 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.data.formats import implicit_prompt
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.data.values import check_values
@@ -53,7 +53,7 @@ def read(root: str | None, subsets: Iterable[str], hub_split: str) -> list[dict]
     if unknown := [name for name in subsets if name not in SUBSETS]:
         raise UserError(f"data.builder_args.subsets has {unknown[0]!r}; there are {', '.join(SUBSETS)}")
     if root is not None:
-        path = Path(root).expanduser() / FILE_NAME
+        path = expanded(root) / FILE_NAME
         if not path.is_file():
             raise UserError(
                 f"data.root: {path} does not exist; give the folder that holds it, "

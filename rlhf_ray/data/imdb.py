@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import datasets
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.data.values import check_values
 from rlhf_ray.errors import UserError
@@ -68,7 +69,7 @@ def read(root: str | None) -> dict[str, list[Review]]:
     if root is None:
         rows: dict[str, Iterable[dict]] = _from_hub()
     else:
-        rows = {split: _from_file(Path(root).expanduser() / f"{split}.jsonl.gz") for split in SPLITS}
+        rows = {split: _from_file(expanded(root) / f"{split}.jsonl.gz") for split in SPLITS}
     return {split: [Review(clean(row["text"] or ""), score_of(row)) for row in rows[split]] for split in SPLITS}
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.data.instruction_rules import KINDS, draw_rules, follows, in_words
 from rlhf_ray.errors import UserError
 
@@ -169,5 +170,5 @@ def _usable(texts: Iterable[str], seen: set[str]) -> Iterable[str]:
 
 def _find(root: str, name: str) -> Path | None:
     """The file in the folder, or in a folder of it."""
-    folder = Path(root).expanduser()
+    folder = expanded(root)
     return next((path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray.config import DataConfig, Recipe, RewardConfig, Section, SourceConfig
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
 
 #: a file's ending -> the reader of `datasets` for it
@@ -34,10 +35,10 @@ def resolve_paths(data: DataConfig) -> DataConfig:
         votes = data.votes.model_copy(update={"url": str(Path(data.votes.url).expanduser().absolute())})
         data = data.model_copy(update={"votes": votes})
     if data.root is not None:
-        return data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
+        return data.model_copy(update={"root": str(expanded(data.root).absolute())})
 
     def absolute(source: SourceConfig) -> SourceConfig:
-        path = Path(source.path).expanduser()
+        path = expanded(source.path)
         local = "://" not in source.path and (path.exists() or suffix_of(path) in READERS or source.path[0] in "./~")
         return source.model_copy(update={"path": str(path.absolute())}) if local else source
 
@@ -47,7 +48,7 @@ def resolve_paths(data: DataConfig) -> DataConfig:
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with absolute data paths and model folders: a job or a worker has another working directory."""
     root = recipe.data.root
-    if root is not None and "://" not in root and not Path(root).expanduser().exists():
+    if root is not None and "://" not in root and not expanded(root).exists():
         raise UserError(f"data.root = '{root}' is not there; give the folder that holds the data")
     changes: dict[str, Section] = {"data": resolve_paths(recipe.data)}
     if not recipe.model.is_from_scratch:
@@ -66,5 +67,5 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 def _absolute(model: str) -> str:
     """A local model folder as an absolute path; a hub name unchanged."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return str(folder.absolute()) if folder.exists() else model

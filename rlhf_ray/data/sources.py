@@ -7,6 +7,7 @@ import glob
 import inspect
 import logging
 import re
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,15 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from rlhf_ray.config import DataConfig, SourceConfig
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import keep, stamps, take
 from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import READERS, suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
-from rlhf_ray.data.values import NUMBERS, as_numbers, check_one_type, check_values
-from rlhf_ray.errors import UserError, whole_message
+from rlhf_ray.data.values import NUMBERS, TEXT_OR_MESSAGES, as_numbers, check_one_type, check_values
+from rlhf_ray.errors import RunFailed, StageStopped, UserError, whole_message
 from rlhf_ray.models.hub import look_up
 
 Rows = Dataset | TextRows
@@ -62,14 +64,14 @@ def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | H
     if "://" in path:
         return LocalFiles(_reader_of([path], where), (path,))
     if root is not None:
-        base = Path(root).expanduser().absolute()
+        base = expanded(root).absolute()
         if not base.is_dir():
             raise UserError(f"data.root = '{root}' is not a folder; give the folder that holds {where}'s '{path}'")
         candidates = [base / path, base / Path(path).name]
         if suffix_of(path) not in READERS:
             candidates.append(base)
     else:
-        candidates = [Path(path).expanduser().absolute()]
+        candidates = [expanded(path).absolute()]
     for candidate in candidates:
         try:
             is_file, is_folder = candidate.is_file(), candidate.is_dir()
@@ -143,7 +145,12 @@ def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with
         if with_prompts:
             check_one_type(rows.rows, other_columns(rows, columns), place)
         return
-    look_at = {ours: theirs for ours, theirs in columns.items() if not _is_text(rows.features[theirs])}
+    text = {ours for ours, theirs in columns.items() if _is_text(rows.features[theirs])}
+    # Text is right for these, so nothing is read; of a pair both are looked at, or neither: they are of one kind.
+    right = text & {*TEXT_OR_MESSAGES, "text"}
+    if not {"chosen", "rejected"} <= right:
+        right -= {"chosen", "rejected"}
+    look_at = {ours: theirs for ours, theirs in columns.items() if ours not in right}
     if look_at:
         selected = rows.select_columns(list(look_at.values()))
         check_values(cast(Iterable[dict[str, Any]], selected), look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
@@ -196,27 +203,42 @@ def find_builder(data: DataConfig, seed: int) -> Callable[[], dict[str, Dataset]
     arguments = {"root": data.root, "seed": seed, **data.builder_args}
     try:
         inspect.signature(function).bind(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: written in C, it may have no signature
         raise UserError(
             f"data.builder_args: {data.builder} cannot be called with {', '.join(arguments)} ({error}); "
-            f"its signature is {inspect.signature(function)}"
+            "give a function with these parameters"
         ) from error
     return lambda: function(**arguments)
 
 
 def call_builder(data: DataConfig, seed: int) -> dict[str, Dataset]:
     """The builder's data sets by role, their names checked."""
-    built = find_builder(data, seed)()
+    build = find_builder(data, seed)
+    try:
+        built = build()
+    except (UserError, RunFailed, StageStopped):
+        raise
+    except Exception as error:  # fault boundary: the builder is the user's own code
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"data.builder {data.builder} failed in {frame.filename}, line {frame.lineno}: {type(error).__name__}: "
+            f"{whole_message(error)}; correct it"
+        ) from error
+    if not isinstance(built, Mapping):
+        raise UserError(
+            f"data.builder {data.builder} returned a {type(built).__name__}; return a dict of role to datasets.Dataset "
+            f"({', '.join(BUILDER_ROLES)})"
+        )
     for role, rows in built.items():
-        if role not in BUILDER_ROLES and not FURTHER_EVAL.fullmatch(role):
-            near = difflib.get_close_matches(role, BUILDER_ROLES, 1)
+        if role not in BUILDER_ROLES and not FURTHER_EVAL.fullmatch(str(role)):
+            near = difflib.get_close_matches(str(role), BUILDER_ROLES, 1)
             raise UserError(f"{data.builder} returned a role '{role}'; it may return {', '.join(BUILDER_ROLES)}"
                             + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip
         if not isinstance(rows, Dataset):
             raise UserError(f"{data.builder} returned a {type(rows).__name__} for '{role}'; return a datasets.Dataset")
         if len(rows) == 0:
             raise UserError(f"{data.builder} returned no rows for '{role}'; leave the role out or give it rows")
-    return built
+    return dict(built)
 
 
 def _folder(folder: Path, split: str, where: str) -> LocalFiles:

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
 
 Kind = Literal["model", "dataset"]
@@ -38,7 +39,7 @@ def look_up(name: str | Path, kind: Kind = "model", where: str = "") -> None:
     Where the hub is out of reach and its cache has a copy, this process and its workers use that copy without asking.
     """
     name = str(name)
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         return
     problem = _no_path(name) if is_path(name) else _not_on_hub(name, kind)
     if problem is not None:
@@ -171,7 +172,7 @@ def _in_cache(name: str, kind: Kind) -> bool:
 
 def _did_you_mean(name: str) -> str | None:
     """The nearest folder beside the place that `name` points to, or the nearest model of the hub's cache."""
-    beside = Path(name).expanduser().parent
+    beside = expanded(name).parent
     try:
         folders = [str(beside / entry.name) for entry in beside.iterdir() if entry.is_dir()]
     except OSError:

@@ -36,7 +36,7 @@ from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.finite import refuse_bad
 from rlhf_ray.models.load import disable_dropout, load_causal_lm
 from rlhf_ray.ppo.single_process_keys import refuse_other_keys
-from rlhf_ray.ppo.step import cut_chunks, step_prompts
+from rlhf_ray.ppo.step import check_enough, cut_chunks, step_prompts
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.rewards.standing import refuse_weak_reward
 from rlhf_ray.roles.configs import experience_config
@@ -73,6 +73,7 @@ class SingleProcessPPO:
         start = start_model(recipe, folder)
         prompts = read_prompts(folder)
         self.prompts = len(prompts)
+        check_enough(self.prompts, ppo.rollout_batch_size)
 
         # The generator draws the responses, with a KV cache. It gets the policy's weights after every step.
         self.generator = Generator(
@@ -215,6 +216,8 @@ class SingleProcessPPO:
 
 def train(recipe: Recipe, folder: RunFolder, steps: int) -> Iterator[dict[str, float]]:
     """Take the first `steps` steps. Yields the metrics of each."""
+    if steps < 1:
+        raise UserError(f"{steps} PPO steps train nothing; give --steps 1 or more")
     ppo = SingleProcessPPO(recipe, folder)
     for step in range(steps):
         yield ppo.step(step)

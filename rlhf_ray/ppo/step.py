@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation
-from rlhf_ray.errors import RunFailed
+from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.messages import Chunk
 
 Handle = Any
@@ -53,7 +53,7 @@ class Experience(Protocol):
     ) -> tuple[Handle, list[Handle], list[Handle]]: ...  # fmt: skip
     def evaluate(self, rollouts: Handles, scores: Handles, ref_logprobs: Handles, judged: Handles) -> Handle: ...
     def own_mismatch(self, rollouts: Sequence[Handle], logprobs: Sequence[Handle]) -> Handle: ...
-    def zero_variance(self, scores: Sequence[Handle]) -> Handle: ...
+    def zero_variance(self, rollouts: Handles, scores: Handles) -> Handle: ...
     def pack(self, rollouts: Handles, scores: Handles, prompts: int, chunk_size: int) -> tuple[list[Handle], list[Handle]]: ...
 
 
@@ -172,7 +172,7 @@ def draw_again(
     zero_variance: list[bool] = []
     missing = 0
     for number in range(redraw.rounds + 1):
-        (zero_variance,) = roles.get([roles.experience.zero_variance(scores)], what)
+        (zero_variance,) = roles.get([roles.experience.zero_variance(rollouts, scores)], what)
         missing = redraw.prompts - zero_variance.count(False)
         chunks = redraw.chunks(len(zero_variance) - redraw.prompts, missing) if missing and number < redraw.rounds else []
         if not chunks:
@@ -281,6 +281,12 @@ class Clock:
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def check_enough(prompts: int, batch: int) -> None:
+    """UserError unless there are prompts for one step."""
+    if prompts < batch:
+        raise UserError(f"there are {prompts} prompts, fewer than ppo.rollout_batch_size = {batch}; lower it or add prompts")
 
 
 def step_prompts(step: int, prompts: int, batch: int, seed: int) -> list[int]:

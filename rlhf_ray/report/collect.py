@@ -19,12 +19,13 @@ from typing import cast
 
 import yaml
 
-from rlhf_ray.config.recipe_file import load_recipe, path_fields
+from rlhf_ray.config.recipe_file import load_recipe, path_fields, read_yaml
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
-from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder, environment_of
+from rlhf_ray.runs.storage import read_object, write_atomically
 from rlhf_ray.tables.figures import shown_figures
 
 SAMPLES = 40
@@ -39,10 +40,10 @@ def collect(out: Path, runs: list[RunFolder], models: bool = False, rank: int | 
         summary = run.path / "evaluation" / "summary.json"
         if not summary.exists():
             raise UserError(f"{run.path} has no evaluation; finish it with: rlhf-ray run RECIPE --run-dir {run.path}")
-        seed = yaml.safe_load(run.recipe.read_text())["seed"]
+        seed = load_recipe(str(run.recipe)).seed
         if seed in summaries:
             raise UserError(f"{run.path} has seed {seed} like a run before it; give one run per seed")
-        summaries[seed] = json.loads(summary.read_text())
+        summaries[seed] = read_object(summary, EVALUATE_AGAIN)
         record(run, out / f"seed_{seed}")
     if models:
         save_models(runs[0], out)
@@ -65,10 +66,10 @@ def record(run: RunFolder, target: Path) -> None:
     for name, file in files.items():
         if file.exists():
             write_atomically(target / name, shorten(file.read_text()))
-    samples = (run.path / "evaluation" / "samples.jsonl").read_text().splitlines()[:SAMPLES]
+    samples = [json.dumps(row, ensure_ascii=False) for row in read_metrics(run.path / "evaluation" / "samples.jsonl")[:SAMPLES]]
     write_atomically(target / "samples.jsonl", shorten("\n".join(samples) + "\n"))
     # Value by value, so that YAML puts quotes around a last part that needs them.
-    recipe = _map_texts(yaml.safe_load(run.recipe.read_text()), shorten)
+    recipe = _map_texts(read_yaml(str(run.recipe)), shorten)
     write_atomically(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
@@ -135,8 +136,8 @@ def save_policy_adapter(run: RunFolder, out: Path, rank: int) -> None:
 
 
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:
-    environment = json.loads((runs[0].path / "environment.json").read_text())
-    timings = [json.loads((run.path / "timings.json").read_text()) for run in runs]
+    environment = environment_of(runs[0])
+    timings = [read_object(run.path / "timings.json", "run the same command again, which writes it") for run in runs]
     seeds = sorted(summaries)
     lines = [f"# {name}", "",
              f"{len(seeds)} run(s), seeds {', '.join(map(str, seeds))}, on {environment['cpus']} cores of {environment['cpu']}"

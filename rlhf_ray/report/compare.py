@@ -8,20 +8,19 @@ Needs the extra 'bench' (matplotlib).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.report.collect import path_shortener
 from rlhf_ray.report.models import other_tuned, over_sft, title
 from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder, environment_of
+from rlhf_ray.runs.storage import read_object, write_atomically
 
 Groups = dict[str, list[RunFolder]]
 CURVES = (
@@ -55,9 +54,7 @@ def compare(
 
 
 def seed_of(run: RunFolder) -> int:
-    recipe = yaml.safe_load(run.recipe.read_text())
-    own = recipe["ppo"].get("seed")
-    return recipe["seed"] if own is None else own
+    return load_recipe(str(run.recipe)).ppo_seed
 
 
 def plot(path: Path, groups: Groups, curves: Sequence[str], against: str, root: bool = False) -> None:
@@ -134,7 +131,7 @@ def _record(run: RunFolder, target: Path) -> None:
 
 
 def _readme(out: Path, groups: Groups) -> list[str]:
-    environment = json.loads((next(iter(groups.values()))[0].path / "environment.json").read_text())
+    environment = environment_of(next(iter(groups.values()))[0])
     seeds = {label: [seed_of(run) for run in runs] for label, runs in groups.items()}
     script = "To repeat: [run.sh](run.sh). " if (out / "run.sh").exists() else ""
     lines = [
@@ -150,7 +147,7 @@ def _readme(out: Path, groups: Groups) -> list[str]:
     lines += ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
     for label, runs in groups.items():
         files = [run.stage("evaluation").path / "summary.json" for run in runs]
-        summaries = [json.loads(file.read_text()) for file in files if file.exists()]
+        summaries = [read_object(file, EVALUATE_AGAIN) for file in files if file.exists()]
         views = [(summary, summary["ppo"], summary) for summary in summaries]
         lines.append(_line(label, seeds[label], views))
         for model in other_tuned(summaries[0]) if summaries else ():

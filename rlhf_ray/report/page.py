@@ -6,12 +6,11 @@ the template escapes everything (autoescape), and its Content-Security-Policy al
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jinja2
-import yaml
 
+from rlhf_ray.config.recipe_file import read_yaml
 from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.config.stage_table import ALWAYS
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
@@ -22,7 +21,7 @@ from rlhf_ray.report.models import models_of_sample, models_of_summary, title
 from rlhf_ray.report.words import duration, figure, flat, percent, shown
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.storage import read_object, write_atomically
 
 TEMPLATE = Path(__file__).with_name("template.html")
 WORST = 3  # samples shown where PPO lost most
@@ -37,7 +36,7 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(folder: RunFolder) -> str:
     """The page as text."""
-    recipe = yaml.safe_load(folder.recipe.read_text()) if folder.recipe.exists() else {}
+    recipe = read_yaml(str(folder.recipe)) if folder.recipe.exists() else {}
     summary = _json(folder.stage("evaluation").path / "summary.json")
     samples = read_metrics(folder.stage("evaluation").path / "samples.jsonl")
     names = names_in(summary) if "names" in summary else names_of(recipe)
@@ -81,7 +80,7 @@ def render(folder: RunFolder) -> str:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_object(path, "delete it, and the report leaves it out") if path.exists() else {}
 
 
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict, titles: dict[str, str]) -> list[dict]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble
-from rlhf_ray.algorithms.finite import BadNumber
+from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble, penalise
+from rlhf_ray.algorithms.finite import BadNumber, check_finite
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.algorithms.scores import zero_variance_groups
@@ -96,6 +96,10 @@ class ExperienceMaker:
             cap = config.importance_cap
             importance = truncated_importance(logprobs, drawn, mask, cap=cap)
             advantages = advantages * importance
+            try:
+                check_finite("an advantage, weighted for its age,", advantages, mask)
+            except BadNumber as error:
+                raise NotFinite(f"{error} ({where(rollouts, error.row)}); {EXPERIENCE_REMEDY}") from error
             stats = {name: value for name, value in stats.items() if not name.startswith("policy/mismatch_")}
             stats |= off_policy_stats(importance, logprobs, drawn, ages_of(rollouts), mask, cap=cap)
         # One permutation for policy and critic: they see the same minibatches, as one network with two heads would.
@@ -119,10 +123,15 @@ class ExperienceMaker:
         drawn, own = (torch.from_numpy(np.concatenate(each)) for each in flats)
         return mismatch(own, drawn, torch.ones_like(own, dtype=torch.bool))
 
-    def zero_variance(self, scores: list[Scores]) -> list[bool]:
-        """For each prompt of the chunks, in order, whether its samples all score the same."""
+    def zero_variance(self, rollouts: list[RolloutBatch], scores: list[Scores]) -> list[bool]:
+        """For each prompt of the chunks, in order, whether its samples all score the same: as the advantages see the scores,
+        clipped and less the penalties."""
+        config = self.config.advantages
+        ended = torch.from_numpy(np.concatenate([rollout.ended for rollout in rollouts]))
+        lengths = np.concatenate([rollout.sequences.response_lengths for rollout in rollouts])
         together = torch.from_numpy(Scores.join(scores).total)
-        return zero_variance_groups(together, group_size=self.config.advantages.group_size).tolist()
+        penalised = penalise(together, ended, action_mask(torch.from_numpy(lengths)), config)
+        return zero_variance_groups(penalised, group_size=config.group_size).tolist()
 
     def pack(
         self, rollouts: list[RolloutBatch], scores: list[Scores], prompts: int, chunk_size: int
@@ -130,7 +139,7 @@ class ExperienceMaker:
         """Chunks of chunk_size rows with `prompts` prompts in all, in the order drawn: prompts whose samples score
         differently and, if these are too few, zero-variance groups."""
         size = self.config.advantages.group_size
-        zero_variance = np.array(self.zero_variance(scores))
+        zero_variance = np.array(self.zero_variance(rollouts, scores))
         best = np.argsort(zero_variance, kind="stable")[:prompts]  # False before True
         rows = [row for group in sorted(best) for row in range(group * size, (group + 1) * size)]
         parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
@@ -16,18 +16,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is not UTF-8 ({error}); delete it, or the lines that are not text") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             # Only the last line can be half-written: each is flushed whole before the next begins.
             if number == len(lines):
                 break
             raise UserError(f"{path} line {number} is not JSON; delete that line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not a JSON object; delete that line")
+        rows.append(cast(dict[str, Any], row))
     return rows
 
 

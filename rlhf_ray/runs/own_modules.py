@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import function_names
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.storage import read_object
 from rlhf_ray.tables.figures import BUILT_IN, FIGURES
 
 
@@ -45,7 +45,7 @@ def record_changes(folder: RunFolder, now: dict[str, str], figures: list[str]) -
     """An event for each module that was another one when this folder's environment.json was written, and for each figure of a
     plugin that was there and is not among these any more."""
     path = folder.path / "environment.json"
-    recorded: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    recorded: dict[str, Any] = read_object(path, "delete it, and the next run writes it again") if path.exists() else {}
     before: dict[str, str] = recorded.get("modules", {})
     for name in sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
         EventLog(folder.events).add(

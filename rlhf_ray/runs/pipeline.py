@@ -21,7 +21,7 @@ from rlhf_ray.runs.closing import closing_words
 from rlhf_ray.runs.own_modules import digests, own_figures, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.storage import read_object, write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
 RECORD_S = 10.0  # between two notes of a running stage's time
@@ -45,7 +45,7 @@ def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
 def to_reopen(recipe: Recipe, folder: RunFolder, changed: list[str]) -> set[str]:
     """The finished stages that `reopen_finished` would reopen: they need Ray too."""
     ppo = folder.stage("ppo")
-    names = {"ppo", "evaluation"} if ppo.done and ppo_goes_on(recipe, ppo.summary()) else set[str]()
+    names = {"ppo", "evaluation"} if ppo.done and ppo_goes_on(recipe, ppo.summary("steps")) else set[str]()
     measured = {"evaluation", *needs_of(recipe, "evaluation")} - {"ppo"}
     return names | ({"evaluation"} if {key.partition(".")[0] for key in changed} & measured else set[str]())
 
@@ -54,13 +54,13 @@ def reopen_finished(recipe: Recipe, folder: RunFolder, changed: list[str]) -> No
     """Reopen finished stages: PPO for more steps, the evaluation for a new policy or when what it measures changed."""
     ppo, evaluation = folder.stage("ppo"), folder.stage("evaluation")
     if ppo.done:
-        done = ppo.summary()["steps"]
+        done = ppo.summary("steps")["steps"]
         if recipe.ppo.steps < done:
             raise UserError(
                 f"{folder.path} has done {done} PPO steps; ppo.steps = {recipe.ppo.steps} can't undo them, "
                 f"set it to {done} or more"
             )
-        if ppo_goes_on(recipe, ppo.summary()):
+        if ppo_goes_on(recipe, ppo.summary("steps")):
             _reopen_evaluation(evaluation)
             ppo.done_file.unlink()
     measured = {"evaluation", *needs_of(recipe, "evaluation")} - {"ppo"}
@@ -152,7 +152,8 @@ class _StageClock:
         write_atomically(self._path, json.dumps(self._timings() | {self._name: round(self.total, 1)}, indent=2) + "\n")
 
     def _timings(self) -> dict[str, float]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        remedy = "delete it, and the seconds of the stages count from 0"
+        return read_object(self._path, remedy) if self._path.exists() else {}
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.recipe_file import build_recipe, flatten
+from rlhf_ray.config.recipe_file import build_recipe, flatten, read_yaml
 from rlhf_ray.config.stage_table import ALWAYS, STAGES
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
@@ -36,7 +36,11 @@ def recorded_recipe(folder: RunFolder) -> Recipe | None:
     if not folder.recipe.exists():
         return None
     try:
-        return build_recipe(yaml.safe_load(folder.recipe.read_text()), [], str(folder.recipe))
+        values = read_yaml(str(folder.recipe))
+    except UserError as error:
+        raise UserError(f"{error}; delete it to go on with the recipe that you give, which must be the one of this run") from error
+    try:
+        return build_recipe(values, [], str(folder.recipe))
     except UserError as error:  # e.g. a plugin of it that is gone
         raise UserError(f"{folder.recipe}: {error}") from error
 
@@ -54,7 +58,7 @@ def check_resume(recipe: Recipe, folder: RunFolder) -> list[str]:
     if not folder.stage("data").done:
         return changed  # nothing was made with the old recipe yet
     ppo = folder.stage("ppo")
-    ppo_stays = ppo.done and not ppo_goes_on(recipe, ppo.summary())
+    ppo_stays = ppo.done and not ppo_goes_on(recipe, ppo.summary("steps"))
     refused = [key for key in changed if not _may_change(key, folder, ppo_stays)]
     judging = recipe.ppo.judge_evaluations and ppo.path.exists() and not ppo_stays
     if judging and "evaluation.judge_function" in changed:
@@ -73,7 +77,7 @@ def ppo_goes_on(recipe: Recipe, done: dict[str, Any]) -> bool:
     if recipe.ppo.steps <= done["steps"]:
         return False
     patience = recipe.ppo.patience
-    return done.get("ended_by") != "patience" or patience is None or patience > done["worse_since"]
+    return done.get("ended_by") != "patience" or patience is None or patience > done.get("worse_since", 0)
 
 
 def _may_change(key: str, folder: RunFolder, ppo_stays: bool) -> bool:

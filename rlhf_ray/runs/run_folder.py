@@ -6,16 +6,19 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.recipe_file import flatten
 from rlhf_ray.config.stage_table import STAGES
-from rlhf_ray.errors import UserError
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.errors import NotFinite, UserError
+from rlhf_ray.runs.storage import read_object, write_atomically
+
+EVALUATE_AGAIN = "delete the folder that it is in, and the next run evaluates again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,37 @@ class StageFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the stage finished; `summary` (its closing figures) is the file's content."""
-        write_atomically(self.done_file, json.dumps(summary, indent=2) + "\n")
+        write_figures(self.done_file, summary)
 
-    def summary(self) -> dict[str, Any]:
-        return json.loads(self.done_file.read_text())
+    def summary(self, *needed: str) -> dict[str, Any]:
+        """The closing figures. UserError for a file that is damaged or lacks one of those needed."""
+        return read_figures(self.done_file, needed)
+
+
+def write_figures(done: Path, figures: dict[str, Any]) -> None:
+    """A DONE file. NotFinite for NaN and infinity, which no JSON holds: unknown is None."""
+    try:
+        text = json.dumps(figures, indent=2, allow_nan=False)
+    except ValueError:
+        said = {name: json.dumps(value) for name, value in flatten(figures).items()}
+        named = ", ".join(f"{name} is {value}" for name, value in said.items() if "NaN" in value or "Infinity" in value)
+        raise NotFinite(
+            f"closing figures for {done} are not finite ({named}); lower the stage's learning_rate, or set its precision to float32"
+        ) from None
+    write_atomically(done, text + "\n")
+
+
+def read_figures(done: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    remedy = "delete it, and the next run does the stage again"
+    figures = read_object(done, remedy)
+    if missing := [name for name in needed if name not in figures]:
+        raise UserError(f"{done} is damaged: it has no {', '.join(missing)}; {remedy}")
+    return figures
+
+
+def environment_of(folder: RunFolder) -> dict[str, Any]:
+    """Where the run was done: versions and hardware."""
+    return read_object(folder.path / "environment.json", "run the same command again, which writes it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +122,13 @@ class RunFolder:
         path = self.path / "stages.json"
         if not path.exists():
             return here
-        recorded = json.loads(path.read_text())
+        remedy = "delete it, and the next run writes it again"
         # An older run recorded titles only.
-        return {name: {**here.get(name, {"pairs_title": None}), "title": words} if isinstance(words, str) else words
-                for name, words in recorded.items()}  # fmt: skip
+        recorded = {name: {**here.get(name, {"pairs_title": None}), "title": words} if isinstance(words, str) else words
+                    for name, words in read_object(path, remedy).items()}  # fmt: skip
+        if not all(isinstance(words, dict) and {"title", "pairs_title"} <= words.keys() for words in recorded.values()):
+            raise UserError(f"{path} is damaged: a stage has no title; {remedy}")
+        return recorded
 
     def record_stages(self) -> None:
         words = {name: {"title": stage.title, "pairs_title": stage.pairs_title} for name, stage in STAGES.items()}

@@ -1,9 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what stands in them."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any, cast
+
+from rlhf_ray.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -15,3 +19,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file of a run folder holds. UserError with the remedy for a file that is gone or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; {remedy}")
+    return cast(dict[str, Any], found)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.config import Precision
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
 
@@ -22,6 +25,17 @@ REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "
 def replica_environment(threads: float, cores: float) -> dict[str, str]:
     """The environment of replicas that together compute with `threads` threads on `cores` cores."""
     return REPLICA_ENVIRONMENT | (ALONE_ENVIRONMENT if threads <= cores else {})
+
+
+def checked_number(name: str, value: Any, least: float, *, whole: bool = False) -> float:
+    """UserError for what is no finite number, or less. value: a number or its text, as `serve run` gives it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < least or (whole and not number.is_integer()):
+        raise UserError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number of at least {least:g}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +61,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             smallest = 0 if name == "max_waiting_rows" else 1
-            if value is not None and value < smallest:
-                raise UserError(f"{name}={value} must be at least {smallest}; raise it or leave it out")
+            if value is not None:
+                checked_number(name, value, smallest, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +103,27 @@ class AppConfig:
     limits: Limits = Limits()
 
 
-def is_loopback(host: str) -> bool:
-    """True if `host` (a name or an address) can be reached from this machine alone."""
+def addresses_of(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """What `host`, a name or an address, stands for; "" is every interface. UserError where it stands for nothing."""
     try:
-        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host or "0.0.0.0", None)}
-    except OSError as error:
+        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # ValueError: an empty label, one of over 63 letters, a NUL
         raise UserError(
             f"host {host!r} does not resolve ({error}); use 127.0.0.1 or an address of this machine"
         ) from None
+    return [(info[0], str(info[4][0])) for info in found]
+
+
+def is_loopback(host: str) -> bool:
+    """True if `host` (a name or an address) can be reached from this machine alone."""
+    addresses = {address for _, address in addresses_of(host)}
     return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
 
 
 def read_api_key(path: str | Path) -> str:
     """The key that a file holds in its only line."""
     try:
-        key = Path(path).expanduser().read_text().strip()
+        key = expanded(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the API key can't be read from '{path}' ({error}); give a text file with the key") from None
     if not key:

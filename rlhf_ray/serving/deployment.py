@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
-from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits, replica_environment, resolve_api_key
+from rlhf_ray.serving.config import (
+    AppConfig,
+    EngineOptions,
+    Limits,
+    check_cors_origins,
+    checked_number,
+    replica_environment,
+    resolve_api_key,
+)
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.links import ReplicaLink, watch
@@ -121,24 +130,29 @@ def build_application(args: dict[str, Any]) -> Application:
     if path is None:
         raise UserError("args of build_application have no 'model'; give the folder to serve")
     known = {name: given.pop(name) for name in Limits.__slots__ if name in given}
-    replicas, cpus, gpus = int(given.pop("replicas", 1)), float(given.pop("cpus", 1)), float(given.pop("gpus", 0))
-    models = served_models(
-        path, given.pop("name", None), given.pop("models", None) or {}, engine=given.pop("engine", None), gpus=gpus
-    )
+    replicas = int(checked_number("replicas", given.pop("replicas", 1), 1, whole=True))
+    cpus, gpus = checked_number("cpus", given.pop("cpus", 1), 0), checked_number("gpus", given.pop("gpus", 0), 0)
+    threads = int(checked_number("threads", given.pop("threads", max(1, int(cpus))), 1, whole=True))
+    more, precision = given.pop("models", None) or {}, given.pop("precision", "auto")
+    if not isinstance(more, dict):
+        raise UserError(f"models is {more!r}; give a mapping of names to folders")
+    if precision not in get_args(Precision):
+        raise UserError(f"precision is {precision!r}; give {', '.join(get_args(Precision))}")
+    models = served_models(path, given.pop("name", None), more, engine=given.pop("engine", None), gpus=gpus)
     options = EngineOptions(
         model=str(models[0].folder),
-        precision=given.pop("precision", "auto"),
+        precision=precision,
         device="cuda" if gpus else "cpu",
-        threads=int(given.pop("threads", max(1, int(cpus)))),
+        threads=threads,
         trust_remote_code=_truth("trust_remote_code", given.pop("trust_remote_code", False)),
         allow_special_tokens=_truth("allow_special_tokens", given.pop("allow_special_tokens", False)),
     )
-    origins = given.pop("cors_origins", ())
+    origins, key = given.pop("cors_origins", ()), resolve_api_key("0.0.0.0", given.pop("api_key", None))
     config = AppConfig(
         name=models[0].name,
-        api_key=resolve_api_key("0.0.0.0", given.pop("api_key", None)),
-        cors_origins=(origins,) if isinstance(origins, str) else tuple(origins),
-        limits=Limits(**{name: int(value) for name, value in known.items() if value is not None}),
+        api_key=key,
+        cors_origins=check_cors_origins((origins,) if isinstance(origins, str) else tuple(origins), key),
+        limits=Limits(**{name: _whole(name, value) for name, value in known.items() if value is not None}),
     )
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
@@ -146,6 +160,10 @@ def build_application(args: dict[str, Any]) -> Application:
     found = replicas_of(models, options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
     targets = {name: each.target for name, each in found.items()}
     return Gateway.bind(config, targets, {name: each.model for name, each in found.items()})
+
+
+def _whole(name: str, value: Any) -> int:
+    return int(checked_number(name, value, 0, whole=True))
 
 
 def _truth(name: str, value: Any) -> bool:

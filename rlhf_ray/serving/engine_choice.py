@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
@@ -30,7 +31,7 @@ def choose_engine(asked: str | None, path: str | Path, gpus: float) -> EngineCho
     Raises UserError for an engine that is asked for and can't serve; the recipe's, which was chosen for training, only
     gives way.
     """
-    named, plugins, without = _of_recipe(Path(path).expanduser().resolve())
+    named, plugins, without = _of_recipe(expanded(path).resolve())
     if asked is not None:
         problem = _problem(asked, gpus)
         if problem is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config import Precision
-from rlhf_ray.serving.config import Limits
+from rlhf_ray.serving.config import Limits, checked_number
 from rlhf_ray.serving.server import Server
 
 DRAIN_S = 120.0
@@ -53,6 +53,7 @@ def serve(
 
     Raises UserError for what the user can put right: no such model, a port in use, no API key beyond loopback.
     """
+    checked_number("drain_s", drain_s, 0)
     server = Server(
         path, more_models=more_models or {}, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,

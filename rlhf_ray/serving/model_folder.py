@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.stage_table import policies
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
@@ -15,7 +16,7 @@ _OTHER_NAMES = ("policy", "model")
 
 def find_model(path: str | Path) -> Path:
     """The absolute model folder that `path` stands for. UserError if there is none, or it holds no language model."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     folder = given.resolve()
     if not folder.is_dir():
         raise UserError(f"'{given}' is not a folder; give a run folder or a Hugging Face model folder")
@@ -46,7 +47,7 @@ def find_model(path: str | Path) -> Path:
 
 def model_name(path: str | Path, model: Path) -> str:
     """The id to serve it under: the run folder's name, or the model folder's own."""
-    given = Path(path).expanduser().resolve()
+    given = expanded(path).resolve()
     if given != model or model.name != "model":
         return given.name
     # RUN/ppo/model, given directly

@@ -23,11 +23,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
     "reasoning_effort": ("none",), "web_search_options": (), "audio": (), "prediction": (), "verbosity": ("medium",),
     "parallel_tool_calls": (True, False),
+    # vLLM's, with its defaults, which its clients write out
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,), "length_penalty": (1,), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],),
+    "prompt_logprobs": (), "truncate_prompt_tokens": (), "detokenize": (True,), "priority": (0,),
+    "return_tokens_as_token_ids": (False,), "return_token_ids": (False,), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],),
+    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }  # fmt: skip
-_WORDS = {
-    "response_format": "response_format asks for JSON, which this server can't enforce. Ask for it in the prompt and check "
-    "the answer, or leave response_format out.",
-}
+_JSON = (
+    "response_format asks for JSON, which this server can't enforce. Ask for it in the prompt and check the answer, or leave "
+    "response_format out."
+)
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -46,7 +53,7 @@ class GenerationRequest(StrictBody):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)  # -1: vLLM's word for all
     min_p: float | None = Field(None, ge=0, lt=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -75,8 +82,12 @@ class GenerationRequest(StrictBody):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name in _NEUTRAL.keys() & data.keys():
-                if data[name] is not None and data[name] not in _NEUTRAL[name]:
-                    words = _WORDS.get(name, f"{name} is not supported by this server.")
+                value = data[name]
+                if name == "response_format" and isinstance(value, dict):
+                    value = {key: part for key, part in value.items() if part is not None}
+                if value is not None and value not in _NEUTRAL[name]:
+                    asks_for_json = isinstance(value, dict) and value.get("type") in ("json_object", "json_schema")
+                    words = _JSON if asks_for_json else f"{name} is not supported by this server."
                     raise bad_request(words, param=name, code="unsupported_parameter")
             # Neutral values of fields that we don't have are dropped, so that only unknown names are left to refuse.
             data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
@@ -116,7 +127,7 @@ class GenerationRequest(StrictBody):
             max_new_tokens=max_new_tokens,
             # Logits divided by less may overflow, and one row's overflow fails the batch.
             temperature=0.0 if temperature < 1e-3 else temperature,
-            top_k=self.top_k or 0,
+            top_k=max(self.top_k or 0, 0),
             top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # in float32, less may be nothing
             min_p=self.min_p or 0.0,
             stop=self.stops + more_stops,

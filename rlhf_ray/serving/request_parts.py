@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from rlhf_ray.serving.api_errors import bad_request
 
 # What an answer carries beside its text. Sent back, it says nothing that a chat template writes.
-_ABOUT_AN_ANSWER = ("annotations", "reasoning", "reasoning_content", "thinking", "id", "phase")
+_ABOUT_AN_ANSWER = ("annotations", "reasoning", "reasoning_content", "thinking", "id", "phase", "token_ids", "stop_reason")
+_LABELS = ("cache_control",)  # what a client may write into any message or part for another server
 
 
 class StrictBody(BaseModel):
@@ -68,5 +69,7 @@ def _without_empty(kind: type[BaseModel], data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     return {
-        name: value for name, value in data.items() if name in kind.model_fields or value not in (None, [], {}, "", False)
+        name: value
+        for name, value in data.items()
+        if name in kind.model_fields or (name not in _LABELS and value not in (None, [], {}, "", False))
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
 from rlhf_ray.serving.model_folder import find_model, is_adapter, model_name
@@ -62,7 +63,7 @@ def named_folders(given: Sequence[str]) -> dict[str, str]:
 
 
 def _model(path: str | Path, name: str | None, base: Path | None, engine: str | None, gpus: float) -> ServedModel:
-    given = Path(path).expanduser().resolve()
+    given = expanded(path).resolve()
     if not is_adapter(given):
         choice = choose_engine(engine, path, gpus)  # imports the run's plugins, whose stages may have the policy
         folder = find_model(path)

@@ -23,7 +23,9 @@ from rlhf_ray.serving.config import (
     AppConfig,
     EngineOptions,
     Limits,
+    addresses_of,
     check_cors_origins,
+    checked_number,
     replica_environment,
     resolve_allowed_hosts,
     resolve_api_key,
@@ -67,8 +69,11 @@ class Server:
     ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
-        if replicas < 1:
-            raise UserError(f"replicas={replicas} serves nothing; give at least 1")
+        checked_number("replicas", replicas, 1, whole=True)
+        if threads is not None:
+            checked_number("threads", threads, 1, whole=True)
+        if gpus is not None:
+            checked_number("gpus", gpus, 0)
         self.models = served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
@@ -233,7 +238,7 @@ class Server:
 
     def _bind(self) -> socket.socket:
         """The port, ours from now on: who connects while the model loads waits for it."""
-        family = socket.getaddrinfo(self.host or "0.0.0.0", self.port, type=socket.SOCK_STREAM)[0][0]
+        family = addresses_of(self.host)[0][0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

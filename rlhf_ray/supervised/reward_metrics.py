@@ -64,6 +64,11 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * y).sum() / scale) if scale > 0 else float("nan")
 
 
+def known(correlation: float) -> float | None:
+    """None for NaN, which is no JSON."""
+    return None if math.isnan(correlation) else correlation
+
+
 def average_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks 1..N; equal values share the average of the ranks that they fill."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
@@ -91,7 +96,7 @@ def pairs_of_scored(scores: np.ndarray, *, seed: int, pairs: int) -> tuple[np.nd
 
 def length_bias(scores: np.ndarray, lengths: np.ndarray) -> dict:
     """Correlation of the score with the length of the response (Singhal et al. 2023, arXiv 2310.03716)."""
-    return {"length_pearson": pearson(scores, lengths), "length_spearman": spearman(scores, lengths)}
+    return {"length_pearson": known(pearson(scores, lengths)), "length_spearman": known(spearman(scores, lengths))}
 
 
 def accuracy_by_length(margins: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray) -> dict:
@@ -188,7 +193,7 @@ def score_figures(predicted: np.ndarray, human: np.ndarray, lengths: np.ndarray,
     right = (np.asarray(predicted) > 0) == (np.asarray(human) > middle)
     intervals = {name: correlation_interval(value, rows) for name, value in correlations.items()}
     intervals["sign_accuracy"] = share_interval(right.astype(np.float64).tolist())
-    return figures | length_bias(predicted, lengths) | correlations | {
+    return figures | length_bias(predicted, lengths) | {name: known(value) for name, value in correlations.items()} | {
         "sign_accuracy": sign_accuracy(predicted, human, middle=middle),
         "intervals": figures["intervals"] | intervals,
     }  # fmt: skip

@@ -6,6 +6,7 @@ Also trains the separately seeded fluency model. The process group exists alread
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from trl import SFTTrainer
 
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.store import has_role, read_role
+from rlhf_ray.errors import NotFinite
 from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
@@ -99,7 +101,7 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
 def heldout_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TokenRows, *, dtype: torch.dtype, batch_size: int
 ) -> dict:
-    """Mean nats per token over the labelled tokens of all rows, and its exponential."""
+    """Mean nats per token over the labelled tokens of all rows, and its exponential. NotFinite where there is none."""
     device = next(model.parameters()).device
     order = np.argsort(rows.lengths, kind="stable")
     total, tokens = 0.0, 0
@@ -113,7 +115,17 @@ def heldout_loss(
         total += float(summed_loss(logits, labels))
         tokens += int((labels[:, 1:] != IGNORED).sum())
     loss = total / tokens
-    return {"eval_rows": len(rows.dataset), "eval_tokens": tokens, "eval_loss": loss, "eval_perplexity": math.exp(loss)}
+    if not math.isfinite(loss):
+        raise NotFinite(
+            f"the loss of the trained model on held-out text is {loss}; delete the stage's folder and train again with a lower "
+            "learning_rate, or with precision: float32"
+        )
+    return {"eval_rows": len(rows.dataset), "eval_tokens": tokens, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where that is beyond a double."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
