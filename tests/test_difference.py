@@ -65,6 +65,16 @@ def test_a_rank_above_a_layers_own_is_padded(tmp_path):
         adapter_between(start, tuned, 0)
 
 
+def test_a_row_that_was_added_for_padding_is_left_out(tmp_path):
+    start, tuned = pair("llama", 2)
+    tuned.resize_token_embeddings(51)
+    assert save_difference(start, tuned, 2, tmp_path / "adapter", "m") < 1e-6
+    ids = torch.randint(0, 50, (3, 12))
+    with torch.no_grad():
+        wanted, found = tuned(ids).logits[..., :50], PeftModel.from_pretrained(start, tmp_path / "adapter")(ids).logits
+    assert float((found - wanted).norm()) < 0.01 * float(wanted.norm())
+
+
 def test_a_change_elsewhere_is_refused():
     start, tuned = pair("llama", 1)
     with torch.no_grad():

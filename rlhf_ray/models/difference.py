@@ -28,7 +28,8 @@ class Difference:
 def adapter_between(start: PreTrainedModel, tuned: PreTrainedModel, rank: int) -> Difference:
     """The adapter of `rank` that comes closest to tuned - start. UserError where other weights than linear layers' differ.
 
-    A layer with fewer singular values than `rank` gets rows of 0.
+    A layer with fewer singular values than `rank` gets rows of 0. Rows that a run has added to the embeddings (a PAD token's, which
+    nothing draws) are left out.
     """
     if rank < 1:
         raise UserError(f"an adapter of rank {rank} changes nothing; give at least 1")
@@ -38,8 +39,10 @@ def adapter_between(start: PreTrainedModel, tuned: PreTrainedModel, rank: int) -
     if ours.keys() != theirs.keys():
         raise UserError("the two models have other layers; give the model that training started from")
     for name, weight in ours.items():
-        inside = name.removesuffix(".weight") in layers
-        if weight.shape != theirs[name].shape or not (inside or torch.equal(weight, theirs[name])):
+        inside, found = name.removesuffix(".weight") in layers, theirs[name]
+        if not inside and found.dim() == 2:
+            found = found[: len(weight)]
+        if weight.shape != found.shape or not (inside or torch.equal(weight, found)):
             raise UserError(f"{name} differs, which an adapter can't change; save the whole model")
     weights: dict[str, torch.Tensor] = {}
     total = left_out = 0.0
