@@ -19,8 +19,8 @@ class EvaluationConfig(Section):
     )
     trait_function: str | tuple[str, ...] | None = option(
         None,
-        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its scores; "
-        "one, or a list",
+        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its "
+        "scores; one function, or a list",
     )
     max_kl: float | None = option(
         None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
