@@ -9,7 +9,7 @@ from chat_models import KINDS, MODELS, chat_tokenizer, saved_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import normalise
 from rlhf_ray.data.tokens import encode_prompt

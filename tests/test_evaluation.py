@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
-from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.data.store import write_role
+from rlhf_ray.config.sampling_params import SamplingParams
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import (
     Resampler,

@@ -126,7 +126,7 @@ def test_a_session_of_ray(tmp_path):
 SERVE = """
 import contextlib, logging, os, sys
 from pathlib import Path
-from rlhf_ray.serving.ray_start import check_ray, start_ray
+from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 check_ray()
 import ray

@@ -15,7 +15,7 @@ from rlhf_ray.serving.config import (
     EngineOptions,
 )
 from rlhf_ray.serving.loading import load
-from rlhf_ray.serving.text import ResponseText
+from rlhf_ray.serving.response_text import ResponseText
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from rlhf_ray.models.trained_part import (
 )
 from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.roles.generator import Generator
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.training.forward import LogprobModel, response_logprobs, token_batch
 
 

@@ -19,11 +19,11 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation import vllm_engine
 from rlhf_ray.generation.vllm_build import vllm_problem
-from rlhf_ray.generation.vllm_engine import GATE, VllmEngine
+from rlhf_ray.generation.vllm_generation import GATE, VllmEngine
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights

@@ -53,7 +53,7 @@ class Generation(RoleActor, GenerationEnd):
     """Not an actor itself: there are two kinds, below."""
 
     def build(self, start: Path):
-        from rlhf_ray.data.store import read_prompts
+        from rlhf_ray.data.role_files import read_prompts
         from rlhf_ray.roles.generator import Generator
 
         recipe, generation = self.recipe, self.recipe.generation
@@ -89,7 +89,7 @@ InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generati
 @faults.with_points
 class RewardActor(RoleActor):
     def build(self, start: Path):
-        from rlhf_ray.data.store import read_prompt_columns
+        from rlhf_ray.data.role_files import read_prompt_columns
         from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
         from rlhf_ray.roles.reward import Reward
 
@@ -117,7 +117,7 @@ class RewardActor(RoleActor):
 @faults.with_points
 class ReferenceActor(RoleActor):
     def build(self, start: Path):
-        from rlhf_ray.roles.reference import Reference
+        from rlhf_ray.roles.reference_policy import Reference
 
         recipe = self.recipe
         self.role = Reference(
@@ -136,7 +136,7 @@ class ReferenceActor(RoleActor):
 class ExperienceActor(RoleActor):
     def build(self):
         from rlhf_ray.roles.configs import experience_config
-        from rlhf_ray.roles.experience import ExperienceMaker
+        from rlhf_ray.roles.experience_maker import ExperienceMaker
 
         self.role = ExperienceMaker(experience_config(self.recipe))
 

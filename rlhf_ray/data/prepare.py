@@ -18,9 +18,9 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
 from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.mixing import mix, split
+from rlhf_ray.data.role_files import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
 from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
-from rlhf_ray.data.store import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
 from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted, read_votes
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown

@@ -21,8 +21,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from rlhf_ray.config import DataConfig, SourceConfig
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import keep, stamps, take
 from rlhf_ray.data.parquet import read_parquet

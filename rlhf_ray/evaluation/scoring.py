@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.ppo import Microbatches
-from rlhf_ray.data.store import OTHER_TEXT_TOKENS
+from rlhf_ray.config.ppo_section import Microbatches
+from rlhf_ray.data.role_files import OTHER_TEXT_TOKENS
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.evidence import Rated

@@ -28,7 +28,7 @@ from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.chat_shape import saved_ends
-from rlhf_ray.models.finite import refuse_bad
+from rlhf_ray.models.finite_weights import refuse_bad
 from rlhf_ray.models.generation_defaults import impossible, mended
 from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES

@@ -31,7 +31,7 @@ from rlhf_ray.models.load import (
 )
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id, same_tokens
 from rlhf_ray.rewards.answers import Answers, score_answers
-from rlhf_ray.rewards.finite import ModelScore, UserScore, check_finite, sample_words
+from rlhf_ray.rewards.finite_scores import ModelScore, UserScore, check_finite, sample_words
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
 from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 from rlhf_ray.training.classifier import line_logits, pack_classifier

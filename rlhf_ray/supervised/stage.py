@@ -21,7 +21,7 @@ from rlhf_ray.models.trained_part import is_adapter, merged_state
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.rows import TokenRows, training_order
-from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
+from rlhf_ray.supervised.stage_trainer import StageTrainer, run_training, trained_weights
 from rlhf_ray.training.agreement import rank
 from rlhf_ray.training.precision import resolve_precision
 

@@ -1,6 +1,6 @@
 """vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
 
-The contract of `generation.protocol`, in this process; no open batch. A second copy of the model, a
+The contract of `generation.engine_protocol`, in this process; no open batch. A second copy of the model, a
 plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
 write the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.vllm_build import vllm_problem
 from rlhf_ray.models.chat_shape import end_ids
 from rlhf_ray.models.load import to_device
