@@ -9,7 +9,8 @@ from loops import Diary, ScriptedRoles, options, scripted_loop
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Sequences
-from rlhf_ray.ppo.step import MismatchError, cut_chunks, ppo_step, step_prompts, sum_over_ranks
+from rlhf_ray.ppo.gates import MismatchError
+from rlhf_ray.ppo.step import cut_chunks, ppo_step, step_prompts, sum_over_ranks
 from rlhf_ray.roles.experience_maker import policy_shards, rank_parts
 
 

@@ -17,7 +17,8 @@ from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses, write_samples
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
-from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.report.models import asked
 from rlhf_ray.report.page import render

@@ -25,15 +25,14 @@ from rlhf_ray.actors.groups import (
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.recovery import Recovery, state_in
 from rlhf_ray.actors.role_actors import (
-    CriticActor,
     ExperienceActor,
     GenerationActor,
     InFlightGenerationActor,
-    PolicyActor,
     ReferenceActor,
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
+from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig

@@ -13,7 +13,7 @@ from rlhf_ray.errors import whole_message
 from rlhf_ray.runs.events import EventLog
 
 
-class Trainer(TorchTrainer):
+class StageTorchTrainer(TorchTrainer):
     """TorchTrainer without two actors that a stage does not need; each is a process of 0.2 GB that takes seconds to start.
 
     One distributes Ray Data sets; our rows are files of the run folder. The other removes the placement group of a

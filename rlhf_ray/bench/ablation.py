@@ -34,11 +34,12 @@ from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.ppo.step import Roles, StepConfig, cut_chunks, ppo_step, sync_weights
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config, policy_loss_config
+from rlhf_ray.roles.critic_trainer import CriticTrainer
 from rlhf_ray.roles.experience_maker import ExperienceMaker
 from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.policy_trainer import PolicyTrainer
 from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group

@@ -17,7 +17,7 @@ from rlhf_ray.evaluation.evidence import Rated
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
 from rlhf_ray.models.control_tokens import marker
-from rlhf_ray.models.load import positions_of
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 

@@ -23,14 +23,8 @@ from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.config import DpoConfig, Recipe
 from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import (
-    build_causal_lm,
-    check_positions,
-    disable_dropout,
-    fast_attention,
-    load_causal_lm,
-    to_device,
-)
+from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention, load_causal_lm, to_device
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder, start_model

@@ -18,14 +18,8 @@ from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
-from rlhf_ray.models.load import (
-    body_of,
-    build_causal_lm,
-    build_reward_model,
-    check_positions,
-    fast_attention,
-    load_reward_model,
-)
+from rlhf_ray.models.load import body_of, build_causal_lm, build_reward_model, fast_attention, load_reward_model
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder

@@ -18,7 +18,8 @@ from trl import SFTTrainer
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.role_files import has_role, read_role
 from rlhf_ray.errors import NotFinite
-from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
+from rlhf_ray.models.load import build_causal_lm, fast_attention, load_causal_lm
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder

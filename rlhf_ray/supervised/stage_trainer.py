@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from rlhf_ray.config import TrackingConfig, TrainConfig
 from rlhf_ray.errors import NotFinite
 from rlhf_ray.models.finite_weights import REMEDY, first_bad
-from rlhf_ray.models.load import positions_of
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
