@@ -1,6 +1,5 @@
 """Ray's own lines go to the run's log; ours and the user's stay where they are."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -66,13 +65,6 @@ def test_the_end_of_the_process_is_told_to_both(tmp_path):
     assert terminal == FATAL + trace and log == CORE + FATAL + trace
     signal = b"[2026-11-30 01:56:22,123 E 4711 4712] logging.cc:440: *** SIGSEGV received at time=1 on cpu 1 ***\n"
     assert filtered(tmp_path / "..", signal)[1] == signal
-
-
-def test_the_thread_that_prints_reports_calls_the_function_that_is_replaced():
-    import ray._private.worker as worker
-
-    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
-    assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
 
 
 RUN = """
