@@ -12,12 +12,12 @@ from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.run_recipe import failures_recorded
 from rlhf_ray.cli.running import closing_words
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.ppo_section import PPOConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.report.compare import seed_of
 from rlhf_ray.report.page import render
-from rlhf_ray.roles.text import response_text
+from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume
