@@ -61,7 +61,7 @@ class AppLink:
     """A replica's app, without Ray between."""
 
     def __init__(self, model, options, others):
-        self.name, self.model, self.up, self.ongoing = f"replica-{model}", model, True, 0
+        self.name, self.models, self.up, self.ongoing = f"replica-{model}", (model,), True, 0
         runner, reader = load(options, LIMITS)
         self.app = build_routes(runner, reader, AppConfig(name=model, others=others, limits=LIMITS))
 

@@ -20,6 +20,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 import typer
 
 from rlhf_ray.cli.bench import bench_app
+from rlhf_ray.cli.publish import publish
 from rlhf_ray.cli.votes import votes_app
 from rlhf_ray.cli.words import Commands, console, in_words
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
@@ -190,6 +191,9 @@ def serve(
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits,
     )  # fmt: skip
+
+
+app.command()(publish)
 
 
 ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from rlhf_ray.config.sampling import TokenRules
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.guard import guarded
@@ -104,7 +105,9 @@ class _Endpoints:
         prompts = await asyncio.to_thread(self.reader.completion, body)
         self._check_count(len(prompts) * body.choices)
         echoes = await self._echoes(request, body, prompts) if body.echo else None
-        writer = CompletionWriter(self.config.name, alternatives=body.alternatives, echoes=echoes)
+        writer = CompletionWriter(
+            self.config.name, alternatives=body.alternatives, echoes=echoes, version=self.config.version
+        )
         if body.token_limit == 0:
             return await self._answer(request, body, prompts, [], writer)
         rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops)
@@ -128,7 +131,7 @@ class _Endpoints:
         body = await self._read(request, ChatRequest)
         prompts = await asyncio.to_thread(self.reader.chat, body)
         self._check_count(body.choices)
-        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None)
+        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None, version=self.config.version)
         plain = self.reader.chat_is_plain
         rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
         return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
@@ -194,11 +197,36 @@ class _Endpoints:
         with _refusals():
             ticket = self.runner.submit(rows)
         if body.stream:
-            return EventStream(_stream(body, prompts, choices, ticket, writer), ticket.cancel)
+            chunks = _stream(body, prompts, choices, ticket, writer)
+            return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
         with _refusals():
             await while_connected(request.receive, _finish(choices, ticket))
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
+        self._tell(request, prompts, choices, ticket)
         return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
+
+    async def _told(
+        self,
+        chunks: AsyncGenerator[Any],
+        request: Request,
+        prompts: list[list[int]],
+        choices: list[Choice],
+        ticket: Ticket,
+    ) -> AsyncGenerator[Any]:
+        """The chunks; after the last one, or the last one that was read, the front is told of the answer."""
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+            self._tell(request, prompts, choices, ticket)
+
+    def _tell(self, request: Request, prompts: list[list[int]], choices: list[Choice], ticket: Ticket) -> None:
+        told = request.scope.setdefault("state", {})
+        told[USAGE] = usage(prompts, choices)
+        if self.config.keep_texts:
+            asked = [self.reader.text(row.prompt_ids) for row in ticket.rows]
+            told[TEXTS] = [[prompt, choice.text.text] for prompt, choice in zip(asked, choices, strict=False)]
 
     def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
         rules = row.rules or TokenRules()

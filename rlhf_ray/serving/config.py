@@ -93,7 +93,11 @@ class AppConfig:
     name: str
     """The model's id in requests and in /v1/models."""
     others: tuple[str, ...] = ()
-    """The ids of the models that other replicas of this server have."""
+    """The ids of the other models of this server."""
+    version: str | None = None
+    """Of the model, as answers name it (`system_fingerprint`)."""
+    keep_texts: bool = False
+    """Whether texts of prompts and responses are told to the front: for its log, and for the judge."""
     api_key: str | None = field(default=None, repr=False)
     """None: no authentication."""
     allowed_hosts: tuple[str, ...] | None = None

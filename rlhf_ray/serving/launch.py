@@ -77,6 +77,8 @@ def serve(
             server.start()
             take_signals()  # ray.init has put a handler of its own in place
             say(server.announcement())
+            if server.note_problem is not None:
+                say(f"`rlhf-ray publish` and `serve --stop` won't find this server: {server.note_problem}")
             server.wait(say)
         except Terminated:
             if not server.serving:

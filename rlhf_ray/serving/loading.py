@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import cast
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
@@ -20,8 +22,15 @@ from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
 
-def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptReader]:
-    """Load the model and start its engine. UserError for a folder that holds no usable language model."""
+#: by folder: models that adapters were read on, and that further ones share
+Bases = MutableMapping[str, PreTrainedModel]
+
+
+def load(options: EngineOptions, limits: Limits, bases: Bases | None = None) -> tuple[EngineRunner, PromptReader]:
+    """Load the model and start its engine. UserError for a folder that holds no usable language model.
+
+    bases: models in memory. Without it, an adapter is merged into a model of its own.
+    """
     torch.set_num_threads(options.threads)
     import_plugins(options.plugins)
     own = options.adapter is not None and (Path(options.adapter) / "tokenizer_config.json").is_file()
@@ -52,4 +61,6 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
         # getattr: the PPO stage adds this key to its models' configs; other models do not have it.
         stops=tuple(getattr(model.config, "response_stops", ())), allow_special_tokens=options.allow_special_tokens,
     )  # fmt: skip
-    return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader
+    runner = EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows)
+    runner.precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return runner, reader

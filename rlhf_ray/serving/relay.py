@@ -1,6 +1,7 @@
 """An ASGI answer as pieces that cross processes: the replica's app talks to the front's client through them.
 
-The first piece of an answer is [status, headers, body, more], each later one [body, more].
+The first piece of an answer is [status, headers, body, more], each later one [body, more]. Behind the last one may come
+[what the app said of it], which is for the front alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Piece = list[Any]
 
+NOT_HERE = 421
+"""Misdirected request: the replica has no such version. It stays between front and replica."""
+
 # What of a request's scope an app reads, and all of it that can cross.
 _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 
@@ -24,6 +28,9 @@ class Relayed:
 
     scope: dict[str, Any]
     body: bytes
+    model: str = ""
+    version: str = ""
+    """The one that has to answer; "": the stable one."""
 
 
 async def relayed(scope: Scope, receive: Receive) -> Relayed | None:
@@ -54,7 +61,8 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
         ready.append(message)
         arrived.set()
 
-    working = asyncio.ensure_future(app({**request.scope, "state": {}}, receive, send))
+    state: dict[str, Any] = {}
+    working = asyncio.ensure_future(app({**request.scope, "state": state}, receive, send))
     working.add_done_callback(lambda _: arrived.set())
     try:
         while True:
@@ -67,6 +75,8 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
                 yield piece
             if done:
                 working.result()
+                if state:
+                    yield [state]
                 return
     finally:
         working.cancel()

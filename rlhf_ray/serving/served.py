@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.version import Version, version_of
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
 from rlhf_ray.serving.model_folder import find_model, is_adapter, model_name
 
@@ -23,6 +24,11 @@ class ServedModel:
     adapter: Path | None
     engine: EngineChoice
     note: str | None = None  # what to tell before it is served
+    given: str = ""  # the path that the user gave, absolute
+
+    def version(self) -> Version:
+        """As its files are now."""
+        return version_of(self.folder, self.adapter)
 
     def check(self) -> None:
         """UserError where its folder is not usable any more."""
@@ -47,6 +53,18 @@ def served_models(
     return tuple(found)
 
 
+def groups_of(models: Sequence[ServedModel]) -> list[list[ServedModel]]:
+    """Those that are in one replica: a model with the adapters on it, which share its weights."""
+    groups: list[list[ServedModel]] = []
+    for model in models:
+        same = [group for group in groups if group[0].folder == model.folder and model.adapter is not None]
+        if same:
+            same[0].append(model)
+        else:
+            groups.append([model])
+    return groups
+
+
 def named_folders(given: Sequence[str]) -> dict[str, str]:
     """["NAME=PATH", ...] -> {NAME: PATH}"""
     found: dict[str, str] = {}
@@ -67,14 +85,21 @@ def _model(path: str | Path, name: str | None, base: Path | None, engine: str | 
     if not is_adapter(given):
         choice = choose_engine(engine, path, gpus)  # imports the run's plugins, whose stages may have the policy
         folder = find_model(path)
-        return ServedModel(name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice)
+        return ServedModel(
+            name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice, given=str(given)
+        )
     told = _checked_config(given).get("base_model_name_or_path")
     folder = find_model(base if base is not None else _base_of(given, told))
     note = None
     if base is not None and isinstance(told, str) and told and Path(told).name != folder.name:
         note = f"the adapter {given} says that it is for {told}; it is read on {folder}"
     return ServedModel(
-        name=name or given.name, folder=folder, adapter=given, engine=choose_engine(engine, folder, gpus), note=note
+        name=name or given.name,
+        folder=folder,
+        adapter=given,
+        engine=choose_engine(engine, folder, gpus),
+        note=note,
+        given=str(given),
     )
 
 

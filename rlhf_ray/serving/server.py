@@ -5,6 +5,7 @@ Ray is imported inside the functions: Serve reads its environment when it is imp
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.servers import ServerNote, servers_folder, started_at, write_note
 from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
     AppConfig,
@@ -31,12 +33,15 @@ from rlhf_ray.serving.config import (
     resolve_api_key,
 )
 from rlhf_ray.serving.ray_start import check_ray, start_ray
-from rlhf_ray.serving.served import served_models
+from rlhf_ray.serving.served import groups_of, served_models
 
 if TYPE_CHECKING:
+    from ray.serve import RunTarget
     from ray.serve.handle import DeploymentHandle
     from ray.serve.schema import ServeStatus
 
+    from rlhf_ray.publish.version import Version
+    from rlhf_ray.serving.deployment import Bound
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
 
@@ -84,7 +89,8 @@ class Server:
             cors_origins=check_cors_origins(cors_origins, key),
             limits=limits,
         )
-        self.replicas, self.gpus = replicas * len(self.models), gpus
+        self._replicas_each = replicas
+        self.replicas, self.gpus = replicas * len(groups_of(self.models)), gpus
         self.precision: Precision = precision
         self.trust_remote_code, self.allow_special_tokens = trust_remote_code, allow_special_tokens
         cores = len(os.sched_getaffinity(0))
@@ -94,6 +100,8 @@ class Server:
         self._http: HttpServer | None = None
         self._front: Front | None = None
         self._logs = ""
+        self.note_problem: str | None = None
+        """Why `publish` and `serve --stop` can't find this server."""
         self._started = False
         self._stack = contextlib.ExitStack()  # of what ends after Ray
 
@@ -129,7 +137,7 @@ class Server:
         gpus = self._gpus_each(ray.cluster_resources().get("GPU", 0))
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(proxy_location="Disabled", logging_config=quiet)
-        from rlhf_ray.serving.deployment import replicas_of
+        from rlhf_ray.serving.deployment import Deployed
 
         options = EngineOptions(
             model=str(self.models[0].folder),
@@ -139,37 +147,76 @@ class Server:
             trust_remote_code=self.trust_remote_code,
             allow_special_tokens=self.allow_special_tokens,
         )
-        each_has = self.replicas // len(self.models)
-        found = replicas_of(
-            self.models, options, self.config, replicas=each_has, cpus=1, gpus=gpus, environment=self._environment
-        )
-        targets = [
-            ray_serve.RunTarget(target=each.target, name=name, route_prefix=None, logging_config=quiet)
-            for name, each in found.items()
-        ]
+        deployed = Deployed(
+            models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,
+            environment=self._environment,
+        )  # fmt: skip
+
+        def targets(bound: Mapping[str, Bound]) -> list[RunTarget]:
+            return [
+                ray_serve.RunTarget(target=each.target, name=name, route_prefix=None, logging_config=quiet)
+                for name, each in bound.items()
+            ]
+
+        def deploy(held: Mapping[str, Sequence[Version]]) -> None:
+            ray_serve.run_many(targets(deployed.bound(held)), wait_for_applications_running=False)
+
+        versions = {model.name: model.version() for model in self.models}
+        found = deployed.bound({name: [version] for name, version in versions.items()})
         try:
-            handles = ray_serve.run_many(targets)
+            handles = ray_serve.run_many(targets(found))
         except RuntimeError as error:
             raise _start_failure(ray_serve.status(), error) from None
-        self._open_front([(name, handle, each.model) for (name, each), handle in zip(found.items(), handles, strict=True)])
+        replicas = [(name, handle, each.models) for (name, each), handle in zip(found.items(), handles, strict=True)]
+        self._open_front(replicas, versions, deploy)
 
-    def _open_front(self, replicas: Sequence[tuple[str, DeploymentHandle, str]]) -> None:
-        """replicas: (name, handle, id of the model)."""
+    def _open_front(
+        self,
+        replicas: Sequence[tuple[str, DeploymentHandle, Sequence[str]]],
+        versions: Mapping[str, Version],
+        deploy: Callable[[Mapping[str, Sequence[Version]]], None],
+    ) -> None:
+        """replicas: (name, handle, ids of the models). versions: of each model, the one that it starts with."""
+        from rlhf_ray.serving.control import VERSIONS, Control, versions_page
         from rlhf_ray.serving.front import Front
         from rlhf_ray.serving.guard import guarded
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
         from rlhf_ray.serving.links import ReplicaLink, watch
+        from rlhf_ray.serving.publication import Publisher
+        from rlhf_ray.serving.versions import VersionTable
 
         links = [ReplicaLink(*each) for each in replicas]
-        self._front = Front(links, lambda: watch(links))
+        note = self._write_note()
+        tables = {model: VersionTable(version) for model, version in versions.items()}
+        history = servers_folder() / f"{self.port}.versions.jsonl"
+        publisher = Publisher(tables, links, deploy, history)
+
+        async def beside() -> None:
+            await asyncio.gather(watch(links), publisher.watch())
+
+        self._front = Front(links, beside, tables)
+        self._front.pages[VERSIONS] = versions_page(publisher)
+        self._front.listeners.append(publisher.ended)
         assert self._bound is not None
         self._http = HttpServer(
-            guarded(self._front, self.config),
+            Control(guarded(self._front, self.config), publisher, note.token),
             self._bound,
             HttpLimits(connections=self.config.limits.max_connections),
         )
         self._http.start()
+
+    def _write_note(self) -> ServerNote:
+        """Tell this machine's `publish` and `serve --stop` where the server is."""
+        note = ServerNote(
+            pid=os.getpid(), started=started_at(os.getpid()), url=self.url, port=self.port, stage="policy",
+            served={model.name: model.given for model in self.models},
+        )  # fmt: skip
+        try:
+            self._stack.callback(write_note(note).unlink, missing_ok=True)
+        except UserError as error:
+            self.note_problem = str(error)
+        return note
 
     def wait(self, say: Callable[[str], None] = print) -> None:
         """Until interrupted. UserError if no replica is left and the model's folder is not usable any more.
