@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from ray import serve
@@ -19,6 +20,7 @@ from rlhf_ray.serving.config import (
     AppConfig,
     EngineOptions,
     Limits,
+    ServedStage,
     check_cors_origins,
     checked_number,
     replica_environment,
@@ -35,14 +37,17 @@ from rlhf_ray.serving.versions import VersionTable
 _NO_LIMIT = 100_000
 
 
-@serve.deployment(
-    max_ongoing_requests=_NO_LIMIT,
-    health_check_period_s=2,
-    health_check_timeout_s=60,
-    graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=60,
-    max_constructor_retry_count=1,
-)
+_REPLICA: dict[str, Any] = {
+    "max_ongoing_requests": _NO_LIMIT,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 60,
+    "graceful_shutdown_wait_loop_s": 0.2,
+    "graceful_shutdown_timeout_s": 60,
+    "max_constructor_retry_count": 1,
+}
+
+
+@serve.deployment(**_REPLICA)
 class Replica:
     """Versions of one model, and of the adapters on it, each with an engine in its own thread and its app in the event loop."""
 
@@ -65,10 +70,8 @@ class Replica:
             yield [NOT_HERE, [], b"", False]
             return
         app, version = found
-        async with aclosing(pieces(app, request)) as answer:
+        async with aclosing(_named(pieces(app, request), version)) as answer:
             async for piece in answer:
-                if len(piece) == 4:
-                    piece[1].append([b"x-model-version", version.encode()])
                 yield piece
 
     async def stats(self) -> dict[str, int]:
@@ -80,6 +83,44 @@ class Replica:
     def check_health(self) -> None:
         if not self.held.healthy:
             raise RuntimeError("the generation engine has failed")
+
+
+@serve.deployment(**_REPLICA)
+class RewardReplica:
+    """One reward model, or an ensemble, which scores in a thread of its own."""
+
+    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig]):
+        (self.config,), self.options = configs.values(), options
+        self.app: ASGIApp | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's, at the start: which version to load. A reward model stays for as long as its server."""
+        from rlhf_ray.serving.reward_app import build_reward_routes
+        from rlhf_ray.serving.reward_loading import load_reward
+
+        ((stable,),) = user_config["versions"].values()
+        version = Version.from_json(stable)
+        version.check()
+        self.runner = await asyncio.to_thread(load_reward, replace(self.options, model=version.folder), self.config.limits)
+        self.version, self.app = version.id, build_reward_routes(self.runner, self.config.name)
+
+    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+        assert self.app is not None
+        async with aclosing(_named(pieces(self.app, request), self.version)) as answer:
+            async for piece in answer:
+                yield piece
+
+    async def stats(self) -> dict[str, int]:
+        return asdict(self.runner.stats)
+
+
+async def _named(answer: AsyncGenerator[Piece], version: str) -> AsyncGenerator[Piece]:
+    """The answer, with the version that wrote it in its headers."""
+    async with aclosing(answer):
+        async for piece in answer:
+            if len(piece) == 4:
+                piece[1].append([b"x-model-version", version.encode()])
+            yield piece
 
 
 @serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
@@ -122,6 +163,7 @@ class Deployed:
     cpus: float
     gpus: float
     environment: Mapping[str, str]
+    stage: ServedStage = "policy"
 
     def bound(self, held: Mapping[str, Sequence[Version]]) -> dict[str, Bound]:
         """Name -> each replica's deployment, which reserves `cpus` and `gpus` and has these variables in its process.
@@ -148,7 +190,7 @@ class Deployed:
             for _ in range(self.replicas):
                 name = f"replica-{len(found) + 1}"
                 # _internal: without a version of our own Serve takes every deployment for new code, and starts the replicas again.
-                deployment = Replica.options(
+                deployment = (RewardReplica if self.stage == "reward" else Replica).options(
                     name=name, ray_actor_options=resources, user_config=wanted, version="1", _internal=True
                 )
                 found[name] = Bound([model.name for model in group], deployment.bind(own, apps))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config import Precision
-from rlhf_ray.serving.config import Limits, checked_number
+from rlhf_ray.serving.config import Limits, Notes, ServedStage, checked_number
 from rlhf_ray.serving.server import Server
 
 DRAIN_S = 120.0
@@ -39,12 +39,15 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     drain_s: float = DRAIN_S,
+    stage: ServedStage = "policy",
+    notes: Notes = Notes(),
     block: bool = True,
     say: Callable[[str], None] = print,
 ) -> Server:
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     more_models: name -> folder of further models at the same endpoint, or of adapters on the first one.
+    stage: "reward" serves a run's reward model, or a reward model's folder, by OpenRLHF's protocol (POST /get_reward).
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
     torch's, per replica (None: an equal share of the cores). `engine` None: the run's, or torch (`serving.engine_choice`).
     `allow_special_tokens`: clients may write special tokens by their names, which are plain text otherwise.
@@ -58,6 +61,7 @@ def serve(
         path, more_models=more_models or {}, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
+        stage=stage, notes=notes,
     )  # fmt: skip
     notes = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
     for note in dict.fromkeys(notes):

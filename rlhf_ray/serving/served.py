@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.version import Version, version_of
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
-from rlhf_ray.serving.model_folder import find_model, is_adapter, model_name
+from rlhf_ray.serving.model_folder import find_model, find_reward_model, is_adapter, model_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class ServedModel:
     engine: EngineChoice
     note: str | None = None  # what to tell before it is served
     given: str = ""  # the path that the user gave, absolute
+    find: Callable[[Path], Path] = find_model  # raises UserError where the folder is not usable
 
     def version(self) -> Version:
         """As its files are now."""
@@ -32,7 +33,7 @@ class ServedModel:
 
     def check(self) -> None:
         """UserError where its folder is not usable any more."""
-        find_model(self.folder)
+        self.find(self.folder)
         if self.adapter is not None and not is_adapter(self.adapter):
             raise UserError(f"'{self.adapter}' holds no adapter any more; put it back")
 
@@ -51,6 +52,18 @@ def served_models(
             raise UserError(f"--model {other}={folder}: '{other}' is served already; choose another name")
         found.append(_model(folder, other, first.folder if first.adapter is None else None, engine, gpus))
     return tuple(found)
+
+
+def served_reward_model(path: str | Path, name: str | None) -> tuple[ServedModel]:
+    """UserError where there is none."""
+    folder = find_reward_model(path)
+    given = str(expanded(path).resolve())
+    choice = choose_engine(None, path, 0)  # imports the run's plugins
+    return (
+        ServedModel(
+            name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice, given=given, find=find_reward_model
+        ),
+    )
 
 
 def groups_of(models: Sequence[ServedModel]) -> list[list[ServedModel]]:

@@ -5,7 +5,6 @@ Ray is imported inside the functions: Serve reads its environment when it is imp
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -25,6 +24,8 @@ from rlhf_ray.serving.config import (
     AppConfig,
     EngineOptions,
     Limits,
+    Notes,
+    ServedStage,
     addresses_of,
     check_cors_origins,
     checked_number,
@@ -33,7 +34,7 @@ from rlhf_ray.serving.config import (
     resolve_api_key,
 )
 from rlhf_ray.serving.ray_start import check_ray, start_ray
-from rlhf_ray.serving.served import groups_of, served_models
+from rlhf_ray.serving.served import ServedModel, groups_of, served_models, served_reward_model
 
 if TYPE_CHECKING:
     from ray.serve import RunTarget
@@ -71,6 +72,8 @@ class Server:
         limits: Limits,
         allowed_hosts: Sequence[str],
         cors_origins: Sequence[str],
+        stage: ServedStage = "policy",
+        notes: Notes = Notes(),
     ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
@@ -79,7 +82,14 @@ class Server:
             checked_number("threads", threads, 1, whole=True)
         if gpus is not None:
             checked_number("gpus", gpus, 0)
-        self.models = served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
+        if stage == "reward" and more_models:
+            raise UserError("--stage reward serves one reward model; leave --model out, and start another server for another one")
+        self.stage: ServedStage = stage
+        self.models: tuple[ServedModel, ...] = (
+            served_reward_model(path, name)
+            if stage == "reward"
+            else served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
+        )
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
         self.config = AppConfig(
@@ -87,8 +97,10 @@ class Server:
             api_key=key,
             allowed_hosts=resolve_allowed_hosts(host, allowed_hosts),
             cors_origins=check_cors_origins(cors_origins, key),
+            keep_texts=notes.keep_texts,
             limits=limits,
         )
+        self.notes = notes
         self._replicas_each = replicas
         self.replicas, self.gpus = replicas * len(groups_of(self.models)), gpus
         self.precision: Precision = precision
@@ -118,6 +130,12 @@ class Server:
     def announcement(self) -> str:
         """Where it listens, and a request to try."""
         key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
+        if self.stage == "reward":
+            body = json.dumps({"query": ["How are you?\nWell, thank you."], "prompts": ["How are you?\n"]})
+            return (
+                f"Serving the reward model '{self.config.name}' at {self.url}/get_reward (Ctrl-C stops it). Try:\n"
+                f"  curl {self.url}/get_reward -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+            )
         body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
         names = " and ".join(f"'{model.name}'" for model in self.models)
         return (
@@ -149,7 +167,7 @@ class Server:
         )
         deployed = Deployed(
             models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,
-            environment=self._environment,
+            environment=self._environment, stage=self.stage,
         )  # fmt: skip
 
         def targets(bound: Mapping[str, Bound]) -> list[RunTarget]:
@@ -177,39 +195,25 @@ class Server:
         deploy: Callable[[Mapping[str, Sequence[Version]]], None],
     ) -> None:
         """replicas: (name, handle, ids of the models). versions: of each model, the one that it starts with."""
-        from rlhf_ray.serving.control import VERSIONS, Control, versions_page
-        from rlhf_ray.serving.front import Front
-        from rlhf_ray.serving.guard import guarded
+        from rlhf_ray.serving.front_parts import whole_front
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
-        from rlhf_ray.serving.links import ReplicaLink, watch
-        from rlhf_ray.serving.publication import Publisher
-        from rlhf_ray.serving.versions import VersionTable
+        from rlhf_ray.serving.links import ReplicaLink
 
-        links = [ReplicaLink(*each) for each in replicas]
         note = self._write_note()
-        tables = {model: VersionTable(version) for model, version in versions.items()}
-        history = servers_folder() / f"{self.port}.versions.jsonl"
-        publisher = Publisher(tables, links, deploy, history)
-
-        async def beside() -> None:
-            await asyncio.gather(watch(links), publisher.watch())
-
-        self._front = Front(links, beside, tables)
-        self._front.pages[VERSIONS] = versions_page(publisher)
-        self._front.listeners.append(publisher.ended)
+        self._front, app = whole_front(
+            [ReplicaLink(*each) for each in replicas], self.config, versions, self.notes,
+            deploy=deploy if self.stage == "policy" else None, token=note.token,
+            history=servers_folder() / f"{self.port}.versions.jsonl",
+        )  # fmt: skip
         assert self._bound is not None
-        self._http = HttpServer(
-            Control(guarded(self._front, self.config), publisher, note.token),
-            self._bound,
-            HttpLimits(connections=self.config.limits.max_connections),
-        )
+        self._http = HttpServer(app, self._bound, HttpLimits(connections=self.config.limits.max_connections))
         self._http.start()
 
     def _write_note(self) -> ServerNote:
         """Tell this machine's `publish` and `serve --stop` where the server is."""
         note = ServerNote(
-            pid=os.getpid(), started=started_at(os.getpid()), url=self.url, port=self.port, stage="policy",
+            pid=os.getpid(), started=started_at(os.getpid()), url=self.url, port=self.port, stage=self.stage,
             served={model.name: model.given for model in self.models},
         )  # fmt: skip
         try:
