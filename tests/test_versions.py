@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.client import kept_copy, share_of
-from rlhf_ray.publish.rows import check_rows, read_rows, rows_of_folder, write_rows
+from rlhf_ray.publish.rows import check_rows, read_rows
 from rlhf_ray.publish.version import Version, version_id
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.publication import Publisher

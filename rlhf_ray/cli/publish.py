@@ -25,7 +25,7 @@ def publish(
     canary: Annotated[str, typer.Option(help="share of the requests that it takes, e.g. 10%")] = "100%",
     model: Annotated[str | None, typer.Option(help="its name at the server; default: the first one")] = None,
     port: Annotated[int | None, typer.Option(help="of the server; default: that which serves this run")] = None,
-    watch_s: Annotated[float, typer.Option(help="seconds that a version with all requests may still be rolled back by itself")] = 600.0,
+    watch_s: Annotated[float, typer.Option(help="seconds in which a version with all requests may still be rolled back")] = 600.0,
     max_failed: Annotated[
         float, typer.Option(help="rolled back if 3 or more answers failed, by this much more of all than of the old version's")
     ] = 0.05,

@@ -90,5 +90,5 @@ def _post(note: ServerNote, action: str, body: Mapping[str, Any]) -> dict[str, A
 def drop_copies(shelf: Path, kept: set[str]) -> None:
     """Of versions that the server can't go back to any more."""
     for place in shelf.iterdir():
-        if place.is_dir() and place.name not in kept:
+        if place.is_dir() and not place.name.startswith(".") and place.name not in kept:
             shutil.rmtree(place, ignore_errors=True)

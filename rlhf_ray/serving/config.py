@@ -73,7 +73,7 @@ class EngineOptions:
     model: str
     """Absolute path of a Hugging Face model folder."""
     adapter: str | None = None
-    """Absolute path of an adapter in peft's format, which is merged into the model."""
+    """Absolute path of an adapter on it in peft's format."""
     precision: Precision = "auto"
     device: str = "cpu"
     threads: int = 1

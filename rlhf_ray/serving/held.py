@@ -47,7 +47,7 @@ class HeldVersions:
         self.options, self.configs = options, configs
         self._held: dict[str, dict[str, _Held]] = {model: {} for model in configs}
         self._stable: dict[str, str] = {}
-        self._bases: Bases = {}
+        self._bases: Bases = Bases()
         self._loading = threading.Lock()  # one version at a time: memory and cores are for those that answer
         self._tasks: set[asyncio.Task] = set()
 

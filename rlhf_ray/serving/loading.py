@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import cast
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -21,15 +21,14 @@ from rlhf_ray.serving.runner import EngineRunner
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
-
-#: by folder: models that adapters were read on, and that further ones share
-Bases = MutableMapping[str, PreTrainedModel]
+#: folder -> a model of it that is in memory, whose weights adapters share
+Bases = WeakValueDictionary[str, PreTrainedModel]
 
 
 def load(options: EngineOptions, limits: Limits, bases: Bases | None = None) -> tuple[EngineRunner, PromptReader]:
     """Load the model and start its engine. UserError for a folder that holds no usable language model.
 
-    bases: models in memory. Without it, an adapter is merged into a model of its own.
+    bases: models in memory, for adapters to share. Without it, an adapter is merged into a model of its own.
     """
     torch.set_num_threads(options.threads)
     import_plugins(options.plugins)
@@ -41,6 +40,10 @@ def load(options: EngineOptions, limits: Limits, bases: Bases | None = None) -> 
         bad = first_bad(model.named_parameters())
         if bad is not None:
             raise UserError(f"the model {options.model} holds values that are not finite ({bad}); write it again")
+        if bases is not None:
+            bases.setdefault(options.model, model)
+    elif bases is not None:
+        model = _beside(options, dtype, bases)
     else:
         from rlhf_ray.models.low_rank import load_merged  # peft takes a second
 
@@ -64,3 +67,13 @@ def load(options: EngineOptions, limits: Limits, bases: Bases | None = None) -> 
     runner = EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows)
     runner.precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return runner, reader
+
+
+def _beside(options: EngineOptions, dtype: torch.dtype, bases: Bases) -> PreTrainedModel:
+    """The adapter's model, on weights that are in memory once."""
+    from rlhf_ray.models.low_rank import with_adapter  # peft takes a second
+
+    base = bases.get(options.model)
+    if base is None:
+        base = bases[options.model] = load_causal_lm(options.model, dtype, options.trust_remote_code)
+    return with_adapter(base, options.model, cast(str, options.adapter))

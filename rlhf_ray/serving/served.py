@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import STAGES, has_model
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.version import Version, version_of
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
 from rlhf_ray.serving.model_folder import find_model, find_reward_model, is_adapter, model_name
 
@@ -25,6 +28,7 @@ class ServedModel:
     engine: EngineChoice
     note: str | None = None  # what to tell before it is served
     given: str = ""  # the path that the user gave, absolute
+    beside: bool = False  # in the first model's replicas
     find: Callable[[Path], Path] = find_model  # raises UserError where the folder is not usable
 
     def version(self) -> Version:
@@ -39,9 +43,16 @@ class ServedModel:
 
 
 def served_models(
-    path: str | Path, name: str | None, more: Mapping[str, str | Path], *, engine: str | None, gpus: float
+    path: str | Path,
+    name: str | None,
+    more: Mapping[str, str | Path],
+    *,
+    also: Sequence[str] = (),
+    engine: str | None,
+    gpus: float,
 ) -> tuple[ServedModel, ...]:
-    """The model at `path` first, then those of `more`, name -> folder. An adapter in `more` is read on the first model.
+    """The model at `path` first, then those of `more`, name -> folder, then `also`, as `run_models` takes it. An adapter in `more`
+    is read on the first model.
 
     engine, gpus: as `choose_engine` takes them. UserError for a folder that can't be served, and for a name that is there twice.
     """
@@ -51,6 +62,9 @@ def served_models(
         if other in [each.name for each in found]:
             raise UserError(f"--model {other}={folder}: '{other}' is served already; choose another name")
         found.append(_model(folder, other, first.folder if first.adapter is None else None, engine, gpus))
+    for other, folder in run_models(path, also).items():
+        if other not in [each.name for each in found]:
+            found.append(replace(_model(folder, other, None, engine, gpus), beside=True))
     return tuple(found)
 
 
@@ -66,11 +80,34 @@ def served_reward_model(path: str | Path, name: str | None) -> tuple[ServedModel
     )
 
 
+def run_models(path: str | Path, asked: Sequence[str]) -> dict[str, str]:
+    """The models of a run folder by name: base (what the run started from), sft, dpo, ppo, best; "all": those that there are.
+
+    UserError for one that the run has not.
+    """
+    if not asked:
+        return {}
+    run = RunFolder(expanded(path).resolve())
+    if not run.recipe.is_file():
+        raise UserError(f"--also {asked[0]}: '{path}' is no run folder; give one, or name folders by --model NAME=PATH")
+    recipe = load_recipe(str(run.recipe))
+    there = {name: run.stage(name).model for name in STAGES if has_model(name, "policy")} | {"best": run.best_model}
+    if not recipe.model.is_from_scratch:
+        there["base"] = expanded(recipe.model.name_or_path)
+    found = {name: str(folder) for name, folder in there.items() if (folder / "config.json").is_file()}
+    if "all" in asked:
+        return found
+    for name in asked:
+        if name not in found:
+            raise UserError(f"--also {name}: the run {run.path} has no such model here; it has {', '.join(sorted(found))}, or all")
+    return {name: found[name] for name in asked}
+
+
 def groups_of(models: Sequence[ServedModel]) -> list[list[ServedModel]]:
-    """Those that are in one replica: a model with the adapters on it, which share its weights."""
+    """Those that are in one replica: a model with the adapters on it, which share its weights, and the models of one run."""
     groups: list[list[ServedModel]] = []
     for model in models:
-        same = [group for group in groups if group[0].folder == model.folder and model.adapter is not None]
+        same = [group for group in groups if model.beside or (group[0].folder == model.folder and model.adapter is not None)]
         if same:
             same[0].append(model)
         else:

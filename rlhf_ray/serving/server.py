@@ -58,6 +58,7 @@ class Server:
         path: str | Path,
         *,
         more_models: Mapping[str, str | Path],
+        also: Sequence[str] = (),
         host: str,
         port: int,
         api_key: str | None,
@@ -82,13 +83,13 @@ class Server:
             checked_number("threads", threads, 1, whole=True)
         if gpus is not None:
             checked_number("gpus", gpus, 0)
-        if stage == "reward" and more_models:
-            raise UserError("--stage reward serves one reward model; leave --model out, and start another server for another one")
+        if stage == "reward" and (more_models or also):
+            raise UserError("--stage reward serves one reward model; leave --model and --also out")
         self.stage: ServedStage = stage
         self.models: tuple[ServedModel, ...] = (
             served_reward_model(path, name)
             if stage == "reward"
-            else served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
+            else served_models(path, name, more_models, also=also, engine=engine, gpus=gpus or 0.0)
         )
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
