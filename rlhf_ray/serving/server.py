@@ -13,6 +13,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,9 +245,12 @@ class Server:
                 self._check_models()
 
     def _check_models(self) -> None:
+        assert self._front is not None
         try:
             for model in self.models:
-                model.check()
+                stable = self._front.tables[model.name].stable
+                adapter = None if stable.adapter is None else Path(stable.adapter)
+                replace(model, folder=Path(stable.folder), adapter=adapter).check()
         except UserError as error:
             raise UserError(f"no replica runs, and none can start again: {error}") from None
 
