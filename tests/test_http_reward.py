@@ -154,7 +154,8 @@ def test_the_protocols_path_is_added(given, address):
 @pytest.mark.parametrize(
     ("term", "words"),
     [
-        ({"url": "a:5000"}, "no address"), ({"url": []}, "empty"), ({"url": "http://user:pw@a"}, "without user and password"),
+        ({"url": "a:5000"}, "no address"), ({"url": []}, "neither function and model"),
+        ({"url": "http://user:pw@a"}, "without user and password"),
         ({"url": "http://a", "function": "m:f"}, "one of the three"), ({"url": "http://a", "kind": "x"}, "kind"),
         ({"url": "http://a", "timeout_s": 1.0, "timeout_score": 0.0}, "gives no score"),
     ],

@@ -44,7 +44,6 @@ from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.step import check_enough
-from rlhf_ray.publish.client import ANSWER_S
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -281,19 +280,11 @@ def _hooks(
     def save_best(state: LoopState) -> None:
         _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
 
-    publishing = Publishing(folder, recipe.ppo.publish_share, EventLog(folder.events), progress)
-
-    def publish(state: LoopState) -> None:
-        target = publishing.folder(state.step)
-        card = model_card(recipe, "ppo", {"steps": state.step})
-        waiter.get(roles.policy.call("save_version", target, card), "writing a version for the server")
-        publishing.start(target, state.step)
-        if state.step >= recipe.ppo.steps:
-            publishing.join(ANSWER_S)
-
+    publishing = Publishing(recipe, folder, roles, progress)
     return LoopHooks(
-        record=record, samples=samples, save=save, save_best=save_best, publish=publish, stop_requested=stage.stop_file.exists
-    )
+        record=record, samples=samples, save=save, save_best=save_best, publish=publishing.publish,
+        stop_requested=stage.stop_file.exists,
+    )  # fmt: skip
 
 
 def _save_model(

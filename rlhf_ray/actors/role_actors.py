@@ -294,10 +294,11 @@ class PolicyActor(TrainerActor, PolicyEnd):
         """A Hugging Face folder for a server, with this policy's log-probs of a few rows beside it."""
         from rlhf_ray.models.load import load_config, positions_of
         from rlhf_ray.publish.rows import rows_to_check, write_rows
+        from rlhf_ray.roles.row_logprobs import row_logprobs
 
         config = load_config(self.start, self.recipe.model.trust_remote_code)
         rows = rows_to_check(config.get_text_config().vocab_size, positions_of(config))
-        logprobs = self.role.row_logprobs(rows)
+        logprobs = row_logprobs(self.role, rows)
         self.save_model(folder, card, None)
         if self.rank == 0:
             write_rows(folder, rows, logprobs, "bfloat16" if "bfloat16" in str(self.dtype) else "float32")

@@ -64,7 +64,8 @@ def serve(
     context: typer.Context, path: Served = None, model: Models = None, also: Also = None, stage: Stage = "policy",
     host: Host = "127.0.0.1", port: Port = 8000, api_key_file: KeyFile = None, api_key: Key = None,
     allowed_host: Hosts = None, cors_origin: Origins = None, drain_s: Drain = 120.0, name: Name = None,
-    replicas: Replicas = 1, gpus: Gpus = None, threads: Threads = None, precision: Precision_ = "auto", engine: Engine = None, trust_remote_code: TrustCode = False,
+    replicas: Replicas = 1, gpus: Gpus = None, threads: Threads = None,
+    precision: Precision_ = "auto", engine: Engine = None, trust_remote_code: TrustCode = False,
     allow_special_tokens: SpecialTokens = False, request_log: RequestLog_ = None, log_texts: LogTexts = False,
     judge: JudgeUrl = None, detach: Detach = False, stop: Stop = False, max_prompt_tokens: PromptTokens = None,
     max_tokens: Tokens = None, max_n: N = 16, max_rows: Rows = 32, max_waiting_rows: Waiting = 128, max_body_bytes: Body = 1 << 20,
@@ -97,6 +98,7 @@ def serve(
     serve_model(
         path, more_models=named_folders(model or ()), also=also or (), host=host, port=port, api_key=key,
         allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name, replicas=replicas, gpus=gpus,
-        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code, allow_special_tokens=allow_special_tokens,
+        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
+        allow_special_tokens=allow_special_tokens,
         limits=limits, stage=stage, notes=Notes(request_log=request_log, log_texts=log_texts, judge=judge),
     )  # fmt: skip

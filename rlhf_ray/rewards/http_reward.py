@@ -153,9 +153,7 @@ class _NoAnswer(Exception):
 
 
 def http_reward(term: RewardTerm) -> HttpReward:
-    assert term.url is not None
-    urls = [term.url] if isinstance(term.url, str) else term.url
-    return HttpReward(urls, timeout_s=term.timeout_s or 60.0, retries=term.retries, key=os.environ.get(KEY_VARIABLE))
+    return HttpReward(term.url, timeout_s=term.timeout_s or 60.0, retries=term.retries, key=os.environ.get(KEY_VARIABLE))
 
 
 def asked_by_http(term: RewardTerm) -> Asked:
@@ -164,10 +162,8 @@ def asked_by_http(term: RewardTerm) -> Asked:
 
 def server_problems(recipe: Recipe, key: str, term: RewardTerm) -> list[str]:
     """Whether one of the servers scores a sample now."""
-    assert term.url is not None
-    urls = [term.url] if isinstance(term.url, str) else term.url
     scorer = HttpReward(
-        urls, timeout_s=min(term.timeout_s or 60.0, 20.0), retries=len(urls) - 1, key=os.environ.get(KEY_VARIABLE)
+        term.url, timeout_s=min(term.timeout_s or 60.0, 20.0), retries=len(term.url) - 1, key=os.environ.get(KEY_VARIABLE)
     )
     try:
         scorer.score(["Hello"], [" there."], [True])

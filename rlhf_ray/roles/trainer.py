@@ -236,17 +236,6 @@ class PolicyTrainer(Trainer[PolicyShard]):
         with adapter_off(self.engine.module):
             return TokenValues(values=_in_order(self._forward(rollout), rollout.sequences))
 
-    def row_logprobs(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Of each row's tokens but the first, by the model's own distribution: at temperature 1. All ranks take part."""
-        module = self.engine.module
-        batch = self._batch([row[:1] for row in rows], [row[1:] for row in rows], [None] * len(rows))
-        temperature, module.temperature = module.temperature, 1.0
-        try:
-            logprobs = self.engine.forward(batch).float().cpu().numpy()
-        finally:
-            module.temperature = temperature
-        return [line[: len(row) - 1] for line, row in zip(logprobs, rows, strict=True)]
-
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(`plain_name`, full tensor) of what trains, one at a time; all ranks iterate together."""
         return ((plain_name(name), tensor) for name, tensor in self.engine.weights())

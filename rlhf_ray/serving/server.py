@@ -6,10 +6,7 @@ Ray is imported inside the functions: Serve reads its environment when it is imp
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
-import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,26 +18,24 @@ from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.servers import ServerNote, servers_folder, started_at, write_note
 from rlhf_ray.serving.config import (
-    API_KEY_VARIABLE,
     AppConfig,
     EngineOptions,
     Limits,
     Notes,
     ServedStage,
-    addresses_of,
     check_cors_origins,
     checked_number,
     replica_environment,
     resolve_allowed_hosts,
     resolve_api_key,
 )
+from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
 from rlhf_ray.serving.ray_start import check_ray, start_ray
 from rlhf_ray.serving.served import ServedModel, groups_of, served_models, served_reward_model
 
 if TYPE_CHECKING:
     from ray.serve import RunTarget
     from ray.serve.handle import DeploymentHandle
-    from ray.serve.schema import ServeStatus
 
     from rlhf_ray.publish.version import Version
     from rlhf_ray.serving.deployment import Bound
@@ -126,28 +121,15 @@ class Server:
     @property
     def url(self) -> str:
         """Base URL as a client on this machine writes it; append /v1 for OpenAI's clients."""
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return url_of(self.host, self.port)
 
     def announcement(self) -> str:
         """Where it listens, and a request to try."""
-        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
-        if self.stage == "reward":
-            body = json.dumps({"query": ["How are you?\nWell, thank you."], "prompts": ["How are you?\n"]})
-            return (
-                f"Serving the reward model '{self.config.name}' at {self.url}/get_reward (Ctrl-C stops it). Try:\n"
-                f"  curl {self.url}/get_reward -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
-            )
-        body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
-        names = " and ".join(f"'{model.name}'" for model in self.models)
-        return (
-            f"Serving {names} at {self.url}/v1 (Ctrl-C stops it). Try:\n"
-            f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
-        )
+        return announced(self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None)
 
     def start(self) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
-        self._bound = self._bind()
+        self._bound, self.port = listening(self.host, self.port)
         check_ray()
         self._started = True
         self._logs = start_ray(self.replicas, self._stack, self._environment)
@@ -186,7 +168,7 @@ class Server:
         try:
             handles = ray_serve.run_many(targets(found))
         except RuntimeError as error:
-            raise _start_failure(ray_serve.status(), error) from None
+            raise start_failure(ray_serve.status(), error) from None
         replicas = [(name, handle, each.models) for (name, each), handle in zip(found.items(), handles, strict=True)]
         self._open_front(replicas, versions, deploy)
 
@@ -292,22 +274,6 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _bind(self) -> socket.socket:
-        """The port, ours from now on: who connects while the model loads waits for it."""
-        family = addresses_of(self.host)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind((self.host, self.port))
-            bound.listen()  # a port that is bound only, others can bind too
-        except OSError as error:
-            bound.close()
-            raise UserError(
-                f"can't listen on {self.host}:{self.port} ({error.strerror}); choose another with --port"
-            ) from None
-        self.port = bound.getsockname()[1]
-        return bound
-
     def _gpus_each(self, available: float) -> float:
         if self.gpus is None:
             return 1.0 if available >= self.replicas else 0.0
@@ -317,12 +283,3 @@ class Server:
                 f"machine has {available:g}; lower --gpus or --replicas"
             )
         return self.gpus
-
-
-def _start_failure(status: ServeStatus, error: RuntimeError) -> Exception:
-    """What the replica said, without the tracebacks of the layers around it."""
-    messages = [deployment.message for app in status.applications.values() for deployment in app.deployments.values()]
-    found = re.findall(r"UserError: (.+)", "\n".join(messages))
-    if found:
-        return UserError(found[-1].strip())
-    return RuntimeError("the model could not be started: " + ("\n".join(messages) or str(error)))

@@ -52,7 +52,7 @@ REWARDS: Table[RewardKind] = Table(
     ),
     RewardKind(
         name="http", make=f"{_MAKE}:reward_server", words="a reward server, by OpenRLHF's protocol",
-        chosen_by=lambda term: term.url is not None, columns="rlhf_ray.rewards.http_reward:asked_by_http",
+        chosen_by=lambda term: bool(term.url), columns="rlhf_ray.rewards.http_reward:asked_by_http",
         problems="rlhf_ray.rewards.http_reward:server_problems",
     ),
     RewardKind(
