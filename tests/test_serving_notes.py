@@ -15,7 +15,15 @@ from starlette.responses import JSONResponse
 from test_http_reward import RewardServer
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.publish.servers import ServerNote, find_server, note_of, running_servers, started_at, stop_server, write_note
+from rlhf_ray.publish.servers import (
+    ServerNote,
+    find_server,
+    note_of,
+    running_servers,
+    started_at,
+    stop_server,
+    write_note,
+)
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.config import Notes

@@ -126,7 +126,7 @@ class Front:
         numbers = [name for name, value in (found[0] if found else {}).items() if isinstance(value, int)]
         sums: dict[str, Any] = {name: sum(one[name] for one in found) for name in numbers}
         replicas = [
-            {"name": link.name, "model": link.models[0], "up": one is not None, **(one or {})}
+            {"name": link.name, "model": ", ".join(link.models), "up": one is not None, **(one or {})}
             for link, one in zip(self.links, each, strict=True)
         ]
         return sums | {"replicas": replicas}
