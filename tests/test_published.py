@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.client import kept_copy
 from rlhf_ray.publish.rows import check_rows, read_rows
-from rlhf_ray.publish.version import version_id
+from rlhf_ray.publish.version import ROWS_FILE, version_id, version_of
+from rlhf_ray.serving.config import AppConfig, EngineOptions
+from rlhf_ray.serving.front import Front
+from rlhf_ray.serving.held import HeldVersions
+from rlhf_ray.serving.publication import Publisher
+from rlhf_ray.serving.relay import NOT_HERE, pieces
+from rlhf_ray.serving.versions import VersionTable
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +49,113 @@ def test_training_log_probs_are_transformers_own_and_a_changed_weight_is_found(f
         moved = model(torch.tensor(rows.ids)).logits.log_softmax(-1)[:, :-1].gather(-1, torch.tensor(rows.ids)[:, 1:, None])[..., 0]
     with pytest.raises(UserError, match="differ from training's"):
         check_rows(rows, moved.tolist(), "float32")
+
+
+# -- replicas in this process: all but Serve
+
+
+class Replica:
+    """A replica without Serve between: it is told what to hold, and answers as the one of `serving.deployment`."""
+
+    def __init__(self, name, folder):
+        self.name, self.models, self.up, self.ongoing = name, ("m",), True, 0
+        self.held = HeldVersions(
+            EngineOptions(model=str(folder), precision="float32"), {"m": AppConfig(name="m", limits=LIMITS)}
+        )
+
+    async def answer(self, request):
+        found = self.held.app(request.model, request.version)
+        if found is None:
+            yield [NOT_HERE, [], b"", False]
+            return
+        self.ongoing += 1
+        try:
+            async for piece in pieces(found[0], request):
+                if len(piece) == 4:
+                    piece[1].append([b"x-model-version", found[1].encode()])
+                yield piece
+        finally:
+            self.ongoing -= 1
+
+    async def stats(self):
+        return self.held.stats()
+
+    async def states(self):
+        return self.held.states()
+
+
+async def swapped(folder, versions, clients):
+    """Publish the versions one after the other while clients ask. -> the publisher and the replicas, at the end"""
+    replicas = [Replica("one", folder), Replica("two", folder)]
+    table = VersionTable(version_of(folder))
+    loop = asyncio.get_running_loop()
+
+    def deploy(wanted):
+        for replica in replicas:
+            asyncio.run_coroutine_threadsafe(replica.held.hold(wanted), loop).result(60)
+
+    for replica in replicas:
+        await replica.held.hold({"m": [table.stable]})
+    publisher = Publisher({"m": table}, replicas, deploy)
+    front = Front(replicas, None, {"m": table})
+    front.listeners.append(publisher.ended)
+    watching = asyncio.ensure_future(publisher.watch())
+    transport = httpx.ASGITransport(front, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=300) as client:
+
+        async def ask(one):
+            while not one.over:
+                one.take(await client.post("/v1/completions", json=one.body()))
+
+        asking = [asyncio.ensure_future(ask(one)) for one in clients]
+        for version in versions:
+            seen = sum(one.answers for one in clients)
+            while sum(one.answers for one in clients) < seen + 2 * len(clients):
+                await asyncio.sleep(0.01)
+            state = await publisher.publish("m", version, 1.0, watch_s=0.0)
+            assert state["history"][-1]["logprob_gap"] < 1e-4
+        while table.stable != versions[-1] or any(one.versions[-1:] != [versions[-1].id] for one in clients):
+            await asyncio.sleep(0.01)
+        while any(len(replica.held.states()["m"]) > 1 for replica in replicas):  # what is not needed goes
+            await asyncio.sleep(0.01)
+        for one in clients:
+            one.over = True
+        await asyncio.gather(*asking)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    return publisher, replicas
+
+
+def test_three_swaps_drop_nothing_and_mix_nothing(folder, tmp_path):
+    versions = [variant(folder, tmp_path / f"weights_{seed}", seed) for seed in range(3)]
+    expected = {version_id(folder): greedy(folder)} | {version.id: greedy(version.folder) for version in versions}
+    assert len({json.dumps(texts) for texts in expected.values()}) == 4
+    clients = [Asked(expected, number) for number in range(5)]
+    publisher, replicas = asyncio.run(swapped(folder, versions, clients))
+    assert [wrong for one in clients for wrong in one.wrong] == []
+    order = list(expected)
+    for one in clients:  # none goes back
+        places = [order.index(version) for version in one.versions]
+        assert places == sorted(places) and {0, 3} <= set(places)
+    assert publisher.state("m")["earlier"] == order[:-1]
+    for replica in replicas:
+        assert [list(held) for held in replica.held.states().values()] == [[versions[-1].id]]
+
+
+def test_a_version_that_training_knows_otherwise_is_refused_by_the_replica(folder, tmp_path):
+    damaged, replica = variant(folder, tmp_path / "damaged", 9), Replica("one", folder)
+    rows = tmp_path / damaged.id / ROWS_FILE
+    told = json.loads(rows.read_text())
+    told["logprobs"][0][3] -= 1.0  # of 4 x 31: a mean gap of 0.008
+    rows.write_text(json.dumps(told))
+
+    async def hold():
+        await replica.held.hold({"m": [version_of(folder)]})
+        await replica.held.hold({"m": [version_of(folder), damaged]})
+        while (state := replica.held.states()["m"][damaged.id])["state"] == "loading":
+            await asyncio.sleep(0.01)
+        return state, replica.held.app("m", damaged.id)
+
+    state, app = asyncio.run(hold())
+    assert state["state"] == "failed" and "differ from training's by 0.008" in state["why"] and app is None
+    assert replica.held.healthy

@@ -16,45 +16,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from served_app import save_tiny
-from transformers import AutoModelForCausalLM
+from swapping import Asked, greedy, variant
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.publish.client import kept_copy, publish, roll_back
+from rlhf_ray.publish.client import publish, roll_back
 from rlhf_ray.publish.servers import find_server, stop_server
 from rlhf_ray.publish.version import ROWS_FILE, version_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
-START_S, TOKENS, CLIENTS = 600, 24, 4
-PROMPTS = ["the cat", "the dog sat on", "then they"]
-
-
-def variant(folder, target, seed):
-    """The same tokenizer and shape, other weights; its version in `target`'s parent."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.std())
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    model.save_pretrained(target)
-    return kept_copy(target, target.parent)
-
-
-def greedy(folder):
-    """prompt -> the text that the model writes."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-    found = {}
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer(prompt).input_ids])
-        out = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-        found[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=False)
-    return found
+START_S, CLIENTS = 600, 4
 
 
 class Served:
@@ -77,46 +49,19 @@ class Served:
 
 
 class Client(threading.Thread):
-    """Asks again and again, every second time for a stream, and keeps what is wrong with an answer."""
+    """Asks again and again."""
 
     def __init__(self, url, expected, number):
         super().__init__(daemon=True)
-        self.url, self.expected, self.number = url, expected, number
-        self.wrong, self.answers, self.versions, self.over = [], 0, [], False
+        self.url, self.asked = url, Asked(expected, number)
 
     def run(self):
         with httpx.Client(timeout=300, trust_env=False) as client:
-            while not self.over:
-                prompt, stream = PROMPTS[(self.answers + self.number) % len(PROMPTS)], self.answers % 2 == 0
+            while not self.asked.over:
                 try:
-                    self.check(prompt, *self.ask(client, prompt, stream))
-                except (httpx.HTTPError, KeyError, ValueError) as error:
-                    self.wrong.append(f"{type(error).__name__}: {error}")
-                self.answers += 1
-
-    def ask(self, client, prompt, stream):
-        body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "min_tokens": TOKENS, "temperature": 0, "stream": stream}
-        answer = client.post(f"{self.url}/v1/completions", json=body | {"ignore_eos": True})
-        if answer.status_code != 200:
-            raise ValueError(f"{answer.status_code} {answer.text[:300]}")
-        if not stream:
-            chunks = [answer.json()]
-        else:
-            lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
-            if lines[-1] != "[DONE]":
-                raise ValueError(f"a stream ended with {lines[-1]}")
-            chunks = [json.loads(line) for line in lines[:-1]]
-        named = {chunk["system_fingerprint"] for chunk in chunks} | {answer.headers["x-model-version"]}
-        return "".join(chunk["choices"][0]["text"] for chunk in chunks), named
-
-    def check(self, prompt, text, named):
-        if len(named) != 1:
-            self.wrong.append(f"several versions in one answer: {named}")
-            return
-        (version,) = named
-        self.versions.append(version)
-        if text != self.expected[version][prompt]:
-            self.wrong.append(f"{version} on {prompt!r}: {text!r}, not {self.expected[version][prompt]!r}")
+                    self.asked.take(client.post(f"{self.url}/v1/completions", json=self.asked.body()))
+                except httpx.HTTPError as error:
+                    self.asked.failed(error)
 
 
 @pytest.fixture(scope="module")
@@ -150,30 +95,30 @@ def test_three_swaps_drop_nothing_and_mix_nothing(served):
     assert len({json.dumps(texts) for texts in expected.values()}) == 4
     note = find_server(source=served.first)
     clients = [Client(served.url, expected, number) for number in range(CLIENTS)]
+    asked = [client.asked for client in clients]
     for client in clients:
         client.start()
     try:
         for version in served.versions:
-            seen = sum(client.answers for client in clients)
-            until(lambda seen=seen: sum(client.answers for client in clients) >= seen + CLIENTS)
+            seen = sum(one.answers for one in asked)
+            until(lambda seen=seen: sum(one.answers for one in asked) >= seen + CLIENTS)
             told = publish(note, version, watch_s=0.0)
             assert told["history"][-1]["logprob_gap"] < 1e-4
         last = served.versions[-1].id
-        until(lambda: all(client.versions[-1:] == [last] for client in clients))
+        until(lambda: all(one.versions[-1:] == [last] for one in asked))
         until(lambda: state(served)["stable"] == last)
     finally:
-        for client in clients:
-            client.over = True
+        for one in asked:
+            one.over = True
         for client in clients:
             client.join(300)
-    assert [wrong for client in clients for wrong in client.wrong] == []
-    seen = {version for client in clients for version in client.versions}
-    assert seen >= {first, last} and seen <= set(expected)
-    for client in clients:  # none goes back
-        order = [[first, *(version.id for version in served.versions)].index(version) for version in client.versions]
-        assert order == sorted(order)
-    held = [set(each) for each in (state(served)["earlier"],)]
-    assert held == [{first, served.versions[0].id, served.versions[1].id}]
+    assert [wrong for one in asked for wrong in one.wrong] == []
+    order = [first, *(version.id for version in served.versions)]
+    assert {version for one in asked for version in one.versions} >= {first, last}
+    for one in asked:  # none goes back
+        places = [order.index(version) for version in one.versions]
+        assert places == sorted(places)
+    assert state(served)["earlier"] == order[:-1]
 
 
 def test_a_version_that_is_not_what_training_says_takes_no_request(served, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.publish.rows import rows_of_folder
+from rlhf_ray.publish.rows import rows_of
 from rlhf_ray.publish.servers import ServerNote
 from rlhf_ray.publish.version import ROWS_FILE, Version, version_id
 
@@ -33,7 +33,7 @@ def share_of(text: str) -> float:
 def kept_copy(folder: Path, shelf: Path, base: Path | None = None) -> Version:
     """The version that `folder` holds now, copied to `shelf`/ID, where no training writes over it.
 
-    base: the model's folder, where `folder` is an adapter on it; training's log-probs then are left to the base's check.
+    base: the model's folder, where `folder` is an adapter on it.
     """
     name = version_id(folder) if base is None else version_id(base, folder)
     target = shelf / name
@@ -46,11 +46,10 @@ def kept_copy(folder: Path, shelf: Path, base: Path | None = None) -> Version:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"the version can't be copied to {target} ({error}); make room there") from None
-    if base is None:
-        if not (target / ROWS_FILE).is_file():
-            rows_of_folder(target)
-        return Version(id=name, folder=str(target))
-    return Version(id=name, folder=str(base), adapter=str(target))
+    version = Version(id=name, folder=str(base or target), adapter=None if base is None else str(target))
+    if not (target / ROWS_FILE).is_file():
+        rows_of(version)
+    return version
 
 
 def publish(

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
-from rlhf_ray.publish.version import ROWS_FILE
+from rlhf_ray.publish.version import ROWS_FILE, Version
 from rlhf_ray.runs.storage import write_atomically
 
 _ROWS, _LENGTH, _SEED = 4, 32, 20_000
@@ -75,16 +74,20 @@ def check_rows(rows: CheckedRows, computed: Sequence[Sequence[float]], precision
     return gap
 
 
-def rows_of_folder(folder: str | Path, precision: Precision = "float32", trust_remote_code: bool = False) -> None:
-    """Compute and write the rows of a model folder, by training's own forward pass."""
+def rows_of(version: Version, trust_remote_code: bool = False) -> None:
+    """Compute and write the rows of a version, in float32 by training's own forward pass; an adapter is merged for that."""
     import torch
 
     from rlhf_ray.models.load import embedding_rows, load_causal_lm, positions_of
     from rlhf_ray.training.forward import response_logprobs
 
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    model = load_causal_lm(str(folder), torch.float32, trust_remote_code).eval()
+    if version.adapter is None:
+        model = load_causal_lm(version.folder, torch.float32, trust_remote_code)
+    else:
+        from rlhf_ray.models.low_rank import load_merged
+
+        model = load_merged(version.folder, version.adapter, torch.float32, trust_remote_code)
     rows = rows_to_check(embedding_rows(model), positions_of(model.config))
     with torch.inference_mode():
-        logprobs = response_logprobs(model, [row[:1] for row in rows], [row[1:] for row in rows], compute_dtype=dtype)
-    write_rows(Path(folder), rows, logprobs, "bfloat16" if precision == "bfloat16" else "float32")
+        logprobs = response_logprobs(model.eval(), [row[:1] for row in rows], [row[1:] for row in rows])
+    write_rows(version.own_folder, rows, logprobs, "float32")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.version import Version
-from rlhf_ray.serving.answered import CLIENT_LEFT, Answered
+from rlhf_ray.serving.answered import Answered
 from rlhf_ray.serving.front import Link, ReplicaLost
 from rlhf_ray.serving.rollback import Record, Thresholds, reason_to_roll_back
 from rlhf_ray.serving.versions import VersionTable
@@ -143,7 +143,7 @@ class Publisher:
     def ended(self, answer: Answered) -> None:
         """A listener of the front's."""
         record = self.records.get(answer.model, {}).get(answer.version)
-        if record is not None and answer.method == "POST" and answer.status != CLIENT_LEFT:
+        if record is not None and answer.method == "POST" and (answer.status == 200 or answer.failed):
             record.answered(failed=answer.failed, seconds=answer.seconds, tokens=answer.completion_tokens)
 
     def scored(self, model: str, version: str, score: float) -> None:
