@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
+import httpx
 import numpy as np
 import pytest
 import torch
-from served_app import save_tiny
+from served_app import LIMITS, save_tiny
+from swapping import Asked, greedy, variant
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import UserError
