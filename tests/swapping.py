@@ -20,7 +20,7 @@ def variant(folder, target, seed):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.std())
+            parameter.add_(torch.randn_like(parameter) * parameter.std())
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())

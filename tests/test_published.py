@@ -50,7 +50,7 @@ def test_training_log_probs_are_transformers_own_and_a_changed_weight_is_found(f
         expected = logprobs[:, :-1].gather(-1, torch.tensor(rows.ids)[:, 1:, None])[..., 0]
         np.testing.assert_allclose(rows.logprobs, expected, atol=1e-5)
         assert check_rows(rows, expected.tolist(), "float32") < 1e-5
-        model.transformer.h[0].mlp.c_fc.weight += 1e-3
+        model.transformer.h[0].mlp.c_fc.weight *= 1.05
         moved = model(torch.tensor(rows.ids)).logits.log_softmax(-1)[:, :-1].gather(-1, torch.tensor(rows.ids)[:, 1:, None])[..., 0]
     with pytest.raises(UserError, match="differ from training's"):
         check_rows(rows, moved.tolist(), "float32")
@@ -76,7 +76,7 @@ class Replica:
         self.ongoing += 1
         try:
             async for piece in pieces(found[0], request):
-                if len(piece) == 4:
+                if len(piece) > 3:  # the first one
                     piece[1].append([b"x-model-version", found[1].encode()])
                 yield piece
         finally:

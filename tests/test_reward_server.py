@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import build_reward_model, save_model
+from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.rewards.scorer import RewardScorer
 from rlhf_ray.serving.config import Limits
@@ -29,7 +29,7 @@ LIMITS = Limits(max_rows=4, max_waiting_rows=4)
 def folder(tmp_path_factory):
     tokenizer = train_tokenizer(TEXTS, 320)
     shape = FromScratch(layers=2, width=32, heads=2, positions=96, vocab_size=320)
-    model = build_reward_model(ModelConfig(from_scratch=shape), tokenizer, seed=0)
+    model = build_reward_model(build_causal_lm(ModelConfig(from_scratch=shape), tokenizer, seed=0), tokenizer, seed=0)
     with torch.no_grad():
         model.score.weight.normal_()
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0

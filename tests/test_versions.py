@@ -176,7 +176,7 @@ class _Link:
             yield [NOT_HERE, [], b"", False]
             return
         async for piece in pieces(self.app, request):
-            if len(piece) == 4:
+            if len(piece) > 3:  # the first one
                 piece[1].append([b"x-model-version", request.version.encode()])
             yield piece
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Message, Scope, Send
 
-#: Written by the app into a request's state (`scope["state"]`), and sent after an answer's last piece.
+#: Written by the app into a request's state (`scope["state"]`), and sent with an answer's last piece.
 USAGE, FAILED, TEXTS = "usage", "failed", "texts"
 CLIENT_LEFT = 499
 
@@ -39,6 +39,8 @@ class Answered:
 
     def told(self, state: dict[str, Any]) -> None:
         """What the app said of its answer."""
+        if not state:
+            return
         usage = state.get(USAGE, {})
         self.prompt_tokens, self.completion_tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
         self.failed |= state.get(FAILED, False)

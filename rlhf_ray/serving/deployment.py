@@ -118,7 +118,7 @@ async def _named(answer: AsyncGenerator[Piece], version: str) -> AsyncGenerator[
     """The answer, with the version that wrote it in its headers."""
     async with aclosing(answer):
         async for piece in answer:
-            if len(piece) == 4:
+            if len(piece) > 3:  # the first one
                 piece[1].append([b"x-model-version", version.encode()])
             yield piece
 

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.answered import Answered, Listener, Watched
 from rlhf_ray.serving.api_errors import ApiError, error_body
-from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, relayed, send_piece
+from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, relayed, send_piece, told
 from rlhf_ray.serving.streaming import ClientLeft, server_sent, while_connected
 from rlhf_ray.serving.versions import NoSuchVersion, VersionTable
 
@@ -224,7 +224,7 @@ class Front:
             if link is None:
                 continue
             try:
-                answer = [piece async for piece in link.answer(replace(request, model=model)) if len(piece) > 1]
+                answer = [told(piece)[0] async for piece in link.answer(replace(request, model=model))]
             except ReplicaLost:
                 continue
             if answer and answer[0][0] == 200:
@@ -245,9 +245,8 @@ class Front:
         started, is_stream, more, full = False, False, True, []
         try:
             async for piece in answer:
-                if len(piece) == 1:
-                    answered.told(piece[0])
-                    continue
+                piece, state = told(piece)  # noqa: PLW2901
+                answered.told(state)
                 if not started and (full or piece[0] in (429, NOT_HERE)):
                     full.append(piece)
                     continue

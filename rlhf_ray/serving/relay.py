@@ -1,7 +1,7 @@
 """An ASGI answer as pieces that cross processes: the replica's app talks to the front's client through them.
 
-The first piece of an answer is [status, headers, body, more], each later one [body, more]. Behind the last one may come
-[what the app said of it], which is for the front alone.
+The first piece of an answer is [status, headers, body, more], each later one [body, more]. The last one has what
+the app said of the answer behind it (a dict, `told`), which is for the front alone.
 """
 
 from __future__ import annotations
@@ -71,12 +71,14 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
             done = working.done()
             messages, ready[:] = list(ready), []
             piece = _joined(messages)
+            if piece is not None and not piece[-1]:
+                # Nobody listens behind an answer's end, so what the app says of it has to be there before.
+                await asyncio.wait({working})
+                piece.append(state)
             if piece is not None:
                 yield piece
             if done:
                 working.result()
-                if state:
-                    yield [state]
                 return
     finally:
         working.cancel()
@@ -93,6 +95,11 @@ def _joined(messages: list[Message]) -> Piece | None:
     if messages[0]["type"] == "http.response.start":
         return [messages[0]["status"], [list(pair) for pair in messages[0].get("headers", [])], body, more]
     return [body, more]
+
+
+def told(piece: Piece) -> tuple[Piece, dict[str, Any]]:
+    """The piece, and what the app said of its answer."""
+    return (piece[:-1], piece[-1]) if isinstance(piece[-1], dict) else (piece, {})
 
 
 async def send_piece(piece: Piece, send: Send) -> None:
