@@ -19,8 +19,9 @@ def variant(folder, target, seed):
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std())
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "wte" not in name:  # as large as the embeddings, so that it writes other tokens
+                parameter.normal_(std=0.5)
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())

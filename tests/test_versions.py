@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.client import share_of
 from rlhf_ray.publish.version import Version
+from rlhf_ray.serving.control import Control
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import NOT_HERE, pieces
@@ -304,3 +305,54 @@ def test_a_request_that_has_begun_keeps_its_version_in_memory():
 
     during, version = over(replicas, talk)
     assert version == "a" and all("a" in told for told in during) and replicas.told[-1] == ["b"]
+
+
+# -- who may
+
+
+def asked_of_control(*requests, token="secret"):
+    replicas, table = Replicas(), VersionTable(A)
+
+    async def inside():
+        publisher = Publisher({"m": table}, replicas.links, replicas.deploy)
+        app = Control(Front(replicas.links, None, {"m": table}), publisher, "secret")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return [await client.request(method, path, headers=headers, **more) for method, path, more in requests]
+
+    return asyncio.run(inside()), table
+
+
+PUBLISH = {"model": None, "id": "b", "folder": "/b", "adapter": None, "share": 0.5, "watch_s": 600.0, "thresholds": {"slower": 3.0}}
+
+
+def test_the_owners_token_publishes_and_rolls_back():
+    answers, table = asked_of_control(
+        ("POST", "/control/publish", {"json": PUBLISH}), ("POST", "/control/rollback", {"json": {"model": "m", "why": "x"}})
+    )
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["candidate"] == "b" and answers[1].json()["candidate"] is None and table.stable == A
+
+
+@pytest.mark.parametrize("token", [None, "", "Secret", "secret2"])
+def test_nobody_else_does(token):
+    answers, table = asked_of_control(("POST", "/control/publish", {"json": PUBLISH}), token=token)
+    assert answers[0].status_code == 401 and table.candidate is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "status"),
+    [
+        ("GET", "/control/publish", {}, 405), ("POST", "/control/other", {"json": {}}, 404),
+        ("POST", "/control/publish", {"content": b"{"}, 400), ("POST", "/control/publish", {"json": []}, 400),
+        ("POST", "/control/publish", {"json": {}}, 400), ("POST", "/control/publish", {"json": PUBLISH | {"share": "x"}}, 400),
+        ("POST", "/control/publish", {"json": PUBLISH | {"share": 0}}, 400),
+        ("POST", "/control/publish", {"json": PUBLISH | {"model": "z"}}, 400),
+        ("POST", "/control/publish", {"json": PUBLISH | {"id": "a"}}, 400),
+        ("POST", "/control/publish", {"json": PUBLISH | {"thresholds": {"other": 1}}}, 400),
+        ("POST", "/control/publish", {"content": b"x" * 70_000}, 413),
+    ],
+)  # fmt: skip
+def test_requests_that_make_no_sense_change_nothing(method, path, more, status):
+    (answer,), table = asked_of_control((method, path, more))
+    assert answer.status_code == status and answer.json()["error"]["message"] and table.candidate is None
