@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.finite import first_bad
-from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.load import cast_weights, load_causal_lm
 
 
 class LowRankLinear(Linear):
@@ -96,7 +96,7 @@ def load_merged(path: str, adapter: str, dtype: torch.dtype, trust_remote_code: 
     adapted = _adapted(load_causal_lm(path, torch.float32, trust_remote_code), path, adapter)
     merged = cast(Any, adapted).merge_and_unload()
     _check_finite(merged, path, adapter)
-    return merged.to(dtype)
+    return cast_weights(merged, dtype)
 
 
 def with_adapter(base: PreTrainedModel, path: str, adapter: str) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def with_adapter(base: PreTrainedModel, path: str, adapter: str) -> PreTrainedMo
     _check_finite(adapted, path, adapter)
     # Not as a module: whoever holds this one holds the base.
     adapted.__dict__["shared_with"] = base
-    return adapted.to(base.dtype)
+    return cast_weights(adapted, base.dtype)
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,6 +26,8 @@ from rlhf_ray.serving.runner import EngineRunner, RunnerStats
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.2
+# One model at a time in a process: transformers changes torch's classes while it loads one.
+_LOADING = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -48,7 +50,6 @@ class HeldVersions:
         self._held: dict[str, dict[str, _Held]] = {model: {} for model in configs}
         self._stable: dict[str, str] = {}
         self._bases: Bases = Bases()
-        self._loading = threading.Lock()  # one version at a time: memory and cores are for those that answer
         self._tasks: set[asyncio.Task] = set()
 
     async def hold(self, wanted: Mapping[str, Sequence[Version]]) -> None:
@@ -110,11 +111,12 @@ class HeldVersions:
     def _load(self, model: str, held: _Held) -> None:
         """In a thread. What goes wrong is held's state, for the publisher to read."""
         version, config = held.version, self.configs[model]
-        with self._loading:
+        with _LOADING:
             try:
                 version.check()
                 options = replace(self.options, model=version.folder, adapter=version.adapter)
-                runner, reader = load(options, config.limits, self._bases)
+                beside = any(runner.healthy for runner in self._runners())
+                runner, reader = load(options, config.limits, self._bases, beside=beside)
                 try:
                     held.gap = _gap(version, runner)
                 except BaseException:  # fault boundary: whatever it was, the engine's thread ends
