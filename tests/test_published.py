@@ -20,6 +20,7 @@ from rlhf_ray.publish.version import ROWS_FILE, version_id, version_of
 from rlhf_ray.serving.config import AppConfig, EngineOptions
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.held import HeldVersions
+from rlhf_ray.serving.loading import load
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import NOT_HERE, pieces
 from rlhf_ray.serving.versions import VersionTable
@@ -164,3 +165,16 @@ def test_a_version_that_training_knows_otherwise_is_refused_by_the_replica(folde
     state, app = asyncio.run(hold())
     assert state["state"] == "failed" and "differ from training's by 0.008" in state["why"] and app is None
     assert replica.held.healthy
+
+
+def test_a_model_in_16_bits_is_loaded_beside_others_without_changing_what_they_compute(folder, monkeypatch):
+    """transformers sets torch's default dtype, which all threads share, while it builds a model in 16 bits."""
+    told, real = [], torch.set_default_dtype
+    options = EngineOptions(model=str(folder), precision="bfloat16")
+    alone = load(options, LIMITS)[0].engine.model
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (told.append(dtype), real(dtype)))
+    beside = load(options, LIMITS, beside=True)[0].engine.model
+    assert set(told) <= {torch.float32} and torch.get_default_dtype() == torch.float32
+    pairs = [*zip(alone.named_parameters(), beside.named_parameters(), strict=True)]
+    assert {one.dtype for (_, one), _ in pairs} == {torch.bfloat16}
+    assert all(name == other and torch.equal(one, two) for (name, one), (other, two) in pairs)
