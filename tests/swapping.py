@@ -36,7 +36,8 @@ def greedy(folder):
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer(prompt).input_ids])
         out = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-        found[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=False)
+        found[prompt] = text.rstrip("\N{REPLACEMENT CHARACTER}")  # an answer that is cut inside a character ends before it
     return found
 
 
