@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from served_app import LIMITS, save_tiny
-from swapping import Asked, greedy, variant
+from swapping import TOKENS, Asked, greedy, variant
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import UserError
@@ -146,6 +146,8 @@ def test_three_swaps_drop_nothing_and_mix_nothing(folder, tmp_path):
     assert publisher.state("m")["earlier"] == order[:-1]
     for replica in replicas:
         assert [list(held) for held in replica.held.states().values()] == [[versions[-1].id]]
+    tokens = sum(replica.held.stats()["tokens"] for replica in replicas)
+    assert tokens == TOKENS * sum(one.answers for one in clients)  # of the versions that are gone, too
 
 
 def test_a_version_that_training_knows_otherwise_is_refused_by_the_replica(folder, tmp_path):

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -51,6 +52,7 @@ class HeldVersions:
         self._stable: dict[str, str] = {}
         self._bases: Bases = Bases()
         self._tasks: set[asyncio.Task] = set()
+        self._ended: Counter[str] = Counter()  # what the engines that are gone have counted
 
     async def hold(self, wanted: Mapping[str, Sequence[Version]]) -> None:
         """Returns at once; the first time when the stable versions answer. UserError then where one can't."""
@@ -95,10 +97,9 @@ class HeldVersions:
         return all(each is not None and each.runner is not None and each.runner.healthy for each in stable)
 
     def stats(self) -> dict[str, int]:
-        """The engines' counters, summed."""
-        names = RunnerStats.__slots__
+        """The engines' counters, summed; those of engines that are gone are in them, so none ever falls."""
         each = [asdict(runner.stats()) for runner in self._runners()]
-        return {name: sum(one[name] for one in each) for name in names}
+        return {name: self._ended[name] + sum(one[name] for one in each) for name in RunnerStats.__slots__}
 
     def _runners(self) -> list[EngineRunner]:
         return [each.runner for held in self._held.values() for each in held.values() if each.runner is not None]
@@ -137,9 +138,11 @@ class HeldVersions:
             return
         if self._held[model].get(held.version.id) is held:
             del self._held[model][held.version.id]
-        if held.runner is not None:
-            await asyncio.to_thread(held.runner.close)
-        held.runner = held.app = None
+        runner, held.runner, held.app = held.runner, None, None
+        if runner is not None:
+            self._ended.update(asdict(runner.stats()))  # it is idle: no rows are in them
+            await asyncio.to_thread(runner.close)
+            del runner
         gc.unfreeze()  # Serve freezes what there is at a replica's start, the first version with it
         gc.collect()
 
