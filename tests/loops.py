@@ -125,6 +125,7 @@ class Diary:
     records: list[tuple] = field(default_factory=list)
     saves: list[LoopState] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
+    published: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     stop_after: int | None = None
 
@@ -134,6 +135,7 @@ class Diary:
             samples=lambda step, texts, scores: self.samples.append(step),
             save=self.saves.append,
             save_best=lambda state: self.best.append(state.step),
+            publish=lambda state: self.published.append(state.step),
             stop_requested=lambda: self.stop_after is not None and max(self.steps(), default=-1) >= self.stop_after,
         )
 

@@ -49,6 +49,13 @@ def test_a_long_step_makes_a_checkpoint_overdue():
     assert [state.step for state in diary.saves] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_versions_are_published_when_they_are_due():
+    diary, never = Diary(), Diary()
+    scripted_loop(ScriptedRoles(), diary, publish_every=3).run()
+    scripted_loop(ScriptedRoles(), never).run()
+    assert (diary.published, never.published) == ([3, 6], [])  # of 7 steps
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_resumed_loop_does_what_the_undisturbed_one_would(stop_after):
     options = {"adaptive_kl": {"target": 2.0, "horizon": 10}, "samples_per_prompt": 2, "minibatch_size": 8}

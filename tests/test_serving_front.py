@@ -23,7 +23,7 @@ class AppLink:
     """A replica in this process that holds `room` requests, and is lost, with an error or without, after `pieces_left` pieces."""
 
     def __init__(self, name, room=100, pieces_left=1_000_000, says_so=True):
-        self.name, self.model, self.up, self.ongoing = name, "m", True, 0
+        self.name, self.models, self.up, self.ongoing = name, ("m",), True, 0
         self.says_so = says_so
         self.room, self.pieces_left, self.inside, self.served, self.ended = room, pieces_left, 0, 0, 0
         self.app = FastAPI()

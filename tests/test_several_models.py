@@ -10,13 +10,14 @@ from peft import LoraConfig, get_peft_model
 from served_app import LIMITS, save_tiny
 from transformers import AutoModelForCausalLM
 
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, EngineOptions
 from rlhf_ray.serving.deployment import build_application
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.launch import serve
-from rlhf_ray.serving.loading import load
+from rlhf_ray.serving.loading import Bases, load
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.served import named_folders, served_models
 
@@ -60,10 +61,10 @@ def expected(folders):
 class AppLink:
     """A replica's app, without Ray between."""
 
-    def __init__(self, model, options, others):
-        self.name, self.model, self.up, self.ongoing = f"replica-{model}", model, True, 0
-        runner, reader = load(options, LIMITS)
-        self.app = build_routes(runner, reader, AppConfig(name=model, others=others, limits=LIMITS))
+    def __init__(self, model, options, others, bases):
+        self.name, self.models, self.up, self.ongoing = f"replica-{model}", (model,), True, 0
+        self.runner, reader = load(options, LIMITS, bases)
+        self.app = build_routes(self.runner, reader, AppConfig(name=model, others=others, limits=LIMITS))
 
     async def answer(self, request):
         async for piece in pieces(self.app, request):
@@ -76,9 +77,10 @@ class AppLink:
 @pytest.fixture(scope="module")
 def links(folders):
     base, adapter = map(str, folders)
+    bases = Bases()
     return [
-        AppLink("base", EngineOptions(model=base, precision="float32"), ("tuned",)),
-        AppLink("tuned", EngineOptions(model=base, adapter=adapter, precision="float32"), ("base",)),
+        AppLink("base", EngineOptions(model=base, precision="float32"), ("tuned",), bases),
+        AppLink("tuned", EngineOptions(model=base, adapter=adapter, precision="float32"), ("base",), bases),
     ]
 
 
@@ -107,6 +109,27 @@ def test_each_request_is_answered_by_the_model_that_it_names(folders, links, exp
         body = answer.json()
         assert answer.status_code == 200 and body["model"] == model
         assert body["choices"][0]["text"] == tokenizer.decode(expected[model], skip_special_tokens=False)
+
+
+def test_an_adapter_has_the_models_weights_in_common_and_leaves_them_as_they_were(folders, links):
+    base, tuned = (link.runner.engine.model for link in links)
+    own = {parameter.data_ptr() for parameter in base.parameters()}
+    adapters = {name: parameter for name, parameter in tuned.named_parameters() if parameter.data_ptr() not in own}
+    assert own <= {parameter.data_ptr() for parameter in tuned.parameters()}
+    assert len(adapters) == 2 * 2 * 2 and all("lora_" in name for name in adapters)  # A and B, of two layers' two products
+    written = AutoModelForCausalLM.from_pretrained(folders[0]).state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in base.state_dict().items())
+
+
+def test_an_adapter_without_its_model_beside_it_loads_one_and_several_share_it(folders, expected):
+    base, adapter = map(str, folders)
+    bases = Bases()
+    options = EngineOptions(model=base, adapter=adapter, precision="float32")
+    one, two = (load(options, LIMITS, bases)[0].engine for _ in range(2))
+    shared = {parameter.data_ptr() for parameter in one.model.parameters()}
+    assert sum(parameter.data_ptr() not in shared for parameter in two.model.parameters()) == 8
+    drawn = two.generate([PROMPT], [0], SamplingParams(max_new_tokens=12, min_new_tokens=12, temperature=0.0))
+    assert drawn[0].response_ids.tolist() == expected["tuned"]
 
 
 def test_models_are_listed_and_an_unknown_one_is_told_all_of_them(links):
@@ -253,7 +276,7 @@ def test_on_ray_both_are_served(folders, expected):
         assert [answer.json()["model"] for answer in answers] == list(expected)
         assert answers[0].json()["choices"][0]["text"] != answers[1].json()["choices"][0]["text"]
         stats = httpx.get(f"{server.url}/stats", timeout=60).json()
-        assert [one["model"] for one in stats["replicas"]] == ["base", "tuned"]
+        assert [one["model"] for one in stats["replicas"]] == ["base, tuned"]  # in one replica, with one set of weights
     finally:
         server.close()
 
@@ -262,4 +285,4 @@ def test_a_serve_config_names_further_models(folders, monkeypatch):
     monkeypatch.setenv("RLHF_RAY_API_KEY", "secret")
     base, adapter = map(str, folders)
     application = build_application({"model": base, "models": {"tuned": adapter}})
-    assert application._bound_deployment.init_args[2] == {"replica-1": "base", "replica-2": "tuned"}
+    assert application._bound_deployment.init_args[2] == {"replica-1": ["base", "tuned"]}

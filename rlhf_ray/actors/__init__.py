@@ -2,6 +2,6 @@
 the PPO stage, the launcher of the supervised stages, jobs on a cluster. What an actor computes is a plain class in another package.
 
 May import: errors, messages, tables, config, runs, models, data, training, rewards, roles, ppo, supervised,
-evaluation, report, forking.
+evaluation, report, forking, publish.
 Heavy packages: ray.
 """

@@ -23,6 +23,7 @@ from rlhf_ray.actors.groups import (
     connect_weights,
 )
 from rlhf_ray.actors.placement import Placement
+from rlhf_ray.actors.publishing import Publishing
 from rlhf_ray.actors.recovery import Recovery, state_in
 from rlhf_ray.actors.role_actors import (
     ExperienceActor,
@@ -278,9 +279,11 @@ def _hooks(
     def save_best(state: LoopState) -> None:
         _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
 
+    publishing = Publishing(recipe, folder, roles, progress)
     return LoopHooks(
-        record=record, samples=samples, save=save, save_best=save_best, stop_requested=stage.stop_file.exists
-    )
+        record=record, samples=samples, save=save, save_best=save_best, publish=publishing.publish,
+        stop_requested=stage.stop_file.exists,
+    )  # fmt: skip
 
 
 def _save_model(

@@ -143,6 +143,21 @@ class PolicyActor(TrainerActor, PolicyEnd):
     def reference_logprobs(self, rollout):
         return self.role.reference_logprobs(rollout)
 
+    def save_version(self, folder: Path, card: str) -> int:
+        """A Hugging Face folder for a server, with this policy's log-probs of a few rows beside it."""
+        from rlhf_ray.models.load import load_config
+        from rlhf_ray.models.positions import positions_of
+        from rlhf_ray.publish.rows import rows_to_check, write_rows
+        from rlhf_ray.roles.row_logprobs import row_logprobs
+
+        config = load_config(self.start, self.recipe.model.trust_remote_code)
+        rows = rows_to_check(config.get_text_config().vocab_size, positions_of(config))
+        logprobs = row_logprobs(self.role, rows)
+        self.save_model(folder, card, None)
+        if self.rank == 0:
+            write_rows(folder, rows, logprobs, "bfloat16" if "bfloat16" in str(self.dtype) else "float32")
+        return self.rank
+
     def save_model(self, folder: Path, card: str, adapter: Path | None) -> int:
         """Write a Hugging Face folder, an adapter merged, and the adapter by itself to `adapter`; rank 0 writes, all
         gather."""

@@ -72,6 +72,8 @@ class Display:
             self.log(f"  goes on from step {event['goes_on_from']}{escape(event.get('of', ''))}")
         elif "say" in event:
             self.log(f"  [yellow]{escape(event['say'])}[/]" if event.get("warns") else f"  {escape(event['say'])}")
+        elif "published" in event:
+            self.log(f"  step {event['step']} is version {event['published']} of the server")
         elif "samples" in event:
             self._samples = event["samples"]
         else:

@@ -21,6 +21,8 @@ import typer
 
 from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.command_errors import Commands, console, in_words
+from rlhf_ray.cli.publish import publish
+from rlhf_ray.cli.serve import serve
 from rlhf_ray.cli.votes import votes_app
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError
@@ -130,66 +132,8 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
     console.print(str(write_report(RunFolder(run_dir.absolute()))), highlight=False, soft_wrap=True)
 
 
-@app.command()
-@in_words
-def serve(
-    path: Annotated[Path, typer.Argument(help="a run folder or a Hugging Face model folder")],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PATH: a further model at the same endpoint, or an adapter on the first one (repeatable)"),
-    ] = None,
-    host: Annotated[str, typer.Option(help="address to bind; beyond loopback an API key is required")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="file with the key that clients must send as bearer token; else RLHF_RAY_API_KEY's")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(hidden=True)] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="further name that requests may have as Host (repeatable)")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="origin whose web pages may use the server, https://NAME (repeatable)")
-    ] = None,
-    drain_s: Annotated[float, typer.Option(help="how long SIGTERM waits for running requests")] = 120.0,
-    name: Annotated[str | None, typer.Option(help="the model's id; default: the folder's name")] = None,
-    replicas: Annotated[int, typer.Option(help="copies of the engine")] = 1,
-    gpus: Annotated[float | None, typer.Option(help="GPUs per replica; default: one where there are enough")] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads per replica; default: an equal share of the cores")] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    engine: Annotated[
-        str | None, typer.Option(help="generation engine; default: the run's if it can serve, else torch")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings along")] = False,
-    allow_special_tokens: Annotated[
-        bool, typer.Option(help="clients may write special tokens by their names; default: these are plain text")
-    ] = False,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="longest prompt; default: the model's positions less one")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="longest completion")] = None,
-    max_n: Annotated[int, typer.Option(help="choices per prompt")] = 16,
-    max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
-    max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
-    max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
-    max_connections: Annotated[int, typer.Option(help="open connections")] = 512,
-):
-    """Put a model behind Ray Serve with OpenAI's HTTP API."""
-    from rlhf_ray.serving.config import Limits, given_key
-    from rlhf_ray.serving.launch import serve as serve_model
-    from rlhf_ray.serving.served import named_folders
-
-    limits = Limits(
-        max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
-        max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes, max_connections=max_connections,
-    )  # fmt: skip
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")
-    serve_model(
-        path, more_models=named_folders(model or ()), host=host, port=port, api_key=given_key(api_key, api_key_file),
-        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name, replicas=replicas, gpus=gpus,
-        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
-        allow_special_tokens=allow_special_tokens, limits=limits,
-    )  # fmt: skip
+app.command()(serve)
+app.command()(publish)
 
 
 ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]

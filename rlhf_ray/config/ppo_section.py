@@ -143,6 +143,8 @@ class PPOConfig(Section):
     roll_back: bool = option(False, "the stage's model is the best policy, not the last one")
     checkpoint_every: int = option(20, "steps between checkpoints", gt=0)
     checkpoint_minutes: float = option(20.0, "longest time between checkpoints", gt=0)
+    publish_every: int | None = option(None, "steps between versions for the run's server (`rlhf-ray serve`); null: none", gt=0)
+    publish_share: float = option(1.0, "share of the server's requests that a published version takes", gt=0, le=1)
     keep_checkpoints: int = option(2, "last good checkpoints kept", gt=0)
     max_mismatch: float = option(
         0.35, "stop if log-probs differ by more than this between generator and policy in 1 of 100 sampled tokens", gt=0

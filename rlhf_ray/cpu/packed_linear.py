@@ -128,7 +128,8 @@ def pack_linears(model: PreTrainedModel) -> None:
         return
     for module in model.modules():
         plain = (type(module) is nn.Linear or type(module) is Conv1D) and not module.weight.is_inference()
-        if plain and (model.dtype == torch.bfloat16 or module.weight.dtype == torch.float32):
+        packed = isinstance(module.forward, PackedForward) and module.forward.dtype == model.dtype  # of another model, too
+        if plain and not packed and (model.dtype == torch.bfloat16 or module.weight.dtype == torch.float32):
             module.forward = PackedForward(module, dtype=model.dtype)
     for module in model.modules():
         if _can_fuse(module):

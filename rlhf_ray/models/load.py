@@ -196,6 +196,14 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model)
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """In place, as if it had been loaded in `dtype`: `to` would cast buffers too, among them the angles of rotary positions."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """`model.to(device)`. transformers' own annotation of `to` has lost its `self`."""
     cast(nn.Module, model).to(device)

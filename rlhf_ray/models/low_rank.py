@@ -7,6 +7,7 @@ frozen weight is cast to the compute dtype once, not in every pass.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.finite_weights import first_bad
-from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.load import cast_weights, load_causal_lm
 
 
 class LowRankLinear(Linear):
@@ -92,7 +93,36 @@ class _LowRank(torch.autograd.Function):
 def load_merged(path: str, adapter: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM with an adapter in peft's format merged into it. UserError where the adapter is another model's."""
     # Merged in float32: in 16 bits most of a small change would be rounded away.
-    model = load_causal_lm(path, torch.float32, trust_remote_code)
+    adapted = _adapted(load_causal_lm(path, torch.float32, trust_remote_code), path, adapter)
+    merged = cast(Any, adapted).merge_and_unload()
+    _check_finite(merged, path, adapter)
+    return cast_weights(merged, dtype)
+
+
+def with_adapter(base: PreTrainedModel, path: str, adapter: str) -> PreTrainedModel:
+    """A causal LM that has all its weights in common with `base`, and an adapter of its own beside them. `base` stays as it is.
+
+    UserError where the adapter is another model's. path: of `base`.
+    """
+    adapted = cast(PreTrainedModel, _adapted(_sharing(base), path, adapter).get_base_model()).eval()
+    _check_finite(adapted, path, adapter)
+    # Not as a module: whoever holds this one holds the base.
+    adapted.__dict__["shared_with"] = base
+    return cast_weights(adapted, base.dtype)
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """Containers of its own around the same layers."""
+    layers = {id(module): module for module in model.modules() if not any(True for _ in module.children())}
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, cast(Any, layers | tensors))
+    for module in copied.modules():
+        if id(module) not in layers:
+            module.__dict__.pop("forward", None)  # what `cpu` put there is for the other one's layers
+    return copied
+
+
+def _adapted(model: PreTrainedModel, path: str, adapter: str) -> PeftModel:
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
         with cast(Any, safe_open)(Path(adapter) / "adapter_model.safetensors", "pt") as file:
@@ -110,8 +140,10 @@ def load_merged(path: str, adapter: str, dtype: torch.dtype, trust_remote_code: 
             f"the adapter {adapter} does not fit the model {path}: {len(odd)} of its weights are on one side only "
             f"({', '.join(odd[:3])}); give the model that it was trained on"
         )
-    merged = cast(Any, adapted).merge_and_unload()
-    bad = first_bad(merged.named_parameters())
+    return adapted
+
+
+def _check_finite(model: PreTrainedModel, path: str, adapter: str) -> None:
+    bad = first_bad(model.named_parameters())
     if bad is not None:
         raise UserError(f"the adapter {adapter} makes {bad} of the model {path} not finite; write the adapter again")
-    return merged.to(dtype)

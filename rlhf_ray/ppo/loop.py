@@ -93,6 +93,7 @@ class LoopHooks:
     samples: Callable[[int, list[tuple[str, str]], list[float]], None]  # a few held-out (prompt, response), scores
     save: Callable[[LoopState], None]  # checkpoint
     save_best: Callable[[LoopState], None]
+    publish: Callable[[LoopState], None] = field(default=lambda _: None)  # a version for a server
     stop_requested: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -175,6 +176,8 @@ class PPOLoop:
         seconds = time.perf_counter() - started
         metrics |= {"time/step_s": seconds, "samples_per_s": config.rollouts_per_step / seconds}
         self.hooks.record(self.state.step, metrics)
+        if config.publish_every is not None and self.state.step % config.publish_every == 0:
+            self.hooks.publish(self.state)
         overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
         if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue):
             self._save()

@@ -42,6 +42,7 @@ NO_INFLUENCE: dict[str, dict[str, str]] = {
         "eval_every": _EVALUATIONS, "eval_prompts": _EVALUATIONS, "judge_evaluations": _EVALUATIONS,
         "best_by": _EVALUATIONS, "patience": _EVALUATIONS, "roll_back": _EVALUATIONS,
         "checkpoint_every": _CHECKPOINTS, "checkpoint_minutes": _CHECKPOINTS, "keep_checkpoints": _CHECKPOINTS,
+        "publish_every": _CHECKPOINTS, "publish_share": _CHECKPOINTS,
         "max_mismatch": _CHECKS, "max_mismatch_kl": _CHECKS, "max_first_approx_kl": _CHECKS,
     },
     "generation": {"chunk_size": _MEMORY, "precision": _FLOAT32},

@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.config import Recipe, RewardConfig, RewardTerm
 from rlhf_ray.errors import UserError
+from rlhf_ray.rewards.http_reward import http_reward
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import EnsembleScorer, FunctionScorer, RewardScorer, Scorer, WeightedSum, WeightedTerm
 from rlhf_ray.runs.run_folder import RunFolder
@@ -52,6 +53,10 @@ def stage_models(setting: Setting) -> Scorer:
 def other_model(setting: Setting) -> Scorer:
     assert setting.term.model is not None
     return _model_scorer(setting.recipe, setting.term.model, setting.dtype, setting.device)
+
+
+def reward_server(setting: Setting) -> Scorer:
+    return http_reward(setting.term)
 
 
 def function(setting: Setting) -> Scorer:

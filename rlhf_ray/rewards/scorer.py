@@ -26,6 +26,7 @@ from rlhf_ray.models.positions import positions_of
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id, same_tokens
 from rlhf_ray.rewards.answers import Answers, score_answers
 from rlhf_ray.rewards.finite_scores import ModelScore, UserScore, check_finite, sample_words
+from rlhf_ray.rewards.http_reward import HttpReward
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
 from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 from rlhf_ray.training.classifier import line_logits, pack_classifier
@@ -174,7 +175,7 @@ class WeightedSum:
     def __init__(self, terms: dict[str, WeightedTerm]):
         self.terms = terms
         # This process only waits for an isolated function, so it computes the other scores meanwhile.
-        self.aside = [name for name, term in terms.items() if isinstance(term.scorer, IsolatedFunction)]
+        self.aside = [name for name, term in terms.items() if isinstance(term.scorer, (IsolatedFunction, HttpReward))]
         self._threads = ThreadPoolExecutor(max(len(self.aside), 1))
 
     def score(

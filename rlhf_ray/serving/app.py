@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -18,10 +18,12 @@ from starlette.types import ASGIApp
 
 from rlhf_ray.config.sampling_params import TokenRules
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.openapi import describe_bodies
+from rlhf_ray.serving.progress import Writer, finish, stream_of
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, GenerationRequest, parse
 from rlhf_ray.serving.response_text import ResponseText, TokenText, prompt_tokens
@@ -32,7 +34,6 @@ from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/stats", "/version", "/openapi.json")
 
-Writer = CompletionWriter | ChatWriter
 Body = TypeVar("Body", bound=GenerationRequest)
 
 
@@ -104,7 +105,9 @@ class _Endpoints:
         prompts = await asyncio.to_thread(self.reader.completion, body)
         self._check_count(len(prompts) * body.choices)
         echoes = await self._echoes(request, body, prompts) if body.echo else None
-        writer = CompletionWriter(self.config.name, alternatives=body.alternatives, echoes=echoes)
+        writer = CompletionWriter(
+            self.config.name, alternatives=body.alternatives, echoes=echoes, version=self.config.version
+        )
         if body.token_limit == 0:
             return await self._answer(request, body, prompts, [], writer)
         rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops)
@@ -128,7 +131,7 @@ class _Endpoints:
         body = await self._read(request, ChatRequest)
         prompts = await asyncio.to_thread(self.reader.chat, body)
         self._check_count(body.choices)
-        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None)
+        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None, version=self.config.version)
         plain = self.reader.chat_is_plain
         rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
         return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
@@ -194,11 +197,36 @@ class _Endpoints:
         with _refusals():
             ticket = self.runner.submit(rows)
         if body.stream:
-            return EventStream(_stream(body, prompts, choices, ticket, writer), ticket.cancel)
+            chunks = stream_of(body, prompts, choices, ticket, writer)
+            return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
         with _refusals():
-            await while_connected(request.receive, _finish(choices, ticket))
+            await while_connected(request.receive, finish(choices, ticket))
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
+        self._tell(request, prompts, choices, ticket)
         return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
+
+    async def _told(
+        self,
+        chunks: AsyncGenerator[Any],
+        request: Request,
+        prompts: list[list[int]],
+        choices: list[Choice],
+        ticket: Ticket,
+    ) -> AsyncGenerator[Any]:
+        """The chunks; after the last one, or the last one that was read, the front is told of the answer."""
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+            self._tell(request, prompts, choices, ticket)
+
+    def _tell(self, request: Request, prompts: list[list[int]], choices: list[Choice], ticket: Ticket) -> None:
+        told = request.scope.setdefault("state", {})
+        told[USAGE] = usage(prompts, choices)
+        if self.config.keep_texts:
+            asked = [self.reader.text(row.prompt_ids) for row in ticket.rows]
+            told[TEXTS] = [[prompt, choice.text.text] for prompt, choice in zip(asked, choices, strict=False)]
 
     def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
         rules = row.rules or TokenRules()
@@ -230,48 +258,6 @@ def _refusals() -> Iterator[None]:
         raise bad_request(str(error)) from None
     except ClientLeft:
         raise ApiError(499, "The client has left.") from None  # nobody reads it
-
-
-async def _stream(
-    body: GenerationRequest, prompts: list[list[int]], choices: list[Choice], ticket: Ticket, writer: Writer
-) -> AsyncGenerator[dict[str, Any]]:
-    """The chunks of a streamed answer. With include_usage every chunk has the field. It is null in all but the last."""
-    extra: dict[str, Any] = {"usage": None} if body.include_usage else {}
-    for index in range(len(choices)):
-        opening = writer.opening(index)
-        if opening is not None:
-            yield opening | extra
-    for index, choice in enumerate(choices):
-        if choice.finish_reason is not None:  # of which nothing is drawn
-            yield writer.piece(index, "", [], choice.finish_reason) | extra
-    async for touched in _progress(choices, ticket):
-        for index in touched:
-            text, tokens = choices[index].take()
-            if text or tokens or choices[index].finish_reason is not None:
-                yield writer.piece(index, text, tokens, choices[index].finish_reason) | extra
-    if body.include_usage:
-        yield writer.last(usage(prompts, choices))
-
-
-async def _finish(choices: list[Choice], ticket: Ticket) -> None:
-    async for _ in _progress(choices, ticket):
-        pass
-
-
-async def _progress(choices: list[Choice], ticket: Ticket) -> AsyncIterator[list[int]]:
-    """Feed tokens to the choices as they come. Yields the indices of the choices that changed. Cancels the rest at the end."""
-    try:
-        while events := await ticket.events():
-            changed: dict[int, bool] = {}
-            for index, event in events:
-                if choices[index].finish_reason is None:
-                    choices[index].push(event)
-                    changed[index] = True
-                    if choices[index].finish_reason is not None:
-                        ticket.cancel(index)  # its text holds a stop string that the engine has not seen
-            yield list(changed)
-    finally:
-        ticket.cancel()
 
 
 def choice_seed(seed: int, place: int) -> int:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rlhf_ray.config import Precision
@@ -17,6 +17,7 @@ from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 
+ServedStage = Literal["policy", "reward"]
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
 # Before torch loads: OpenMP threads that spin for long when idle take the cores from Ray's and the proxy's.
 REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -72,7 +73,7 @@ class EngineOptions:
     model: str
     """Absolute path of a Hugging Face model folder."""
     adapter: str | None = None
-    """Absolute path of an adapter in peft's format, which is merged into the model."""
+    """Absolute path of an adapter on it in peft's format."""
     precision: Precision = "auto"
     device: str = "cpu"
     threads: int = 1
@@ -93,7 +94,11 @@ class AppConfig:
     name: str
     """The model's id in requests and in /v1/models."""
     others: tuple[str, ...] = ()
-    """The ids of the models that other replicas of this server have."""
+    """The ids of the other models of this server."""
+    version: str | None = None
+    """Of the model, as answers name it (`system_fingerprint`)."""
+    keep_texts: bool = False
+    """Whether texts of prompts and responses are told to the front: for its log, and for the judge."""
     api_key: str | None = field(default=None, repr=False)
     """None: no authentication."""
     allowed_hosts: tuple[str, ...] | None = None
@@ -101,6 +106,26 @@ class AppConfig:
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser."""
     limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notes:
+    """What a server notes of its answers."""
+
+    request_log: Path | None = None
+    """A file that a line of JSON is appended to for each answer."""
+    log_texts: bool = False
+    """Prompts and responses too."""
+    judge: str | None = None
+    """Address of a reward server that scores answers, so that versions can be compared by it."""
+
+    def __post_init__(self) -> None:
+        if self.log_texts and self.request_log is None:
+            raise UserError("--log-texts without --request-log FILE has nowhere to write; give the file")
+
+    @property
+    def keep_texts(self) -> bool:
+        return self.log_texts or self.judge is not None
 
 
 def addresses_of(host: str) -> list[tuple[socket.AddressFamily, str]]:

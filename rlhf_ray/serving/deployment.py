@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +15,12 @@ from starlette.types import ASGIApp
 
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.config import (
     AppConfig,
     EngineOptions,
     Limits,
+    ServedStage,
     check_cors_origins,
     checked_number,
     replica_environment,
@@ -26,43 +29,98 @@ from rlhf_ray.serving.config import (
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.links import ReplicaLink, watch
-from rlhf_ray.serving.relay import Piece, Relayed, pieces
-from rlhf_ray.serving.served import ServedModel, served_models
+from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, pieces
+from rlhf_ray.serving.served import ServedModel, groups_of, served_models
+from rlhf_ray.serving.versions import VersionTable
 
 # The app refuses what is too much (429), never Serve.
 _NO_LIMIT = 100_000
 
 
-@serve.deployment(
-    max_ongoing_requests=_NO_LIMIT,
-    health_check_period_s=2,
-    health_check_timeout_s=60,
-    graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=60,
-    max_constructor_retry_count=1,
-)
+_REPLICA: dict[str, Any] = {
+    "max_ongoing_requests": _NO_LIMIT,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 60,
+    "graceful_shutdown_wait_loop_s": 0.2,
+    "graceful_shutdown_timeout_s": 60,
+    "max_constructor_retry_count": 1,
+}
+
+
+@serve.deployment(**_REPLICA)
 class Replica:
-    """One engine in its own thread, and its app in the replica's event loop."""
+    """Versions of one model, and of the adapters on it, each with an engine in its own thread and its app in the event loop."""
 
-    def __init__(self, options: EngineOptions, config: AppConfig):
+    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig]):
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
-        from rlhf_ray.serving.app import build_routes
-        from rlhf_ray.serving.loading import load
+        from rlhf_ray.serving.held import HeldVersions
 
-        self.runner, reader = load(options, config.limits)
-        self.app = build_routes(self.runner, reader, config)
+        self.held = HeldVersions(options, configs)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's: at the start, and when the versions to hold have changed, while requests are answered."""
+        wanted = user_config["versions"]
+        await self.held.hold(
+            {model: [Version.from_json(one) for one in versions] for model, versions in wanted.items()}
+        )
 
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
-        async with aclosing(pieces(self.app, request)) as answer:
+        found = self.held.app(request.model, request.version)
+        if found is None:
+            yield [NOT_HERE, [], b"", False]
+            return
+        app, version = found
+        async with aclosing(_named(pieces(app, request), version)) as answer:
             async for piece in answer:
                 yield piece
 
     async def stats(self) -> dict[str, int]:
-        return asdict(self.runner.stats())
+        return self.held.stats()
+
+    async def states(self) -> dict[str, dict[str, dict[str, Any]]]:
+        return self.held.states()
 
     def check_health(self) -> None:
-        if not self.runner.healthy:
+        if not self.held.healthy:
             raise RuntimeError("the generation engine has failed")
+
+
+@serve.deployment(**_REPLICA)
+class RewardReplica:
+    """One reward model, or an ensemble, which scores in a thread of its own."""
+
+    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig]):
+        (self.config,), self.options = configs.values(), options
+        self.app: ASGIApp | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's, at the start: which version to load. A reward model stays for as long as its server."""
+        from rlhf_ray.serving.reward_app import build_reward_routes
+        from rlhf_ray.serving.reward_loading import load_reward
+
+        ((stable,),) = user_config["versions"].values()
+        version = Version.from_json(stable)
+        version.check()
+        self.runner = await asyncio.to_thread(load_reward, replace(self.options, model=version.folder), self.config.limits)
+        self.version, self.app = version.id, build_reward_routes(self.runner, self.config.name)
+
+    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+        assert self.app is not None
+        async with aclosing(_named(pieces(self.app, request), self.version)) as answer:
+            async for piece in answer:
+                yield piece
+
+    async def stats(self) -> dict[str, int]:
+        return asdict(self.runner.stats)
+
+
+async def _named(answer: AsyncGenerator[Piece], version: str) -> AsyncGenerator[Piece]:
+    """The answer, with the version that wrote it in its headers."""
+    async with aclosing(answer):
+        async for piece in answer:
+            if len(piece) > 3:  # the first one
+                piece[1].append([b"x-model-version", version.encode()])
+            yield piece
 
 
 @serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
@@ -70,10 +128,17 @@ class Replica:
 class Gateway:
     """The front as a deployment, for clusters whose HTTP servers are Serve's own."""
 
-    def __init__(self, config: AppConfig, handles: dict[str, DeploymentHandle], models: dict[str, str]):
-        """Both by the replica's name: its handle, and the id of the model that it has."""
+    def __init__(
+        self,
+        config: AppConfig,
+        handles: dict[str, DeploymentHandle],
+        models: dict[str, list[str]],
+        versions: dict[str, Version],
+    ):
+        """handles, models: by the replica's name, its handle and the ids of the models that it has. versions: of the models."""
         links = [ReplicaLink(name, handle, models[name]) for name, handle in handles.items()]
-        self.app = guarded(Front(links, lambda: watch(links)), config)
+        tables = {model: VersionTable(version) for model, version in versions.items()}
+        self.app = guarded(Front(links, lambda: watch(links), tables), config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self.app
@@ -83,39 +148,53 @@ class Gateway:
 class Bound:
     """A replica to be started."""
 
-    model: str  # the id of the model that it has
+    models: list[str]  # the ids of those that it has
     target: Application
 
 
-def replicas_of(
-    models: Sequence[ServedModel],
-    options: EngineOptions,
-    config: AppConfig,
-    *,
-    replicas: int,
-    cpus: float,
-    gpus: float,
-    environment: Mapping[str, str],
-) -> dict[str, Bound]:
-    """Name -> each engine's deployment, which reserves `cpus` and `gpus` and has these variables in its process.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """How all replicas of a server run."""
 
-    options, config: what all models share; each has `replicas` engines.
-    """
-    resources = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": dict(environment)}}
-    names = tuple(model.name for model in models)
-    found: dict[str, Bound] = {}
-    for model in models:
-        own = replace(
-            options, model=str(model.folder), adapter=None if model.adapter is None else str(model.adapter),
-            engine=model.engine.name, plugins=model.engine.plugins,
-        )  # fmt: skip
-        # The front checks the key.
-        app = replace(config, name=model.name, others=tuple(name for name in names if name != model.name), api_key=None)
-        for _ in range(replicas):
-            name = f"replica-{len(found) + 1}"
-            target = Replica.options(name=name, ray_actor_options=resources).bind(own, app)
-            found[name] = Bound(model.name, target)
-    return found
+    models: Sequence[ServedModel]
+    options: EngineOptions
+    config: AppConfig
+    replicas: int  # of each model; the adapters on a model are in its replicas
+    cpus: float
+    gpus: float
+    environment: Mapping[str, str]
+    stage: ServedStage = "policy"
+
+    def bound(self, held: Mapping[str, Sequence[Version]]) -> dict[str, Bound]:
+        """Name -> each replica's deployment, which reserves `cpus` and `gpus` and has these variables in its process.
+
+        held: of each model, the versions to hold, the stable one first. Only they may change while it runs: Serve hands
+        them to the replicas that there are (user_config), because all else, and `version`, stay as they were.
+        """
+        resources = {"num_cpus": self.cpus, "num_gpus": self.gpus, "runtime_env": {"env_vars": dict(self.environment)}}
+        names = tuple(model.name for model in self.models)
+        found: dict[str, Bound] = {}
+        for group in groups_of(self.models):
+            own = replace(self.options, engine=group[0].engine.name, plugins=group[0].engine.plugins)
+            # The front checks the key.
+            apps = {
+                model.name: replace(
+                    self.config,
+                    name=model.name,
+                    others=tuple(name for name in names if name != model.name),
+                    api_key=None,
+                )
+                for model in group
+            }
+            wanted = {"versions": {model.name: [one.to_json() for one in held[model.name]] for model in group}}
+            for _ in range(self.replicas):
+                name = f"replica-{len(found) + 1}"
+                # _internal: without a version of our own Serve takes every deployment for new code, and starts the replicas again.
+                deployment = (RewardReplica if self.stage == "reward" else Replica).options(
+                    name=name, ray_actor_options=resources, user_config=wanted, version="1", _internal=True
+                )
+                found[name] = Bound([model.name for model in group], deployment.bind(own, apps))
+        return found
 
 
 def build_application(args: dict[str, Any]) -> Application:
@@ -157,9 +236,13 @@ def build_application(args: dict[str, Any]) -> Application:
     if given:
         raise UserError(f"args of build_application have the unknown key {sorted(given)[0]!r}; see its documentation")
     environment = replica_environment(options.threads, cpus)
-    found = replicas_of(models, options, config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment)
+    deployed = Deployed(
+        models=models, options=options, config=config, replicas=replicas, cpus=cpus, gpus=gpus, environment=environment
+    )
+    versions = {model.name: model.version() for model in models}
+    found = deployed.bound({name: [version] for name, version in versions.items()})
     targets = {name: each.target for name, each in found.items()}
-    return Gateway.bind(config, targets, {name: each.model for name, each in found.items()})
+    return Gateway.bind(config, targets, {name: each.models for name, each in found.items()}, versions)
 
 
 def _whole(name: str, value: Any) -> int:

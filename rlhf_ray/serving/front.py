@@ -1,4 +1,5 @@
-"""The app in front of the replicas: it chooses one for each request, passes its answer on, and says what has become of them.
+"""The app in front of the replicas: it chooses version and replica for each request, passes the answer on, and says what has
+become of them.
 
 It holds no model. /health and the refusals never wait for a replica.
 """
@@ -7,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlhf_ray.publish.version import Version
+from rlhf_ray.serving.answered import Answered, Listener, Watched
 from rlhf_ray.serving.api_errors import ApiError, error_body
-from rlhf_ray.serving.relay import Piece, Relayed, relayed, send_piece
+from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, relayed, send_piece, told
 from rlhf_ray.serving.streaming import ClientLeft, server_sent, while_connected
+from rlhf_ray.serving.versions import NoSuchVersion, VersionTable
 
 _EVENT_STREAM = b"text/event-stream"
 _STATS_WAIT_S = 5.0
@@ -29,8 +35,8 @@ class Link(Protocol):
     """The way to one replica."""
 
     name: str
-    model: str
-    """The id of the model that it has."""
+    models: Sequence[str]
+    """The ids of the models that it has."""
     up: bool
     """Whether it is known to run."""
     ongoing: int
@@ -40,15 +46,27 @@ class Link(Protocol):
         """Its answer. ReplicaLost where it can't be had, or ends early."""
         ...
 
-    async def stats(self) -> dict[str, int]: ...
+    async def stats(self) -> dict[str, Any]: ...
 
 
 class Front:
-    """An ASGI app over links to replicas. What `beside` makes runs from its start to its end."""
+    """An ASGI app over links to replicas. What `beside` makes runs from its start to its end.
 
-    def __init__(self, links: Sequence[Link], beside: Callable[[], Coroutine[Any, Any, None]] | None = None):
+    tables: of each model whose versions can be told apart. pages: further apps by path, for GET, that wait for no replica.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        tables: Mapping[str, VersionTable] | None = None,
+    ):
         self.links, self.beside = links, beside
-        self.models = tuple(dict.fromkeys(link.model for link in links))
+        self.models = tuple(dict.fromkeys(model for link in links for model in link.models))
+        self.tables = dict(tables or {})
+        self.pages: dict[str, ASGIApp] = {}
+        self.listeners: list[Listener] = []
+        """Called with each answer that has ended."""
         self.draining = False
         """Refuse what is new."""
         self.ongoing = 0
@@ -63,17 +81,26 @@ class Front:
         if scope["path"] == "/health" and scope["method"] == "GET":
             await self._health()(scope, receive, send)
         elif scope["path"] == "/stats" and scope["method"] == "GET":
-            await JSONResponse(await self._stats())(scope, receive, send)
+            await JSONResponse(await self.stats())(scope, receive, send)
+        elif scope["path"] in self.pages and scope["method"] == "GET":
+            await self.pages[scope["path"]](scope, receive, send)
         elif self.draining:
             await _unavailable("The server is shutting down.", 5).response()(scope, receive, send)
         else:
-            self.ongoing += 1
-            try:
-                await while_connected(receive, self._pass_on(scope, receive, send))
-            except (ClientLeft, OSError):
-                pass  # nobody reads it
-            finally:
-                self.ongoing -= 1
+            await self._watched(scope, receive, send)
+
+    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.ongoing += 1
+        watched = Watched(scope, send)
+        try:
+            await while_connected(receive, self._pass_on(scope, receive, watched.send, watched.answer))
+        except (ClientLeft, OSError):
+            pass  # nobody reads it
+        finally:
+            self.ongoing -= 1
+            ended = watched.end()
+            for listener in self.listeners:
+                listener(ended)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         task = None if self.beside is None else asyncio.ensure_future(self.beside())
@@ -92,18 +119,19 @@ class Front:
             return JSONResponse({"status": "ok"})
         return _unavailable("No replica is running.", 5).response()
 
-    async def _stats(self) -> dict[str, Any]:
+    async def stats(self) -> dict[str, Any]:
         """The sums over the replicas, and each one's own."""
         each = await asyncio.gather(*(self._stats_of(link) for link in self.links))
         found = [one for one in each if one is not None]
-        sums = {name: sum(one[name] for one in found) for name in (found[0] if found else ())}
+        numbers = [name for name, value in (found[0] if found else {}).items() if isinstance(value, int)]
+        sums: dict[str, Any] = {name: sum(one[name] for one in found) for name in numbers}
         replicas = [
-            {"name": link.name, "model": link.model, "up": one is not None, **(one or {})}
+            {"name": link.name, "model": ", ".join(link.models), "up": one is not None, **(one or {})}
             for link, one in zip(self.links, each, strict=True)
         ]
         return sums | {"replicas": replicas}
 
-    async def _stats_of(self, link: Link) -> dict[str, int] | None:
+    async def _stats_of(self, link: Link) -> dict[str, Any] | None:
         if not link.up:
             return None
         try:
@@ -111,35 +139,68 @@ class Front:
         except (ReplicaLost, TimeoutError):
             return None
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, answer: Answered) -> None:
         request = await relayed(scope, receive)
         if request is None:
             return
         if len(self.models) > 1 and scope["path"] == "/v1/models" and scope["method"] == "GET":
             await JSONResponse(await self._cards(request))(scope, receive, send)
             return
-        model = self._model_of(request)
+        model = answer.model = self._model_of(request)
+        try:
+            versions = self._versions(model, request)
+        except NoSuchVersion as error:
+            await _no_such_version(error, self.tables[model]).response()(scope, receive, send)
+            return
+        for version in versions:
+            with ExitStack() as stack:
+                asked = replace(request, model=model)
+                if version is not None:
+                    stack.enter_context(self.tables[model].serving(version))
+                    asked = replace(asked, version=version.id)
+                    answer.version = version.id
+                error = await self._try_replicas(asked, send, answer)
+            if error is None:
+                return
+        await error.response()(scope, receive, send)
+
+    def _versions(self, model: str, request: Relayed) -> list[Version | None]:
+        """Who may answer: by the share or as the request asks; where no replica has the candidate (one that starts again
+        loads it later than the stable one), the stable version."""
+        if model not in self.tables:
+            return [None]
+        table = self.tables[model]
+        given = next((value for name, value in request.scope["headers"] if name == b"x-model-version"), None)
+        chosen = table.choose(None if given is None else given.decode("latin-1"))
+        return [chosen] if given is not None or chosen == table.stable else [chosen, table.stable]
+
+    async def _try_replicas(self, request: Relayed, send: Send, answer: Answered) -> ApiError | None:
+        """Pass the answer of one on. -> why there was none to pass on."""
+        model = request.model
         tried: list[Link] = []
         lost = 0
         error = _unavailable(f"No replica of the model {model} is running.", 5)
         full: list[Piece] = []  # the answer of a replica that is full
         while (link := self._least_busy(model, tried)) is not None:
             tried.append(link)
+            answer.replica = link.name
             try:
-                full = await self._pass_to(link, request, send)
+                refused = await self._pass_to(link, request, send, answer)
             except ReplicaLost:
                 error = _unavailable("The replica that had the request has ended.", 1)
                 lost += 1
                 if lost == 2:  # the request may be what ends them
                     break
             else:
-                if not full:
-                    return
-        if full:
-            for piece in full:
-                await send_piece(piece, send)
-        else:
-            await error.response()(scope, receive, send)
+                if not refused:
+                    return None
+                if refused[0][0] == NOT_HERE:
+                    error = _unavailable(f"No replica has version {request.version} yet.", 1)
+                else:
+                    full = refused
+        for piece in full:
+            await send_piece(piece, send)
+        return None if full else error
 
     def _model_of(self, request: Relayed) -> str:
         """The model that a request names. Where that is none of ours, or it names none, a replica that runs says so."""
@@ -153,7 +214,7 @@ class Front:
                 asked = None
         if asked in self.models:
             return asked
-        return next((link.model for link in self.links if link.up), self.models[0])
+        return next((link.models[0] for link in self.links if link.up), self.models[0])
 
     async def _cards(self, request: Relayed) -> dict[str, Any]:
         """What a replica of each model that runs says of it."""
@@ -163,7 +224,7 @@ class Front:
             if link is None:
                 continue
             try:
-                answer = [piece async for piece in link.answer(request)]
+                answer = [told(piece)[0] async for piece in link.answer(replace(request, model=model))]
             except ReplicaLost:
                 continue
             if answer and answer[0][0] == 200:
@@ -171,11 +232,12 @@ class Front:
         return {"object": "list", "data": data}
 
     def _least_busy(self, model: str, tried: Collection[Link]) -> Link | None:
-        left = [link for link in self.links if link.up and link.model == model and link not in tried]
+        left = [link for link in self.links if link.up and model in link.models and link not in tried]
         return min(left, key=lambda link: link.ongoing, default=None)
 
-    async def _pass_to(self, link: Link, request: Relayed, send: Send) -> list[Piece]:
-        """Pass one replica's answer on -> [], or the whole answer, unsent, if it is that the replica is full.
+    async def _pass_to(self, link: Link, request: Relayed, send: Send, answered: Answered) -> list[Piece]:
+        """Pass one replica's answer on -> [], or the whole answer, unsent, if it is that the replica is full or has no such
+        version.
 
         ReplicaLost where it ended before anything was sent.
         """
@@ -183,7 +245,9 @@ class Front:
         started, is_stream, more, full = False, False, True, []
         try:
             async for piece in answer:
-                if not started and (full or piece[0] == 429):
+                piece, state = told(piece)  # noqa: PLW2901
+                answered.told(state)
+                if not started and (full or piece[0] in (429, NOT_HERE)):
                     full.append(piece)
                     continue
                 if not started:
@@ -195,6 +259,7 @@ class Front:
         except ReplicaLost:
             if not started:
                 raise
+            answered.failed = True
             if not is_stream:
                 raise OSError("the replica ended in its answer") from None  # the connection ends with it
             failure = error_body(503, "The replica that was writing the response has ended.", code="unavailable")
@@ -208,3 +273,11 @@ def _unavailable(message: str, retry_after_s: int) -> ApiError:
     return ApiError(
         503, f"{message} Please retry shortly.", code="unavailable", headers={"Retry-After": str(retry_after_s)}
     )
+
+
+def _no_such_version(error: NoSuchVersion, table: VersionTable) -> ApiError:
+    there = ", ".join(version.id for version in table.taking)
+    return ApiError(
+        404, f"No version '{error}' of this model takes requests; there is {there}.", code="version_not_found",
+        param="X-Model-Version",
+    )  # fmt: skip

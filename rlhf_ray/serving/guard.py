@@ -26,7 +26,7 @@ def guarded(app: ASGIApp, config: AppConfig) -> ASGIApp:
             allow_origins=config.cors_origins,
             allow_methods=_METHODS,
             allow_headers=("*",),
-            expose_headers=("Retry-After", "X-Request-ID"),
+            expose_headers=("Retry-After", "X-Request-ID", "X-Model-Version"),
         )
     if config.allowed_hosts is not None:
         app = _Hosts(app, config.allowed_hosts)

@@ -90,6 +90,7 @@ def _with_request_ids(app: ASGIApp) -> ASGIApp:
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number)]}
             await send(message)
 
-        await app(scope, receive, send_named)
+        headers = scope["headers"] if given is not None else [*scope["headers"], (b"x-request-id", number)]
+        await app({**scope, "headers": headers}, receive, send_named)
 
     return named

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config import Precision
-from rlhf_ray.serving.config import Limits, checked_number
+from rlhf_ray.serving.config import Limits, Notes, ServedStage, checked_number
 from rlhf_ray.serving.server import Server
 
 DRAIN_S = 120.0
@@ -24,6 +24,7 @@ def serve(
     path: str | Path,
     *,
     more_models: Mapping[str, str | Path] | None = None,
+    also: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -39,12 +40,16 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     drain_s: float = DRAIN_S,
+    stage: ServedStage = "policy",
+    notes: Notes = Notes(),
     block: bool = True,
     say: Callable[[str], None] = print,
 ) -> Server:
     """Serve a model folder, or the policy of a run folder, over OpenAI's HTTP API.
 
     more_models: name -> folder of further models at the same endpoint, or of adapters on the first one.
+    also: names of further models of the run folder (base, sft, dpo, ppo, best; or all), in the first one's replicas.
+    stage: "reward" serves a run's reward model, or a reward model's folder, by OpenRLHF's protocol (POST /get_reward).
     port 0 takes a free one. `gpus` is per replica (None: one each where there are enough, else none); `threads` are
     torch's, per replica (None: an equal share of the cores). `engine` None: the run's, or torch (`serving.engine_choice`).
     `allow_special_tokens`: clients may write special tokens by their names, which are plain text otherwise.
@@ -55,9 +60,11 @@ def serve(
     """
     checked_number("drain_s", drain_s, 0)
     server = Server(
-        path, more_models=more_models or {}, host=host, port=port, api_key=api_key, name=name, replicas=replicas, gpus=gpus,
+        path, more_models=more_models or {}, also=also, host=host, port=port, api_key=api_key, name=name,
+        replicas=replicas, gpus=gpus,
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
+        stage=stage, notes=notes,
     )  # fmt: skip
     notes = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
     for note in dict.fromkeys(notes):
@@ -77,6 +84,8 @@ def serve(
             server.start()
             take_signals()  # ray.init has put a handler of its own in place
             say(server.announcement())
+            if server.note_problem is not None:
+                say(f"`rlhf-ray publish` and `serve --stop` won't find this server: {server.note_problem}")
             server.wait(say)
         except Terminated:
             if not server.serving:

@@ -25,18 +25,20 @@ logger = logging.getLogger(__name__)
 WATCH_EVERY_S = 2.0
 # Serve's controller, which looks every two seconds, may call a replica running for so long after it has ended.
 _STALE_S = 10.0
+_ANSWERING = frozenset({"RUNNING", "UPDATING"})  # updating: it takes a new user_config while it answers
 
 
 class ReplicaLink:
     """One replica."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, model: str):
-        self.name, self.model = name, model
+    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str]):
+        self.name, self.models = name, tuple(models)
         self.place = (handle.app_name, name)  # in Serve: another application has replicas of the same names
         self.up = True
         self.ongoing = 0
         self._answers = handle.options(method_name="answer", stream=True)
         self._stats = handle.options(method_name="stats")
+        self._states = handle.options(method_name="states")
         self._down = asyncio.Event()
         self._ended_at: float | None = None
         """When a request has found out that the replica has ended, until Serve knows it too."""
@@ -76,9 +78,16 @@ class ReplicaLink:
             down.cancel()
             await asyncio.gather(first, down, return_exceptions=True)
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, Any]:
+        return await self._ask(self._stats)
+
+    async def states(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """As `HeldVersions.states`."""
+        return await self._ask(self._states)
+
+    async def _ask(self, handle: DeploymentHandle) -> Any:
         try:
-            return await self._stats.remote()
+            return await handle.remote()
         except (RayError, RayServeException) as error:
             raise ReplicaLost(self.name) from error
 
@@ -114,7 +123,8 @@ async def watch(links: Sequence[ReplicaLink]) -> None:
         else:
             for link in links:
                 one = found.get(link.place)
-                link.note(one is not None and "RUNNING" in [state for state, number in one.replica_states.items() if number])
+                states = [] if one is None else [state for state, number in one.replica_states.items() if number]
+                link.note(not _ANSWERING.isdisjoint(states))
         await asyncio.sleep(WATCH_EVERY_S)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -11,7 +12,7 @@ from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.engine_protocol import ContinuousEngine, EngineSetting
 from rlhf_ray.models.finite_weights import first_bad
-from rlhf_ray.models.load import fit_embeddings, load_causal_lm
+from rlhf_ray.models.load import cast_weights, fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader
@@ -19,19 +20,37 @@ from rlhf_ray.serving.runner import EngineRunner
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptReader]:
-    """Load the model and start its engine. UserError for a folder that holds no usable language model."""
+
+class Bases(WeakValueDictionary[str, "PreTrainedModel"]):
+    """folder -> a model of it that is in memory, whose weights adapters share"""
+
+
+def load(
+    options: EngineOptions, limits: Limits, bases: Bases | None = None, *, beside: bool = False
+) -> tuple[EngineRunner, PromptReader]:
+    """Load the model and start its engine. UserError for a folder that holds no usable language model.
+
+    bases: models in memory, for adapters to share. Without it, an adapter is merged into a model of its own.
+    beside: while other engines of this process compute. To load a model in 16 bits, transformers changes torch's default dtype
+    for all threads, and with it what those engines compute; so it is loaded in 32 bits and cast.
+    """
     torch.set_num_threads(options.threads)
     import_plugins(options.plugins)
     own = options.adapter is not None and (Path(options.adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(cast(str, options.adapter) if own else options.model, options.trust_remote_code)
     dtype = resolve_precision(options.precision, options.device)
     if options.adapter is None:
-        model = load_causal_lm(options.model, dtype, options.trust_remote_code)
+        model = _whole(options, dtype, beside)
         bad = first_bad(model.named_parameters())
         if bad is not None:
             raise UserError(f"the model {options.model} holds values that are not finite ({bad}); write it again")
+        if bases is not None:
+            bases.setdefault(options.model, model)
+    elif bases is not None:
+        model = _adapted(options, dtype, bases, beside)
     else:
         from rlhf_ray.models.low_rank import load_merged  # peft takes a second
 
@@ -52,4 +71,21 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
         # getattr: the PPO stage adds this key to its models' configs; other models do not have it.
         stops=tuple(getattr(model.config, "response_stops", ())), allow_special_tokens=options.allow_special_tokens,
     )  # fmt: skip
-    return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader
+    runner = EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows)
+    runner.precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return runner, reader
+
+
+def _whole(options: EngineOptions, dtype: torch.dtype, beside: bool) -> PreTrainedModel:
+    model = load_causal_lm(options.model, torch.float32 if beside else dtype, options.trust_remote_code)
+    return cast_weights(model, dtype)
+
+
+def _adapted(options: EngineOptions, dtype: torch.dtype, bases: Bases, beside: bool) -> PreTrainedModel:
+    """The adapter's model, on weights that are in memory once."""
+    from rlhf_ray.models.low_rank import with_adapter  # peft takes a second
+
+    base = bases.get(options.model)
+    if base is None:
+        base = bases[options.model] = _whole(options, dtype, beside)
+    return with_adapter(base, options.model, cast(str, options.adapter))

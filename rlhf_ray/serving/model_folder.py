@@ -45,6 +45,24 @@ def find_model(path: str | Path) -> Path:
     raise UserError(f"'{given}' holds several models ({', '.join(found)}); give one of these folders")
 
 
+def find_reward_model(path: str | Path) -> Path:
+    """The absolute folder of the reward model that `path` is, or that the run folder `path` has. UserError if there is none."""
+    given = expanded(path)
+    folder = given.resolve()
+    trained = RunFolder(folder).stage("reward").model
+    found = next((each for each in (folder, trained) if _is_model(each)), None)
+    if found is None:
+        raise UserError(
+            f"'{given}' holds no reward model: neither config.json nor reward/model; give a run folder whose reward stage is done, "
+            "or a reward model's folder"
+        )
+    if not any("SequenceClassification" in name for name in _architectures(found)):
+        raise UserError(f"'{found}' holds no reward model (a sequence classifier); give the folder of one")
+    if not any(found.glob("*.safetensors")):
+        raise UserError(f"'{found}' holds no safetensors weights; write it again with save_pretrained")
+    return found
+
+
 def model_name(path: str | Path, model: Path) -> str:
     """The id to serve it under: the run folder's name, or the model folder's own."""
     given = expanded(path).resolve()

@@ -1,6 +1,7 @@
 """An ASGI answer as pieces that cross processes: the replica's app talks to the front's client through them.
 
-The first piece of an answer is [status, headers, body, more], each later one [body, more].
+The first piece of an answer is [status, headers, body, more], each later one [body, more]. The last one has what
+the app said of the answer behind it (a dict, `told`), which is for the front alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Piece = list[Any]
 
+NOT_HERE = 421
+"""Misdirected request: the replica has no such version. It stays between front and replica."""
+
 # What of a request's scope an app reads, and all of it that can cross.
 _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 
@@ -24,6 +28,9 @@ class Relayed:
 
     scope: dict[str, Any]
     body: bytes
+    model: str = ""
+    version: str = ""
+    """The one that has to answer; "": the stable one."""
 
 
 async def relayed(scope: Scope, receive: Receive) -> Relayed | None:
@@ -54,7 +61,8 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
         ready.append(message)
         arrived.set()
 
-    working = asyncio.ensure_future(app({**request.scope, "state": {}}, receive, send))
+    state: dict[str, Any] = {}
+    working = asyncio.ensure_future(app({**request.scope, "state": state}, receive, send))
     working.add_done_callback(lambda _: arrived.set())
     try:
         while True:
@@ -63,6 +71,10 @@ async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
             done = working.done()
             messages, ready[:] = list(ready), []
             piece = _joined(messages)
+            if piece is not None and not piece[-1]:
+                # Nobody listens behind an answer's end, so what the app says of it has to be there before.
+                await asyncio.wait({working})
+                piece.append(state)
             if piece is not None:
                 yield piece
             if done:
@@ -83,6 +95,11 @@ def _joined(messages: list[Message]) -> Piece | None:
     if messages[0]["type"] == "http.response.start":
         return [messages[0]["status"], [list(pair) for pair in messages[0].get("headers", [])], body, more]
     return [body, more]
+
+
+def told(piece: Piece) -> tuple[Piece, dict[str, Any]]:
+    """The piece, and what the app said of its answer."""
+    return (piece[:-1], piece[-1]) if isinstance(piece[-1], dict) else (piece, {})
 
 
 async def send_piece(piece: Piece, send: Send) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self, TypeVar, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf_ray.config.sampling_params import SamplingParams, TokenRules
 from rlhf_ray.serving.api_errors import ApiError, bad_request
@@ -207,7 +207,7 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-Body = TypeVar("Body", bound=GenerationRequest)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse(kind: type[Body], content_type: str, body: bytes) -> Body:

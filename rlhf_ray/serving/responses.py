@@ -62,9 +62,11 @@ class Echo:
 class CompletionWriter:
     """/v1/completions"""
 
-    def __init__(self, model: str, *, alternatives: int | None, echoes: list[Echo] | None = None):
+    def __init__(
+        self, model: str, *, alternatives: int | None, echoes: list[Echo] | None = None, version: str | None = None
+    ):
         """alternatives: tokens shown beside each token's log-prob; None: no log-probs. echoes: of each choice."""
-        self._head = _head("cmpl", "text_completion", model)
+        self._head = _head("cmpl", "text_completion", model, version)
         self._alternatives, self._echoes = alternatives, echoes
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
@@ -114,8 +116,8 @@ def _by_token(token: TokenText) -> dict[str, float] | None:
 class ChatWriter:
     """/v1/chat/completions"""
 
-    def __init__(self, model: str, *, logprobs: bool):
-        self._head = _head("chatcmpl", "chat.completion", model)
+    def __init__(self, model: str, *, logprobs: bool, version: str | None = None):
+        self._head = _head("chatcmpl", "chat.completion", model, version)
         self._logprobs = logprobs
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
@@ -150,8 +152,9 @@ class ChatWriter:
         return {"content": content, "refusal": None}
 
 
-def _head(prefix: str, kind: str, model: str) -> dict:
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def _head(prefix: str, kind: str, model: str, version: str | None) -> dict:
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    return head if version is None else head | {"system_fingerprint": version}
 
 
 def _delta(index: int, delta: dict, logprobs: dict | None, reason: str | None) -> dict:

@@ -44,6 +44,8 @@ class EngineRunner:
 
     def __init__(self, engine: ContinuousEngine, *, max_rows: int, max_waiting_rows: int):
         self.engine, self.max_rows, self.max_waiting_rows = engine, max_rows, max_waiting_rows
+        self.precision = "float32"
+        """That the engine computes in, of `publish.rows.TOLERANCE`."""
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0  # rows accepted and not yet finished or cancelled; under the lock

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.stage_table import STAGES, has_model
 from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.version import Version, version_of
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
-from rlhf_ray.serving.model_folder import find_model, is_adapter, model_name
+from rlhf_ray.serving.model_folder import find_model, find_reward_model, is_adapter, model_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +27,32 @@ class ServedModel:
     adapter: Path | None
     engine: EngineChoice
     note: str | None = None  # what to tell before it is served
+    given: str = ""  # the path that the user gave, absolute
+    beside: bool = False  # in the first model's replicas
+    find: Callable[[Path], Path] = find_model  # raises UserError where the folder is not usable
+
+    def version(self) -> Version:
+        """As its files are now."""
+        return version_of(self.folder, self.adapter)
 
     def check(self) -> None:
         """UserError where its folder is not usable any more."""
-        find_model(self.folder)
+        self.find(self.folder)
         if self.adapter is not None and not is_adapter(self.adapter):
             raise UserError(f"'{self.adapter}' holds no adapter any more; put it back")
 
 
 def served_models(
-    path: str | Path, name: str | None, more: Mapping[str, str | Path], *, engine: str | None, gpus: float
+    path: str | Path,
+    name: str | None,
+    more: Mapping[str, str | Path],
+    *,
+    also: Sequence[str] = (),
+    engine: str | None,
+    gpus: float,
 ) -> tuple[ServedModel, ...]:
-    """The model at `path` first, then those of `more`, name -> folder. An adapter in `more` is read on the first model.
+    """The model at `path` first, then those of `more`, name -> folder, then `also`, as `run_models` takes it. An adapter in `more`
+    is read on the first model.
 
     engine, gpus: as `choose_engine` takes them. UserError for a folder that can't be served, and for a name that is there twice.
     """
@@ -44,7 +62,57 @@ def served_models(
         if other in [each.name for each in found]:
             raise UserError(f"--model {other}={folder}: '{other}' is served already; choose another name")
         found.append(_model(folder, other, first.folder if first.adapter is None else None, engine, gpus))
+    for other, folder in run_models(path, also).items():
+        if other not in [each.name for each in found]:
+            found.append(replace(_model(folder, other, None, engine, gpus), beside=True))
     return tuple(found)
+
+
+def served_reward_model(path: str | Path, name: str | None) -> tuple[ServedModel]:
+    """UserError where there is none."""
+    folder = find_reward_model(path)
+    given = str(expanded(path).resolve())
+    choice = choose_engine(None, path, 0)  # imports the run's plugins
+    return (
+        ServedModel(
+            name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice, given=given, find=find_reward_model
+        ),
+    )
+
+
+def run_models(path: str | Path, asked: Sequence[str]) -> dict[str, str]:
+    """The models of a run folder by name: base (what the run started from), sft, dpo, ppo, best; "all": those that there are.
+
+    UserError for one that the run has not.
+    """
+    if not asked:
+        return {}
+    run = RunFolder(expanded(path).resolve())
+    if not run.recipe.is_file():
+        raise UserError(f"--also {asked[0]}: '{path}' is no run folder; give one, or name folders by --model NAME=PATH")
+    recipe = load_recipe(str(run.recipe))
+    there = {name: run.stage(name).model for name in STAGES if has_model(name, "policy")} | {"best": run.best_model}
+    if not recipe.model.is_from_scratch:
+        there["base"] = expanded(recipe.model.name_or_path)
+    found = {name: str(folder) for name, folder in there.items() if (folder / "config.json").is_file()}
+    if "all" in asked:
+        return found
+    for name in asked:
+        if name not in found:
+            raise UserError(f"--also {name}: the run {run.path} has no such model here; it has {', '.join(sorted(found))}, or all")
+    return {name: found[name] for name in asked}
+
+
+def groups_of(models: Sequence[ServedModel]) -> list[list[ServedModel]]:
+    """Those that are in one replica: a model with the adapters on it, which share its weights, and the models of one run."""
+    groups: list[list[ServedModel]] = []
+    for model in models:
+        same = [group for group in groups if model.beside or (group[0].folder == model.folder and model.adapter is not None)]
+        if same:
+            same[0].append(model)
+        else:
+            groups.append([model])
+    return groups
 
 
 def named_folders(given: Sequence[str]) -> dict[str, str]:
@@ -67,14 +135,21 @@ def _model(path: str | Path, name: str | None, base: Path | None, engine: str | 
     if not is_adapter(given):
         choice = choose_engine(engine, path, gpus)  # imports the run's plugins, whose stages may have the policy
         folder = find_model(path)
-        return ServedModel(name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice)
+        return ServedModel(
+            name=name or model_name(path, folder), folder=folder, adapter=None, engine=choice, given=str(given)
+        )
     told = _checked_config(given).get("base_model_name_or_path")
     folder = find_model(base if base is not None else _base_of(given, told))
     note = None
     if base is not None and isinstance(told, str) and told and Path(told).name != folder.name:
         note = f"the adapter {given} says that it is for {told}; it is read on {folder}"
     return ServedModel(
-        name=name or given.name, folder=folder, adapter=given, engine=choose_engine(engine, folder, gpus), note=note
+        name=name or given.name,
+        folder=folder,
+        adapter=given,
+        engine=choose_engine(engine, folder, gpus),
+        note=note,
+        given=str(given),
     )
 
 

@@ -6,37 +6,39 @@ Ray is imported inside the functions: Serve reads its environment when it is imp
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
-import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Precision
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.servers import ServerNote, servers_folder, started_at, write_note
 from rlhf_ray.serving.config import (
-    API_KEY_VARIABLE,
     AppConfig,
     EngineOptions,
     Limits,
-    addresses_of,
+    Notes,
+    ServedStage,
     check_cors_origins,
     checked_number,
     replica_environment,
     resolve_allowed_hosts,
     resolve_api_key,
 )
-from rlhf_ray.serving.served import served_models
+from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
+from rlhf_ray.serving.served import ServedModel, groups_of, served_models, served_reward_model
 from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 if TYPE_CHECKING:
+    from ray.serve import RunTarget
     from ray.serve.handle import DeploymentHandle
-    from ray.serve.schema import ServeStatus
 
+    from rlhf_ray.publish.version import Version
+    from rlhf_ray.serving.deployment import Bound
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
 
@@ -52,6 +54,7 @@ class Server:
         path: str | Path,
         *,
         more_models: Mapping[str, str | Path],
+        also: Sequence[str] = (),
         host: str,
         port: int,
         api_key: str | None,
@@ -66,6 +69,8 @@ class Server:
         limits: Limits,
         allowed_hosts: Sequence[str],
         cors_origins: Sequence[str],
+        stage: ServedStage = "policy",
+        notes: Notes = Notes(),
     ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
@@ -74,7 +79,14 @@ class Server:
             checked_number("threads", threads, 1, whole=True)
         if gpus is not None:
             checked_number("gpus", gpus, 0)
-        self.models = served_models(path, name, more_models, engine=engine, gpus=gpus or 0.0)
+        if stage == "reward" and (more_models or also):
+            raise UserError("--stage reward serves one reward model; leave --model and --also out")
+        self.stage: ServedStage = stage
+        self.models: tuple[ServedModel, ...] = (
+            served_reward_model(path, name)
+            if stage == "reward"
+            else served_models(path, name, more_models, also=also, engine=engine, gpus=gpus or 0.0)
+        )
         self.host, self.port = host, port
         key = resolve_api_key(host, api_key)
         self.config = AppConfig(
@@ -82,9 +94,12 @@ class Server:
             api_key=key,
             allowed_hosts=resolve_allowed_hosts(host, allowed_hosts),
             cors_origins=check_cors_origins(cors_origins, key),
+            keep_texts=notes.keep_texts,
             limits=limits,
         )
-        self.replicas, self.gpus = replicas * len(self.models), gpus
+        self.notes = notes
+        self._replicas_each = replicas
+        self.replicas, self.gpus = replicas * len(groups_of(self.models)), gpus
         self.precision: Precision = precision
         self.trust_remote_code, self.allow_special_tokens = trust_remote_code, allow_special_tokens
         cores = len(os.sched_getaffinity(0))
@@ -94,6 +109,8 @@ class Server:
         self._http: HttpServer | None = None
         self._front: Front | None = None
         self._logs = ""
+        self.note_problem: str | None = None
+        """Why `publish` and `serve --stop` can't find this server."""
         self._started = False
         self._stack = contextlib.ExitStack()  # of what ends after Ray
 
@@ -104,22 +121,15 @@ class Server:
     @property
     def url(self) -> str:
         """Base URL as a client on this machine writes it; append /v1 for OpenAI's clients."""
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return url_of(self.host, self.port)
 
     def announcement(self) -> str:
         """Where it listens, and a request to try."""
-        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
-        body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
-        names = " and ".join(f"'{model.name}'" for model in self.models)
-        return (
-            f"Serving {names} at {self.url}/v1 (Ctrl-C stops it). Try:\n"
-            f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
-        )
+        return announced(self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None)
 
     def start(self) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
-        self._bound = self._bind()
+        self._bound, self.port = listening(self.host, self.port)
         check_ray()
         self._started = True
         self._logs = start_ray(self.replicas, self._stack, self._environment)
@@ -129,7 +139,7 @@ class Server:
         gpus = self._gpus_each(ray.cluster_resources().get("GPU", 0))
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(proxy_location="Disabled", logging_config=quiet)
-        from rlhf_ray.serving.deployment import replicas_of
+        from rlhf_ray.serving.deployment import Deployed
 
         options = EngineOptions(
             model=str(self.models[0].folder),
@@ -139,37 +149,62 @@ class Server:
             trust_remote_code=self.trust_remote_code,
             allow_special_tokens=self.allow_special_tokens,
         )
-        each_has = self.replicas // len(self.models)
-        found = replicas_of(
-            self.models, options, self.config, replicas=each_has, cpus=1, gpus=gpus, environment=self._environment
-        )
-        targets = [
-            ray_serve.RunTarget(target=each.target, name=name, route_prefix=None, logging_config=quiet)
-            for name, each in found.items()
-        ]
-        try:
-            handles = ray_serve.run_many(targets)
-        except RuntimeError as error:
-            raise _start_failure(ray_serve.status(), error) from None
-        self._open_front([(name, handle, each.model) for (name, each), handle in zip(found.items(), handles, strict=True)])
+        deployed = Deployed(
+            models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,
+            environment=self._environment, stage=self.stage,
+        )  # fmt: skip
 
-    def _open_front(self, replicas: Sequence[tuple[str, DeploymentHandle, str]]) -> None:
-        """replicas: (name, handle, id of the model)."""
-        from rlhf_ray.serving.front import Front
-        from rlhf_ray.serving.guard import guarded
+        def targets(bound: Mapping[str, Bound]) -> list[RunTarget]:
+            return [
+                ray_serve.RunTarget(target=each.target, name=name, route_prefix=None, logging_config=quiet)
+                for name, each in bound.items()
+            ]
+
+        def deploy(held: Mapping[str, Sequence[Version]]) -> None:
+            ray_serve.run_many(targets(deployed.bound(held)), wait_for_applications_running=False)
+
+        versions = {model.name: model.version() for model in self.models}
+        found = deployed.bound({name: [version] for name, version in versions.items()})
+        try:
+            handles = ray_serve.run_many(targets(found))
+        except RuntimeError as error:
+            raise start_failure(ray_serve.status(), error) from None
+        replicas = [(name, handle, each.models) for (name, each), handle in zip(found.items(), handles, strict=True)]
+        self._open_front(replicas, versions, deploy)
+
+    def _open_front(
+        self,
+        replicas: Sequence[tuple[str, DeploymentHandle, Sequence[str]]],
+        versions: Mapping[str, Version],
+        deploy: Callable[[Mapping[str, Sequence[Version]]], None],
+    ) -> None:
+        """replicas: (name, handle, ids of the models). versions: of each model, the one that it starts with."""
+        from rlhf_ray.serving.front_parts import whole_front
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
-        from rlhf_ray.serving.links import ReplicaLink, watch
+        from rlhf_ray.serving.links import ReplicaLink
 
-        links = [ReplicaLink(*each) for each in replicas]
-        self._front = Front(links, lambda: watch(links))
+        note = self._write_note()
+        self._front, app = whole_front(
+            [ReplicaLink(*each) for each in replicas], self.config, versions, self.notes,
+            deploy=deploy if self.stage == "policy" else None, token=note.token,
+            history=servers_folder() / f"{self.port}.versions.jsonl",
+        )  # fmt: skip
         assert self._bound is not None
-        self._http = HttpServer(
-            guarded(self._front, self.config),
-            self._bound,
-            HttpLimits(connections=self.config.limits.max_connections),
-        )
+        self._http = HttpServer(app, self._bound, HttpLimits(connections=self.config.limits.max_connections))
         self._http.start()
+
+    def _write_note(self) -> ServerNote:
+        """Tell this machine's `publish` and `serve --stop` where the server is."""
+        note = ServerNote(
+            pid=os.getpid(), started=started_at(os.getpid()), url=self.url, port=self.port, stage=self.stage,
+            served={model.name: model.given for model in self.models},
+        )  # fmt: skip
+        try:
+            self._stack.callback(write_note(note).unlink, missing_ok=True)
+        except UserError as error:
+            self.note_problem = str(error)
+        return note
 
     def wait(self, say: Callable[[str], None] = print) -> None:
         """Until interrupted. UserError if no replica is left and the model's folder is not usable any more.
@@ -192,9 +227,12 @@ class Server:
                 self._check_models()
 
     def _check_models(self) -> None:
+        assert self._front is not None
         try:
             for model in self.models:
-                model.check()
+                stable = self._front.tables[model.name].stable
+                adapter = None if stable.adapter is None else Path(stable.adapter)
+                replace(model, folder=Path(stable.folder), adapter=adapter).check()
         except UserError as error:
             raise UserError(f"no replica runs, and none can start again: {error}") from None
 
@@ -236,22 +274,6 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _bind(self) -> socket.socket:
-        """The port, ours from now on: who connects while the model loads waits for it."""
-        family = addresses_of(self.host)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind((self.host, self.port))
-            bound.listen()  # a port that is bound only, others can bind too
-        except OSError as error:
-            bound.close()
-            raise UserError(
-                f"can't listen on {self.host}:{self.port} ({error.strerror}); choose another with --port"
-            ) from None
-        self.port = bound.getsockname()[1]
-        return bound
-
     def _gpus_each(self, available: float) -> float:
         if self.gpus is None:
             return 1.0 if available >= self.replicas else 0.0
@@ -261,12 +283,3 @@ class Server:
                 f"machine has {available:g}; lower --gpus or --replicas"
             )
         return self.gpus
-
-
-def _start_failure(status: ServeStatus, error: RuntimeError) -> Exception:
-    """What the replica said, without the tracebacks of the layers around it."""
-    messages = [deployment.message for app in status.applications.values() for deployment in app.deployments.values()]
-    found = re.findall(r"UserError: (.+)", "\n".join(messages))
-    if found:
-        return UserError(found[-1].strip())
-    return RuntimeError("the model could not be started: " + ("\n".join(messages) or str(error)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from rlhf_ray.serving.answered import FAILED
 from rlhf_ray.serving.api_errors import error_body
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send_all(send))
+            await while_connected(receive, self._send_all(send, scope.get("state", {})))
         except (ClientLeft, OSError):  # a server may also say that the client left by failing to send
             pass
         finally:
             # Not only in the generator: one that has not started yet runs nothing when it is closed.
             self._on_end()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, state: MutableMapping[str, Any]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
@@ -76,6 +77,7 @@ class EventStream(Response):
         except Exception:  # fault boundary: one stream. The others go on, whatever failed here.
             # The status line is already sent. OpenAI's clients raise an APIError for an error inside the stream.
             logger.exception("a stream failed")
+            state[FAILED] = True
             failure = error_body(500, "The server had an error while writing the response.")
             await send({"type": "http.response.body", "body": server_sent(failure), "more_body": True})
         finally:

@@ -51,6 +51,11 @@ REWARDS: Table[RewardKind] = Table(
         chosen_by=lambda term: term.model not in (None, "reward"), problems=f"{_CHECK}:model_problems",
     ),
     RewardKind(
+        name="http", make=f"{_MAKE}:reward_server", words="a reward server, by OpenRLHF's protocol",
+        chosen_by=lambda term: bool(term.url), columns="rlhf_ray.rewards.http_reward:asked_by_http",
+        problems="rlhf_ray.rewards.http_reward:server_problems",
+    ),
+    RewardKind(
         name="function", make=f"{_MAKE}:function", words="a function, called in the reward actor",
         chosen_by=lambda term: term.function is not None and term.timeout_s is None,
         columns=f"{_COLUMNS}:asked_by_term", problems=f"{_CHECK}:function_problems",
