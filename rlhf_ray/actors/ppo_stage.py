@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.metrics import MetricsWriter
+from rlhf_ray.runs.metrics import MetricsWriter, Sample
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 Progress = Callable[[dict], None]
@@ -116,8 +117,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     for left_over in stage.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(left_over)
 
-    def on_wait(what: str, seconds: float) -> None:
-        progress({"stage": "ppo", "waiting_for": what, "waiting_s": seconds})
+    def on_wait(name: str, seconds: float, what: str) -> None:
+        progress({"stage": "ppo", "waiting_for": name, "waiting_s": seconds, "phase": what})
 
     waiter = Waiter(
         recipe.resources.call_timeout_s,
@@ -263,9 +264,9 @@ def _hooks(
         progress({"stage": "ppo", "step": step, "total": recipe.ppo.steps, "metrics": values})
 
     def samples(step: int, texts: list[tuple[str, str]], scores: list[float]) -> None:
-        progress({"stage": "ppo", "samples": [
-            {"step": step, "prompt": prompt, "response": response, "score": score}
-            for (prompt, response), score in zip(texts, scores, strict=True)]})  # fmt: skip
+        rows = [Sample(*text, score) for text, score in zip(texts, scores, strict=True)]
+        metrics.write_samples(step, rows)
+        progress({"stage": "ppo", "samples": [{"step": step, **asdict(row)} for row in rows]})
 
     def save(state: LoopState) -> None:
         checkpoints = stage.checkpoints

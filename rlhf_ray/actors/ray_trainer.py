@@ -35,9 +35,10 @@ class RecordFailures(UserCallback):
     def after_exception(self, run_context, worker_exceptions):
         self.failures += 1
         done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {self.restarts})"
+        restarted = {"role": self.stage}
         if self.failures > self.restarts:
-            done = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed"
+            done, restarted = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed", {}
         for place, error in worker_exceptions.items():
             EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage
+                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage, **restarted
             )

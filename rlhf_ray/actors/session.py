@@ -64,6 +64,7 @@ def ray_session(
         os.environ.pop("RAY_ADDRESS", None)
         options |= {
             "address": "local",
+            "_node_ip_address": "127.0.0.1",  # what it listens on, too
             "include_dashboard": False,
             "object_store_memory": object_store_bytes,
             "num_cpus": int(os.environ.get("RLHF_RAY_NUM_CPUS", len(os.sched_getaffinity(0)))),

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.cli.pace import Pace
+from rlhf_ray.runs.pace import Pace
 from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.evaluation.verdict import names_in

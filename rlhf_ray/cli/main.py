@@ -20,6 +20,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 import typer
 
 from rlhf_ray.cli.bench import bench_app
+from rlhf_ray.cli.status import status
 from rlhf_ray.cli.votes import votes_app
 from rlhf_ray.cli.words import Commands, console, in_words
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
@@ -284,6 +285,7 @@ def import_(
     console.print(str(import_gguf(file, target, dtype)), highlight=False, soft_wrap=True)
 
 
+app.command()(in_words(status))
 app.add_typer(votes_app, name="votes")
 app.add_typer(bench_app, name="bench")
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
+
+SAMPLE_COLUMNS = ("prompt", "response", "score")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -37,10 +41,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of the policy in training."""
+
+    prompt: str
+    response: str
+    score: float
+
+
 class MetricsWriter:
     """Appends one JSON object per step to `path`; the trackers get the same numbers.
 
-    path: the stage's metrics.jsonl
+    path: the stage's metrics.jsonl; samples go to samples.jsonl beside it
     resume_step: drop lines of later steps first, so that a step run twice after a crash has one line
     tensorboard_dir: folder for event files; None: none
     wandb: Weights & Biases project; mlflow: MLflow experiment; None: not imported at all
@@ -59,8 +72,10 @@ class MetricsWriter:
     ):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None or _ends_mid_line(self.path):
-            drop_after(self.path, math.inf if resume_step is None else resume_step)
+        self.samples_path = self.path.with_name("samples.jsonl")
+        for file in (self.path, self.samples_path):
+            if resume_step is not None or _ends_mid_line(file):
+                drop_after(file, math.inf if resume_step is None else resume_step)
         # Trackers before the file: a missing extra is refused before anything is open.
         self._trackers: list[_Tracker] = []
         if wandb is not None:
@@ -82,10 +97,20 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.write(step, numbers)
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """What a few prompts are answered at this step: lines of samples.jsonl, and a table in each tracker."""
+        with open(self.samples_path, "a", encoding="utf-8") as file:
+            for sample in samples:
+                row = {"step": step, **asdict(sample), "score": _plain(sample.score)}
+                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+        for tracker in self._trackers:
+            tracker.write_samples(step, samples)
+
     def drop_after(self, step: float) -> None:
-        """Take the later steps out of the file: they are taken again. Trackers get them twice, with the same numbers."""
+        """Take the later steps out of the files: they are taken again. Trackers get them twice, with the same numbers."""
         self._file.close()
         drop_after(self.path, step)
+        drop_after(self.samples_path, step)
         self._file = open(self.path, "a")  # noqa: SIM115
 
     def close(self) -> None:
@@ -135,6 +160,9 @@ class _Tracker:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         raise NotImplementedError
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
         raise NotImplementedError
 
@@ -151,8 +179,19 @@ class _TensorBoardTracker(_Tracker):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A Markdown table under Text."""
+        rows = [f"| {_cell(each.prompt)} | {_cell(each.response)} | {each.score:.3f} |" for each in samples]
+        self._writer.add_text("samples", "\n".join(["| prompt | response | score |", "|---|---|---|", *rows]), step)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _cell(text: str) -> str:
+    """In a Markdown table; the text as it is, but on one line and without a cell's border."""
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 class _WandbTracker(_Tracker):
@@ -163,10 +202,16 @@ class _WandbTracker(_Tracker):
             raise UserError(
                 f"tracking.wandb = {project!r} needs the package wandb; install it with: pip install wandb"
             ) from None
+        self._wandb: Any = wandb
         self._run: Any = wandb.init(project=project, name=run_name)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A table per step: one that grows would be sent whole each time."""
+        rows = [[step, each.prompt, each.response, each.score] for each in samples]
+        self._run.log({"samples": self._wandb.Table(columns=["step", *SAMPLE_COLUMNS], data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -188,6 +233,12 @@ class _MlflowTracker(_Tracker):
     def write(self, step: int, numbers: dict[str, float]) -> None:
         # MLflow reads a slash in a name as a folder, which is what the names mean.
         self._mlflow.log_metrics(numbers, step=step)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Rows that are added to the run's artifact samples.json."""
+        columns = {"step": [step] * len(samples)}
+        columns |= {name: [row[name] for row in map(asdict, samples)] for name in SAMPLE_COLUMNS}
+        self._mlflow.log_table(columns, artifact_file="samples.json")
 
     def close(self) -> None:
         self._mlflow.end_run()

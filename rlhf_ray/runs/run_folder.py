@@ -166,6 +166,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def status(self) -> Path:
+        """What the run is doing, or how it ended (`runs.status`)."""
+        return self.path / "status.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
