@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.errors import RunFailed, UserError
@@ -24,6 +24,7 @@ START_S = 300.0  # where no recipe says otherwise
 RAYS_OWN_S = 30.0  # that Ray allows its first process
 SLACK_S = 15.0
 TELL_S = 15.0
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,24 @@ def patience(deadline_s: float) -> Iterator[None]:
         yield
     finally:
         services.get_node = look
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that starts in the body of the `with` is for this machine alone: its processes listen on 127.0.0.1.
+
+    Ray has that for desktops, and reads the variable when it is imported; here it may have been imported before.
+    """
+    before = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[LOOPBACK_VARIABLE]
+        else:
+            os.environ[LOOPBACK_VARIABLE] = before[0]
 
 
 def _raylet_runs() -> bool:

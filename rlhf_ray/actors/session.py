@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.ray_output import ray_output_in
-from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
+from rlhf_ray.actors.ray_start import START_S, on_loopback, prepare_home, refuse_second_ray, start_own_ray, start_ray
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import RunFailed, UserError
@@ -64,7 +64,6 @@ def ray_session(
         os.environ.pop("RAY_ADDRESS", None)
         options |= {
             "address": "local",
-            "_node_ip_address": "127.0.0.1",  # what it listens on, too
             "include_dashboard": False,
             "object_store_memory": object_store_bytes,
             "num_cpus": int(os.environ.get("RLHF_RAY_NUM_CPUS", len(os.sched_getaffinity(0)))),
@@ -77,7 +76,8 @@ def ray_session(
     # Ray would print the traceback of every call that fails because of another; Waiter reports the first in a sentence.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     forked = worker_environment(spins=spins)
-    with ray_output_in(log), fork_server(stages if address is None else (), forked) as python:
+    where = on_loopback() if address is None else nullcontext()
+    with ray_output_in(log), where, fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         start = start_own_ray if address is None else partial(_connect, address)
