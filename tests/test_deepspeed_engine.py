@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_rank
 from differences import saw
 from ranks import clones, gap, on_ranks
 from small_engines import (
@@ -23,7 +24,7 @@ from small_engines import (
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.ppo.checkpoint import read_role, write_rank
+from rlhf_ray.ppo.checkpoint import read_role
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, token_batch
 

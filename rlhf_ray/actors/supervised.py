@@ -28,6 +28,7 @@ from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
+from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
 from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.ensemble import ensemble_summary
@@ -73,7 +74,10 @@ def _train(
     """Train one model -> its summary."""
     target = folder.stage(stage).member(member)
     target.path.mkdir(parents=True, exist_ok=True)
-    started, found = time.monotonic(), newest_complete(target.checkpoints)
+    started = time.monotonic()
+    found = newest_complete(
+        target.checkpoints, lambda words: EventLog(folder.events).add(words, "read the one before it", stage=stage)
+    )
     if found is not None:
         # Its training time stands for what earlier runs took.
         started -= found[1].elapsed_s
@@ -87,6 +91,10 @@ def _train(
         raise NotFinite(answer["not_finite"])
     if answer["ended_by"] == "stop":
         target.stop_file.unlink(missing_ok=True)
+        kept = newest_complete(target.checkpoints)
+        if kept is None or kept[1].step != answer["steps"]:  # events.jsonl says why
+            since = "its start" if kept is None else f"step {kept[1].step}"
+            raise StageStopped(f"{stage} stopped at step {answer['steps']}; no checkpoint could be written since {since}")
         raise StageStopped(f"{stage} stopped; its checkpoint is written")
     return answer | {"seconds": round(time.monotonic() - started, 2)}
 

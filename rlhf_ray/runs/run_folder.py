@@ -58,6 +58,11 @@ class StageFolder:
         return (self.stage or self.path) / "STOP"
 
     @property
+    def events(self) -> Path:
+        """The run's, in the folder above the stage's."""
+        return (self.stage or self.path).parent / "events.jsonl"
+
+    @property
     def done(self) -> bool:
         return self.done_file.exists()
 

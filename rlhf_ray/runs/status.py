@@ -16,12 +16,12 @@ from rlhf_ray.config.recipe_file import read_yaml
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.sealed import MANIFEST
 from rlhf_ray.runs.status_file import Written, process_started
 from rlhf_ray.runs.storage import read_object
 
 SILENT_S = 30.0  # without a new status.json a run is not taken for alive
 SILENT_ELSEWHERE_S = 90.0  # the same for a run on another host: a network file system shows files up to a minute old
-MARKS = ("MANIFEST.json", "COMPLETE")  # the file that a whole checkpoint of PPO, or of a supervised stage, has
 DIED = 137  # what a shell makes of a process that was killed
 NO_SIGN = 75  # EX_TEMPFAIL: it can't be told from here
 
@@ -126,8 +126,7 @@ def newest_checkpoint(
 
 def _marks(stage: Path) -> Iterator[Path]:
     for checkpoints in (stage / "checkpoints", *stage.glob("member_*/checkpoints")):
-        for mark in MARKS:
-            yield from checkpoints.glob(f"[!.]*/{mark}")
+        yield from checkpoints.glob(f"[!.]*/{MANIFEST}")
 
 
 def as_json(status: Status) -> str:
