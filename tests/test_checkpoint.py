@@ -11,7 +11,8 @@ from checkpoints import write_rank
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rlhf_ray.actors.ppo_stage import closing_figures, copy_model, publish_best
+from rlhf_ray.actors.checkpointing import publish_best
+from rlhf_ray.actors.ppo_stage import closing_figures, copy_model
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tensor_file import write_tensors
@@ -230,8 +231,11 @@ def test_the_best_policy_is_that_of_the_newest_checkpoint(tmp_path):
         candidate(folder, step)
     publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
     assert (folder.best_model / "weights").read_text() == "of step 4"
-    candidate(folder, 8)  # then the run died, and went on from the checkpoint of step 6
+    candidate(folder, 8)  # a later step's, while the checkpoint of step 6 was still being written
     publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
+    assert folder.candidate(8).exists()
+    # Then the run died, and went on from the checkpoint of step 6.
+    publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4), only=True)
     assert (folder.best_model / "weights").read_text() == "of step 4"
     assert [path.name for path in folder.stage("ppo").path.iterdir()] == ["best"]
     copy_model(folder.best_model, folder.stage("ppo").model)

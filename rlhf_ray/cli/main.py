@@ -205,7 +205,9 @@ def submit(
     overrides: Overrides = None,
     address: ClusterAddress = None,
     data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE in the job's environment (repeatable)")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE in the job's environment; NAME alone: its value here (repeatable)")
+    ] = None,
     stop_wait_s: Annotated[int, typer.Option(help="how long a stopped run may take to write its checkpoint")] = 600,
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
 ):
@@ -213,15 +215,12 @@ def submit(
     from rlhf_ray.actors import jobs
     from rlhf_ray.config.recipe_file import load_recipe
 
-    for pair in env or []:
-        if "=" not in pair:
-            raise UserError(f"--env {pair!r}: write NAME=VALUE")
     job_id = jobs.submit(
         load_recipe(recipe, overrides),
         run_dir,
         address=address,
         data=data or (),
-        env=dict(pair.split("=", 1) for pair in env or []),
+        env=jobs.environment_of(env or []),
         stop_wait_s=stop_wait_s,
         echo=_echo,
     )
