@@ -206,7 +206,7 @@ def test_one_of_another_format_is_refused_in_words(tmp_path):
     (folder / "state.json").write_text(json.dumps(state))  # as earlier versions have written it
     assert checkpoint.read_state(folder) == STATE | {"step": 4}
     (folder / "state.json").write_text(json.dumps(state | {"written_by": {"format": 9, "rlhf_ray": "3.1"}}))
-    with pytest.raises(UserError, match=r"step_000004 was written by rlhf-ray 3.1 \(format 9\), and this is .*format 1.*go on with"):
+    with pytest.raises(UserError, match=r"step_000004 was written by rlhf-ray 3.1 \(format 9\), and this .*format 1.*go on with"):
         checkpoint.read_state(folder)
 
 

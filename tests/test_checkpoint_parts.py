@@ -16,7 +16,7 @@ from rlhf_ray.models.load import save_model
 from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
-from rlhf_ray.runs.sealed import new_folder, seal
+from rlhf_ray.runs.sealed import MANIFEST, new_folder, seal
 from rlhf_ray.supervised import checkpoints as supervised_checkpoints
 from rlhf_ray.supervised.checkpoints import Checkpoint, newest_complete, write_random
 
@@ -82,7 +82,7 @@ def test_a_state_that_is_gone(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '"text"', '{"policy-00-of-02.safetensors": "x"}'])
 def test_a_manifest_that_names_no_state_is_damage(tmp_path, content):
     save(tmp_path, 2)
-    (save(tmp_path, 4) / checkpoint.MANIFEST).write_text(content)
+    (save(tmp_path, 4) / MANIFEST).write_text(content)
     told = []
     assert checkpoint.last_good(tmp_path, told.append).name == "step_000002" and "MANIFEST.json" in told[0]
 
@@ -186,7 +186,7 @@ def flip(file):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text(""), flip], ids=["lost", "cut", "flipped"])
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text(""), flip], ids=["gone", "cut", "bit"])
 def test_a_damaged_part_is_told_of_and_the_one_before_is_used(tmp_path, name, damage):
     supervised(tmp_path, 3)
     damage(supervised(tmp_path, 6) / name)
@@ -208,7 +208,9 @@ def test_one_with_pickles_of_an_earlier_version_is_refused(tmp_path):
 STATE_3 = {"step": 3, "elapsed_s": 1.5, "rate_step": 3, "written_by": {"format": 2, "rlhf_ray": "0.2.0"}}
 
 
-@pytest.mark.parametrize("change", [{"x": 1}, {"step": None}, {"written_by": {"format": 3, "rlhf_ray": "9.0"}}, {"written_by": None}])
+@pytest.mark.parametrize(
+    "change", [{"x": 1}, {"step": None}, {"written_by": {"format": 3, "rlhf_ray": "9.0"}}, {"written_by": None}]
+)
 def test_a_state_of_another_code_is_refused(tmp_path, change):
     """Sealed, so that its bytes are those that were written."""
     state = {key: value for key, value in (STATE_3 | change).items() if value is not None}

@@ -75,9 +75,13 @@ def told():
     return []
 
 
+def get(handles, what):
+    return handles
+
+
 @pytest.fixture
 def checkpoints(folder, groups, told):
-    return Checkpoints(tiny_recipe(), folder, groups, lambda handles, what: handles, lambda event: told.append(event["say"]))
+    return Checkpoints(tiny_recipe(), folder, groups, get, lambda event: told.append(event["say"]))
 
 
 def steps(folder):
@@ -199,7 +203,7 @@ def test_a_real_file_system_that_is_full(tmp_path, groups, told, monkeypatch):
     try:
         run = RunFolder(place / "run")
         groups[0].weights = torch.zeros(170_000)
-        checkpoints = Checkpoints(tiny_recipe(), run, groups, lambda handles, what: handles, lambda event: told.append(event["say"]))
+        checkpoints = Checkpoints(tiny_recipe(), run, groups, get, lambda event: told.append(event["say"]))
         assert checkpoints.save(at(2))
         checkpoints.finish()
         assert steps(run) == [] and "No space left on device" in told[0] and len(told) == 1

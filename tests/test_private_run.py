@@ -5,10 +5,12 @@ import socket
 import stat
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from cats import STAGE, cats_folder, cats_tokenizer, recipe_of  # noqa: F401 - fixtures
 from command import rlhf_ray
 from tiny import tiny_recipe, write_start
 
@@ -16,6 +18,7 @@ from rlhf_ray.actors.jobs import environment_of
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.ray_start import temporary_folder
 from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.supervised import run_supervised
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.resume import write_recipe
@@ -68,17 +71,13 @@ class Watch(threading.Thread):
     def run(self):
         while not self.over.wait(0.3):
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-                try:
+                with suppress(psutil.Error, OSError):  # it has just ended
                     self.look(process)
-                except (psutil.Error, OSError):
-                    pass  # it has just ended
             for folder in Path("/tmp").glob("rlhf_ray_*"):
                 for file in folder.glob("s*"):
-                    try:
+                    with suppress(OSError):
                         if stat.S_ISSOCK(file.stat().st_mode):
                             self.sockets[str(file)] = mode(file), mode(folder)
-                    except OSError:
-                        pass
 
     def look(self, process):
         command = " ".join(process.cmdline())
@@ -88,8 +87,16 @@ class Watch(threading.Thread):
                 self.listening[one.laddr.ip.removeprefix("::ffff:"), one.laddr.port] = command[:60]
 
 
+@pytest.fixture
+def cats(folder, tmp_path):
+    run = RunFolder(tmp_path / "cats")
+    run.path.mkdir()
+    os.symlink(folder.path / "data", run.path / "data")
+    return run
+
+
 @pytest.mark.ray
-def test_ppo_on_this_machine_listens_on_loopback_and_keeps_its_secrets(tmp_path, monkeypatch):
+def test_stages_on_this_machine_listen_on_loopback_and_keep_their_secrets(cats, tmp_path, monkeypatch):
     values = {name: f"{name.lower()}{'0123456789abcdef' * 4}"[-64:] for name in SECRETS}
     values["RAY_AUTH_TOKEN"] = "0123456789abcdef" * 4
     for name, value in values.items():
@@ -101,7 +108,8 @@ def test_ppo_on_this_machine_listens_on_loopback_and_keeps_its_secrets(tmp_path,
     watch = Watch()
     watch.start()
     try:
-        with held(folder), ray_session(None, stages=("ppo",), log=folder.ray_log):
+        with held(folder), ray_session(None, stages=("supervised", "ppo"), log=folder.ray_log):
+            run_supervised(recipe_of(sft=STAGE | {"workers": 2, "microbatch_size": 4, "max_steps": 3, "threads": 1}), cats, "sft")
             logs = temporary_folder() / "session_latest"
             logs = logs.resolve()
             run_ppo(recipe, folder, lambda event: None)
@@ -116,7 +124,7 @@ def test_ppo_on_this_machine_listens_on_loopback_and_keeps_its_secrets(tmp_path,
     assert len(watch.commands) > 5
     for name, value in values.items():
         assert not [command for command in watch.commands if value in command], name
-        for where in (folder.path, logs):
+        for where in (folder.path, cats.path, logs):
             files = [file for file in where.rglob("*") if file.is_file()]
             assert files and not [file for file in files if value.encode() in file.read_bytes()], name
 

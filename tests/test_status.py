@@ -171,7 +171,9 @@ def test_another_process_of_the_same_number_is_not_the_run(folder, other):
     assert read_status(folder).state == "died"
 
 
-@pytest.mark.parametrize(("age_s", "state", "code"), [(SILENT_ELSEWHERE_S / 2, "running", 0), (SILENT_ELSEWHERE_S + 9, "silent", 75)])
+@pytest.mark.parametrize(
+    ("age_s", "state", "code"), [(SILENT_ELSEWHERE_S / 2, "running", 0), (SILENT_ELSEWHERE_S + 9, "silent", 75)]
+)
 def test_a_run_on_another_host_goes_by_its_signs_of_life(folder, other, age_s, state, code):
     rewrite(folder, host="elsewhere", process=1, process_started=1, written=time.time() - age_s)
     other.kill()  # it would write its own again

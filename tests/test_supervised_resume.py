@@ -10,12 +10,13 @@ import pytest
 import torch
 from cats import STAGE, cats_folder, cats_tokenizer, plain_sft, recipe_of  # noqa: F401 - fixtures
 from ranks import train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.sealed import MANIFEST, seal
 from rlhf_ray.supervised.checkpoints import newest_complete, read_trained
 
 STEPS = 8
@@ -71,7 +72,7 @@ def test_stopped_twice_it_ends_in_the_undisturbed_bits_and_reads_no_pickle(folde
     newest, found = newest_complete(stage.checkpoints)
     assert found.step == 2 and len(list(stage.checkpoints.iterdir())) == 2
     exploded = tmp_path / "exploded"
-    for name in ("rng_state.pth", "scheduler.pt", "optimizer.pt", "training_args.bin", "latest", "global_step2/mp_rank_00_model_states.pt"):
+    for name in ("rng_state.pth", "scheduler.pt", "optimizer.pt", "training_args.bin", "latest", "global_step2/states.pt"):
         (newest / name).parent.mkdir(exist_ok=True)
         (newest / name).write_bytes(pickle.dumps(Bomb(exploded)))
     train((recipe, run, ("sft",)))
@@ -113,10 +114,18 @@ def test_after_a_flipped_byte_it_goes_on_from_the_one_before_to_the_same_bits(fo
 
 
 def test_without_its_optimiser_part_it_is_refused(folder, tmp_path):
+    """Sealed anew, so that only what is in it speaks against it."""
     run, recipe = new_run(folder, tmp_path / "a"), recipe_of(sft=SFT)
-    state = read_trained(stopped(run, recipe).checkpoints / "checkpoint-1")
+    checkpoint = stopped(run, recipe).checkpoints / "checkpoint-1"
+    state = read_trained(checkpoint)
     assert {name.partition("/")[0] for name in state} == {"weight", "exp_avg", "exp_avg_sq"}
-    assert all(float(each.abs().sum()) > 0 for name, each in state.items() if name.startswith("exp_avg_sq") and "bias" not in name)
+    weights = {name: each for name, each in state.items() if not name.startswith("exp_avg_sq")}
+    save_file(weights, checkpoint / "trained-00-of-01.safetensors")
+    (checkpoint / MANIFEST).unlink()
+    checkpoint.rename(checkpoint.with_name("t"))
+    seal(checkpoint.with_name("t"), checkpoint, {})
+    with pytest.raises(Exception, match=r"checkpoint-1 has no optimiser moments \(exp_avg_sq\) for .*delete it to go on"):
+        train((recipe, run, ("sft",)))
 
 
 Usage = namedtuple("Usage", "total used free")

@@ -142,7 +142,8 @@ class Checkpoints:
         saved = checkpoint.complete(self.path)
         last = f"{saved[-1].name} is the last good one" if saved else "there is none yet"
         if not self._without_room:
-            self._tell(f"no checkpoint of step {step} is written: {problem}", f"ppo goes on; {last}; tried again after each step", step)
+            done = f"ppo goes on; {last}; tried again after each step"
+            self._tell(f"no checkpoint of step {step} is written: {problem}", done, step)
         self._without_room = True
 
     def _tell(self, what: str, done: str, step: int) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.train.torch import TorchTrainer
+import ray
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 
 from rlhf_ray.errors import whole_message
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.training.distributed import meet
 
 
 class Trainer(TorchTrainer):
@@ -24,6 +29,29 @@ class Trainer(TorchTrainer):
     def _create_default_callbacks(self):
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
+class _MeetingBackend(_TorchBackend):
+    """Ranks meet at a store that listens on rank 0's address alone (`training.distributed`)."""
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        assert backend_config.backend is not None
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        ranks, timeout_s = len(worker_group), backend_config.timeout_s
+        meeting = [
+            worker_group.execute_single_async(rank, meet, backend_config.backend, rank, ranks, address, port, timeout_s)
+            for rank in range(ranks)
+        ]
+        ray.get(meeting, timeout=timeout_s)
+
+
+class MeetingConfig(TorchConfig):
+    """Of a group of CPU or GPU ranks; `backend` is given."""
+
+    @property
+    def backend_cls(self):
+        return _MeetingBackend
 
 
 class RecordFailures(UserCallback):

@@ -18,12 +18,11 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.actors.ray_trainer import RecordFailures, Trainer
+from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, Trainer
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
@@ -133,7 +132,7 @@ def _fit(
             "stage": stage,
             "member": member,
         },
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
+        torch_config=MeetingConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.gpus_per_worker > 0,

@@ -82,7 +82,8 @@ def _state(written: Written | None, silent_s: float | None, to_do: tuple[str, ..
                 "was restarted; the same command goes on from the last checkpoint"
             )
         if silent_s > SILENT_S:
-            return "silent", None, f"its process {written.process} is there, but has said nothing for {silent_s:.0f} s: is it stopped?"
+            words = f"its process {written.process} is there, but has said nothing for {silent_s:.0f} s: is it stopped?"
+            return "silent", None, words
     elif silent_s > SILENT_ELSEWHERE_S:
         return "silent", NO_SIGN, (
             f"no sign of life for {silent_s:.0f} s from process {written.process} on {written.host}: look there whether it runs"

@@ -25,7 +25,7 @@ from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 from rlhf_ray.supervised.resumable import ResumableTrainer
-from rlhf_ray.training.agreement import from_rank_zero, rank
+from rlhf_ray.training.agreement import from_rank_zero, rank, world_size
 from rlhf_ray.training.deepspeed_config import MAX_GRAD_NORM, deepspeed_config
 from rlhf_ray.training.finite import check_weights
 

@@ -33,16 +33,23 @@ def prepare_deepspeed(device_type: str) -> None:
 
 def join_group(*, rank: int, world_size: int, address: str, port: int, device_type: str, timeout_s: float) -> None:
     """Join the group of `world_size` ranks that meets at address:port (rank 0's host). Blocks until all are there."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     prepare_deepspeed(device_type)
     import deepspeed
 
-    backend, timeout = "gloo" if device_type == "cpu" else "nccl", timedelta(seconds=timeout_s)
+    backend = "gloo" if device_type == "cpu" else "nccl"
+    meet(backend, rank, world_size, address, port, timeout_s)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+
+
+def meet(backend: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Make torch's process group of the ranks that meet at address:port."""
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    timeout = timedelta(seconds=timeout_s)
     store = _store(rank, world_size, address, port, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> dist.Store:
