@@ -1,5 +1,6 @@
 """metrics.jsonl, its trackers, and events.jsonl."""
 
+import errno
 import json
 import sys
 
@@ -12,6 +13,38 @@ from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample, read_metrics
 
 SAMPLES = [Sample("How | are you?", "well,\nthank you: größer", 1.25), Sample("And you?", "", -0.5)]
+
+
+class FullDisk:
+    """A file on a disk that takes so many bytes, and then none."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self.room = min(self.room, len(content)), max(self.room - len(content), 0)
+        return self.file.write(content[:taken])
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk_costs_no_line_and_does_not_end_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer._file = FullDisk(writer._file, 21)  # less than two lines
+    for step in range(3):
+        writer.write(step, {"x": 1})
+    assert path.read_text() == '{"step": 0, "x": 1}\n' + "{", "as far as it went"
+    writer._file.room = 10**6
+    writer.write(3, {"x": 1})
+    assert read_metrics(path) == [{"step": step, "x": 1} for step in range(4)]
+    writer._file.room = 0
+    writer.write(4, {"x": 1})
+    with pytest.raises(OSError, match="lacks its last 1 lines: the disk is full"):
+        writer.close()
 
 
 def test_one_object_a_line_flushed_at_once(tmp_path):

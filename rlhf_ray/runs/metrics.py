@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.storage import write_atomically
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NEWLINE = b"\n"
 SAMPLE_COLUMNS = ("prompt", "response", "score")
 
 
@@ -84,13 +88,13 @@ class MetricsWriter:
             self._trackers.append(_MlflowTracker(mlflow, run_name))
         if tensorboard_dir is not None:
             self._trackers.append(_TensorBoardTracker(Path(tensorboard_dir), resume_step))
-        self._file = open(self.path, "a")  # noqa: SIM115  (open as long as the writer is)
+        self._file = self._opened()
+        self._unwritten = b""  # what a full disk has not taken yet
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """values: name -> number or short text. NaN and infinity become null: they are not JSON."""
         row = {"step": step, **{name: _plain(value) for name, value in values.items() if name != "step"}}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append((json.dumps(row, allow_nan=False) + "\n").encode())
         numbers = {
             name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))
         }
@@ -98,23 +102,48 @@ class MetricsWriter:
             tracker.write(step, numbers)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """What a few prompts are answered at this step: lines of samples.jsonl, and a table in each tracker."""
-        with open(self.samples_path, "a", encoding="utf-8") as file:
-            for sample in samples:
-                row = {"step": step, **asdict(sample), "score": _plain(sample.score)}
-                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+        """What a few prompts are answered at this step: lines of samples.jsonl (but not on a full disk), and a table in each
+        tracker."""
+        rows = [{"step": step, **asdict(sample), "score": _plain(sample.score)} for sample in samples]
+        lines = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        size = self.samples_path.stat().st_size if self.samples_path.exists() else 0
+        try:
+            with open(self.samples_path, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            os.truncate(self.samples_path, size)
         for tracker in self._trackers:
             tracker.write_samples(step, samples)
 
     def drop_after(self, step: float) -> None:
         """Take the later steps out of the files: they are taken again. Trackers get them twice, with the same numbers."""
+        self._append(b"")
         self._file.close()
         drop_after(self.path, step)
         drop_after(self.samples_path, step)
-        self._file = open(self.path, "a")  # noqa: SIM115
+        self._file = self._opened()
+
+    def _opened(self) -> BinaryIO:
+        return cast(BinaryIO, open(self.path, "ab", buffering=0))
+
+    def _append(self, lines: bytes) -> None:
+        """What a full disk does not take is kept, and written with the next lines."""
+        self._unwritten += lines
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
     def close(self) -> None:
+        self._append(b"")
+        lost, self._unwritten = self._unwritten, b""
         self._file.close()
+        if lost:
+            raise OSError(errno.ENOSPC, f"{self.path} lacks its last {lost.count(NEWLINE)} lines: the disk is full")
         for tracker in self._trackers:
             tracker.close()
 
