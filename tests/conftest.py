@@ -62,7 +62,8 @@ def pytest_terminal_summary(terminalreporter, config):
 SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py")
 GROUPS = {
     # Two Rays at once would slow each other down.
-    "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_ray_output.py",
+    "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_monitoring.py",
+            "test_private_run.py", "test_ray_output.py",
             "test_ray_start.py", "test_recovery.py", "test_several_models.py",
             "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).

@@ -133,7 +133,7 @@ class Diary:
         return LoopHooks(
             record=lambda step, metrics: self.records.append((step, dict(metrics))),
             samples=lambda step, texts, scores: self.samples.append(step),
-            save=self.saves.append,
+            save=lambda state: self.saves.append(state) is None,
             save_best=lambda state: self.best.append(state.step),
             publish=lambda state: self.published.append(state.step),
             stop_requested=lambda: self.stop_after is not None and max(self.steps(), default=-1) >= self.stop_after,

@@ -1,19 +1,25 @@
 """Checkpoints: whole or not at all, checksummed, the last good ones kept, no pickle."""
 
+import hashlib
 import json
 import pickletools
 import zipfile
 
 import pytest
 import torch
+from checkpoints import write_rank
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rlhf_ray.actors.ppo_stage import closing_figures, copy_model, publish_best
+from rlhf_ray.actors.checkpointing import publish_best
+from rlhf_ray.actors.ppo_stage import closing_figures, copy_model
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.sealed import MANIFEST
 
 STATE = {"step": 0, "kl_coef": 0.1 + 0.2, "best_score": None, "best_step": -1}
 
@@ -28,18 +34,18 @@ def tensors(step):
 
 
 def begin(folder, step, ranks=2):
-    """What the ranks write, without publishing it."""
+    """What the ranks write, without publishing it -> its digests."""
     temporary = checkpoint.temporary_folder(folder, step)
     temporary.mkdir(parents=True)
+    digests = {}
     for role in ("policy", "critic"):
         for rank in range(ranks):
-            checkpoint.write_rank(temporary, role, rank, ranks, tensors(step).items(), steps_taken=10 * step)
-    return temporary
+            digests |= write_rank(temporary, role, rank, ranks, tensors(step).items(), steps_taken=10 * step)
+    return digests
 
 
 def save(folder, step, keep=2, ranks=2):
-    begin(folder, step, ranks)
-    return checkpoint.publish(folder, step, STATE | {"step": step}, keep)
+    return checkpoint.publish(folder, step, STATE | {"step": step}, keep, begin(folder, step, ranks))
 
 
 def names(folder):
@@ -102,8 +108,8 @@ DAMAGE = {
     "a cut file": lambda folder: cut(folder / "policy-00-of-02.safetensors"),
     "a lost file": lambda folder: (folder / "policy-01-of-02.safetensors").unlink(),
     "another state": lambda folder: (folder / "state.json").write_text("{}"),
-    "a cut manifest": lambda folder: cut(folder / checkpoint.MANIFEST),
-    "an empty manifest": lambda folder: (folder / checkpoint.MANIFEST).write_text(""),
+    "a cut manifest": lambda folder: cut(folder / MANIFEST),
+    "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
 }
 
 
@@ -149,13 +155,63 @@ def test_there_is_no_pickle_in_it(tmp_path):
 
 def test_the_manifest_names_every_file(tmp_path):
     folder = save(tmp_path, 1)
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    assert sorted([*manifest, checkpoint.MANIFEST]) == names(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert sorted([*manifest, MANIFEST]) == names(folder)
     assert all(len(value) == 64 for value in manifest.values())
 
 
+def test_a_rank_knows_the_digest_of_what_it_writes_without_reading_it_again(tmp_path):
+    """Python's hashlib over the file, and safetensors' own reader on it."""
+    digests = begin(tmp_path, 4)
+    temporary = checkpoint.temporary_folder(tmp_path, 4)
+    assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in temporary.iterdir()}
+    assert len(digests) == 4
+
+
+def test_tensors_of_every_type_are_written_as_safetensors_reads_them(tmp_path):
+    tensors = {
+        "a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5), "c": torch.tensor(2.5, dtype=torch.float64),
+        "d": torch.randn(2, 2, dtype=torch.bfloat16), "none": torch.empty(0, 4), "t": torch.arange(6).reshape(2, 3),
+    }  # fmt: skip
+    write_tensors(tmp_path / "x.safetensors", tensors, {"steps_taken": "3", "ü": "ß"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], each) and found[name].dtype == each.dtype for name, each in tensors.items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == {"steps_taken": "3", "ü": "ß"}
+
+
+def test_a_file_that_a_rank_should_have_written_and_has_not(tmp_path):
+    digests = begin(tmp_path, 4)
+    (checkpoint.temporary_folder(tmp_path, 4) / "policy-01-of-02.safetensors").unlink()
+    with pytest.raises(OSError, match="has no policy-01-of-02.safetensors, which should have been written"):
+        checkpoint.publish(tmp_path, 4, STATE, 2, digests)
+    assert checkpoint.last_good(tmp_path) is None
+
+
+def test_a_byte_that_changes_between_the_rank_and_the_disk_is_found(tmp_path):
+    """The digest is that of what the rank meant to write, not of what stands there afterwards."""
+    digests = begin(tmp_path, 2)
+    checkpoint.publish(tmp_path, 2, STATE, 2, digests)
+    digests = begin(tmp_path, 4)
+    flip(checkpoint.temporary_folder(tmp_path, 4) / "critic-00-of-02.safetensors")
+    checkpoint.publish(tmp_path, 4, STATE | {"step": 4}, 2, digests)
+    assert checkpoint.last_good(tmp_path).name == "step_000002"
+
+
+def test_one_of_another_format_is_refused_in_words(tmp_path):
+    folder = save(tmp_path, 4)
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("written_by")["format"] == 1
+    (folder / "state.json").write_text(json.dumps(state))  # as earlier versions have written it
+    assert checkpoint.read_state(folder) == STATE | {"step": 4}
+    (folder / "state.json").write_text(json.dumps(state | {"written_by": {"format": 9, "rlhf_ray": "3.1"}}))
+    with pytest.raises(UserError, match=r"step_000004 was written by rlhf-ray 3.1 \(format 9\), and this .*format 1.*go on with"):
+        checkpoint.read_state(folder)
+
+
 def test_bfloat16_state_is_written_as_float32(tmp_path):
-    checkpoint.write_rank(tmp_path, "policy", 0, 1, [("weight/a", torch.ones(2, dtype=torch.bfloat16))], 1)
+    write_rank(tmp_path, "policy", 0, 1, [("weight/a", torch.ones(2, dtype=torch.bfloat16))], 1)
     assert checkpoint.read_role(tmp_path, "policy")[0]["weight/a"].dtype == torch.float32
 
 
@@ -175,8 +231,11 @@ def test_the_best_policy_is_that_of_the_newest_checkpoint(tmp_path):
         candidate(folder, step)
     publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
     assert (folder.best_model / "weights").read_text() == "of step 4"
-    candidate(folder, 8)  # then the run died, and went on from the checkpoint of step 6
+    candidate(folder, 8)  # a later step's, while the checkpoint of step 6 was still being written
     publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4))
+    assert folder.candidate(8).exists()
+    # Then the run died, and went on from the checkpoint of step 6.
+    publish_best(folder, LoopState(kl_coef=0.1, step=6, best_step=4), only=True)
     assert (folder.best_model / "weights").read_text() == "of step 4"
     assert [path.name for path in folder.stage("ppo").path.iterdir()] == ["best"]
     copy_model(folder.best_model, folder.stage("ppo").model)

@@ -1,6 +1,7 @@
 """The DeepSpeed engine at every ZeRO stage, on one rank and on two, against plain torch AdamW in one process."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from small_engines import (
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.ppo.checkpoint import read_role, write_rank
+from rlhf_ray.actors.trainer_actors import TrainerActor
+from rlhf_ray.ppo.checkpoint import read_role
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
@@ -106,6 +108,14 @@ def count_reductions(engine, rank, world):
     return len(found)
 
 
+def rank_of(engine, rank, world):
+    """The actor around an engine, as far as checkpoints go."""
+    actor = TrainerActor.__new__(TrainerActor)
+    actor.role_name, actor.role = "policy", SimpleNamespace(engine=engine)
+    actor.build(rank, world)
+    return actor
+
+
 def work(rank, world, folder):
     """One rank: everything that this world size is asked, at each stage."""
     results = {}
@@ -118,8 +128,10 @@ def work(rank, world, folder):
         after_three = clones(engine.state())
         checkpoint = folder / f"world{world}-stage{stage}"
         checkpoint.mkdir(exist_ok=True)
-        write_rank(checkpoint, "policy", rank, world, engine.state(), engine.steps_taken)
-        last_two = train(engine, rank, world, steps=2, start=3)
+        writer = rank_of(engine, rank, world)
+        writer.save(checkpoint)
+        last_two = train(engine, rank, world, steps=2, start=3)  # while it is written, in place
+        result["files"] = writer.saved(True)
         result["states"] += last_two[0]
         result["norms"] += last_two[1]
         result["forward"] = engine.forward(INPUTS).clone()
@@ -244,6 +256,7 @@ def test_ranks_agree_bit_for_bit(results, world, stage):
 def test_a_loaded_state_goes_on_bit_for_bit(results, world, stage, way):
     for result in results[world]:
         assert result[stage]["differing"] == []
+        assert [len(digest) for digest in result[stage]["files"].values()] == [64]
         assert (
             saw("weights: checkpoint loaded and gone on", gap(result[stage][way], result[stage]["states"][-1])) == 0.0
         )

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from checkpoints import write_rank
 from command import rlhf_ray
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
@@ -35,8 +36,9 @@ def run(request, tmp_path):
     temporary.mkdir(parents=True)
     start = load_causal_lm(start_model(recipe, folder))
     state = [(f"weight/model.{name}", weight.data + 1) for name, weight in start.named_parameters()]
-    checkpoint.write_rank(temporary, "policy", 0, 1, state, steps_taken=3)
-    return recipe, folder, checkpoint.publish(folder.stage("ppo").checkpoints, 3, LoopState(step=3, kl_coef=0.05).to_json(), keep=1)
+    digests = write_rank(temporary, "policy", 0, 1, state, steps_taken=3)
+    state = LoopState(step=3, kl_coef=0.05).to_json()
+    return recipe, folder, checkpoint.publish(folder.stage("ppo").checkpoints, 3, state, keep=1, digests=digests)
 
 
 def test_a_checkpoint_gets_its_own_weights_and_its_own_card(run, tmp_path):

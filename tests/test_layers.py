@@ -174,6 +174,11 @@ def test_nothing_reads_pickles():
         assert not used, f"{module} imports {used}"
 
 
+def test_nothing_is_loaded_by_torch():
+    """torch.load unpickles; what this package writes and reads is safetensors and JSON."""
+    assert not [module for module in MODULES if re.search(r"\btorch\.(load|save)\(", source_of(module))]
+
+
 def test_the_test_sees_what_it_must_refuse():
     """On source of its own, so that a blind parser is noticed."""
     source = """

@@ -1,5 +1,6 @@
 """metrics.jsonl, its trackers, and events.jsonl."""
 
+import errno
 import json
 import sys
 
@@ -9,7 +10,41 @@ import torch
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.metrics import MetricsWriter, read_metrics
+from rlhf_ray.runs.metrics import MetricsWriter, Sample, read_metrics
+
+SAMPLES = [Sample("How | are you?", "well,\nthank you: größer", 1.25), Sample("And you?", "", -0.5)]
+
+
+class FullDisk:
+    """A file on a disk that takes so many bytes, and then none."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self.room = min(self.room, len(content)), max(self.room - len(content), 0)
+        return self.file.write(content[:taken])
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk_costs_no_line_and_does_not_end_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer._file = FullDisk(writer._file, 21)  # less than two lines
+    for step in range(3):
+        writer.write(step, {"x": 1})
+    assert path.read_text() == '{"step": 0, "x": 1}\n' + "{", "as far as it went"
+    writer._file.room = 10**6
+    writer.write(3, {"x": 1})
+    assert read_metrics(path) == [{"step": step, "x": 1} for step in range(4)]
+    writer._file.room = 0
+    writer.write(4, {"x": 1})
+    with pytest.raises(OSError, match="lacks its last 1 lines: the disk is full"):
+        writer.close()
 
 
 def test_one_object_a_line_flushed_at_once(tmp_path):
@@ -71,10 +106,76 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("policy/entropy")] == [(1, 3.5), (2, 3.25)]
 
 
+def test_samples_are_lines_beside_the_metrics(tmp_path):
+    path = tmp_path / "ppo" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in (0, 4, 8):
+            writer.write_samples(step, SAMPLES)
+        writer.drop_after(4)
+        writer.write_samples(8, [Sample("p", "r", float("nan"))])
+    lines = (path.parent / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 4, 4, 8]
+    assert json.loads(lines[2]) == {"step": 4, "prompt": "How | are you?", "response": "well,\nthank you: größer", "score": 1.25}
+    assert json.loads(lines[4])["score"] is None
+    with MetricsWriter(path, resume_step=0):  # the run goes on from an earlier checkpoint
+        assert len((path.parent / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_tensorboard_has_the_samples_as_a_table(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as writer:
+        writer.write_samples(4, SAMPLES)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 4
+    assert event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| prompt | response | score |",
+        "|---|---|---|",
+        "| How \\| are you? | well,<br>thank you: größer | 1.250 |",
+        "| And you? |  | -0.500 |",
+    ]
+
+
 def test_trackers_are_imported_only_when_asked(tmp_path):
     with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
         writer.write(1, {"x": 1})
     assert "wandb" not in sys.modules and "mlflow" not in sys.modules
+
+
+def test_wandb_gets_numbers_and_a_table(tmp_path, monkeypatch):
+    """Its own files of a run without a network."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with MetricsWriter(tmp_path / "metrics.jsonl", wandb="project", run_name="own") as writer:
+        writer.write_samples(4, SAMPLES)
+        writer.write(4, {"eval/score": 0.375})
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
+    assert json.loads(table.read_text()) == {
+        "columns": ["step", "prompt", "response", "score"],
+        "data": [[4, each.prompt, each.response, each.score] for each in SAMPLES],
+    }
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"eval/score" in record.read_bytes()
+
+
+def test_mlflow_gets_numbers_and_a_table(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    with MetricsWriter(tmp_path / "metrics.jsonl", mlflow="project", run_name="own") as writer:
+        for step in (4, 8):
+            writer.write_samples(step, SAMPLES)
+        writer.write(8, {"eval/score": 0.375})
+    (run,) = mlflow.search_runs(experiment_names=["project"], output_format="list")
+    assert run.info.run_name == "own" and run.data.metrics == {"eval/score": 0.375}
+    table = mlflow.load_table("samples.json", run_ids=[run.info.run_id])
+    assert table["step"].tolist() == [4, 4, 8, 8]
+    assert table[["prompt", "response", "score"]].values.tolist() == [
+        [each.prompt, each.response, each.score] for each in 2 * SAMPLES
+    ]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rlhf_ray.cli import display as display_module
 from rlhf_ray.cli.display import Display
-from rlhf_ray.cli.pace import Pace
+from rlhf_ray.runs.pace import Pace
 from rlhf_ray.supervised.learning_rate import outlook
 
 

@@ -100,7 +100,7 @@ def test_anything_may_change_until_the_data_is_prepared_and_what_is_safe_after(t
 def test_a_limit_that_stopped_a_run_may_be_raised_when_it_goes_on(tmp_path):
     """What the message tells the user to do is possible."""
     folder = RunFolder(tmp_path)
-    scored = {"reward_function": "rlhf_ray.data.world:score", "reward_timeout_s": 1.0}
+    scored = {"reward_function": "rlhf_ray.data.world:utility", "reward_timeout_s": 1.0}
     prepare_folder(Recipe(name="r", ppo=scored), folder)
     folder.stage("data").finish({})
     limits = [name for name, field in PPOConfig.model_fields.items() if (field.description or "").startswith("stop if")]

@@ -343,7 +343,7 @@ def toy(session):
     ray.kill(actor)
 
 
-def waiter(deadline_s=30.0, on_wait=lambda what, seconds: None):
+def waiter(deadline_s=30.0, on_wait=lambda name, seconds, what: None):
     return Waiter(deadline_s, "raise the limit", on_wait)
 
 
@@ -486,11 +486,11 @@ def test_a_dead_actor_is_named(session):
 
 def test_a_wait_has_a_name_and_a_deadline(toy):
     heard = []
-    waiting = waiter(deadline_s=1.5, on_wait=lambda what, seconds: heard.append(what))
+    waiting = waiter(deadline_s=1.5, on_wait=lambda name, seconds, what: heard.append((name, what)))
     slow = waiting.track(toy.answer.remote(1, 60.0), "reward actor 1 (step 17, chunk 3)")
     with pytest.raises(Deadline, match=r"for reward actor 1 \(step 17, chunk 3\) during scoring.*raise the limit"):
         waiting.wait([slow], "scoring")
-    assert heard and set(heard) == {"reward actor 1 (step 17, chunk 3)"}
+    assert heard and set(heard) == {("reward actor 1 (step 17, chunk 3)", "scoring")}
 
 
 def test_what_was_waited_for_is_let_go(toy):

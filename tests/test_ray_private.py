@@ -93,3 +93,29 @@ def test_it_is_read_without_ray_train():
     """Which takes seconds."""
     code = "import sys, rlhf_ray.actors.ray_private; print('ray.train' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_session_that_listens_on_loopback_sets_what_ray_reads():
+    from ray._private import ray_constants, services
+
+    assert ray_private.LOOPBACK_VARIABLE in inspect.getsource(ray_constants)
+    source = inspect.getsource(ray_constants) + inspect.getsource(services)
+    assert "ENABLE_RAY_CLUSTER" in source
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with ray_private.on_loopback():
+        assert ray_constants.ENABLE_RAY_CLUSTER is False
+    assert ray_constants.ENABLE_RAY_CLUSTER is before
+
+
+def test_ray_train_starts_its_ranks_by_the_method_that_is_overridden():
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    own = ray_private.meeting_backend(print)
+    assert issubclass(own, _TorchBackend) and TorchConfig(backend="gloo").backend_cls is _TorchBackend
+    assert own is ray_private.meeting_backend(print)
+    parameters = list(inspect.signature(_TorchBackend.on_start).parameters)
+    assert parameters == list(inspect.signature(own.on_start).parameters)
+    for name in ("execute", "execute_single", "execute_single_async"):
+        assert hasattr(WorkerGroup, name)

@@ -72,7 +72,7 @@ def test_stopped_and_resumed_on_two_zero3_ranks_it_is_still_the_plain_loop(sessi
         run_supervised(recipe, run, "sft", on_progress=stop_once_training)
     stopped_at = read_metrics(stage.metrics)[-1]["step"]
     assert 0 < stopped_at < 200 and not stage.done and not stage.stop_file.exists()
-    assert (stage.checkpoints / f"checkpoint-{stopped_at}" / "COMPLETE").exists()
+    assert (stage.checkpoints / f"checkpoint-{stopped_at}" / "MANIFEST.json").exists()
 
     summary = run_supervised(recipe, run, "sft")
     rows = read_metrics(stage.metrics)
@@ -91,7 +91,7 @@ def test_a_killed_worker_costs_no_step_and_is_reported(session, folder, tmp_path
     stage, killed = run.stage("sft"), []
 
     def kill_once_checkpointed(event: dict) -> None:
-        if not killed and list(stage.checkpoints.glob("*/COMPLETE")):
+        if not killed and list(stage.checkpoints.glob("checkpoint-*/MANIFEST.json")):
             killed.append(int(re.findall(r"process (\d+)", (run.logs / "sft.log").read_text())[-1]))
             os.kill(killed[0], signal.SIGKILL)
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from checkpoints import write_rank
 from ranks import clones, gap, on_ranks
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.trained_part import adapter_off, train_only_part
-from rlhf_ray.ppo.checkpoint import read_role, write_rank
+from rlhf_ray.ppo.checkpoint import read_role
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, token_batch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -28,7 +29,28 @@ STOPPED_EXIT_STATUS = 130  # as after Ctrl-C
 _RUN_DIR = "rlhf_ray_run_dir"  # keys of the job's metadata
 _STOP_WAIT = "rlhf_ray_stop_wait_s"
 
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+
 Echo = Callable[[str], None]
+
+
+def environment_of(options: Sequence[str]) -> dict[str, str]:
+    """The `--env` options as variables: NAME=VALUE, or NAME alone, whose value is this process's.
+
+    UserError for what looks like a secret on the command line, which everybody on this machine can list.
+    """
+    found: dict[str, str] = {}
+    for option in options:
+        name, given, value = option.partition("=")
+        if given and SECRET.search(name):
+            raise UserError(
+                f"--env {name}=... would show its value to everybody who lists this machine's processes; set {name} in your "
+                f"environment and write --env {name}"
+            )
+        if not given and name not in os.environ:
+            raise UserError(f"--env {name!r}: write NAME=VALUE, or set {name} in your environment")
+        found[name] = value if given else os.environ[name]
+    return found
 
 
 def submit(

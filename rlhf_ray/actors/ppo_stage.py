@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import ray
 
 from rlhf_ray.actors.calls import Handle, Member
+from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -38,13 +40,13 @@ from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
-from rlhf_ray.errors import StageStopped, UserError
+from rlhf_ray.errors import UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.metrics import MetricsWriter
+from rlhf_ray.runs.metrics import MetricsWriter, Sample
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
 Progress = Callable[[dict], None]
@@ -116,8 +118,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     for left_over in stage.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(left_over)
 
-    def on_wait(what: str, seconds: float) -> None:
-        progress({"stage": "ppo", "waiting_for": what, "waiting_s": seconds})
+    def on_wait(name: str, seconds: float, what: str) -> None:
+        progress({"stage": "ppo", "waiting_for": name, "waiting_s": seconds, "phase": what})
 
     waiter = Waiter(
         recipe.resources.call_timeout_s,
@@ -137,7 +139,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if last is not None:
         state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
-        publish_best(folder, state)  # where the run died between the two
+        publish_best(folder, state, only=True)  # where the run died between the two
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
     with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
@@ -149,10 +151,12 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
         recovery = Recovery(recipe, roles, waiter, stage.checkpoints, events=EventLog(folder.events), progress=progress)
         waiter.mend = recovery.mend
+        checkpoints = Checkpoints(recipe, folder, roles.trained, waiter.get, progress)
 
         def train(state: LoopState) -> PPOLoop:
             """The stage from a state of policy and critic on."""
-            hooks = _hooks(recipe, folder, roles, metrics, progress, recovery, lambda: loop.state)
+            checkpoints.abandon()
+            hooks = _hooks(recipe, folder, roles, metrics, progress, recovery, checkpoints, lambda: loop.state)
             loop = PPOLoop(
                 roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
                 chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
@@ -165,11 +169,13 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             if loop.run() and not rolls_back(loop.state, ppo):
                 adapter = stage.path / "adapter" if ppo.lora is not None else None
                 _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
+            checkpoints.finish()
             return loop
 
         loop = recovery.run(train, state)
         if not loop.finished:
-            raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
+            raise checkpoints.stopped(loop.state, ppo.steps)
+    publish_best(folder, loop.state, only=True)  # where there was no room for the last checkpoint
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
@@ -207,20 +213,6 @@ def copy_model(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def publish_best(folder: RunFolder, state: LoopState) -> None:
-    """The best policy that the checkpoint knows becomes ppo/best; other candidates go.
-
-    It waits for the checkpoint, because a run that goes on from an older one, with another recipe perhaps, must not find the
-    best policy of steps that it never took.
-    """
-    chosen = folder.candidate(state.best_step)
-    if chosen.exists():
-        shutil.rmtree(folder.best_model, ignore_errors=True)
-        chosen.rename(folder.best_model)
-    for other in folder.stage("ppo").path.glob(".best_*"):
-        shutil.rmtree(other)
-
-
 def _of_all(roles: RayRoles, method: str, *args) -> list[Handle]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
 
@@ -252,6 +244,7 @@ def _hooks(
     metrics: MetricsWriter,
     progress: Progress,
     recovery: Recovery,
+    checkpoints: Checkpoints,
     state_now: Callable[[], LoopState],
 ) -> LoopHooks:
     stage, waiter = folder.stage("ppo"), roles.waiter
@@ -259,29 +252,21 @@ def _hooks(
     def record(step: int, values: dict[str, float]) -> None:
         values = values | waiter.take_totals() | recovery.budget.take_failures()
         metrics.write(step, values)
+        checkpoints.look()
         recovery.step_done(state_now())
         progress({"stage": "ppo", "step": step, "total": recipe.ppo.steps, "metrics": values})
 
     def samples(step: int, texts: list[tuple[str, str]], scores: list[float]) -> None:
-        progress({"stage": "ppo", "samples": [
-            {"step": step, "prompt": prompt, "response": response, "score": score}
-            for (prompt, response), score in zip(texts, scores, strict=True)]})  # fmt: skip
-
-    def save(state: LoopState) -> None:
-        checkpoints = stage.checkpoints
-        temporary = checkpoint.temporary_folder(checkpoints, state.step)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        waiter.get(_of_all(roles, "save", temporary), "writing a checkpoint")
-        checkpoint.publish(checkpoints, state.step, state.to_json(), recipe.ppo.keep_checkpoints)
-        publish_best(folder, state)
+        rows = [Sample(*text, score) for text, score in zip(texts, scores, strict=True)]
+        metrics.write_samples(step, rows)
+        progress({"stage": "ppo", "samples": [{"step": step, **asdict(row)} for row in rows]})
 
     def save_best(state: LoopState) -> None:
         _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
 
     publishing = Publishing(recipe, folder, roles, progress)
     return LoopHooks(
-        record=record, samples=samples, save=save, save_best=save_best, publish=publishing.publish,
+        record=record, samples=samples, save=checkpoints.save, save_best=save_best, publish=publishing.publish,
         stop_requested=stage.stop_file.exists,
     )  # fmt: skip
 

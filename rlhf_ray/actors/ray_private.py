@@ -6,14 +6,17 @@ Each function imports what it needs when it is called: Ray Train takes seconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 #: `actors.ray_trainer` overrides this method of Ray Train's trainers
 DEFAULT_CALLBACKS = "_create_default_callbacks"
 #: the name of the error of a worker group that finds no room in time, which Ray Train wraps in others
 NO_ROOM = "WorkerGroupStartupTimeoutError"
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @contextmanager
@@ -40,6 +43,47 @@ def node_looked_up_by(wrapped: Callable[[Callable[..., Any]], Callable[..., Any]
         yield
     finally:
         services.get_node = look
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that starts in the body of the `with` is for this machine alone: its processes listen on 127.0.0.1.
+
+    Ray has that for desktops, and reads the variable when it is imported; here it may have been imported before.
+    """
+    from ray._private import ray_constants
+
+    before = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[LOOPBACK_VARIABLE]
+        else:
+            os.environ[LOOPBACK_VARIABLE] = before[0]
+
+
+@cache
+def meeting_backend(meet: Callable[..., None]) -> type:
+    """Ray Train's backend of torch, whose ranks meet by `meet(backend, rank, ranks, address, port, timeout_s)`."""
+    import ray
+    from ray.train._internal.utils import get_address_and_port
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+    class MeetingBackend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            address, port = worker_group.execute_single(0, get_address_and_port)
+            worker_group.execute(_set_torch_distributed_env_vars)
+            ranks, timeout_s = len(worker_group), backend_config.timeout_s
+            meeting = [
+                worker_group.execute_single_async(rank, meet, backend_config.backend, rank, ranks, address, port, timeout_s)
+                for rank in range(ranks)
+            ]
+            ray.get(meeting, timeout=timeout_s)
+
+    return MeetingBackend
 
 
 def store_stats(node: dict[str, Any]) -> Any:

@@ -64,8 +64,8 @@ def evaluate_and_report(recipe: Recipe, folder: RunFolder, stage: str, progress:
     """Evaluate in one task (the controller holds no models), then write the report."""
     from rlhf_ray.report.page import write_report
 
-    def on_wait(what: str, seconds: float) -> None:
-        progress({"stage": stage, "waiting_for": what, "waiting_s": seconds})
+    def on_wait(name: str, seconds: float, what: str) -> None:
+        progress({"stage": stage, "waiting_for": name, "waiting_s": seconds, "phase": what})
 
     resources = recipe.resources
     waiter = Waiter(resources.call_timeout_s, "raise resources.call_timeout_s", on_wait)

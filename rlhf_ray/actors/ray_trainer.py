@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
-from rlhf_ray.actors.ray_private import unused_callbacks
+from rlhf_ray.actors.ray_private import meeting_backend, unused_callbacks
 from rlhf_ray.errors import whole_message
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.training.distributed import meet
 
 
 class StageTorchTrainer(TorchTrainer):
@@ -25,6 +26,15 @@ class StageTorchTrainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
+class MeetingConfig(TorchConfig):
+    """Of a group of CPU or GPU ranks; `backend` is given. They meet at a store that listens on rank 0's address alone
+    (`training.distributed`)."""
+
+    @property
+    def backend_cls(self):
+        return meeting_backend(meet)
+
+
 class RecordFailures(UserCallback):
     """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
 
@@ -34,9 +44,10 @@ class RecordFailures(UserCallback):
     def after_exception(self, run_context, worker_exceptions):
         self.failures += 1
         done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {self.restarts})"
+        restarted = {"role": self.stage}
         if self.failures > self.restarts:
-            done = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed"
+            done, restarted = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed", {}
         for place, error in worker_exceptions.items():
             EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage
+                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage, **restarted
             )

@@ -15,6 +15,7 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_stages import check_cluster, ray_stages
 from rlhf_ray.actors.ray_start import refuse_second_ray
+from rlhf_ray.actors.run_metrics import RunMetrics
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.actors.snapshots import BYTES_PER_WEIGHT_BYTE, KEPT
 from rlhf_ray.config import Recipe
@@ -30,6 +31,8 @@ from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages, to_r
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
+from rlhf_ray.runs.status import newest_checkpoint
+from rlhf_ray.runs.status_file import StatusFile
 
 
 class RunDisplay(Protocol):
@@ -63,14 +66,17 @@ def run(
     to_run = [name for name in stages or recipe.stages if not any(each.stage(name).done for each in folders)]
     refuse_problems(recipe, folder, address, to_run)
     running: list[str | None] = [None]
-    with held(folder), display() as shown:
+    exported = RunMetrics(recipe.name)
+    status = StatusFile(folder.status, lambda now: exported.tell(now, newest_checkpoint(folder, now.stage)[1]))
+    with held(folder), status.told(), display() as shown:
         if start_from is not None:
             adopt_stages(recipe, folder, RunFolder(Path(start_from).absolute()))
 
         def progress(event: dict) -> None:
             if event.get("started") or event.get("done"):
                 running[0] = event["stage"] if event.get("started") else None
-            shown(event)
+            for hears in (status.hear, exported.hear, shown):
+                hears(event)
 
         again = to_reopen(recipe, folder, check_resume(recipe, folder))
         left = [name for name in (stages or recipe.stages) if not folder.stage(name).done or name in again]
@@ -90,11 +96,13 @@ def run(
                         log=folder.ray_log,
                     )
                 )
+                status.exports(stack.enter_context(exported.exported()))
                 check_cluster(recipe, left)
             recipe = settle_threads(recipe, recorded_recipe(folder), **cores_to_share(address if connected else None))
             prepare_folder(recipe, folder)
 
             def at_once() -> None:
+                status.end("stopped", "stopped at once; the same command goes on from the last checkpoint")
                 shown.close()
                 ray.shutdown()
 

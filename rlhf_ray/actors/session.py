@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ray.exceptions import AuthenticationError
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.ray_output import ray_output_in
+from rlhf_ray.actors.ray_private import on_loopback
 from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
 from rlhf_ray.actors.worker_start import fork_server
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
@@ -57,7 +58,9 @@ def ray_session(
     """
     refuse_second_ray()
     prepare_home(makes_token=address is None)  # before the fork server, which inherits the environment
-    environment = worker_environment()
+    # On this machine alone: gloo would listen on the interface that the host's name leads to.
+    interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} if address is None else {}
+    environment = worker_environment() | interface
     options: dict = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # RAY_ADDRESS would turn address="local" into a connection to somebody's cluster on some versions.
@@ -75,8 +78,9 @@ def ray_session(
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # Ray would print the traceback of every call that fails because of another; Waiter reports the first in a sentence.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    forked = worker_environment(spins=spins)
-    with ray_output_in(log), fork_server(stages if address is None else (), forked) as python:
+    forked = worker_environment(spins=spins) | interface
+    where = on_loopback() if address is None else nullcontext()
+    with ray_output_in(log), where, fork_server(stages if address is None else (), forked) as python:
         if python is not None:
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         start = start_own_ray if address is None else partial(_connect, address)

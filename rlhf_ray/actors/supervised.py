@@ -18,17 +18,17 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.ray_private import NO_ROOM
-from rlhf_ray.actors.ray_trainer import RecordFailures, StageTorchTrainer
+from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
+from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
 from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.ensemble import ensemble_summary
@@ -74,7 +74,10 @@ def _train(
     """Train one model -> its summary."""
     target = folder.stage(stage).member(member)
     target.path.mkdir(parents=True, exist_ok=True)
-    started, found = time.monotonic(), newest_complete(target.checkpoints)
+    started = time.monotonic()
+    found = newest_complete(
+        target.checkpoints, lambda words: EventLog(folder.events).add(words, "read the one before it", stage=stage)
+    )
     if found is not None:
         # Its training time stands for what earlier runs took.
         started -= found[1].elapsed_s
@@ -88,6 +91,10 @@ def _train(
         raise NotFinite(answer["not_finite"])
     if answer["ended_by"] == "stop":
         target.stop_file.unlink(missing_ok=True)
+        kept = newest_complete(target.checkpoints)
+        if kept is None or kept[1].step != answer["steps"]:  # events.jsonl says why
+            since = "its start" if kept is None else f"step {kept[1].step}"
+            raise StageStopped(f"{stage} stopped at step {answer['steps']}; no checkpoint could be written since {since}")
         raise StageStopped(f"{stage} stopped; its checkpoint is written")
     return answer | {"seconds": round(time.monotonic() - started, 2)}
 
@@ -126,7 +133,7 @@ def _fit(
             "stage": stage,
             "member": member,
         },
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
+        torch_config=MeetingConfig(backend="nccl" if config.gpus_per_worker > 0 else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.gpus_per_worker > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ with collector_paused():
     import torch
 
     from rlhf_ray.actors import faults
+    from rlhf_ray.actors.checkpointing import Writing
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.role_actors import RoleActor
     from rlhf_ray.actors.weight_transport import PolicyEnd
@@ -28,6 +30,7 @@ class TrainerActor(RoleActor):
 
     def build(self, rank: int, ranks: int):
         self.rank, self.ranks = rank, ranks
+        self.writing = Writing()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met."""
@@ -63,12 +66,17 @@ class TrainerActor(RoleActor):
         return self.role.update(shard, *rates)
 
     def save(self, folder: Path) -> int:
-        """Write this rank's share of a checkpoint."""
-        from rlhf_ray.ppo.checkpoint import write_rank
+        """Copy this rank's share of the state, and begin to write it into the folder. Training goes on meanwhile."""
+        from rlhf_ray.ppo.checkpoint import share_of_rank, write_share
 
-        engine = self.role.engine
-        write_rank(folder, self.role_name, self.rank, self.ranks, engine.state(), engine.steps_taken)
+        engine, which = self.role.engine, (self.role_name, self.rank, self.ranks)
+        share = share_of_rank(*which, engine.state())
+        self.writing.begin(partial(write_share, folder, *which, share, engine.steps_taken))
         return self.rank
+
+    def saved(self, wait: bool) -> dict[str, str] | str | None:
+        """Of the newest `save`: `Writing.result`."""
+        return self.writing.result(wait=wait)
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], int]:
         """This rank's share of the state, by name, and the optimiser steps taken."""

@@ -52,9 +52,12 @@ Mend = Callable[[Call, RunFailed | RayTaskError, str], None]
 
 
 class Waiter:
-    """Knows what each outstanding ref is. `on_wait(what, seconds)` hears of a wait once a second."""
+    """Knows what each outstanding ref is. `on_wait(name, seconds, what)` hears of a wait at its beginning and once a second:
+    the call that is waited for, for how long, and during what."""
 
-    def __init__(self, deadline_s: float, remedy: str, on_wait: Callable[[str, float], None] = lambda what, s: None):
+    def __init__(
+        self, deadline_s: float, remedy: str, on_wait: Callable[[str, float, str], None] = lambda name, s, what: None
+    ):
         self.deadline_s, self.remedy, self.on_wait = deadline_s, remedy, on_wait
         self.mend: Mend | None = None  # `actors.recovery`; None: what fails is raised
         self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
@@ -83,6 +86,8 @@ class Waiter:
         started = since = time.monotonic()
         heard: dict[Member, float] = {}  # when an actor last answered
         pending = list(waiting)
+        if pending:
+            self.on_wait(waiting[pending[0]].name, 0.0, what)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
             for ref in done:
@@ -94,7 +99,7 @@ class Waiter:
                 if isinstance(each, Call):
                     heard[each.member] = time.monotonic()
             if pending:
-                self.on_wait(waiting[pending[0]].name, time.monotonic() - started)
+                self.on_wait(waiting[pending[0]].name, time.monotonic() - started, what)
             for each in (waiting[ref] for ref in pending):
                 seconds = time.monotonic() - (heard.get(each.member, since) if isinstance(each, Call) else since)
                 limit_s = deadline_s or self.limit_s(each)

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.cli.pace import Pace
 from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft
+from rlhf_ray.runs.pace import Pace
 from rlhf_ray.tables.figures import shown_figures
 
 PLAIN_EVERY_S = 10.0  # between two lines at least, where there is no terminal

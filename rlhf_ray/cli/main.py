@@ -23,6 +23,7 @@ from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.command_errors import Commands, console, in_words
 from rlhf_ray.cli.publish import publish
 from rlhf_ray.cli.serve import serve
+from rlhf_ray.cli.status import status
 from rlhf_ray.cli.votes import votes_app
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError
@@ -148,7 +149,9 @@ def submit(
     overrides: Overrides = None,
     address: ClusterAddress = None,
     data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE in the job's environment (repeatable)")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE in the job's environment; NAME alone: its value here (repeatable)")
+    ] = None,
     stop_wait_s: Annotated[int, typer.Option(help="how long a stopped run may take to write its checkpoint")] = 600,
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
 ):
@@ -156,15 +159,12 @@ def submit(
     from rlhf_ray.actors import jobs
     from rlhf_ray.config.recipe_file import load_recipe
 
-    for pair in env or []:
-        if "=" not in pair:
-            raise UserError(f"--env {pair!r}: write NAME=VALUE")
     job_id = jobs.submit(
         load_recipe(recipe, overrides),
         run_dir,
         address=address,
         data=data or (),
-        env=dict(pair.split("=", 1) for pair in env or []),
+        env=jobs.environment_of(env or []),
         stop_wait_s=stop_wait_s,
         echo=_echo,
     )
@@ -228,6 +228,7 @@ def import_(
     console.print(str(import_gguf(file, target, dtype)), highlight=False, soft_wrap=True)
 
 
+app.command()(in_words(status))
 app.add_typer(votes_app, name="votes")
 app.add_typer(bench_app, name="bench")
 

@@ -102,6 +102,7 @@ def _bound(path: str) -> tuple[socket.socket, str]:
         os.unlink(path)
     own = socket.socket(socket.AF_UNIX)
     own.bind(path)
+    os.chmod(path, 0o600)
     own.listen(socket.SOMAXCONN)
     return own, path
 

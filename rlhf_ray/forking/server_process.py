@@ -52,6 +52,7 @@ def fork_server(
         path, errors = str(folder / "s"), folder / "errors.log"
         with socket.socket(socket.AF_UNIX) as listener, open(errors, "wb") as log_file:
             listener.bind(path)
+            os.chmod(path, 0o600)
             listener.listen(socket.SOMAXCONN)
             server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rlhf_ray.forking.fork_server", str(listener.fileno()), path, *stages],

@@ -13,23 +13,25 @@ from __future__ import annotations
 
 # safetensors is annotated in part only.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.finite_weights import first_bad, refuse_bad
+from rlhf_ray.models.tensor_file import write_tensors
+from rlhf_ray.runs import sealed
 from rlhf_ray.runs.storage import write_atomically
 
-MANIFEST, STATE = "MANIFEST.json", "state.json"
+STATE, PATTERN = "state.json", "step_*"
+FORMAT = 1  # raised when the same bytes would come to mean something else: names of tensors, the order of draws, the loop's state
+WRITER = "written_by"  # key of state.json: {"format": 1, "rlhf_ray": "0.2.0"}; earlier versions, whose format is 1, wrote none
 STATE_KEYS = ("step", "kl_coef", "best_score", "best_step")  # those that every version has written
 REMEDY = "delete this folder to go on from the checkpoint before it (or, if there is none, the stage's folder to start again)"
 
@@ -46,18 +48,28 @@ def rank_file(role: str, rank: int, ranks: int) -> str:
     return f"{role}-{rank:02d}-of-{ranks:02d}.safetensors"
 
 
-def write_rank(
-    folder: Path, role: str, rank: int, ranks: int, state: Iterable[tuple[str, torch.Tensor]], steps_taken: int
-) -> None:
-    """This rank's share of the role's state: every ranks-th tensor. All ranks iterate `state` together.
+def share_of_rank(
+    role: str, rank: int, ranks: int, state: Iterable[tuple[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """A copy of this rank's share of the role's state: every ranks-th tensor. All ranks iterate `state` together.
 
-    NotFinite, and nothing is written, where it holds a NaN: a run that goes on from a checkpoint can trust it.
+    NotFinite where it holds a NaN: a run that goes on from a checkpoint can trust it.
     """
-    share = {name: tensor.detach().float().cpu().clone() for i, (name, tensor) in enumerate(state) if i % ranks == rank}
+    share = {name: _copied(tensor) for i, (name, tensor) in enumerate(state) if i % ranks == rank}
     refuse_bad(share.items(), f"no checkpoint is written: the {role}'s state is not finite")
-    path = folder / rank_file(role, rank, ranks)
-    save_file(share, path, metadata={"steps_taken": str(steps_taken)})
-    _flush(path)
+    return share
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def write_share(
+    folder: Path, role: str, rank: int, ranks: int, share: Mapping[str, torch.Tensor], steps_taken: int
+) -> dict[str, str]:
+    """Write and flush it -> {the file's name: its SHA-256}."""
+    name = rank_file(role, rank, ranks)
+    return {name: write_tensors(folder / name, share, {"steps_taken": str(steps_taken)})}
 
 
 def read_role(folder: Path, role: str) -> tuple[dict[str, torch.Tensor], int]:
@@ -87,18 +99,17 @@ def read_role(folder: Path, role: str) -> tuple[dict[str, torch.Tensor], int]:
     return state, steps_taken
 
 
-def publish(checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Add the controller's state and the manifest to the temporary folder, rename it, drop all but the last `keep`."""
+def publish(checkpoints: Path, step: int, state: dict[str, Any], keep: int, digests: Mapping[str, str]) -> Path:
+    """Add the controller's state and the manifest to the temporary folder, rename it, drop all but the last `keep`.
+
+    digests: what the ranks' `write_share` returned.
+    """
     temporary, folder = temporary_folder(checkpoints, step), step_folder(checkpoints, step)
-    write_atomically(temporary / STATE, json.dumps(state, indent=2) + "\n")
-    hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
-    write_atomically(temporary / MANIFEST, json.dumps(hashes, indent=2) + "\n")
-    _flush(temporary)
+    write_atomically(temporary / STATE, json.dumps(state | {WRITER: sealed.writer(FORMAT)}, indent=2) + "\n")
     # A run goes on from its last good checkpoint, so one that stands at this step or a later one is damaged.
     for damaged in [path for path in complete(checkpoints) if path.name >= folder.name]:
         shutil.rmtree(damaged)
-    os.rename(temporary, folder)
-    _flush(checkpoints)
+    sealed.seal(temporary, folder, digests)
     for old in complete(checkpoints)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -106,40 +117,12 @@ def publish(checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> P
 
 def complete(checkpoints: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    return sorted(path for path in checkpoints.glob("step_*") if (path / MANIFEST).exists())
+    return sealed.sealed(checkpoints, PATTERN)
 
 
 def last_good(checkpoints: Path, report: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The newest checkpoint whose files have their checksums; `report` hears of each that has not.
-
-    None: there is none at all. UserError: there are, and all are damaged.
-    """
-    broken: list[str] = []
-    for folder in reversed(complete(checkpoints)):
-        bad = _damaged_files(folder)
-        if not bad:
-            return folder
-        broken.append(folder.name)
-        report(f"checkpoint {folder.name} is damaged ({', '.join(bad)}); using the one before it")
-    if broken:
-        raise UserError(
-            f"every checkpoint in {checkpoints} is damaged ({', '.join(broken)}); delete them to start the stage again"
-        )
-    return None
-
-
-def _damaged_files(folder: Path) -> list[str]:
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text())
-    except ValueError:  # cut off, or not even text
-        return [MANIFEST]
-    if not isinstance(hashes, dict) or STATE not in hashes:
-        return [MANIFEST]
-    return [
-        name
-        for name, expected in cast(dict[str, Any], hashes).items()
-        if not (folder / name).is_file() or _hash(folder / name) != expected
-    ]
+    """`sealed.last_good` of PPO's."""
+    return sealed.last_good(checkpoints, PATTERN, STATE, report)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -152,17 +135,5 @@ def read_state(folder: Path) -> dict[str, Any]:
     missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}; {REMEDY}")
+    sealed.check_format(folder, state.pop(WRITER, None), FORMAT)
     return cast(dict[str, Any], state)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

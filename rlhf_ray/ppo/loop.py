@@ -91,7 +91,7 @@ class LoopHooks:
 
     record: Callable[[int, dict[str, float]], None]  # metrics of a step
     samples: Callable[[int, list[tuple[str, str]], list[float]], None]  # a few held-out (prompt, response), scores
-    save: Callable[[LoopState], None]  # checkpoint
+    save: Callable[[LoopState], bool]  # checkpoint; False: not now, come again
     save_best: Callable[[LoopState], None]
     publish: Callable[[LoopState], None] = field(default=lambda _: None)  # a version for a server
     stop_requested: Callable[[], bool] = field(default=lambda: False)
@@ -120,11 +120,11 @@ class PPOLoop:
             self.ahead = Ahead(
                 roles, self._chunks, steps_ahead=config.steps_ahead, steps=config.steps, in_flight=config.weights_in_flight
             )  # fmt: skip
-        self._last_save = time.monotonic()
+        self._last_save, self._owes_save = time.monotonic(), False
         self._saved_step = state.step or None  # a state that isn't fresh came from its checkpoint
 
     def run(self) -> bool:
-        """True when there is no step left to do; False when asked to stop, with a checkpoint written either way."""
+        """True when there is no step left to do; False when asked to stop, with a checkpoint asked for either way."""
         sync_weights(self.roles, self.state.step)
         if self.state.step == 0:  # once more, where a run was stopped before its first step
             self.state = replace(self.state, best_score=float("-inf"), best_step=-1, worse_since=0)
@@ -179,7 +179,7 @@ class PPOLoop:
         if config.publish_every is not None and self.state.step % config.publish_every == 0:
             self.hooks.publish(self.state)
         overdue = time.monotonic() - self._last_save > 60 * config.checkpoint_minutes
-        if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue):
+        if not self.finished and (self.state.step % config.checkpoint_every == 0 or overdue or self._owes_save):
             self._save()
 
     def _chunks(self, step: int) -> list[Chunk]:
@@ -201,8 +201,9 @@ class PPOLoop:
         )  # fmt: skip
 
     def _save(self) -> None:
-        self.hooks.save(self.state)
-        self._last_save, self._saved_step = time.monotonic(), self.state.step
+        self._owes_save = not self.hooks.save(self.state)
+        if not self._owes_save:
+            self._last_save, self._saved_step = time.monotonic(), self.state.step
 
     def _evaluate(self, metrics: dict[str, float]) -> None:
         """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""

@@ -20,7 +20,7 @@ from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.runs.closing import closing_words
 from rlhf_ray.runs.own_modules import digests, own_figures, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
-from rlhf_ray.runs.run_folder import RunFolder, StageFolder
+from rlhf_ray.runs.run_folder import RunFolder, StageFolder, make_private
 from rlhf_ray.runs.storage import read_object, write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
@@ -32,7 +32,7 @@ StageFunction = Callable[[Recipe, RunFolder, Progress], dict[str, Any] | None]
 def prepare_folder(recipe: Recipe, folder: RunFolder) -> None:
     """Create the run folder, or check that this recipe may continue in it; write the recipe and the environment."""
     changed = check_resume(recipe, folder)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_private(folder.path)
     reopen_finished(recipe, folder, changed)
     write_recipe(recipe, folder.recipe)
     folder.record_stages()

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class StageFolder:
     def stop_file(self) -> Path:
         """Present while the stage is asked to checkpoint and stop; workers look for it after every step."""
         return (self.stage or self.path) / "STOP"
+
+    @property
+    def events(self) -> Path:
+        """The run's, in the folder above the stage's."""
+        return (self.stage or self.path).parent / "events.jsonl"
 
     @property
     def done(self) -> bool:
@@ -166,6 +172,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def status(self) -> Path:
+        """What the run is doing, or how it ended (`runs.status`)."""
+        return self.path / "status.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -188,10 +199,18 @@ def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
     return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
 
 
+def make_private(path: Path) -> None:
+    """The folder is there, and nobody but its owner can enter it: prompts and answers are in it, and weights."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+        path.chmod(stat.S_IMODE(found.st_mode) & ~0o077)
+
+
 @contextmanager
 def held(folder: RunFolder) -> Generator[None]:
     """Only this process works in the run folder. The lock ends with the process at the latest, however that ends."""
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_private(folder.path)
     with open(folder.path / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,14 +10,18 @@ from typing import Any, cast
 from rlhf_ray.errors import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half."""
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half.
+
+    durable False: without the flush, for what is written again in a moment anyway.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

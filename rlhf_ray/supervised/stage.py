@@ -65,7 +65,7 @@ def train_stage(job: StageJob) -> dict:
         tracking=job.recipe.tracking, tokens_per_step=tokens_per_step,
     )  # fmt: skip
     if outcome.ended_by == "stop":
-        return {"ended_by": "stop"}
+        return {"ended_by": "stop", "steps": outcome.steps}
     model, weights = trained_weights(trainer)
     if rank() != 0:
         return {}

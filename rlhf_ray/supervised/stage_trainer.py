@@ -9,13 +9,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
 from rlhf_ray.errors import NotFinite
@@ -23,13 +22,13 @@ from rlhf_ray.models.finite_weights import REMEDY, first_bad
 from rlhf_ray.models.positions import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
-from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
+from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
+from rlhf_ray.supervised.resumable import ResumableTrainer
 from rlhf_ray.training.agreement import from_rank_zero, rank, world_size
 from rlhf_ray.training.deepspeed_config import MAX_GRAD_NORM, deepspeed_config
 from rlhf_ray.training.finite_ranks import check_weights
 
-KEPT_CHECKPOINTS = 2
 # Few different widths: CPU kernels are built and cached for each shape, and a cache for all lengths grows to gigabytes.
 PAD_MULTIPLE = 16
 #: what the trainers log -> our name
@@ -63,7 +62,7 @@ class Clock:
         return self.limit_s is not None and self.elapsed_s >= self.limit_s
 
 
-class StageTrainer(Trainer):
+class StageTrainer(ResumableTrainer):
     """Mixin before a TRL trainer: the learning rate follows the stage's clock."""
 
     clock: Clock
@@ -91,6 +90,10 @@ class StageTrainer(Trainer):
         if world_size() == 1 and self.stage_config.zero_stage == 0:
             # With one rank it would only copy all gradients into one buffer and back.
             cast(Any, self.deepspeed).enable_backward_allreduce = False
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.clock.elapsed_s
 
     def set_rate(self) -> None:
         """Set the recipe's current learning rate: a checkpoint restores the rate that it was written with."""
@@ -152,7 +155,6 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # the callback asks for each
-        save_total_limit=KEPT_CHECKPOINTS,
         disable_tqdm=True,
         report_to=[],
         seed=seed,
@@ -226,15 +228,6 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self.saved_s = self.clock.elapsed_s
-        from_rank_zero([0.0], self.device)  # all ranks have written their part
-        if rank() == 0:
-            mark_complete(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}",
-                Checkpoint(
-                    step=state.global_step, elapsed_s=self.clock.elapsed_s,
-                    workers=self.config.workers, zero_stage=self.config.zero_stage,
-                ),
-            )  # fmt: skip
 
 
 def run_training(
@@ -247,13 +240,13 @@ def run_training(
     tokens_per_step: np.ndarray,
 ) -> tuple[Outcome, StageTrainer]:
     """Train until the data or the time ends or STOP is there, from the newest whole checkpoint on."""
-    found = newest_complete(folder.checkpoints)
+    found = newest_complete(folder.checkpoints, print)  # into the stage's log; the driver makes an event of it
     clock = Clock(total_steps=len(tokens_per_step), limit_s=config.max_minutes and config.max_minutes * 60)
     if found is not None:
-        check_fits(stage, found[1], workers=world_size(), zero_stage=config.zero_stage)
         clock.elapsed_s = found[1].elapsed_s
     trainer = build()
     trainer.clock, trainer.stage_config = clock, config
+    trainer.stage, trainer.zero_stage, trainer.events = stage, config.zero_stage, folder.events
     writer = _writer(folder, stage, tracking, found)
     callback = StageCallback(
         folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin

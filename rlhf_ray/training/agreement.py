@@ -41,3 +41,13 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return float(tensor)
+
+
+def from_all_ranks(text: str, device: torch.device) -> list[str]:
+    """Each rank's text, on every rank; all are equally long, and plain ASCII. Collective."""
+    if world_size() == 1:
+        return [text]
+    own = torch.tensor(list(text.encode("ascii")), dtype=torch.uint8, device=device)
+    each = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(each, own)
+    return [bytes(one.tolist()).decode("ascii") for one in each]
