@@ -170,6 +170,9 @@ def serve(
     max_n: Annotated[int, typer.Option(help="choices per prompt")] = 16,
     max_rows: Annotated[int, typer.Option(help="choices decoded together, per replica")] = 32,
     max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
+    max_cache_tokens: Annotated[
+        int | None, typer.Option(help="choices decoded together times tokens of the longest, per replica; default: by free memory")
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
     max_connections: Annotated[int, typer.Option(help="open connections")] = 512,
 ):
@@ -180,7 +183,8 @@ def serve(
 
     limits = Limits(
         max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
-        max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes, max_connections=max_connections,
+        max_waiting_rows=max_waiting_rows, max_cache_tokens=max_cache_tokens, max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
     )  # fmt: skip
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.kv_cache import slot_bytes
 from rlhf_ray.generation.protocol import ContinuousEngine, EngineSetting
 from rlhf_ray.models.finite import first_bad
-from rlhf_ray.models.load import fit_embeddings, load_causal_lm
+from rlhf_ray.models.load import fit_embeddings, load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader
@@ -37,13 +40,14 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
 
         model = load_merged(options.model, options.adapter, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
+    to_device(model, options.device)
     # That it is a continuous one is what its entry says.
     engine = cast(
         ContinuousEngine,
         ENGINES.named(options.engine).engine(
             EngineSetting(
                 folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
-                trust_remote_code=options.trust_remote_code,
+                trust_remote_code=options.trust_remote_code, max_cache_tokens=limits.max_cache_tokens or room_for_cache(model),
             )
         ),
     )  # fmt: skip
@@ -53,3 +57,21 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
         stops=tuple(getattr(model.config, "response_stops", ())), allow_special_tokens=options.allow_special_tokens,
     )  # fmt: skip
     return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader
+
+
+def room_for_cache(model: PreTrainedModel) -> int:
+    """Tokens whose keys and values take half of the memory that is free on the model's device."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free = available_memory()
+    return free // 2 // slot_bytes(model)
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of the host's memory that processes can still get, as Linux estimates them; elsewhere all that it has."""
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
