@@ -105,7 +105,7 @@ def test_an_update_with_an_entropy_bonus_never_has_all_logits(kind, config, cut)
     responses = [generator.integers(0, 401, 30) for _ in range(10)]
     kept = [[np.unique([token, *generator.integers(0, 401, 5)]) for token in response] for response in responses]
     supports = [Support.of(each, np.zeros(len(each), np.float32)) for each in kept] if cut else None
-    module = LogprobModel(model, temperature=0.9, compute_dtype=torch.float32)
+    module = LogprobModel(model, temperature=0.9, compute_dtype=torch.float32, entropy_gradient=True)
     batch = token_batch(prompts, responses, supports, packed=module.packed)
     with LargestTensor() as largest:
         logprobs, entropies = module(batch, with_entropy=True)

@@ -126,6 +126,7 @@ def test_policy_and_critic(family, lora):
         batch = token_batch(PROMPTS, RESPONSES, SUPPORTS, packed=True, device="cuda")
         logprobs, entropies = moved(policy)(batch, with_entropy=True)
         assert logprobs.device.type == entropies.device.type == "cuda" and logprobs.dtype == torch.float32
+        policy.entropy_gradient = True
         with torch.enable_grad():  # from the states, in pieces
             logprobs, entropies = policy(batch, with_entropy=True)
         assert logprobs.shape == entropies.shape == (3, 5) and logprobs.requires_grad and entropies.requires_grad

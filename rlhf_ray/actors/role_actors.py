@@ -27,6 +27,7 @@ class RoleActor:
         self.name, self.recipe, self.folder, self.settings = name, recipe, folder, settings
         faults.tell_process(name)
         self.device = set_up_process(name, folder.logs, threads=settings.threads, gpus=settings.gpus)
+        self.shares_gpu = 0 < settings.gpus < 1
         with collector_paused():
             self.build(*args)
 
@@ -278,10 +279,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         )  # fmt: skip
         weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
         self.dtype = self.compute_dtype(ppo.precision)
-        module = LogprobModel(
-            model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype,
-            entropy_gradient=ppo.entropy_coef > 0,
-        )  # fmt: skip
+        module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
         hold_frozen(module, self.dtype)
         engine = self._engine(module, address, port)
         self.role = PolicyTrainer(

@@ -110,9 +110,9 @@ class LogprobModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = False
     ):
-        """entropy_gradient: whether entropies are for a loss, too."""
+        """entropy_gradient: whether entropies are for a loss, too (a `PolicyTrainer` with such a loss sets it)."""
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -124,7 +124,7 @@ class LogprobModel(nn.Module):
         self._head_is_plain = is_tested(model.config.get_text_config(decoder=True).model_type)  # states @ weight.T, and no more
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
-        if with_entropy and self.entropy_gradient and torch.is_grad_enabled() and self._head_is_whole():
+        if with_entropy and self.entropy_gradient and self._head_is_whole():  # in passes without gradient, too: all round alike
             return self._from_states(batch)
         keep = {"logits_to_keep": batch.states} if "packed" in batch.inputs and self._keeps_logits else {}
         with self._computing(batch):
@@ -138,6 +138,7 @@ class LogprobModel(nn.Module):
 
     def _head_is_whole(self) -> bool:
         head = self.model.get_output_embeddings()
+        # hasattr: ZeRO-3 marks the weights that it cuts.
         return self._head_is_plain and isinstance(head, nn.Linear) and head.bias is None and not hasattr(head.weight, "ds_id")
 
     def _from_states(self, batch: TokenBatch) -> tuple[torch.Tensor, ...]:
