@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def release(trainer: Trainer) -> None:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those in dicts, lists and tuples within each other; those with a gradient of their own history are left out."""
+    """Those within dicts, lists, sets and dataclasses; results of operations that autograd recorded are left out."""
     if isinstance(value, torch.Tensor):
         if value.is_leaf:
             yield value
@@ -47,3 +48,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, set)):
         for each in value:
             yield from _tensors(each)
+    elif is_dataclass(value) and not isinstance(value, type):  # DeepSpeed's buckets
+        yield from _tensors(vars(value))
