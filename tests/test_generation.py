@@ -1,5 +1,7 @@
 """The generation engine against a brute-force forward pass of the Hugging Face model, row by row, without a cache."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -610,27 +612,38 @@ def test_a_long_prompts_attention_has_no_mask_and_keeps_its_bits(monkeypatch):
     assert (300, None) in masks.shapes and not any(mask == (400, 400) for _, mask in masks.shapes)
 
 
-def test_requests_wait_until_the_cache_has_room():
-    """Room for 96 tokens: three rows of 32 or one of 80. The first that does not fit holds up those behind it."""
-    model, budget = build("llama", max_position_embeddings=128), 96
-    engine, free = (make_engine(model, (99,), max_rows=8, max_cache_tokens=most) for most in (budget, None))  # no EOS: all run on
-    short, long = SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=60)
-    asked = [(np.arange(1, 9), 1, short), (np.arange(1, 6), 2, short), (np.arange(1, 15), 3, long), (np.arange(1, 4), 4, short)]
-    numbers = [engine.submit(*one) for one in asked]
-    with pytest.raises(UserError, match="room for 96"):
-        engine.submit(np.arange(1, 15), 1, SamplingParams(max_new_tokens=90))
-    together, done = set(), {}
+def run_all(engine, asked, budget):
+    """(completion of each, the numbers of rows that ran together), never with a larger cache than allowed."""
+    numbers, done, together = [engine.submit(*one) for one in asked], {}, []
     while engine.num_running or engine.num_waiting:
         events = engine.step()
-        together.add(frozenset(event.request_id for event in events))
+        together.append({numbers.index(event.request_id) for event in events})
         done |= {event.request_id: event.completion for event in events if event.completion is not None}
         if engine._open is not None:
-            write = engine._open.cache.write
-            assert write.rows * write.slots <= budget
-    assert together == {frozenset(numbers[:2]), frozenset(numbers[2:3]), frozenset(numbers[3:])}
-    for number, (prompt, seed, params) in zip(numbers, asked, strict=True):
-        alone = free.generate([prompt], [seed], params)[0]
-        assert done[number].response_ids.tolist() == alone.response_ids.tolist()
+            assert engine._open.cache.write.rows * engine._open.cache.write.slots <= budget
+    return [done[number] for number in numbers], [one for one, _ in itertools.groupby(together)]
+
+
+SHORT, LONG = SamplingParams(max_new_tokens=21), SamplingParams(max_new_tokens=60)  # with their prompts 32 and 80 slots
+
+
+@pytest.mark.parametrize("lengths, budget, expected", [
+    # One of 80 after two of 32; what does not fit holds up those behind it.
+    ((SHORT, SHORT, LONG, SHORT), 96, [{0, 1}, {2}, {3}]),
+    # Two beside each other while the long one runs. When it has left, the batch goes on with more and shorter rows.
+    ((LONG, *[SHORT] * 7), 160, [{0, 1}, {0, 2}, {0, 3}, {3, 4, 5, 6, 7}, {4, 5, 6, 7}]),
+    ((LONG, SHORT, LONG, *[SHORT] * 4), 160, [{0, 1}, {0, 2}, {2, 3}, {4, 5, 6}]),
+], ids=["turns", "shorter rows later", "in between"])  # fmt: skip
+def test_requests_wait_until_the_cache_has_room(lengths, budget, expected):
+    model = build("llama", max_position_embeddings=256)
+    engine, free = (make_engine(model, (99,), max_rows=8, max_cache_tokens=most) for most in (budget, None))  # no EOS: all run on
+    asked = [(np.arange(1, 6 + 2 * number % 7), number, params) for number, params in enumerate(lengths)]
+    with pytest.raises(UserError, match=f"room for {budget}"):
+        engine.submit(np.arange(1, 15), 1, SamplingParams(max_new_tokens=budget))
+    done, together = run_all(engine, asked, budget)
+    assert together == expected
+    for completion, (prompt, seed, params) in zip(done, asked, strict=True):
+        assert completion.response_ids.tolist() == free.generate([prompt], [seed], params)[0].response_ids.tolist()
 
 
 # -- decode steps of fixed shapes --------------------------------------------------------------------------------------

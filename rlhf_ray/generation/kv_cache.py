@@ -128,19 +128,18 @@ class RaggedCache(Cache):
         super().__init__(layers=[RaggedLayer(self.write, centred) for _ in range(num_layers)])
         self.centred = centred
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Make room for that many rows (all in use) and slots. Too few rows at least double, too few slots grow by an eighth at
-        least, and a few: growing stays cheap, and torch's attention reads all slots of a row."""
+    def reserve(self, rows: int, slots: int, used: int = 0) -> None:
+        """Make room for that many rows and slots; used: slots that rows in it use now. Too few rows at least double, too few slots
+        grow by an eighth at least, and a few: growing stays cheap, and torch's attention reads all slots of a row."""
         write = self.write
         if rows <= write.rows and slots <= write.slots:
             return
-        needed = rows, round_up(max(slots, write.slots))
         if rows > write.rows:
             write.rows = max(rows, 2 * write.rows)
         if slots > write.slots:
             write.slots = round_up(max(slots, write.slots + max(write.slots // 8, MORE_SLOTS)))
         if self.most is not None and write.rows * write.slots > self.most:
-            write.rows, write.slots = needed
+            write.rows, write.slots = rows, round_up(max(slots, used))
         self._resize()
 
     def shrink(self, slots: int) -> None:
@@ -173,11 +172,11 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
     There the query heads of a key-value head become its lines of queries, so grouped-query attention copies no keys. Other
     callers may give no mask (nothing is hidden from one token), or numbers to be added.
-    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool, or `CAUSAL` for the
-    triangle where q is the length -> [n, q, heads, D].
+    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool, or `causal_mask` for
+    the triangle where q is the length -> [n, q, heads, D].
     """
     n, heads, tokens, channels = query.shape
-    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # `CAUSAL`
+    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # `causal_mask`
         output = scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
         )
@@ -196,6 +195,11 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     else:
         output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return output.reshape(n, heads, tokens, value.shape[-1]).transpose(1, 2), None
+
+
+def causal_mask(device: torch.device) -> torch.Tensor:
+    """A mask of one place: transformers passes on what has four dimensions, and attention needs no numbers for its triangle."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def score_offsets(mask: torch.Tensor, groups: int, dtype: torch.dtype, lines: int = 1) -> torch.Tensor:
@@ -217,9 +221,6 @@ def plain_products(query, key, value, offsets, scaling: float) -> torch.Tensor:
     scores = torch.baddbmm(offsets, query, key.transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), value)
 
-
-# A mask of one place: transformers passes on what has four dimensions, and attention needs no numbers to hide what comes later.
-CAUSAL = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 RAGGED = "rlhf_ray_ragged"
 AttentionInterface.register(RAGGED, ragged_attention)

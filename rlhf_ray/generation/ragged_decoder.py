@@ -14,7 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.graph_step import GraphStep
-from rlhf_ray.generation.kv_cache import CAUSAL, PLAIN_LENGTH, RAGGED, RaggedCache, round_up
+from rlhf_ray.generation.kv_cache import PLAIN_LENGTH, RAGGED, RaggedCache, causal_mask, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import positions_of
 from rlhf_ray.tables.families import is_tested
@@ -107,10 +107,10 @@ class RaggedDecoder:
                 self._forward(cache, torch.from_numpy(padded[:, start:end]), positions, self._prefill_mask(start, end))
 
     def _prefill_mask(self, start: int, end: int) -> torch.Tensor:
-        """What tokens [start, end) see, [1, 1, end - start, end]; `CAUSAL` where attention needs no such triangle."""
+        """What tokens [start, end) see, [1, 1, end - start, end]; `causal_mask` where attention needs no such triangle."""
         short = self.device.type == "cpu" and end <= PLAIN_LENGTH
         if start == 0 and end > 1 and self.model.config._attn_implementation == RAGGED and not short:
-            return CAUSAL.to(self.device)
+            return causal_mask(self.device)
         return torch.ones(end - start, end, dtype=torch.bool, device=self.device).tril(start)[None, None]
 
     def decode(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:

@@ -98,7 +98,7 @@ class RowBatch:
         n, arrays = len(self), self.arrays
         arrays.grow(n + len(requests), max(request.params.max_new_tokens for request in requests))
         slots = max(len(request.prompt_ids) + min(request.params.max_new_tokens, MORE_SLOTS) for request in requests)
-        self.cache.reserve(n + len(requests), slots)
+        self.cache.reserve(n + len(requests), slots, used=int(arrays.positions[:n].max(initial=-1)) + 1)
         self.decoder.prefill(self.cache, n, [request.prompt_ids for request in requests])
         for row, request in enumerate(requests, start=n):
             arrays.positions[row] = len(request.prompt_ids) - 1
