@@ -67,6 +67,8 @@ def fake_gpu():
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        # Of tensors of one number it would keep the number, and compute with it on a real device.
+        mock.patch("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", -1),
         FakeTensorMode(),
         HostReads(),
         torch.no_grad(),
@@ -75,7 +77,7 @@ def fake_gpu():
 
 
 def moved(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The module with its parameters and buffers on the GPU, in place. dtype: of parameters; None: their own."""
+    """A real module with its parameters and buffers on the GPU, in place. dtype: of parameters; None: their own."""
     there: dict[int, torch.Tensor] = {}
     for child in module.modules():
         for name, old in (*child._parameters.items(), *child._buffers.items()):

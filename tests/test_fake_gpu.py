@@ -69,6 +69,13 @@ def causal_lm(family):
     return model
 
 
+def reward_model(family):
+    config, _, kind = FAMILIES[family]
+    model = kind(type(config()).from_dict(config().to_dict() | {"num_labels": 1})).eval()
+    disable_dropout(model)
+    return model
+
+
 def test_a_mix_of_devices_raises():
     with fake_gpu():
         there, here = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
@@ -91,38 +98,38 @@ def test_a_mix_of_devices_raises():
 def test_generation(family, engine, params, monkeypatch):
     monkeypatch.setattr(graph_step, "captured", lambda run, device: run)
     monkeypatch.setattr(ragged_decoder, "PREFILL_TOKENS", 600)  # in two parts
+    model = causal_lm(family)
     with fake_gpu():
-        model = moved(causal_lm(family), torch.bfloat16)
-        drawing = GenerationEngine(model, Letters(), eos_token_ids=[1], graphs=engine == "graphs", max_cache_tokens=10_000)
+        options = {"graphs": engine == "graphs", "max_cache_tokens": 10_000}
+        drawing = GenerationEngine(moved(model, torch.bfloat16), Letters(), eos_token_ids=[1], **options)
         assert [len(one.response_ids) for one in drawing.generate(PROMPTS, [1, 2, 3], params)] == [params.max_new_tokens] * 3
-        rules = TokenRules(logit_bias=((4, 1.0),), min_tokens=1, alternatives=2, repetition_penalty=1.2)
+        rules = TokenRules(logit_bias=((4, 1.0),), min_tokens=1, alternatives=2)
         for number, prompt in enumerate(PROMPTS):  # rows with parameters and rules of their own
             its = SamplingParams(max_new_tokens=2 + number, top_p=0.9, temperature=0.5 + number)
             drawing.submit(prompt, number, its, rules if number else None)
         while drawing.num_running or drawing.num_waiting:
             drawing.step()
         assert len(drawing.score(PROMPTS[1], 2)) == 5
-        drawing.load_weights({name: tensor.cpu() for name, tensor in model.state_dict().items()})
 
 
 @pytest.mark.parametrize("supports", [None, SUPPORTS], ids=["all", "truncated"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_reference(family, packed, supports):
+    model = fast_attention(causal_lm(family), "cuda")
+    module = LogprobModel(model.requires_grad_(False), temperature=0.7, compute_dtype=torch.bfloat16)
+    module.packed = module.packed and packed
+    hold_frozen(module, torch.bfloat16)
     with fake_gpu():
-        model = fast_attention(causal_lm(family), "cuda")
-        module = LogprobModel(model.requires_grad_(False), temperature=0.7, compute_dtype=torch.bfloat16)
-        module.packed = module.packed and packed
-        hold_frozen(module, torch.bfloat16)
         assert [len(row) for row in module_logprobs(moved(module), PROMPTS, RESPONSES, supports, microbatch_size=2)] == [5, 2, 3]
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["whole", "lora"])
 def test_policy_and_critic(family, lora):
-    config, _, classifier = FAMILIES[family]
+    model = train_only_part(causal_lm(family), lora=lora, freeze_layers=0, gradient_checkpointing=False, seed=0)
+    policy = LogprobModel(fast_attention(model, "cuda"), temperature=1.0, compute_dtype=torch.bfloat16)
+    hold_frozen(policy, torch.bfloat16)
+    critic = ValueModel(critic_from_reward_model(reward_model(family)), compute_dtype=torch.bfloat16)
     with fake_gpu():
-        model = train_only_part(causal_lm(family), lora=lora, freeze_layers=0, gradient_checkpointing=False, seed=0)
-        policy = LogprobModel(fast_attention(model, "cuda"), temperature=1.0, compute_dtype=torch.bfloat16)
-        hold_frozen(policy, torch.bfloat16)
         batch = token_batch(PROMPTS, RESPONSES, SUPPORTS, packed=True, device="cuda")
         logprobs, entropies = moved(policy)(batch, with_entropy=True)
         assert logprobs.device.type == entropies.device.type == "cuda" and logprobs.dtype == torch.float32
@@ -133,17 +140,14 @@ def test_policy_and_critic(family, lora):
         if lora is not None:
             with adapter_off(policy):
                 policy(batch)
-        critic = critic_from_reward_model(classifier(type(config()).from_dict(config().to_dict() | {"num_labels": 1})).eval())
-        assert moved(ValueModel(critic, compute_dtype=torch.bfloat16))(batch).shape == (3, 5)
+        assert moved(critic)(batch).shape == (3, 5)
 
 
 def test_reward(family):
-    config, _, classifier = FAMILIES[family]
+    model = score_in_float32(reward_model(family).requires_grad_(False))
+    assert pack_classifier(model)
+    hold_frozen(model, torch.bfloat16)
     with fake_gpu():
-        model = classifier(type(config()).from_dict(config().to_dict() | {"num_labels": 1})).eval().requires_grad_(False)
-        score_in_float32(model)
-        assert pack_classifier(model)
-        hold_frozen(model, torch.bfloat16)
         with torch.autocast("cuda", torch.bfloat16):
             scores = line_logits(moved(model), PROMPTS, torch.tensor([0, 5, 305], device="cuda"), last_feed_forward(model))
         assert scores.shape == (3, 1) and scores.dtype == torch.float32 and scores.device.type == "cuda"
