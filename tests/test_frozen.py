@@ -79,8 +79,9 @@ def test_reference_and_reward_model_are_held_so(run):
     texts = ["one", "two more"], [" yes", " no and no"], [True, True]
     scorer = RewardScorer(run.stage("reward").model, compute_dtype=BF16)
     assert len(held(scorer.model)) == 2 * 4 and scorer.model.score.weight.dtype == torch.float32
-    whole = RewardScorer(run.stage("reward").model, compute_dtype=BF16)
-    whole.model.float()
+    whole = RewardScorer(run.stage("reward").model, compute_dtype=torch.float32)
+    assert not held(whole.model)
+    whole.compute_dtype = BF16
     assert np.array_equal(scorer.score(*texts).total, whole.score(*texts).total)
 
 
