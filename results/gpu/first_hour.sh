@@ -39,7 +39,7 @@ on_gpus() {  # on_gpus SHARE ROLE...: --set options that give each role's actors
     shift
     for role; do printf -- '--set\nresources.%s.gpus=%s\n' "$role" "$share"; done
 }
-stages=(--set sft.gpus_per_worker=1 --set reward.gpus_per_worker=1 --set judge.gpus_per_worker=1 --set fluency.gpus_per_worker=1)
+stages=(--set sft.gpus_per_worker=1 --set reward.gpus_per_worker=1 --set fluency.gpus_per_worker=1)
 mapfile -t shared < <(on_gpus 0.2 generation reward reference policy critic)
 mapfile -t own < <(on_gpus 1 generation reward reference policy critic)
 
