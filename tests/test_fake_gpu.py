@@ -109,7 +109,6 @@ def test_generation(family, engine, params, monkeypatch):
             drawing.submit(prompt, number, its, rules if number else None)
         while drawing.num_running or drawing.num_waiting:
             drawing.step()
-        assert len(drawing.score(PROMPTS[1], 2)) == 5
 
 
 @pytest.mark.parametrize("supports", [None, SUPPORTS], ids=["all", "truncated"])
