@@ -48,9 +48,9 @@ def test_moments_gradients_and_the_trained_copy_are_gone(folder, tmp_path):
     os.symlink(folder.path / "data", path / "data")
     recipes = [
         recipe_of(sft=STAGE | {"max_steps": 2} | more).model_dump(mode="json")
-        for more in ({"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 0, "lora": {"rank": 2}})
+        for more in ({"zero_stage": 0}, {"zero_stage": 2})
     ]
     (results,) = on_ranks(work, 1, recipes, path)
-    assert len(results) == 3
+    assert len(results) == 2
     for held, model in results.values():
         assert held < 1.6 * model, results
