@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from rlhf_ray.models.load import save_model, to_device
 from rlhf_ray.models.trained_part import is_adapter, merged_state
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
-from rlhf_ray.supervised.release import release
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
 from rlhf_ray.training.agreement import rank
@@ -80,10 +80,10 @@ def train_stage(job: StageJob) -> dict:
     if config.lora is not None:
         weights = merged_state(model, model.state_dict() if weights is None else weights)
     save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary), weights)
-    release(trainer)
     del trainer, model, weights
     # Under ZeRO-3 transformers would split every model that this rank loads from here on over all ranks.
     unset_hf_deepspeed_config()
+    gc.collect()
     started = time.monotonic()
     trained = to_device(job.load(folder.model), device_of(config))
     summary |= job.measure(trained, dtype)
