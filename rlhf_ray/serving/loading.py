@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import PreTrainedModel
 
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
@@ -47,7 +46,8 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
         ENGINES.named(options.engine).engine(
             EngineSetting(
                 folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
-                trust_remote_code=options.trust_remote_code, max_cache_tokens=limits.max_cache_tokens or room_for_cache(model),
+                trust_remote_code=options.trust_remote_code,
+                max_cache_tokens=limits.max_cache_tokens or room_for_cache(model.device, slot_bytes(model)),
             )
         ),
     )  # fmt: skip
@@ -59,13 +59,10 @@ def load(options: EngineOptions, limits: Limits) -> tuple[EngineRunner, PromptRe
     return EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows), reader
 
 
-def room_for_cache(model: PreTrainedModel) -> int:
-    """Tokens whose keys and values take half of the memory that is free on the model's device."""
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        free = available_memory()
-    return free // 2 // slot_bytes(model)
+def room_for_cache(device: torch.device, slot: int) -> int:
+    """Tokens whose keys and values, `slot` bytes each, take half of the memory that is free on the device."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return free // 2 // slot
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
