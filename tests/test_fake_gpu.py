@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.config.sampling import SamplingParams, TokenRules
+from rlhf_ray.config.sampling_params import SamplingParams, TokenRules
 from rlhf_ray.generation import graph_step, ragged_decoder
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.messages import Support

@@ -13,7 +13,7 @@ from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.rewards.scorer import RewardScorer
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, module_logprobs, response_logprobs, token_batch

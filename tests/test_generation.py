@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation import graph_step, ragged_decoder
 from rlhf_ray.generation.engine import GenerationEngine

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class CallReceipt:
     seconds: float  # of computing, without waiting for arguments
     bytes: int  # of what it returned
 
@@ -31,7 +31,7 @@ def nbytes(value: Any) -> int:
 
 
 def with_receipt(method: Callable) -> Callable:
-    """Return (result, Receipt), or (*results, Receipt) of a method that returns a list.
+    """Return (result, CallReceipt), or (*results, CallReceipt) of a method that returns a list.
 
     An actor that shares its GPU gives back what torch keeps for the next call: other roles work before that.
     """
@@ -40,7 +40,7 @@ def with_receipt(method: Callable) -> Callable:
     def wrapped(self, *args):
         started = time.perf_counter()
         result = method(self, *args)
-        receipt = Receipt(time.perf_counter() - started, nbytes(result))
+        receipt = CallReceipt(time.perf_counter() - started, nbytes(result))
         if self.shares_gpu:
             torch.cuda.empty_cache()
         return (*result, receipt) if isinstance(result, list) else (result, receipt)

@@ -22,7 +22,7 @@ import torch
 
 from rlhf_ray.bench.flops import Shape, Work
 from rlhf_ray.bench.random_run import bench_recipe, random_prompts, write_random_run
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -94,7 +94,7 @@ def decode(bench: Bench) -> None:
 
 def frozen(bench: Bench) -> None:
     """Item 7: a reference with its linear layers in bfloat16: GB, and whether any bit of a log-prob changes."""
-    from rlhf_ray.roles.reference import Reference
+    from rlhf_ray.roles.reference_policy import Reference
     from rlhf_ray.training.forward import response_logprobs
 
     rows = 4 if bench.small else 16
