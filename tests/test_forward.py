@@ -118,6 +118,7 @@ def test_the_gradient_is_that_of_each_row_alone(model, rows, packed):
     """Of all weights, by log-probs and entropy; the rows alone go through the model as Hugging Face wrote it."""
     prompts, responses = rows
     module = logprob_module(model)
+    module.entropy_gradient = True
     model.zero_grad()
     logprobs, entropies = module(token_batch(prompts, responses, packed=packed), with_entropy=True)
     (logprobs.sum() + 0.5 * entropies.sum()).backward()

@@ -1,9 +1,12 @@
 """The generation engine against a brute-force forward pass of the Hugging Face model, row by row, without a cache."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.overrides import TorchFunctionMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,6 +23,7 @@ from transformers import (
 
 from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation import graph_step, ragged_decoder
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.generation.kv_cache import RaggedCache, ragged_attention
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
@@ -557,3 +561,110 @@ def test_on_a_gpu_it_draws_what_the_cpu_draws():
         for one, other in zip(completions, expected, strict=True):
             assert one.response_ids.tolist() == other.response_ids.tolist()
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+# -- long prompts, and room for the cache ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompts_read_in_parts_draw_the_same(family, dtype, monkeypatch):
+    """In parts of 7 tokens of 3 rows, one of them shorter than a part."""
+    model, params = build(family, dtype), SamplingParams(max_new_tokens=6)
+    prompts = [np.arange(1, 1 + length) % 20 for length in (3, 17, 26)]
+    whole = make_engine(model).generate(prompts, [1, 2, 3], params)
+    monkeypatch.setattr(ragged_decoder, "PREFILL_TOKENS", 3 * 7)
+    parts = make_engine(model).generate(prompts, [1, 2, 3], params)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+        assert dtype == torch.bfloat16 or one.response_ids.tolist() == other.response_ids.tolist()
+
+
+class Masks(TorchFunctionMode):
+    """Notes the shapes of all masks that attention is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
+            self.shapes.append((args[0].shape[2], None if mask is None else tuple(mask.shape[-2:])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_long_prompts_attention_has_no_mask_and_keeps_its_bits(monkeypatch):
+    """The triangle of 400 tokens is the kernel's own; of a later part there is a mask of its tokens only."""
+    model, params = build("llama", max_position_embeddings=512), SamplingParams(max_new_tokens=2)
+    prompts = [np.arange(1, 1 + length) % 20 for length in (401, 30)]
+    with Masks() as masks:
+        found = make_engine(model).generate(prompts, [1, 2], params)
+    assert (400, None) in masks.shapes and all(queries == 1 or mask is None for queries, mask in masks.shapes)
+    triangle = torch.ones(400, 400, dtype=torch.bool).tril()[None, None]
+    monkeypatch.setattr(RaggedDecoder, "_prefill_mask", lambda self, start, end: triangle)
+    masked = make_engine(model).generate(prompts, [1, 2], params)
+    assert [one.logprobs.tolist() for one in found] == [one.logprobs.tolist() for one in masked]
+    monkeypatch.undo()
+    monkeypatch.setattr(ragged_decoder, "PREFILL_TOKENS", 2 * 300)
+    with Masks() as masks:
+        make_engine(model).generate(prompts, [1, 2], params)
+    assert (300, None) in masks.shapes and not any(mask == (400, 400) for _, mask in masks.shapes)
+
+
+def run_all(engine, asked, budget):
+    """(completion of each, the numbers of rows that ran together), never with a larger cache than allowed."""
+    numbers, done, together = [engine.submit(*one) for one in asked], {}, []
+    while engine.num_running or engine.num_waiting:
+        events = engine.step()
+        together.append({numbers.index(event.request_id) for event in events})
+        done |= {event.request_id: event.completion for event in events if event.completion is not None}
+        if engine._open is not None:
+            assert engine._open.cache.write.rows * engine._open.cache.write.slots <= budget
+    return [done[number] for number in numbers], [one for one, _ in itertools.groupby(together)]
+
+
+SHORT, LONG = SamplingParams(max_new_tokens=21), SamplingParams(max_new_tokens=60)  # with their prompts 32 and 80 slots
+
+
+@pytest.mark.parametrize("lengths, budget, expected", [
+    # One of 80 after two of 32; what does not fit holds up those behind it.
+    ((SHORT, SHORT, LONG, SHORT), 96, [{0, 1}, {2}, {3}]),
+    # Two beside each other while the long one runs. When it has left, the batch goes on with more and shorter rows.
+    ((LONG, *[SHORT] * 7), 160, [{0, 1}, {0, 2}, {0, 3}, {3, 4, 5, 6, 7}, {4, 5, 6, 7}]),
+    ((LONG, SHORT, LONG, *[SHORT] * 4), 160, [{0, 1}, {0, 2}, {2, 3}, {4, 5, 6}]),
+], ids=["turns", "shorter rows later", "in between"])  # fmt: skip
+def test_requests_wait_until_the_cache_has_room(lengths, budget, expected):
+    model = build("llama", max_position_embeddings=256)
+    engine, free = (make_engine(model, (99,), max_rows=8, max_cache_tokens=most) for most in (budget, None))  # no EOS: all run on
+    asked = [(np.arange(1, 6 + 2 * number % 7), number, params) for number, params in enumerate(lengths)]
+    with pytest.raises(UserError, match=f"room for {budget}"):
+        engine.submit(np.arange(1, 15), 1, SamplingParams(max_new_tokens=budget))
+    done, together = run_all(engine, asked, budget)
+    assert together == expected
+    for completion, (prompt, seed, params) in zip(done, asked, strict=True):
+        assert completion.response_ids.tolist() == free.generate([prompt], [seed], params)[0].response_ids.tolist()
+
+
+# -- decode steps of fixed shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [{11, 8}, {11}], ids=["rows end", "the cache grows"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_steps_of_fixed_shapes_draw_what_a_forward_pass_does(family, rows, monkeypatch):
+    """As they are captured for a GPU, on rows that are padded to 8, or to the 11 that the cache has."""
+    captures = []
+
+    def captured(run, device):
+        output = run().clone()
+        captures.append(len(output))
+        return lambda: output.copy_(run())  # it stands where it stood before
+
+    monkeypatch.setattr(graph_step, "captured", captured)
+    params = SamplingParams(max_new_tokens=24) if 8 in rows else SamplingParams(max_new_tokens=40, min_new_tokens=40)
+    model, prompts = build(family), ragged_prompts(11)
+    engine = make_engine(model, graphs=True)
+    for prompt, seed, completion in zip(prompts, range(11), engine.generate(prompts, range(11), params), strict=True):
+        assert_matches(completion, brute_force(model, prompt, seed, params))
+    assert set(captures) == rows and 1 < len(captures) < 5
+    assert not engine.decoder.step._captured  # the batch is over

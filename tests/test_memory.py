@@ -119,7 +119,7 @@ def test_what_a_backward_pass_keeps(family, dtype, layers, vocabulary, checkpoin
     disable_dropout(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = LogprobModel(model.train(), temperature=1.0, compute_dtype=dtype, entropy_gradient=False)
+    module = LogprobModel(model.train(), temperature=1.0, compute_dtype=dtype)
     random = np.random.default_rng(0)
     prompts, responses = (list(random.integers(0, vocabulary - 2, (8, tokens))) for tokens in (24, 40))
     kept = {}

@@ -16,7 +16,7 @@ from loops import run_real
 from test_generation import VOCAB, brute_force, build, make_engine, ragged_prompts, reference_distribution
 from tiny import tiny_recipe, write_start
 
-from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.config import GenerationConfig, Recipe
 from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
@@ -104,10 +104,15 @@ def test_log_probs_entropy_and_gradients_within_a_support(dtype, near):
     shares = within.exp()
     wanted_entropy = -(shares * torch.where(support, within, 0.0)).sum(-1)
     slopes = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+
+    def both_with_gradients(x):
+        return selected_logprobs_and_entropy(x, ids, temperature=0.7, support=support, entropy_gradient=True)
+
     for function, theirs in (
         (lambda x: selected_logprobs(x, ids, temperature=0.7, support=support), wanted),
         (lambda x: selected_logprobs_and_entropy(x, ids, temperature=0.7, support=support)[0], wanted),
-        (lambda x: entropy(x, temperature=0.7, support=support), wanted_entropy),
+        (lambda x: both_with_gradients(x)[0], wanted),
+        (lambda x: both_with_gradients(x)[1], wanted_entropy),
     ):
         mine = logits.clone().requires_grad_()
         found = function(mine)

@@ -13,6 +13,7 @@ import ray
 
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
+from rlhf_ray.actors.checks import itemsize_of
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -111,6 +112,13 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
                 ray.kill(member.actor)
 
 
+def _in_bfloat16(recipe: Recipe) -> bool:
+    """Whether the policy computes in it, as far as this process can tell: its machine may have no GPU."""
+    if recipe.resources.policy.gpus > 0:
+        return recipe.ppo.precision != "float32"
+    return itemsize_of(recipe, "cpu") == 2
+
+
 def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     """Run the PPO stage to its end, or from its last good checkpoint. Raises StageStopped when asked to stop."""
     stage, ppo = folder.stage("ppo"), recipe.ppo
@@ -159,7 +167,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             hooks = _hooks(recipe, folder, roles, metrics, progress, recovery, checkpoints, lambda: loop.state)
             loop = PPOLoop(
                 roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
-                chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed,
+                chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed, bfloat16=_in_bfloat16(recipe),
             )  # fmt: skip
             metrics.drop_after(state.step or -1)
             if state.step > 0 and checkpoint.step_folder(stage.checkpoints, state.step) not in checkpoint.complete(

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,18 @@ def nbytes(value: Any) -> int:
 
 
 def with_receipt(method: Callable) -> Callable:
-    """Return (result, CallReceipt), or (*results, CallReceipt) of a method that returns a list."""
+    """Return (result, CallReceipt), or (*results, CallReceipt) of a method that returns a list.
+
+    An actor that shares its GPU gives back what torch keeps for the next call: other roles work before that.
+    """
 
     @wraps(method)
     def wrapped(self, *args):
         started = time.perf_counter()
         result = method(self, *args)
         receipt = CallReceipt(time.perf_counter() - started, nbytes(result))
+        if self.shares_gpu:
+            torch.cuda.empty_cache()
         return (*result, receipt) if isinstance(result, list) else (result, receipt)
 
     return wrapped

@@ -26,6 +26,7 @@ class RoleActor:
         self.name, self.recipe, self.folder, self.settings = name, recipe, folder, settings
         faults.tell_process(name)
         self.device = set_up_process(name, folder.logs, threads=settings.threads, gpus=settings.gpus)
+        self.shares_gpu = 0 < settings.gpus < 1
         with collector_paused():
             self.build(*args)
 

@@ -30,13 +30,17 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", faults.VARIABLE)
+OF_THE_NODE = ("NCCL_SOCKET_IFNAME",)  # the cluster's scripts set it on each; all other NCCL_* are passed on
 OBJECT_STORE_BYTES = 512 * 1024**2
 ANSWER_S = 10  # in which a cluster's port must take a connection
 
 
 def worker_environment(*, spins: bool = False) -> dict[str, str]:
     """spins: generators' threads spin-wait (`ALONE_ENVIRONMENT`), and with them those of all forks, which share a libgomp."""
-    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    passed_on = {
+        name: value for name, value in os.environ.items()
+        if name in PASSED_ON or (name.startswith("NCCL_") and name not in OF_THE_NODE)
+    }  # fmt: skip
     return WORKER_ENVIRONMENT | passed_on | (ALONE_ENVIRONMENT if spins else {})
 
 

@@ -32,6 +32,11 @@ class TrainerActor(RoleActor):
         self.rank, self.ranks = rank, ranks
         self.writing = Writing()
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this rank loads a model's weights itself. At ZeRO-3 rank 0 does, and hands each its share."""
+        return self.rank == 0 or self.settings.zero_stage < 3
+
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met."""
         import socket
@@ -118,6 +123,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the policy and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         with collector_paused():
+            from rlhf_ray.models.frozen import hold_frozen
             from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
             from rlhf_ray.models.trained_part import train_only_part
             from rlhf_ray.roles.configs import policy_loss_config
@@ -125,18 +131,16 @@ class PolicyActor(TrainerActor, PolicyEnd):
             from rlhf_ray.training.forward import LogprobModel
 
         ppo, self.start = self.recipe.ppo, start
-        model = fast_attention(load_causal_lm(start, None, self.recipe.model.trust_remote_code), self.device)
-        disable_dropout(model)
+        model = load_causal_lm(start, None, self.recipe.model.trust_remote_code, weights=self.reads_weights)
+        disable_dropout(fast_attention(model, self.device))
         train_only_part(
             model, lora=ppo.lora, freeze_layers=ppo.freeze_layers, gradient_checkpointing=ppo.gradient_checkpointing,
             seed=self.recipe.seed,
         )  # fmt: skip
         weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
         self.dtype = self.compute_dtype(ppo.precision)
-        module = LogprobModel(
-            model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype,
-            entropy_gradient=ppo.entropy_coef > 0,
-        )  # fmt: skip
+        module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
+        hold_frozen(module, self.dtype)
         engine = self._engine(module, address, port)
         self.role = PolicyTrainer(
             engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, config=policy_loss_config(self.recipe)
@@ -198,18 +202,21 @@ class CriticActor(TrainerActor):
         """Build the critic and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         with collector_paused():
             from rlhf_ray.models.critic import build_critic
+            from rlhf_ray.models.frozen import hold_frozen
             from rlhf_ray.models.load import fast_attention
             from rlhf_ray.models.trained_part import train_only_part
             from rlhf_ray.roles.critic_trainer import CriticTrainer
             from rlhf_ray.training.forward import ValueModel
 
         ppo = self.recipe.ppo
-        critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code)
+        critic = build_critic(start, ppo.critic_init, None, self.recipe.model.trust_remote_code, self.reads_weights)
         train_only_part(
             fast_attention(critic.backbone, self.device), lora=ppo.critic_lora, freeze_layers=ppo.critic_freeze_layers,
             gradient_checkpointing=ppo.gradient_checkpointing, seed=self.recipe.seed,
         )  # fmt: skip
-        module = ValueModel(critic, compute_dtype=self.compute_dtype(ppo.precision))
+        dtype = self.compute_dtype(ppo.precision)
+        module = ValueModel(critic, compute_dtype=dtype)
+        hold_frozen(module, dtype)
         engine = self._engine(module, address, port)
         self.role = CriticTrainer(
             engine, **ppo.microbatches, reuse_forward=ppo.reuse_forward, value_clip_range=ppo.value_clip_range,

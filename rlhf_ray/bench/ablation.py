@@ -64,7 +64,7 @@ class Iterations:
         settings = OptimiserConfig(adam_eps=ppo.adam_eps, max_grad_norm=ppo.max_grad_norm, zero_stage=0)
         model = fast_attention(load_causal_lm(start), "cpu")
         disable_dropout(model)
-        module = LogprobModel(model, temperature=1.0, compute_dtype=dtype, entropy_gradient=False)
+        module = LogprobModel(model, temperature=1.0, compute_dtype=dtype)
         policy = PolicyTrainer(
             DeepSpeedEngine(module, settings, device=torch.device("cpu")), **ppo.microbatches,
             reuse_forward=ppo.reuse_forward, config=policy_loss_config(recipe),

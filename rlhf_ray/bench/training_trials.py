@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlhf_ray.algorithms.logprobs import add_at, entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import add_at, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.bench.trial import DTYPE, PROMPT, RESPONSE, ROWS, VOCABULARY, WIDTH, both_ways, line, module, trial
 from rlhf_ray.models.activation import SigmoidGELU
 from rlhf_ray.models.last_block import only_at
@@ -60,7 +60,8 @@ def entropy_beside_logprobs() -> None:
 
     def apart():
         selected_logprobs(logits, ids, temperature=1.0)
-        entropy(logits, temperature=1.0)
+        for some in logits.float().split(max(1, 2**18 // VOCABULARY)):
+            some.logsumexp(-1) - (some.softmax(-1) * some).sum(-1)
 
     trial("entropy in the log-probs' reading of the logits", "kept", apart,
           lambda: selected_logprobs_and_entropy(logits, ids, temperature=1.0))  # fmt: skip

@@ -55,6 +55,9 @@ Tokens = Annotated[int | None, typer.Option(help="longest completion")]
 N = Annotated[int, typer.Option(help="choices per prompt")]
 Rows = Annotated[int, typer.Option(help="choices decoded together, per replica")]
 Waiting = Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")]
+CacheTokens = Annotated[
+    int | None, typer.Option(help="choices decoded together times tokens of the longest, per replica; default: by free memory")
+]
 Body = Annotated[int, typer.Option(help="largest request body")]
 Connections = Annotated[int, typer.Option(help="open connections")]
 
@@ -68,8 +71,8 @@ def serve(
     precision: Precision_ = "auto", engine: Engine = None, trust_remote_code: TrustCode = False,
     allow_special_tokens: SpecialTokens = False, request_log: RequestLog_ = None, log_texts: LogTexts = False,
     judge: JudgeUrl = None, detach: Detach = False, stop: Stop = False, max_prompt_tokens: PromptTokens = None,
-    max_tokens: Tokens = None, max_n: N = 16, max_rows: Rows = 32, max_waiting_rows: Waiting = 128, max_body_bytes: Body = 1 << 20,
-    max_connections: Connections = 512,
+    max_tokens: Tokens = None, max_n: N = 16, max_rows: Rows = 32, max_waiting_rows: Waiting = 128,
+    max_cache_tokens: CacheTokens = None, max_body_bytes: Body = 1 << 20, max_connections: Connections = 512,
 ):  # fmt: skip
     """Put a model behind Ray Serve with OpenAI's HTTP API, or a reward model behind OpenRLHF's."""
     from rlhf_ray.serving import detach as apart
@@ -85,7 +88,8 @@ def serve(
         raise UserError("serve needs a run folder or a model folder: rlhf-ray serve runs/demo")
     limits = Limits(
         max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n, max_rows=max_rows,
-        max_waiting_rows=max_waiting_rows, max_body_bytes=max_body_bytes, max_connections=max_connections,
+        max_waiting_rows=max_waiting_rows, max_cache_tokens=max_cache_tokens, max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
     )  # fmt: skip
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision!r} is none of auto, float32, bfloat16")

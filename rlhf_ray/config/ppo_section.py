@@ -152,9 +152,16 @@ class PPOConfig(Section):
     max_mismatch_kl: float = option(
         0.006, "stop if the KL (k3) of generator and policy exceeds this many nats per sampled token", gt=0
     )
-    max_first_approx_kl: float = option(
-        1e-3, "stop if approx_kl of an update's first minibatch exceeds this: the policy has not moved yet", gt=0
+    max_first_approx_kl: float | None = option(
+        None,
+        "stop if approx_kl of an update's first minibatch exceeds this: the policy has not moved yet; null: 0.001, or "
+        "max_mismatch_kl where the policy computes in bfloat16, whose rounding depends on which rows a pass holds",
+        gt=0,
     )
+
+    def first_approx_kl_limit(self, *, bfloat16: bool) -> float:
+        """max_first_approx_kl, its default written out. bfloat16: what the policy computes in."""
+        return self.max_first_approx_kl or (self.max_mismatch_kl if bfloat16 else 1e-3)
 
     @property
     def estimator(self) -> Advantage:

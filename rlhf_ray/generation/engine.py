@@ -25,17 +25,25 @@ from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
 
 
-def torch_engine(setting: EngineSetting) -> GenerationEngine:
+def torch_engine(setting: EngineSetting, *, graphs: bool = False) -> GenerationEngine:
     """As the table of engines makes it."""
     return GenerationEngine(
-        setting.model, setting.tokenizer, max_rows=setting.rows, device=setting.device, eos_token_ids=setting.eos_token_ids
-    )
+        setting.model, setting.tokenizer, max_rows=setting.rows, device=setting.device, eos_token_ids=setting.eos_token_ids,
+        max_cache_tokens=setting.max_cache_tokens, graphs=graphs,
+    )  # fmt: skip
+
+
+def graphs_engine(setting: EngineSetting) -> GenerationEngine:
+    """The same with its decode steps as CUDA graphs."""
+    return torch_engine(setting, graphs=True)
 
 
 class GenerationEngine:
     """Draws responses from a Hugging Face causal LM, which it takes over (evaluation mode, device).
 
     max_rows: rows of the open batch; further requests wait (`generate` runs whatever batch it is given).
+    max_cache_tokens: its rows times the tokens of the longest, prompt and whole response; a request waits until it fits.
+    graphs: see `RaggedDecoder`.
     eos_token_ids: tokens that end a response; default: the tokenizer's (`models.chat_shape.end_ids`).
     """
 
@@ -47,6 +55,8 @@ class GenerationEngine:
         max_rows: int = 64,
         device: torch.device | str | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        max_cache_tokens: int | None = None,
+        graphs: bool = False,
     ):
         if eos_token_ids is None:
             if tokenizer.eos_token_id is None:
@@ -54,7 +64,8 @@ class GenerationEngine:
             eos_token_ids = end_ids(tokenizer)
         self.model = model if device is None else to_device(model, device)
         self.tokenizer, self.max_rows, self.eos_token_ids = tokenizer, max_rows, tuple(eos_token_ids)
-        self.decoder = RaggedDecoder(self.model)
+        self.max_cache_tokens = max_cache_tokens
+        self.decoder = RaggedDecoder(self.model, graphs=graphs)
         self._open: RowBatch | None = None
         self._waiting: deque[Request] = deque()
         self._next_id = 0
@@ -76,7 +87,7 @@ class GenerationEngine:
         ]
         if not requests:
             return []
-        batch = self._new_batch()
+        batch = RowBatch(self.decoder, self.tokenizer, self.eos_token_ids)
         batch.add(requests)
         results: dict[int, Completion] = {}
         while len(batch):
@@ -95,6 +106,12 @@ class GenerationEngine:
     ) -> int:
         """Queue a request; it joins at the next step with a free row. -> its id, which its events carry."""
         request = self._request(self._next_id, prompt_ids, seed, params, rules)
+        if self.max_cache_tokens is not None and request.most_slots > self.max_cache_tokens:
+            raise UserError(
+                f"a prompt of {len(request.prompt_ids)} tokens and max_new_tokens = {params.max_new_tokens} need a cache of "
+                f"{request.most_slots} tokens, and there is room for {self.max_cache_tokens}; shorten the prompt or lower "
+                "max_new_tokens"
+            )
         self._next_id += 1
         self._waiting.append(request)
         return request.request_id
@@ -103,9 +120,8 @@ class GenerationEngine:
     def step(self) -> list[TokenEvent]:
         """Let waiting requests join, then draw one token for every row. -> one event per row; [] when nothing runs."""
         if self._open is None:
-            self._open = self._new_batch()
-        free = self.max_rows - len(self._open)
-        joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._open = RowBatch(self.decoder, self.tokenizer, self.eos_token_ids, self.max_cache_tokens)
+        joining = self._joining()
         try:
             if joining:
                 self._open.add(joining)
@@ -190,8 +206,17 @@ class GenerationEngine:
 
     # ---- inside
 
-    def _new_batch(self) -> RowBatch:
-        return RowBatch(self.decoder, self.tokenizer, self.eos_token_ids)
+    def _joining(self) -> list[Request]:
+        """Those that have waited longest, as many as there is room for, whatever length they all reach."""
+        running = self._running()
+        joining: list[Request] = []
+        slots = max((request.most_slots for request in running), default=0)
+        while self._waiting and len(running) + len(joining) < self.max_rows:
+            slots = max(slots, self._waiting[0].most_slots)
+            if self.max_cache_tokens is not None and (len(running) + len(joining) + 1) * slots > self.max_cache_tokens:
+                break
+            joining.append(self._waiting.popleft())
+        return joining
 
     def _running(self) -> Sequence[Request]:
         return self._open.requests if self._open is not None else []

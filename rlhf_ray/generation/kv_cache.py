@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,13 +27,23 @@ def round_up(length: int) -> int:
     return -(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
+def slot_bytes(model: PreTrainedModel) -> int:
+    """What keys and values of one token take in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    options = config.to_dict()  # GPT-2 and others have neither of these two
+    heads = options.get("num_key_value_heads") or config.num_attention_heads
+    channels = options.get("head_dim") or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * channels * model.dtype.itemsize
+
+
 @dataclass(slots=True)
 class _Write:
     """Where the forward pass under way puts its keys and values, the same in every layer."""
 
     rows: int = 0  # R, capacity
     slots: int = 0  # C, capacity
-    first_row: int = 0  # prefill: rows [first_row, first_row + n) are written from slot 0
+    first_row: int = 0  # prefill: rows [first_row, first_row + n) are written
+    first_slot: int = 0  # prefill: from this slot on; attention sees the slots before it, too
     lengths: torch.Tensor | None = None  # prefill: [n] each row's own tokens, at least 1; the rest is padding
     targets: torch.Tensor | None = None  # decode: [n] slot len_b of each row's new token; None: prefill
     length: int = 0  # decode: slots of each row that attention sees
@@ -67,13 +77,15 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         n, write = len(key_states), self.write
         if write.targets is None:
-            rows, length = slice(write.first_row, write.first_row + n), key_states.shape[2]
-            if self.centred:
+            rows, start, length = slice(write.first_row, write.first_row + n), write.first_slot, key_states.shape[2]
+            if self.centred and start == 0:
                 own = (torch.arange(length, device=key_states.device) < write.lengths[:, None])[:, None, :, None]
                 self.centres[rows] = (key_states * own).sum(2, keepdim=True) / write.lengths[:, None, None, None]
-            self.keys[rows, :, :length] = key_states - self.centres[rows]
-            self.values[rows, :, :length] = value_states
-            return key_states, value_states
+            self.keys[rows, :, start : start + length] = key_states - self.centres[rows]
+            self.values[rows, :, start : start + length] = value_states
+            if start == 0:
+                return key_states, value_states
+            return self.keys[rows, :, : start + length], self.values[rows, :, : start + length]
         if self.centred:
             key_states = key_states - self.centres[:n]
         rows = torch.arange(n, device=key_states.device)
@@ -84,10 +96,11 @@ class RaggedLayer(CacheLayerMixin):
     def resize(self) -> None:
         if not self.is_initialized:
             return
+        rows = self.write.rows
         for name, slots in (("keys", self.write.slots), ("values", self.write.slots), ("centres", 1)):
             old = vars(self)[name]
-            new = old.new_zeros(self.write.rows, old.shape[1], slots, old.shape[3])
-            new[: old.shape[0], :, : old.shape[2]] = old[:, :, :slots]
+            new = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old[:rows, :, :slots]
             setattr(self, name, new)
 
     def move_rows(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
@@ -95,7 +108,7 @@ class RaggedLayer(CacheLayerMixin):
             states[target] = states[source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length if self.write.targets is None else self.write.length), 0
+        return (self.write.first_slot + query_length if self.write.targets is None else self.write.length), 0
 
     def get_seq_length(self) -> int:
         return 0  # rows differ: masks and position_ids are always given, nothing is to be derived from this
@@ -105,16 +118,19 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds."""
+    """Preallocated for (rows, slots); `reserve` makes it larger, keeping what it holds.
 
-    def __init__(self, num_layers: int, *, centred: bool = False):
-        self.write = _Write()
+    most: rows times slots. Where there would be more, it has no room to spare.
+    """
+
+    def __init__(self, num_layers: int, *, centred: bool = False, most: int | None = None):
+        self.write, self.most = _Write(), most
         super().__init__(layers=[RaggedLayer(self.write, centred) for _ in range(num_layers)])
         self.centred = centred
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Make room for that many rows and slots. Too few rows at least double, too few slots grow by an eighth at least, and a
-        few: growing stays cheap, and torch's attention reads all slots of a row."""
+    def reserve(self, rows: int, slots: int, used: int = 0) -> None:
+        """Make room for that many rows and slots; used: slots that rows in it use now. Too few rows at least double, too few slots
+        grow by an eighth at least, and a few: growing stays cheap, and torch's attention reads all slots of a row."""
         write = self.write
         if rows <= write.rows and slots <= write.slots:
             return
@@ -122,6 +138,8 @@ class RaggedCache(Cache):
             write.rows = max(rows, 2 * write.rows)
         if slots > write.slots:
             write.slots = round_up(max(slots, write.slots + max(write.slots // 8, MORE_SLOTS)))
+        if self.most is not None and write.rows * write.slots > self.most:
+            write.rows, write.slots = rows, round_up(max(slots, used))
         self._resize()
 
     def shrink(self, slots: int) -> None:
@@ -134,9 +152,10 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.resize()
 
-    def begin_prefill(self, first_row: int, lengths: torch.Tensor) -> None:
-        """The next forward pass writes rows of these lengths [n], and padding, from slot 0, starting at row first_row."""
-        self.write.first_row, self.write.lengths, self.write.targets = first_row, lengths, None
+    def begin_prefill(self, first_row: int, lengths: torch.Tensor, first_slot: int = 0) -> None:
+        """The next forward pass writes rows of these lengths [n], and padding, from first_slot on, starting at row first_row."""
+        write = self.write
+        write.first_row, write.first_slot, write.lengths, write.targets = first_row, first_slot, lengths, None
 
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
         """The next forward pass writes one token per row at positions [n]; attention sees slots [0, length)."""
@@ -153,9 +172,15 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
     There the query heads of a key-value head become its lines of queries, so grouped-query attention copies no keys. Other
     callers may give no mask (nothing is hidden from one token), or numbers to be added.
-    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool -> [n, q, heads, D].
+    query [n, heads, q, D], key and value [n, H, length, D], the engine's mask [n or 1, 1, q, length] bool, or `causal_mask` for
+    the triangle where q is the length -> [n, q, heads, D].
     """
     n, heads, tokens, channels = query.shape
+    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # `causal_mask`
+        output = scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+        )
+        return output.transpose(1, 2).contiguous(), None
     masked = attention_mask is not None and attention_mask.dtype == torch.bool
     plain = masked and query.device.type == "cpu" and tokens <= PLAIN_LENGTH and dropout == 0.0
     if tokens != 1 and not plain:
@@ -172,12 +197,17 @@ def ragged_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     return output.reshape(n, heads, tokens, value.shape[-1]).transpose(1, 2), None
 
 
+def causal_mask(device: torch.device) -> torch.Tensor:
+    """A mask of one place: transformers passes on what has four dimensions, and attention needs no numbers for its triangle."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def score_offsets(mask: torch.Tensor, groups: int, dtype: torch.dtype, lines: int = 1) -> torch.Tensor:
     """For `plain_products`: 0 where a slot is seen, else so low that it gets no weight (a token that sees nothing stays finite).
 
     mask [n, 1, q, length] bool, for H groups of that many lines -> [n * H, lines * q, length]
     """
-    offsets = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    offsets = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return offsets[:, :, None].expand(-1, groups, lines, -1, -1).flatten(2, 3).flatten(0, 1)
 
 

@@ -13,10 +13,14 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
-from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
+from rlhf_ray.generation.graph_step import GraphStep
+from rlhf_ray.generation.kv_cache import PLAIN_LENGTH, RAGGED, RaggedCache, causal_mask, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.positions import positions_of
 from rlhf_ray.tables.families import is_tested
+
+#: Tokens of prompts per forward pass: enough to fill a device; what a pass needs beside the cache stays below a few GB.
+PREFILL_TOKENS = 2**14
 
 
 class RaggedDecoder:
@@ -24,9 +28,10 @@ class RaggedDecoder:
 
     It takes the model over: evaluation mode, and a decode attention of its own where the model's is sdpa (other callers
     of the same model object still get what sdpa gives).
+    graphs: decode steps of known families are CUDA graphs (`generation.graph_step`).
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, graphs: bool = False):
         self.model = model.eval()
         self.config = model.config.get_text_config(decoder=True)
         self.num_layers, self.max_length = _layers_and_max_length(self.config)
@@ -46,10 +51,11 @@ class RaggedDecoder:
         self._last_feed_forward = last_feed_forward(model)
         self.additive_mask = model.config._attn_implementation == "eager"
         # `kv_cache.plain_products`: a part of a row's slots would be copied, and masked ones are cheaper.
-        self.reads_all_slots = model.device.type == "cpu" and model.config._attn_implementation == RAGGED
+        on_cpu = model.device.type == "cpu"
+        self.reads_all_slots = (on_cpu or graphs) and model.config._attn_implementation == RAGGED
         step = decode_step_of(model) if self.reads_all_slots else None
-        self.step = None if step is None else accelerate(step)
-        self.centred = self.reads_all_slots and model.dtype != torch.float32
+        self.step = None if step is None else GraphStep(step) if graphs else accelerate(step)
+        self.centred = on_cpu and self.reads_all_slots and model.dtype != torch.float32
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         # Any other family than the tested ones is compared with a plain forward pass once.
         if not is_tested(self.config.model_type):
@@ -63,8 +69,9 @@ class RaggedDecoder:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def new_cache(self) -> RaggedCache:
-        return RaggedCache(self.num_layers, centred=self.centred)
+    def new_cache(self, most: int | None = None) -> RaggedCache:
+        """most: see `RaggedCache`."""
+        return RaggedCache(self.num_layers, centred=self.centred, most=most)
 
     def check_length(self, prompt_length: int, max_new_tokens: int) -> None:
         """UserError if prompt and response together may not fit the model."""
@@ -80,6 +87,7 @@ class RaggedDecoder:
 
         The last token is fed by the first decode step: every logit then comes from the same call, for the last
         position only. Rows are padded on the right with their last token; what that stores is masked until overwritten.
+        Long prompts are read in parts of `PREFILL_TOKENS` over all rows, each after the cache of those before it.
         """
         longest = max(len(ids) for ids in prompts) - 1
         if self.centred:
@@ -87,12 +95,23 @@ class RaggedDecoder:
         if longest == 0:
             return
         padded = np.stack([np.pad(ids[:-1], (0, longest + 1 - len(ids)), constant_values=ids[-1]) for ids in prompts])
-        causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()[None, None]
-        lengths = torch.tensor([max(len(ids) - 1, 1) for ids in prompts], device=self.device)
-        cache.begin_prefill(first_row, lengths)
+        lengths = np.array([len(ids) - 1 for ids in prompts])
         nowhere = torch.empty(0, dtype=torch.int64, device=self.device)
-        with only_at(self._last_feed_forward, nowhere):  # keys and values are all that is wanted
-            self._forward(cache, torch.from_numpy(padded), torch.arange(longest)[None].expand(len(prompts), -1), causal)
+        part = max(PREFILL_TOKENS // len(prompts), 1)
+        for start in range(0, longest, part):
+            end = min(start + part, longest)
+            own = torch.from_numpy((lengths - start).clip(1, end - start)).to(self.device)
+            cache.begin_prefill(first_row, own, start)
+            positions = torch.arange(start, end)[None].expand(len(prompts), -1)
+            with only_at(self._last_feed_forward, nowhere):  # keys and values are all that is wanted
+                self._forward(cache, torch.from_numpy(padded[:, start:end]), positions, self._prefill_mask(start, end))
+
+    def _prefill_mask(self, start: int, end: int) -> torch.Tensor:
+        """What tokens [start, end) see, [1, 1, end - start, end]; `causal_mask` where attention needs no such triangle."""
+        short = self.device.type == "cpu" and end <= PLAIN_LENGTH
+        if start == 0 and end > 1 and self.model.config._attn_implementation == RAGGED and not short:
+            return causal_mask(self.device)
+        return torch.ones(end - start, end, dtype=torch.bool, device=self.device).tril(start)[None, None]
 
     def decode(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed tokens [n] at positions [n] of rows [0, n); the logits of what follows, [n, V], valid until the next call."""

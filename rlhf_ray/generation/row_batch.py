@@ -10,7 +10,7 @@ import torch
 
 from rlhf_ray.algorithms.sampling import draw, draw_and_tell
 from rlhf_ray.config.sampling_params import Completion, FinishReason, SamplingParams, TokenLogprobs
-from rlhf_ray.generation.kv_cache import MORE_SLOTS
+from rlhf_ray.generation.kv_cache import MORE_SLOTS, round_up
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.request_rules import RequestRules
 
@@ -24,6 +24,11 @@ class Request:
     seed: int
     params: SamplingParams
     rules: RequestRules | None = None
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of the cache that its row takes in the end, at most."""
+        return round_up(len(self.prompt_ids) + self.params.max_new_tokens)
 
 
 def row_uniforms(seed: int, count: int) -> np.ndarray:
@@ -69,10 +74,12 @@ class _RowArrays:
 class RowBatch:
     """Rows [0, n) decode together; a row that ends or is removed leaves at once, its place taken by the last one."""
 
-    def __init__(self, decoder: RaggedDecoder, tokenizer, eos_token_ids: Sequence[int]):
+    def __init__(
+        self, decoder: RaggedDecoder, tokenizer, eos_token_ids: Sequence[int], max_cache_tokens: int | None = None
+    ):
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_token_ids = np.array(eos_token_ids)
-        self.cache = decoder.new_cache()
+        self.cache = decoder.new_cache(max_cache_tokens)
         self.requests: list[Request] = []
         self.arrays = _RowArrays.empty()
         self._parameters: dict = {}
@@ -91,7 +98,7 @@ class RowBatch:
         n, arrays = len(self), self.arrays
         arrays.grow(n + len(requests), max(request.params.max_new_tokens for request in requests))
         slots = max(len(request.prompt_ids) + min(request.params.max_new_tokens, MORE_SLOTS) for request in requests)
-        self.cache.reserve(n + len(requests), slots)
+        self.cache.reserve(n + len(requests), slots, used=int(arrays.positions[:n].max(initial=-1)) + 1)
         self.decoder.prefill(self.cache, n, [request.prompt_ids for request in requests])
         for row, request in enumerate(requests, start=n):
             arrays.positions[row] = len(request.prompt_ids) - 1

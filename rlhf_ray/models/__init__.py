@@ -1,5 +1,5 @@
 """Tokenizers and models: built, loaded, checked, saved; which part of them trains.
 
 May import: errors, tables, config.
-Heavy packages: peft, transformers.
+Heavy packages: accelerate, peft, transformers.
 """

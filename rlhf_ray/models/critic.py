@@ -59,10 +59,11 @@ def critic_from_reward_model(model: PreTrainedModel) -> Critic:
     mean, std = reward_normalisation(model.config)
     head = score_head(model)
     critic = Critic(body_of(model))
+    critic.value_head.to(head.weight.device)  # maybe the meta device
     with torch.no_grad():
         critic.value_head.weight.copy_(head.weight.float() / std)
         bias = 0.0 if head.bias is None else head.bias.float()
-        critic.value_head.bias.copy_((bias - mean) / std * torch.ones(1))
+        critic.value_head.bias.copy_((bias - mean) / std * head.weight.new_ones(1, dtype=torch.float32))
     disable_dropout(critic)
     return critic
 
@@ -79,8 +80,12 @@ def build_critic(
     init: Literal["reward", "sft"],
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Critic:
-    """A critic from a reward model's folder ("reward") or a causal LM's ("sft"); its head is always float32."""
+    """A critic from a reward model's folder ("reward") or a causal LM's ("sft"); its head is always float32.
+
+    weights=False: without them (`models.without_weights`).
+    """
     if init == "reward":
-        return critic_from_reward_model(load_reward_model(folder, dtype, trust_remote_code))
-    return critic_from_causal_lm(load_causal_lm(folder, dtype, trust_remote_code))
+        return critic_from_reward_model(load_reward_model(folder, dtype, trust_remote_code, weights))
+    return critic_from_causal_lm(load_causal_lm(folder, dtype, trust_remote_code, weights))

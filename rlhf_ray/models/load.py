@@ -28,6 +28,7 @@ from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.chat_shape import saved_ends
 from rlhf_ray.models.generation_defaults import impossible, mended
 from rlhf_ray.models.hub import look_up
+from rlhf_ray.models.without_weights import without_weights
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
@@ -76,10 +77,13 @@ def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
 
 
 def load_causal_lm(
-    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> PreTrainedModel:
-    """Any causal LM from a folder or the hub, in float32 unless `dtype` says otherwise, in eval mode."""
-    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    """Any causal LM from a folder or the hub, in float32 unless `dtype` says otherwise, in eval mode.
+
+    weights=False: without them (`models.without_weights`).
+    """
+    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code, weights=weights)
 
 
 def build_reward_model(
@@ -110,10 +114,10 @@ def build_reward_model(
 
 
 def load_reward_model(
-    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> PreTrainedModel:
     """A sequence classifier with one output, from anywhere. Its logits are raw; see `reward_normalisation`."""
-    model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
+    model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code, weights=weights)
     if model.config.num_labels != 1:
         raise UserError(
             f"'{path}' has {model.config.num_labels} outputs, but a reward model has one; "
@@ -237,6 +241,7 @@ def _load(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     new: Set[str] = frozenset(),
+    weights: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """from_pretrained on safetensors, refusing a checkpoint that leaves weights (other than `new`) random."""
@@ -249,6 +254,10 @@ def _load(
         if without:  # those that transformers does not take out of a config by itself
             kept = vars(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
             kwargs |= {name: None for name in without if name in kept}
+        if not weights:
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **kwargs)
+            empty = without_weights(auto, config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32)
+            return fast_activation(empty).eval()
         model, info = auto.from_pretrained(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, generation_config=mended(path), **kwargs,

@@ -84,5 +84,16 @@ def copy_weights(model: nn.Module, state: Mapping[str, Weight], kept: Set[str] =
 
 def _to_array(tensor: torch.Tensor, dtype: torch.dtype, copy: bool) -> np.ndarray:
     # At most one copy: the tensor may be the live parameter, which the next update overwrites.
-    there = tensor.detach().to("cpu", dtype, copy=copy).contiguous()
+    there = to_host(tensor.detach(), dtype, copy=copy).contiguous()
     return (there.view(torch.int16) if dtype == torch.bfloat16 else there).numpy()
+
+
+def to_host(tensor: torch.Tensor, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:
+    """The tensor in `dtype` on the host. copy: even where it is that already.
+
+    A GPU casts before it sends: torch would send all digits, to cast them here. Pinned memory takes them without a copy between.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.to(dtype=dtype, copy=copy)
+    cast = tensor.to(dtype)
+    return torch.empty(cast.shape, dtype=dtype, pin_memory=torch.cuda.is_available()).copy_(cast)

@@ -111,10 +111,12 @@ class PPOLoop:
         eval_prompts: int,
         chunk_size: int,
         seed: int,
+        bfloat16: bool = False,
     ):
+        """bfloat16: what the policy computes in."""
         self.roles, self.config, self.hooks, self.state = roles, config, hooks, state
         self.prompts, self.eval_prompts = prompts, eval_prompts
-        self.chunk_size, self.seed = chunk_size, seed
+        self.chunk_size, self.seed, self.bfloat16 = chunk_size, seed, bfloat16
         self.ahead: Ahead | None = None
         if config.steps_ahead > 0:
             self.ahead = Ahead(
@@ -146,8 +148,8 @@ class PPOLoop:
             step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
             max_mismatch_kl=config.max_mismatch_kl,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
-            max_first_approx_kl=config.max_first_approx_kl, trains_policy=step >= config.critic_warmup_steps,
-            steps_ahead=config.steps_ahead,
+            max_first_approx_kl=config.first_approx_kl_limit(bfloat16=self.bfloat16),
+            trains_policy=step >= config.critic_warmup_steps, steps_ahead=config.steps_ahead,
         )  # fmt: skip
         started = time.perf_counter()
         if self.ahead is None:

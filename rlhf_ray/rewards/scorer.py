@@ -20,6 +20,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.models.float_head import score_in_float32
+from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.last_block import last_feed_forward
 from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, to_device
 from rlhf_ray.models.positions import positions_of
@@ -65,7 +66,8 @@ class RewardScorer:
         trust_remote_code: bool = False,
     ):
         self.folder, self.tokenizer = folder, load_tokenizer(folder, trust_remote_code)
-        self.model = to_device(load_reward_model(folder, None, trust_remote_code), device).eval()
+        self.model = load_reward_model(folder, None, trust_remote_code).eval()
+        self.model.requires_grad_(False)
         disable_dropout(self.model)
         score_in_float32(self.model)
         self.mean, self.std = reward_normalisation(self.model.config)
@@ -74,6 +76,8 @@ class RewardScorer:
         self.pad_token_id = self._padding()
         self.packed = pack_classifier(self.model)
         self._last_feed_forward = last_feed_forward(self.model)
+        hold_frozen(self.model, compute_dtype)
+        to_device(self.model, device)
         self._policy: tuple[PreTrainedTokenizerBase, bool] | None = None  # and whether its token ids are this model's
 
     def score_answers(self, answers: Answers) -> Scores:

@@ -27,6 +27,7 @@ class PolicyTrainer(Trainer[PolicyShard]):
         self._kl_coef = 0.0
         if config.entropy_coef > 0:
             self._extra_inputs = (True,)  # with_entropy
+            engine.module.entropy_gradient = True
 
     def update(self, shard: PolicyShard, learning_rate: float, kl_coef: float) -> dict[str, float]:
         """As `Trainer.update`; kl_coef weighs the KL loss, where there is one."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.messages import RolloutBatch, TokenValues, flatten
+from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm, to_device
-from rlhf_ray.training.forward import response_logprobs
+from rlhf_ray.training.forward import LogprobModel, module_logprobs
 
 
 class Reference:
@@ -25,16 +26,18 @@ class Reference:
         microbatch_tokens: int | None = None,
         trust_remote_code: bool = False,
     ):
-        self.model = to_device(load_causal_lm(folder, None, trust_remote_code), device)
-        disable_dropout(self.model)
-        fast_attention(self.model, device)
-        self.temperature, self.compute_dtype = temperature, compute_dtype
+        model = fast_attention(load_causal_lm(folder, None, trust_remote_code), device)
+        disable_dropout(model)
+        model.requires_grad_(False)
+        self.module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
+        hold_frozen(self.module, compute_dtype)
+        self.model = to_device(model, device)
         self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
 
     def logprobs(self, rollout: RolloutBatch) -> TokenValues:
         sequences = rollout.sequences
-        rows = response_logprobs(
-            self.model, sequences.prompts(), sequences.responses(), sequences.supports(), temperature=self.temperature,
-            compute_dtype=self.compute_dtype, microbatch_size=self.microbatch_size, microbatch_tokens=self.microbatch_tokens,
+        rows = module_logprobs(
+            self.module, sequences.prompts(), sequences.responses(), sequences.supports(),
+            microbatch_size=self.microbatch_size, microbatch_tokens=self.microbatch_tokens,
         )  # fmt: skip
         return TokenValues(values=flatten(rows, "float32"))

@@ -54,6 +54,8 @@ class Limits:
     max_body_bytes: int = 1 << 20
     max_rows: int = 32
     """Choices decoded together in one batch, per replica."""
+    max_cache_tokens: int | None = None
+    """Choices decoded together times tokens of the longest, per replica; others wait. None: what half of the free memory holds."""
     max_connections: int = 512
     """Open connections. For a new one beyond them one that waits for its client is closed; if all are busy, it gets 503."""
     max_waiting_rows: int = 128

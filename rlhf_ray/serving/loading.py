@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from weakref import WeakValueDictionary
@@ -11,8 +12,9 @@ import torch
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.engine_protocol import ContinuousEngine, EngineSetting
+from rlhf_ray.generation.kv_cache import slot_bytes
 from rlhf_ray.models.finite_weights import first_bad
-from rlhf_ray.models.load import cast_weights, fit_embeddings, load_causal_lm
+from rlhf_ray.models.load import cast_weights, fit_embeddings, load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader
@@ -56,6 +58,7 @@ def load(
 
         model = load_merged(options.model, options.adapter, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
+    to_device(model, options.device)
     # That it is a continuous one is what its entry says.
     engine = cast(
         ContinuousEngine,
@@ -63,6 +66,7 @@ def load(
             EngineSetting(
                 folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
                 trust_remote_code=options.trust_remote_code,
+                max_cache_tokens=limits.max_cache_tokens or room_for_cache(model.device, slot_bytes(model)),
             )
         ),
     )  # fmt: skip
@@ -89,3 +93,18 @@ def _adapted(options: EngineOptions, dtype: torch.dtype, bases: Bases, beside: b
     if base is None:
         base = bases[options.model] = _whole(options, dtype, beside)
     return with_adapter(base, options.model, cast(str, options.adapter))
+
+
+def room_for_cache(device: torch.device, slot: int) -> int:
+    """Tokens whose keys and values, `slot` bytes each, take half of the memory that is free on the device."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return free // 2 // slot
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of the host's memory that processes can still get, as Linux estimates them; elsewhere all that it has."""
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,5 +1,5 @@
 """The supervised stages on TRL's trainers: SFT, reward model, DPO. One worker's work; `actors.supervised` starts the workers.
 
-May import: errors, messages, config, algorithms, runs, models, data, training, rewards, roles.
+May import: errors, messages, tables, config, algorithms, runs, models, data, training, rewards, roles.
 Heavy packages: transformers, trl.
 """

@@ -21,14 +21,20 @@ from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.tables.engines import ENGINES
 
+DEFAULT = "torch"
 STEP = -1  # not the number of a rollout step: these samples are not PPO's
 
 
 def sample_scores(
     recipe: Recipe, folder: RunFolder, reward_model: Path, *, samples: int, dtype: torch.dtype, device: torch.device
 ) -> np.ndarray:
-    """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice."""
+    """Raw logits [samples] of the SFT model's responses to PPO's prompts, each used once before any is used twice.
+
+    Drawn with the recipe's engine, where it can run on this device.
+    """
+    gpus = float(device.type == "cuda")
     generation, trust = recipe.generation, recipe.model.trust_remote_code
     policy = start_model(recipe, folder)
     prompts = read_prompt_columns(folder)
@@ -36,8 +42,8 @@ def sample_scores(
     chosen = prompts.take([order[place % len(prompts)] for place in range(samples)])
     generator = Generator(
         policy, chosen.prompts(range(samples)), [], seed=recipe.seed, dtype=dtype, device=device,
-        sampling=generation.sampling,
-        trust_remote_code=trust,
+        sampling=generation.sampling, trust_remote_code=trust, rows=generation.chunk_size,
+        engine=generation.engine if ENGINES.named(generation.engine).problem_here(gpus) is None else DEFAULT,
     )  # fmt: skip
     scorer = RewardScorer(reward_model, compute_dtype=dtype, device=device, trust_remote_code=trust)
     scorer.mean, scorer.std = 0.0, 1.0  # raw
@@ -47,6 +53,7 @@ def sample_scores(
         rows = tuple(range(start, min(start + generation.chunk_size, samples)))
         chunk = Chunk(step=STEP, index=start, prompt_indices=rows, sample_indices=(0,) * len(rows))
         scores.append(reward.score(generator.generate(chunk)).total)
+    generator.engine.close()
     return np.concatenate(scores)
 
 

@@ -43,6 +43,10 @@ ENGINES: Table[Engine] = Table(
         tells_support=True, copies=(1, 0),
     ),
     Engine(
+        name="graphs", make=f"{_HERE}.engine:graphs_engine", words="the same, each decode step a CUDA graph; not yet measured",
+        problem=f"{_HERE}.graph_step:graphs_problem", continuous=True, tells_support=True,
+    ),
+    Engine(
         name="vllm", make=f"{_HERE}.vllm_engine:vllm_engine", words="vLLM; needs the extra of that name",
         problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1),
     ),

@@ -16,6 +16,7 @@ def deepspeed_config(
     microbatch_size: int,
     accumulation_steps: int,
     workers: int,
+    on_gpu: bool = False,
     max_grad_norm: float = MAX_GRAD_NORM,
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` (and Hugging Face's `deepspeed=`) takes, for CPUs and GPUs alike.
@@ -38,7 +39,7 @@ def deepspeed_config(
     if compute_dtype != torch.float32:
         config["torch_autocast"] = {"enabled": True, "dtype": str(compute_dtype).removeprefix("torch.")}
     if zero_stage > 0:
-        config["zero_optimization"]["overlap_comm"] = False
+        config["zero_optimization"]["overlap_comm"] = on_gpu  # on streams of their own; gloo has none
     if zero_stage == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return config

@@ -1,7 +1,8 @@
 """One rank of a DeepSpeed group: forward, one optimiser step over microbatches, full weights, exact state.
 
-Weights stay float32 and the forward pass runs under autocast (see `training.forward`). So gradients are accumulated in
-float32. DeepSpeed's own bf16 mode accumulates them in bf16 and is no faster.
+Weights that train are float32 and the forward pass runs under autocast (see `training.forward`). So gradients are accumulated in
+float32. DeepSpeed's own bf16 mode accumulates them in bf16 and is no faster. Frozen weights come as they are to be held
+(`models.frozen`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.engine_state import EngineState
 from rlhf_ray.training.finite_ranks import check_losses, check_weights
+from rlhf_ray.training.shards import cut_into_shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ def _check_norm(norm: float) -> None:
 class DeepSpeedEngine:
     """A module under DeepSpeed on one rank. The process group must exist (`training.distributed.join_group`).
 
+    At ZeRO-3 rank 0 alone needs a module with weights; those of the others may be on the meta device (`models.without_weights`).
     Calls are collective: every rank of the group makes the same calls in the same order.
     """
 
@@ -57,11 +60,13 @@ class DeepSpeedEngine:
 
         self.config = config
         self.device = device
-        module = module.to(device).float()
-        self.module = module
+        if config.zero_stage == 3:
+            cut_into_shards(module, device, self._deepspeed_options())
+        self.module = module = module.to(device)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory
-            parameter.data = parameter.data.contiguous()
+            if config.zero_stage < 3:
+                parameter.data = parameter.data.float().contiguous()
         if config.zero_stage == 0:
             add_to_looked_up_rows(module)
         optimizer = torch.optim.AdamW(
@@ -98,7 +103,8 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": self.config.zero_stage},
         }
         if self.config.zero_stage > 0:
-            options["zero_optimization"] |= {"overlap_comm": False}
+            # On streams of their own; gloo has none.
+            options["zero_optimization"] |= {"overlap_comm": self.device.type == "cuda"}
         return options
 
     def forward(self, *batch: Any, keep_graph: bool = False, **options: Any) -> Any:

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 
 def prepare_deepspeed(device_type: str) -> None:
-    """Set what DeepSpeed reads at import: the accelerator, and no shared-memory op.
+    """Set what DeepSpeed reads at import: the accelerator, and that none of its own operators can be built.
 
-    On CPUs DeepSpeed compiles its shared-memory all-reduce with g++ at the first start, about a minute; gloo does the same
-    work without it. Importing deepspeed here, in one place, keeps the flag ahead of every process group.
+    Nothing here uses one. DeepSpeed would try them all with g++ and nvcc at the first question for any, and on CPUs compile its
+    shared-memory all-reduce, about a minute; gloo does the same work without it. Importing deepspeed here, in one place, keeps the
+    answer ahead of every process group.
 
     Its ZeRO stages import the Muon optimiser, which nothing here uses, and whose functions ask for torch's compiler: importing
     that takes 4 s of each rank's start. So Muon is imported here, not compiled.
@@ -23,7 +24,7 @@ def prepare_deepspeed(device_type: str) -> None:
     import deepspeed
     from deepspeed.runtime import compiler
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
     compile, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

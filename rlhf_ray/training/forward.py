@@ -8,20 +8,24 @@ can't happen.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
+from rlhf_ray.algorithms.chunked_head import head_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.messages import Support
 from rlhf_ray.models.critic import Critic
 from rlhf_ray.models.last_block import last_feed_forward, only_at
+from rlhf_ray.models.load import body_of
+from rlhf_ray.tables.families import is_tested
 from rlhf_ray.training.packing import Layout, line_inputs, pack
 from rlhf_ray.training.padding import action_mask
 
@@ -101,13 +105,14 @@ class LogprobModel(nn.Module):
     """A causal LM whose forward returns response log-probs [B, T] (and entropy), not logits.
 
     DeepSpeed needs a module whose forward does the work (ZeRO-3 gathers there). Logits are computed for the response's
-    tokens only, in the compute dtype; the softmax is float32.
+    tokens only, in the compute dtype; the softmax is float32. Entropies for a loss come from the states instead, with few logits
+    at a time (`algorithms.chunked_head`), except under ZeRO-3, which gathers the output layer for one product only.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = True
+        self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype, entropy_gradient: bool = False
     ):
-        """entropy_gradient: whether entropies are for a loss, too."""
+        """entropy_gradient: whether entropies are for a loss, too (a `PolicyTrainer` with such a loss sets it)."""
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -116,20 +121,41 @@ class LogprobModel(nn.Module):
         self.entropy_gradient = entropy_gradient
         self._only_at = partial(only_at, last_feed_forward(model))  # as an attribute it would double its weights' names
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._head_is_plain = is_tested(model.config.get_text_config(decoder=True).model_type)  # states @ weight.T, and no more
 
     def forward(self, batch: TokenBatch, with_entropy: bool = False):
-        device = batch.states.device
+        if with_entropy and self.entropy_gradient and self._head_is_whole():  # in passes without gradient, too: all round alike
+            return self._from_states(batch)
         keep = {"logits_to_keep": batch.states} if "packed" in batch.inputs and self._keeps_logits else {}
-        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
-        with autocast, self._only_at(batch.states):
+        with self._computing(batch):
             logits = self.model(**batch.inputs, **keep, use_cache=False).logits
         logits = logits.squeeze(0) if keep else logits.flatten(0, 1)[batch.states]  # [A, V]
         options: Any = {"temperature": self.temperature, "support": batch.support_mask(logits)}
-        if with_entropy and not self.entropy_gradient:
-            both = selected_logprobs_and_entropy(logits, batch.targets, **options)
-            return tuple(batch.in_rows(each) for each in both)
-        logprobs = batch.in_rows(selected_logprobs(logits, batch.targets, **options))
-        return (logprobs, batch.in_rows(entropy(logits, **options))) if with_entropy else logprobs
+        if not with_entropy:
+            return batch.in_rows(selected_logprobs(logits, batch.targets, **options))
+        both = selected_logprobs_and_entropy(logits, batch.targets, entropy_gradient=self.entropy_gradient, **options)
+        return tuple(batch.in_rows(each) for each in both)
+
+    def _head_is_whole(self) -> bool:
+        head = self.model.get_output_embeddings()
+        # hasattr: ZeRO-3 marks the weights that it cuts.
+        return self._head_is_plain and isinstance(head, nn.Linear) and head.bias is None and not hasattr(head.weight, "ds_id")
+
+    def _from_states(self, batch: TokenBatch) -> tuple[torch.Tensor, ...]:
+        with self._computing(batch):
+            states = body_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+        both = head_logprobs_and_entropy(
+            states.flatten(0, 1)[batch.states], cast(nn.Linear, self.model.get_output_embeddings()).weight, batch.targets,
+            temperature=self.temperature, compute_dtype=self.compute_dtype, support=batch.support,
+        )  # fmt: skip
+        return tuple(batch.in_rows(each) for each in both)
+
+    @contextmanager
+    def _computing(self, batch: TokenBatch) -> Iterator[None]:
+        device = batch.states.device
+        autocast = torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        with autocast, self._only_at(batch.states):
+            yield
 
 
 class ValueModel(nn.Module):
@@ -167,14 +193,29 @@ def response_logprobs(
     A forward pass takes microbatch_size rows or, if given, as many as microbatch_tokens holds.
     """
     module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)
-    device = next(model.parameters()).device
+    return module_logprobs(
+        module, prompt_ids, response_ids, supports, microbatch_size=microbatch_size, microbatch_tokens=microbatch_tokens
+    )
+
+
+@torch.no_grad()
+def module_logprobs(
+    module: LogprobModel,
+    prompt_ids: Sequence[np.ndarray],
+    response_ids: Sequence[np.ndarray],
+    supports: Sequence[Support] | None = None,
+    *,
+    microbatch_size: int,
+    microbatch_tokens: int | None = None,
+) -> list[np.ndarray]:
+    """As `response_logprobs`, by a module that is there already."""
+    device = next(module.parameters()).device
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     found: dict[int, np.ndarray] = {}
     for rows in cut_microbatches(lengths, size=microbatch_size, tokens=microbatch_tokens):
         prompts, responses = [prompt_ids[row] for row in rows], [response_ids[row] for row in rows]
         among = None if supports is None else [supports[row] for row in rows]
-        with torch.no_grad():
-            batch = token_batch(prompts, responses, among, packed=module.packed, device=device)
-            padded = module(batch).float().cpu().numpy()
+        batch = token_batch(prompts, responses, among, packed=module.packed, device=device)
+        padded = module(batch).float().cpu().numpy()
         found |= {row: line[: len(response)] for row, line, response in zip(rows, padded, responses, strict=True)}
     return [found[row] for row in range(len(lengths))]
