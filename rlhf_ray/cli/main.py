@@ -109,11 +109,17 @@ def stage(
 
 @app.command()
 @in_words
-def doctor(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None):
+def doctor(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    address: Address = None,
+    nodes: Annotated[str | None, typer.Option(help="plan for nodes that are not there: NODESxGPUSxKIND, as 2x8xH100")] = None,
+):
     """Everything that would stop this run, before it starts, and what it will use."""
     from rlhf_ray.cli.doctor import examine
 
-    problems = examine(recipe, overrides or [], run_dir, address, console)
+    problems = examine(recipe, overrides or [], run_dir, address, nodes, console)
     if problems:
         raise UserError("\n".join(problems))
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
+from rlhf_ray.training.deepspeed_config import add_offload
 from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.finite import check_losses, check_weights
@@ -35,6 +36,8 @@ class OptimiserConfig:
     adam_form: Literal["torch", "tensorflow"] = "torch"
     zero_stage: int
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    offload_optimizer: bool = False
+    offload_param: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class DeepSpeedEngine:
         }
         if self.config.zero_stage > 0:
             options["zero_optimization"] |= {"overlap_comm": False}
+        add_offload(options, offload_optimizer=self.config.offload_optimizer, offload_param=self.config.offload_param)
         return options
 
     def forward(self, *batch: Any, keep_graph: bool = False, **options: Any) -> Any:
@@ -290,5 +294,5 @@ class DeepSpeedEngine:
 
     def _set_adam_steps(self) -> None:
         """Adam's own step count, which bias correction uses."""
-        for state in self._adam().state.values():
-            state["step"] = torch.tensor(float(self.steps_taken), device=self.device)  # where the fused step wants it
+        for part, state in self._adam().state.items():
+            state["step"] = torch.tensor(float(self.steps_taken), device=part.device)  # where the fused step wants it

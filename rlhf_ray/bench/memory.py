@@ -1,0 +1,289 @@
+"""The memory plan against what real processes take on a CPU, set-up by set-up.
+
+    python -m rlhf_ray.bench.memory [SET-UP ...]       measure (all of them), print a table, write results/bench/memory.json
+
+Each rank of a set-up is a process of its own that does what its Ray actor or stage worker does, without Ray: it loads its model
+from a run folder, joins the DeepSpeed group, works on rows of the longest length, and takes its optimiser steps. Told is the peak
+of resident memory over that of the same process when all was imported, no model loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config import Recipe
+
+GPT2 = {"architecture": "gpt2", "layers": 12, "width": 512, "heads": 8, "vocab_size": 16000, "positions": 512}
+LLAMA = {"architecture": "llama", "layers": 8, "width": 768, "heads": 12, "key_value_heads": 4, "vocab_size": 24000, "positions": 512}
+WIDE = {"architecture": "llama", "layers": 4, "width": 512, "heads": 8, "key_value_heads": 2, "vocab_size": 32000, "positions": 512}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetUp:
+    """What one process type of a run does, and how many of it there are."""
+
+    process: str  # a role of PPO, or a supervised stage
+    model: dict[str, Any]
+    precision: str = "float32"
+    ranks: int = 1
+    zero_stage: int = 0
+    offload: bool = False  # the optimiser's, at ZeRO 1 to 3
+    ppo: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self) -> Recipe:
+        group = {"actors": self.ranks, "zero_stage": self.zero_stage} | ({"offload_optimizer": True} if self.offload else {})
+        trains = {role: group for role in ("policy", "critic") if self.process == role}
+        ppo = {"rollout_batch_size": 8, "minibatch_size": 8, "microbatch_size": 2, "ppo_epochs": 1, "precision": self.precision}
+        stages = {name: {"max_length": 256, "batch_size": 8, "microbatch_size": 4, "max_steps": 3, "precision": self.precision}
+                  for name in ("sft", "reward")}  # fmt: skip
+        if self.process in stages:
+            stages[self.process] |= {"workers": self.ranks, "zero_stage": self.zero_stage} | self.stage
+        return Recipe.model_validate({
+            "name": "memory",
+            "model": {"from_scratch": self.model},
+            "data": {"max_prompt_tokens": 128},
+            "generation": {"max_new_tokens": 128, "min_new_tokens": 128, "chunk_size": 16, "precision": self.precision}
+            | self.generation,
+            **stages,
+            "ppo": ppo | self.ppo,
+            "resources": {role: {"threads": 1} for role in ("generation", "reward", "reference", "policy", "critic")}
+            | {role: {"threads": 1} | given for role, given in trains.items()},
+            "tracking": {"tensorboard": False},
+        })  # fmt: skip
+
+
+SETUPS: dict[str, SetUp] = {
+    "policy": SetUp(process="policy", model=GPT2),
+    "policy bf16": SetUp(process="policy", model=LLAMA, precision="bfloat16"),
+    "policy checkpointed": SetUp(process="policy", model=LLAMA, ppo={"gradient_checkpointing": True}),
+    "policy lora": SetUp(process="policy", model=LLAMA, ppo={"lora": {"rank": 16}}),
+    "policy ZeRO 0 x 2": SetUp(process="policy", model=GPT2, ranks=2),
+    "policy ZeRO 1 x 2": SetUp(process="policy", model=GPT2, ranks=2, zero_stage=1),
+    "policy ZeRO 2 x 2": SetUp(process="policy", model=GPT2, ranks=2, zero_stage=2),
+    "policy ZeRO 3 x 2": SetUp(process="policy", model=GPT2, ranks=2, zero_stage=3),
+    "critic": SetUp(process="critic", model=LLAMA),
+    "generation": SetUp(process="generation", model=WIDE, generation={"chunk_size": 64}),
+    "generation bf16": SetUp(process="generation", model=LLAMA, precision="bfloat16", generation={"chunk_size": 64}),
+    "reference": SetUp(process="reference", model=LLAMA),
+    "sft": SetUp(process="sft", model=GPT2),
+    "sft bf16": SetUp(process="sft", model=LLAMA, precision="bfloat16"),
+    "sft ZeRO 2 x 2": SetUp(process="sft", model=GPT2, ranks=2, zero_stage=2, stage={"microbatch_size": 2}),
+    "reward": SetUp(process="reward", model=GPT2, stage={"objective": "scores"}),
+}
+
+
+def resident(what: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the most since `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(what)
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(name: str, rank: int, port: int, folder: Path) -> None:
+    """In a process of its own: write peak bytes of each phase to FOLDER/measured/NAME-RANK.json."""
+    setup = SETUPS[name]
+    recipe = setup.recipe()
+    phases = _stage_phases if setup.process in recipe.trained and setup.process != "reference" else _role_phases
+    found = phases(setup, recipe, rank, port, folder)
+    (folder / f"measured-{rank}.json").write_text(json.dumps(found))
+
+
+def _role_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Path) -> dict[str, int]:
+    import numpy as np
+    import torch
+
+    from rlhf_ray.actors import role_actors
+    from rlhf_ray.messages import Chunk, CriticShard, OptimiserStep, PolicyShard, RolloutBatch, Sequences
+    from rlhf_ray.models.wire import pack_weights
+    from rlhf_ray.runs.run_folder import RunFolder
+    from rlhf_ray.training.distributed import prepare_deepspeed
+
+    torch.set_num_threads(1)
+    kind = {"policy": role_actors.PolicyActor, "critic": role_actors.CriticActor, "generation": role_actors.GenerationActor,
+            "reference": role_actors.ReferenceActor}[setup.process]  # fmt: skip
+    trains = setup.process in ("policy", "critic")
+    if trains:
+        import rlhf_ray.roles.trainer
+        import rlhf_ray.training.deepspeed_engine  # noqa: F401
+
+        prepare_deepspeed("cpu")
+    import rlhf_ray.models.load  # noqa: F401
+    import rlhf_ray.roles.generator  # noqa: F401
+    import rlhf_ray.roles.reference  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    run = RunFolder(folder / "run")
+    config = recipe.resources.roles[setup.process]
+    draws, ppo = np.random.default_rng(0), recipe.ppo
+    vocabulary = recipe.model.from_scratch.vocab_size
+    rows = ppo.rollouts_per_step
+    chunk = Chunk(step=0, index=0, prompt_indices=tuple(range(rows)), sample_indices=(0,) * rows)
+    prompts, responses = ([draws.integers(0, vocabulary - 2, length) for _ in range(rows)] for length in (128, 128))
+    sequences = Sequences.of(prompts, responses)
+    floats = draws.normal(size=rows * 128).astype(np.float32)
+    rollout = RolloutBatch(chunk=chunk, policy_version=0, sequences=sequences, rollout_logprobs=floats, ended=np.ones(rows, bool))
+    mine = sequences.rows(range(rank, rows, setup.ranks))
+    own = floats[: len(mine.response_ids)]
+    each = ppo.minibatch_size // setup.ranks
+    schedule = tuple(
+        OptimiserStep(rows=np.arange(each), num_tokens=rows * 128, num_sequences=rows) for _ in range(ppo.ppo_epochs)
+    )
+    start = run.stage("sft").model
+    base, peaks = resident("VmRSS"), {}
+    forget_peak()
+
+    def phase(name: str) -> None:
+        peaks[name] = resident("VmHWM") - base
+        forget_peak()
+
+    made: Any = kind.__ray_metadata__.modified_class
+    args = (rank, setup.ranks) if trains else (start,)
+    actor = made(f"{setup.process}-{rank}", recipe, run, config, *args)
+    if trains:
+        actor.join(start, "127.0.0.1", port)
+    phase("start")
+    if setup.process == "policy":
+        actor.role.logprobs(rollout)
+        phase("forward")
+        shard = PolicyShard(step=0, sequences=mine, old_logprobs=own - 9.0, advantages=own, schedule=schedule)
+        for _ in range(2):
+            actor.role.update(shard, 1e-5, 0.0)
+        phase("update")
+        pack_weights(actor.role.weights(), 1, torch.float32)
+        phase("sync")
+    elif setup.process == "critic":
+        actor.role.values(rollout)
+        phase("forward")
+        shard = CriticShard(step=0, sequences=mine, old_values=own, returns=own, schedule=schedule)
+        for _ in range(2):
+            actor.role.update(shard, 1e-5)
+        phase("update")
+    elif setup.process == "generation":
+        size = recipe.generation.chunk_size
+        actor.role.generate(Chunk(step=0, index=0, prompt_indices=tuple(range(size)), sample_indices=(0,) * size))
+        phase("generate")
+        state = {name: value.float().numpy() for name, value in actor.role.engine.model.state_dict().items()}
+        forget_peak()
+        actor.role.load_weights(state, 1)
+        actor.role.generate(Chunk(step=1, index=0, prompt_indices=tuple(range(size)), sample_indices=(0,) * size))
+        del state
+        phase("after a sync")
+    else:
+        actor.role.logprobs(rollout)
+        phase("forward")
+    return peaks | {"held": resident("VmRSS") - base}
+
+
+def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Path) -> dict[str, int]:
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    import torch
+
+    from rlhf_ray.runs.run_folder import RunFolder
+    from rlhf_ray.training.distributed import join_group
+
+    torch.set_num_threads(1)
+    join_group(rank=rank, world_size=setup.ranks, address="127.0.0.1", port=port, device_type="cpu", timeout_s=600)
+    import rlhf_ray.supervised.reward_model
+    import rlhf_ray.supervised.sft  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from rlhf_ray.supervised import stage as module
+
+    run = RunFolder(folder / "stage")
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    base = resident("VmRSS")
+    forget_peak()
+    peaks = {}
+    plain = module.trained_weights
+
+    def trained(trainer):
+        peaks["training"] = resident("VmHWM") - base
+        return plain(trainer)
+
+    module.trained_weights = trained
+    train = {"sft": rlhf_ray.supervised.sft.train_sft, "reward": rlhf_ray.supervised.reward_model.train_reward}[setup.process]
+    run.stage(setup.process).path.mkdir(parents=True, exist_ok=True)
+    train(recipe, run, setup.process)
+    return peaks
+
+
+def prepare(setup: SetUp, folder: Path) -> None:
+    """The run folder that the processes find: models, prompts, data."""
+    from rlhf_ray.bench.random_run import write_random_run
+    from rlhf_ray.data.store import write_role
+    from rlhf_ray.models.tokenizer import word_tokenizer
+    from rlhf_ray.runs.run_folder import RunFolder
+
+    recipe = setup.recipe()
+    if setup.process not in ("sft", "reward"):
+        write_random_run(recipe, RunFolder(folder / "run"), prompts=recipe.generation.chunk_size, length=128, reward=setup.process == "critic")
+        return
+    run, size = RunFolder(folder / "stage"), recipe.model.from_scratch.vocab_size
+    tokenizer = word_tokenizer(size)
+    run.tokenizer.mkdir(parents=True)
+    tokenizer.save_pretrained(run.tokenizer)
+    text = " ".join(f"t{number % (size - 2)}" for number in range(255))
+    write_role(run, "sft_train", [{"text": text} for _ in range(64)], ("text",))
+    if setup.process == "reward":
+        from rlhf_ray.models.load import build_causal_lm, save_model
+
+        half = " ".join(f"t{number}" for number in range(127))
+        rows = [{"prompt": half, "response": half, "score": float(number % 2)} for number in range(64)]
+        write_role(run, "reward_train", rows, ("prompt", "response", "score"))
+        run.stage("sft").path.mkdir(parents=True)
+        save_model(build_causal_lm(recipe.model, tokenizer, 0), tokenizer, run.stage("sft").model, "Random weights.\n")
+
+
+def measured(name: str) -> dict[str, int]:
+    """Peak bytes of each phase, the largest of the ranks, of a fresh run of the set-up."""
+    setup = SETUPS[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(setup, folder)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "rlhf_ray.bench.memory", "--process", name, str(port), temporary]
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+        processes = [
+            subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for rank in range(setup.ranks)
+        ]
+        for process in processes:
+            output, _ = process.communicate()
+            if process.returncode:
+                logs = "".join(path.read_text() for path in folder.rglob("*.log"))
+                raise RuntimeError(f"{name} failed:\n{output.decode()}\n{logs}")
+        each = [json.loads((folder / f"measured-{rank}.json").read_text()) for rank in range(setup.ranks)]
+    return {phase: max(rank[phase] for rank in each if phase in rank) for phase in each[0]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--process"]:
+        name, port, folder, rank = sys.argv[2:]
+        measure(name, int(rank), int(port), Path(folder))
+        return
+    for name in sys.argv[1:] or SETUPS:
+        print(name, {phase: round(value / 1e6, 1) for phase, value in measured(name).items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
