@@ -97,11 +97,11 @@ def test_ranks_whose_gpus_are_shared_by_name_are_not_refused():
 
 
 def test_what_fits_in_sum_but_on_no_node_is_refused_at_once():
-    roles = roles_of(policy={"actors": 3}, generation={"gpus": 4})
-    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 5.0}]
-    check_fits(roles, nodes, "PACK")  # the three ranks on two nodes, the generator on the larger
-    with pytest.raises(UserError, match="no one of them has room for generation actor 0, which needs .* 4 GPUs"):
-        check_fits(roles_of(policy={"actors": 3}, generation={"gpus": 4}), [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 5.0}], "PACK")
+    """Three generators of two GPUs each on two nodes of three; on nodes of four and two they fit."""
+    roles = roles_of(generation={"actors": 3, "gpus": 2})
+    with pytest.raises(UserError, match=r"no one of them has room for generation actor 2, which needs .* 2 GPUs.* 1 GPUs and"):
+        check_fits(roles, [{"CPU": 8.0, "GPU": 3.0}] * 2, "PACK")
+    check_fits(roles, [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 4.0}], "PACK")
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,8 @@ def precisions_of(recipe: Recipe) -> Precisions:
     """As far as this machine can say; of GPUs elsewhere it is assumed that they multiply in bfloat16."""
     return Precisions(
         ppo=_itemsize(recipe.ppo.precision, "cpu"), ppo_gpu=_itemsize(recipe.ppo.precision, "cuda"),
-        stages={name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu") for name, stage in recipe.trained.items()},
+        stages={name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu")
+                for name, stage in recipe.trained.items()},
     )  # fmt: skip
 
 

@@ -230,5 +230,6 @@ def layout_words(roles: Roles, layout: Layout) -> list[str]:
         nodes = layout.nodes_of(role) if role in roles else []
         if len(set(nodes)) > 1 and roles[role].actors > 1:
             counts = " + ".join(str(nodes.count(node)) for node in sorted(set(nodes)))
-            words.append(f"the {len(nodes)} ranks of {role} stand on {len(set(nodes))} nodes ({counts}): their traffic takes the network")
+            spread = f"the {len(nodes)} ranks of {role} stand on {len(set(nodes))} nodes ({counts})"
+            words.append(f"{spread}: their traffic takes the network")
     return words

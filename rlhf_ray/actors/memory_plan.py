@@ -12,8 +12,7 @@ from rlhf_ray.actors.layout import Layout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import CONTEXT, FORKED, GB, IMPORTED, Process, memory_plan, snapshot_bytes
-from rlhf_ray.models.size import parameters
+from rlhf_ray.models.memory import CONTEXT, FORKED, GB, IMPORTED, Process, memory_plan, snapshot_bytes, trained_by_role
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
@@ -63,11 +62,23 @@ def phases_of(
     if "ppo" in stages and (layout := _fits(recipe.ppo_roles, amounts, recipe.resources.placement)) is not None:
         support = support_tokens(recipe) if recipe.generation.top_k else 0
         rows = memory_plan(recipe, itemsize=precisions.ppo, gpu_itemsize=precisions.ppo_gpu, support=support)
-        store = 3 * 4.0 * parameters(recipe) + snapshot_bytes(recipe), 2 * support_store_bytes(recipe, support)
-        shared = {"object store": store[0], "tokens drawn among": store[1]}
+        shared = {
+            "object store": _sent_bytes(recipe, precisions) + snapshot_bytes(recipe),
+            "tokens drawn among": 2 * support_store_bytes(recipe, support),
+        }
         processes = {row.role: row.process for row in rows}
-        found.append(_phase("ppo", processes, layout, imported=FORKED if forked else IMPORTED, once=IMPORTED if forked else 0.0, shared=shared))
+        imported, once = (FORKED, IMPORTED) if forked else (IMPORTED, 0.0)
+        found.append(_phase("ppo", processes, layout, imported=imported, once=once, shared=shared))
     return found
+
+
+def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
+    """Of three copies of new weights in the object store; none where they go from GPU to GPU."""
+    resources = recipe.resources
+    on_gpus = resources.policy.gpus > 0 and resources.generation.gpus > 0
+    if on_gpus and resources.weight_transport != "object_store" and recipe.ppo.steps_ahead == 0:
+        return 0.0
+    return 3.0 * (precisions.ppo_gpu if resources.generation.gpus > 0 else 4) * trained_by_role(recipe)["policy"]
 
 
 def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> Layout | None:
@@ -97,7 +108,7 @@ def _phase(
         loads = process.on_gpu and process.loading[0] > process.gpu - 1
         for gpu in seat.gpus:
             gpus.setdefault((seat.node, gpu), []).append(Share(process=words, size=CONTEXT + process.gpu, loads=loads))
-        loads = process.memory <= process.loading[1]
+        loads = 0 < process.memory <= process.loading[1]
         hosts.setdefault(seat.node, []).append(Share(process=words, size=imported + process.memory, loads=loads))
     for beside in hosts.values():
         beside += [Share(process=words, size=size, loads=False) for words, size in (shared or {}).items() if size]
@@ -146,9 +157,12 @@ def _others(count: int, what: str) -> str:
 
 def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str) -> str:
     whole, total = ("PPO" if phase.name == "ppo" else f"the stage {phase.name}"), _sum(shares)
-    largest = max(shares, key=lambda share: share.size)
-    name = largest.process.rpartition(" ")[0]
-    processes = [share for share in shares if share.process.rpartition(" ")[0] in phase.processes]
+    by_name: dict[str, list[Share]] = {}
+    for share in shares:
+        by_name.setdefault(_name(share, phase), []).append(share)
+    name = max(by_name, key=lambda each: _sum(by_name[each]))
+    largest = by_name[name][0]
+    processes = [share for share in shares if _name(share, phase) in phase.processes]
     begin = f"{whole} needs about {total / GB:.1f} GB there, and {there}; "
     if name not in phase.processes:
         if largest.process == "tokens drawn among":
@@ -157,21 +171,31 @@ def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str)
                 f"{begin}most of it says which tokens each token of a response was drawn among, up to {most} of them; "
                 "lower generation.top_k"
             )
-        return f"{begin}the largest part is the {largest.process}, {largest.size / GB:.1f} GB; use a smaller model, or a larger machine"
+        part = f"the largest part is the {largest.process}, {largest.size / GB:.1f} GB"
+        return f"{begin}{part}; use a smaller model, or a larger machine"
     if largest.size < 2 * IMPORTED and len(processes) > 1:
         return f"{begin}most of it is what {len(processes)} processes take before they load a model; use fewer actors"
     process = phase.processes[name]
     if largest.loads:
-        return f"{begin}most of it is {process.loading[1] / GB:.1f} GB of weights that each {name} process loads; use a smaller model or fewer of them"
+        weights = f"{process.loading[1] / GB:.1f} GB of weights that each {name} process loads"
+        return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
     parts = process.parts if process.on_gpu == ("GPU" in there) else process.host
     part = max({**parts, **process.split}.items(), key=lambda each: each[1])
-    return f"{begin}the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each; {_remedy(recipe, phase.name, name, part[0])}"
+    words = f"the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each"
+    return f"{begin}{words}; {_remedy(recipe, phase.name, name, part[0])}"
+
+
+def _name(share: Share, phase: Phase) -> str:
+    """Of its role or stage, or what it says itself."""
+    role = share.process.rpartition(" ")[0]
+    return role if role in phase.processes else share.process
 
 
 def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
     trains = phase != "ppo" or role in ("policy", "critic")
     if not trains:
-        lower = {"cache": "generation.max_num_seqs, generation.chunk_size or generation.max_new_tokens", "logits": "generation.chunk_size"}
+        rows = "generation.max_num_seqs, generation.chunk_size" if recipe.generation.engine == "vllm" else "generation.chunk_size"
+        lower = {"cache": f"{rows} or generation.max_new_tokens", "logits": rows}
         if role == "generation" and part in lower:
             return f"lower {lower[part]}"
         if part in ("weights", "copies"):

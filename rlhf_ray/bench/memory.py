@@ -22,8 +22,10 @@ from typing import Any
 from rlhf_ray.config import Recipe
 
 GPT2 = {"architecture": "gpt2", "layers": 12, "width": 512, "heads": 8, "vocab_size": 16000, "positions": 512}
-LLAMA = {"architecture": "llama", "layers": 8, "width": 768, "heads": 12, "key_value_heads": 4, "vocab_size": 24000, "positions": 512}
-WIDE = {"architecture": "llama", "layers": 4, "width": 512, "heads": 8, "key_value_heads": 2, "vocab_size": 32000, "positions": 512}
+LLAMA = {"architecture": "llama", "layers": 8, "width": 768, "heads": 12, "key_value_heads": 4, "vocab_size": 24000,
+         "positions": 512}  # fmt: skip
+WIDE = {"architecture": "llama", "layers": 4, "width": 512, "heads": 8, "key_value_heads": 2, "vocab_size": 32000,
+        "positions": 512}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +36,24 @@ class SetUp:
     model: dict[str, Any]
     precision: str = "float32"
     ranks: int = 1
+    rows: int = 4  # per rank and step, in microbatches of 2
     zero_stage: int = 0
     offload: bool = False  # the optimiser's, at ZeRO 1 to 3
     ppo: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def trains_alone(self) -> bool:
+        """Whether it is a supervised stage. (The reward model's, not the role that scores with it.)"""
+        return self.process in ("sft", "reward")
+
     def recipe(self) -> Recipe:
         group = {"actors": self.ranks, "zero_stage": self.zero_stage} | ({"offload_optimizer": True} if self.offload else {})
         trains = {role: group for role in ("policy", "critic") if self.process == role}
-        ppo = {"rollout_batch_size": 8, "minibatch_size": 8, "microbatch_size": 2, "ppo_epochs": 1, "precision": self.precision}
+        rows = self.rows * self.ranks
+        ppo = {"rollout_batch_size": rows, "minibatch_size": rows, "microbatch_size": 2, "ppo_epochs": 1}
+        ppo |= {"precision": self.precision} | self.ppo
         stages = {name: {"max_length": 256, "batch_size": 8, "microbatch_size": 4, "max_steps": 3, "precision": self.precision}
                   for name in ("sft", "reward")}  # fmt: skip
         if self.process in stages:
@@ -55,7 +65,7 @@ class SetUp:
             "generation": {"max_new_tokens": 128, "min_new_tokens": 128, "chunk_size": 16, "precision": self.precision}
             | self.generation,
             **stages,
-            "ppo": ppo | self.ppo,
+            "ppo": ppo,
             "resources": {role: {"threads": 1} for role in ("generation", "reward", "reference", "policy", "critic")}
             | {role: {"threads": 1} | given for role, given in trains.items()},
             "tracking": {"tensorboard": False},
@@ -63,7 +73,7 @@ class SetUp:
 
 
 SETUPS: dict[str, SetUp] = {
-    "policy": SetUp(process="policy", model=GPT2),
+    "policy": SetUp(process="policy", model=GPT2, rows=8),
     "policy bf16": SetUp(process="policy", model=LLAMA, precision="bfloat16"),
     "policy checkpointed": SetUp(process="policy", model=LLAMA, ppo={"gradient_checkpointing": True}),
     "policy lora": SetUp(process="policy", model=LLAMA, ppo={"lora": {"rank": 16}}),
@@ -82,6 +92,22 @@ SETUPS: dict[str, SetUp] = {
 }
 
 
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "bench" / "memory.json"  # MB of each phase, by set-up
+
+
+def planned(name: str) -> float:
+    """Peak bytes of a rank, by the plan."""
+    from rlhf_ray.models.memory import memory_plan
+    from rlhf_ray.models.stage_memory import stage_memory_plan
+
+    setup = SETUPS[name]
+    recipe, itemsize = setup.recipe(), 2 if setup.precision == "bfloat16" else 4
+    if setup.trains_alone:
+        rows = stage_memory_plan(recipe, dict.fromkeys(recipe.trained, itemsize))
+        return next(row.process.peak for row in rows if row.stage == setup.process)
+    return next(row.process.peak for row in memory_plan(recipe, itemsize=itemsize) if row.role == setup.process)
+
+
 def resident(what: str) -> int:
     """Bytes: VmRSS now, or VmHWM, the most since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -98,7 +124,7 @@ def measure(name: str, rank: int, port: int, folder: Path) -> None:
     """In a process of its own: write peak bytes of each phase to FOLDER/measured/NAME-RANK.json."""
     setup = SETUPS[name]
     recipe = setup.recipe()
-    phases = _stage_phases if setup.process in recipe.trained and setup.process != "reference" else _role_phases
+    phases = _stage_phases if setup.trains_alone else _role_phases
     found = phases(setup, recipe, rank, port, folder)
     (folder / f"measured-{rank}.json").write_text(json.dumps(found))
 
@@ -122,12 +148,13 @@ def _role_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pat
         import rlhf_ray.training.deepspeed_engine  # noqa: F401
 
         prepare_deepspeed("cpu")
-    import rlhf_ray.models.load  # noqa: F401
-    import rlhf_ray.roles.generator  # noqa: F401
-    import rlhf_ray.roles.reference  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    import rlhf_ray.models.load  # noqa: F401
+    import rlhf_ray.roles.generator  # noqa: F401
+    import rlhf_ray.roles.reference  # noqa: F401
 
     torch.randn(64, 64) @ torch.randn(64, 64)
     run = RunFolder(folder / "run")
@@ -201,10 +228,11 @@ def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pa
 
     torch.set_num_threads(1)
     join_group(rank=rank, world_size=setup.ranks, address="127.0.0.1", port=port, device_type="cpu", timeout_s=600)
-    import rlhf_ray.supervised.reward_model
-    import rlhf_ray.supervised.sft  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import rlhf_ray.supervised.reward_model
+    import rlhf_ray.supervised.sft  # noqa: F401
     from rlhf_ray.supervised import stage as module
 
     run = RunFolder(folder / "stage")
@@ -233,19 +261,20 @@ def prepare(setup: SetUp, folder: Path) -> None:
     from rlhf_ray.runs.run_folder import RunFolder
 
     recipe = setup.recipe()
-    if setup.process not in ("sft", "reward"):
-        write_random_run(recipe, RunFolder(folder / "run"), prompts=recipe.generation.chunk_size, length=128, reward=setup.process == "critic")
+    if not setup.trains_alone:
+        reward = setup.process == "critic"
+        write_random_run(recipe, RunFolder(folder / "run"), prompts=recipe.generation.chunk_size, length=128, reward=reward)
         return
     run, size = RunFolder(folder / "stage"), recipe.model.from_scratch.vocab_size
     tokenizer = word_tokenizer(size)
     run.tokenizer.mkdir(parents=True)
     tokenizer.save_pretrained(run.tokenizer)
-    text = " ".join(f"t{number % (size - 2)}" for number in range(255))
-    write_role(run, "sft_train", [{"text": text} for _ in range(64)], ("text",))
+    half = " ".join(f"t{number}" for number in range(127))
+    whole = {"prompt": "", "response": f"{half} {half}"}  # all of its tokens train
+    write_role(run, "sft_train", [whole for _ in range(64)], ("prompt", "response"))
     if setup.process == "reward":
         from rlhf_ray.models.load import build_causal_lm, save_model
 
-        half = " ".join(f"t{number}" for number in range(127))
         rows = [{"prompt": half, "response": half, "score": float(number % 2)} for number in range(64)]
         write_role(run, "reward_train", rows, ("prompt", "response", "score"))
         run.stage("sft").path.mkdir(parents=True)
@@ -281,8 +310,13 @@ def main() -> None:
         name, port, folder, rank = sys.argv[2:]
         measure(name, int(rank), int(port), Path(folder))
         return
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in sys.argv[1:] or SETUPS:
-        print(name, {phase: round(value / 1e6, 1) for phase, value in measured(name).items()}, flush=True)
+        phases = measured(name)
+        kept[name] = {phase: round(value / 1e6, 1) for phase, value in phases.items()}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        peak, plan = max(phases.values()) / 1e6, planned(name) / 1e6
+        print(f"{name:22} {peak:7.0f} MB measured, {plan:7.0f} MB planned, {plan / peak - 1:+.0%}", flush=True)
 
 
 if __name__ == "__main__":

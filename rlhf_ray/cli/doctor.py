@@ -89,7 +89,7 @@ def nodes_of(address: str | None, rented: str | None) -> list[Node]:
     """The cluster at `address`, nodes such as one would rent, or this machine."""
     if rented is not None:
         if address is not None:
-            raise UserError("--address and --nodes are both given, but nodes are either those of a cluster or imagined; leave one out")
+            raise UserError("--address and --nodes are both given: a plan is for a cluster or for nodes to come; leave one out")
         return rented_nodes(rented)
     if address is None:
         return [this_machine()]

@@ -34,7 +34,9 @@ class GenerationConfig(Section):
     max_num_seqs: int | None = option(
         None, "vllm: responses that decode at a time, for which its cache has room; null: as many as a chunk has", gt=0
     )
-    tensor_parallel: int = option(1, "vllm: GPUs that hold one model together, all of one node; resources.generation.gpus is as many", gt=0)
+    tensor_parallel: int = option(
+        1, "vllm: GPUs of one node that hold one model together; resources.generation.gpus is as many", gt=0
+    )
 
     @property
     def rows(self) -> int:

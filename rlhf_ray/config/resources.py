@@ -16,11 +16,11 @@ class RoleConfig(Section):
     actors: int = option(1, "Ray actors of this role", gt=0)
     cpus: float = option(0.3, "CPUs reserved for each", ge=0)
     gpus: float = option(
-        0.0, "GPUs reserved for each: whole ones, or a share of one; roles whose shares make up a GPU name each other by with", ge=0
+        0.0, "GPUs reserved for each: whole ones, or a share of one, which roles have together by with", ge=0
     )
     # `with` is a word of Python's: a field of that name can't be written as the others are.
     locals()["with"] = option(
-        None, "the role on whose GPUs these actors stand, the first on that of its first actor, and so on; null: wherever there is room"
+        None, "the role on whose GPUs these actors stand, the first on that of its first actor, and so on; null: anywhere"
     )
     __annotations__["with"] = "Literal['generation', 'reward', 'reference', 'policy', 'critic'] | None"
     threads: int | None = option(
@@ -37,7 +37,9 @@ class RoleConfig(Section):
     @model_validator(mode="after")
     def _gpus_are_whole_or_a_share(self):
         if self.gpus > 1 and self.gpus % 1:
-            raise ValueError(f"gpus = {self.gpus:g} is neither a share of one GPU nor whole ones; give a share up to 1, or a whole number")
+            raise ValueError(
+                f"gpus = {self.gpus:g} is neither a share of one GPU nor whole ones; give one of up to 1, or a whole number"
+            )
         if self.host is not None and not 0 < self.gpus < 1:
             raise ValueError(
                 f"with is '{self.host}', but gpus = {self.gpus:g} is no share of a GPU; give a share between 0 and 1, such that the "
@@ -51,7 +53,8 @@ class GroupConfig(RoleConfig):
 
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = option(
-        False, "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps: less GPU memory, more time"
+        False,
+        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps; less GPU memory",
     )
     offload_param: bool = option(
         False, "with zero_stage 3: a rank's weights in the host's memory, copied to its GPU layer by layer"
@@ -140,7 +143,10 @@ def sharing_problem(roles: Mapping[str, RoleConfig], tensor_parallel: int) -> st
         shares = role.gpus + sum(roles[other].gpus for other in shared)
         if shared and shares > 1 + 1e-9:
             parts = " + ".join(f"{other} {roles[other].gpus:g}" for other in (name, *shared))
-            return f"the roles on one GPU of {name} need {shares:g} of it ({parts}); lower resources.*.gpus so that they make up at most 1"
+            return (
+                f"the roles on one GPU of {name} need {shares:g} of it ({parts}); lower resources.*.gpus so that they make up at "
+                "most 1"
+            )
         if name in TRAINERS and role.actors > 1 and 0 < role.gpus <= 0.5 and role.host is None and not shared:
             return (
                 f"{key}.gpus = {role.gpus:g} lets two of its {role.actors} ranks stand on one GPU, where NCCL ends with an error; "

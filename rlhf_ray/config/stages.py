@@ -70,7 +70,8 @@ class TrainConfig(Section):
     threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = option(
-        False, "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps: less GPU memory, more time"
+        False,
+        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps; less GPU memory",
     )
     offload_param: bool = option(
         False, "with zero_stage 3: a worker's weights in the host's memory, copied to its GPU layer by layer"
@@ -105,11 +106,13 @@ class TrainConfig(Section):
     def _workers_have_gpus_as_they_can(self):
         problem = offload_problem(self.zero_stage, self.offload_optimizer, self.offload_param)
         if problem is None and self.gpus_per_worker > 1:
-            problem = f"gpus_per_worker = {self.gpus_per_worker:g}, but a worker computes on one GPU; set it to 1, and workers to more"
+            problem = (
+                f"gpus_per_worker = {self.gpus_per_worker:g}, but a worker computes on one GPU; set it to 1, and workers to more"
+            )
         if problem is None and self.workers > 1 and 0 < self.gpus_per_worker <= 0.5:
             problem = (
-                f"gpus_per_worker = {self.gpus_per_worker:g} lets two of the {self.workers} workers stand on one GPU, where NCCL ends "
-                "with an error; set it to 1"
+                f"gpus_per_worker = {self.gpus_per_worker:g} lets two of the {self.workers} workers stand on one GPU, where NCCL "
+                "ends with an error; set it to 1"
             )
         if problem is not None:
             raise ValueError(problem)

@@ -12,7 +12,6 @@ from rlhf_ray.models.size import ModelShape
 PLAIN_ATTENTION = 256  # tokens of the longest sequence up to which a CPU keeps attention weights; GPUs keep none
 AT_CHECKPOINTS = 4  # the float32 input of each block
 AT_THE_END = 10  # the last norm's, whatever the blocks keep
-PASSING = 24  # without a backward pass, at any one time: a block's widest tensors in float32
 #: Of a block, by (16 bits, gated): bytes per token and channel of (norms, queries and attention's output; keys and values, per
 #: channel of theirs; the feed-forward, per channel of its own).
 BLOCK = {(False, False): (24, 4, 8), (False, True): (32, 4, 16), (True, False): (16, 2, 4), (True, True): (30, 2, 8)}
@@ -43,6 +42,6 @@ def cast_bytes(shape: ModelShape, *, itemsize: int, checkpointing: bool) -> floa
     return 2.0 * (shape.embeddings + max(shape.blocks, default=0) if checkpointing else shape.parameters)
 
 
-def passing_bytes(shape: ModelShape, *, tokens: int) -> float:
-    """The most that a pass without a backward pass holds at any one time, without logits."""
-    return float(tokens) * shape.width * PASSING
+def passing_bytes(shape: ModelShape, *, tokens: int, itemsize: int) -> float:
+    """The most that a pass without a backward pass holds at any one time, without logits: a block's feed-forward layer."""
+    return float(tokens) * itemsize * ((3 if shape.gated else 2) * shape.feed_forward + 4 * shape.width)

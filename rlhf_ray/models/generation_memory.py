@@ -7,7 +7,7 @@ from rlhf_ray.models.size import ModelShape, shape_of_model
 from rlhf_ray.models.support_memory import longest_of
 
 BLOCK = 128  # tokens of a block of vLLM's cache, at most
-STEP_LOGITS = 3 * 4  # a step's logits, their probabilities and what sampling makes of them, in float32, per row and vocabulary entry
+STEP_LOGITS = 3 * 4  # per row and vocabulary entry: a step's logits, their probabilities, and what sampling makes of them
 #: of vLLM on a GPU beside weights and cache, assumed, never measured here: what its profiling pass needs, graphs, CUDA's context
 VLLM_ELSE = 3e9
 MOST_OF_A_GPU = 0.95

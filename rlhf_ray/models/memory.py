@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes
-from rlhf_ray.models.size import parameters, shape_of_model, shape_of_other, trained_parameters
+from rlhf_ray.models.size import ModelShape, parameters, shape_of_model, shape_of_other, trained_parameters
 from rlhf_ray.models.support_memory import (
     longest_of,
     response_share,
@@ -29,9 +29,9 @@ IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpe
 FORKED = 0.12e9  # the same as a fork of another process: what the two do not share
 #: of each process on a GPU: CUDA's context and the work spaces of its libraries. Assumed, never measured here.
 CONTEXT = 0.8e9
-#: Of what passes come and go with on a CPU, glibc keeps as much again: memory freed between tensors that stay. Measured
-#: (rlhf_ray/bench/memory.py).
-HEAP = 1.0
+#: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: shares of activations and of gradients that
+#: are not mapped by themselves (an embedding's is), and of a pass without a backward pass. Measured (rlhf_ray/bench/memory.py).
+HEAP_ACTIVATIONS, HEAP_GRADIENTS, HEAP_PASS = 0.45, 1.3, 1.0
 FIRST_USE = 0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
 STATE = ("weights", "copies", "gradients", "optimiser")
@@ -45,9 +45,10 @@ class Process:
     on_gpu: bool
     host: Mapping[str, float] = field(default_factory=dict)  # in the host's memory, of one that computes on a GPU
     loading: tuple[float, float] = (0.0, 0.0)  # on the device and on the host, while it loads its model
-    file: float = 0.0  # of the model's files, which the system maps and may drop: one copy per node
+    file: float = 0.0  # mapped while it loads, beside what it makes of it; one copy per node, which the system may drop
     gpus: int = 1  # that hold the parts in `split` together
     split: Mapping[str, float] = field(default_factory=dict)
+    heap: float = 0.0  # on a CPU: what the C library keeps of memory that came and went
 
     @property
     def state(self) -> float:
@@ -58,11 +59,6 @@ class Process:
     def work(self) -> float:
         """What a forward or backward pass or a batch of generation adds."""
         return sum(value for name, value in self.parts.items() if name not in STATE)
-
-    @property
-    def heap(self) -> float:
-        """What the C library keeps of the memory that came and went."""
-        return 0.0 if self.on_gpu else HEAP * self.parts.get("activations", 0.0)
 
     @property
     def gpu(self) -> float:
@@ -139,26 +135,38 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsiz
         "16-bit copies": cast_bytes(shape, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing),
         "activations": kept,
     }
+    if ppo.lora is None and head:  # of the output layer, beside the sum that it is added to
+        work["buckets"] += 4.0 * shape.vocabulary * shape.width
     if head:
         work["logits"] = trained_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     snapshot = 12.0 * trained / role.actors if snapshot_bytes(recipe) else 0.0
     host = dict(state.host) | {"weights to send": 4.0 * trained if head else 0.0, "snapshot": snapshot}
-    loading = loading_bytes(shape.parameters, zero_stage=role.zero_stage)
-    return Process(
-        parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading, file=loading[1]
-    )
+    loading = loading_bytes(shape.parameters, mapped=recipe.sft is not None)
+    return Process(parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading,
+                   heap=heap_bytes(shape, trained, kept))  # fmt: skip
+
+
+def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
+    """Of a process that trains on a CPU."""
+    return HEAP_ACTIVATIONS * activations + HEAP_GRADIENTS * 4.0 * max(0, trained - shape.embeddings)
 
 
 def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) -> Process:
     generation, on_gpu = recipe.generation, role.gpus > 0
-    model = float(itemsize) * parameters(recipe)
+    shape = shape_of_model(recipe)
+    model = float(itemsize) * shape.parameters
     engine = ENGINES.named(generation.engine)
     own, batch = engine.copies[on_gpu] * model, generation_bytes(recipe, itemsize=itemsize)
-    parts = {"weights": model + (4.0 * parameters(recipe) if recipe.ppo.lora is not None else 0.0)}  # what merged weights are of
+    parts = {"weights": model + (4.0 * shape.parameters if recipe.ppo.lora is not None else 0.0)}  # what merged weights are of
     if own:
         parts["copies"] = own
     parts |= batch
+    heap = 0.0
+    if generation.engine != "vllm":
+        prompts = generation.rows * recipe.data.max_prompt_tokens
+        parts["passing"] = passing_bytes(shape, tokens=prompts, itemsize=itemsize)
+        heap = HEAP_PASS * parts["passing"] + own  # new weights are copied while the old copies stand
     # each row's own sets, and the chunk's together
     parts["sampling sets"] = 2.0 * support_bytes(generation.chunk_size * generation.max_new_tokens, support)
     split: dict[str, float] = {}
@@ -167,8 +175,9 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     if on_gpu and generation.engine == "vllm":
         parts["engine"] = VLLM_ELSE
     return Process(
-        parts=parts, on_gpu=on_gpu, loading=(model, model), file=4.0 * parameters(recipe), gpus=generation.tensor_parallel, split=split
-    )
+        parts=parts, on_gpu=on_gpu, loading=(model, model if itemsize == 2 or recipe.sft is None else 0.0),
+        file=4.0 * shape.parameters if itemsize == 2 else 0.0, gpus=generation.tensor_parallel, split=split, heap=heap,
+    )  # fmt: skip
 
 
 def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support: int) -> Process:
@@ -177,15 +186,15 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
     parts = {"weights": 4.0 * sum(models)}
     if models:
         parts |= {
-            "passing": passing_bytes(shape, tokens=tokens),
+            "passing": passing_bytes(shape, tokens=tokens, itemsize=itemsize),
             "16-bit copies": 2.0 * max(models) if itemsize == 2 else 0.0,  # for as long as a pass lasts
         }
     if name == "reference":
         logits = response_share(recipe) * tokens * shape.vocabulary
         parts["logits"] = logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
         parts["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
-    largest = 4.0 * max(models, default=0)
-    return Process(parts=parts, on_gpu=on_gpu, loading=(0.0, largest), file=largest)
+    own = name == "reference" and recipe.sft is None  # else from a stage's float32 file, which is mapped
+    return Process(parts=parts, on_gpu=on_gpu, loading=(0.0, 4.0 * shape.parameters if own else 0.0))
 
 
 def scorer_parameters(recipe: Recipe) -> list[int]:

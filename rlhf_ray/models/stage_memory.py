@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes
-from rlhf_ray.models.memory import Process
+from rlhf_ray.models.memory import Process, heap_bytes
 from rlhf_ray.models.size import ModelShape, adapter_parameters, shape_of_model, shape_of_other
 from rlhf_ray.models.training_state import buffer_bytes, loading_bytes, model_state
 from rlhf_ray.tables.families import is_tested
@@ -55,10 +55,13 @@ def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> P
     )  # fmt: skip
     buffers = buffer_bytes(shape.parameters, trained, zero_stage=config.zero_stage, ranks=config.workers, on_gpu=on_gpu)
     reference = {"copies": 4.0 * shape.parameters} if isinstance(config, DpoConfig) else {}
-    loading = loading_bytes(shape.parameters, zero_stage=config.zero_stage)
+    from_stage = isinstance(config, DpoConfig) or (isinstance(config, RewardConfig) and config.base in ("sft", "fluency"))
+    loading = loading_bytes(shape.parameters, mapped=from_stage and recipe.sft is not None)
+    work = _work(recipe, name, config, shape, itemsize)
+    work["buckets"] = work.get("buckets", 0.0) + buffers.pop("buckets")
     return Process(
-        parts=dict(state.parts) | reference | buffers | _work(recipe, name, config, shape, itemsize), on_gpu=on_gpu,
-        host=state.host, loading=loading, file=loading[1],
+        parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu, host=state.host, loading=loading,
+        heap=heap_bytes(shape, trained, work["activations"]),
     )  # fmt: skip
 
 

@@ -74,6 +74,10 @@ def buffer_bytes(weights: int, trained: int, *, zero_stage: int, ranks: int, on_
     )
 
 
-def loading_bytes(weights: int, *, zero_stage: int) -> tuple[float, float]:
-    """While a rank starts, on the (device, host): it loads the whole model in float32 and moves it, and ZeRO-3 cuts it then."""
-    return 4.0 * weights, 4.0 * weights
+def loading_bytes(weights: int, *, mapped: bool) -> tuple[float, float]:
+    """While a rank starts, on the (device, host): it has the whole model in float32, also where ZeRO-3 cuts it then.
+
+    mapped: it comes from a float32 file, which the system maps: all ranks of a node read the same pages, which it may drop. Weights
+    of another dtype, and random ones, are each rank's own.
+    """
+    return 4.0 * weights, 0.0 if mapped else 4.0 * weights
