@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tiny import tiny_recipe
 
 from rlhf_ray.actors.checks import left_on_cpus
@@ -13,6 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
 from rlhf_ray.models.memory import CONTEXT, memory_plan
+from rlhf_ray.models.shared_gpu import SharedWeights
 from rlhf_ray.models.size import ModelShape
 from rlhf_ray.models.training_state import MIXED, model_state
 
@@ -222,6 +224,12 @@ def test_the_share_of_a_gpu_that_vllm_asks_for():
     share = gpu_memory_utilization(weights=16e9, cache=8e9, tensor_parallel=2, gpu=80e9)
     assert share == pytest.approx((12e9 + VLLM_ELSE) / 80e9) and share < 0.2
     assert gpu_memory_utilization(weights=200e9, cache=0, tensor_parallel=1, gpu=80e9) == 0.95
+
+
+def test_shared_weights_are_read_where_they_are():
+    weight = torch.arange(6.0).view(2, 3)
+    ((name, read),) = SharedWeights.of([("w", weight)])
+    assert name == "w" and read.data_ptr() == weight.data_ptr()
 
 
 def test_max_num_seqs_bounds_the_cache_and_not_the_chunk():

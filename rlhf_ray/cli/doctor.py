@@ -51,7 +51,7 @@ def examine(
         for name in recipe.stages:
             if not folder.stage(name).done:
                 check(check_stage, recipe, folder, name)
-        problems += disk_problems(recipe, folder.path)
+        problems += [] if rented else disk_problems(recipe, folder.path)
     left = recipe.stages if folder is None else [name for name in recipe.stages if not folder.stage(name).done]
     there = check(nodes_of, address, rented) or []
     here = address is None and rented is None

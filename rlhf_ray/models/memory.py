@@ -29,9 +29,9 @@ IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpe
 FORKED = 0.12e9  # the same as a fork of another process: what the two do not share
 #: of each process on a GPU: CUDA's context and the work spaces of its libraries. Assumed, never measured here.
 CONTEXT = 0.8e9
-#: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: shares of activations and of gradients that
-#: are not mapped by themselves (an embedding's is), and of a pass without a backward pass. Measured (rlhf_ray/bench/memory.py).
-HEAP_ACTIVATIONS, HEAP_GRADIENTS, HEAP_PASS = 0.45, 1.3, 1.0
+#: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: as much again as the activations, or this share
+#: of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory.py).
+HEAP_GRADIENTS = 1.3
 FIRST_USE = 0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
 STATE = ("weights", "copies", "gradients", "optimiser")
@@ -149,7 +149,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsiz
 
 def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
     """Of a process that trains on a CPU."""
-    return HEAP_ACTIVATIONS * activations + HEAP_GRADIENTS * 4.0 * max(0, trained - shape.embeddings)
+    return max(activations, HEAP_GRADIENTS * 4.0 * (trained - shape.embeddings))
 
 
 def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) -> Process:
@@ -166,7 +166,7 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     if generation.engine != "vllm":
         prompts = generation.rows * recipe.data.max_prompt_tokens
         parts["passing"] = passing_bytes(shape, tokens=prompts, itemsize=itemsize)
-        heap = HEAP_PASS * parts["passing"] + own  # new weights are copied while the old copies stand
+        heap = parts["passing"] + own  # new weights are copied while the old copies stand
     # each row's own sets, and the chunk's together
     parts["sampling sets"] = 2.0 * support_bytes(generation.chunk_size * generation.max_new_tokens, support)
     split: dict[str, float] = {}
