@@ -50,7 +50,8 @@ def test_a_smaller_group_takes_what_is_left_beside_another_and_leaves_a_node_fre
 
 def test_roles_that_share_by_name_have_a_gpu_each_and_the_same_one():
     roles = roles_of(
-        policy={"actors": 2, "gpus": 0.5}, generation={"actors": 2, "gpus": 0.3, "with": "policy"}, reference={"gpus": 0.2, "with": "policy"},
+        policy={"actors": 2, "gpus": 0.5}, generation={"actors": 2, "gpus": 0.3, "with": "policy"},
+        reference={"gpus": 0.2, "with": "policy"},
     )  # fmt: skip
     seats = lay_out(roles, [{"CPU": 8.0, "GPU": 2.0}], "PACK").seats
     assert seats["policy", 0] == seats["generation", 0] == seats["reference", 0] == Seat(0, (0,))
@@ -71,14 +72,17 @@ def test_shares_without_a_name_go_where_ray_puts_them():
     ({"resources": {"reference": {"with": "policy"}}}, "gpus = 0 is no share of a GPU"),
     ({"resources": {"reference": {"with": "policy", "gpus": 0.2}, "policy": {"gpus": 1}}}, "leaves nothing of its GPUs"),
     ({"resources": {"reference": {"with": "reference", "gpus": 0.2}}}, "the role itself"),
-    ({"resources": {"reference": {"with": "policy", "gpus": 0.6}, "policy": {"gpus": 0.6}}}, "need 1.2 of it (policy 0.6 + reference 0.6)"),
+    ({"resources": {"reference": {"with": "policy", "gpus": 0.6}, "policy": {"gpus": 0.6}}},
+     "need 1.2 of it (policy 0.6 + reference 0.6)"),
     ({"resources": {"reference": {"with": "policy", "gpus": 0.2, "actors": 2}, "policy": {"gpus": 0.6}}}, "is more than its 1"),
-    ({"resources": {"reference": {"with": "reward", "gpus": 0.2}, "reward": {"with": "policy", "gpus": 0.2}, "policy": {"gpus": 0.5}}},
+    ({"resources": {"reference": {"with": "reward", "gpus": 0.2}, "reward": {"with": "policy", "gpus": 0.2},
+                    "policy": {"gpus": 0.5}}},
      "stands with 'policy' itself; set it to policy"),
     ({"resources": {"reference": {"with": "critic", "gpus": 0.2}}, "ppo": {"advantage": "rloo", "samples_per_prompt": 2}},
      "PPO has no critic actors"),
     ({"sft": {"workers": 2, "gpus_per_worker": 0.5, "microbatch_size": 16}}, "lets two of the 2 workers stand on one GPU"),
-    ({"generation": {"engine": "vllm", "tensor_parallel": 4}, "resources": {"generation": {"gpus": 1}}}, "set it to 4, or tensor_parallel to 1"),
+    ({"generation": {"engine": "vllm", "tensor_parallel": 4}, "resources": {"generation": {"gpus": 1}}},
+     "set it to 4, or tensor_parallel to 1"),
     ({"generation": {"tensor_parallel": 2}}, "set generation.engine to vllm"),
     ({"generation": {"max_num_seqs": 2}}, "set generation.engine to vllm"),
     ({"resources": {"policy": {"offload_optimizer": True}}}, "set zero_stage to 1, 2 or 3"),
@@ -140,7 +144,7 @@ def test_ray_puts_them_there(two_nodes):
         assert [len(each) for each in nodes] == [1, 1] and nodes[0] != nodes[1]
         trainers = {placement._places["policy", rank][0] for rank in range(8)}
         assert len(trainers) == 1 and placement._places["critic", 0][0] not in trainers
-    shared = roles_of(policy={"actors": 2, "gpus": 0.5, "cpus": 0.1}, generation={"actors": 2, "gpus": 0.4, "cpus": 0.1, "with": "policy"})
+    shared = roles_of(policy={"actors": 2, "gpus": 0.5}, generation={"actors": 2, "gpus": 0.4, "with": "policy"})
     with Placement(shared, waiter, strategy="PACK", timeout_s=120.0) as placement:
         actors = {each: Here.options(**placement.options(*each)).remote() for each in placement.layout.seats}
         found = dict(zip(actors, ray.get([actor.gpus.remote() for actor in actors.values()], timeout=240), strict=True))

@@ -63,7 +63,7 @@ def examine(
     share = min(cores, default=1), max(1, len(cores))
     if parameters(recipe) > 0:  # else the model can't be read, and a plan of zeros would follow
         phases = memory_phases(recipe, there, here=here, stages=left)
-        print_plan(recipe, there, phases, role_shares(recipe, *share) | stage_shares(recipe, *share), console)
+        print_plan(recipe, there, phases, (stage_shares(recipe, *share), role_shares(recipe, *share)), console)
         problems += memory_problems(recipe, there, phases)
     for warning in left_on_cpus(recipe, there):
         console.print(f"[yellow]warning[/]: {warning}")

@@ -27,9 +27,10 @@ COLUMNS = {
 
 
 def print_plan(
-    recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phase], threads: Mapping[str, int], console: Console
-) -> None:
-    """threads: of each process of a role or stage that the recipe leaves open."""
+    recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phase], threads: tuple[Mapping[str, int], Mapping[str, int]],
+    console: Console,
+) -> None:  # fmt: skip
+    """threads: of each process of a stage and of a role, where the recipe leaves them open."""
     cluster = altogether([node.amounts for node in nodes])
     console.print(
         f"[bold]{recipe.name}[/]: policy of {parameters(recipe) / 1e6:.1f} M parameters; "
@@ -55,14 +56,16 @@ def print_plan(
         )
 
 
-def _processes(recipe: Recipe, phases: Sequence[Phase], threads: Mapping[str, int], ppo: str) -> Table:
+def _processes(
+    recipe: Recipe, phases: Sequence[Phase], threads: tuple[Mapping[str, int], Mapping[str, int]], ppo: str
+) -> Table:
     table = _table("stage or role", "processes", "CPUs each", "GPUs each", "threads each", "memory, about")
     needed = {(phase.name, name): _memory_of(phase, name) for phase in phases for name in phase.processes}
     for name, stage in recipe.trained.items():
-        numbers = f"{stage.cpus_per_worker:g}", f"{stage.gpus_per_worker:g}", str(stage.threads or threads[name])
+        numbers = f"{stage.cpus_per_worker:g}", f"{stage.gpus_per_worker:g}", str(stage.threads or threads[0][name])
         table.add_row(name, str(stage.workers), *numbers, needed.get((name, name), ""))
     for name, role in recipe.ppo_roles.items():
-        numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[name])
+        numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[1][name])
         table.add_row(f"{ppo}: {name}", str(role.actors), *numbers, needed.get(("ppo", name), ""))
     return table
 

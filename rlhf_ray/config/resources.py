@@ -20,7 +20,7 @@ class RoleConfig(Section):
     )
     # `with` is a word of Python's: a field of that name can't be written as the others are.
     locals()["with"] = option(
-        None, "the role on whose GPUs these actors stand, the first on that of its first actor, and so on; null: anywhere"
+        None, "the role on whose GPUs these actors stand, the first on its first one's, and so on; null: anywhere"
     )
     __annotations__["with"] = "Literal['generation', 'reward', 'reference', 'policy', 'critic'] | None"
     threads: int | None = option(
@@ -42,8 +42,8 @@ class RoleConfig(Section):
             )
         if self.host is not None and not 0 < self.gpus < 1:
             raise ValueError(
-                f"with is '{self.host}', but gpus = {self.gpus:g} is no share of a GPU; give a share between 0 and 1, such that the "
-                "shares of all roles on it are at most 1"
+                f"with is '{self.host}', but gpus = {self.gpus:g} is no share of a GPU; give a share between 0 and 1, such that "
+                "the shares of all roles on it are at most 1"
             )
         return self
 
@@ -54,7 +54,7 @@ class GroupConfig(RoleConfig):
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = option(
         False,
-        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps; less GPU memory",
+        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser is",
     )
     offload_param: bool = option(
         False, "with zero_stage 3: a rank's weights in the host's memory, copied to its GPU layer by layer"

@@ -71,7 +71,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = option(
         False,
-        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser steps; less GPU memory",
+        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser is",
     )
     offload_param: bool = option(
         False, "with zero_stage 3: a worker's weights in the host's memory, copied to its GPU layer by layer"

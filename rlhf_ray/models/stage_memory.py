@@ -18,7 +18,7 @@ from rlhf_ray.tables.families import is_tested
 #: Bytes per logit at the peak of a language model's loss, in 16 bits as in 32: on packed lines and under DPO, whose log-probs make
 #: no float32 copy of all of them, and in the plain loss. Measured (tests/test_stage_memory.py).
 LOGIT, PLAIN_LOGIT = 12, 23
-HEAP_SHARE = 0.5  # of what the heap keeps of PPO's passes: at the peak, of the logits, it has less. Measured (rlhf_ray/bench/memory.py)
+HEAP_SHARE = 0.5  # of what the heap keeps of PPO's passes: at the peak, that of the logits, it has less. Measured likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
