@@ -12,7 +12,17 @@ from rlhf_ray.actors.layout import Layout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import CONTEXT, FORKED, GB, IMPORTED, Process, memory_plan, snapshot_bytes, trained_by_role
+from rlhf_ray.models.memory import (
+    CONTEXT,
+    FORKED,
+    GB,
+    IMPORTED,
+    Process,
+    memory_plan,
+    sends_by_store,
+    snapshot_bytes,
+    trained_by_role,
+)
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
@@ -74,11 +84,8 @@ def phases_of(
 
 def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
     """Of three copies of new weights in the object store; none where they go from GPU to GPU."""
-    resources = recipe.resources
-    on_gpus = resources.policy.gpus > 0 and resources.generation.gpus > 0
-    if on_gpus and resources.weight_transport != "object_store" and recipe.ppo.steps_ahead == 0:
-        return 0.0
-    return 3.0 * (precisions.ppo_gpu if resources.generation.gpus > 0 else 4) * trained_by_role(recipe)["policy"]
+    itemsize = precisions.ppo_gpu if recipe.resources.generation.gpus > 0 else 4
+    return 3.0 * itemsize * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
 
 
 def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> Layout | None:

@@ -27,9 +27,12 @@ COLUMNS = {
 
 
 def print_plan(
-    recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phase], threads: tuple[Mapping[str, int], Mapping[str, int]],
+    recipe: Recipe,
+    nodes: Sequence[Node],
+    phases: Sequence[Phase],
+    threads: tuple[Mapping[str, int], Mapping[str, int]],
     console: Console,
-) -> None:  # fmt: skip
+) -> None:
     """threads: of each process of a stage and of a role, where the recipe leaves them open."""
     cluster = altogether([node.amounts for node in nodes])
     console.print(
@@ -41,7 +44,7 @@ def print_plan(
     console.print(f"stages: {', '.join(words)}")
     console.print(_processes(recipe, phases, threads, names.told("PPO")))
     if phases:
-        console.print("memory of one process in GB, at most, where it computes; loads: in the host's memory at its start")
+        console.print("memory of a process in GB, at most, where it computes; on host: offloaded or kept there; loads: there, at its start")
         console.print(_parts(phases, names.told("PPO")))
         for line in _places(nodes, phases, names.told("PPO")):
             console.print(line, highlight=False, soft_wrap=True)
@@ -87,10 +90,10 @@ def _parts(phases: Sequence[Phase], ppo: str) -> Table:
             rows.append((f"{ppo}: {name}" if phase.name == "ppo" else name, process))
     parts = [_columns(process) for _, process in rows]
     columns = [column for column in COLUMNS if any(part[column] >= 0.05 * GB for part in parts)]
-    offloads = any(process.host for _, process in rows)
-    table = _table("", *columns, *(["offloaded"] if offloads else []), "loads")
+    on_host = any(sum(process.host.values()) for _, process in rows)
+    table = _table("", *columns, *(["on host"] if on_host else []), "loads")
     for (name, process), part in zip(rows, parts, strict=True):
-        away = [_gb(sum(process.host.values()))] if offloads else []
+        away = [_gb(sum(process.host.values()))] if on_host else []
         table.add_row(name, *(_gb(part[column]) for column in columns), *away, _gb(process.loading[1]))
     return table
 

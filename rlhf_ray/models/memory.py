@@ -141,7 +141,9 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsiz
         work["logits"] = trained_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     snapshot = 12.0 * trained / role.actors if snapshot_bytes(recipe) else 0.0
-    host = dict(state.host) | {"weights to send": 4.0 * trained if head else 0.0, "snapshot": snapshot}
+    host = dict(state.host) | {"snapshot": snapshot}
+    if head and sends_by_store(recipe):
+        host["weights to send"] = 4.0 * trained
     loading = loading_bytes(shape.parameters, mapped=recipe.sft is not None)
     return Process(parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading,
                    heap=heap_bytes(shape, trained, kept))  # fmt: skip
@@ -215,6 +217,13 @@ def trained_by_role(recipe: Recipe) -> dict[str, int]:
     if ppo.has_critic:
         found["critic"] = trained_parameters(recipe, ppo.critic_lora, ppo.critic_freeze_layers)
     return found
+
+
+def sends_by_store(recipe: Recipe) -> bool:
+    """Whether new weights go through the object store, not from GPU to GPU."""
+    resources = recipe.resources
+    on_gpus = resources.policy.gpus > 0 and resources.generation.gpus > 0
+    return not on_gpus or resources.weight_transport == "object_store" or recipe.ppo.steps_ahead > 0
 
 
 def snapshot_bytes(recipe: Recipe) -> float:

@@ -28,6 +28,7 @@ MIXED = NumberFormat(weight=2, gradient=2, moments=8, masters=4, own_share=0)
 
 BUCKET = 500_000_000  # numbers: `reduce_bucket_size`, and the buffer of stage 0's all-reduce
 LIVE = 1_000_000_000  # weights that stage 3 gathers at most: `stage3_max_live_parameters`
+SUB_GROUP = 1_000_000_000  # weights of a rank that stage 3 steps at a time: `sub_group_size`
 GLOO_COPIES = 4.5  # times that gathered weights take their size on a CPU: gloo's and DeepSpeed's buffers. Measured
 
 
@@ -69,6 +70,8 @@ def buffer_bytes(weights: int, trained: int, *, zero_stage: int, ranks: int, on_
         return {"buckets": 0.0 if ranks == 1 else 4.0 * min(trained, BUCKET)}
     bucket = 4.0 * (BUCKET if on_gpu else min(trained, BUCKET))
     own = 4.0 * trained / ranks  # the rank's share of the gradient once more, where it is put together
+    if zero_stage == 3:
+        own = min(own, 4.0 * SUB_GROUP)
     return {"buckets": bucket + own} | (
         {"gathered": 4.0 * min(weights, LIVE) * (1.0 if on_gpu else GLOO_COPIES)} if zero_stage == 3 and ranks > 1 else {}
     )
