@@ -8,6 +8,7 @@ from shared_ray import end
 from tiny import tiny_recipe
 
 from rlhf_ray.actors.layout import Seat, lay_out, layout_words
+from rlhf_ray.actors.nodes import cluster_nodes, local_gpus, local_memory
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import GroupConfig, RoleConfig
@@ -136,7 +137,8 @@ class Here:
 
 @pytest.mark.ray
 def test_ray_puts_them_there(two_nodes):
-    """The bundles of a wide layout by Ray's own table; then actors that share, which say which GPU they were given."""
+    """The bundles of a wide layout by Ray's own table; actors that share, which say which GPU they were given; and what each node
+    says that it has."""
     waiter = Waiter(120.0, "a test")
     with Placement(WIDE, waiter, strategy="PACK", timeout_s=120.0) as placement:
         tables = [ray.util.placement_group_table(group) for group in placement.groups]
@@ -151,3 +153,6 @@ def test_ray_puts_them_there(two_nodes):
     assert found["policy", 0] == found["generation", 0] and found["policy", 1] == found["generation", 1]
     assert found["policy", 0][0] == found["policy", 1][0] and found["policy", 0][1] != found["policy", 1][1]
     assert all(len(gpus) == 1 for _, gpus, _ in found.values())
+    nodes = cluster_nodes()
+    assert [node.amounts["GPU"] for node in nodes] == [8, 8]
+    assert [(node.memory, node.gpu_memory) for node in nodes] == [(local_memory(), local_gpus())] * 2

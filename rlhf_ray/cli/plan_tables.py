@@ -44,7 +44,7 @@ def print_plan(
     console.print(f"stages: {', '.join(words)}")
     console.print(_processes(recipe, phases, threads, names.told("PPO")))
     if phases:
-        console.print("memory of a process in GB, at most, where it computes; on host: offloaded or kept there; loads: there, at its start")
+        console.print("memory of a process in GB, at most, where it computes; loads: in the host's memory, at its start")
         console.print(_parts(phases, names.told("PPO")))
         for line in _places(nodes, phases, names.told("PPO")):
             console.print(line, highlight=False, soft_wrap=True)
