@@ -35,7 +35,7 @@ class Node:
 
 def this_machine() -> Node:
     """As a Ray that a run starts here has it."""
-    gpus = local_gpus()
+    gpus = local_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Node("this machine", {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(len(gpus))}, local_memory(), gpus)
 
 
@@ -70,14 +70,18 @@ def local_memory() -> float:
     return min(found)
 
 
-def local_gpus() -> tuple[float, ...]:
-    """By the driver, so that nothing is reserved on them and torch need not be imported."""
+def local_gpus(visible: str | None = None) -> tuple[float, ...]:
+    """By the driver, so that nothing is reserved on them and torch need not be imported. visible: as CUDA_VISIBLE_DEVICES has it."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(float(line) * 2**20 for line in listed.split("\n") if line.strip().isdigit())
+    sizes = [float(line) * 2**20 for line in listed.split("\n") if line.strip().isdigit()]
+    named = None if visible is None else [each.strip() for each in visible.split(",") if each.strip()]
+    if named is None or not sizes:
+        return tuple(sizes)
+    return tuple(sizes[int(each)] if each.isdigit() and int(each) < len(sizes) else min(sizes) for each in named)
 
 
 def rented_nodes(words: str) -> list[Node]:

@@ -112,8 +112,8 @@ def memory_plan(
         if isinstance(role, GroupConfig):
             process = _trainer(recipe, name, role, trained[name], bytes_each, support)
         elif name == "generation":
-            precision = recipe.generation.precision
-            process = _generator(recipe, role, 4 if precision == "float32" else bytes_each, support)
+            given = {"float32": 4, "bfloat16": 2}.get(recipe.generation.precision, bytes_each)
+            process = _generator(recipe, role, given, support)
         else:
             process = _scorer(recipe, name, role, bytes_each, support)
         rows.append(RoleMemory(name, role, process))
