@@ -71,7 +71,7 @@ def local_memory() -> float:
 
 
 def local_gpus(visible: str | None = None) -> tuple[float, ...]:
-    """By the driver, so that nothing is reserved on them and torch need not be imported. visible: as CUDA_VISIBLE_DEVICES has it."""
+    """By the driver: nothing is reserved, and torch need not be imported. visible: as CUDA_VISIBLE_DEVICES has it."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
