@@ -70,5 +70,6 @@ def test_the_plan_is_within_a_fifth_of_what_steps_took(stage, packing, layers, w
 def test_the_16_bit_copies_of_reward_model_and_reference_count():
     plans = {itemsize: {row.role: row.work for row in memory_plan(tiny_recipe(), itemsize=itemsize)} for itemsize in (2, 4)}
     logits = 2 * 26 * 10 / 26 * 300  # two rows of 16 + 10 tokens, of which ten are the response's
-    assert plans[2]["reward"] == plans[4]["reward"] + 2 * WEIGHTS
-    assert plans[2]["reference"] == pytest.approx(plans[4]["reference"] + 2 * WEIGHTS - 2 * logits)
+    passing = 2 * 26 * (2 * 128 + 4 * 32)  # numbers of a feed-forward layer and the width
+    assert plans[2]["reward"] == plans[4]["reward"] + 2 * WEIGHTS - 2 * passing
+    assert plans[2]["reference"] == pytest.approx(plans[4]["reference"] + 2 * WEIGHTS - 2 * logits - 2 * passing)

@@ -93,7 +93,7 @@ class Placement:
             bundles = sum(len(slots) for slots in blocks)
             ready = [waiter.track(group.ready(), f"placement group of {bundles} bundles") for group in self.groups]
             waiter.wait(ready, "resources", timeout_s, START_REMEDY)
-        except BaseException:  # whatever ended it, nothing stays reserved
+        except BaseException:  # fault boundary: the reservation; whatever ended it goes on, and nothing stays reserved
             self._free()
             raise
 

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,50 +60,11 @@ def measure(name: str, rank: int, port: int, folder: Path) -> None:
 
 
 def _role_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Path) -> dict[str, int]:
-    import numpy as np
-    import torch
-
-    from rlhf_ray.actors import role_actors
-    from rlhf_ray.messages import Chunk, CriticShard, OptimiserStep, PolicyShard, RolloutBatch, Sequences
-    from rlhf_ray.models.wire import pack_weights
     from rlhf_ray.runs.run_folder import RunFolder
-    from rlhf_ray.training.distributed import prepare_deepspeed
 
-    torch.set_num_threads(1)
-    kind = {"policy": role_actors.PolicyActor, "critic": role_actors.CriticActor, "generation": role_actors.GenerationActor,
-            "reference": role_actors.ReferenceActor}[setup.process]  # fmt: skip
-    trains = setup.process in ("policy", "critic")
-    if trains:
-        import rlhf_ray.roles.trainer
-        import rlhf_ray.training.deepspeed_engine  # noqa: F401
-
-        prepare_deepspeed("cpu")
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-
-    import rlhf_ray.models.load  # noqa: F401
-    import rlhf_ray.roles.generator  # noqa: F401
-    import rlhf_ray.roles.reference  # noqa: F401
-
-    torch.randn(64, 64) @ torch.randn(64, 64)
-    run = RunFolder(folder / "run")
-    config = recipe.resources.roles[setup.process]
-    draws, ppo = np.random.default_rng(0), recipe.ppo
-    vocabulary = recipe.model.from_scratch.vocab_size
-    rows = ppo.rollouts_per_step
-    chunk = Chunk(step=0, index=0, prompt_indices=tuple(range(rows)), sample_indices=(0,) * rows)
-    prompts, responses = ([draws.integers(0, vocabulary - 2, length) for _ in range(rows)] for length in (128, 128))
-    sequences = Sequences.of(prompts, responses)
-    floats = draws.normal(size=rows * 128).astype(np.float32)
-    rollout = RolloutBatch(chunk=chunk, policy_version=0, sequences=sequences, rollout_logprobs=floats, ended=np.ones(rows, bool))
-    mine = sequences.rows(range(rank, rows, setup.ranks))
-    own = floats[: len(mine.response_ids)]
-    each = ppo.minibatch_size // setup.ranks
-    schedule = tuple(
-        OptimiserStep(rows=np.arange(each), num_tokens=rows * 128, num_sequences=rows) for _ in range(ppo.ppo_epochs)
-    )
-    start = run.stage("sft").model
+    kind, run = _imported(setup), RunFolder(folder / "run")
+    rollout, shard = _rows(setup, recipe, rank)
+    trains, start = setup.process in ("policy", "critic"), run.stage("sft").model
     base, peaks = resident("VmRSS"), {}
     forget_peak()
 
@@ -110,43 +72,96 @@ def _role_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pat
         peaks[name] = resident("VmHWM") - base
         forget_peak()
 
-    made: Any = kind.__ray_metadata__.modified_class
     args = (rank, setup.ranks) if trains else (start,)
-    actor = made(f"{setup.process}-{rank}", recipe, run, config, *args)
+    actor = kind(f"{setup.process}-{rank}", recipe, run, recipe.resources.roles[setup.process], *args)
     if trains:
         actor.join(start, "127.0.0.1", port)
     phase("start")
+    if setup.process == "generation":
+        _generate(actor, recipe, phase)
+        return peaks
+    (actor.role.values if setup.process == "critic" else actor.role.logprobs)(rollout)
+    phase("forward")
+    if trains:
+        for _ in range(2):
+            actor.role.update(shard, 1e-5, *((0.0,) if setup.process == "policy" else ()))
+        phase("update")
     if setup.process == "policy":
-        actor.role.logprobs(rollout)
-        phase("forward")
-        shard = PolicyShard(step=0, sequences=mine, old_logprobs=own - 9.0, advantages=own, schedule=schedule)
-        for _ in range(2):
-            actor.role.update(shard, 1e-5, 0.0)
-        phase("update")
-        pack_weights(actor.role.weights(), 1, torch.float32)
+        _send(actor)
         phase("sync")
-    elif setup.process == "critic":
-        actor.role.values(rollout)
-        phase("forward")
-        shard = CriticShard(step=0, sequences=mine, old_values=own, returns=own, schedule=schedule)
-        for _ in range(2):
-            actor.role.update(shard, 1e-5)
-        phase("update")
-    elif setup.process == "generation":
-        size = recipe.generation.chunk_size
-        actor.role.generate(Chunk(step=0, index=0, prompt_indices=tuple(range(size)), sample_indices=(0,) * size))
-        phase("generate")
-        weights = actor.role.engine.model.state_dict()  # sent without a copy, as they lie in the object store
-        state = {name: (each.view(torch.int16) if each.itemsize == 2 else each).numpy() for name, each in weights.items()}
-        forget_peak()
-        actor.role.load_weights(state, 1)
-        actor.role.generate(Chunk(step=1, index=0, prompt_indices=tuple(range(size)), sample_indices=(0,) * size))
-        del state
-        phase("after a sync")
-    else:
-        actor.role.logprobs(rollout)
-        phase("forward")
-    return peaks | {"held": resident("VmRSS") - base}
+    return peaks
+
+
+def _imported(setup: SetUp) -> Any:
+    """The class of the actor, and all that it imports when it starts."""
+    import importlib
+
+    import torch
+
+    from rlhf_ray.actors import role_actors
+    from rlhf_ray.training.distributed import prepare_deepspeed
+
+    torch.set_num_threads(1)
+    if setup.process in ("policy", "critic"):
+        importlib.import_module("rlhf_ray.training.deepspeed_engine")
+        prepare_deepspeed("cpu")
+    families = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "qwen2")]
+    for module in ("roles.trainer", "models.load", "roles.generator", "roles.reference"):
+        importlib.import_module(f"rlhf_ray.{module}")
+    for module in families:
+        importlib.import_module(module)
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    kinds: dict[str, Any] = {
+        "policy": role_actors.PolicyActor, "critic": role_actors.CriticActor, "generation": role_actors.GenerationActor,
+        "reference": role_actors.ReferenceActor,
+    }  # fmt: skip
+    return kinds[setup.process].__ray_metadata__.modified_class
+
+
+def _rows(setup: SetUp, recipe: Recipe, rank: int) -> tuple[Any, Any]:
+    """(a rollout of all rows; this rank's shard of them): 128 + 128 tokens each."""
+    import numpy as np
+
+    from rlhf_ray.messages import Chunk, CriticShard, OptimiserStep, PolicyShard, RolloutBatch, Sequences
+
+    draws, rows, vocabulary = np.random.default_rng(0), recipe.ppo.rollouts_per_step, recipe.model.from_scratch.vocab_size
+    chunk = Chunk(step=0, index=0, prompt_indices=tuple(range(rows)), sample_indices=(0,) * rows)
+    prompts, responses = ([draws.integers(0, vocabulary - 2, length) for _ in range(rows)] for length in (128, 128))
+    sequences = Sequences.of(prompts, responses)
+    floats = draws.normal(size=rows * 128).astype(np.float32)
+    rollout = RolloutBatch(chunk=chunk, policy_version=0, sequences=sequences, rollout_logprobs=floats, ended=np.ones(rows, bool))
+    mine = sequences.rows(range(rank, rows, setup.ranks))
+    own = floats[: len(mine.response_ids)]
+    step = OptimiserStep(rows=np.arange(rows // setup.ranks), num_tokens=rows * 128, num_sequences=rows)
+    common = {"step": 0, "sequences": mine, "schedule": (step,) * recipe.ppo.ppo_epochs}
+    if setup.process == "critic":
+        return rollout, CriticShard(**common, old_values=own, returns=own)
+    return rollout, PolicyShard(**common, old_logprobs=own - 9.0, advantages=own)
+
+
+def _generate(actor: Any, recipe: Recipe, phase: Callable[[str], None]) -> None:
+    import torch
+
+    from rlhf_ray.messages import Chunk
+
+    size = recipe.generation.chunk_size
+    chunk = Chunk(step=0, index=0, prompt_indices=tuple(range(size)), sample_indices=(0,) * size)
+    actor.role.generate(chunk)
+    phase("generate")
+    weights = actor.role.engine.model.state_dict()  # sent without a copy, as they lie in the object store
+    actor.role.load_weights(
+        {name: (each.view(torch.int16) if each.itemsize == 2 else each).numpy() for name, each in weights.items()}, 1
+    )
+    actor.role.generate(chunk)
+    phase("after a sync")
+
+
+def _send(actor: Any) -> None:
+    import torch
+
+    from rlhf_ray.models.wire import pack_weights
+
+    pack_weights(actor.role.weights(), 1, torch.float32)
 
 
 def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Path) -> dict[str, int]:

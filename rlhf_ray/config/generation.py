@@ -79,12 +79,12 @@ class GenerationConfig(Section):
     @model_validator(mode="after")
     def _engine_splits_and_queues(self):
         engine = ENGINES.named(self.engine)
-        given = {"tensor_parallel": self.tensor_parallel > 1, "max_num_seqs": self.max_num_seqs is not None}
-        for key, is_set in given.items():
-            if is_set and not engine.schedules:
+        given = {"tensor_parallel": self.tensor_parallel if self.tensor_parallel > 1 else None, "max_num_seqs": self.max_num_seqs}
+        for key, value in given.items():
+            if value is not None and not engine.schedules:
                 able = " or ".join(other.name for other in ENGINES.values() if other.schedules)
                 raise ValueError(
-                    f"generation.{key} = {getattr(self, key)} is of engines that schedule their rows and GPUs themselves, and "
+                    f"generation.{key} = {value} is of engines that schedule their rows and GPUs themselves, and "
                     f"{self.engine} does not; remove it, or set generation.engine to {able}"
                 )
         return self
