@@ -10,21 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
-from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.data.store import write_role
+from rlhf_ray.config.sampling_params import SamplingParams
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation.estimates import (
-    Resampler,
-    repetition,
-    shuffled_partners,
-    win_rate,
-    words,
-)
+from rlhf_ray.evaluation.estimates import Resampler, repetition, shuffled_partners, win_rate, words
 from rlhf_ray.evaluation.evaluate import _Evaluation, evaluate
 from rlhf_ray.evaluation.samples import Responses, draw_responses
 from rlhf_ray.evaluation.scoring import LanguageModel
 from rlhf_ray.evaluation.traits import trait_scores
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder

@@ -16,7 +16,7 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.report.compare import seed_of
 from rlhf_ray.report.page import render
-from rlhf_ray.roles.text import response_text
+from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume

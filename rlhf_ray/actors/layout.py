@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config import RoleConfig
-from rlhf_ray.config.resources import TRAINERS
+from rlhf_ray.config.resource_sections import TRAINERS
 from rlhf_ray.errors import UserError
 
 Roles = Mapping[str, RoleConfig]

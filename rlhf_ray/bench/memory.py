@@ -98,7 +98,7 @@ def _imported(setup: SetUp) -> Any:
 
     import torch
 
-    from rlhf_ray.actors import role_actors
+    from rlhf_ray.actors import role_actors, trainer_actors
     from rlhf_ray.training.distributed import prepare_deepspeed
 
     torch.set_num_threads(1)
@@ -106,13 +106,13 @@ def _imported(setup: SetUp) -> Any:
         importlib.import_module("rlhf_ray.training.deepspeed_engine")
         prepare_deepspeed("cpu")
     families = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "qwen2")]
-    for module in ("roles.trainer", "models.load", "roles.generator", "roles.reference"):
+    for module in ("roles.trainer", "models.load", "roles.generator", "roles.reference_policy"):
         importlib.import_module(f"rlhf_ray.{module}")
     for module in families:
         importlib.import_module(module)
     torch.randn(64, 64) @ torch.randn(64, 64)
     kinds: dict[str, Any] = {
-        "policy": role_actors.PolicyActor, "critic": role_actors.CriticActor, "generation": role_actors.GenerationActor,
+        "policy": trainer_actors.PolicyActor, "critic": trainer_actors.CriticActor, "generation": role_actors.GenerationActor,
         "reference": role_actors.ReferenceActor,
     }  # fmt: skip
     return kinds[setup.process].__ray_metadata__.modified_class
@@ -201,7 +201,7 @@ def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pa
 def prepare(setup: SetUp, folder: Path) -> None:
     """The run folder that the processes find: models, prompts, data."""
     from rlhf_ray.bench.random_run import write_random_run
-    from rlhf_ray.data.store import write_role
+    from rlhf_ray.data.role_files import write_role
     from rlhf_ray.models.tokenizer import word_tokenizer
     from rlhf_ray.runs.run_folder import RunFolder
 

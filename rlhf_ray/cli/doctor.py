@@ -7,8 +7,8 @@ from rich.console import Console
 from rlhf_ray.actors.checks import disk_problems, left_on_cpus, memory_phases, recipe_problems
 from rlhf_ray.actors.memory_plan import memory_problems
 from rlhf_ray.actors.nodes import Node, cluster_nodes, rented_nodes, this_machine
+from rlhf_ray.actors.ray_stages import cluster_problems
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.actors.stages import cluster_problems
 from rlhf_ray.cli.plan_tables import print_plan
 from rlhf_ray.config.problems import mentions
 from rlhf_ray.config.recipe_file import RecipeError, load_recipe

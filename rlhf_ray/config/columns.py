@@ -69,7 +69,7 @@ def asked_by_term(term: RewardTerm) -> Asked:
 
 def asked_columns(recipe: Recipe) -> dict[str, Asked]:
     """Key of the recipe -> what its function asks for. One that can't be imported is left out: others report it
-    (`rewards.check`, and whoever calls it)."""
+    (`rewards.reward_problems`, and whoever calls it)."""
     asked: dict[str, Asked | None] = {}
     for name, term in recipe.ppo.terms.items():
         with suppress(UserError):

@@ -16,7 +16,7 @@ import torch
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
-from rlhf_ray.data.store import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
+from rlhf_ray.data.role_files import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
@@ -29,11 +29,11 @@ from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.answers import score_answers
-from rlhf_ray.rewards.finite import check_scores
+from rlhf_ray.rewards.finite_scores import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_in_words, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.rewards.standing import standings
-from rlhf_ray.roles.text import answers_of
+from rlhf_ray.roles.rollout_text import answers_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.base import Precision, Section, exact_div, option
-from rlhf_ray.config.resources import offload_problem
+from rlhf_ray.config.resource_sections import offload_problem
 
 
 class LoraConfig(Section):
