@@ -9,7 +9,7 @@ from tiny import tiny_recipe
 from rlhf_ray.actors.checks import left_on_cpus
 from rlhf_ray.actors.memory_plan import Precisions, memory_problems, phases_of
 from rlhf_ray.actors.nodes import Node, local_memory, rented_nodes
-from rlhf_ray.bench.memory import RESULTS, SETUPS, measured, planned
+from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
@@ -76,7 +76,7 @@ def test_a_token_of_the_cache_takes_what_is_published():
 
 @pytest.mark.parametrize("name", json.loads(RESULTS.read_text()))
 def test_the_plan_is_within_15_percent_of_what_was_measured(name):
-    """results/bench/memory.json, written by rlhf_ray/bench/memory.py."""
+    """results/bench/memory.json, written by rlhf_ray/bench/memory_peaks.py."""
     peak = max(json.loads(RESULTS.read_text())[name].values()) * 1e6
     assert planned(name) == pytest.approx(peak, rel=0.15)
 

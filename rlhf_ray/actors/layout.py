@@ -42,7 +42,7 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ActorLayout:
     blocks: tuple[tuple[int, tuple[Slot, ...]], ...]  # (node, its slots), the largest first
     seats: Mapping[Actor, Seat]
 
@@ -74,7 +74,7 @@ def slots_of(roles: Roles) -> list[Slot]:
     return slots
 
 
-def lay_out(roles: Roles, nodes: Sequence[Amounts], strategy: str) -> Layout:
+def lay_out(roles: Roles, nodes: Sequence[Amounts], strategy: str) -> ActorLayout:
     """UserError where the nodes, with nothing else on them, can't hold the slots."""
     slots = slots_of(roles)
     if strategy in ("SPREAD", "STRICT_SPREAD"):
@@ -175,7 +175,7 @@ def _spread(slots: Sequence[Slot], nodes: Sequence[Amounts], *, strict: bool) ->
     return placed
 
 
-def _seated(placed: Sequence[tuple[int, Slot]]) -> Layout:
+def _seated(placed: Sequence[tuple[int, Slot]]) -> ActorLayout:
     by_node: dict[int, list[Slot]] = {}
     for node, slot in placed:
         by_node.setdefault(node, []).append(slot)
@@ -186,7 +186,7 @@ def _seated(placed: Sequence[tuple[int, Slot]]) -> Layout:
             gpus = _gpus(taken, slot.bundle.get("GPU", 0.0))
             seats |= {actor: Seat(node, gpus) for actor in slot.actors}
     blocks = sorted(((node, tuple(slots)) for node, slots in by_node.items()), key=lambda block: _size(block[1]), reverse=True)
-    return Layout(tuple(blocks), seats)
+    return ActorLayout(tuple(blocks), seats)
 
 
 def _gpus(taken: list[float], needed: float) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ def _no_room(slot: Slot, free: Sequence[Amounts]) -> str:
     )
 
 
-def layout_words(roles: Roles, layout: Layout) -> list[str]:
+def layout_words(roles: Roles, layout: ActorLayout) -> list[str]:
     """What is worth a warning: groups over several nodes."""
     words = []
     for role in TRAINERS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.actors.layout import Layout, lay_out
+from rlhf_ray.actors.layout import ActorLayout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
@@ -40,7 +40,7 @@ class Share:
 class Phase:
     name: str  # "ppo", or the supervised stage
     processes: Mapping[str, Process]  # "policy" -> one of them
-    layout: Layout
+    layout: ActorLayout
     gpus: Mapping[tuple[int, int], Sequence[Share]]  # (node, GPU) -> its processes
     hosts: Mapping[int, Sequence[Share]]  # node -> its processes, and what they share
 
@@ -88,7 +88,7 @@ def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
     return 3.0 * itemsize * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
 
 
-def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> Layout | None:
+def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> ActorLayout | None:
     try:
         return lay_out(roles, amounts, strategy)
     except UserError:
@@ -98,7 +98,7 @@ def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]
 def _phase(
     name: str,
     processes: Mapping[str, Process],
-    layout: Layout,
+    layout: ActorLayout,
     *,
     imported: float,
     names: Mapping[str, str] | None = None,

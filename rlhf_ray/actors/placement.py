@@ -9,7 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.actors.layout import Actor, Amounts, Layout, Roles, Slot, bundle_of, holds, in_words, lay_out
+from rlhf_ray.actors.layout import Actor, ActorLayout, Amounts, Roles, Slot, bundle_of, holds, in_words, lay_out
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.errors import UserError
@@ -24,7 +24,7 @@ def altogether(amounts: Sequence[Amounts]) -> dict[str, float]:
     return {kind: round(sum(each.get(kind, 0.0) for each in amounts), 6) for kind in ("CPU", "GPU")}
 
 
-def check_fits(roles: Roles, nodes: Sequence[Amounts], strategy: str) -> Layout:
+def check_fits(roles: Roles, nodes: Sequence[Amounts], strategy: str) -> ActorLayout:
     """Where they would stand; UserError for what these nodes could not hold even if nothing else ran on them."""
     needed_by, cluster = {name: bundle_of(role) for name, role in roles.items()}, altogether(nodes)
     bundles = [needed_by[name] for name, role in roles.items() for _ in range(role.actors)]

@@ -1,4 +1,4 @@
-"""The set-ups of `bench.memory`: one process type each, of models of 20 to 70 million parameters from random weights."""
+"""The set-ups of `bench.memory_peaks`: one process type each, of models of 20 to 70 million parameters from random weights."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ FORKED = 0.12e9  # the same as a fork of another process: what the two do not sh
 #: of each process on a GPU: CUDA's context and the work spaces of its libraries. Assumed, never measured here.
 CONTEXT = 0.8e9
 #: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: as much again as the activations, or this
-#: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory.py).
+#: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory_peaks.py).
 HEAP_GRADIENTS = 1.3
 FIRST_USE = 0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)

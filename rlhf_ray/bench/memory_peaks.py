@@ -1,6 +1,6 @@
 """The memory plan against what real processes take on a CPU, set-up by set-up.
 
-    python -m rlhf_ray.bench.memory [SET-UP ...]       measure (all of them), print a table, write results/bench/memory.json
+    python -m rlhf_ray.bench.memory_peaks [SET-UP ...]       measure (all of them), print a table, write results/bench/memory.json
 
 Each rank of a set-up is a process of its own that does what its Ray actor or stage worker does, without Ray: it loads its model
 from a run folder, joins the DeepSpeed group, works on rows of the longest length, and takes its optimiser steps. Told is the peak
@@ -235,7 +235,7 @@ def measured(name: str) -> dict[str, int]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "rlhf_ray.bench.memory", "--process", name, str(port), temporary]
+        command = [sys.executable, "-m", "rlhf_ray.bench.memory_peaks", "--process", name, str(port), temporary]
         environment = os.environ | {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
         processes = [
             subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
