@@ -58,13 +58,12 @@ def bundle_of(role: RoleConfig) -> dict[str, float]:
 
 
 def slots_of(roles: Roles) -> list[Slot]:
-    """Trainers first. Roles that share by name have the whole of their GPU: no other bundle may get the rest of it."""
-    order = [name for name in (*TRAINERS, *roles) if name in roles]
+    """Roles that share by name have the whole of their GPU: no other bundle may get the rest of it."""
     slots: list[Slot] = []
-    for name in dict.fromkeys(order):
+    for name in roles:
         if roles[name].host is not None:
             continue
-        guests = [other for other in dict.fromkeys(order) if roles[other].host == name]
+        guests = [other for other in roles if roles[other].host == name]
         for number in range(roles[name].actors):
             there = [(name, number), *((guest, number) for guest in guests if number < roles[guest].actors)]
             bundle = bundle_of(roles[name])
