@@ -75,10 +75,9 @@ def asked_columns(recipe: Recipe) -> dict[str, Asked]:
         with suppress(UserError):
             asked[recipe.ppo.key_of(name)] = kind_of(term).asked(term)
     evaluation = recipe.evaluation
-    for key, path in (("judge_function", evaluation.judge_function), ("trait_function", evaluation.trait_function)):
-        if path is not None:
-            with suppress(UserError):
-                asked[f"evaluation.{key}"] = asked_by(import_function(path))
+    for key, path in evaluation.functions:
+        with suppress(UserError):
+            asked[f"evaluation.{key}"] = asked_by(import_function(path))
     return {key: each for key, each in asked.items() if each is not None}
 
 

@@ -22,7 +22,7 @@ from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
 from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
-from rlhf_ray.evaluation.traits import trait_scores
+from rlhf_ray.evaluation.traits import all_trait_scores
 from rlhf_ray.evaluation.wins import wins_over
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import shown
@@ -162,12 +162,12 @@ class _Evaluation:
                 each.judge = self._scored(judge, each).total
                 if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
                     each.judge_scale = (judge.mean, judge.std)
-        path = self.recipe.evaluation.trait_function
-        if path is not None:
+        paths = self.recipe.evaluation.trait_functions
+        if paths:
             self._report("traits", 0, 1)
             for each in self.evidence.values():
                 prompts = [shown(prompt) for prompt in each.prompts]
-                each.traits = trait_scores(path, prompts, each.responses.texts, each.columns)
+                each.traits = all_trait_scores(paths, prompts, each.responses.texts, each.columns)
 
     def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
         drawn = each.responses
