@@ -127,7 +127,7 @@ def _packed(units: Sequence[Sequence[Slot]], nodes: Sequence[Amounts], *, togeth
             free[node][kind] = round(free[node][kind] - value, 6)
 
     for unit in units:
-        needed = dict(zip(KINDS, _size(unit), strict=True))
+        needed: dict[str, float] = dict(zip(KINDS, _size(unit), strict=True))
         node = best(needed)
         if node is not None:
             for slot in unit:

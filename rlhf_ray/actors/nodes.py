@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.actors.layout import Amounts
@@ -51,7 +52,7 @@ def cluster_nodes() -> list[Node]:
     for node, answer in zip(alive, asked, strict=True):
         memory, gpus = None, ()
         if answer in answered:
-            with suppress(ray.exceptions.RayError):  # another check tells of a node that can't run anything
+            with suppress(RayError):  # another check tells of a node that can't run anything
                 memory, gpus = ray.get(answer, timeout=ANSWER_S)
         found.append(Node(f"node {node['NodeManagerAddress']}", node["Resources"], memory, tuple(gpus)))
     return found

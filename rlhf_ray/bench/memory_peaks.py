@@ -110,7 +110,7 @@ def _imported(setup: SetUp) -> Any:
         importlib.import_module(f"rlhf_ray.{module}")
     for module in families:
         importlib.import_module(module)
-    torch.randn(64, 64) @ torch.randn(64, 64)
+    torch.mm(torch.randn(64, 64), torch.randn(64, 64))
     kinds: dict[str, Any] = {
         "policy": trainer_actors.PolicyActor, "critic": trainer_actors.CriticActor, "generation": role_actors.GenerationActor,
         "reference": role_actors.ReferenceActor,
@@ -181,7 +181,7 @@ def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pa
     from rlhf_ray.supervised import stage as module
 
     run = RunFolder(folder / "stage")
-    torch.randn(64, 64) @ torch.randn(64, 64)
+    torch.mm(torch.randn(64, 64), torch.randn(64, 64))
     base = resident("VmRSS")
     forget_peak()
     peaks = {}

@@ -137,7 +137,7 @@ def sharing_problem(roles: Mapping[str, RoleConfig], tensor_parallel: int) -> st
         if parallel == 1 and role.gpus > 1:
             more = "generation.tensor_parallel too" if name == "generation" else f"{key}.actors to more"
             return f"{key}.gpus = {role.gpus:g}, but each of its actors computes on one GPU; set it to 1, and {more}"
-        if role.host is not None and (problem := _host_problem(name, role, roles)) is not None:
+        if role.host is not None and (problem := _host_problem(name, role.host, roles)) is not None:
             return problem
         shared = [other for other, config in roles.items() if config.host == name]
         shares = role.gpus + sum(roles[other].gpus for other in shared)
@@ -155,8 +155,8 @@ def sharing_problem(roles: Mapping[str, RoleConfig], tensor_parallel: int) -> st
     return None
 
 
-def _host_problem(name: str, role: RoleConfig, roles: Mapping[str, RoleConfig]) -> str | None:
-    key, host = f"resources.{name}.with", role.host
+def _host_problem(name: str, host: str, roles: Mapping[str, RoleConfig]) -> str | None:
+    key, role = f"resources.{name}.with", roles[name]
     if host not in roles:
         return f"{key} is '{host}', but this recipe's PPO has no {host} actors; name another role, or set it to null"
     if host == name:
