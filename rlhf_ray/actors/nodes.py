@@ -43,9 +43,12 @@ def this_machine() -> Node:
 def cluster_nodes() -> list[Node]:
     """Those of the cluster that this process is connected to. Each is asked by a task, which reserves nothing."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    ask = ray.remote(_what_is_here).options(num_cpus=0, max_retries=1)
+    ask = ray.remote(_what_is_here)
     asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote() for node in alive
+        ask.options(
+            num_cpus=0, max_retries=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in alive
     ]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
     found: list[Node] = []
