@@ -303,3 +303,30 @@ def test_a_sum_over_ranks_is_known_to_all(results, world, expected_sum):
 def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(results, expected, written, stage):
     found = gap(results[1][0][f"{written}->{stage}"], expected[0][-1])
     assert saw("weights: two ranks' checkpoint, gone on by one at any ZeRO stage", found) < 1e-6
+
+
+def offloaded(rank, world):
+    """Weights after each of two steps, norms, and the weights of the second step taken again, by stage and what is offloaded."""
+    found = {}
+    for stage, options in OFFLOADS:
+        engine = make_engine(stage, **dict.fromkeys(options, True))
+        first, norms = train(engine, rank, world, steps=1)
+        kept = clones(engine.state())
+        second, _ = train(engine, rank, world, steps=1, start=1)
+        engine.load_state(kept, 1)
+        again, _ = train(engine, rank, world, steps=1, start=1)
+        found[stage, options] = first + second, norms, again[0]
+    return found
+
+
+OFFLOADS = [(1, ("offload_optimizer",)), (2, ("offload_optimizer",)), (3, ("offload_optimizer", "offload_param"))]
+
+
+def test_what_is_offloaded_trains_as_what_is_not():
+    """On a CPU both stand in the same memory; what is tested is that DeepSpeed takes the options, steps and loads with them."""
+    states, norms = plain_torch()
+    for rank in on_ranks(offloaded, 2):
+        for place, (weights, own_norms, again) in rank.items():
+            assert max(gap(one, other) for one, other in zip(weights, states[:2], strict=True)) < 1e-6, place
+            assert own_norms == pytest.approx(norms[:1], abs=1e-6), place
+            assert gap(again, weights[-1]) == 0, place

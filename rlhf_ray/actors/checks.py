@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
+from rlhf_ray.actors.memory_plan import Phase, Precisions, memory_problems, phases_of
+from rlhf_ray.actors.nodes import Node
 from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.recipe_file import stage_functions
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
+from rlhf_ray.models.memory import GB, scorer_parameters, trained_by_role
 from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.size import parameters
-from rlhf_ray.models.stage_memory import stage_memory_problems
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
 
 
-def recipe_problems(
-    recipe: Recipe, *, data: bool = True, hardware: bool = True, stages: Collection[str] | None = None
-) -> list[str]:
+def recipe_problems(recipe: Recipe, *, data: bool = True, hardware: bool = True) -> list[str]:
     """Problems of the data (unless it is prepared already), the model, the named functions and the precisions.
 
-    hardware: whether the run computes on this machine. Then its hardware says which precisions there are and what fits,
-    and its packages say which engines there are. stages: those that are to run (None: all of the recipe's); the others need no
-    memory any more.
+    hardware: whether the run computes on this machine. Then its hardware says which precisions there are, and its packages say
+    which engines there are.
     """
     problems = (_data_problems(recipe) if data else []) + check_model(recipe)
     problems += _reward_problems(recipe) + _stage_problems(recipe)
     if not hardware:
         return problems
-    problems += _precision_problems(recipe) + _engine_problems(recipe)
-    return problems + _memory_problems(recipe, recipe.stages if stages is None else stages)
+    return problems + _precision_problems(recipe) + _engine_problems(recipe)
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
@@ -82,27 +79,45 @@ def _engine_problems(recipe: Recipe) -> list[str]:
     return [] if problem is None else [problem]
 
 
-def _memory_problems(recipe: Recipe, stages: Collection[str]) -> list[str]:
-    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    found = stage_memory_problems(recipe, host=host, itemsizes=stage_itemsizes(recipe), stages=stages)
-    if "ppo" in stages:
-        found += memory_problems(recipe, host=host, gpus=gpus, itemsize=itemsize_of(recipe, "cpu"), forked=forks_here(["ppo"]))
-    return found
+def memory_phases(recipe: Recipe, nodes: Sequence[Node], *, here: bool, stages: Collection[str]) -> list[Phase]:
+    """The memory plan of the stages that are to run. here: the nodes are this machine."""
+    return phases_of(recipe, nodes, precisions_of(recipe), stages=stages, forked=here and forks_here(["ppo"]))
 
 
-def stage_itemsizes(recipe: Recipe) -> dict[str, int]:
-    """Supervised stage -> bytes of a number in its precision."""
-    return {name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu") for name, stage in recipe.trained.items()}
+def check_memory(recipe: Recipe, nodes: Sequence[Node], *, here: bool, stages: Collection[str]) -> None:
+    """UserError for what the nodes can't hold."""
+    problems = memory_problems(recipe, nodes, memory_phases(recipe, nodes, here=here, stages=stages))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
-def itemsize_of(recipe: Recipe, kind: str) -> int:
-    """Bytes of a number in PPO's precision."""
-    return _itemsize(recipe.ppo.precision, kind)
+def precisions_of(recipe: Recipe) -> Precisions:
+    """As far as this machine can say; of GPUs elsewhere it is assumed that they multiply in bfloat16."""
+    return Precisions(
+        ppo=_itemsize(recipe.ppo.precision, "cpu"), ppo_gpu=_itemsize(recipe.ppo.precision, "cuda"),
+        stages={name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu")
+                for name, stage in recipe.trained.items()},
+    )  # fmt: skip
+
+
+def left_on_cpus(recipe: Recipe, nodes: Sequence[Node]) -> list[str]:
+    """Warnings: who computes on CPUs where GPUs are used, or there and not used."""
+    roles = {name: role for name, role in recipe.ppo_roles.items() if name != "reward" or scorer_parameters(recipe)}
+    with_gpus = [name for name, role in roles.items() if role.gpus > 0]
+    without = [f"resources.{name}.gpus" for name in roles if name not in with_gpus]
+    stages = [f"{name}.gpus_per_worker" for name, stage in recipe.trained.items() if stage.gpus_per_worker == 0]
+    there = sum(node.amounts.get("GPU", 0.0) for node in nodes)
+    if not with_gpus and len(stages) == len(recipe.trained):
+        return [f"there are {there:g} GPUs, and the recipe uses none: set resources.*.gpus and *.gpus_per_worker"] if there else []
+    words = [f"{key} is 0, so {key.split('.')[-2]} computes on CPUs" for key in (*without, *stages)]
+    return [f"{each}, while others have GPUs; set it to 1, or to a share of another role's (resources.<role>.with)"
+            if each.startswith("resources") else f"{each}, while others have GPUs; set it to 1" for each in words]  # fmt: skip
 
 
 def _itemsize(precision: Precision, kind: str) -> int:
     """Another check reports a precision that this machine lacks."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return 4 if precision == "float32" else 2
     try:
         return resolve_precision(precision, kind).itemsize
     except UserError:

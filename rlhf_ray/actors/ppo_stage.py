@@ -13,7 +13,7 @@ import ray
 
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
-from rlhf_ray.actors.checks import itemsize_of
+from rlhf_ray.actors.checks import precisions_of
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -114,9 +114,8 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
 
 def _in_bfloat16(recipe: Recipe) -> bool:
     """Whether the policy computes in it, as far as this process can tell: its machine may have no GPU."""
-    if recipe.resources.policy.gpus > 0:
-        return recipe.ppo.precision != "float32"
-    return itemsize_of(recipe, "cpu") == 2
+    precisions = precisions_of(recipe)
+    return (precisions.ppo_gpu if recipe.resources.policy.gpus > 0 else precisions.ppo) == 2
 
 
 def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:

@@ -8,7 +8,8 @@ from functools import partial
 import ray
 
 from rlhf_ray.actors.garbage_collection import collector_paused
-from rlhf_ray.actors.placement import Amounts, altogether, check_fits, nodes_alive
+from rlhf_ray.actors.layout import Amounts
+from rlhf_ray.actors.placement import altogether, check_fits, nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe

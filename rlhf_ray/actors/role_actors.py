@@ -70,7 +70,8 @@ class Generation(RoleActor, GenerationEnd):
             lora=recipe.ppo.lora,
             freeze_layers=recipe.ppo.freeze_layers,
             engine=generation.engine,
-            rows=generation.chunk_size,
+            rows=generation.rows,
+            tensor_parallel=generation.tensor_parallel,
         )  # fmt: skip
 
     @with_receipt

@@ -11,20 +11,21 @@ from typing import Protocol
 
 import ray
 
-from rlhf_ray.actors.checks import recipe_problems
+from rlhf_ray.actors.checks import check_memory, left_on_cpus, recipe_problems
+from rlhf_ray.actors.nodes import cluster_nodes, this_machine
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_stages import check_cluster, ray_stages
 from rlhf_ray.actors.ray_start import refuse_second_ray
 from rlhf_ray.actors.run_metrics import RunMetrics
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
-from rlhf_ray.actors.snapshots import BYTES_PER_WEIGHT_BYTE, KEPT
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
-from rlhf_ray.models.memory import support_store_bytes, support_tokens, trained_by_role
+from rlhf_ray.models.memory import snapshot_bytes
 from rlhf_ray.models.size import parameters
+from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
 from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages, to_reopen
@@ -98,6 +99,11 @@ def run(
                 )
                 status.exports(stack.enter_context(exported.exported()))
                 check_cluster(recipe, left)
+                nodes = [this_machine()] if address is None else cluster_nodes()
+                if address is not None:
+                    check_memory(recipe, nodes, here=False, stages=left)
+                for warning in left_on_cpus(recipe, nodes):
+                    shown.log(f"warning: {warning}")
             recipe = settle_threads(recipe, recorded_recipe(folder), **cores_to_share(address if connected else None))
             prepare_folder(recipe, folder)
 
@@ -149,9 +155,7 @@ def object_store_bytes(recipe: Recipe) -> int:
     The last are as many as there can be (`models.memory.support_tokens`), as far as half of what shared memory has left holds
     them beside the rest: Ray would put a larger store on a disk. Of this one only what overflows goes there.
     """
-    states = KEPT * BYTES_PER_WEIGHT_BYTE * 4 * sum(trained_by_role(recipe).values())
-    snapshots = states if states <= recipe.resources.snapshot_gb * 1e9 else 0
-    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe) + snapshots
+    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe) + int(snapshot_bytes(recipe))
     kept = support_store_bytes(recipe, support_tokens(recipe))
     return base + int(min(kept, max(0, shared_memory_bytes() // 2 - base)))
 
@@ -167,6 +171,8 @@ def shared_memory_bytes() -> int:
 
 def refuse_problems(recipe: Recipe, folder: RunFolder, address: str | None, stages: Sequence[str]) -> None:
     """UserError for what `doctor` would find in the recipe, before anything starts. stages: those that are to run."""
-    problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None, stages=stages)
+    problems = recipe_problems(recipe, data=not folder.stage("data").done, hardware=address is None)
     if problems:
         raise UserError("\n".join(problems))
+    if address is None:
+        check_memory(recipe, [this_machine()], here=True, stages=stages)

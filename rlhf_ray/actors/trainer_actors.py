@@ -62,7 +62,8 @@ class TrainerActor(RoleActor):
         ppo = self.recipe.ppo
         settings = OptimiserConfig(
             adam_eps=ppo.adam_eps, adam_form=ppo.adam_form, max_grad_norm=ppo.max_grad_norm,
-            zero_stage=self.settings.zero_stage,
+            zero_stage=self.settings.zero_stage, offload_optimizer=self.settings.offload_optimizer,
+            offload_param=self.settings.offload_param,
         )  # fmt: skip
         return DeepSpeedEngine(module, settings, device=self.device)
 

@@ -44,9 +44,8 @@ StartFrom = Annotated[
         "--start-from", help="a run folder whose finished stages before PPO (same recipe there) are taken over"
     ),
 ]
-Address = Annotated[
-    str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")
-]
+Address = Annotated[str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one of its own")]
+Nodes = Annotated[str | None, typer.Option(help="plan for nodes that are not there: NODESxGPUSxKIND, as 2x8xH100")]
 
 
 @app.command()
@@ -112,11 +111,13 @@ def stage(
 
 @app.command()
 @in_words
-def doctor(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None):
+def doctor(
+    recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None, address: Address = None, nodes: Nodes = None
+):
     """Everything that would stop this run, before it starts, and what it will use."""
     from rlhf_ray.cli.doctor import examine
 
-    problems = examine(recipe, overrides or [], run_dir, address, console)
+    problems = examine(recipe, overrides or [], run_dir, address, nodes, console)
     if problems:
         raise UserError("\n".join(problems))
 

@@ -31,6 +31,18 @@ class GenerationConfig(Section):
         + "; ".join(f"{engine.name}: {engine.words}" for engine in ENGINES.values()),
     )
 
+    max_num_seqs: int | None = option(
+        None, "vllm: responses that decode at a time, for which its cache has room; null: as many as a chunk has", gt=0
+    )
+    tensor_parallel: int = option(
+        1, "vllm: GPUs of one node that hold one model together; resources.generation.gpus is as many", gt=0
+    )
+
+    @property
+    def rows(self) -> int:
+        """Responses that decode at a time, at most."""
+        return self.chunk_size if self.max_num_seqs is None else min(self.chunk_size, self.max_num_seqs)
+
     @property
     def sampling(self) -> SamplingParams:
         """These options as the engine takes them."""
@@ -62,6 +74,19 @@ class GenerationConfig(Section):
                 "distribution, whatever ppo.kl_coef and importance_correction are; set them to 0, 1 and 0, or "
                 f"generation.engine to {able}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_splits_and_queues(self):
+        engine = ENGINES.named(self.engine)
+        given = {"tensor_parallel": self.tensor_parallel if self.tensor_parallel > 1 else None, "max_num_seqs": self.max_num_seqs}
+        for key, value in given.items():
+            if value is not None and not engine.schedules:
+                able = " or ".join(other.name for other in ENGINES.values() if other.schedules)
+                raise ValueError(
+                    f"generation.{key} = {value} is of engines that schedule their rows and GPUs themselves, and "
+                    f"{self.engine} does not; remove it, or set generation.engine to {able}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from rlhf_ray.config.evaluation_section import EvaluationConfig
 from rlhf_ray.config.generation_section import GenerationConfig
 from rlhf_ray.config.plugin_sections import details, plugin_section
 from rlhf_ray.config.ppo_section import PPOConfig
-from rlhf_ray.config.resource_sections import ResourcesConfig, RoleConfig, TrackingConfig
+from rlhf_ray.config.resource_sections import ResourcesConfig, RoleConfig, TrackingConfig, sharing_problem
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
@@ -158,6 +158,13 @@ class Recipe(Section):
                     min(self.generation.chunk_size, ppo.rollouts_per_step),
                     f"resources.{role}.zero_stage is 3, so rollouts per step must divide by generation.chunk_size",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_have_gpus_as_they_can(self):
+        problem = sharing_problem(self.ppo_roles, self.generation.tensor_parallel)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

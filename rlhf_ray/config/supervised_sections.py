@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.base import Precision, Section, exact_div, option
+from rlhf_ray.config.resource_sections import offload_problem
 
 
 class LoraConfig(Section):
@@ -68,6 +69,13 @@ class TrainConfig(Section):
     gpus_per_worker: float = option(0, "GPUs reserved for each worker", ge=0)
     threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
+    offload_optimizer: bool = option(
+        False,
+        "with zero_stage 1, 2 or 3: gradients and moments in the host's memory, where the optimiser is",
+    )
+    offload_param: bool = option(
+        False, "with zero_stage 3: a worker's weights in the host's memory, copied to its GPU layer by layer"
+    )
     lora: LoraConfig | None = option(None, "train low-rank adapters, merged into the saved model; null: all weights")
     freeze_layers: int = option(0, "the embeddings and the first N transformer blocks do not train", ge=0)
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
@@ -92,6 +100,22 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _trains_one_part(self):
         check_trained_part(self.lora, self.freeze_layers, ("lora", "freeze_layers"))
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_gpus_as_they_can(self):
+        problem = offload_problem(self.zero_stage, self.offload_optimizer, self.offload_param)
+        if problem is None and self.gpus_per_worker > 1:
+            problem = (
+                f"gpus_per_worker = {self.gpus_per_worker:g}, but a worker computes on one GPU; set it to 1, and workers to more"
+            )
+        if problem is None and self.workers > 1 and 0 < self.gpus_per_worker <= 0.5:
+            problem = (
+                f"gpus_per_worker = {self.gpus_per_worker:g} lets two of the {self.workers} workers stand on one GPU, where NCCL "
+                "ends with an error; set it to 1"
+            )
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 

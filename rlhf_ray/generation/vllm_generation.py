@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.vllm_build import vllm_problem
 from rlhf_ray.generation.vllm_weights import cache_bytes, pack_embeddings_again, untied
 from rlhf_ray.models.chat_shape import end_ids
+from rlhf_ray.models.generation_memory import gpu_memory_utilization
 from rlhf_ray.models.load import to_device
+from rlhf_ray.models.shared_gpu import SharedWeights
 from rlhf_ray.models.wire import Weight, copy_weights
 from rlhf_ray.tables.engines import ENGINES
 
@@ -52,6 +55,7 @@ def vllm_engine(setting: EngineSetting) -> VllmEngine:
     return VllmEngine(
         setting.folder, setting.model, setting.tokenizer, longest=setting.longest, rows=setting.rows, probes=setting.probes,
         device=setting.device, eos_token_ids=setting.eos_token_ids, trust_remote_code=setting.trust_remote_code,
+        tensor_parallel=setting.tensor_parallel,
     )  # fmt: skip
 
 
@@ -75,6 +79,7 @@ class VllmEngine:
         device: torch.device | str = "cpu",
         eos_token_ids: Sequence[int] | None = None,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
     ):
         self.device = torch.device(device)
         problem = vllm_problem(float(self.device.type == "cuda"))
@@ -87,22 +92,25 @@ class VllmEngine:
         self.model, self.eos_token_ids, self.longest = to_device(model, self.device).eval(), tuple(eos_token_ids), longest
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
-        self.llm, self.asleep = self._build(folder, rows, trust_remote_code), False
+        self.tensor_parallel = tensor_parallel
+        self.llm, self.asleep = self._build(folder, rows, trust_remote_code, tensor_parallel), False
         self._rehearse()
 
-    def _build(self, folder: str | Path, rows: int, trust_remote_code: bool):
+    def _build(self, folder: str | Path, rows: int, trust_remote_code: bool, tensor_parallel: int):
         on_gpu = self.device.type == "cuda"
         for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT_CPU).items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
+        cache = cache_bytes(self.model, self.longest, rows)
         return LLM(
             str(folder),
             dtype=self.model.dtype,
             max_model_len=self.longest,
             max_num_seqs=rows,
             # Said in bytes, since a share of the memory would be one of what the other roles need, too.
-            kv_cache_memory_bytes=cache_bytes(self.model, self.longest, rows),
+            kv_cache_memory_bytes=cache // tensor_parallel,
+            **(self._on_gpus(cache, tensor_parallel) if on_gpu else {}),
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # not the model folder's: the recipe says how responses are drawn
             trust_remote_code=trust_remote_code,
@@ -110,6 +118,14 @@ class VllmEngine:
             enable_sleep_mode=on_gpu,
             seed=0,  # of draws without a seed, and there are none
         )
+
+    def _on_gpus(self, cache: int, tensor_parallel: int) -> dict[str, Any]:
+        """The share of each GPU that has to be free at the start (vLLM's default is 92 %, which other roles leave to nobody), and
+        how many hold the model."""
+        weights = sum(parameter.numel() for parameter in self.model.parameters()) * self.model.dtype.itemsize
+        gpu = torch.cuda.get_device_properties(self.device).total_memory
+        share = gpu_memory_utilization(weights=weights, cache=cache, tensor_parallel=tensor_parallel, gpu=gpu)
+        return {"gpu_memory_utilization": share, "tensor_parallel_size": tensor_parallel}
 
     # ---- generation
 
@@ -215,9 +231,13 @@ class VllmEngine:
     def _write(self) -> None:
         self._wake()
         # vLLM's own way: layer by layer it loads by the names of a checkpoint and repeats what follows loading.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": untied(self.model)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
         self.llm.apply_model(pack_embeddings_again)
         self.llm.reset_prefix_cache()
+
+    def _weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """For vLLM's model in this process, or for those parts of it that are in processes of their own."""
+        return untied(self.model) if self.tensor_parallel == 1 else SharedWeights.of(untied(self.model))
 
     @torch.no_grad()
     def gap(self) -> float:

@@ -24,12 +24,15 @@ class ModelShape:
     width: int
     vocabulary: int
     key_value_width: int
+    heads: int  # of the queries
+    feed_forward: int  # channels within a feed-forward layer
     family: str  # the config's model_type
     gated: bool  # the feed-forward layer has three matrices
 
 
 UNKNOWN = ModelShape(
-    parameters=0, blocks=(), embeddings=0, layers=0, width=0, vocabulary=0, key_value_width=0, family="", gated=False
+    parameters=0, blocks=(), embeddings=0, layers=0, width=0, vocabulary=0, key_value_width=0, heads=0, feed_forward=0, family="",
+    gated=False,
 )  # fmt: skip
 
 
@@ -39,8 +42,12 @@ def _gpt2_weights(shape: FromScratch) -> tuple[int, int, int]:
     return 12 * width**2 + 13 * width, (shape.vocab_size + shape.positions) * width, 2 * width
 
 
+def _inner_width(shape: FromScratch) -> int:
+    return math.ceil(shape.width * 8 / 3 / 32) * 32 if is_gated(shape.architecture) else 4 * shape.width
+
+
 def _llama_weights(shape: FromScratch) -> tuple[int, int, int]:
-    width, inner = shape.width, math.ceil(shape.width * 8 / 3 / 32) * 32
+    width, inner = shape.width, _inner_width(shape)
     attention = 2 * width**2 + 2 * width * shape.key_value_width
     return attention + 3 * width * inner + 2 * width, shape.vocab_size * width, width
 
@@ -91,7 +98,7 @@ def shape_of_model(recipe: Recipe) -> ModelShape:
         return ModelShape(
             parameters=shape.layers * block + embeddings + rest, blocks=(block,) * shape.layers, embeddings=embeddings,
             layers=shape.layers, width=shape.width, vocabulary=shape.vocab_size, key_value_width=shape.key_value_width,
-            family=shape.architecture, gated=is_gated(shape.architecture),
+            heads=shape.heads, feed_forward=_inner_width(shape), family=shape.architecture, gated=is_gated(shape.architecture),
         )  # fmt: skip
     return _counted(model.model_dump_json())
 
@@ -133,7 +140,8 @@ def _counted(model_json: str) -> ModelShape:
         blocks=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
         embeddings=sum(weight.numel() for weight in embeddings.values()), layers=config.num_hidden_layers,
         width=config.hidden_size, vocabulary=config.vocab_size, family=config.model_type,
-        gated=is_gated(config.model_type),
+        gated=is_gated(config.model_type), heads=heads,
+        feed_forward=options.get("intermediate_size") or options.get("n_inner") or 4 * config.hidden_size,
         key_value_width=head_width * (options.get("num_key_value_heads") or heads),
     )  # fmt: skip
 

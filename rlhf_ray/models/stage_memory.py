@@ -6,17 +6,19 @@ sequences, where PPO computes those of responses only.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, SftConfig, TrainConfig
-from rlhf_ray.models.memory import GB, IMPORTED, kept_bytes
+from rlhf_ray.models.activations import cast_bytes, kept_bytes
+from rlhf_ray.models.memory import Process, heap_bytes
 from rlhf_ray.models.size import ModelShape, adapter_parameters, shape_of_model, shape_of_other
+from rlhf_ray.models.training_state import buffer_bytes, loading_bytes, model_state
 from rlhf_ray.tables.families import is_tested
 
 #: Bytes per logit at the peak of a language model's loss, in 16 bits as in 32: on packed lines and under DPO, whose log-probs make
 #: no float32 copy of all of them, and in the plain loss. Measured (tests/test_stage_memory.py).
 LOGIT, PLAIN_LOGIT = 12, 23
+HEAP_SHARE = 0.5  # of what the heap keeps of PPO's passes: at the peak, that of the logits, it has less. Measured likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,31 +26,44 @@ class StageMemory:
     stage: str
     workers: int
     gpus: float  # per worker
-    state: float  # weights, gradients, moments: always there
-    work: float  # what a forward and backward pass adds
+    process: Process
 
     @property
-    def worker(self) -> float:
-        """Of one worker, with what it imports."""
-        return IMPORTED + self.state + self.work
+    def state(self) -> float:
+        return self.process.state
+
+    @property
+    def work(self) -> float:
+        return self.process.work
 
 
 def stage_memory_plan(recipe: Recipe, itemsizes: dict[str, int]) -> list[StageMemory]:
     """One row per supervised stage. itemsizes: stage -> bytes of the dtype that it computes in."""
-    rows: list[StageMemory] = []
-    for name, config in recipe.trained.items():
-        shape, itemsize = _shape(recipe, config), itemsizes[name]
-        trained = 12.0 * _trained(recipe, config, shape)  # gradients and two moments, in float32
-        state = 4.0 * shape.parameters + (trained / config.workers if config.zero_stage >= 2 else trained)
-        if config.zero_stage == 3:
-            state = (4.0 * shape.parameters + trained) / config.workers
-        if config.zero_stage in (1, 2):
-            state += 4.0 * shape.parameters / config.workers  # its own copy of the rank's share
-        if isinstance(config, DpoConfig):
-            state += 4.0 * shape.parameters  # the reference
-        work = _work(recipe, name, config, shape, itemsize)
-        rows.append(StageMemory(stage=name, workers=config.workers, gpus=config.gpus_per_worker, state=state, work=work))
-    return rows
+    return [
+        StageMemory(
+            stage=name, workers=config.workers, gpus=config.gpus_per_worker, process=_process(recipe, name, config, itemsizes[name])
+        )
+        for name, config in recipe.trained.items()
+    ]
+
+
+def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> Process:
+    shape, on_gpu = _shape(recipe, config), config.gpus_per_worker > 0
+    trained = int(_trained(recipe, config, shape))
+    state = model_state(
+        shape.parameters, trained, zero_stage=config.zero_stage, ranks=config.workers,
+        offload_optimizer=config.offload_optimizer and on_gpu, offload_param=config.offload_param and on_gpu,
+    )  # fmt: skip
+    buffers = buffer_bytes(shape.parameters, trained, zero_stage=config.zero_stage, ranks=config.workers, on_gpu=on_gpu)
+    reference = {"copies": 4.0 * shape.parameters} if isinstance(config, DpoConfig) else {}
+    from_stage = isinstance(config, DpoConfig) or (isinstance(config, RewardConfig) and config.base in ("sft", "fluency"))
+    loading = loading_bytes(shape.parameters, mapped=from_stage and recipe.sft is not None)
+    work = _work(recipe, name, config, shape, itemsize)
+    work["buckets"] = work.get("buckets", 0.0) + buffers.pop("buckets")
+    return Process(
+        parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu, host=state.host, loading=loading,
+        heap=HEAP_SHARE * heap_bytes(shape, trained, work["activations"]),
+    )  # fmt: skip
 
 
 def _shape(recipe: Recipe, config: TrainConfig) -> ModelShape:
@@ -64,45 +79,29 @@ def _trained(recipe: Recipe, config: TrainConfig, shape: ModelShape) -> float:
     return shape.parameters - frozen
 
 
-def _work(recipe: Recipe, name: str, config: TrainConfig, shape: ModelShape, itemsize: int) -> float:
+def _work(recipe: Recipe, name: str, config: TrainConfig, shape: ModelShape, itemsize: int) -> dict[str, float]:
     """Where every row is as long as the recipe allows."""
     pairs = isinstance(config, DpoConfig) or (isinstance(config, RewardConfig) and config.objective == "pairs")
-    tokens = config.microbatch_size * recipe.max_length_of(name) * (2 if pairs else 1)
-    kept = kept_bytes(shape, tokens=tokens, itemsize=itemsize, checkpointing=config.gradient_checkpointing)
+    longest = recipe.max_length_of(name)
+    tokens, checkpointing = config.microbatch_size * longest * (2 if pairs else 1), config.gradient_checkpointing
+    work = {
+        "activations": kept_bytes(
+            shape, tokens=tokens, longest=longest, itemsize=itemsize, checkpointing=checkpointing,
+            on_gpu=config.gpus_per_worker > 0,
+        ),
+        "16-bit copies": cast_bytes(shape, itemsize=itemsize, checkpointing=checkpointing),
+    }  # fmt: skip
     # A gradient of the embeddings stands beside the sum that it is added to, and so does that of an output layer.
     if config.lora is None and config.freeze_layers == 0:
-        kept += 4.0 * shape.embeddings * (1 if isinstance(config, RewardConfig) else 2)
+        work["buckets"] = 4.0 * shape.embeddings * (1 if isinstance(config, RewardConfig) else 2)
     if isinstance(config, RewardConfig):
-        return kept
+        return work
     on_lines = isinstance(config, DpoConfig) or (is_tested(shape.family) and config.gpus_per_worker == 0 and not _packs(config))
-    logits = float(tokens) * shape.vocabulary * (LOGIT if on_lines else PLAIN_LOGIT)
+    work["logits"] = float(tokens) * shape.vocabulary * (LOGIT if on_lines else PLAIN_LOGIT)
     if isinstance(config, DpoConfig) and itemsize == 2:
-        kept += 2.0 * shape.parameters  # autocast's copies of the reference
-    return kept + logits
+        work["16-bit copies"] += 2.0 * shape.parameters  # of the reference
+    return work
 
 
 def _packs(config: TrainConfig) -> bool:
     return isinstance(config, SftConfig) and config.packing
-
-
-def stage_memory_problems(
-    recipe: Recipe, *, host: float, itemsizes: dict[str, int], stages: Collection[str] | None = None
-) -> list[str]:
-    """Those of the stages (None: all) that don't fit into `host` bytes of memory, in sentences with the remedy."""
-    problems: list[str] = []
-    for row in stage_memory_plan(recipe, itemsizes):
-        needed = row.workers * row.worker
-        if row.gpus > 0 or needed <= host or (stages is not None and row.stage not in stages):
-            continue
-        section = recipe.trained[row.stage]
-        remedy = f"lower {row.stage}.microbatch_size or {row.stage}.max_length"
-        if row.work <= row.state:
-            remedy = f"set {row.stage}.lora, use a smaller model" + (", or fewer workers" if row.workers > 1 else "")
-        elif not section.gradient_checkpointing:
-            remedy += f", or set {row.stage}.gradient_checkpointing to true"
-        part, what = (row.work, "for a batch") if row.work > row.state else (row.state, "of weights, gradients and moments")
-        problems.append(
-            f"the stage {row.stage} needs about {needed / GB:.1f} GB of memory, this machine has {host / GB:.1f} GB; most of it is "
-            f"{part / GB:.1f} GB {what} per worker; {remedy}"
-        )
-    return problems

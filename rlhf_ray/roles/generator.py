@@ -51,9 +51,10 @@ class Generator:
         freeze_layers: int = 0,
         engine: str = "torch",
         rows: int = 32,
+        tensor_parallel: int = 1,
     ):
         """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name in
-        `tables.engines`. rows: rows per chunk."""
+        `tables.engines`. rows: that decode at a time. tensor_parallel: GPUs that hold the engine's model."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
@@ -66,6 +67,7 @@ class Generator:
         self.engine = ENGINES.named(engine).engine(
             EngineSetting(
                 folder=folder, model=model, tokenizer=self.tokenizer, device=device, rows=rows, probes=everything,
+                tensor_parallel=tensor_parallel,
                 longest=max(map(len, everything), default=0) + sampling.max_new_tokens, trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip

@@ -133,6 +133,7 @@ def training_arguments(
         deepspeed=deepspeed_config(
             zero_stage=config.zero_stage, compute_dtype=dtype, microbatch_size=config.microbatch_size,
             accumulation_steps=config.accumulation_steps, workers=config.workers, on_gpu=config.gpus_per_worker > 0,
+            offload_optimizer=config.offload_optimizer, offload_param=config.offload_param,
         ),
         # Without it Accelerate sees a single process where there is no GPU, whatever the process group says.
         use_cpu=config.gpus_per_worker == 0,

@@ -27,6 +27,7 @@ class Engine:
     coldest: float = 0.0  # the lowest temperature that it draws at, except 0
     #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
     copies: tuple[int, int] = (0, 0)
+    schedules: bool = False  # it takes generation.max_num_seqs and tensor_parallel
 
     def engine(self, setting: EngineSetting) -> BatchEngine:
         return loaded(self.make)(setting)
@@ -48,6 +49,6 @@ ENGINES: Table[Engine] = Table(
     ),
     Engine(
         name="vllm", make=f"{_HERE}.vllm_engine:vllm_engine", words="vLLM; needs the extra of that name",
-        problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1),
+        problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1), schedules=True,
     ),
 )  # fmt: skip

@@ -18,6 +18,8 @@ def deepspeed_config(
     workers: int,
     on_gpu: bool = False,
     max_grad_norm: float = MAX_GRAD_NORM,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` (and Hugging Face's `deepspeed=`) takes, for CPUs and GPUs alike.
 
@@ -42,4 +44,14 @@ def deepspeed_config(
         config["zero_optimization"]["overlap_comm"] = on_gpu  # on streams of their own; gloo has none
     if zero_stage == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    add_offload(config, offload_optimizer=offload_optimizer, offload_param=offload_param)
     return config
+
+
+def add_offload(config: dict[str, Any], *, offload_optimizer: bool, offload_param: bool) -> None:
+    """What stands in the host's memory, where DeepSpeed computes on a GPU: gradients and moments; a rank's weights."""
+    if offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's own AdamW steps there; DeepSpeed's would be compiled with g++
+    if offload_param:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}

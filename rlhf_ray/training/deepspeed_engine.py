@@ -17,6 +17,7 @@ from torch import nn
 
 from rlhf_ray.errors import NotFinite
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
+from rlhf_ray.training.deepspeed_config import add_offload
 from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.engine_state import EngineState
@@ -33,6 +34,8 @@ class OptimiserConfig:
     adam_form: Literal["torch", "tensorflow"] = "torch"
     zero_stage: int
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    offload_optimizer: bool = False
+    offload_param: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class DeepSpeedEngine:
         if self.config.zero_stage > 0:
             # On streams of their own; gloo has none.
             options["zero_optimization"] |= {"overlap_comm": self.device.type == "cuda"}
+        add_offload(options, offload_optimizer=self.config.offload_optimizer, offload_param=self.config.offload_param)
         return options
 
     def forward(self, *batch: Any, keep_graph: bool = False, **options: Any) -> Any:

@@ -62,8 +62,8 @@ class EngineState:
 
     def set_adam_steps(self, steps_taken: int) -> None:
         """Adam's own step count, which bias correction uses."""
-        for state in self._adam().state.values():
-            state["step"] = torch.tensor(float(steps_taken), device=self.device)  # where the fused step wants it
+        for part, state in self._adam().state.items():
+            state["step"] = torch.tensor(float(steps_taken), device=part.device)  # where the fused step wants it
 
     def gathered(self, parameter: nn.Parameter, write: bool = False) -> AbstractContextManager[None]:
         """In whose body a parameter is whole."""

@@ -1,0 +1,225 @@
+"""What a run needs of each GPU and of each node's memory, phase by phase, against what the nodes have.   Bytes.
+
+A phase is a supervised stage or PPO: one ends before the next begins. What shares a GPU is added up on that GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.actors.layout import ActorLayout, lay_out
+from rlhf_ray.actors.nodes import Node
+from rlhf_ray.config import Recipe, RoleConfig
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.memory import (
+    CONTEXT,
+    FORKED,
+    GB,
+    IMPORTED,
+    Process,
+    memory_plan,
+    sends_by_store,
+    snapshot_bytes,
+    trained_by_role,
+)
+from rlhf_ray.models.stage_memory import stage_memory_plan
+from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one process takes of a GPU or of a node's memory."""
+
+    process: str  # "policy 3", "sft 0"
+    size: float
+    loads: bool  # while it loads its model, and not later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    name: str  # "ppo", or the supervised stage
+    processes: Mapping[str, Process]  # "policy" -> one of them
+    layout: ActorLayout
+    gpus: Mapping[tuple[int, int], Sequence[Share]]  # (node, GPU) -> its processes
+    hosts: Mapping[int, Sequence[Share]]  # node -> its processes, and what they share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precisions:
+    """Bytes of a number that is computed with."""
+
+    ppo: int = 4  # of roles on CPUs
+    ppo_gpu: int = 2
+    stages: Mapping[str, int]
+
+
+def phases_of(
+    recipe: Recipe, nodes: Sequence[Node], precisions: Precisions, *, stages: Collection[str], forked: bool = False
+) -> list[Phase]:
+    """Those of the stages that are to run and that the nodes have room for: another check tells of the others.
+
+    forked: the processes of PPO's actors are forks of one. Of what truncated sampling keeps, only what top_k bounds is counted: the
+    bound of top_p and min_p is the vocabulary, and trained models are far below it.
+    """
+    amounts = [node.amounts for node in nodes]
+    found: list[Phase] = []
+    for row in stage_memory_plan(recipe, dict(precisions.stages)):
+        section = recipe.trained[row.stage]
+        workers = RoleConfig(actors=row.workers, cpus=section.cpus_per_worker, gpus=row.gpus)
+        if row.stage in stages and (layout := _fits({"policy": workers}, amounts, "PACK")) is not None:
+            found.append(_phase(row.stage, {"policy": row.process}, layout, names={"policy": row.stage}, imported=IMPORTED))
+    if "ppo" in stages and (layout := _fits(recipe.ppo_roles, amounts, recipe.resources.placement)) is not None:
+        support = support_tokens(recipe) if recipe.generation.top_k else 0
+        rows = memory_plan(recipe, itemsize=precisions.ppo, gpu_itemsize=precisions.ppo_gpu, support=support)
+        shared = {
+            "object store": _sent_bytes(recipe, precisions) + snapshot_bytes(recipe),
+            "tokens drawn among": 2 * support_store_bytes(recipe, support),
+        }
+        processes = {row.role: row.process for row in rows}
+        imported, once = (FORKED, IMPORTED) if forked else (IMPORTED, 0.0)
+        found.append(_phase("ppo", processes, layout, imported=imported, once=once, shared=shared))
+    return found
+
+
+def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
+    """Of three copies of new weights in the object store; none where they go from GPU to GPU."""
+    itemsize = precisions.ppo_gpu if recipe.resources.generation.gpus > 0 else 4
+    return 3.0 * itemsize * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
+
+
+def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> ActorLayout | None:
+    try:
+        return lay_out(roles, amounts, strategy)
+    except UserError:
+        return None
+
+
+def _phase(
+    name: str,
+    processes: Mapping[str, Process],
+    layout: ActorLayout,
+    *,
+    imported: float,
+    names: Mapping[str, str] | None = None,
+    once: float = 0.0,
+    shared: Mapping[str, float] | None = None,
+) -> Phase:
+    """once, shared: of a node, beside its processes."""
+    gpus: dict[tuple[int, int], list[Share]] = {}
+    hosts: dict[int, list[Share]] = {}
+    called = names or {}
+    for (role, number), seat in layout.seats.items():
+        process = processes[role]
+        words = f"{called.get(role, role)} {number}"
+        loads = process.on_gpu and process.loading[0] > process.gpu - 1
+        for gpu in seat.gpus:
+            gpus.setdefault((seat.node, gpu), []).append(Share(process=words, size=CONTEXT + process.gpu, loads=loads))
+        loads = 0 < process.memory <= process.loading[1]
+        hosts.setdefault(seat.node, []).append(Share(process=words, size=imported + process.memory, loads=loads))
+    for beside in hosts.values():
+        beside += [Share(process=words, size=size, loads=False) for words, size in (shared or {}).items() if size]
+        beside += [Share(process="what all import", size=once, loads=False)] if once else []
+    called_processes = {called.get(role, role): process for role, process in processes.items()}
+    return Phase(name=name, processes=called_processes, layout=layout, gpus=gpus, hosts=hosts)
+
+
+def memory_problems(recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phase]) -> list[str]:
+    """What does not fit, one sentence per phase and kind of memory, with the remedy."""
+    problems: list[str] = []
+    for phase in phases:
+        over = [(place, shares) for place, shares in sorted(phase.gpus.items()) if _over(shares, _gpu(nodes, place))]
+        if over:
+            place, shares = max(over, key=lambda each: _sum(each[1]))
+            there = _gpu(nodes, place)
+            assert there is not None
+            words = f"GPU {place[1]} of {nodes[place[0]].name} has {there / GB:.1f} GB" + _others(len(over), "GPU")
+            problems.append(_sentence(recipe, phase, shares, words))
+        full = [(node, shares) for node, shares in sorted(phase.hosts.items()) if _over(shares, nodes[node].memory)]
+        if full:
+            node, shares = max(full, key=lambda each: _sum(each[1]))
+            memory = nodes[node].memory
+            assert memory is not None
+            words = f"{nodes[node].name} has {memory / GB:.1f} GB of memory" + _others(len(full), "node")
+            problems.append(_sentence(recipe, phase, shares, words))
+    return problems
+
+
+def _sum(shares: Sequence[Share]) -> float:
+    return sum(share.size for share in shares)
+
+
+def _over(shares: Sequence[Share], there: float | None) -> bool:
+    return there is not None and _sum(shares) > there
+
+
+def _gpu(nodes: Sequence[Node], place: tuple[int, int]) -> float | None:
+    known = nodes[place[0]].gpu_memory
+    return known[place[1]] if place[1] < len(known) else None
+
+
+def _others(count: int, what: str) -> str:
+    return f" ({count} {what}s like it)" if count > 1 else ""
+
+
+def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str) -> str:
+    whole, total = ("PPO" if phase.name == "ppo" else f"the stage {phase.name}"), _sum(shares)
+    by_name: dict[str, list[Share]] = {}
+    for share in shares:
+        by_name.setdefault(_name(share, phase), []).append(share)
+    name = max(by_name, key=lambda each: _sum(by_name[each]))
+    largest = by_name[name][0]
+    processes = [share for share in shares if _name(share, phase) in phase.processes]
+    begin = f"{whole} needs about {total / GB:.1f} GB there, and {there}; "
+    if name not in phase.processes:
+        if largest.process == "tokens drawn among":
+            most = support_tokens(recipe)
+            return (
+                f"{begin}most of it says which tokens each token of a response was drawn among, up to {most} of them; "
+                "lower generation.top_k"
+            )
+        part = f"the largest part is the {largest.process}, {largest.size / GB:.1f} GB"
+        return f"{begin}{part}; use a smaller model, or a larger machine"
+    if largest.size < 2 * IMPORTED and len(processes) > 1:
+        return f"{begin}most of it is what {len(processes)} processes take before they load a model; use fewer actors"
+    process = phase.processes[name]
+    if largest.loads:
+        weights = f"{process.loading[1] / GB:.1f} GB of weights that each {name} process loads"
+        return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
+    parts = process.parts if process.on_gpu == ("GPU" in there) else process.host
+    part = max({**parts, **process.split}.items(), key=lambda each: each[1])
+    words = f"the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each"
+    return f"{begin}{words}; {_remedy(recipe, phase.name, name, part[0])}"
+
+
+def _name(share: Share, phase: Phase) -> str:
+    """Of its role or stage, or what it says itself."""
+    role = share.process.rpartition(" ")[0]
+    return role if role in phase.processes else share.process
+
+
+def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
+    trains = phase != "ppo" or role in ("policy", "critic")
+    if not trains:
+        rows = "generation.max_num_seqs, generation.chunk_size" if recipe.generation.engine == "vllm" else "generation.chunk_size"
+        lower = {"cache": f"{rows} or generation.max_new_tokens", "logits": rows}
+        if role == "generation" and part in lower:
+            return f"lower {lower[part]}"
+        if part in ("weights", "copies"):
+            return "use a smaller model or fewer actors, or give it a GPU of its own"
+        return "lower ppo.microbatch_size"
+    where, group = (f"resources.{role}", recipe.resources.roles[role]) if phase == "ppo" else (phase, recipe.trained[phase])
+    section, train = ("ppo", recipe.ppo) if phase == "ppo" else (phase, recipe.trained[phase])
+    stage = vars(group)["zero_stage"]
+    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies"):
+        ways = [f"set {where}.zero_stage to 3 with more ranks"] if stage < 3 else []
+        ways += [] if vars(group)["offload_optimizer"] else [f"set {where}.offload_optimizer to true"]
+        return ", ".join([*ways, f"set {section}.lora" if role != "critic" else "set ppo.critic_lora", "or use a smaller model"])
+    ways = [f"lower {section}.microbatch_size"]
+    if phase != "ppo":
+        ways[0] += f" or {section}.max_length"
+    if part != "logits" and not train.gradient_checkpointing:
+        ways.append(f"set {section}.gradient_checkpointing to true")
+    if phase == "ppo" and recipe.ppo.reuse_forward:
+        ways.append("set ppo.reuse_forward to false")
+    return ", or ".join(ways)

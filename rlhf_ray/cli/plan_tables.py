@@ -1,0 +1,147 @@
+"""The plan of a run in tables: processes, the memory of each in parts, and what that makes per GPU and per node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_ray.actors.layout import layout_words
+from rlhf_ray.actors.memory_plan import Phase, Share
+from rlhf_ray.actors.nodes import Node
+from rlhf_ray.actors.placement import altogether
+from rlhf_ray.config import Recipe
+from rlhf_ray.config.run_names import names_of
+from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.models.memory import GB, Process
+from rlhf_ray.models.size import parameters
+from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+
+#: Column of the table of memory -> the parts of a process in it
+COLUMNS = {
+    "weights": ("weights", "copies"), "gradients": ("gradients",), "optimiser": ("optimiser",), "buffers": ("buckets", "gathered"),
+    "16 bit": ("16-bit copies",), "activ.": ("activations", "passing"), "logits": ("logits",), "cache": ("cache",),
+    "else": ("sampling sets", "engine"),
+}  # fmt: skip
+
+
+def print_plan(
+    recipe: Recipe,
+    nodes: Sequence[Node],
+    phases: Sequence[Phase],
+    threads: tuple[Mapping[str, int], Mapping[str, int]],
+    console: Console,
+) -> None:
+    """threads: of each process of a stage and of a role, where the recipe leaves them open."""
+    cluster = altogether([node.amounts for node in nodes])
+    console.print(
+        f"[bold]{recipe.name}[/]: policy of {parameters(recipe) / 1e6:.1f} M parameters; "
+        f"the cluster has {cluster['CPU']:g} CPUs and {cluster['GPU']:g} GPUs"
+    )
+    names = names_of(recipe.model_dump(mode="json"))
+    words = [names.told(STAGES[name].words) if name == "ppo" else STAGES[name].words for name in recipe.stages]
+    console.print(f"stages: {', '.join(words)}")
+    console.print(_processes(recipe, phases, threads, names.told("PPO")))
+    if phases:
+        console.print("memory of a process in GB, at most, where it computes; loads: in the host's memory, at its start")
+        console.print(_parts(phases, names.told("PPO")))
+        for line in _places(nodes, phases, names.told("PPO")):
+            console.print(line, highlight=False, soft_wrap=True)
+    for phase in phases:
+        for words in layout_words(recipe.ppo_roles if phase.name == "ppo" else {}, phase.layout):
+            console.print(f"[yellow]warning[/]: {words}")
+    if support := support_tokens(recipe):
+        console.print(
+            f"truncated sampling: each token of a response is drawn among at most {support} tokens; "
+            f"they take at most {support_store_bytes(recipe, support) / GB:.1f} GB more in Ray's object store "
+            "(generation.top_k bounds them)"
+        )
+
+
+def _processes(
+    recipe: Recipe, phases: Sequence[Phase], threads: tuple[Mapping[str, int], Mapping[str, int]], ppo: str
+) -> Table:
+    table = _table("stage or role", "processes", "CPUs each", "GPUs each", "threads each", "memory, about")
+    needed = {(phase.name, name): _memory_of(phase, name) for phase in phases for name in phase.processes}
+    for name, stage in recipe.trained.items():
+        numbers = f"{stage.cpus_per_worker:g}", f"{stage.gpus_per_worker:g}", str(stage.threads or threads[0][name])
+        table.add_row(name, str(stage.workers), *numbers, needed.get((name, name), ""))
+    for name, role in recipe.ppo_roles.items():
+        numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[1][name])
+        table.add_row(f"{ppo}: {name}", str(role.actors), *numbers, needed.get(("ppo", name), ""))
+    return table
+
+
+def _memory_of(phase: Phase, name: str) -> str:
+    """Of all processes of a role or stage together, in the memory that they compute in."""
+    places = phase.gpus if phase.processes[name].on_gpu else phase.hosts
+    return f"{sum(share.size for shares in places.values() for share in shares if _name(share) == name) / GB:.1f} GB"
+
+
+def _name(share: Share) -> str:
+    return share.process.rpartition(" ")[0]
+
+
+def _parts(phases: Sequence[Phase], ppo: str) -> Table:
+    rows: list[tuple[str, Process]] = []
+    for phase in phases:
+        for name, process in phase.processes.items():
+            rows.append((f"{ppo}: {name}" if phase.name == "ppo" else name, process))
+    parts = [_columns(process) for _, process in rows]
+    columns = [column for column in COLUMNS if any(part[column] >= 0.05 * GB for part in parts)]
+    on_host = any(sum(process.host.values()) for _, process in rows)
+    table = _table("", *columns, *(["on host"] if on_host else []), "loads")
+    for (name, process), part in zip(rows, parts, strict=True):
+        away = [_gb(sum(process.host.values()))] if on_host else []
+        table.add_row(name, *(_gb(part[column]) for column in columns), *away, _gb(process.loading[1]))
+    return table
+
+
+def _columns(process: Process) -> dict[str, float]:
+    """Of one process, on the GPU that has the most of it."""
+    each = {**process.parts, **{name: process.parts.get(name, 0.0) + size / process.gpus for name, size in process.split.items()}}
+    return {column: sum(each.get(part, 0.0) for part in parts) for column, parts in COLUMNS.items()}
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f}" if size >= 0.05 * GB else "-"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _places(nodes: Sequence[Node], phases: Sequence[Phase], ppo: str) -> Iterable[str]:
+    """A line for all GPUs of a node that hold the same, and one for its memory."""
+    for phase in phases:
+        name = ppo if phase.name == "ppo" else phase.name
+        for number, node in enumerate(nodes):
+            lines: dict[str, list[int]] = {}
+            for (at, gpu), shares in sorted(phase.gpus.items()):
+                if at == number:
+                    there = node.gpu_memory[gpu] if gpu < len(node.gpu_memory) else None
+                    lines.setdefault(_sum(shares, there), []).append(gpu)
+            for line, gpus in lines.items():
+                yield f"{name}, {node.name}, GPU {_range(gpus)}: {line}"
+            if number in phase.hosts:
+                yield f"{name}, {node.name}, memory: {_sum(phase.hosts[number], node.memory)}"
+
+
+def _sum(shares: Sequence[Share], there: float | None) -> str:
+    by_name: dict[str, list[float]] = {}
+    for share in shares:
+        by_name.setdefault(_name(share) if share.process[-1].isdigit() else share.process, []).append(share.size)
+    words = " + ".join(
+        f"{name} {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{sizes[0] / GB:.1f}" for name, sizes in by_name.items()
+    )
+    of = "" if there is None else f" of {there / GB:.1f}"
+    return f"{words} = {sum(share.size for share in shares) / GB:.1f}{of} GB"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    whole = list(range(numbers[0], numbers[-1] + 1)) == list(numbers)
+    return f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else ", ".join(map(str, numbers))

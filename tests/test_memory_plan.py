@@ -1,0 +1,273 @@
+"""The memory plan per GPU and per node: against published figures, against processes that were measured, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from rlhf_ray.actors.checks import left_on_cpus
+from rlhf_ray.actors.memory_plan import Precisions, memory_problems, phases_of
+from rlhf_ray.actors.nodes import Node, local_memory, rented_nodes
+from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.activations import block_bytes
+from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
+from rlhf_ray.models.memory import CONTEXT, memory_plan
+from rlhf_ray.models.shared_gpu import SharedWeights
+from rlhf_ray.models.size import ModelShape
+from rlhf_ray.models.training_state import MIXED, model_state
+
+GB = 1e9
+
+
+def phases(recipe, nodes, stages=("ppo",), **options):
+    return phases_of(recipe, nodes, Precisions(stages=dict.fromkeys(recipe.trained, 4)), stages=stages, **options)
+
+
+def problems(recipe, host, gpus=(), stages=("ppo",), **options):
+    nodes = [Node("this machine", {"CPU": 64.0, "GPU": float(len(gpus))}, host, tuple(gpus))]
+    return memory_problems(recipe, nodes, phases(recipe, nodes, stages, **options))
+
+
+# ---- published figures
+
+
+@pytest.mark.parametrize("stage, gigabytes", [(0, 120), (1, 31.4), (2, 16.6), (3, 1.88)])
+def test_zero_divides_what_its_paper_says(stage, gigabytes):
+    """Figure 1 of Rajbhandari et al. 2020 (arXiv 1910.02054): 7.5 B parameters, 64 GPUs, 16 bytes each, mixed-precision Adam."""
+    state = model_state(7_500_000_000, 7_500_000_000, zero_stage=stage, ranks=64, numbers=MIXED)
+    assert sum(state.parts.values()) / GB == pytest.approx(gigabytes, abs=0.06)
+
+
+def test_offload_leaves_what_its_paper_says():
+    """Table 1 of Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840): 2 of 16 bytes stay on the GPU, 16-bit weights."""
+    state = model_state(10**10, 10**10, zero_stage=2, ranks=1, numbers=MIXED, offload_optimizer=True)
+    assert (sum(state.parts.values()), sum(state.host.values())) == (2e10, 14e10)
+
+
+def test_float32_weights_take_sixteen_bytes_too():
+    """4 + 4 + 8; stages 1 and 2 copy the rank's share (4 / 8 ranks more), stage 3 does not."""
+    sizes = [sum(model_state(8, 8, zero_stage=stage, ranks=8).parts.values()) for stage in range(4)]
+    assert sizes == [8 * 16, 8 * 8 + 8 + 4, 8 * 4 + 4 + 8 + 4, 16]
+
+
+def test_a_block_keeps_what_is_published():
+    """Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1): 34 bytes per token and channel in 16 bits, two of them dropout's
+    masks. Here the input of each of the two norms is float32, two bytes more."""
+    shape = ModelShape(
+        parameters=0, blocks=(), embeddings=0, layers=1, width=1, vocabulary=0, key_value_width=1, heads=1, feed_forward=4,
+        family="gpt2", gated=False,
+    )  # fmt: skip
+    assert block_bytes(shape, tokens=1, longest=4096, itemsize=2, on_gpu=True) == 34 - 2 + 2 * 2
+
+
+def test_a_token_of_the_cache_takes_what_is_published():
+    """Kwon et al. 2023 (vLLM, arXiv 2309.06180, section 3): OPT-13B, 40 layers of 5120, 800 KB per token in 16 bits."""
+    shape = ModelShape(
+        parameters=0, blocks=(), embeddings=0, layers=40, width=5120, vocabulary=0, key_value_width=5120, heads=40,
+        feed_forward=20480, family="opt", gated=False,
+    )  # fmt: skip
+    assert cache_of(shape, rows=1, longest=1, itemsize=2) == 800 * 1024
+
+
+# ---- measured processes
+
+
+@pytest.mark.parametrize("name", json.loads(RESULTS.read_text()))
+def test_the_plan_is_within_15_percent_of_what_was_measured(name):
+    """results/bench/memory.json, written by rlhf_ray/bench/memory_peaks.py."""
+    peak = max(json.loads(RESULTS.read_text())[name].values()) * 1e6
+    assert planned(name) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_plan_is_within_15_percent_of_what_a_process_takes_now(name):
+    assert planned(name) == pytest.approx(max(measured(name).values()), rel=0.15)
+
+
+# ---- per GPU and per node
+
+
+SEVEN = {"layers": 32, "width": 4096, "heads": 32, "positions": 512, "vocab_size": 32_000, "architecture": "llama"}
+
+
+def test_what_shares_a_gpu_is_added_up_on_it_and_nowhere_else():
+    """Two ranks, each with a generator: each GPU has one of both, whatever all GPUs have in sum."""
+    shared = {"policy": {"actors": 2, "gpus": 0.5}, "generation": {"actors": 2, "gpus": 0.5, "with": "policy"}}
+    recipe, nodes = tiny_recipe(resources=shared), rented_nodes("1x2xH100")
+    (phase,) = phases(recipe, nodes)
+    rows = {row.role: row.process for row in memory_plan(recipe)}
+    needed = 2 * CONTEXT + rows["policy"].gpu + rows["generation"].gpu
+    assert {place: sum(share.size for share in shares) for place, shares in phase.gpus.items()} == {
+        (0, 0): pytest.approx(needed), (0, 1): pytest.approx(needed),
+    }  # fmt: skip
+    # Twice that is there in sum, but not on either GPU.
+    small = [Node("small", {"CPU": 8.0, "GPU": 3.0}, 1e12, (needed * 0.9,) * 3)]
+    (problem,) = memory_problems(recipe, small, phases(recipe, small))
+    assert "of small has" in problem and "(2 GPUs like it)" in problem
+
+
+def test_a_generator_split_over_gpus_takes_a_part_of_each():
+    recipe = tiny_recipe(
+        model={"from_scratch": SEVEN}, generation={"engine": "vllm", "tensor_parallel": 4, "precision": "bfloat16", "stop": ()},
+        resources={"generation": {"gpus": 4}},
+    )  # fmt: skip
+    whole = {row.role: row.process for row in memory_plan(recipe)}["generation"]
+    assert whole.split["copies"] == whole.parts["weights"] and whole.gpus == 4
+    assert whole.gpu == whole.state + whole.work + (whole.split["copies"] + whole.split["cache"]) / 4
+    (phase,) = phases(recipe, rented_nodes("1x8xH100"))
+    assert [place for place, shares in phase.gpus.items() if shares[0].process == "generation 0"] == [(0, gpu) for gpu in range(4)]
+
+
+def test_offloading_moves_memory_to_the_host():
+    """1.3 B weights in two shares at ZeRO 3: of 16 bytes, gradients and moments leave the GPU."""
+    model = {"from_scratch": SEVEN | {"layers": 24, "width": 2048, "heads": 16}}
+    group = {"actors": 2, "gpus": 1, "zero_stage": 3}
+    plans = [
+        {row.role: row.process for row in memory_plan(tiny_recipe(model=model, resources={"policy": group | more}))}["policy"]
+        for more in ({}, {"offload_optimizer": True})
+    ]
+    share = plans[0].parts["weights"]
+    assert plans[0].state == 4 * share and plans[1].state == share
+    assert plans[1].host["gradients"] == share and plans[1].host["optimiser"] == 3 * share  # masters of their own, too
+
+
+def test_every_worker_that_begins_with_random_weights_has_its_own():
+    """Eight workers' weights, 27 GB each, are more than a node of 80 GB has, though the sharded state is on GPUs; PPO's ranks read
+    the pages of one file."""
+    recipe = tiny_recipe(
+        model={"from_scratch": SEVEN},
+        sft={"workers": 8, "gpus_per_worker": 1, "zero_stage": 3, "microbatch_size": 1, "batch_size": 8},
+        ppo={"minibatch_size": 8, "microbatch_size": 1},
+        resources={"policy": {"actors": 8, "gpus": 0.6, "zero_stage": 3}}
+        | {role: {"gpus": 0.1, "with": "policy"} for role in ("generation", "reward", "reference", "critic")},
+    )  # fmt: skip
+    (problem,) = problems(recipe, 200 * GB, [1000 * GB] * 8, stages=["sft"])
+    assert "of weights that each sft process loads" in problem and "200.0 GB of memory" in problem
+    weights = {row.role: row.process for row in memory_plan(recipe)}["policy"]
+    assert weights.loading[1] == 0 and weights.loading[0] == pytest.approx(27e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "sections, host, gpus, says",
+    [
+        ({}, 1e9, [], ["needs about 2.5 GB there, and this machine has 1.0 GB", "what 5 processes take", "use fewer actors"]),
+        ({"model": {"from_scratch": {"layers": 24, "width": 1024, "heads": 16, "positions": 64, "vocab_size": 30_000}}},
+         8e9, [], ["the optimiser of policy, 2.7 GB", "resources.policy.zero_stage to 3", "use a smaller model"]),
+        ({"ppo": {"microbatch_size": 4, "minibatch_size": 4}, "generation": {"max_new_tokens": 40_000},
+          "model": {"from_scratch": {"layers": 2, "width": 32, "heads": 2, "positions": 50_000, "vocab_size": 40_000}}},
+         8e9, [], ["the logits of policy", "lower ppo.microbatch_size"]),
+        ({"generation": {"chunk_size": 100_000, "max_new_tokens": 40}}, 4e9, [],
+         ["the cache of generation", "lower generation.chunk_size"]),
+        ({"model": {"from_scratch": {"layers": 24, "width": 2048, "heads": 16, "positions": 64, "vocab_size": 30_000}},
+          "resources": {"policy": {"gpus": 0.5}, "critic": {"gpus": 0.5, "with": "policy"}}},
+         1e12, [24e9], ["GPU 0 of this machine has 24.0 GB", "the optimiser of", "zero_stage to 3"]),
+    ],
+    ids=["processes", "weights", "logits", "cache", "gpu"],
+)  # fmt: skip
+def test_what_cannot_fit_is_told_before_the_start(sections, host, gpus, says):
+    (problem,) = problems(tiny_recipe(**sections), host, gpus)
+    assert all(part in problem for part in says), problem
+
+
+def test_all_that_fits_is_no_problem():
+    assert problems(tiny_recipe(), 4e9) == []
+    assert problems(tiny_recipe(), 4e9, stages=("sft", "reward", "ppo")) == []
+
+
+def test_forks_share_what_they_imported():
+    """Five actors: 5 x 0.44 GB by themselves, 0.44 + 5 x 0.12 as forks, and 0.3 for what libraries make at their first use."""
+    assert len(problems(tiny_recipe(), 1.5e9)) == 1
+    assert problems(tiny_recipe(), 1.5e9, forked=True) == []
+    assert len(problems(tiny_recipe(), 1.2e9, forked=True)) == 1
+
+
+def test_only_what_top_k_bounds_is_held_against_a_recipe():
+    """8 x 2,000 rollouts of 40 tokens among 200 of 300: 0.51 GB, in two copies twice over."""
+    big = {"rollout_batch_size": 16_000, "minibatch_size": 4}
+    recipes = [
+        tiny_recipe(generation={"max_new_tokens": 40, **cut}, ppo=big) for cut in ({"top_p": 0.667}, {"top_k": 200})
+    ]
+    assert problems(recipes[0], 2.5e9, forked=True) == []
+    (problem,) = problems(recipes[1], 2.5e9, forked=True)
+    assert "among, up to 200 of them; lower generation.top_k" in problem
+
+
+def test_a_stage_that_does_not_fit_is_told_with_what_to_lower():
+    batch = {"microbatch_size": 4096, "batch_size": 4096}
+    (told,) = problems(tiny_recipe(sft=batch), 2e9, stages=["sft"])
+    assert "the stage sft needs about" in told and "lower sft.microbatch_size or sft.max_length" in told
+    large = {"from_scratch": {"layers": 24, "width": 1024, "heads": 16, "positions": 64, "vocab_size": 30_000}}
+    small = {"microbatch_size": 1, "batch_size": 1, "max_length": 16}
+    recipe = tiny_recipe(model=large, sft=small, reward=small)
+    words = problems(recipe, 2e9, stages=["sft", "reward"])
+    assert len(words) == 2 and all("set sft.lora" in each or "set reward.lora" in each for each in words)
+    assert len(problems(recipe, 2e9, stages=["reward"])) == 1  # the other is done
+    on_gpu = problems(tiny_recipe(sft=batch | {"gpus_per_worker": 1}), 8e9, [3e9], stages=["sft"])
+    assert len(on_gpu) == 1 and "GPU 0 of this machine" in on_gpu[0]  # not this memory
+
+
+def test_gpus_whose_memory_nobody_knows_are_not_judged():
+    recipe = tiny_recipe(model={"from_scratch": SEVEN}, resources={"policy": {"gpus": 1}})
+    nodes = [Node("node", {"CPU": 8.0, "GPU": 1.0}, None)]
+    assert memory_problems(recipe, nodes, phases(recipe, nodes)) == []
+
+
+# ---- vLLM's share, roles on CPUs, nodes in words
+
+
+def test_the_share_of_a_gpu_that_vllm_asks_for():
+    """16 GB of weights and 8 of cache on two GPUs of 80: 12 GB each and what the engine takes, never vLLM's own 92 %."""
+    share = gpu_memory_utilization(weights=16e9, cache=8e9, tensor_parallel=2, gpu=80e9)
+    assert share == pytest.approx((12e9 + VLLM_ELSE) / 80e9) and share < 0.2
+    assert gpu_memory_utilization(weights=200e9, cache=0, tensor_parallel=1, gpu=80e9) == 0.95
+
+
+def test_shared_weights_are_read_where_they_are():
+    weight = torch.arange(6.0).view(2, 3)
+    ((name, read),) = SharedWeights.of([("w", weight)])
+    assert name == "w" and read.data_ptr() == weight.data_ptr()
+
+
+def test_max_num_seqs_bounds_the_cache_and_not_the_chunk():
+    sections = {"engine": "vllm", "chunk_size": 512, "stop": ()}
+    rows = [tiny_recipe(generation=sections | more).generation.rows for more in ({}, {"max_num_seqs": 64}, {"max_num_seqs": 900})]
+    assert rows == [512, 64, 512]
+    sizes = [
+        {row.role: row.process.parts for row in memory_plan(tiny_recipe(generation=sections | more))}["generation"]["cache"]
+        for more in ({}, {"max_num_seqs": 64})
+    ]
+    assert sizes[0] / sizes[1] == pytest.approx(513 / 65)  # and a row more, in whole blocks
+
+
+def test_no_role_is_left_on_cpus_in_silence():
+    nodes = rented_nodes("1x8xH100")
+    assert left_on_cpus(tiny_recipe(), []) == []
+    assert left_on_cpus(tiny_recipe(), nodes) == [
+        "there are 8 GPUs, and the recipe uses none: set resources.*.gpus and *.gpus_per_worker"
+    ]
+    told = left_on_cpus(tiny_recipe(resources={"policy": {"gpus": 1}, "critic": {"gpus": 1}, "generation": {"gpus": 1}}), nodes)
+    assert [words.split(" is 0")[0] for words in told] == [
+        "resources.reward.gpus", "resources.reference.gpus", "sft.gpus_per_worker", "reward.gpus_per_worker",
+    ]  # fmt: skip
+    by_function = {"reward_function": "user_scores:length", "critic_init": "sft"}
+    one = tiny_recipe(ppo=by_function, reward=None, resources={"policy": {"gpus": 1}})
+    assert not any("reward" in words for words in left_on_cpus(one, nodes))  # it has no model
+
+
+def test_nodes_in_words():
+    nodes = rented_nodes("2x8xH100")
+    assert [node.name for node in nodes] == ["node 0", "node 1"]
+    assert nodes[0].gpu_memory == (80 * 2**30,) * 8 and nodes[0].amounts["GPU"] == 8
+    for words in ("8xH100", "0x8xH100", "1x8xH1000", "two"):
+        with pytest.raises(UserError, match="NODESxGPUSxKIND"):
+            rented_nodes(words)
+
+
+def test_this_machine_has_what_the_system_says():
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert 0 < local_memory() <= total
