@@ -128,7 +128,15 @@ def load_reward_model(
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
     """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model trained elsewhere."""
     own = config.to_dict()  # the reward stage adds two keys to its models' configs
-    return (own["reward_mean"], own["reward_std"]) if "reward_mean" in own else (0.0, 1.0)
+    found = own.get("reward_mean"), own.get("reward_std")
+    if found == (None, None):
+        return 0.0, 1.0
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in found) or found[1] <= 0:
+        raise UserError(
+            f"the reward model's config.json has reward_mean {found[0]!r} and reward_std {found[1]!r}, which normalise no score; "
+            "take both out, or delete the reward stage's folder to train it again"
+        )
+    return found
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -249,7 +257,7 @@ def _hub_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 def _read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the latter: a config.json of another form
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:  # edited by hand
         raise UserError(_cannot_load(path, error)) from error
 
 
@@ -278,7 +286,7 @@ def save_model(
     transformers_logging.disable_progress_bar()
     model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     mode = (temporary / "README.md").stat().st_mode
     for file in temporary.iterdir():
         file.chmod(mode)  # safetensors makes its files readable by their owner alone, whatever the umask
@@ -314,7 +322,11 @@ def _load(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, generation_config=mended(path), **kwargs,
         )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SafetensorError, ImportError
+    ) as error:  # fmt: skip - a config that was edited by hand fails wherever its numbers are used
         raise UserError(_cannot_load(path, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -142,7 +142,7 @@ def _unbuilt(name_or_path: str) -> ModelShape:
     """What the headers of a folder's safetensors files say: the number of weights and no more."""
     try:
         count = sum(math.prod(shape) for file in _weight_files(Path(name_or_path)) for shape in tensor_shapes(file))
-    except (OSError, ValueError, KeyError, struct.error):  # cut off; loading it will say so
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):  # damaged; loading it will say so
         return UNKNOWN
     return replace(UNKNOWN, parameters=count)
 
@@ -159,5 +159,7 @@ def tensor_shapes(file: Path) -> list[list[int]]:
     """Of the tensors in a safetensors file, by its header alone: eight bytes say how long it is."""
     with open(file, "rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
+        if length > file.stat().st_size:
+            raise ValueError(f"the header of {file} would have {length} bytes")
         header = json.loads(opened.read(length))
     return [each["shape"] for name, each in header.items() if name != "__metadata__"]

@@ -20,8 +20,8 @@ from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.runs.closing import closing_words
 from rlhf_ray.runs.own_modules import digests, own_figures, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
-from rlhf_ray.runs.run_folder import RunFolder, StageFolder
-from rlhf_ray.runs.storage import read_object, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, StageFolder, timings_of
+from rlhf_ray.runs.storage import write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
 RECORD_S = 10.0  # between two notes of a running stage's time
@@ -139,8 +139,8 @@ class _StageClock:
     """Adds a stage's seconds to timings.json, which sums them over resumes: now and then, so that a killed run's count too."""
 
     def __init__(self, folder: RunFolder, name: str):
-        self._path, self._name, self._recorded = folder.path / "timings.json", name, time.time()
-        self.before = self.total = self._timings().get(name, 0.0)
+        self._folder, self._name, self._recorded = folder, name, time.time()
+        self.before = self.total = timings_of(folder).get(name, 0.0)
 
     def record(self, every_s: float = 0.0) -> None:
         """Unless it is less than every_s since the last time."""
@@ -149,11 +149,8 @@ class _StageClock:
             return
         self.total += now - self._recorded
         self._recorded = now
-        write_atomically(self._path, json.dumps(self._timings() | {self._name: round(self.total, 1)}, indent=2) + "\n")
-
-    def _timings(self) -> dict[str, float]:
-        remedy = "delete it, and the seconds of the stages count from 0"
-        return read_object(self._path, remedy) if self._path.exists() else {}
+        timings = timings_of(self._folder) | {self._name: round(self.total, 1)}
+        write_atomically(self._folder.path / "timings.json", json.dumps(timings, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -18,8 +18,6 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.runs.storage import read_object, write_atomically
 
-EVALUATE_AGAIN = "delete the folder that it is in, and the next run evaluates again"
-
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
@@ -84,16 +82,35 @@ def write_figures(done: Path, figures: dict[str, Any]) -> None:
 
 
 def read_figures(done: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """needed: names of numbers that must be there."""
     remedy = "delete it, and the next run does the stage again"
     figures = read_object(done, remedy)
-    if missing := [name for name in needed if name not in figures]:
-        raise UserError(f"{done} is damaged: it has no {', '.join(missing)}; {remedy}")
+    if missing := [name for name in needed if not _is_number(figures.get(name))]:
+        raise UserError(f"{done} is damaged: it has no number {', '.join(missing)}; {remedy}")
     return figures
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def environment_of(folder: RunFolder) -> dict[str, Any]:
     """Where the run was done: versions and hardware."""
-    return read_object(folder.path / "environment.json", "run the same command again, which writes it")
+    path, remedy = folder.path / "environment.json", "run the same command again, which writes it"
+    found = read_object(path, remedy)
+    if not {"cpus", "cpu", "gpus"} <= found.keys() or not isinstance(found["gpus"], list):
+        raise UserError(f"{path} is damaged: it does not say on which hardware the run was; {remedy}")
+    return found
+
+
+def timings_of(folder: RunFolder) -> dict[str, float]:
+    """Stage -> its seconds, over all resumes; {} before the first stage."""
+    path, remedy = folder.path / "timings.json", "delete it, and the seconds of the stages count from 0"
+    found = read_object(path, remedy) if path.exists() else {}
+    for stage, seconds in found.items():
+        if not _is_number(seconds):
+            raise UserError(f"{path} is damaged: the seconds of '{stage}' are no number; {remedy}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,9 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Checkpoint] | None:
 def _read(folder: Path) -> Checkpoint:
     try:
         mark = json.loads((folder / MARK).read_text())
-        files = mark.pop("files", {})  # earlier versions wrote none
+        files = dict(mark.pop("files", {}))  # earlier versions wrote none
         checkpoint = Checkpoint(**mark)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{folder / MARK} is not what the stage has written ({error}); {REMEDY}") from error
     changed = [name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
     if changed:
