@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -34,6 +35,11 @@ from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
+#: what transformers raises for a folder that is damaged: a config that was edited by hand fails wherever its numbers are used
+BROKEN = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
 
 
@@ -74,8 +80,11 @@ def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
         config = FAMILIES.named(shape.architecture).scratch_config(shape, {"vocab_size": shape.vocab_size})
     else:
         config = load_config(cfg.name_or_path, cfg.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    except BROKEN as error:
+        raise UserError(_cannot_load(cfg.name_or_path, error)) from error
 
 
 def load_causal_lm(
@@ -257,7 +266,7 @@ def _hub_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 def _read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:  # edited by hand
+    except BROKEN as error:
         raise UserError(_cannot_load(path, error)) from error
 
 
@@ -324,9 +333,7 @@ def _load(
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except (
-        OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SafetensorError, ImportError
-    ) as error:  # fmt: skip - a config that was edited by hand fails wherever its numbers are used
+    except BROKEN as error:
         raise UserError(_cannot_load(path, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -113,7 +113,7 @@ def _counted(model_json: str) -> ModelShape:
     model = ModelConfig.model_validate_json(model_json)
     try:
         built = empty_causal_lm(model)
-    except (UserError, ValueError, KeyError, ImportError, AttributeError, RuntimeError):
+    except UserError:
         # No config, an architecture that this transformers lacks, or code of the model's own that fails: loading it will say so.
         return _unbuilt(model.name_or_path)
     config = built.config.get_text_config()
