@@ -47,9 +47,10 @@ def state_in(folder: Path, ppo: PPOConfig) -> LoopState:
 class GroupLost(RunFailed):
     """A rank of policy or critic is gone, and with it the state of its group. The loop has to begin again from an older one."""
 
-    def __init__(self, sentence: str, member: Member, phase: str):
-        super().__init__(sentence)
-        self.member, self.phase, self.seen = member, phase, time.monotonic()
+    def __init__(self, failure: Failure, member: Member, phase: str):
+        """failure: how it was seen."""
+        super().__init__(str(failure))
+        self.failure, self.member, self.phase, self.seen = failure, member, phase, time.monotonic()
 
 
 class Recovery:
@@ -237,8 +238,9 @@ class Recovery:
             loading = [each for group in trained for each in group.call("restore", *snapshot.parts[group.role])]
             try:
                 self.waiter.wait(loading, "loading the snapshot")
-            except ArgumentLost:
-                self.snapshots.drop(snapshot)  # its node is gone
+            except (ArgumentLost, GroupLost) as lost:
+                if isinstance(lost, ArgumentLost) or isinstance(lost.failure, ArgumentLost):
+                    self.snapshots.drop(snapshot)  # the node that a share of it was on is gone
                 raise
             return snapshot.state, "snapshot"
         if folder is not None:
@@ -255,7 +257,7 @@ class Recovery:
 
     def _lost(self, member: Member, failure: Failure, phase: str) -> GroupLost:
         self._charge(member, failure, phase, self._head(member, failure))
-        return GroupLost(str(failure), member, phase)
+        return GroupLost(failure, member, phase)
 
     def _charge(self, member: Member, failure: Failure, phase: str, call: Call | None = None) -> None:
         self.budget.charge(member, failure, f"after step {self.step}, {phase}", call)
