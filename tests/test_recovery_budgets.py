@@ -29,7 +29,7 @@ def test_a_storm_of_restarts_stops_with_its_table():
     budget = Budget(2)
     for _ in range(2):
         budget.charge(member(), DIED, "after step 0, scoring (step 0)")
-    budget.begin_anew()
+    budget.start_over()
     for role in ("generation", "reward"):
         budget.charge(member(role), DIED, "after step 1, weight sync (version 1)")
     with pytest.raises(RunFailed, match="3 actors were lost .*more than resources.restarts = 2") as told:

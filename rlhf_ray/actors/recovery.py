@@ -1,4 +1,4 @@
-"""What is done when an actor of the PPO stage dies or hangs. `actors.wait` finds out; the loop never hears of it, or starts anew.
+"""What is done when an actor of the PPO stage dies or hangs. `actors.wait` finds out; the loop never hears of it, or starts again.
 
 - A stateless role (generation, reward, reference, experience): the actor is made again, a generator gets the weights that it had,
   and the calls that were lost with it are sent again. What was finished stays, as results lie in the object store.
@@ -8,8 +8,8 @@
 
 Why the loop runs again, and updates are not replayed from kept inputs: all that a step does follows from the step's number and the
 state that it begins with (contract 1), which is how a stopped run already goes on from its checkpoint. So going back needs no
-code of its own in the loop, keeps no batch, and is exact for every algorithm there is. Its price is the generation of at most
-`resources.snapshot_every` steps.
+code of its own in the loop, keeps no batch, and is exact for every algorithm there is. It costs the
+generation of at most `resources.snapshot_every` steps.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Recovery:
         self.finished_at[state.step] = time.monotonic()
         if state.step > self.furthest:
             self.furthest = state.step
-            self.budget.begin_anew()
+            self.budget.start_over()
         self.snapshots.take(state)
 
     # -- one actor ----------------------------------------------------------------------------------------------------

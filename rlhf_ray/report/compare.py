@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.outcome import SUMMARY, read_summary
@@ -188,9 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
             label, equals, path = one.partition("=")
             if not equals:
                 raise UserError(f"{one!r}: write LABEL=RUN_DIR, for example ppo=runs/demo")
-            if not (Path(path) / "recipe.yaml").exists():
+            run = RunFolder(expanded(path).absolute())
+            if not run.recipe.exists():
                 raise UserError(f"{path} is not a run folder (it has no recipe.yaml)")
-            groups.setdefault(label, []).append(RunFolder(Path(path).absolute()))
+            groups.setdefault(label, []).append(run)
         print(compare(given.out, groups, given.curves.split(","), given.against, given.root))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +74,14 @@ def _reopen_evaluation(evaluation: StageFolder) -> None:
     (evaluation.path / "summary.json").unlink(missing_ok=True)
 
 
+def known_stages(recipe: Recipe, names: Sequence[str] | None) -> None:
+    """UserError for a name that is no stage of the recipe."""
+    for name in names or ():
+        if name not in recipe.stages:
+            why = "its section is null" if name in STAGES else f"it has {', '.join(recipe.stages)}"
+            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': {why}")
+
+
 def run_stages(
     recipe: Recipe,
     folder: RunFolder,
@@ -86,10 +94,8 @@ def run_stages(
 
     Raises StageStopped when asked to stop: from inside a stage that looks for STOP, else after the stage.
     """
+    known_stages(recipe, names)
     wanted = recipe.stages if names is None else names
-    for name in wanted:
-        if name not in recipe.stages:
-            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': its section is null")
     for name in wanted:
         stage = folder.stage(name)
         if stage.done:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import flatten
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import NotFinite, UserError
@@ -198,11 +199,16 @@ def start_model(recipe: Recipe, folder: RunFolder) -> str:
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
     """RUN_DIR, absolute before any process starts: a worker has another working directory."""
-    if run_dir is not None and "://" in run_dir:
+    return RunFolder(folder_path(run_dir or f"runs/{recipe.name}", "--run-dir"))
+
+
+def folder_path(given: str | Path, option: str) -> Path:
+    """The absolute path of a run folder. UserError for a URI, and for the home of somebody who is not known."""
+    if "://" in str(given):
         raise UserError(
-            f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
+            f"{option} {str(given)!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
         )
-    return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
+    return expanded(given).absolute()
 
 
 @contextmanager
