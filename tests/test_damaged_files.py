@@ -15,10 +15,17 @@ from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.actors.supervised import _last_row
 from rlhf_ray.config import RewardConfig
-from rlhf_ray.data.store import count_rows, prompt_columns, read_prompt_columns, read_prompts, read_role, write_role
+from rlhf_ray.data.role_files import (
+    count_rows,
+    prompt_columns,
+    read_prompt_columns,
+    read_prompts,
+    read_role,
+    write_role,
+)
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.check import check_model
 from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model, reward_normalisation
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.size import shape_of_model, shape_of_other
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder

@@ -24,7 +24,7 @@ def made(setting):
 
 
 register_advantage(
-    Advantage(name="toy", estimate="rlhf_ray.algorithms.advantages:grpo", words="GRPO's", compares_samples=True)
+    Advantage(name="toy", estimate="rlhf_ray.algorithms.advantage_estimators:grpo", words="GRPO's", compares_samples=True)
 )
 register_reward(RewardKind(name="toy", make=lambda setting: Ones(), words="one"))
 register_engine(Engine(name="toy", make="toy_additions:made", words="torch's", tells_support=True, copies=(1, 0)))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.outcome import SUMMARY, read_summary
 from rlhf_ray.report.collect import path_shortener

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import flatten
 from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.runs.storage import read_object, write_atomically
 

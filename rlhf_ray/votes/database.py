@@ -13,7 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import RunFailed, UserError, whole_message
 from rlhf_ray.votes import schema
 
