@@ -16,7 +16,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.outcome import models_of_sample, read_samples, read_summary
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
 from rlhf_ray.report.models import asked
-from rlhf_ray.report.traits import what_differs, yes_no_traits
+from rlhf_ray.report.trait_changes import what_differs, yes_no_traits
 from rlhf_ray.runs.run_folder import RunFolder
 
 

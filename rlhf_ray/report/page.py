@@ -20,7 +20,7 @@ from rlhf_ray.report import charts, key_figures
 from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report.formatting import duration, figure, flat, percent, shown
 from rlhf_ray.report.models import models_of_summary, title
-from rlhf_ray.report.traits import what_differs, yes_no_traits
+from rlhf_ray.report.trait_changes import what_differs, yes_no_traits
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder, timings_of
 from rlhf_ray.runs.storage import read_lines, read_object, write_atomically
