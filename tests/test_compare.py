@@ -17,7 +17,7 @@ INTERVAL = {"low": 0.0, "high": 9.0}
 def finished(path, seed, scores, kl, ppo=None) -> RunFolder:
     folder = RunFolder(path)
     write_recipe(Recipe.model_validate({"name": "t", "seed": seed, "ppo": ppo or {}}), folder.recipe)
-    (path / "environment.json").write_text(json.dumps({"cpus": 2, "cpu": "a CPU"}))
+    (path / "environment.json").write_text(json.dumps({"cpus": 2, "cpu": "a CPU", "gpus": []}))
     folder.stage("ppo").path.mkdir()
     rows = [
         {"step": step, "episodes": 8 * step, "objective/score": score} for step, score in enumerate(scores, start=1)
@@ -30,7 +30,8 @@ def finished(path, seed, scores, kl, ppo=None) -> RunFolder:
     }
     summary = {
         "sft": model, "ppo": model, "win_rate": {"judge": {"mean": 0.5 + 0.1 * seed, **INTERVAL}, "reward_model": None},
-        "kl": kl, "ratio": {},
+        "kl": kl, "kl_interval": {"mean": kl, **INTERVAL}, "difference": {}, "ratio": {}, "prompts": 4, "seeds": [0],
+        "sampling": {"temperature": 1.0},
     }  # fmt: skip
     folder.stage("evaluation").path.mkdir()
     (folder.stage("evaluation").path / "summary.json").write_text(json.dumps(summary))
@@ -53,10 +54,10 @@ def test_a_dpo_model_has_a_line_of_its_own(tmp_path):
     run = finished(tmp_path / "run", 0, [1], kl=1.0)
     path = run.stage("evaluation").path / "summary.json"
     summary = json.loads(path.read_text())
-    over = {"win_rate": {"judge": {"mean": 0.75, **INTERVAL}, "reward_model": None}, "kl": 4.5, "ratio": {}}
-    path.write_text(
-        json.dumps(summary | {"dpo": summary["sft"] | {"judge": {"mean": 7.0, **INTERVAL}}, "dpo_over_sft": over})
-    )
+    rates = {"win_rate": {"judge": {"mean": 0.75, **INTERVAL}, "reward_model": None}}
+    over = rates | {"kl": 4.5, "kl_interval": None, "difference": {}, "ratio": {}}
+    dpo = {"dpo": summary["sft"] | {"judge": {"mean": 7.0, **INTERVAL}}, "dpo_over_sft": over, "ppo_over_dpo": rates}
+    path.write_text(json.dumps(summary | dpo))
     page = compare(tmp_path / "out", {"ppo": [run]}).read_text()
     assert "| DPO | 0 | 0.75 | – | 7 | 5 | 1 | 4.5 | – | 20 |" in page
 

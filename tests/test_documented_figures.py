@@ -102,3 +102,24 @@ def test_the_report_writes_its_formulas_in_pairs_of_dollars():
     inline = text.replace("$$", "")
     for paragraph in inline.split("\n\n"):
         assert paragraph.count("$") % 2 == 0, paragraph[:80]
+
+
+def test_the_readme_says_what_the_installation_takes():
+    """Of the list of wheels: the environment with the CPU build, the same with CUDA's in its place, and CUDA's wheels."""
+    kept = text_of("results/install/torch_wheels.txt")
+    (mib,) = re.findall(r"^environment: `du -sm .venv`.*: (\d+) \(MiB", kept, re.MULTILINE)
+    wheels = re.findall(r"^(CUDA|CPU) +(\d+) +(\d+) \S+\.whl$", kept, re.MULTILINE)
+    packed, unpacked = ({kind: sum(int(one[place]) for one in wheels if one[0] == kind) / 1e9 for kind in ("CUDA", "CPU")}
+                        for place in (1, 2))  # fmt: skip
+    with_cpu = int(mib) * 2**20 / 1e9
+    told = re.findall(r"Both first install into `.venv/`: (.*?), which pip", text_of("README.md"), re.DOTALL)
+    said = re.findall(r"(\d+\.\d) GB", told[0])
+    with_cuda = with_cpu + unpacked["CUDA"] - unpacked["CPU"]
+    assert said == [f"{size:.1f}" for size in (with_cpu, packed["CPU"], with_cuda, packed["CUDA"])]
+
+
+@pytest.mark.parametrize("document", ["README.md", "results/README.md"])
+def test_the_seconds_of_the_demo_are_those_of_its_runs(document):
+    took = [sum(json.loads(file.read_text()).values()) for file in (ROOT / "results/demo").glob("seed_*/timings.json")]
+    (said,) = re.findall(r"stages(?: of the three seeds)? took (\d+) to (\d+) s", text_of(document))
+    assert len(took) == 3 and said == (f"{min(took):.0f}", f"{max(took):.0f}")

@@ -1,14 +1,28 @@
 """Every number of a recipe is finite, wherever it stands and however it gets there."""
 
+import datetime
 import json
 import math
+import os
+import selectors
+import threading
 import typing
 
 import pytest
 from pydantic import ValidationError
 
-from rlhf_ray.config import Recipe, Section
-from rlhf_ray.config.base import option
+from rlhf_ray.config import (
+    EvaluationConfig,
+    GenerationConfig,
+    PPOConfig,
+    Recipe,
+    RewardConfig,
+    RewardTerm,
+    RoleConfig,
+    Section,
+    SftConfig,
+)
+from rlhf_ray.config.base import LONGEST_S, option
 from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.reference import section_places
 from rlhf_ray.errors import UserError
@@ -90,3 +104,62 @@ def test_a_whole_number_of_any_size_is_looked_at_too():
 
 def test_every_default_is_finite():
     json.dumps(Recipe(name="x").model_dump(mode="json"), allow_nan=False)
+
+
+# -- numbers that are finite and can't be all the same ------------------------------------------------------------------
+
+NUMBERS = [(kind, name) for kind in SECTIONS for name, field in kind.model_fields.items()
+           if (holds(field.annotation, int) or holds(field.annotation, float)) and not holds(field.annotation, bool)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", NUMBERS, ids=map(ids, NUMBERS))
+def test_true_is_no_number(kind, name):
+    """YAML reads yes and on as true, and Python takes that for 1."""
+    many = holds(kind.model_fields[name].annotation, tuple)
+    assert name in refused_fields(kind, {name: [0, True] if many else True})
+
+
+def test_true_is_what_switches_and_choices_take():
+    recipe = build_recipe(
+        {"name": "r", "sft": {"packing": True}, "ppo": {"accept_weak_reward": True}, "tracking": {"tensorboard": False}}, [], ""
+    )
+    assert recipe.sft.packing is True and recipe.ppo.accept_weak_reward is True and recipe.tracking.tensorboard is False
+    with pytest.raises(UserError, match=r"^ppo.steps: true and false are no numbers; give a number$"):
+        build_recipe({"name": "r"}, ["ppo.steps=yes"], "r.yaml")
+
+
+def test_the_longest_wait_is_one_that_waits_take():
+    """Python raises OverflowError for a longer one, wherever it comes to wait."""
+    resources = Recipe(name="r", resources={"start_timeout_s": LONGEST_S, "call_timeout_s": LONGEST_S}).resources
+    (reading, writing), known = os.pipe(), threading.Event()
+    os.write(writing, b".")
+    known.set()
+    with selectors.DefaultSelector() as selector:
+        selector.register(reading, selectors.EVENT_READ)
+        for seconds in (resources.start_timeout_s, resources.call_timeout_s):
+            assert datetime.timedelta(seconds=seconds) and known.wait(seconds) and selector.select(seconds)
+        for over in (lambda seconds: datetime.timedelta(seconds=seconds), threading.Event().wait, selector.select):
+            with pytest.raises(OverflowError):
+                over(1e30)
+    os.close(reading), os.close(writing)
+    for kind, name in ((type(resources), "start_timeout_s"), (PPOConfig, "reward_timeout_s"), (RewardTerm, "timeout_s")):
+        assert name in refused_fields(kind, {name: 1e30})
+
+
+def test_a_share_that_ray_can_not_reserve_is_refused():
+    from ray._common.ray_option_utils import _validate_resource_quantity as problem
+
+    for kind, name in ((RoleConfig, "cpus"), (RoleConfig, "gpus"), (SftConfig, "cpus_per_worker"), (SftConfig, "gpus_per_worker")):
+        for share in (1e-4, 0.3, 1.0):
+            assert problem("num_cpus", share) is None and kind.model_validate({name: share})
+        assert problem("num_cpus", 9e-5) is not None and refused_fields(kind, {name: 9e-5}) == {name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "most"),
+    [(GenerationConfig, "top_k", 2**31 - 1), (EvaluationConfig, "bootstrap", 100_000), (RoleConfig, "threads", 1024),
+     (SftConfig, "threads", 1024), (RoleConfig, "actors", 10_000), (RewardConfig, "normalise_samples", 1_000_000)],
+)  # fmt: skip
+def test_counts_end_where_memory_and_machines_do(kind, name, most):
+    assert kind.model_validate({name: most})
+    assert refused_fields(kind, {name: most + 1}) == {name}

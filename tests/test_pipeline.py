@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from tiny import TEXTS, tiny_recipe, write_start
 
+import rlhf_ray
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.run_recipe import failures_recorded
@@ -21,7 +22,7 @@ from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume
-from rlhf_ray.runs.run_folder import RunFolder, held
+from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
 
 
 def stages(folder: RunFolder, log: list[str]) -> dict:
@@ -198,10 +199,10 @@ def test_a_damaged_file_of_a_run_is_told_with_its_name_and_what_to_do(tmp_path, 
     (folder.path / "sft" / "DONE").unlink()  # so that its seconds are counted again
     rest = b'\n{"step": 1}\n' if name == "ppo/metrics.jsonl" else b""  # a last line may be cut off
     (folder.path / name).write_bytes(text + rest)
-    whole = {b"{}": ("stages.json", "environment.json", "timings.json", "ppo/metrics.jsonl"), b"": ("ppo/metrics.jsonl",)}
+    whole = {b"{}": ("stages.json", "environment.json", "timings.json"), b"": ("ppo/metrics.jsonl",)}
     if name in whole.get(text, ()):
         READERS[name](folder)
-    elif (name, text) != ("evaluation/summary.json", b"{}"):
+    else:
         with pytest.raises(UserError, match=rf"^{folder.path / name} .*delete"):
             READERS[name](folder)
 
@@ -264,3 +265,22 @@ def test_the_collector_rests_inside_and_works_again_after():
     with pytest.raises(KeyError), collector_paused():
         raise KeyError
     assert gc.isenabled()
+
+
+def test_a_stage_that_is_none_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match="has no stage 'evaluate': it has data, sft, reward, ppo, evaluation"):
+        rlhf_ray.run(tiny_recipe(), tmp_path / "run", stages=["evaluate"])
+    with pytest.raises(UserError, match="has no stage 'judge': its section is null"):
+        rlhf_ray.run(tiny_recipe(), tmp_path / "run", stages=["judge"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folders_of_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder_of(tiny_recipe(), "~/runs/x").path == tmp_path / "runs" / "x"
+    for given in ("~nobody-of-that-name/x", "s3://bucket/x"):
+        says = "the home folder of a user who is not known here" if given[0] == "~" else "is a URI; give a folder"
+        with pytest.raises(UserError, match=says):
+            run_folder_of(tiny_recipe(), given)
+        with pytest.raises(UserError, match=says):
+            rlhf_ray.run(tiny_recipe(), tmp_path / "run", start_from=given)

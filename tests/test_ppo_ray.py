@@ -40,6 +40,8 @@ from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.resume import write_recipe
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.tables.advantages import ADVANTAGES
+from rlhf_ray.tables.engines import ENGINES
+from rlhf_ray.tables.rewards import REWARDS
 
 pytestmark = pytest.mark.ray
 
@@ -153,22 +155,28 @@ def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):
 
 
 @pytest.fixture
-def toy_advantage():
-    """The name of what the module toy_advantage registers; gone again after the test."""
-    yield "toy"
-    ADVANTAGES.remove("toy")
-    sys.modules.pop("toy_advantage")
+def additions():
+    """What the module toy_additions registers is gone again after the test."""
+    yield
+    for table in (ADVANTAGES, REWARDS, ENGINES):
+        table.remove("toy")
+    sys.modules.pop("toy_additions")
 
 
-def test_without_a_critic_and_with_dynamic_sampling(session, new_folder, toy_advantage):
-    """No critic's actors, shards or checkpoints; rejected rollouts are let go. The actors import the advantage's plugin."""
-    recipe = tiny_recipe(plugins=["toy_advantage"], ppo={
-        "advantage": toy_advantage, "samples_per_prompt": 2, "rollout_batch_size": 4, "dynamic_sampling_rounds": 2,
-        "kl_in": "loss", "kl_estimator": "k3", "max_approx_kl": 1.0,
+def test_additions_of_a_plugin_without_a_critic_and_with_dynamic_sampling(session, new_folder, additions):
+    """No critic's actors, shards or checkpoints; rejected rollouts are let go. The actors import the plugin."""
+    rewards = {"trained": {"model": "reward"}, "toy": {"kind": "toy", "weight": 3.0}}
+    recipe = tiny_recipe(plugins=["toy_additions"], generation={"engine": "toy"}, ppo={
+        "advantage": "toy", "samples_per_prompt": 2, "rollout_batch_size": 4, "dynamic_sampling_rounds": 2,
+        "kl_in": "loss", "kl_estimator": "k3", "max_approx_kl": 1.0, "rewards": rewards,
     })  # fmt: skip
     folder = new_folder("critic-free")
     run_ppo(recipe, folder, ignore)
     rows = read_metrics(folder.stage("ppo").metrics)[1:]
+    assert all(row["objective/score/toy"] == 1.0 for row in rows)
+    assert all(abs(row["objective/score"] - row["objective/score/trained"] - 3.0) < 1e-5 for row in rows)
+    made_by = [path.name.removeprefix("toy_engine_") for path in folder.stage("sft").model.glob("toy_engine_*")]
+    assert len(made_by) == 1 and int(made_by[0]) != os.getpid()
     assert all(row["rollout/prompts_drawn"] >= 4 and "policy/kl_loss" in row for row in rows)
     assert not any(name.startswith("value/") for row in rows for name in row)
     files = {path.name for path in complete(folder.stage("ppo").checkpoints)[-1].iterdir()}

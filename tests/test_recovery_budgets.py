@@ -10,8 +10,9 @@ from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.receipt import CallReceipt
-from rlhf_ray.actors.recovery import Recovery
-from rlhf_ray.actors.wait import ActorDied, Waiter
+from rlhf_ray.actors.recovery import GroupLost, Recovery
+from rlhf_ray.actors.snapshots import Snapshot
+from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
 from rlhf_ray.errors import RunFailed
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.loop import LoopState
@@ -28,7 +29,7 @@ def test_a_storm_of_restarts_stops_with_its_table():
     budget = Budget(2)
     for _ in range(2):
         budget.charge(member(), DIED, "after step 0, scoring (step 0)")
-    budget.begin_anew()
+    budget.start_over()
     for role in ("generation", "reward"):
         budget.charge(member(role), DIED, "after step 1, weight sync (version 1)")
     with pytest.raises(RunFailed, match="3 actors were lost .*more than resources.restarts = 2") as told:
@@ -83,6 +84,66 @@ def test_an_actor_is_hung_when_it_is_silent_far_longer_than_its_calls_took():
         waiter._account(call, CallReceipt(seconds, 8))
         assert waiter.limit_s(call) == limit_s
     assert waiter.limit_s(Call(member(), "judge", (), "reward actor 0 (chunk 1)")) == 1800
+
+
+class Rank(Member):
+    def __init__(self, number):
+        ready = SimpleNamespace(remote=lambda: f"rank {number}")
+        super().__init__("policy", number, lambda: SimpleNamespace(ready=ready), "rank")
+
+    def make_again(self):
+        self.lives += 1
+
+
+class Policy:
+    """A group of two ranks, whose snapshot has lost a share with its node."""
+
+    role, weight_bytes = "policy", 0
+
+    def __init__(self):
+        self.members = [Rank(0), Rank(1)]
+
+    def call(self, method, *args):
+        return [method]
+
+    def snapshot(self):
+        return []
+
+
+class OverFakes(Waiter):
+    recovery: Recovery
+
+    def track(self, ref, *_):
+        return ref
+
+    def wait(self, handles, what, *_):
+        if handles == ["restore"]:
+            rank = self.recovery.roles.trained[0].members[1]
+            self.recovery.mend(Call(rank, "restore", (), "policy rank 1 (restore)"), ArgumentLost("its node died"), what)
+
+
+def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_path):
+    """Several ranks: that of an argument which was lost is the group's loss, too."""
+    policy, waiter = Policy(), OverFakes(60, "wait")
+    roles = SimpleNamespace(
+        trained=[policy], policy=policy, members=policy.members, join=lambda groups, seconds: None,
+        generation=SimpleNamespace(by_channel=False, members=[]),
+    )  # fmt: skip
+    events, said = EventLog(tmp_path / "events.jsonl"), []
+    recipe = tiny_recipe(resources={"restarts": 3}, ppo={"kl_coef": 0.25})
+    waiter.recovery = recovery = Recovery(recipe, roles, waiter, tmp_path, events=events, progress=said.append)
+    recovery.snapshots.kept = [Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []})]
+    begun = []
+
+    def train(state):
+        begun.append(state.step)
+        if len(begun) == 1:
+            raise GroupLost(DIED, policy.members[0], "value update (step 4)")
+        return state
+
+    assert recovery.run(train, LoopState(step=4, kl_coef=0.1)).kl_coef == 0.25  # there is no checkpoint: from the start
+    assert begun == [4, 0] and recovery.snapshots.kept == []
+    assert "the start" in events.read()[-1]["done"]
 
 
 @faults.with_points

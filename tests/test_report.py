@@ -3,12 +3,16 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
+from rlhf_ray.cli.running import closing_words
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.outcome import read_samples, read_summary
 from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.report import charts, key_figures
 from rlhf_ray.report import curves as report_curves
@@ -19,6 +23,7 @@ from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import RunFolder
 
 HOSTILE = """</p><script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" 'too' ]]> <!-- """
+RESULTS = Path(__file__).parents[1] / "results"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -418,3 +423,120 @@ def test_every_number_is_drawn_once():
     named, others = report_curves.of_stage("ppo", rows)
     assert [plot.title for plot in named] == ["Score", "Seconds per step"]
     assert [plot.title for plot in others] == ["new"]
+
+
+# -- files that somebody edited ---------------------------------------------------------------------------------------
+
+KEPT = sorted(RESULTS.glob("**/seed_*/summary.json"))
+
+
+def test_every_summary_that_was_kept_is_read():
+    """Also those of older versions of the package."""
+    assert len(KEPT) > 20
+    for file in KEPT:
+        assert read_summary(file.parent) == json.loads(file.read_text())
+
+
+SPOILT = {  # what is changed in a summary -> what the sentence names
+    "{}": (lambda told: told.clear(), "win_rate: is missing"),
+    "no sft": (lambda told: told.pop("sft"), "sft: is missing"),
+    "a figure that is a number": (lambda told: told["ppo"].update(score=1.0), "ppo.score"),
+    "half an interval": (lambda told: told["ppo"]["score"].pop("low"), "ppo.score.low: is missing"),
+    "a text for a number": (lambda told: told.update(kl="5.25"), "kl: "),
+    "nobody scored": (lambda told: told.update(win_rate={"reward_model": None, "judge": None}), "win_rate: neither"),
+    "names of another form": (lambda told: told.update(names={"who": "PPO"}), "names.tuned: is missing"),
+    "DPO without its answers": (lambda told: told.update(dpo_over_sft={"kl": 1.0}), r"summary.json \(dpo\) .* figures: "),
+    "a figure of a plugin": (lambda told: told.update(shown_as={"x": {"label": "X"}}), "shown_as.x.unit: is missing"),
+    "a standing": (lambda told: told.update(scorers={"judge": {}}), "scorers.judge.above_chance: is missing"),
+    "no temperature": (lambda told: told.update(sampling={}), "sampling.temperature: is missing"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_summary_of_another_form_is_one_sentence(folder, what):
+    path = folder.stage("evaluation").path / "summary.json"
+    told = json.loads(path.read_text())
+    change, place = SPOILT[what]
+    change(told)
+    path.write_text(json.dumps(told))
+    for read in (render, lambda run: closing_words(run, Console(quiet=True))):
+        with pytest.raises(UserError, match="summary.json.* is damaged, or of another version: .*; delete the folder") as error:
+            read(folder)
+        assert re.search(place, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("line", [{}, {"prompt": "?", "seed": 0}, {"prompt": "?", "seed": 0, "sft": {}, "ppo": {}}])
+def test_a_sample_of_another_form_is_one_sentence(folder, line):
+    path = folder.stage("evaluation").path / "samples.jsonl"
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    for read in (render, lambda run: closing_words(run, Console(quiet=True))):
+        with pytest.raises(UserError, match=r"samples.jsonl, sample 31 is damaged, or of another version: .* is missing; delete"):
+            read(folder)
+
+
+def test_a_line_of_metrics_without_a_step_is_named(folder):
+    path = folder.stage("ppo").metrics
+    path.write_text(path.read_text() + '{"loss": 3}\n')
+    with pytest.raises(UserError, match=r'metrics.jsonl has a line of no step \(\{"loss": 3\} \.\.\.\); delete that line'):
+        render(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("recipe.yaml", "name: x\nppo: 5\n"), ("recipe.yaml", "name: x\nppo: {rewards: {a: b}}\n"),
+     ("recipe.yaml", "name: x\nevaluation: [1]\n"), ("timings.json", '{"ppo": "long"}')],
+)  # fmt: skip
+def test_other_files_of_another_form_are_named_too(folder, name, text):
+    (folder.path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} is damaged: "):
+        render(folder)
+
+
+def test_a_page_shows_what_there_is_of_odd_events_and_closing_figures(folder):
+    folder.events.write_text('{"what": "something"}\n{"cost_s": "long", "time": 3}\n')
+    folder.stage("ppo").finish({"model_step": 3})
+    folder.stage("reward").finish({"accuracy": 0.5, "calibration": [{}, 3, {"count": 1, "predicted": "a", "observed": 1}]})
+    assert "something" in Page(render(folder)).text
+
+
+LINE_ENDS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"  # for str.splitlines; JSON leaves the first three as they are
+
+
+def test_a_response_may_hold_any_character(folder):
+    samples = folder.stage("evaluation").path / "samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().split("\n") if line]
+    rows[0]["ppo"]["response"] = LINE_ENDS
+    samples.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_samples(samples.parent)[0]["ppo"]["response"] == LINE_ENDS
+    assert LINE_ENDS in render(folder)
+    closing_words(folder, Console(quiet=True))
+
+
+# -- why one answer is better -----------------------------------------------------------------------------------------
+
+
+def test_the_closing_pairs_say_which_traits_differ(folder):
+    samples = folder.stage("evaluation").path / "samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().split("\n") if line]
+    before = {"trait/on_topic": 0, "trait/polite": 0.25, "trait/long": 12}
+    after = [
+        {"trait/on_topic": 1, "trait/polite": 0.75, "trait/long": 12}, before,
+        {"trait/on_topic": 0, "trait/polite": -0.25, "trait/long": 40},
+    ]  # fmt: skip
+    for place, row in enumerate(rows):
+        row["sft"] |= before
+        row["ppo"] |= after[min(place, 2)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = ["on topic no -> yes, polite 0.25 -> 0.75", "no trait differs", "long 12 -> 40, polite 0.25 -> -0.25"]
+    console = Console(width=300, color_system=None)
+    with console.capture() as capture:
+        closing_words(folder, console)
+    lines = [line for line in capture.get().splitlines() if line.startswith("why ")]
+    assert [line.removeprefix("why").strip() for line in lines] == said
+    shown = [text.strip() for text in Page(render(folder)).text if text.strip().startswith("SFT -> PPO:")]
+    assert shown[:2] == [f"SFT -> PPO: {words}" for words in said[:2]]  # the fixture's report has two samples
+    for row in rows:
+        for name in ("sft", "ppo"):
+            row[name] = {key: value for key, value in row[name].items() if not key.startswith("trait/")}
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "SFT -> PPO" not in render(folder)

@@ -25,7 +25,7 @@ class Budget:
         self._lost: list[str] = []
         self._deaths: Counter[Any] = Counter()  # what a call does -> actors that died at it
 
-    def begin_anew(self) -> None:
+    def start_over(self) -> None:
         """There is progress."""
         self._lost.clear()
         self._deaths.clear()

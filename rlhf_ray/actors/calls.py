@@ -31,7 +31,7 @@ class Member:
         return f"{self.role} {self.word} {self.number}"
 
     def make_again(self) -> None:
-        """End the actor, if it has not ended, and start it anew. `calls` and `weights` stay, to be sent again."""
+        """End the actor, if it has not ended, and start it again. `calls` and `weights` stay, to be sent again."""
         ray.kill(self.actor)
         self.actor = self._make()
         self.lives += 1

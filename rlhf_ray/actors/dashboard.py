@@ -24,18 +24,22 @@ def connect(address: str | None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     if "://" not in address:
         address = f"http://{address}"
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--address '{address}' is not a dashboard address; give http://HEAD:8265")
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
     try:
-        socket.create_connection((url.hostname, port), timeout=10).close()
-    except OSError as error:
+        url = urlsplit(address)
+        port, host = url.port or {"https": 443}.get(url.scheme, 80), url.hostname
+    except ValueError:  # a port that is none, half of an IPv6 address
+        url, port, host = urlsplit(""), 0, None
+    if url.scheme not in ("http", "https") or not host:
+        raise UserError(f"--address '{address}' is not a dashboard address; give http://HEAD:8265")
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except (OSError, UnicodeError) as error:  # the latter: a label of over 63 letters
+        words = error.strerror if isinstance(error, OSError) else None
         raise UserError(
-            f"no Ray dashboard answers at {address} ({error.strerror or error}); is the cluster up, and is "
+            f"no Ray dashboard answers at {address} ({words or error}); is the cluster up, and is "
             "this port open to you (ssh -N -L 8265:127.0.0.1:8265 HEAD)?"
         ) from None
-    headers = {**json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")), **_token_header()}
+    headers = {**_given_headers(), **_token_header()}
     # Ray lets these two override the address that it is given; an --address that means another cluster must win.
     logging.getLogger("ray").setLevel(logging.WARNING)  # this file reports the upload; closed sockets are harmless
     logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
@@ -48,6 +52,14 @@ def connect(address: str | None) -> JobSubmissionClient:
         os.environ.update(hidden)
 
 
+def _given_headers() -> dict[str, str]:
+    given = os.environ.get("RAY_JOB_HEADERS") or "{}"
+    try:
+        return dict(json.loads(given))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"RAY_JOB_HEADERS is {given[:60]!r}, which is no JSON object; correct or unset it") from error
+
+
 def _token_header() -> dict[str, str]:
     """The token from where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
     if os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
@@ -55,7 +67,10 @@ def _token_header() -> dict[str, str]:
     token = os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not token and file.is_file():
-        token = file.read_text().strip()
+        try:
+            token = file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Ray's token can't be read from {file} ({error}); mend that, or set RAY_AUTH_TOKEN") from error
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

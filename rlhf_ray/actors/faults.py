@@ -1,6 +1,6 @@
 """Faults for tests: a process ends, stops, fails or is slow at a named point, the same each time. No clock decides.
 
-The environment variable RLHF_RAY_FAULTS names a JSON file, which is read at each point; a test may write it anew for each run:
+The environment variable RLHF_RAY_FAULTS names a JSON file, which is read at each point; a test may write another one for each run:
 
     [{"role": "policy", "rank": 0, "method": "update", "call": 2, "when": "before", "kind": "kill"}]
 

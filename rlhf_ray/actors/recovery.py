@@ -1,4 +1,4 @@
-"""What is done when an actor of the PPO stage dies or hangs. `actors.wait` finds out; the loop never hears of it, or starts anew.
+"""What is done when an actor of the PPO stage dies or hangs. `actors.wait` finds out; the loop never hears of it, or starts again.
 
 - A stateless role (generation, reward, reference, experience): the actor is made again, a generator gets the weights that it had,
   and the calls that were lost with it are sent again. What was finished stays, as results lie in the object store.
@@ -8,8 +8,8 @@
 
 Why the loop runs again, and updates are not replayed from kept inputs: all that a step does follows from the step's number and the
 state that it begins with (contract 1), which is how a stopped run already goes on from its checkpoint. So going back needs no
-code of its own in the loop, keeps no batch, and is exact for every algorithm there is. Its price is the generation of at most
-`resources.snapshot_every` steps.
+code of its own in the loop, keeps no batch, and is exact for every algorithm there is. It costs the
+generation of at most `resources.snapshot_every` steps.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def state_in(folder: Path, ppo: PPOConfig) -> LoopState:
 class GroupLost(RunFailed):
     """A rank of policy or critic is gone, and with it the state of its group. The loop has to begin again from an older one."""
 
-    def __init__(self, sentence: str, member: Member, phase: str):
-        super().__init__(sentence)
-        self.member, self.phase, self.seen = member, phase, time.monotonic()
+    def __init__(self, failure: Failure, member: Member, phase: str):
+        """failure: how it was seen."""
+        super().__init__(str(failure))
+        self.failure, self.member, self.phase, self.seen = failure, member, phase, time.monotonic()
 
 
 class Recovery:
@@ -84,7 +85,7 @@ class Recovery:
         self.finished_at[state.step] = time.monotonic()
         if state.step > self.furthest:
             self.furthest = state.step
-            self.budget.begin_anew()
+            self.budget.start_over()
         self.snapshots.take(state)
 
     # -- one actor ----------------------------------------------------------------------------------------------------
@@ -237,8 +238,9 @@ class Recovery:
             loading = [each for group in trained for each in group.call("restore", *snapshot.parts[group.role])]
             try:
                 self.waiter.wait(loading, "loading the snapshot")
-            except ArgumentLost:
-                self.snapshots.drop(snapshot)  # its node is gone
+            except (ArgumentLost, GroupLost) as lost:
+                if isinstance(lost, ArgumentLost) or isinstance(lost.failure, ArgumentLost):
+                    self.snapshots.drop(snapshot)  # the node that a share of it was on is gone
                 raise
             return snapshot.state, "snapshot"
         if folder is not None:
@@ -255,7 +257,7 @@ class Recovery:
 
     def _lost(self, member: Member, failure: Failure, phase: str) -> GroupLost:
         self._charge(member, failure, phase, self._head(member, failure))
-        return GroupLost(str(failure), member, phase)
+        return GroupLost(failure, member, phase)
 
     def _charge(self, member: Member, failure: Failure, phase: str, call: Call | None = None) -> None:
         self.budget.charge(member, failure, f"after step {self.step}, {phase}", call)

@@ -28,9 +28,9 @@ from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import check_stage, prepare_folder, run_stages, to_reopen
+from rlhf_ray.runs.pipeline import check_stage, known_stages, prepare_folder, run_stages, to_reopen
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
-from rlhf_ray.runs.run_folder import RunFolder, held, run_folder_of
+from rlhf_ray.runs.run_folder import RunFolder, folder_path, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
 from rlhf_ray.runs.status import newest_checkpoint
 from rlhf_ray.runs.status_file import StatusFile
@@ -59,19 +59,21 @@ def run(
     display: opened once the run folder is held and nothing stands in the way; it is told the progress.
     Raises UserError for a mistake in recipe, data or resources, StageStopped after Ctrl-C.
     """
+    known_stages(recipe, stages)
     recipe = absolute_paths(recipe)
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
     check_resume(recipe, folder)
     refuse_second_ray()
-    folders = [folder] if start_from is None else [folder, RunFolder(Path(start_from).absolute())]
-    to_run = [name for name in stages or recipe.stages if not any(each.stage(name).done for each in folders)]
+    source = None if start_from is None else RunFolder(folder_path(start_from, "--start-from"))
+    there = [each for each in (folder, source) if each is not None]
+    to_run = [name for name in stages or recipe.stages if not any(each.stage(name).done for each in there)]
     refuse_problems(recipe, folder, address, to_run)
     running: list[str | None] = [None]
     exported = RunMetrics(recipe.name)
     status = StatusFile(folder.status, lambda now: exported.tell(now, newest_checkpoint(folder, now.stage)[1]))
     with held(folder), status.told(), display() as shown:
-        if start_from is not None:
-            adopt_stages(recipe, folder, RunFolder(Path(start_from).absolute()))
+        if source is not None:
+            adopt_stages(recipe, folder, source)
 
         def progress(event: dict) -> None:
             if event.get("started") or event.get("done"):

@@ -60,7 +60,7 @@ def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: P
                 each.append(summary)
                 break
             write_figures(done, summary)
-        each.append(read_figures(done))
+        each.append(read_figures(done, ("seconds",)))
         shutil.rmtree(target.member(member).checkpoints, ignore_errors=True)
     summary = ensemble_summary(each, target, config) if isinstance(config, RewardConfig) and members > 1 else each[0]
     target.finish(summary)
@@ -221,7 +221,10 @@ def _last_row(path: Path) -> dict | None:
     with open(path, "rb") as file:
         file.seek(max(path.stat().st_size - 8192, 0))
         lines = file.read().split(b"\n")[:-1]  # what follows the last newline is still being written
-    return json.loads(lines[-1]) if lines else None
+    try:
+        return json.loads(lines[-1]) if lines else None
+    except ValueError:  # somebody edited it; the worker says so when it opens the file
+        return None
 
 
 def _explained(

@@ -10,14 +10,14 @@ from rich.markup import escape
 from rlhf_ray.cli.display import Display, one_line, summary_table
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
-from rlhf_ray.config.run_names import names_of
+from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.config.stage_table import STAGES, all_needs_of
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.outcome import models_of_sample, read_samples, read_summary
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
-from rlhf_ray.report.models import asked, models_of_summary
-from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder
-from rlhf_ray.runs.storage import read_object
+from rlhf_ray.report.models import asked
+from rlhf_ray.report.trait_changes import what_differs, yes_no_traits
+from rlhf_ray.runs.run_folder import RunFolder
 
 
 def run(
@@ -77,29 +77,28 @@ def run_some(
 def closing_words(folder: RunFolder, console: Console) -> None:
     """The table, three sample pairs, where the report is, and the line that serves the model."""
     evaluation = folder.stage("evaluation").path
-    summary = read_object(evaluation / "summary.json", EVALUATE_AGAIN)
+    summary = read_summary(evaluation)
     console.print()
     console.print(summary_table(summary))
     console.print(verdict(summary, []), style="bold", highlight=False, markup=False, soft_wrap=True)
     for words in warnings(summary):
         console.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
-    samples = read_metrics(evaluation / "samples.jsonl")[:3]
-    for sample in samples:
-        console.print(f"\n[dim]prompt[/]     {escape(one_line(asked(sample), 200))}")
-        for model in sorted(models_of_summary(summary), key="ppo".__eq__):  # PPO's last
-            if model in sample:
-                style, answer = "bold" if model == "ppo" else "dim", one_line(response_of(sample, model), 240)
-                console.print(f"[{style}]{names_in(summary).told(model.upper())}[/]{judged(sample, model):>8}  {escape(answer)}")
+    _sample_pairs(read_samples(evaluation), names_in(summary), console)
     console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
 
 
-def judged(sample: dict, model: str) -> str:
-    """The judge's score of the model's answer; nothing where there is no judge."""
-    score = sample[model].get("judge") if isinstance(sample[model], dict) else None
-    return "" if score is None else f"{score:.1f}"
-
-
-def response_of(sample: dict, model: str) -> str:
-    answer = sample[model]
-    return answer["response"] if isinstance(answer, dict) else answer
+def _sample_pairs(samples: list[dict], names: RunNames, console: Console) -> None:
+    """The first three prompts with the models' answers, PPO's last, and the traits in which that differs from SFT's."""
+    yes_no = yes_no_traits(samples)
+    for sample in samples[:3]:
+        console.print(f"\n[dim]prompt[/]     {escape(one_line(asked(sample), 200))}")
+        for model in sorted(models_of_sample(sample), key="ppo".__eq__):
+            style, answer, judge = "bold" if model == "ppo" else "dim", sample[model], sample[model].get("judge")
+            score = "" if judge is None else f"{judge:.1f}"
+            console.print(
+                f"[{style}]{names.told(model.upper())}[/]{score:>8}  {escape(one_line(answer['response'], 240))}"
+            )
+        why = what_differs(sample["sft"], sample["ppo"], yes_no)
+        if why:
+            console.print(f"[dim]why[/]        {escape(why)}", highlight=False)

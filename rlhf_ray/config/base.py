@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from rlhf_ray.tables.table import Table
 
 Precision = Literal["auto", "float32", "bfloat16"]
 SEEDS = 2**31  # NumPy takes seeds below 2 ** 32, and stages add to the recipe's
+LONGEST_S = 2e6  # 23 days; epoll takes 2 ** 31 milliseconds
+MOST_THREADS = 1024  # of a process: OpenMP ends it where the system gives it fewer than it asks for
+MOST_ACTORS = 10_000  # of a role, or workers of a stage
+LEAST_RESERVED = 1e-4  # of a CPU or a GPU; Ray knows no smaller share
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of 32-bit floats, in which models, scores and losses are computed
 
 
@@ -29,6 +34,16 @@ class Section(BaseModel):
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1, and so would pydantic."""
+        given = cast(list[Any], value) if isinstance(value, (list, tuple)) else [value]
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        if any(isinstance(each, bool) for each in given) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("true and false are no numbers; give a number")
+        return value
+
     @field_validator("*")
     @classmethod
     def _numbers_are_finite(cls, value: Any) -> Any:
@@ -40,6 +55,25 @@ class Section(BaseModel):
                     f"give 0, or a number between {SMALLEST:g} and {LARGEST:g} in size"
                 )
         return value
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The types that an annotation is made of; of a Literal's values, theirs."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        yield from (type(value) for value in arguments)
+    elif arguments:
+        for part in arguments:
+            yield from _kinds(part)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+def check_reserved(value: float) -> float:
+    """A share of a CPU or a GPU. ValueError for one that Ray can't reserve."""
+    if 0 < value < LEAST_RESERVED:
+        raise ValueError(f"{value:g} is less than Ray can reserve; give {LEAST_RESERVED:g} or more")
+    return value
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -13,7 +13,7 @@ class EvaluationConfig(Section):
     seeds: tuple[int, ...] = option(
         (0,), "sampling seeds; every prompt is drawn once for each", min_length=1
     )
-    bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0)
+    bootstrap: int = option(2000, "resamples of the 95 % intervals", gt=0, le=100_000)
     judge_function: str | None = option(
         None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"
     )

@@ -19,7 +19,7 @@ class GenerationConfig(Section):
         0, "an EOS before this token does not end the response; if it is max_new_tokens, all have that length", ge=0
     )
     temperature: float = option(1.0, "divides the logits in sampling and in every log-prob", gt=0)
-    top_k: int = option(0, "sample from the k likeliest tokens; 0: all", ge=0)
+    top_k: int = option(0, "sample from the k likeliest tokens; 0: all", ge=0, lt=2**31)
     top_p: float = option(1.0, "sample from the smallest set with this probability", gt=0, le=1)
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", ge=0, lt=1)
     stop: tuple[str, ...] = option((), "strings that end a response")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import model_validator
 
-from rlhf_ray.config.base import SEEDS, OneOf, Precision, Section, exact_div, option
+from rlhf_ray.config.base import LONGEST_S, SEEDS, OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.kl_section import KlConfig, controller_problem, estimator_problem
 from rlhf_ray.config.reward_term import RewardTerm
 from rlhf_ray.config.supervised_sections import LoraConfig, check_trained_part
@@ -109,7 +109,7 @@ class PPOConfig(Section):
         None, "package.module:function scoring (prompts, responses) in place of the reward model; equals one term of rewards"
     )
     reward_timeout_s: float | None = option(
-        None, "longest time of reward_function per sample, as timeout_s of a term of rewards", gt=0
+        None, "longest time of reward_function per sample, as timeout_s of a term of rewards", gt=0, le=LONGEST_S
     )
     reward_timeout_score: float | None = option(None, "score of a sample over this limit; null: the run stops")
     rewards: dict[str, RewardTerm] = option(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.base import Section, option
+from rlhf_ray.config.base import LONGEST_S, MOST_ACTORS, MOST_THREADS, Section, check_reserved, option
 
 
 class RoleConfig(Section):
     """How many Ray actors a role has and what each reserves."""
 
-    actors: int = option(1, "Ray actors of this role", gt=0)
+    actors: int = option(1, "Ray actors of this role", gt=0, le=MOST_ACTORS)
     cpus: float = option(0.3, "CPUs reserved for each", ge=0)
     gpus: float = option(
         0.0, "GPUs reserved for each: whole ones, or a share of one, which roles have together by with", ge=0
@@ -27,6 +27,7 @@ class RoleConfig(Section):
         None,
         "torch threads of each; results depend on it to the bit; null: a share of the node's cores, kept in the run's recipe.yaml",
         gt=0,
+        le=MOST_THREADS,
     )
 
     @property
@@ -46,6 +47,11 @@ class RoleConfig(Section):
                 "the shares of all roles on it are at most 1"
             )
         return self
+
+    @field_validator("cpus", "gpus")
+    @classmethod
+    def _can_be_reserved(cls, value: float) -> float:
+        return check_reserved(value)
 
 
 class GroupConfig(RoleConfig):
@@ -93,9 +99,9 @@ class ResourcesConfig(Section):
         "how new weights reach the generation actors: through Ray's object store; by one broadcast, each on a GPU of its own (or "
         "all on CPUs); as handles of one GPU's memory, which policy and generation share; auto: the latter two where GPUs allow",
     )
-    start_timeout_s: float = option(300.0, "longest wait for actors or workers to start", gt=0)
+    start_timeout_s: float = option(300.0, "longest wait for actors or workers to start", gt=0, le=LONGEST_S)
     call_timeout_s: float = option(
-        1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0
+        1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0, le=LONGEST_S
     )
 
     restarts: int = option(

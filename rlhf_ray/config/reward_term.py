@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.base import Section, option
+from rlhf_ray.config.base import LONGEST_S, Section, option
 from rlhf_ray.tables.rewards import REWARDS
 
 
@@ -32,7 +32,7 @@ class RewardTerm(Section):
     options: dict[str, Any] = option({}, "what that kind reads")
     timeout_s: float | None = option(
         None, "longest time of the function per sample; it gets one sample at a time, in a process of its own; null: no limit. "
-        "With url: deadline of each request; null: 60", gt=0,
+        "With url: deadline of each request; null: 60", gt=0, le=LONGEST_S,
     )  # fmt: skip
     timeout_score: float | None = option(None, "score of a sample over the limit, before the weight; null: the run stops")
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.base import Precision, Section, exact_div, option
+from rlhf_ray.config.base import MOST_ACTORS, MOST_THREADS, Precision, Section, check_reserved, exact_div, option
 from rlhf_ray.config.resource_sections import offload_problem
 
 
@@ -64,10 +64,10 @@ class TrainConfig(Section):
     )
     checkpoint_minutes: float = option(10.0, "longest time between checkpoints", gt=0)
     eval_rows: int = option(500, "held-out rows scored after training", gt=0)
-    workers: int = option(1, "Ray Train workers (data-parallel ranks)", gt=0)
+    workers: int = option(1, "Ray Train workers (data-parallel ranks)", gt=0, le=MOST_ACTORS)
     cpus_per_worker: float = option(1, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = option(0, "GPUs reserved for each worker", ge=0)
-    threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0)
+    threads: int | None = option(None, "torch threads of each worker; null: a share of the node's cores", gt=0, le=MOST_THREADS)
     zero_stage: Literal[0, 1, 2, 3] = option(0, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = option(
         False,
@@ -84,6 +84,11 @@ class TrainConfig(Section):
     def accumulation_steps(self) -> int:
         per_rank = exact_div(self.batch_size, self.workers, "batch_size must divide by workers")
         return exact_div(per_rank, self.microbatch_size, "batch_size / workers must divide by microbatch_size")
+
+    @field_validator("cpus_per_worker", "gpus_per_worker")
+    @classmethod
+    def _can_be_reserved(cls, value: float) -> float:
+        return check_reserved(value)
 
     @field_validator("max_steps")
     @classmethod
@@ -141,7 +146,7 @@ class RewardConfig(TrainConfig):
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "shape of the learning rate after the warm-up")
     normalise_samples: int = option(
-        256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0
+        256, "samples of the SFT model whose mean and deviation normalise the scores; 0: none", ge=0, le=1_000_000
     )
     members: int = option(1, "models trained, each with a head and a data order of its own; all score together", gt=0)
     combine: Literal["mean", "worst", "mean_minus_std"] = option(

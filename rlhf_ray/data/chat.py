@@ -158,7 +158,7 @@ class ChatFormat:
 
 
 def _changed(text: str, messages: Messages) -> list[int]:
-    """The messages that do not stand in the rendered text as they are, in order, but for the space around them. One with further
+    """The messages that do not stand in the rendered text as they are, in order, except for the space around them. One with further
     texts than its content counts as changed."""
     changed, at = [], 0
     for place, message in enumerate(messages):

@@ -32,7 +32,7 @@ def suffix_of(path: str | Path) -> str:
 def resolve_paths(data: DataConfig) -> DataConfig:
     """The same config with absolute local paths: a job or a worker has another working directory."""
     if data.votes is not None and not data.votes.is_url:
-        votes = data.votes.model_copy(update={"url": str(Path(data.votes.url).expanduser().absolute())})
+        votes = data.votes.model_copy(update={"url": str(expanded(data.votes.url).absolute())})
         data = data.model_copy(update={"votes": votes})
     if data.root is not None:
         return data.model_copy(update={"root": str(expanded(data.root).absolute())})

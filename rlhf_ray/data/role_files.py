@@ -19,9 +19,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +41,7 @@ COLUMNS = {
     "prompts": ("prompt",),
 }
 CHAT = "messages"  # of a prompt that is a conversation
+Read = TypeVar("Read")
 JSON = {b"holds": b"JSON"}  # metadata of a column that we wrote as JSON
 CUT = {b"holds": b"cut prompts"}  # metadata of WHOLE where we wrote it: null where the prompt is whole
 ROLES = re.compile(r"sft_(train|eval)|(reward|judge)_(train|eval|eval_[a-z0-9_]+)|(eval_)?prompts|other_text")
@@ -100,7 +101,7 @@ def read_role(folder: RunFolder, role: str) -> Dataset:
     """The prepared rows of one role, in memory (no cache outside the run folder). UserError if there are none."""
     from datasets import Dataset
 
-    return Dataset(pq.read_table(_path(folder, role)))
+    return Dataset(_table(folder, role))
 
 
 def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
@@ -108,7 +109,7 @@ def read_prompts(folder: RunFolder, role: str = "prompts") -> list[str]:
 
     PPO's processes read nothing else. Without an import of `datasets` each starts half a second sooner.
     """
-    return pq.read_table(_path(folder, role), columns=["prompt"])["prompt"].to_pylist()
+    return _table(folder, role, ["prompt"])["prompt"].to_pylist()
 
 
 class PromptColumns:
@@ -158,12 +159,12 @@ def _read(text: str | None) -> Any:
 
 def read_prompt_columns(folder: RunFolder, role: str = "prompts") -> PromptColumns:
     """The prompts and other columns of the role "prompts" or "eval_prompts". Raises as `read_role`."""
-    return PromptColumns(pq.read_table(_path(folder, role)))
+    return PromptColumns(_table(folder, role))
 
 
 def prompt_columns(folder: RunFolder, role: str) -> list[str]:
     """The names of these columns, without reading them."""
-    return [name for name in pq.read_schema(_path(folder, role)).names if name != "prompt"]
+    return [name for name in _read_file(folder, role, pq.read_schema).names if name != "prompt"]
 
 
 def check_columns(recipe: Recipe, folder: RunFolder, roles: Sequence[str] = ("prompts", "eval_prompts")) -> None:
@@ -187,7 +188,44 @@ def _array(name: str, values: list, role: str) -> pa.Array:
 
 def count_rows(folder: RunFolder, role: str) -> int:
     """How many rows a role has. Raises as `read_role`."""
-    return pq.read_metadata(_path(folder, role)).num_rows
+    return _read_file(folder, role, pq.read_metadata).num_rows
+
+
+def _table(folder: RunFolder, role: str, columns: list[str] | None = None) -> pa.Table:
+    """The columns (None: all) of a role's file, those that we write whole and of their types."""
+    table = _read_file(folder, role, lambda path: pq.ParquetFile(path).read(columns=columns))
+    forms = ("prompts",) if role.endswith("prompts") else ("sft",) if role.startswith(("sft", "other")) else ("pairs", "scores")
+    told = [
+        _problem(table, [name for name in COLUMNS[form] if columns is None or name in columns]) for form in forms
+    ]
+    if all(told):
+        raise _damaged(folder, role, told[0])
+    return table
+
+
+def _problem(table: pa.Table, names: Sequence[str]) -> str:
+    """What is wrong with these columns; "" where nothing is."""
+    for name in names:
+        if name not in table.column_names:
+            return f"it has no column '{name}'"
+        kind = table.schema.field(name).type
+        fits = pa.types.is_floating(kind) if name == "score" else pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not fits or table[name].null_count:
+            return f"its column '{name}' holds something else than {'numbers' if name == 'score' else 'text'}"
+    return ""
+
+
+def _read_file(folder: RunFolder, role: str, read: Callable[[Path], Read]) -> Read:
+    path = _path(folder, role)
+    try:
+        return read(path)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise _damaged(folder, role, str(error).strip().partition("\n")[0][:200]) from error
+
+
+def _damaged(folder: RunFolder, role: str, what: str) -> UserError:
+    path = folder.data(role)
+    return UserError(f"{path} is damaged ({what}); delete the folder {path.parent}, and the next run prepares the data again")
 
 
 def _path(folder: RunFolder, role: str) -> Path:

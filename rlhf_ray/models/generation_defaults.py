@@ -91,7 +91,7 @@ def read_json(path: str | Path, name: str) -> dict[str, Any] | None:
             return None
         file = Path(found)
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # transformers says what is wrong with it
         return None
     return values if isinstance(values, dict) else None

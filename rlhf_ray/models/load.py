@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,6 +33,11 @@ from rlhf_ray.models.without_weights import without_weights
 from rlhf_ray.tables.families import FAMILIES
 
 SHORT_POSITIONS = 512  # models up to this length use plain attention on CPUs
+#: what transformers raises for a folder that is damaged: a config that was edited by hand fails wherever its numbers are used
+BROKEN = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 ONE_OUTPUT = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
 
 
@@ -72,8 +78,11 @@ def empty_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
         config = FAMILIES.named(shape.architecture).scratch_config(shape, {"vocab_size": shape.vocab_size})
     else:
         config = load_config(cfg.name_or_path, cfg.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    except BROKEN as error:
+        raise UserError(_cannot_load(cfg.name_or_path, error)) from error
 
 
 def load_causal_lm(
@@ -129,7 +138,15 @@ def load_reward_model(
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
     """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model trained elsewhere."""
     own = config.to_dict()  # the reward stage adds two keys to its models' configs
-    return (own["reward_mean"], own["reward_std"]) if "reward_mean" in own else (0.0, 1.0)
+    found = own.get("reward_mean"), own.get("reward_std")
+    if found == (None, None):
+        return 0.0, 1.0
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in found) or found[1] <= 0:
+        raise UserError(
+            f"the reward model's config.json has reward_mean {found[0]!r} and reward_std {found[1]!r}, which normalise no score; "
+            "take both out, or delete the reward stage's folder to train it again"
+        )
+    return found
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -231,7 +248,7 @@ def _hub_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 def _read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the latter: a config.json of another form
+    except BROKEN as error:
         raise UserError(_cannot_load(path, error)) from error
 
 
@@ -262,7 +279,9 @@ def _load(
             str(path), dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, generation_config=mended(path), **kwargs,
         )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except BROKEN as error:
         raise UserError(_cannot_load(path, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -39,7 +39,7 @@ def save_model(
     transformers_logging.disable_progress_bar()
     model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     mode = (temporary / "README.md").stat().st_mode
     for file in temporary.iterdir():
         file.chmod(mode)  # safetensors makes its files readable by their owner alone, whatever the umask

@@ -120,7 +120,7 @@ def _counted(model_json: str) -> ModelShape:
     model = ModelConfig.model_validate_json(model_json)
     try:
         built = empty_causal_lm(model)
-    except (UserError, ValueError, KeyError, ImportError, AttributeError, RuntimeError):
+    except UserError:
         # No config, an architecture that this transformers lacks, or code of the model's own that fails: loading it will say so.
         return _unbuilt(model.name_or_path)
     config = built.config.get_text_config()
@@ -150,7 +150,7 @@ def _unbuilt(name_or_path: str) -> ModelShape:
     """What the headers of a folder's safetensors files say: the number of weights and no more."""
     try:
         count = sum(math.prod(shape) for file in _weight_files(Path(name_or_path)) for shape in tensor_shapes(file))
-    except (OSError, ValueError, KeyError, struct.error):  # cut off; loading it will say so
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):  # damaged; loading it will say so
         return UNKNOWN
     return replace(UNKNOWN, parameters=count)
 
@@ -167,5 +167,7 @@ def tensor_shapes(file: Path) -> list[list[int]]:
     """Of the tensors in a safetensors file, by its header alone: eight bytes say how long it is."""
     with open(file, "rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
+        if length > file.stat().st_size:
+            raise ValueError(f"the header of {file} would have {length} bytes")
         header = json.loads(opened.read(length))
     return [each["shape"] for name, each in header.items() if name != "__metadata__"]

@@ -44,7 +44,7 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
         is_reward = any("SequenceClassification" in name for name in load_config(folder).architectures or [])
         model, tokenizer = (load_reward_model if is_reward else load_causal_lm)(folder), load_tokenizer(folder)
         own = folder / "README.md"
-        card = own.read_text() if own.exists() else f"Exported from {source.name}.\n"
+        card = own.read_text(encoding="utf-8") if own.exists() else f"Exported from {source.name}.\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rmdir()

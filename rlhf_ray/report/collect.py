@@ -21,11 +21,11 @@ import yaml
 
 from rlhf_ray.config.recipe_file import load_recipe, path_fields, read_yaml
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.outcome import SUMMARY, read_samples, read_summary
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
-from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder, environment_of
-from rlhf_ray.runs.storage import read_object, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, environment_of, timings_of
+from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import shown_figures
 
 SAMPLES = 40
@@ -37,13 +37,13 @@ def collect(out: Path, runs: list[RunFolder], models: bool = False, rank: int | 
     """Write OUT from scratch and return its README.md. Raises UserError for a run that has no evaluation."""
     summaries = {}
     for run in runs:
-        summary = run.path / "evaluation" / "summary.json"
-        if not summary.exists():
+        evaluation = run.stage("evaluation").path
+        if not (evaluation / SUMMARY).exists():
             raise UserError(f"{run.path} has no evaluation; finish it with: rlhf-ray run RECIPE --run-dir {run.path}")
         seed = load_recipe(str(run.recipe)).seed
         if seed in summaries:
             raise UserError(f"{run.path} has seed {seed} like a run before it; give one run per seed")
-        summaries[seed] = read_object(summary, EVALUATE_AGAIN)
+        summaries[seed] = read_summary(evaluation)
         record(run, out / f"seed_{seed}")
     if models:
         save_models(runs[0], out)
@@ -65,8 +65,8 @@ def record(run: RunFolder, target: Path) -> None:
             files |= {f"{stage}.json": folder.done_file, f"{stage}_metrics.jsonl": folder.metrics}
     for name, file in files.items():
         if file.exists():
-            write_atomically(target / name, shorten(file.read_text()))
-    samples = [json.dumps(row, ensure_ascii=False) for row in read_metrics(run.path / "evaluation" / "samples.jsonl")[:SAMPLES]]
+            write_atomically(target / name, shorten(file.read_text(encoding="utf-8")))
+    samples = [json.dumps(row, ensure_ascii=False) for row in read_samples(run.stage("evaluation").path)[:SAMPLES]]
     write_atomically(target / "samples.jsonl", shorten("\n".join(samples) + "\n"))
     # Value by value, so that YAML puts quotes around a last part that needs them.
     recipe = _map_texts(read_yaml(str(run.recipe)), shorten)
@@ -114,7 +114,7 @@ def save_models(run: RunFolder, out: Path) -> None:
     shorten = path_shortener(run)
     for name, stage, load in (("policy", "ppo", load_causal_lm), ("reward", "reward", load_reward_model)):
         source = run.stage(stage).model
-        card = shorten((source / "README.md").read_text())
+        card = shorten((source / "README.md").read_text(encoding="utf-8"))
         model = load(source)
         cast(torch.nn.Module, model).to(torch.bfloat16)  # transformers' own annotation of `to` has lost its `self`
         save_model(model, load_tokenizer(source), out / name, card)
@@ -138,7 +138,7 @@ def save_policy_adapter(run: RunFolder, out: Path, rank: int) -> None:
 
 def _readme(name: str, summaries: dict[int, dict], runs: list[RunFolder]) -> list[str]:
     environment = environment_of(runs[0])
-    timings = [read_object(run.path / "timings.json", "run the same command again, which writes it") for run in runs]
+    timings = [timings_of(run) for run in runs]
     seeds = sorted(summaries)
     lines = [f"# {name}", "",
              f"{len(seeds)} run(s), seeds {', '.join(map(str, seeds))}, on {environment['cpus']} cores of {environment['cpu']}"

@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.outcome import SUMMARY, read_summary
 from rlhf_ray.report.collect import path_shortener
 from rlhf_ray.report.models import other_tuned, over_sft, title
 from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import EVALUATE_AGAIN, RunFolder, environment_of
-from rlhf_ray.runs.storage import read_object, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, environment_of
+from rlhf_ray.runs.storage import write_atomically
 
 Groups = dict[str, list[RunFolder]]
 CURVES = (
@@ -31,12 +33,12 @@ CURVES = (
 COLUMNS: dict[str, Callable[[Mapping, Mapping, Mapping], float | None]] = {
     "win rate, judge": lambda summary, model, over: _mean(over["win_rate"]["judge"]),
     "win rate, reward": lambda summary, model, over: _mean(over["win_rate"]["reward_model"]),
-    "judge": lambda summary, model, over: _mean(model["judge"]),
-    "judge, SFT": lambda summary, model, over: _mean(summary["sft"]["judge"]),
-    "score": lambda summary, model, over: _mean(model["score"]),
+    "judge": lambda summary, model, over: _mean(model.get("judge")),
+    "judge, SFT": lambda summary, model, over: _mean(summary["sft"].get("judge")),
+    "score": lambda summary, model, over: _mean(model.get("score")),
     "KL": lambda summary, model, over: over["kl"],
     "distinct-2 / SFT's": lambda summary, model, over: _mean(over["ratio"].get("distinct_2")),
-    "tokens": lambda summary, model, over: _mean(model["length"]),
+    "tokens": lambda summary, model, over: _mean(model.get("length")),
 }
 
 
@@ -127,7 +129,7 @@ def _record(run: RunFolder, target: Path) -> None:
              "summary.json": summary}  # fmt: skip
     for name, file in files.items():
         if file.exists():
-            write_atomically(target / name, shorten(file.read_text()))
+            write_atomically(target / name, shorten(file.read_text(encoding="utf-8")))
 
 
 def _readme(out: Path, groups: Groups) -> list[str]:
@@ -146,8 +148,8 @@ def _readme(out: Path, groups: Groups) -> list[str]:
         return [*lines, f"Runs of PPO without an evaluation of their models. {'; '.join(runs)}."]
     lines += ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]  # fmt: skip
     for label, runs in groups.items():
-        files = [run.stage("evaluation").path / "summary.json" for run in runs]
-        summaries = [read_object(file, EVALUATE_AGAIN) for file in files if file.exists()]
+        folders = [run.stage("evaluation").path for run in runs]
+        summaries = [read_summary(folder) for folder in folders if (folder / SUMMARY).exists()]
         views = [(summary, summary["ppo"], summary) for summary in summaries]
         lines.append(_line(label, seeds[label], views))
         for model in other_tuned(summaries[0]) if summaries else ():
@@ -187,9 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
             label, equals, path = one.partition("=")
             if not equals:
                 raise UserError(f"{one!r}: write LABEL=RUN_DIR, for example ppo=runs/demo")
-            if not (Path(path) / "recipe.yaml").exists():
+            run = RunFolder(expanded(path).absolute())
+            if not run.recipe.exists():
                 raise UserError(f"{path} is not a run folder (it has no recipe.yaml)")
-            groups.setdefault(label, []).append(RunFolder(Path(path).absolute()))
+            groups.setdefault(label, []).append(run)
         print(compare(given.out, groups, given.curves.split(","), given.against, given.root))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from rlhf_ray.config.run_names import RunNames
+from rlhf_ray.evaluation.outcome import models_of_sample
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report import charts
 from rlhf_ray.report.formatting import between, figure, flat, percent, shown
-from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
+from rlhf_ray.report.models import models_of_summary, other_tuned, over_sft, title
 from rlhf_ray.tables.figures import shown_figures
 
 QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"
@@ -162,6 +163,14 @@ def calibrations(closing: dict, pairs: dict[str, str]) -> list[tuple[str, str]]:
     for stage, words in pairs.items():
         bins = closing[stage].get("calibration")
         if isinstance(bins, list):
-            points = [(one["predicted"], one["observed"]) for one in bins if one["count"]]
+            points = [point for one in bins if (point := _point(one)) is not None]
             plots.append((words, charts.calibration(points)))
     return plots
+
+
+def _point(one: object) -> tuple[float, float] | None:
+    """None for a bin without a pair, and for what is no bin."""
+    if not isinstance(one, dict) or not one.get("count"):
+        return None
+    ends = one.get("predicted"), one.get("observed")
+    return ends if all(isinstance(each, (int, float)) for each in ends) else None

@@ -14,12 +14,6 @@ def models_of_summary(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in ("sft", "ppo", *others) if name in summary]
 
 
-def models_of_sample(row: Mapping[str, Any]) -> list[str]:
-    """Likewise, those whose response is in the line."""
-    found = [name for name, part in row.items() if isinstance(part, dict)]
-    return sorted(found, key=lambda name: {"sft": 0, "ppo": 1}.get(name, 2))
-
-
 def other_tuned(summary: Mapping[str, Any]) -> list[str]:
     """The tuned models beside PPO's."""
     return [name for name in models_of_summary(summary) if name not in ("sft", "ppo")]

@@ -13,18 +13,23 @@ import jinja2
 from rlhf_ray.config.recipe_file import read_yaml
 from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.config.stage_table import ALWAYS
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.outcome import SUMMARY, models_of_sample, read_samples, read_summary
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
 from rlhf_ray.report import charts, key_figures
 from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report.formatting import duration, figure, flat, percent, shown
-from rlhf_ray.report.models import models_of_sample, models_of_summary, title
+from rlhf_ray.report.models import models_of_summary, title
+from rlhf_ray.report.trait_changes import what_differs, yes_no_traits
 from rlhf_ray.runs.metrics import read_metrics
-from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.runs.storage import read_object, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, timings_of
+from rlhf_ray.runs.storage import read_lines, read_object, write_atomically
 
 TEMPLATE = Path(__file__).with_name("template.html")
 WORST = 3  # samples shown where PPO lost most
 EVENTS = 200  # latest events shown
+#: of PPO's closing figures, those that say how it ended
+ENDED = {"model_step", "steps", "ended_by", "best_by", "best_score", "best_step", "worse_since"}
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -35,9 +40,10 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(folder: RunFolder) -> str:
     """The page as text."""
-    recipe = read_yaml(str(folder.recipe)) if folder.recipe.exists() else {}
-    summary = _json(folder.stage("evaluation").path / "summary.json")
-    samples = read_metrics(folder.stage("evaluation").path / "samples.jsonl")
+    recipe = _recipe(folder)
+    evaluation = folder.stage("evaluation").path
+    summary = read_summary(evaluation) if (evaluation / SUMMARY).exists() else {}
+    samples = read_samples(evaluation)
     names = names_in(summary) if "names" in summary else names_of(recipe)
     if summary:
         summary |= {"names": names.to_json()}
@@ -50,7 +56,7 @@ def render(folder: RunFolder) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": charts.number, "percent": percent, "figure": figure, "duration": duration}
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=recipe.get("name", folder.path.name),
         recipe=recipe,
         stages=stages,
@@ -72,19 +78,38 @@ def render(folder: RunFolder) -> str:
         calibrations=key_figures.calibrations(closing, pairs),
         samples=_shown(samples, recipe, names),
         closing=_closing(titles, closing),
-        events=read_metrics(folder.events)[-EVENTS:][::-1],
-        environment=flat(_json(folder.path / "environment.json")),
-        recipe_text=folder.recipe.read_text() if folder.recipe.exists() else "",
+        events=[_event(row) for row in read_lines(folder.events)[-EVENTS:][::-1]],
+        environment=flat(_environment(folder)),
+        recipe_text=folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else "",
     )
 
 
-def _json(path: Path) -> dict:
+def _recipe(folder: RunFolder) -> dict:
+    """The recipe as its file holds it: a plugin that it names need not be here."""
+    found = read_yaml(str(folder.recipe)) if folder.recipe.exists() else {}
+    ppo, evaluation = found.get("ppo") or {}, found.get("evaluation") or {}
+    rewards = ppo.get("rewards") or {} if isinstance(ppo, dict) else None
+    sound = isinstance(rewards, dict) and all(isinstance(term, dict) for term in rewards.values())
+    if not sound or not isinstance(evaluation, dict) or not isinstance(evaluation.get("samples", 0), int):
+        raise UserError(f"{folder.recipe} is damaged: its ppo or evaluation is of another form; write the run's recipe there again")
+    return found | {"evaluation": evaluation}
+
+
+def _environment(folder: RunFolder) -> dict:
+    path = folder.path / "environment.json"
     return read_object(path, "delete it, and the report leaves it out") if path.exists() else {}
+
+
+def _event(row: dict) -> dict:
+    """With the keys that the page shows; a line that lacks one, or holds something else there, keeps the others."""
+    told = {key: str(row.get(key, "–")) for key in ("time", "what", "done")}
+    cost = row.get("cost_s")
+    return told | {"cost_s": cost if isinstance(cost, (int, float)) else None}
 
 
 def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict, titles: dict[str, str]) -> list[dict]:
     """One row per stage that the recipe has: its state (done, running, waiting), last step and time."""
-    rows, timings = [], _json(folder.path / "timings.json")
+    rows, timings = [], timings_of(folder)
     for stage, name in titles.items():
         begun = folder.stage(stage).path.exists()
         if stage not in ALWAYS and recipe.get(stage) is None and not begun:
@@ -106,7 +131,7 @@ def _stages(folder: RunFolder, recipe: dict, metrics: dict, closing: dict, title
 
 def _ended(ppo: dict | None) -> str:
     """Why PPO ended, and which step's policy it left, where that is not simply the last one's."""
-    if not ppo or "model_step" not in ppo or (ppo["model_step"] == ppo["steps"] and ppo["ended_by"] == "steps"):
+    if not ppo or not ppo.keys() >= ENDED or (ppo["model_step"] == ppo["steps"] and ppo["ended_by"] == "steps"):
         return ""
     what = "judge's score" if ppo["best_by"] == "judge" else "score"
     words = f"PPO ended after step {ppo['steps']}"
@@ -137,7 +162,9 @@ def _shown(samples: list[dict], recipe: dict, names: RunNames) -> dict[str, list
     worst = [row for row in worst if row["ppo"][key] < row["sft"][key]]
     parts = {"first": first_seed[:count], "worst": worst}
     told: set[str] = set()  # system prompts that stand above already
-    return {name: [{"turns": _turns(row, told), "prompt": row["prompt"], "replies": _replies(row, names)} for row in rows]
+    yes_no = yes_no_traits(samples)
+    return {name: [{"turns": _turns(row, told), "prompt": row["prompt"], "replies": _replies(row, names),
+                    "why": what_differs(row["sft"], row["ppo"], yes_no)} for row in rows]
             for name, rows in parts.items()}  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.storage import read_lines
 
 
 class EventLog:
@@ -37,4 +37,4 @@ class EventLog:
         return event
 
     def read(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path)
+        return read_lines(self.path)

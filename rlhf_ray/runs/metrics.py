@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.runs.storage import read_lines, write_atomically
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NEWLINE = b"\n"
@@ -21,27 +21,12 @@ SAMPLE_COLUMNS = ("prompt", "response", "score")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not UTF-8 ({error}); delete it, or the lines that are not text") from error
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            # Only the last line can be half-written: each is flushed whole before the next begins.
-            if number == len(lines):
-                break
-            raise UserError(f"{path} line {number} is not JSON; delete that line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not a JSON object; delete that line")
-        rows.append(cast(dict[str, Any], row))
+    """The rows of a metrics.jsonl, each of a step (`storage.read_lines`)."""
+    rows = read_lines(path)
+    for row in rows:
+        step = row.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise UserError(f"{path} has a line of no step ({json.dumps(row)[:60]} ...); delete that line")
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import function_names
+from rlhf_ray.errors import UserError
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import read_object
@@ -45,13 +46,16 @@ def record_changes(folder: RunFolder, now: dict[str, str], figures: list[str]) -
     """An event for each module that was another one when this folder's environment.json was written, and for each figure of a
     plugin that was there and is not among these any more."""
     path = folder.path / "environment.json"
-    recorded: dict[str, Any] = read_object(path, "delete it, and the next run writes it again") if path.exists() else {}
-    before: dict[str, str] = recorded.get("modules", {})
+    remedy = "delete it, and the next run writes it again"
+    recorded: dict[str, Any] = read_object(path, remedy) if path.exists() else {}
+    before, had = recorded.get("modules", {}), recorded.get("figures", [])
+    if not isinstance(before, dict) or not isinstance(had, list):
+        raise UserError(f"{path} is damaged: 'modules' is no mapping, or 'figures' no list; {remedy}")
     for name in sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
         EventLog(folder.events).add(
             f"the module {name} has changed since this run folder was last used", "the run goes on with the new one"
         )
-    for name in recorded.get("figures", []):
+    for name in had:
         if name not in figures:
             EventLog(folder.events).add(
                 f"no plugin has the figure '{name}' any more, which one had when this run folder was last used",

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +20,8 @@ from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.runs.closing import closing_words
 from rlhf_ray.runs.own_modules import digests, own_figures, record_changes
 from rlhf_ray.runs.resume import check_resume, ppo_goes_on, write_recipe
-from rlhf_ray.runs.run_folder import RunFolder, StageFolder, make_private
-from rlhf_ray.runs.storage import read_object, write_atomically
+from rlhf_ray.runs.run_folder import RunFolder, StageFolder, make_private, timings_of
+from rlhf_ray.runs.storage import write_atomically
 
 Progress = Callable[[dict[str, Any]], None]
 RECORD_S = 10.0  # between two notes of a running stage's time
@@ -74,6 +74,14 @@ def _reopen_evaluation(evaluation: StageFolder) -> None:
     (evaluation.path / "summary.json").unlink(missing_ok=True)
 
 
+def known_stages(recipe: Recipe, names: Sequence[str] | None) -> None:
+    """UserError for a name that is no stage of the recipe."""
+    for name in names or ():
+        if name not in recipe.stages:
+            why = "its section is null" if name in STAGES else f"it has {', '.join(recipe.stages)}"
+            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': {why}")
+
+
 def run_stages(
     recipe: Recipe,
     folder: RunFolder,
@@ -86,10 +94,8 @@ def run_stages(
 
     Raises StageStopped when asked to stop: from inside a stage that looks for STOP, else after the stage.
     """
+    known_stages(recipe, names)
     wanted = recipe.stages if names is None else names
-    for name in wanted:
-        if name not in recipe.stages:
-            raise UserError(f"the recipe '{recipe.name}' has no stage '{name}': its section is null")
     for name in wanted:
         stage = folder.stage(name)
         if stage.done:
@@ -139,8 +145,8 @@ class _StageClock:
     """Adds a stage's seconds to timings.json, which sums them over resumes: now and then, so that a killed run's count too."""
 
     def __init__(self, folder: RunFolder, name: str):
-        self._path, self._name, self._recorded = folder.path / "timings.json", name, time.time()
-        self.before = self.total = self._timings().get(name, 0.0)
+        self._folder, self._name, self._recorded = folder, name, time.time()
+        self.before = self.total = timings_of(folder).get(name, 0.0)
 
     def record(self, every_s: float = 0.0) -> None:
         """Unless it is less than every_s since the last time."""
@@ -149,11 +155,8 @@ class _StageClock:
             return
         self.total += now - self._recorded
         self._recorded = now
-        write_atomically(self._path, json.dumps(self._timings() | {self._name: round(self.total, 1)}, indent=2) + "\n")
-
-    def _timings(self) -> dict[str, float]:
-        remedy = "delete it, and the seconds of the stages count from 0"
-        return read_object(self._path, remedy) if self._path.exists() else {}
+        timings = timings_of(self._folder) | {self._name: round(self.total, 1)}
+        write_atomically(self._folder.path / "timings.json", json.dumps(timings, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -16,10 +16,9 @@ from typing import Any
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import flatten
 from rlhf_ray.config.stage_table import STAGES
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.runs.storage import read_object, write_atomically
-
-EVALUATE_AGAIN = "delete the folder that it is in, and the next run evaluates again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +89,35 @@ def write_figures(done: Path, figures: dict[str, Any]) -> None:
 
 
 def read_figures(done: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """needed: names of numbers that must be there."""
     remedy = "delete it, and the next run does the stage again"
     figures = read_object(done, remedy)
-    if missing := [name for name in needed if name not in figures]:
-        raise UserError(f"{done} is damaged: it has no {', '.join(missing)}; {remedy}")
+    if missing := [name for name in needed if not _is_number(figures.get(name))]:
+        raise UserError(f"{done} is damaged: it has no number {', '.join(missing)}; {remedy}")
     return figures
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def environment_of(folder: RunFolder) -> dict[str, Any]:
     """Where the run was done: versions and hardware."""
-    return read_object(folder.path / "environment.json", "run the same command again, which writes it")
+    path, remedy = folder.path / "environment.json", "run the same command again, which writes it"
+    found = read_object(path, remedy)
+    if not {"cpus", "cpu", "gpus"} <= found.keys() or not isinstance(found["gpus"], list):
+        raise UserError(f"{path} is damaged: it does not say on which hardware the run was; {remedy}")
+    return found
+
+
+def timings_of(folder: RunFolder) -> dict[str, float]:
+    """Stage -> its seconds, over all resumes; {} before the first stage."""
+    path, remedy = folder.path / "timings.json", "delete it, and the seconds of the stages count from 0"
+    found = read_object(path, remedy) if path.exists() else {}
+    for stage, seconds in found.items():
+        if not _is_number(seconds):
+            raise UserError(f"{path} is damaged: the seconds of '{stage}' are no number; {remedy}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +210,16 @@ def start_model(recipe: Recipe, folder: RunFolder) -> str:
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
     """RUN_DIR, absolute before any process starts: a worker has another working directory."""
-    if run_dir is not None and "://" in run_dir:
+    return RunFolder(folder_path(run_dir or f"runs/{recipe.name}", "--run-dir"))
+
+
+def folder_path(given: str | Path, option: str) -> Path:
+    """The absolute path of a run folder. UserError for a URI, and for the home of somebody who is not known."""
+    if "://" in str(given):
         raise UserError(
-            f"--run-dir {run_dir!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
+            f"{option} {str(given)!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
         )
-    return RunFolder(Path(run_dir or f"runs/{recipe.name}").absolute())
+    return expanded(given).absolute()
 
 
 def make_private(path: Path) -> None:

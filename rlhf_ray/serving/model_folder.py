@@ -93,8 +93,9 @@ def _is_model(folder: Path) -> bool:
 
 def _architectures(folder: Path) -> list[str]:
     try:
-        return json.loads((folder / "config.json").read_text()).get("architectures") or []
-    except (ValueError, AttributeError):
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        return [name.strip() for name in found]  # names, or else the error
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(
             f"'{folder / 'config.json'}' is not a model's config; give a Hugging Face model folder"
         ) from None

@@ -155,7 +155,7 @@ def _model(path: str | Path, name: str | None, base: Path | None, engine: str | 
 
 def _checked_config(adapter: Path) -> dict[str, Any]:
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"'{adapter / 'adapter_config.json'}' can't be read ({error}); write the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):

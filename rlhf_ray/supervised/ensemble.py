@@ -6,12 +6,14 @@ The stage's folder holds member 0, member_1/ ... in it the others; each holds a 
 from __future__ import annotations
 
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from rlhf_ray.algorithms.ensembles import combine_scores, disagreement
 from rlhf_ray.config import RewardConfig
+from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.reward_metrics import heldout_figures
 
@@ -26,12 +28,22 @@ def save_scores(target: StageFolder, scores: dict[str, np.ndarray], *, seed: int
     np.savez(target.path / "heldout.npz", **arrays)
 
 
+def _saved_scores(target: StageFolder, number: int) -> dict[str, np.ndarray]:
+    path = target.member(number).path / "heldout.npz"
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged or gone ({error}); delete {target.member_done(number)}, and the next run trains this member again"
+        ) from error
+
+
 def ensemble_summary(each: list[dict], target: StageFolder, config: RewardConfig) -> dict:
     """The stage's DONE: the figures of member 0, which is the stage's model, those of the others and of all together."""
     left = []
     for number in range(len(each)):
-        with np.load(target.member(number).path / "heldout.npz") as file:
-            left.append(dict(file))
+        left.append(_saved_scores(target, number))
     moments = [(one.get("reward_mean", 0.0), one.get("reward_std", 1.0)) for one in each]
     others = {f"member_{number}": one for number, one in enumerate(each) if number > 0}
     together = ensemble_figures(left, moments, config)

@@ -67,5 +67,5 @@ def write_normalisation(reward_model: Path, scores: np.ndarray) -> dict:
         )
     path = reward_model / "config.json"
     figures = {"reward_mean": mean, "reward_std": deviation}
-    write_atomically(path, json.dumps(json.loads(path.read_text()) | figures, indent=2) + "\n")
+    write_atomically(path, json.dumps(json.loads(path.read_text(encoding="utf-8")) | figures, indent=2) + "\n")
     return figures

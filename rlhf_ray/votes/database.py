@@ -13,6 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import RunFailed, UserError, whole_message
 from rlhf_ray.votes import schema
 
@@ -24,7 +25,7 @@ def database_url(text: str) -> sa.URL:
     if "://" not in text:
         if not text:
             raise UserError("the database of votes is ''; give a file, for example votes.db")
-        return sa.URL.create("sqlite", database=str(Path(text).expanduser().absolute()))
+        return sa.URL.create("sqlite", database=str(expanded(text).absolute()))
     try:
         url = sa.make_url(text)
     except (SQLAlchemyError, ValueError) as error:
@@ -34,7 +35,7 @@ def database_url(text: str) -> sa.URL:
     if kind == "sqlite":
         if not url.database or url.database == ":memory:" or url.query:
             raise UserError(f"'{text}' names no file, and votes must outlive the process; give sqlite:///FILE")
-        return url.set(drivername="sqlite", database=str(Path(url.database).expanduser().absolute()))
+        return url.set(drivername="sqlite", database=str(expanded(url.database).absolute()))
     if kind in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
     raise UserError(f"'{url.render_as_string()}' is of the kind '{kind}'; {_KINDS}")

@@ -4,7 +4,7 @@ explicit             {"prompt": text, "chosen": text, "rejected": text}
 implicit             {"chosen": prompt and answer, "rejected": prompt and answer}
 explicit, messages   {"prompt": [messages], "chosen": [message], "rejected": [message]}
 implicit, messages   {"chosen": [messages], "rejected": [messages]}
-edits                {"prompt": text or [messages], "completion": text or [message]}: answers as raters wrote them anew
+edits                {"prompt": text or [messages], "completion": text or [message]}: answers as raters rewrote them
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def preference_rows(pairs: Sequence[Pair], form: Form = "explicit", *, messages:
 
 
 def edit_rows(judgements: Iterable[Judgement], *, messages: bool = False) -> list[dict[str, Any]]:
-    """One row per answer that a rater wrote anew. Raises as `preference_rows`."""
+    """One row per answer that a rater rewrote. Raises as `preference_rows`."""
     edited = [(each.comparison.prompt, each.vote.edit) for each in judgements if each.vote.edit is not None]
     _check_texts([prompt for prompt, _ in edited], messages)
     return [_row(prompt, {"completion": edit}, "explicit", messages) for prompt, edit in edited]

@@ -17,6 +17,7 @@ from rlhf_ray.votes.records import Answer, Comparison, Judged, Judgement, Name, 
 from rlhf_ray.votes.schema import answers, comparisons, showings, votes
 from rlhf_ray.votes.store import answer_of, vote_of
 
+DAY_S = 24 * 3600  # UTC has no other days
 Part = Literal["train", "held_out", "all"]
 
 
@@ -147,7 +148,7 @@ def _query(filters: Filters) -> sa.Select:
     if filters.since is not None:
         query = query.where(votes.c.voted_at >= _midnight(filters.since))
     if filters.until is not None:
-        query = query.where(votes.c.voted_at < _midnight(filters.until + datetime.timedelta(days=1)))
+        query = query.where(votes.c.voted_at < _midnight(filters.until) + DAY_S)
     return query
 
 
