@@ -172,10 +172,19 @@ def serve(
     max_waiting_rows: Annotated[int, typer.Option(help="choices that may wait; more are refused with 429")] = 128,
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 1 << 20,
     max_connections: Annotated[int, typer.Option(help="open connections")] = 512,
+    votes: Annotated[str | None, typer.Option(help="the database that keeps people's votes; made if there is none")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="file of prompts to compare answers to; default: those that the run was trained on")
+    ] = None,
+    invited_only: Annotated[bool, typer.Option(help="raters need a link (`rlhf-ray votes invite`), also on loopback")] = False,
+    votes_per_comparison: Annotated[int, typer.Option(help="so many raters judge each comparison")] = 2,
+    votes_per_minute: Annotated[int, typer.Option(help="the most of one rater")] = 60,
+    reward_url: Annotated[str | None, typer.Option(help="where /get_reward answers, for the playground")] = None,
 ):
-    """Put a model behind Ray Serve with OpenAI's HTTP API."""
+    """Put a model behind Ray Serve with OpenAI's HTTP API, and a page at / to chat, compare and vote."""
     from rlhf_ray.serving.config import Limits, given_key
     from rlhf_ray.serving.launch import serve as serve_model
+    from rlhf_ray.serving.page.options import PageOptions
     from rlhf_ray.serving.served import named_folders
 
     limits = Limits(
@@ -189,6 +198,10 @@ def serve(
         allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name, replicas=replicas, gpus=gpus,
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits,
+        page=PageOptions(
+            votes=votes, prompts=prompts, invited_only=invited_only, votes_per_comparison=votes_per_comparison,
+            votes_per_minute=votes_per_minute, reward_url=reward_url,
+        ),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A model folder in, an OpenAI-compatible HTTP server on Ray Serve out. `app.build_app` is the app without Ray.
 
-May import: errors, tables, config, runs, models, data, generation, training, actors.
-Heavy packages: fastapi, ray.
+May import: errors, tables, config, runs, models, data, generation, training, actors, votes.
+Heavy packages: fastapi, ray, sqlalchemy.
 """
 
 from rlhf_ray.serving.launch import Server, serve

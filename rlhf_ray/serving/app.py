@@ -21,10 +21,10 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.guard import guarded
-from rlhf_ray.serving.openapi import describe_bodies
+from rlhf_ray.serving.openapi import BODIES, describe_bodies
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
-from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage
+from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage, with_token_ids
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 from rlhf_ray.serving.text import ResponseText, TokenText, prompt_tokens
@@ -48,7 +48,7 @@ def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) 
         docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
     install_error_handlers(app, PATHS)
-    describe_bodies(app)
+    describe_bodies(app, BODIES)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
@@ -78,6 +78,7 @@ class _Endpoints:
             "created": int(time.time()),
             "owned_by": "rlhf_ray",
             "max_model_len": reader.positions,
+            "chat_template": not reader.chat_is_plain,
         }
 
     async def health(self) -> JSONResponse:
@@ -198,7 +199,8 @@ class _Endpoints:
         with _refusals():
             await while_connected(request.receive, _finish(choices, ticket))
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
-        return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
+        whole = writer.whole(pieces, usage(prompts, choices))
+        return JSONResponse(with_token_ids(whole, prompts, choices) if body.return_token_ids else whole)
 
     def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
         rules = row.rules or TokenRules()

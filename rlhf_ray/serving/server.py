@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Precision
+from rlhf_ray.config.paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
@@ -30,6 +31,8 @@ from rlhf_ray.serving.config import (
     resolve_allowed_hosts,
     resolve_api_key,
 )
+from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
+from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.ray_start import check_ray, start_ray
 from rlhf_ray.serving.served import served_models
 
@@ -66,6 +69,7 @@ class Server:
         limits: Limits,
         allowed_hosts: Sequence[str],
         cors_origins: Sequence[str],
+        page: PageOptions,
     ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
@@ -96,6 +100,7 @@ class Server:
         self._logs = ""
         self._started = False
         self._stack = contextlib.ExitStack()  # of what ends after Ray
+        self._page = PageParts.opened(page, expanded(path).resolve())
 
     @property
     def serving(self) -> bool:
@@ -112,8 +117,9 @@ class Server:
         key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self.config.api_key else ""
         body = json.dumps({"model": self.config.name, "prompt": "Once upon a time", "max_tokens": 40})
         names = " and ".join(f"'{model.name}'" for model in self.models)
+        told = "chat and playground" if self._page.store is None else f"chat, votes ({self._page.store.database.name}) and results"
         return (
-            f"Serving {names} at {self.url}/v1 (Ctrl-C stops it). Try:\n"
+            f"Serving {names} at {self.url}/v1 (Ctrl-C stops it). In a browser, {told}: {self.url}/\nTry:\n"
             f"  curl {self.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
         )
 
@@ -165,7 +171,7 @@ class Server:
         self._front = Front(links, lambda: watch(links))
         assert self._bound is not None
         self._http = HttpServer(
-            guarded(self._front, self.config),
+            guarded(build_page(self._front, self.config, self._page), self.config, is_of_page),
             self._bound,
             HttpLimits(connections=self.config.limits.max_connections),
         )
@@ -218,6 +224,7 @@ class Server:
         if self._bound is not None:
             self._bound.close()
             self._bound = None
+        self._page.close()
         if not self._started:
             return
         self._started = False
