@@ -29,11 +29,15 @@ POSITIONS = 4000
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ROSES = (
     "Roses want sun, water and patience. Plant them where they get six hours of light, dig in compost, and water at the root, "
-    "never on the leaves.\n\nIn March cut back to an outward-facing bud. Feed once when the leaves open, and again after the first bloom."
+    "never on the leaves.\n\nIn March cut back to an outward-facing bud. Feed once when the leaves open, and again after the first "
+    "bloom."
 )
 PIANO = "Begin with ten minutes a day.\n\n1. Find middle C.\n2. Play five notes with five fingers.\n3. Sing along."
 SCRIPT = {
-    "sft": {"roses": "Roses are nice flowers. You can grow them in a garden. They like water. They like water.", "piano": "You need a piano."},
+    "sft": {
+        "roses": "Roses are nice flowers. You can grow them in a garden. They like water. They like water.",
+        "piano": "You need a piano.",
+    },
     "ppo": {"roses": ROSES, "piano": PIANO},
 }  # fmt: skip
 PROMPTS = ["How do I grow roses?", "How can I learn the piano as a grown-up?"]
@@ -61,7 +65,10 @@ class ScriptedEngine:
     def score(self, prompt_ids, alternatives):
         """-0.25 per place for one model and -0.5 for the other, so that sums can be told by hand."""
         each = -0.25 if self.name == "ppo" else -0.5
-        return [None, *(TokenLogprobs(logprob=each * (1 + place % 7), top=()) for place, _ in enumerate(prompt_ids[1:]))]
+        return [
+            None,
+            *(TokenLogprobs(logprob=each * (1 + place % 7), top=()) for place, _ in enumerate(prompt_ids[1:])),
+        ]
 
     def step(self):
         time.sleep(self.step_s)
