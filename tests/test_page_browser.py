@@ -127,7 +127,7 @@ def test_a_vote_can_say_more_and_be_changed(served, tab):
     assert page.input_value("textarea[name=reason]") == vote.reason and page.inner_text("#compare-prompt") == prompt
     page.fill("input[name=flag]", "a mistake")
     page.click("[data-choice=tie]")
-    page.wait_for_selector("#last-text:has-text('as good')")
+    page.wait_for_selector("#last-text:has-text('a tie')")
     (vote,) = judged(served)
     assert (vote.choice, vote.flag, vote.rating) == ("tie", "a mistake", 4)
 

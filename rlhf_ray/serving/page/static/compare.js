@@ -3,7 +3,7 @@ import { call, me, newKey, query, Refused } from "./api.js";
 import { byId, showPrompt } from "./dom.js";
 import { askName, rater } from "./main.js";
 
-const SAID = { left: "answer 1 is better", right: "answer 2 is better", tie: "as good", both_bad: "both bad" };
+const SAID = { left: "answer 1 is better", right: "answer 2 is better", tie: "a tie", both_bad: "both bad" };
 const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", 3: "tie", 4: "both_bad" };
 
 let current = null; // the comparison that is shown, with `replace` where its vote is being changed

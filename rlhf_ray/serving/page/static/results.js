@@ -2,7 +2,7 @@
 import { call, me, query } from "./api.js";
 import { byId, fill, make, number, options, percent, showPrompt } from "./dom.js";
 
-const SAID = { left: "answer 1 is better", right: "answer 2 is better", tie: "as good", both_bad: "both bad" };
+const SAID = { left: "answer 1 is better", right: "answer 2 is better", tie: "a tie", both_bad: "both bad" };
 let votes = false;
 let following = null;
 let me_ = null;
