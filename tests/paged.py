@@ -105,7 +105,7 @@ class ScriptedLink:
 
 
 class Paged:
-    """A running server: its `url`, its `links` to the models, its `store` of votes."""
+    """A running server: its `url`, its `page`, its `links` to the models, its `store` of votes."""
 
     def __init__(self, tmp_path, chat=True, names=("sft", "ppo"), step_s=0.0, prompts=PROMPTS, **settings):
         tokenizer = train_tokenizer([*PROMPTS, *SCRIPT["ppo"].values()], 320)
@@ -119,7 +119,8 @@ class Paged:
         self.parts = PageParts.opened(PageOptions(**options), tmp_path)
         self.store = self.parts.store
         config = AppConfig(**{"name": names[0], "allowed_hosts": ("localhost",)} | settings)
-        app = guarded(build_page(Front(self.links), config, self.parts), config, is_of_page)
+        self.page = build_page(Front(self.links), config, self.parts)
+        app = guarded(self.page, config, is_of_page)
         bound = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self.server = HttpServer(app, bound, HttpLimits())
