@@ -1,4 +1,4 @@
-"""A real headless Chromium for tests: Debian's (`chromium` or `chromium-headless-shell`), driven by playwright (extra `browser`)."""
+"""A real headless Chromium for tests: Debian's `chromium` or `chromium-headless-shell`, driven by playwright (extra `browser`)."""
 
 import os
 import shutil

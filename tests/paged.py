@@ -11,7 +11,7 @@ import time
 import httpx
 import numpy as np
 
-from rlhf_ray.config.sampling import Completion, TokenEvent, TokenLogprobs
+from rlhf_ray.config.sampling_params import Completion, TokenEvent, TokenLogprobs
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, Limits

@@ -9,7 +9,7 @@ from tiny import tiny_recipe
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.receipt import Receipt
+from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.actors.recovery import Recovery
 from rlhf_ray.actors.wait import ActorDied, Waiter
 from rlhf_ray.errors import RunFailed
@@ -80,7 +80,7 @@ def test_an_actor_is_hung_when_it_is_silent_far_longer_than_its_calls_took():
     waiter, call = Waiter(1800, "wait"), Call(member(), "score", (), "reward actor 0 (chunk 1)")
     assert waiter.limit_s(call) == 1800  # nothing is known of it yet
     for seconds, limit_s in ((0.5, 300), (20.0, 400), (2.0, 400), (1000.0, 1800)):
-        waiter._account(call, Receipt(seconds, 8))
+        waiter._account(call, CallReceipt(seconds, 8))
         assert waiter.limit_s(call) == limit_s
     assert waiter.limit_s(Call(member(), "judge", (), "reward actor 0 (chunk 1)")) == 1800
 

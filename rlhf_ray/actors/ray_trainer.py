@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 
+from rlhf_ray.actors.ray_private import unused_callbacks
 from rlhf_ray.errors import whole_message
 from rlhf_ray.runs.events import EventLog
 
 
-class Trainer(TorchTrainer):
+class StageTorchTrainer(TorchTrainer):
     """TorchTrainer without two actors that a stage does not need; each is a process of 0.2 GB that takes seconds to start.
 
     One distributes Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
@@ -21,8 +20,8 @@ class Trainer(TorchTrainer):
     API, which chooses a cluster by itself: where there are two it asks the wrong one, and removes our group under the worker.
     """
 
-    def _create_default_callbacks(self):
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+    def _create_default_callbacks(self):  # ray_private.DEFAULT_CALLBACKS
+        unused = unused_callbacks()
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest
 
 BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 _ERROR = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Precision
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.config import (
     API_KEY_VARIABLE,
@@ -33,8 +33,8 @@ from rlhf_ray.serving.config import (
 )
 from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
 from rlhf_ray.serving.page.options import PageOptions
-from rlhf_ray.serving.ray_start import check_ray, start_ray
 from rlhf_ray.serving.served import served_models
+from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.votes.records import Prompt, VoteRefused, check_prompt
@@ -41,7 +41,7 @@ def prompts_of_run(path: Path) -> list[Prompt]:
     folder = RunFolder(path)
     if not folder.data("prompts").is_file():
         return []
-    from rlhf_ray.data.store import read_prompt_columns
+    from rlhf_ray.data.role_files import read_prompt_columns
     from rlhf_ray.models.control_tokens import shown
 
     columns = read_prompt_columns(folder)

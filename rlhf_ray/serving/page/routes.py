@@ -32,7 +32,7 @@ from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.raters import RateLimit, Raters
 from rlhf_ray.serving.page.relay_chat import RelayedAnswer
 from rlhf_ray.serving.page.results import Results
-from rlhf_ray.serving.protocol import parse
+from rlhf_ray.serving.request_bodies import parse
 from rlhf_ray.serving.streaming import ClientLeft, while_connected
 from rlhf_ray.votes.records import Prompt, UnknownComparison, Vote, VoteRefused
 from rlhf_ray.votes.store import VoteStore
