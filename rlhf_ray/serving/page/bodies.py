@@ -56,7 +56,7 @@ class ComparisonRequest(StrictBody):
     rater: Name | None = None
     prompt: Prompt | None = None
     models: list[Model] | None = Field(
-        None, min_length=2, max_length=2, description="draw from these two; else any two"
+        None, min_length=2, max_length=2, description="a new comparison of these two; else of any two"
     )
     fresh: bool = Field(False, description="a new comparison, also where others wait for this rater")
     skip: list[Id] = Field([], max_length=100, description="ids of comparisons that are not wanted now")

@@ -14,11 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_ray.serving.api_errors import ApiError
 from rlhf_ray.serving.config import AppConfig
-from rlhf_ray.serving.page.models import Models
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.prompt_list import common_ending, prompts_of_run, read_prompts
 from rlhf_ray.serving.page.raters import Raters
 from rlhf_ray.serving.page.routes import Routes
+from rlhf_ray.serving.page.served_answers import Models
 from rlhf_ray.votes.records import Prompt
 from rlhf_ray.votes.store import VoteStore
 

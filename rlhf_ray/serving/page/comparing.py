@@ -8,7 +8,7 @@ import secrets
 
 from rlhf_ray.serving.api_errors import ApiError, bad_request
 from rlhf_ray.serving.page.bodies import ComparisonRequest, ShownAnswer, ShownComparison
-from rlhf_ray.serving.page.models import Card, Models
+from rlhf_ray.serving.page.served_answers import Card, Models
 from rlhf_ray.votes.records import Prompt, Showing, prompt_key
 from rlhf_ray.votes.store import VoteStore
 
@@ -25,7 +25,7 @@ class Comparing:
     async def next(self, rater: str, asked: ComparisonRequest) -> ShownComparison:
         """ApiError where there is nothing to compare, or a model can't answer: then nothing is stored."""
         waiting = None
-        if asked.prompt is None and not asked.fresh:
+        if asked.prompt is None and asked.models is None and not asked.fresh:
             waiting = await asyncio.to_thread(self.store.unjudged, rater, most_votes=self.most_votes, skip=asked.skip)
         comparison = waiting if waiting is not None else await self._new(rater, asked)
         return shown(await asyncio.to_thread(self.store.show, comparison, rater))

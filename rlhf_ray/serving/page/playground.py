@@ -13,7 +13,7 @@ import httpx
 
 from rlhf_ray.serving.api_errors import ApiError
 from rlhf_ray.serving.page.bodies import PlaygroundBody
-from rlhf_ray.serving.page.models import COMPLETIONS, Card, Models, request_for, too_long, version_of
+from rlhf_ray.serving.page.served_answers import COMPLETIONS, Card, Models, request_for, too_long, version_of
 
 REWARD_WAIT_S = 60.0
 

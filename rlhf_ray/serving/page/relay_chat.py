@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_ray.serving.page.models import too_long
+from rlhf_ray.serving.page.served_answers import too_long
 
 
 class RelayedAnswer(Response):

@@ -27,11 +27,11 @@ from rlhf_ray.serving.page.bodies import (
     Writer,
 )
 from rlhf_ray.serving.page.comparing import Comparing, shown
-from rlhf_ray.serving.page.models import Models, request_for
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.raters import RateLimit, Raters
 from rlhf_ray.serving.page.relay_chat import RelayedAnswer
-from rlhf_ray.serving.page.results import Results
+from rlhf_ray.serving.page.served_answers import Models, request_for
+from rlhf_ray.serving.page.vote_results import Results
 from rlhf_ray.serving.request_bodies import parse
 from rlhf_ray.serving.streaming import ClientLeft, while_connected
 from rlhf_ray.votes.records import Prompt, UnknownComparison, Vote, VoteRefused
