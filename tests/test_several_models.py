@@ -18,6 +18,7 @@ from rlhf_ray.serving.deployment import build_application
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.launch import serve
 from rlhf_ray.serving.loading import Bases, load
+from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.served import named_folders, served_models
 
@@ -267,9 +268,10 @@ def test_a_results_folder_with_an_adapter_says_how_to_serve_it(folders, tmp_path
 
 
 @pytest.mark.ray
-def test_on_ray_both_are_served(folders, expected):
+def test_on_ray_both_are_served_and_compared_on_the_page(folders, expected, tmp_path):
     base, adapter = folders
-    server = serve(base, more_models={"tuned": adapter}, port=0, precision="float32", block=False)
+    page = PageOptions(votes=str(tmp_path / "votes.db"))
+    server = serve(base, more_models={"tuned": adapter}, port=0, precision="float32", page=page, block=False)
     try:
         assert "Serving 'base' and 'tuned' at" in server.announcement()
         answers = [httpx.post(f"{server.url}{path}", timeout=60, **more) for _, path, more in map(completion, expected)]
@@ -277,6 +279,11 @@ def test_on_ray_both_are_served(folders, expected):
         assert answers[0].json()["choices"][0]["text"] != answers[1].json()["choices"][0]["text"]
         stats = httpx.get(f"{server.url}/stats", timeout=60).json()
         assert [one["model"] for one in stats["replicas"]] == ["base, tuned"]  # in one replica, with one set of weights
+        asked = {"rater": "ann", "prompt": "the cat", "max_tokens": 8}
+        shown = httpx.post(f"{server.url}/page/comparisons", json=asked, timeout=60).json()
+        vote = {"rater": "ann", "comparison": shown["comparison"], "key": "k", "choice": "left"}
+        told = httpx.post(f"{server.url}/page/votes", json=vote, timeout=60).json()
+        assert told["new"] and {told["left"]["model"], told["right"]["model"]} == {"base", "tuned"}
     finally:
         server.close()
 

@@ -86,12 +86,12 @@ def shape(url):
     return found
 
 
-def test_version_1_becomes_version_2_with_all_that_it_held(old, tmp_path, request):
-    with pytest.raises(UserError, match=r"has schema 1, and this rlhf_ray works with schema 2; .*rlhf-ray votes migrate"):
+def test_version_1_becomes_this_one_with_all_that_it_held(old, tmp_path, request):
+    with pytest.raises(UserError, match=r"has schema 1, and this rlhf_ray works with schema 3; .*rlhf-ray votes migrate"):
         VoteStore(old, create=True)
     answer = rlhf_ray("votes", "migrate", old)
-    assert (answer.returncode, answer.stdout) == (0, "schema 1 -> 2\n"), answer.stderr
-    assert migrate(old) == (2, 2)
+    assert (answer.returncode, answer.stdout) == (0, "schema 1 -> 3\n"), answer.stderr
+    assert migrate(old) == (3, 3)
 
     store = VoteStore(old, create=True)
     (found,) = read_judgements(store.database)
@@ -125,16 +125,16 @@ def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
         migrate(old)
     assert shape(old) == before
     monkeypatch.undo()
-    assert migrate(old) == (1, 2)
+    assert migrate(old) == (1, 3)
 
 
 def test_a_newer_schema_is_refused(tmp_path):
     url = str(tmp_path / "votes.db")
     VoteStore(url, create=True).close()
     with sqlite3.connect(url) as connection:
-        connection.execute("UPDATE votes_schema SET version = 3")
+        connection.execute("UPDATE votes_schema SET version = 4")
     for call in (lambda: Database(url), lambda: VoteStore(url, create=True), lambda: migrate(url)):
-        with pytest.raises(UserError, match=r"votes.db has schema 3, made by a newer rlhf_ray, .* up to 2; install the newer one"):
+        with pytest.raises(UserError, match=r"votes.db has schema 4, made by a newer rlhf_ray, .* up to 3; install the newer one"):
             call()
     assert rlhf_ray("votes", "summary", url).returncode == 2
 

@@ -60,6 +60,16 @@ CacheTokens = Annotated[
 ]
 Body = Annotated[int, typer.Option(help="largest request body")]
 Connections = Annotated[int, typer.Option(help="open connections")]
+VotesUrl = Annotated[str | None, typer.Option("--votes", help="the database that keeps people's votes; made if there is none")]
+Prompts = Annotated[
+    str | None, typer.Option(help="file of prompts to compare answers to; default: those that the run was trained on")
+]
+InvitedOnly = Annotated[
+    bool, typer.Option("--invited-only", help="raters need a link (`rlhf-ray votes invite`), also on loopback")
+]
+PerComparison = Annotated[int, typer.Option(help="so many raters judge each comparison")]
+PerMinute = Annotated[int, typer.Option(help="the most votes of one rater")]
+RewardUrl = Annotated[str | None, typer.Option(help="where /get_reward answers, for the playground")]
 
 
 @in_words
@@ -73,11 +83,15 @@ def serve(
     judge: JudgeUrl = None, detach: Detach = False, stop: Stop = False, max_prompt_tokens: PromptTokens = None,
     max_tokens: Tokens = None, max_n: N = 16, max_rows: Rows = 32, max_waiting_rows: Waiting = 128,
     max_cache_tokens: CacheTokens = None, max_body_bytes: Body = 1 << 20, max_connections: Connections = 512,
+    votes: VotesUrl = None, prompts: Prompts = None, invited_only: InvitedOnly = False,
+    votes_per_comparison: PerComparison = 2, votes_per_minute: PerMinute = 60, reward_url: RewardUrl = None,
 ):  # fmt: skip
-    """Put a model behind Ray Serve with OpenAI's HTTP API, or a reward model behind OpenRLHF's."""
+    """Put a model behind Ray Serve with OpenAI's HTTP API and a page at / to chat, compare and vote; or a reward model behind
+    OpenRLHF's interface."""
     from rlhf_ray.serving import detach as apart
     from rlhf_ray.serving.config import Limits, Notes, given_key
     from rlhf_ray.serving.launch import serve as serve_model
+    from rlhf_ray.serving.page.options import PageOptions
     from rlhf_ray.serving.served import named_folders
 
     if stop:
@@ -105,4 +119,8 @@ def serve(
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens,
         limits=limits, stage=stage, notes=Notes(request_log=request_log, log_texts=log_texts, judge=judge),
+        page=PageOptions(
+            votes=votes, prompts=prompts, invited_only=invited_only, votes_per_comparison=votes_per_comparison,
+            votes_per_minute=votes_per_minute, reward_url=reward_url,
+        ),
     )  # fmt: skip

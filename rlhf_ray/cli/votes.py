@@ -98,6 +98,31 @@ def votes_summary(
         _say(line)
 
 
+@votes_app.command("invite")
+@in_words
+def votes_invite(
+    url: Url,
+    rater: Annotated[str, typer.Argument(help="the name that their votes carry")],
+    server: Annotated[str, typer.Option(help="the server's address, as the rater's browser reaches it")] = "http://127.0.0.1:8000",
+    revoke: Annotated[bool, typer.Option("--revoke", help="end the rater's link instead")] = False,
+):
+    """Print a link by which this rater votes; an earlier link of theirs ends."""
+    from rlhf_ray.serving.page.bodies import clean_name
+    from rlhf_ray.votes.database import Database
+    from rlhf_ray.votes.invitations import invite
+    from rlhf_ray.votes.invitations import revoke as end
+
+    try:
+        name = clean_name(rater)
+    except ValueError as error:
+        raise UserError(f"the rater {rater!r} can't be invited: {error}") from error
+    database = Database(url)
+    if revoke:
+        end(database, name)
+        return _say(f"{name} can't vote any more")
+    _say(f"{server.rstrip('/')}/#token={invite(database, name)}")
+
+
 @votes_app.command("migrate")
 @in_words
 def votes_migrate(url: Url):

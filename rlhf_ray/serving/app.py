@@ -22,12 +22,12 @@ from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.guard import guarded
-from rlhf_ray.serving.openapi import describe_bodies
+from rlhf_ray.serving.openapi import BODIES, describe_bodies
 from rlhf_ray.serving.progress import Writer, finish, stream_of
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, GenerationRequest, parse
 from rlhf_ray.serving.response_text import ResponseText, TokenText, prompt_tokens
-from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage
+from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage, with_token_ids
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 
@@ -49,7 +49,7 @@ def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) 
         docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
     install_error_handlers(app, PATHS)
-    describe_bodies(app)
+    describe_bodies(app, BODIES)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
@@ -79,6 +79,7 @@ class _Endpoints:
             "created": int(time.time()),
             "owned_by": "rlhf_ray",
             "max_model_len": reader.positions,
+            "chat_template": not reader.chat_is_plain,
         }
 
     async def health(self) -> JSONResponse:
@@ -203,7 +204,8 @@ class _Endpoints:
             await while_connected(request.receive, finish(choices, ticket))
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
         self._tell(request, prompts, choices, ticket)
-        return JSONResponse(writer.whole(pieces, usage(prompts, choices)))
+        whole = writer.whole(pieces, usage(prompts, choices))
+        return JSONResponse(with_token_ids(whole, prompts, choices) if body.return_token_ids else whole)
 
     async def _told(
         self,

@@ -19,6 +19,7 @@ from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.judge import Judge
 from rlhf_ray.serving.links import ReplicaLink, watch
 from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.request_log import RequestLog
 from rlhf_ray.serving.versions import VersionTable
@@ -35,10 +36,12 @@ def whole_front(
     deploy: Callable[[Mapping[str, Sequence[Version]]], None] | None,
     token: str,
     history: Path,
+    page: PageParts | None,
 ) -> tuple[Front, ASGIApp]:
     """-> the front, and the app to serve. versions: of each model, the one that it starts with.
 
     deploy: tells replicas which versions to hold; None: they can't change. token: of the server's owner.
+    page: to chat, compare and vote; None: none is there.
     """
     tables = {model: VersionTable(version) for model, version in versions.items()}
     tasks: list[Callable] = [lambda: watch(links)]
@@ -56,7 +59,7 @@ def whole_front(
         log = RequestLog(notes.request_log, texts=notes.log_texts)
         stack.callback(log.close)
         front.listeners.append(log.ended)
-    app = guarded(front, config)
+    app = guarded(front, config) if page is None else guarded(build_page(front, config, page), config, is_of_page)
     if deploy is None:
         return front, app
     publisher = Publisher(tables, links, deploy, history)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,8 +24,16 @@ class Gate:
     """ASGI middleware. The body is read once, up to `max_body_bytes`, and replayed to the app."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body_bytes: int,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        is_open: Callable[[str], bool] | None = None,
     ):
+        """is_open: tells the paths that need no key."""
+        self.is_open = is_open or (lambda path: False)
         self.app, self.api_key, self.max_body_bytes = app, api_key, max_body_bytes
         self.body_timeout_s = body_timeout_s
 
@@ -42,7 +51,8 @@ class Gate:
             await self.app(scope, _replay(body, receive), send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or (scope["path"] in _OPEN_PATHS and scope["method"] == "GET"):
+        known = scope["path"] in _OPEN_PATHS and scope["method"] == "GET"
+        if self.api_key is None or known or self.is_open(scope["path"]):
             return
         scheme, _, given = _header(scope, b"authorization").strip().partition(b" ")
         if not hmac.compare_digest(given.strip(), self.api_key.encode()) or scheme.lower() != b"bearer":

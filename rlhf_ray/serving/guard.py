@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -16,9 +16,12 @@ from rlhf_ray.serving.gate import Gate
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 
 
-def guarded(app: ASGIApp, config: AppConfig) -> ASGIApp:
-    """`app` for anybody's requests: it sees those alone that may be answered, with their bodies complete."""
-    app = Gate(app, api_key=config.api_key, max_body_bytes=config.limits.max_body_bytes)
+def guarded(app: ASGIApp, config: AppConfig, is_open: Callable[[str], bool] | None = None) -> ASGIApp:
+    """`app` for anybody's requests: it sees those alone that may be answered, with their bodies complete.
+
+    is_open: tells the paths at which the app itself asks who somebody is.
+    """
+    app = Gate(app, api_key=config.api_key, max_body_bytes=config.limits.max_body_bytes, is_open=is_open)
     app = _Methods(app)
     if config.cors_origins:
         app = CORSMiddleware(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Precision
 from rlhf_ray.serving.config import Limits, Notes, ServedStage, checked_number
+from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.server import Server
 
 DRAIN_S = 120.0
@@ -39,6 +40,7 @@ def serve(
     limits: Limits = Limits(),
     allowed_hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
+    page: PageOptions = PageOptions(),
     drain_s: float = DRAIN_S,
     stage: ServedStage = "policy",
     notes: Notes = Notes(),
@@ -64,7 +66,7 @@ def serve(
         replicas=replicas, gpus=gpus,
         threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
-        stage=stage, notes=notes,
+        stage=stage, notes=notes, page=page,
     )  # fmt: skip
     notes = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
     for note in dict.fromkeys(notes):

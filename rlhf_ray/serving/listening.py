@@ -36,7 +36,8 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def announced(url: str, models: Sequence[str], stage: ServedStage, *, has_key: bool) -> str:
+def announced(url: str, models: Sequence[str], stage: ServedStage, *, has_key: bool, votes: str | None) -> str:
+    """votes: the name of their database, if people may vote."""
     key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if has_key else ""
     names = " and ".join(f"'{name}'" for name in models)
     if stage == "reward":
@@ -45,8 +46,10 @@ def announced(url: str, models: Sequence[str], stage: ServedStage, *, has_key: b
     else:
         body, what, path = {"model": models[0], "prompt": "Once upon a time", "max_tokens": 40}, names, "v1/completions"
         where = f"{url}/v1"
+    told = "chat and playground" if votes is None else f"chat, votes ({votes}) and results"
+    page = "" if stage == "reward" else f" In a browser, {told}: {url}/"
     return (
-        f"Serving {what} at {where} (Ctrl-C stops it). Try:\n"
+        f"Serving {what} at {where} (Ctrl-C stops it).{page}\nTry:\n"
         f"  curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
     )
 

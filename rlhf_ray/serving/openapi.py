@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest
 
-_BODIES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 _ERROR = {
     "type": "object",
     "properties": {
@@ -27,27 +29,28 @@ _ERROR = {
 }
 
 
-def describe_bodies(app: FastAPI) -> None:
-    """Make the app's document say what the bodies of its requests and errors are."""
+def describe_bodies(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
+    """Make the app's document say what the bodies of its POST requests (path -> type) and of errors are."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, bodies)
         return app.openapi_schema
 
     app.openapi = document
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, schemas = models_json_schema(
-        [(body, "validation") for body in _BODIES.values()], ref_template="#/components/schemas/{model}"
+        [(body, "validation") for body in bodies.values()], ref_template="#/components/schemas/{model}"
     )
     components = document.setdefault("components", {})
-    components["schemas"] = schemas["$defs"] | {"Error": _ERROR}
+    answers = {name: schema for name, schema in components.get("schemas", {}).items() if "ValidationError" not in name}
+    components["schemas"] = answers | schemas["$defs"] | {"Error": _ERROR}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"key": []}, {}]
-    for path, body in _BODIES.items():
+    for path, body in bodies.items():
         reference = {"$ref": f"#/components/schemas/{body.__name__}"}
         operation = document["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}

@@ -1,8 +1,8 @@
 """The bodies of OpenAI's requests, as far as this server understands them.
 
 A field that would change the answer and that we can't honour is refused, never ignored; what only labels a request is
-accepted. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos` are vLLM's extensions (the openai
-client sends them by `extra_body`).
+accepted. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos` and `return_token_ids` are vLLM's
+extensions (the openai client sends them by `extra_body`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "use_beam_search": (False,), "length_penalty": (1,), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],),
     "prompt_logprobs": (), "truncate_prompt_tokens": (), "detokenize": (True,), "priority": (0,),
-    "return_tokens_as_token_ids": (False,), "return_token_ids": (False,), "add_generation_prompt": (True,),
+    "return_tokens_as_token_ids": (False,), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],),
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }  # fmt: skip
@@ -76,6 +76,7 @@ class GenerationRequest(StrictBody):
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +98,8 @@ class GenerationRequest(StrictBody):
     def _fits_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true.", param="stream_options")
+        if self.return_token_ids and self.stream:
+            raise bad_request("return_token_ids is not allowed when stream is true.", param="return_token_ids")
         if len(self.stops) > MAX_STOPS:
             raise bad_request(f"stop holds {len(self.stops)} strings; at most {MAX_STOPS} are allowed.", param="stop")
         return self

@@ -18,13 +18,13 @@ class Choice:
     def __init__(self, text: ResponseText, stop_token_ids: tuple[int, ...] = (), finish_reason: str | None = None):
         self.text = text
         self._stop_token_ids = stop_token_ids
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self.finish_reason = finish_reason
 
     def push(self, event: TokenEvent) -> None:
         if self.finish_reason is not None:
             return
-        self.num_tokens += 1
+        self.token_ids.append(event.token_id)
         ended = event.completion is not None and event.completion.finish_reason == "eos"
         silent = ended and event.token_id in self._stop_token_ids
         if event.raw is None:
@@ -43,7 +43,7 @@ class Choice:
 def usage(prompts: list[list[int]], choices: list[Choice]) -> dict[str, int]:
     """Tokens read and written; a prompt counts once, EOS counts."""
     prompt_tokens = sum(len(prompt) for prompt in prompts)
-    completion_tokens = sum(choice.num_tokens for choice in choices)
+    completion_tokens = sum(len(choice.token_ids) for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -150,6 +150,15 @@ class ChatWriter:
             for token in tokens
         ]  # fmt: skip
         return {"content": content, "refusal": None}
+
+
+def with_token_ids(whole: dict, prompts: list[list[int]], choices: list[Choice]) -> dict:
+    """A whole answer with the ids of its tokens and of its prompts, under vLLM's names."""
+    for index, (told, choice) in enumerate(zip(whole["choices"], choices, strict=True)):
+        told["token_ids"] = choice.token_ids
+        if "text" in told:
+            told["prompt_token_ids"] = prompts[index * len(prompts) // len(choices)]
+    return whole if "text" in whole["choices"][0] else whole | {"prompt_token_ids": prompts[0]}
 
 
 def _head(prefix: str, kind: str, model: str, version: str | None) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config import Precision
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.servers import ServerNote, servers_folder, started_at, write_note
 from rlhf_ray.serving.config import (
@@ -30,6 +31,8 @@ from rlhf_ray.serving.config import (
     resolve_api_key,
 )
 from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
+from rlhf_ray.serving.page.build import PageParts
+from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.served import ServedModel, groups_of, served_models, served_reward_model
 from rlhf_ray.serving.server_ray import check_ray, start_ray
 
@@ -71,6 +74,7 @@ class Server:
         cors_origins: Sequence[str],
         stage: ServedStage = "policy",
         notes: Notes = Notes(),
+        page: PageOptions = PageOptions(),
     ):
         if not 0 <= port < 65536:
             raise UserError(f"port {port} does not exist; choose one from 1 to 65535, or 0 for any free one")
@@ -81,6 +85,8 @@ class Server:
             checked_number("gpus", gpus, 0)
         if stage == "reward" and (more_models or also):
             raise UserError("--stage reward serves one reward model; leave --model and --also out")
+        if stage == "reward" and page != PageOptions():
+            raise UserError("--stage reward has no page; leave --votes and the other options of the page out")
         self.stage: ServedStage = stage
         self.models: tuple[ServedModel, ...] = (
             served_reward_model(path, name)
@@ -113,6 +119,7 @@ class Server:
         """Why `publish` and `serve --stop` can't find this server."""
         self._started = False
         self._stack = contextlib.ExitStack()  # of what ends after Ray
+        self._page = None if stage == "reward" else PageParts.opened(page, expanded(path).resolve())
 
     @property
     def serving(self) -> bool:
@@ -125,7 +132,10 @@ class Server:
 
     def announcement(self) -> str:
         """Where it listens, and a request to try."""
-        return announced(self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None)
+        votes = None if self._page is None or self._page.store is None else self._page.store.database.name
+        return announced(
+            self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None, votes=votes
+        )
 
     def start(self) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
@@ -188,7 +198,7 @@ class Server:
         self._front, app = whole_front(
             [ReplicaLink(*each) for each in replicas], self.config, versions, self.notes,
             deploy=deploy if self.stage == "policy" else None, token=note.token,
-            history=servers_folder() / f"{self.port}.versions.jsonl",
+            history=servers_folder() / f"{self.port}.versions.jsonl", page=self._page,
         )  # fmt: skip
         assert self._bound is not None
         self._http = HttpServer(app, self._bound, HttpLimits(connections=self.config.limits.max_connections))
@@ -256,6 +266,8 @@ class Server:
         if self._bound is not None:
             self._bound.close()
             self._bound = None
+        if self._page is not None:
+            self._page.close()
         if not self._started:
             return
         self._started = False

@@ -86,6 +86,34 @@ def read_judgements(database: Database, filters: Filters | None = None, part: Pa
     ]  # fmt: skip
 
 
+def read_newest(
+    database: Database, filters: Filters, *, limit: int, before: tuple[float, str, str] | None = None, open_to: str | None = None
+) -> list[Judgement]:
+    """At most `limit` votes, the newest first. before: (voted_at, comparison, rater) of the last one that was read already.
+
+    open_to: a rater; left out are votes on comparisons that this rater has been shown and not judged yet
+    """
+    place = votes.c.voted_at, votes.c.comparison, votes.c.rater
+    query = _query(filters).order_by(None).order_by(*(column.desc() for column in place))
+    if before is not None:
+        query = query.where(sa.tuple_(*place) < sa.tuple_(*map(sa.literal, before)))
+    if open_to is not None:
+        theirs = votes.alias("theirs")
+        judged = sa.exists().where(theirs.c.comparison == votes.c.comparison, theirs.c.rater == open_to)
+        seen = showings.alias("seen")
+        shown = sa.exists().where(seen.c.comparison == votes.c.comparison, seen.c.rater == open_to)
+        query = query.where(judged | ~shown)
+    found: list[Judgement] = []
+    with database.reading() as connection:
+        for row in connection.execute(query).mappings():
+            judgement = _judgement(row)
+            if _by_versions(judgement.comparison, filters.versions):
+                found.append(judgement)
+            if len(found) == limit:
+                break
+    return found
+
+
 def held_out_prompts(database: Database) -> list[Prompt]:
     """Every prompt that no training may see, voted on or not."""
     with database.reading() as connection:

@@ -31,6 +31,10 @@ class VoteRefused(UserError):
     """A vote, or what should be judged, that is not stored: the sentence says why, and what to do."""
 
 
+class UnknownComparison(VoteRefused):
+    """There is no comparison with this id."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """An answer, and what wrote it."""

@@ -6,6 +6,7 @@
     showings         one per (comparison, rater): which answer stands on the left, when it was first shown
     votes            one per (comparison, rater)
     replaced_votes   what stood in `votes` before a rater changed it; nothing but its keys is read
+    invitations      one per invited rater: the hash of the token in the rater's link, null once it is revoked
 
 Prompts are JSON: a text, or a list of messages. Sampling parameters are JSON too. Times are seconds since 1970 (UTC).
 """
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from rlhf_ray.errors import UserError
 from rlhf_ray.votes.records import prompt_key
 
-VERSION = 2
+VERSION = 3
 LOCK = 0x724C4846  # of PostgreSQL, held while the tables are made or changed
 
 metadata = sa.MetaData()
@@ -84,6 +85,12 @@ replaced_votes = sa.Table(
     sa.Column("rater", sa.Text, primary_key=True),
     *_vote_columns(key_is_primary=True),
     sa.Column("replaced_at", sa.Double, nullable=False),
+)  # fmt: skip
+invitations = sa.Table(
+    "invitations", metadata,
+    sa.Column("rater", sa.Text, primary_key=True),
+    sa.Column("token_hash", sa.Text, unique=True),
+    sa.Column("made_at", sa.Double, nullable=False),
 )  # fmt: skip
 
 
@@ -154,7 +161,12 @@ def _to_2(connection: sa.Connection) -> None:
         index.create(connection)
 
 
-STEPS = {1: _to_2}  # version -> what makes it the next one
+def _to_3(connection: sa.Connection) -> None:
+    """Raters can be invited by a link."""
+    invitations.create(connection)
+
+
+STEPS = {1: _to_2, 2: _to_3}  # version -> what makes it the next one
 
 
 def _lock(connection: sa.Connection) -> None:

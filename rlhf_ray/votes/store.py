@@ -15,7 +15,7 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,6 +29,7 @@ from rlhf_ray.votes.records import (
     Prompt,
     Receipt,
     Showing,
+    UnknownComparison,
     Vote,
     VoteRefused,
     check_name,
@@ -131,6 +132,40 @@ class VoteStore:
             connection.execute(votes.update().where(*_of(votes, vote.comparison, vote.rater)).values(**row))
             return _receipt(row, new=True)
 
+    def shown_before(self, comparison: str, rater: str) -> tuple[Showing, Vote | None]:
+        """What the rater was shown, and the rater's vote on it. VoteRefused for a comparison that was not shown to the rater."""
+        check_name("a rater", rater)
+        with self.database.reading() as connection:
+            found = _comparison(connection, comparison)
+            there = _showing(connection, comparison, rater)
+            row = _vote(connection, comparison, rater)
+        if there is None:
+            raise VoteRefused(f"this comparison was not shown to {rater}; ask for one")
+        showing = Showing(comparison=found, rater=rater, left_name=there[0], shown_at=there[1])
+        return showing, None if row is None else vote_of(row)
+
+    def unjudged(self, rater: str, *, most_votes: int, skip: Sequence[str] = ()) -> str | None:
+        """A comparison for the rater to judge, None where there is none.
+
+        One that the rater has not voted on, that has fewer than `most_votes` votes and no flag, and is not in `skip`: first
+        those that the rater has seen before, then those with most votes, then the oldest.
+        """
+        check_name("a rater", rater)
+        cast = sa.select(sa.func.count()).where(votes.c.comparison == comparisons.c.id).scalar_subquery()
+        mine = sa.exists().where(votes.c.comparison == comparisons.c.id, votes.c.rater == rater)
+        flagged = sa.exists().where(votes.c.comparison == comparisons.c.id, votes.c.flag.is_not(None))
+        seen = sa.exists().where(showings.c.comparison == comparisons.c.id, showings.c.rater == rater)
+        query = sa.select(comparisons.c.id).where(~mine, ~flagged, cast < most_votes, comparisons.c.id.not_in(skip))
+        order = sa.case((seen, 0), else_=1), cast.desc(), comparisons.c.made_at, comparisons.c.id
+        with self.database.reading() as connection:
+            return connection.execute(query.order_by(*order).limit(1)).scalar_one_or_none()
+
+    def judged_prompts(self, rater: str) -> set[str]:
+        """The keys of the prompts (`records.prompt_key`) on which the rater has voted."""
+        query = sa.select(comparisons.c.prompt_key).join(votes, votes.c.comparison == comparisons.c.id)
+        with self.database.reading() as connection:
+            return set(connection.execute(query.where(votes.c.rater == rater)).scalars())
+
     def close(self) -> None:
         self.database.close()
 
@@ -161,7 +196,7 @@ def _of(table: sa.Table, comparison: str, rater: str) -> tuple[sa.ColumnElement[
 def _comparison(connection: sa.Connection, id: str) -> Comparison:
     row = connection.execute(sa.select(comparisons).where(comparisons.c.id == id)).one_or_none()
     if row is None:
-        raise VoteRefused(f"there is no comparison '{id[:80]}'; add it before it is shown")
+        raise UnknownComparison(f"there is no comparison '{id[:80]}'; add it before it is shown")
     two = (
         connection.execute(sa.select(answers).where(answers.c.comparison == id).order_by(answers.c.name))
         .mappings()

@@ -86,7 +86,7 @@ def versions(judgements: Sequence[Judgement], *, seed: int = 0) -> dict[str, Any
     """
     counting = [each for each in judgements if each.comparison.a.writer != each.comparison.b.writer]
     if not counting:
-        return {"names": [], "groups": [], "scores": {}, "win_rates": []}
+        return {"names": [], "groups": [], "scores": {}, "overall": {}, "win_rates": []}
     names = sorted({answer.writer for each in counting for answer in (each.comparison.a, each.comparison.b)})
     prompts = {
         key: place for place, key in enumerate(dict.fromkeys(prompt_key(each.comparison.prompt) for each in counting))
@@ -105,6 +105,11 @@ def versions(judgements: Sequence[Judgement], *, seed: int = 0) -> dict[str, Any
         shares, groups = met.setdefault((first, second), ([], []))
         shares.append(won)
         groups.append(place)
+    overall: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in names}
+    for (first, second), (shares, groups) in met.items():
+        for name, won in ((names[first], shares), (names[second], [1 - share for share in shares])):
+            overall[name][0].extend(won)
+            overall[name][1].extend(groups)
     total = wins.sum(0)
     point = bradley_terry(total, prior=PRIOR)
 
@@ -116,6 +121,10 @@ def versions(judgements: Sequence[Judgement], *, seed: int = 0) -> dict[str, Any
         "names": names,
         "groups": [[names[place] for place in group] for group in connected(total)],
         "scores": {name: _interval(float(point[place]), draws[:, place]) for place, name in enumerate(names)},
+        "overall": {
+            name: {"votes": len(shares), "win_rate": share_interval(shares, groups)}
+            for name, (shares, groups) in overall.items()
+        },
         "win_rates": [
             {
                 "of": names[first],

@@ -1,0 +1,56 @@
+"""The prompts that a server offers for comparison: from a file, or those that the served run was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlhf_ray.config.user_paths import expanded
+from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.votes.records import Prompt, VoteRefused, check_prompt
+
+MOST = 10_000
+
+
+def read_prompts(file: str | Path) -> list[Prompt]:
+    """A prompt per line of a text file, or a row with `prompt` (a text or messages) per line of a .jsonl. UserError for others."""
+    path = expanded(file)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts can't be read from '{file}' ({error}); give a text file, or JSON lines") from None
+    found: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"] if path.suffix in (".jsonl", ".json") else line
+            check_prompt(prompt)
+        except (ValueError, LookupError, TypeError, RecursionError, VoteRefused) as error:
+            told = error if isinstance(error, VoteRefused) else "it is no JSON object with 'prompt'"
+            raise UserError(f"'{file}', line {number}: {told}") from None
+        found.append(prompt)
+    if not found:
+        raise UserError(f"'{file}' holds no prompts; write one per line")
+    return found[:MOST]
+
+
+def prompts_of_run(path: Path) -> list[Prompt]:
+    """The prompts that PPO trained on, as people would write them; [] for what is no run folder with prepared data."""
+    folder = RunFolder(path)
+    if not folder.data("prompts").is_file():
+        return []
+    from rlhf_ray.data.role_files import read_prompt_columns
+    from rlhf_ray.models.control_tokens import shown
+
+    columns = read_prompt_columns(folder)
+    rows = range(min(len(columns), MOST))
+    pairs = zip(columns.messages(rows), columns.prompts(rows), strict=True)
+    return list({json.dumps(each): each for each in (messages or shown(text) for messages, text in pairs)}.values())
+
+
+def common_ending(prompts: list[Prompt]) -> str:
+    """The white space that ends every prompt of the list: a model was trained with it, so a person's own prompt gets it too."""
+    endings = {each[len(each.rstrip()) :] for each in prompts if isinstance(each, str)}
+    return endings.pop() if len(endings) == 1 else ""
