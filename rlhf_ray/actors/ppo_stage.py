@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 
+from rlhf_ray.actors.budgets import Budget, Failure, in_short
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.groups import (
     AdapterOff,
@@ -34,7 +36,7 @@ from rlhf_ray.actors.role_actors import (
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
-from rlhf_ray.actors.wait import START_REMEDY, Waiter
+from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.store import check_columns, count_rows
@@ -50,9 +52,18 @@ from rlhf_ray.runs.run_folder import RunFolder, start_model
 Progress = Callable[[dict], None]
 
 
+def give_up(failure: Failure) -> None:
+    raise failure
+
+
 @contextmanager
-def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[RayRoles]:
-    """All actors of the recipe, ready to work; they end with the `with`."""
+def ray_roles(
+    recipe: Recipe, folder: RunFolder, waiter: Waiter, on_lost: Callable[[Failure], None] = give_up
+) -> Iterator[RayRoles]:
+    """All actors of the recipe, ready to work; they end with the `with`.
+
+    on_lost: hears of one that dies or hangs at the start; unless it raises, all are started once more.
+    """
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
     spins = recipe.ppo.steps_ahead == 0
@@ -99,10 +110,16 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ), waiter,
         )  # fmt: skip
         try:
-            ready = [waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in roles.members]
-            roles.join(roles.trained, resources.start_timeout_s)
-            waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
-            connect_weights(policy, roles.generation, waiter, resources, waits=recipe.ppo.steps_ahead == 0)
+            while True:
+                try:
+                    roles.start(roles.members, roles.trained, resources.start_timeout_s)
+                    connect_weights(policy, roles.generation, waiter, resources, waits=recipe.ppo.steps_ahead == 0)
+                    break
+                except (ActorDied, Deadline, RayTaskError) as failure:
+                    on_lost(failure)
+                    for member in roles.members:
+                        member.calls.clear()
+                        member.make_again()
             yield roles
         finally:
             for member in roles.members:
@@ -140,14 +157,20 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         publish_best(folder, state)  # where the run died between the two
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
-    with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
+    budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
+
+    def on_lost(failure: Failure) -> None:
+        budget.charge_start(failure, "start of the actors")
+        done = "all actors were started again"
+        events.add("an actor was lost at the start", done, stage="ppo", step=state.step, phase="start", seen=in_short(failure))
+        progress({"stage": "ppo", "say": f"an actor was lost at the start: {in_short(failure)}; {done}", "warns": True})
+
+    with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
         # -1: from step 0 on everything is written again, whatever a run that died before its first checkpoint left.
         recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step or -1, run_name=recipe.name,
     ) as metrics:  # fmt: skip
-        if last is not None:
-            waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
-        recovery = Recovery(recipe, roles, waiter, stage.checkpoints, events=EventLog(folder.events), progress=progress)
+        recovery = Recovery(recipe, roles, waiter, stage.checkpoints, budget=budget, events=events, progress=progress)
         waiter.mend = recovery.mend
 
         def train(state: LoopState) -> PPOLoop:
@@ -167,7 +190,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
                 _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
             return loop
 
-        loop = recovery.run(train, state)
+        loop = recovery.run(train, state, last)
         if not loop.finished:
             raise StageStopped(f"ppo stopped after step {loop.state.step} of {ppo.steps}; its checkpoint is written")
     if rolls_back(loop.state, ppo):

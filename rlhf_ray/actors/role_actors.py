@@ -14,6 +14,7 @@ with collector_paused():
 
     from rlhf_ray.actors import faults
     from rlhf_ray.actors.process import set_up_process
+    from rlhf_ray.actors.pulse import Process, this_process
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place, PolicyEnd
     from rlhf_ray.config import GroupConfig, Precision, Recipe, RoleConfig
@@ -39,8 +40,8 @@ class RoleActor:
 
         return resolve_precision(setting, self.device)
 
-    def ready(self) -> str:
-        return self.device.type
+    def ready(self) -> Process:
+        return this_process()
 
     def place(self) -> Place:
         from rlhf_ray.models.shared_gpu import gpu_id
