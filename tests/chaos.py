@@ -1,9 +1,9 @@
 """Every process of a tiny run dies in every phase, at named points: does the run end in the undisturbed run's bits?
 
     make chaos                                   all cells, and the table in results/chaos/
-    python tests/chaos.py --only 'policy*update*' [--write results/chaos]
+    python tests/chaos.py --only '*update*' [--write results/chaos]
 
-A cell is a run of `tiny.tiny_recipe` with up to three faults (`actors.faults`), each in another step. It is exact if its final
+A cell is a run of `tiny.tiny_recipe` with faults (`actors.faults`), each in another step. It is exact if its final
 tensors (the model; policy and critic with their optimisers) have the SHA-256 of the undisturbed run's, its metrics and closing
 figures are the same, and each prompt was trained on once per epoch. What is there already in --log is not run again.
 """
@@ -43,14 +43,13 @@ from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 
-STEPS, PROMPTS, BATCH = 4, 16, 8  # of tiny_recipe
-UPDATES = STEPS * 2 * 2  # epochs, minibatches
-LIMIT_S = 900  # of a cell
+PROMPTS, BATCH = 16, 8  # of tiny_recipe
+LIMIT_S = 1500  # of a cell
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    name: str  # "policy x update"
+    name: str
     faults: list[dict]
     sections: dict = field(default_factory=dict)  # of the recipe, laid over the tiny one's
     exact: bool = True  # False: each prompt once, not the same bits
@@ -59,69 +58,79 @@ class Cell:
 
 # -- the cells --------------------------------------------------------------------------------------------------------
 
-VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic", "driver")
-#: Phase -> its points: (role, method, call, before or after). A step has two chunks, an evaluation (of step 0, 2 and 4) two more.
+VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic")
+#: Phase -> its points: (role, method, which call of the step, before or after). A step has two chunks, its evaluation two more.
 POINTS = {
-    "generate": [("generation", "generate", 3, "before"), ("generation", "generate", 6, "after"),
-                 ("generation", "generate", 9, "before")],
-    "score": [("reward", "score", 4, "before"), ("reference", "logprobs", 6, "after"), ("policy", "logprobs", 5, "before")],
-    "assemble": [("experience", "assemble", 1, "before"), ("experience", "assemble", 2, "after"),
-                 ("experience", "assemble", 4, "before")],
-    "update": [("policy", "update", 1, "before"), ("critic", "update", 3, "before"), ("policy", "update", 4, "after")],
-    "sync": [("policy", "weights", 2, "before"), ("generation", "load_weights", 3, "before"),
-             ("generation", "load_weights", 4, "after")],
-    "evaluate": [("experience", "evaluate", 1, "before"), ("reward", "score", 8, "before"), ("experience", "evaluate", 3, "after")],
-    "checkpoint": [("policy", "save", 1, "before"), ("critic", "save", 2, "after"), ("policy", "save_model", 2, "before")],
-}  # fmt: skip
+    "generate": [("generation", "generate", 1, "before"), ("generation", "generate", 2, "after")],
+    "score": [("reward", "score", 2, "before"), ("reference", "logprobs", 1, "after")],
+    "assemble": [("experience", "assemble", 1, "before"), ("experience", "assemble", 1, "after")],
+    "update": [("policy", "update", 1, "before"), ("critic", "update", 1, "after")],
+    "sync": [("policy", "weights", 1, "before"), ("generation", "load_weights", 1, "after")],
+    "evaluate": [("reward", "score", 3, "before"), ("experience", "evaluate", 1, "after")],
+    "checkpoint": [("policy", "save", 1, "before"), ("critic", "save", 1, "after")],
+}
+EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
 OWN = {"generation": "generate", "reward": "score", "reference": "logprobs", "experience": "assemble",
        "policy": "update", "critic": "update"}  # fmt: skip
 
 
-def fault(role: str, method: str, call: int, when: str = "before", kind: str = "kill", rank: int = 0, **more) -> dict:
-    return {"role": role, "rank": rank, "method": method, "call": call, "when": when, "kind": kind, **more}
+def fault(
+    role: str, method: str, step: int | None, call: int = 1, when: str = "before", kind: str = "kill", rank: int = 0, **more
+) -> dict:
+    return {"role": role, "rank": rank, "method": method, "step": step, "call": call, "when": when, "kind": kind, **more}
 
 
 def cells() -> list[Cell]:
     found = [
-        Cell(name=f"{victim} x {phase}", faults=[fault(*point, victim=f"{victim}-0") for point in points],
-             driver=victim == "driver")  # fmt: skip
+        Cell(name=f"all x {phase}", sections={"ppo": EVERY_STEP | {"steps": 14}}, faults=[
+            fault(role, method, 1 + len(points) * number + place, call, when, victim=f"{victim}-0")
+            for number, victim in enumerate(VICTIMS) for place, (role, method, call, when) in enumerate(points)
+        ])
         for phase, points in POINTS.items()
-        for victim in VICTIMS
-    ]
+    ]  # fmt: skip
+    first = enumerate((points[0] for points in POINTS.values()), start=1)
+    driver = [fault(*point[:2], step, *point[2:], victim="driver-0") for step, point in first]
+    found.append(Cell(name="driver x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, driver=True, faults=driver))
     for kind, more in (("stop", {}), ("exception", {}), ("slow", {"seconds": 5})):
         found += [
-            Cell(name=f"{victim} {kind}", faults=[fault(victim, method, call, kind=kind, **more) for call in (2, 4)])
+            Cell(name=f"{victim} {kind}", faults=[fault(victim, method, step, kind=kind, **more) for step in (1, 3)])
             for victim, method in OWN.items()
         ]
     two = {"actors": 2}
     for stage in (2, 3):
         group = two | {"zero_stage": stage}
         sections = {"resources": {"policy": group, "critic": group}}
-        for method in ("update", "weights", "save", "logprobs"):
-            found.append(Cell(name=f"ZeRO-{stage}, rank 1 of 2 x {method}", sections=sections,
-                              faults=[fault("policy", method, 2, rank=1)]))  # fmt: skip
-        found.append(Cell(name=f"ZeRO-{stage}, critic rank 1 of 2 stopped", sections=sections,
-                          faults=[fault("critic", "update", 2, kind="stop", rank=1)]))  # fmt: skip
+        killed = [("logprobs", 0), ("update", 1), ("weights", 2), ("save", 4)]
+        found += [
+            Cell(name=f"ZeRO-{stage}, rank 1 of 2 killed", sections=sections,
+                 faults=[fault("policy", method, step, rank=1) for method, step in killed]),
+            Cell(name=f"ZeRO-{stage}, rank 1 of 2 stopped", sections=sections,
+                 faults=[fault("critic", "update", 1, kind="stop", rank=1)]),
+        ]  # fmt: skip
     found += [
         Cell(name="two of each stateless role", sections={"resources": {"generation": two, "reward": two, "reference": two}},
-             faults=[fault("generation", "generate", 2, rank=1), fault("reward", "score", 3, "after", rank=1),
-                     fault("reference", "logprobs", 4)]),
+             faults=[fault("generation", "generate", 0, 2, rank=1), fault("reward", "score", 1, 1, "after", rank=1),
+                     fault("reference", "logprobs", 2)]),
         Cell(name="LoRA", sections={"ppo": {"lora": {"rank": 2}}},
-             faults=[fault("policy", "reference_logprobs", 5), fault("generation", "generate", 6), fault("policy", "update", 4)]),
+             faults=[fault("policy", "reference_logprobs", 0, 3), fault("generation", "generate", 1),
+                     fault("policy", "update", 3)]),
         Cell(name="DAPO's dynamic sampling",
              sections={"ppo": {"dynamic_sampling_rounds": 2, "samples_per_prompt": 2, "rollout_batch_size": 8}},
-             faults=[fault("experience", "zero_variance", 2), fault("generation", "generate", 12), fault("policy", "update", 3)]),
+             faults=[fault("experience", "zero_variance", 0), fault("generation", "generate", 1, 4),
+                     fault("policy", "update", 2)]),
         Cell(name="steps_ahead 1", sections={"ppo": {"steps_ahead": 1}}, exact=False,
-             faults=[fault("generation", "generate", 5), fault("policy", "update", 2), fault("reward", "score", 7)]),
+             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1), fault("reward", "score", 2)]),
         Cell(name="weights by a broadcast", sections={"resources": {"weight_transport": "collective"}},
-             faults=[fault("generation", "generate", 5), fault("policy", "update", 3), fault("generation", "receive_weights", 4)]),
+             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1),
+                     fault("generation", "receive_weights", 2)]),
         Cell(name="no snapshots", sections={"resources": {"snapshot_gb": 0}},
-             faults=[fault("critic", "update", 2), fault("critic", "update", 6)]),
+             faults=[fault("critic", "update", 1), fault("critic", "update", 3)]),
         Cell(name="a snapshot every 3 steps", sections={"resources": {"snapshot_every": 3}, "ppo": {"checkpoint_every": 4}},
-             faults=[fault("policy", "update", 3)]),
-        Cell(name="policy and critic at once", faults=[fault("policy", "update", 2), fault("critic", "update", 2)]),
-        Cell(name="policy and generation at once", faults=[fault("policy", "weights", 3), fault("policy", "weights", 3,
+             faults=[fault("policy", "update", 2)]),
+        Cell(name="policy and critic at once", faults=[fault("policy", "update", 1), fault("critic", "update", 1)]),
+        Cell(name="policy and generation at once", faults=[fault("policy", "weights", 1), fault("policy", "weights", 1,
                                                                                             victim="generation-0")]),
+        Cell(name="at the start", faults=[fault("policy", "join", None), fault("reward", "ready", None)]),
     ]  # fmt: skip
     return found
 
@@ -150,6 +159,10 @@ class Ended:
             run_ppo(recipe, self.folder, lambda progress: self.said.append(progress.get("say", "")))
 
     @property
+    def steps(self) -> int:
+        return self.folder.stage("ppo").summary()["steps"]
+
+    @property
     def events(self) -> list[dict]:
         return EventLog(self.folder.events).read()
 
@@ -165,7 +178,7 @@ class Ended:
         tensors = load_file(stage.model / "model.safetensors")
         for role in ("policy", "critic"):
             state, steps = read_role(last_good(stage.checkpoints), role)
-            assert steps == UPDATES
+            assert steps == 4 * self.steps  # two epochs of two minibatches
             tensors |= {f"{role}/{name}": tensor for name, tensor in state.items()}
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
@@ -185,10 +198,10 @@ class Ended:
     def each_once(self, samples: int = 1) -> bool:
         """Whether each prompt was trained on once per epoch, with all its samples."""
         trained, per_epoch = self.trained, PROMPTS // BATCH
-        if sorted(trained) != list(range(STEPS)):
+        if sorted(trained) != list(range(self.steps)):
             return False
         every = Counter((prompt, sample) for prompt in range(PROMPTS) for sample in range(samples))
-        epochs = [range(first, first + per_epoch) for first in range(0, STEPS, per_epoch)]
+        epochs = [range(first, first + per_epoch) for first in range(0, self.steps, per_epoch)]
         return all(Counter(each for step in steps for each in trained[step]) == every for steps in epochs)
 
 
@@ -211,7 +224,7 @@ def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
 
 def run_driver(cell: Cell, path: Path, folder: RunFolder) -> int:
     """The run in processes of its own, one after the other until one ends well -> how many there were."""
-    for number in range(1, 6):
+    for number in range(1, 12):
         command = [sys.executable, __file__, "--driver", str(folder.path), "--sections", json.dumps(cell.sections)]
         ended = subprocess.run(command, env=os.environ | {faults.VARIABLE: str(path)}, capture_output=True, text=True)
         if ended.returncode == 0:
@@ -266,7 +279,8 @@ class Matrix:
         row |= {
             "seen": len(events) + drivers - 1, "restarts": drivers - 1, "seconds": round(time.monotonic() - started, 1),
             "undisturbed_s": wanted["seconds"], "lost_s": [event["cost_s"] for event in events],
-            "steps_lost": [event.get("steps_lost") for event in events],
+            "steps_lost": [event.get("steps_lost") for event in events], "roles": [event.get("role") for event in events],
+            "at": [event.get("step") for event in events], "wanted": cell.faults,
             "what": [f"{event['what']}, {event.get('phase')}: {event.get('seen')}; {event['done']}" for event in events],
         }  # fmt: skip
         return self._keep(row)

@@ -52,7 +52,8 @@ class Budget:
         if self.restarts == 0:
             raise failure
         self.failures[member.role] += 1
-        if call is not None:
+        own = isinstance(failure, RayTaskError)
+        if call is not None and (own or call.chunks()):  # else a rank that writes or sends its state: no sample is to blame
             work = member.role, call.method, *(call.chunks() or [call.name])
             self._deaths[work] += 1
             if self._deaths[work] >= DEATHS_OF_A_CALL:

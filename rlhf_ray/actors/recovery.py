@@ -25,6 +25,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rlhf_ray.actors.budgets import Budget, Failure, counted, in_short
 from rlhf_ray.actors.calls import Call, Handle, Member
+from rlhf_ray.actors.faults import tell_step
 from rlhf_ray.actors.groups import RayRoles, TrainerGroup, connect_weights
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
@@ -81,12 +82,16 @@ class Recovery:
 
     def step_done(self, state: LoopState) -> None:
         """A step, its evaluation included, is finished."""
-        self.step = state.step
-        self.finished_at[state.step] = time.monotonic()
+        self._finished(state.step)
         if state.step > self.furthest:
             self.furthest = state.step
             self.budget.begin_anew()
         self.snapshots.take(state)
+
+    def _finished(self, step: int) -> None:
+        self.step = step
+        self.finished_at[step] = time.monotonic()
+        tell_step(step)
 
     # -- one actor ----------------------------------------------------------------------------------------------------
 
@@ -182,8 +187,8 @@ class Recovery:
     def run(self, train: Callable[[LoopState], Trained], state: LoopState, folder: Path | None = None) -> Trained:
         """`train` from a state on, which is that of the checkpoint `folder` if there is one. Where a group is lost, again from the
         newest state that there is."""
-        self.step = self.furthest = state.step
-        self.finished_at[state.step] = time.monotonic()
+        self.furthest = state.step
+        self._finished(state.step)
         lost: GroupLost | None = None
         while True:
             try:
@@ -218,6 +223,7 @@ class Recovery:
         state, source = self._load(snapshot, folder)
         again = self.step - state.step
         self.step = state.step
+        tell_step(state.step)
         self.waiter.take_totals()
         done = f"its group was made again, with the state of step {state.step} ({source})"
         since = self.finished_at.get(state.step, lost.seen)
