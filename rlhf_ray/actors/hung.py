@@ -13,8 +13,9 @@ Ranks of one group wait for each other, so what one of them does is done by all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ray
 
@@ -28,6 +29,9 @@ SHORTEST_LIMIT_S = 60.0  # no idle process is taken for hung before
 TIMES_AS_LONG = 20.0  # as the longest call of its kind; then an idle one is
 WORK_COUNTS = 5.0  # times as much as idleness: a process that works one look in six is not hung
 AWAY_S = 5.0  # between two looks at the clock: what is longer, this process itself was stopped
+
+
+Who = TypeVar("Who")
 
 
 class AwakeClock:
@@ -58,12 +62,40 @@ class Hung(Deadline):
 
 @dataclass(slots=True)
 class Silence:
-    """Of one call that keeps a wait."""
+    """Of processes that wait for each other, one of which at least does not do what it should."""
 
     since: float
     looked: float
     idle_s: float = 0.0
     stopped_since: float | None = None
+
+    @classmethod
+    def from_now(cls, now: float) -> Silence:
+        return cls(since=now, looked=now)
+
+    def look(
+        self, processes: Mapping[Who, Process | None], now: float, limit_s: float, look: Callable[[Process], Pulse | None]
+    ) -> tuple[Who, str] | None:
+        """(the one that is hung, how that was seen); None: none is. processes: None where one is not known.
+
+        limit_s: how long they may be idle, all of them together.
+        """
+        passed = now - self.looked
+        if passed < LOOK_S:
+            return None
+        self.looked = now
+        pulses = {who: look(process) for who, process in processes.items() if process is not None}
+        stopped = [who for who, found in pulses.items() if found is not None and found.stopped]
+        self.stopped_since = (self.stopped_since or now) if stopped else None
+        if self.stopped_since is not None and now - self.stopped_since > STOPPED_S:
+            return stopped[0], "is stopped"
+        if len(pulses) < len(processes) or any(found is None or found.at_work for found in pulses.values()):
+            self.idle_s = max(self.idle_s - WORK_COUNTS * passed, 0.0)
+            return None
+        self.idle_s += passed
+        if self.idle_s > limit_s:
+            return next(iter(processes)), f"was idle for {self.idle_s:.0f} s, longer than {limit_s:.0f} s"
+        return None
 
 
 class Watch:
@@ -110,27 +142,17 @@ class Watch:
     def hung(self, call: Call, now: float, what: str, remedy: str) -> Hung | None:
         """What is to be said of the actor that keeps this call and is hung; None: none is."""
         kept_by = self.keeps(call)
-        silence = self._silent.setdefault(kept_by.receipt, Silence(since=now, looked=now))
-        seconds, passed = now - silence.since, now - silence.looked
+        silence = self._silent.setdefault(kept_by.receipt, Silence.from_now(now))
+        seconds = now - silence.since
         words = f"waited {seconds:.0f} s for {kept_by.name} during {what}, "
         if seconds > self.deadline_s:
             return Hung(f"{words}longer than {self.deadline_s:.0f} s; {remedy}", kept_by.member, to_blame=kept_by)
-        if passed < LOOK_S:
-            return None
-        silence.looked = now
-        peers = kept_by.member.peers or [kept_by.member]
-        pulses = {each: self._look(each.process) for each in peers if each.process is not None}
-        stopped = [each for each, found in pulses.items() if found is not None and found.stopped]
-        silence.stopped_since = (silence.stopped_since or now) if stopped else None
-        if silence.stopped_since is not None and now - silence.stopped_since > STOPPED_S:
-            return Hung(f"{words}the process of {stopped[0].name} is stopped; {remedy}", stopped[0])
-        if len(pulses) < len(peers) or any(found is None or found.at_work for found in pulses.values()):
-            silence.idle_s = max(silence.idle_s - WORK_COUNTS * passed, 0.0)
-            return None
-        silence.idle_s += passed
         limit_s = self.limit_s(kept_by)
+        everyone = {kept_by.member: kept_by.member.process} | {each: each.process for each in kept_by.member.peers}
+        found = silence.look(everyone, now, limit_s, self._look)
+        if found is None:
+            return None
+        member, how = found
         if silence.idle_s > limit_s:
             self.learn(kept_by, 2 * limit_s / TIMES_AS_LONG)  # it may have waited for good reason: more patience from now on
-            idle = f"whose process was idle for {silence.idle_s:.0f} s, longer than {limit_s:.0f} s"
-            return Hung(f"{words}{idle}; {remedy}", kept_by.member)
-        return None
+        return Hung(f"{words}the process of {member.name} {how}; {remedy}", member)

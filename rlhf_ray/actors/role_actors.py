@@ -167,6 +167,21 @@ class ExperienceActor(RoleActor):
         return self.role.evaluate(*(list(parts[i : i + chunks]) for i in range(0, 4 * chunks, chunks)))
 
 
+@ray.remote
+@faults.with_points
+class EvaluationActor(RoleActor):
+    def build(self):
+        from rlhf_ray.evaluation.evaluate import evaluate
+
+        self.role = evaluate
+
+    def evaluate(self) -> None:
+        self.role(self.recipe, self.folder, self.told, device=self.device)
+
+    def told(self, state: dict) -> None:
+        """A point for faults at each chunk."""
+
+
 class TrainerActor(RoleActor):
     """One rank of a DeepSpeed group. Not an actor itself."""
 

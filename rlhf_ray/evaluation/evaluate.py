@@ -93,7 +93,7 @@ class _Evaluation:
         self.tuned = tuned_stages(recipe)
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
         self.evidence: dict[str, Evidence] = {}  # by model
-        self.kept = KeptParts(folder.stage("evaluation").path / "parts", inputs_of(recipe, folder))
+        self.kept = KeptParts(folder.evaluation_parts, inputs_of(recipe, folder))
 
     def run(self) -> dict:
         sft = self._load(sft_model(self.recipe, self.folder))
