@@ -14,8 +14,8 @@ This folder holds what `make chaos` measured: a tiny PPO run whose processes die
 [results](../README.md). How recovery works: [rlhf_ray/actors/recovery.py](../../rlhf_ray/actors/recovery.py).
 
 "Exact": the final model, and policy and critic with their optimisers, have the SHA-256 of the undisturbed run's; metrics and
-closing figures are the same; each prompt was trained on once per epoch. "Seconds lost" are those between the moment when a loss was seen
-and the moment when all that was lost was under way again; for a rank of policy or critic also the work since its newest snapshot.
+closing figures are the same; each prompt was trained on once per epoch. "Seconds lost": from the moment when a loss was seen to the
+moment when all that was lost was under way again; for a rank of policy or critic, from the state that it went back to.
 
 ```bash
 make chaos                                    # all cells
@@ -44,8 +44,8 @@ def _matrix(rows: list[dict]) -> list[str]:
     roles = list(dict.fromkeys(fault["victim"].partition("-")[0] for row in rows for fault in row["wanted"]))
     lines = [
         "A run per phase, of 14 steps; every role dies twice in it, each time in another step, before or after the work of the "
-        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is of an "
-        "actor that nobody asked anything any more.\n",
+        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is "
+        "of an actor that nobody asked anything any more.\n",
         f"| phase | exact | {' | '.join(roles)} |", f"|---|---|{'---|' * len(roles)}",
     ]  # fmt: skip
     for row in rows:

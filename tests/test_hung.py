@@ -11,7 +11,7 @@ from processes import wait_for
 
 from rlhf_ray.actors.calls import Member
 from rlhf_ray.actors.hung import AwakeClock, Watch
-from rlhf_ray.actors.pulse import Process, Pulse, end_here, pulse_here
+from rlhf_ray.actors.pulse import Process, Pulse, end_here, pulse_here, started_at
 
 IDLE, BUSY, STOPPED = Pulse(False, False), Pulse(False, True), Pulse(True, False)
 
@@ -32,7 +32,7 @@ class Actor:
 
 def member(role="reward", number=0, word="actor"):
     made = Member(role, number, Actor, word)
-    made.process = Process("here", hash((role, number)))
+    made.process = Process("here", hash((role, number)), 0)
     return made
 
 
@@ -173,7 +173,7 @@ def program():
 
     def start(how):
         started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, how], start_new_session=True))
-        return started[-1].pid
+        return Process("here", started[-1].pid, started_at(started[-1].pid))
 
     yield start
     for process in started:
@@ -186,18 +186,21 @@ def test_the_kernel_tells_who_is_stopped_and_who_works(program):
     wait_for(lambda: pulse_here(sleeps) == IDLE)
     wait_for(lambda: pulse_here(works) == BUSY)
     wait_for(lambda: pulse_here(asks) == BUSY)  # a function of the user's in a process of its own
-    os.kill(works, signal.SIGSTOP)
+    os.kill(works.pid, signal.SIGSTOP)
     wait_for(lambda: pulse_here(works) == STOPPED)
     end_here(works)
     wait_for(lambda: pulse_here(works) is None)
     end_here(works)  # it is gone
-    assert pulse_here(2**22 + 1) is None
+    assert pulse_here(Process("here", 2**22 + 1, 5)) is None
+    another = Process("here", sleeps.pid, sleeps.started - 1)  # had this number before
+    end_here(another)
+    assert pulse_here(another) is None and pulse_here(sleeps) == IDLE
 
 
 def test_a_process_that_hardly_gets_a_core_is_at_work(program):
     """Nice 19 beside as many others as there are cores, twice: looked at 40 times, it nearly always has something to do."""
     starved = program("work")
-    os.setpriority(os.PRIO_PROCESS, starved, 19)
+    os.setpriority(os.PRIO_PROCESS, starved.pid, 19)
     for _ in range(2 * len(os.sched_getaffinity(0))):
         program("work")
     wait_for(lambda: pulse_here(starved) == BUSY)

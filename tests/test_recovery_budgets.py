@@ -9,7 +9,6 @@ from tiny import tiny_recipe
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.receipt import Receipt
 from rlhf_ray.actors.recovery import Recovery
 from rlhf_ray.actors.wait import ActorDied, Waiter
 from rlhf_ray.errors import RunFailed

@@ -81,6 +81,7 @@ class Call:
         self.account, self.concurrency_group = account or member.role, concurrency_group
         self.returns, self.count, self.brings_weights = returns, returns + receipt, brings_weights
         self.refs: list[ray.ObjectRef] = []
+        self.sent = 0  # how often
         self.life = 0  # that of the member to which it was sent
         self.tries = 0  # how often it was sent again for the sake of an argument
         self.beside: list[Handle] = []  # who waits for this call waits for these too; no caller has them
@@ -93,6 +94,7 @@ class Call:
         given = [arg.ref if isinstance(arg, Handle) else arg for arg in self.args]
         refs = remote.options(num_returns=self.count, **group).remote(*given)
         self.refs = [refs] if self.count == 1 else refs
+        self.sent += 1
         self.life, self.finished = self.member.lives, False
 
     def send_again(self) -> None:

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
-
-import ray
+from weakref import WeakKeyDictionary
 
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.pulse import Process, Pulse, pulse
@@ -110,12 +109,12 @@ class Watch:
         """deadline_s: of any call. there: whether a call has ended."""
         self.deadline_s, self._there, self._look = deadline_s, there, look
         self._longest_s: dict[tuple[str, str], float] = {}  # role and method -> of the longest call that has ended
-        self._silent: dict[ray.ObjectRef, Silence] = {}  # by the call's receipt, which is another one when it is sent again
+        self._silent: WeakKeyDictionary[Call, tuple[int, Silence]] = WeakKeyDictionary()  # how often it was sent; since then
 
     def ended(self, call: Call, seconds: float, now: float) -> None:
         """seconds: that it has computed, as far as they are known. What it took from outside counts too."""
-        silence = self._silent.pop(call.receipt, None)
-        outside = 0.0 if silence is None else now - silence.since
+        sent, silence = self._silent.pop(call, (0, None))
+        outside = now - silence.since if silence is not None and sent == call.sent else 0.0
         self.learn(call, max(seconds, outside))
 
     def learn(self, call: Call, seconds: float) -> None:
@@ -142,7 +141,10 @@ class Watch:
     def hung(self, call: Call, now: float, what: str, remedy: str) -> Hung | None:
         """What is to be said of the actor that keeps this call and is hung; None: none is."""
         kept_by = self.keeps(call)
-        silence = self._silent.setdefault(kept_by.receipt, Silence.from_now(now))
+        sent, silence = self._silent.get(kept_by, (0, Silence.from_now(now)))
+        if sent != kept_by.sent:
+            silence = Silence.from_now(now)
+            self._silent[kept_by] = kept_by.sent, silence
         seconds = now - silence.since
         words = f"waited {seconds:.0f} s for {kept_by.name} during {what}, "
         if seconds > self.deadline_s:

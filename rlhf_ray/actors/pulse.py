@@ -27,6 +27,7 @@ class Process:
 
     node: str  # Ray's id of it
     pid: int
+    started: int  # clock ticks after the host's start: another process may get its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Pulse:
 
 
 def this_process() -> Process:
-    return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+    return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), started=started_at(os.getpid()))
 
 
 def pulse(process: Process) -> Pulse | None:
@@ -49,15 +50,26 @@ def end(process: Process) -> None:
     _there(process, end_here)
 
 
-def pulse_here(pid: int) -> Pulse | None:
+def pulse_here(process: Process) -> Pulse | None:
     """Of a process on this host."""
-    states = _states(pid)
-    return None if not states else Pulse(stopped=all(each == "T" for each in states), at_work=_at_work(pid))
+    states = _states(process.pid)
+    if not states or started_at(process.pid) != process.started:
+        return None
+    return Pulse(stopped=all(each == "T" for each in states), at_work=_at_work(process.pid))
 
 
-def end_here(pid: int) -> None:
+def end_here(process: Process) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        if started_at(process.pid) == process.started:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def started_at(pid: int) -> int:
+    """-1 where there is no such process, and on systems without /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return -1
 
 
 def _at_work(pid: int) -> bool:
@@ -81,13 +93,13 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _there(process: Process, what: Callable[[int], Pulse | None]) -> Pulse | None:
+def _there(process: Process, what: Callable[[Process], Pulse | None]) -> Pulse | None:
     """The answer of the process's host."""
     node = ray.get_runtime_context().get_node_id()
     if process.node == node:
-        return what(process.pid)
+        return what(process)
     place = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    asked = ray.remote(num_cpus=0, max_retries=0)(what).options(scheduling_strategy=place).remote(process.pid)
+    asked = ray.remote(num_cpus=0, max_retries=0)(what).options(scheduling_strategy=place).remote(process)
     try:
         return ray.get(asked, timeout=LOOK_S)
     except RayError:  # no such host any more, or too late

@@ -120,7 +120,7 @@ class Recovery:
             why = self.waiter.failure_of(arg.call)
             if why is not None:
                 self.mend(arg.call, why, phase)
-            elif not self.waiter.readable(arg):  # the receipt came, but the node where the result lay is gone
+            elif self.waiter.there(arg.call) and not self.waiter.readable(arg):  # it came, but the node where it lay is gone
                 if self._group_of(arg.call.member):  # it may have moved on since
                     raise self._lost(arg.call.member, failure, phase)
                 arg.call.send_again()
@@ -141,7 +141,8 @@ class Recovery:
                     raise self._lost(pings[ping], ActorDied(whole_message(error)), phase) from failure
         if not isinstance(failure, RayTaskError):
             raise failure
-        self._replace(call.member, failure, phase, call)  # a new process may get over it: broken memory, a device, a connection
+        # A new process may get over it: broken memory, a device, a connection.
+        self._replace(call.member, failure, phase, call)
 
     def _replace(self, member: Member, failure: Failure, phase: str, to_blame: Call | None = None) -> None:
         """Make a stateless actor again and send again what was lost with it."""

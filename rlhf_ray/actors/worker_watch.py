@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_ray.actors.hung import SHORTEST_LIMIT_S, TIMES_AS_LONG, AwakeClock, Silence
@@ -19,7 +20,7 @@ from rlhf_ray.runs.storage import write_atomically
 def note_process(folder: Path, rank: int) -> None:
     """This process is the worker of this rank."""
     mine = this_process()
-    write_atomically(folder / f"{rank}.json", json.dumps({"node": mine.node, "pid": mine.pid}))
+    write_atomically(folder / f"{rank}.json", json.dumps(asdict(mine)))
 
 
 class WorkerWatch:
