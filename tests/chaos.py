@@ -210,7 +210,7 @@ def session_with_faults(path: Path) -> Iterator[None]:
     """A Ray whose actors read their faults from a file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faults.VARIABLE, str(path))
-        with ray_session(None):
+        with ray_session(None, start_timeout_s=600):
             yield
 
 
@@ -235,7 +235,7 @@ def run_driver(cell: Cell, path: Path, folder: RunFolder) -> int:
 
 def drive(folder: Path, sections: dict) -> None:
     """What such a process does."""
-    with ray_session(None):
+    with ray_session(None, start_timeout_s=600):
         faults.tell_process("driver-0")
         Ended(RunFolder(folder)).run(tiny_recipe(**sections))
 
