@@ -1,5 +1,6 @@
 """When an actor is taken for hung: stopped, idle for far longer than ever, late; and never because the machine is busy."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,9 @@ from processes import wait_for
 from rlhf_ray.actors.calls import Member
 from rlhf_ray.actors.hung import AwakeClock, Watch
 from rlhf_ray.actors.pulse import Process, Pulse, end_here, pulse_here, started_at
+from rlhf_ray.actors.worker_watch import WorkerWatch
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.storage import write_atomically
 
 IDLE, BUSY, STOPPED = Pulse(False, False), Pulse(False, True), Pulse(True, False)
 
@@ -218,3 +222,59 @@ def test_a_call_is_looked_at_anew_when_it_is_sent_again():
     assert world.seconds_until_hung(call, most=50) == (None, None)
     call.send()
     assert world.seconds_until_hung(call)[0] > 50
+
+
+class Workers:
+    """Two workers of a supervised stage, and their watch, which is asked once a second."""
+
+    def __init__(self, folder):
+        self.now, self.pulses, self.ended = 0.0, {}, []
+        self.events = EventLog(folder / "events.jsonl")
+        for pid in (0, 1):
+            write_atomically(folder / "processes" / f"{pid}.json", json.dumps({"node": "here", "pid": pid, "started": 7}))
+        self.watch = WorkerWatch(
+            folder / "processes", "sft", self.events, lambda: self.now, lambda each: self.pulses.get(each.pid, BUSY),
+            lambda each: self.ended.append(each.pid),
+        )  # fmt: skip
+
+    def go(self, seconds, went_on=False):
+        """-> seconds without a step."""
+        for _ in range(seconds):
+            self.now += 1
+            still_s = self.watch.look(3, went_on, 1800.0)
+        return still_s
+
+
+def test_a_stopped_worker_of_a_supervised_stage_is_ended_and_told_of(tmp_path):
+    workers = Workers(tmp_path)
+    workers.go(1, went_on=True)
+    workers.pulses[1] = STOPPED
+    assert workers.go(12) < 12 and workers.ended == [1]
+    (event,) = workers.events.read()
+    assert event["what"] == "sft worker 1 was hung" and event["seen"] == "it is stopped" and event["step"] == 3
+
+
+def test_a_worker_that_works_long_on_a_step_is_left_alone_and_idle_ones_are_not(tmp_path):
+    workers = Workers(tmp_path)
+    for _ in range(3):
+        workers.go(10)
+        workers.go(1, went_on=True)  # a step takes 11 s
+    assert workers.go(1500) == 1500 and workers.ended == []
+    workers.go(1, went_on=True)
+    workers.pulses = {0: IDLE, 1: BUSY}  # one waits for the other
+    assert workers.go(1500) == 1500 and workers.ended == []
+    workers = Workers(tmp_path)
+    for _ in range(3):
+        workers.go(10)
+        workers.go(1, went_on=True)
+    workers.pulses = {0: IDLE, 1: IDLE}
+    workers.go(219)
+    assert workers.ended == []
+    workers.go(10)
+    assert workers.ended == [0] and "idle for 22" in workers.events.read()[-1]["seen"]
+
+
+def test_before_its_first_step_a_worker_may_be_idle_until_the_deadline(tmp_path):
+    workers = Workers(tmp_path)
+    workers.pulses = {0: IDLE, 1: IDLE}
+    assert workers.go(1700) == 1700 and workers.ended == []

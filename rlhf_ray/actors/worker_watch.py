@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_ray.actors.hung import SHORTEST_LIMIT_S, TIMES_AS_LONG, AwakeClock, Silence
-from rlhf_ray.actors.pulse import Process, end, pulse, this_process
+from rlhf_ray.actors.pulse import Process, Pulse, end, pulse, this_process
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.storage import write_atomically
 
@@ -26,10 +27,18 @@ def note_process(folder: Path, rank: int) -> None:
 class WorkerWatch:
     """Watches the workers of one stage, from one step to the next."""
 
-    def __init__(self, folder: Path, stage: str, events: EventLog):
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        events: EventLog,
+        time: Callable[[], float] = time.monotonic,
+        look: Callable[[Process], Pulse | None] = pulse,
+        end: Callable[[Process], None] = end,
+    ):
         """folder: where the workers note their processes."""
         self.folder, self.stage, self.events = folder, stage, events
-        self.clock = AwakeClock(time.monotonic)
+        self.clock, self._pulse, self._end = AwakeClock(time), look, end
         self.longest_s: float | None = None  # of a step
         self._silence = Silence.from_now(0.0)
 
@@ -42,10 +51,10 @@ class WorkerWatch:
             self._silence = Silence.from_now(now)
             return 0.0
         limit_s = deadline_s if self.longest_s is None else max(SHORTEST_LIMIT_S, TIMES_AS_LONG * self.longest_s)
-        found = self._silence.look(self._processes(), now, min(limit_s, deadline_s), pulse)
+        found = self._silence.look(self._processes(), now, min(limit_s, deadline_s), self._pulse)
         if found is not None:
             worker, how = found
-            end(self._processes()[worker])
+            self._end(self._processes()[worker])
             what = f"{self.stage} worker {worker} was hung"
             self.events.add(what, "its process was ended", seconds, stage=self.stage, role="worker", step=step, seen=f"it {how}")
             self.longest_s = 2 * limit_s / TIMES_AS_LONG  # it may have waited for good reason: more patience from now on
