@@ -341,7 +341,7 @@ def main() -> None:
             matrix.run(cell)
         rows = [row for row in matrix.rows.values() if "passed" in row]
         if args.write is not None:
-            write_table(args.write, rows)
+            write_table(args.write, rows, [cell.name for cell in cells()])
         sys.exit(any(not row["passed"] for row in rows))
 
 

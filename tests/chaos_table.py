@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -24,8 +25,8 @@ make chaos ARGS="--only 'all x update' LoRA"  # some of them
 """
 
 
-def write_table(folder: Path, rows: list[dict]) -> None:
-    """rows: of `chaos.Matrix`."""
+def write_table(folder: Path, rows: list[dict], names: list[str]) -> None:
+    """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not."""
     matrix = [row for row in rows if row["name"].startswith("all x ")]
     others = [row for row in rows if row not in matrix]
     machine = on_hardware({"hardware": hardware()})
@@ -35,16 +36,20 @@ def write_table(folder: Path, rows: list[dict]) -> None:
     if others:
         lines += ["## Other faults and set-ups\n", *_others(others), ""]
     lines += ["## Seconds lost, by role\n", *_by_role(rows)]
+    left = [name for name in names if name not in {row["name"] for row in rows}]
+    if left:
+        lines += ["", "## Not run here\n", f"{', '.join(left)}."]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _matrix(rows: list[dict]) -> list[str]:
     """One row per phase, one column per role: losses seen of faults, and their seconds."""
     roles = list(dict.fromkeys(fault["victim"].partition("-")[0] for row in rows for fault in row["wanted"]))
     lines = [
-        "A run per phase, of 14 steps; every role dies twice in it, each time in another step, before or after the work of the "
-        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is "
+        "A run per phase, of 14 steps; every role dies twice in it, each time in another step, before or after the work of the\n"
+        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is\n"
         "of an actor that nobody asked anything any more.\n",
         f"| phase | exact | {' | '.join(roles)} |", f"|---|---|{'---|' * len(roles)}",
     ]  # fmt: skip
@@ -86,4 +91,6 @@ def _by_role(rows: list[dict]) -> list[str]:
 def _verdict(row: dict) -> str:
     if row["error"] is not None:
         return f"**no: {row['error'].partition(': ')[0]}**"
-    return "yes" if row["exact"] else f"no: {', '.join(row['differs'])}"
+    if row["exact"]:
+        return "yes"
+    return "not asked for" if row["passed"] else f"**no: {', '.join(row['differs'])}**"
