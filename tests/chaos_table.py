@@ -67,7 +67,7 @@ def _matrix(rows: list[dict]) -> list[str]:
 def _others(rows: list[dict]) -> list[str]:
     lines = ["| run | faults | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|"]
     for row in rows:
-        lost = ", ".join(f"{seconds:.0f}" for seconds in row["lost_s"]) or "0"
+        lost = ", ".join(f"{seconds:.0f}" for seconds in row["lost_s"] if seconds is not None) or "0"
         if row["restarts"]:
             lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
         again = sum(steps or 0 for steps in row["steps_lost"])
@@ -80,7 +80,7 @@ def _by_role(rows: list[dict]) -> list[str]:
     seconds: dict[str, list[float]] = {}
     for row in rows:
         for role, lost in zip(row["roles"], row["lost_s"], strict=True):
-            if role is not None:
+            if role is not None and lost is not None:
                 seconds.setdefault(role, []).append(lost)
     lines = ["| role | losses | median | worst |", "|---|---|---|---|"]
     return lines + [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -158,12 +159,16 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
     budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
+    starting = time.monotonic()
 
     def on_lost(failure: Failure) -> None:
+        nonlocal starting
         budget.charge_start(failure, "start of the actors")
+        lost_s, starting = time.monotonic() - starting, time.monotonic()
         done = "all actors were started again"
-        events.add("an actor was lost at the start", done, stage="ppo", step=state.step, phase="start", seen=in_short(failure))
-        progress({"stage": "ppo", "say": f"an actor was lost at the start: {in_short(failure)}; {done}", "warns": True})
+        what, seen = "an actor was lost at the start", in_short(failure)
+        events.add(what, done, lost_s, stage="ppo", step=state.step, phase="start", seen=seen, steps_lost=0)
+        progress({"stage": "ppo", "say": f"{what}: {seen}; {done}; {lost_s:.1f} s lost", "warns": True})
 
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
