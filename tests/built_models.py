@@ -5,10 +5,8 @@ import torch
 
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.data.tokens import encode_pairs
-from rlhf_ray.models.load import (
-    build_causal_lm,
-    save_model,
-)
+from rlhf_ray.models.load import build_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the cat sat on the mat. It's 1999! "

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import Recipe, TrainConfig
-from rlhf_ray.data.store import COLUMNS, write_role
+from rlhf_ray.data.role_files import COLUMNS, write_role
 from rlhf_ray.models.load import build_causal_lm
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, plain_name, train_only_part

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import detect, normalise
-from rlhf_ray.data.rules import Limits
+from rlhf_ray.data.rules import RowLimits
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 
@@ -28,7 +28,7 @@ def write_jsonl(path, rows):
 
 def limits_of(tokenizer, **changes):
     settings_ = {"max_prompt_tokens": 20, "max_length": 60, "truncate_prompt": "left"} | changes
-    return Limits(tokenizer=tokenizer, chat=ChatFormat(tokenizer), **settings_)
+    return RowLimits(tokenizer=tokenizer, chat=ChatFormat(tokenizer), **settings_)
 
 
 def encode_pair(tokenizer, prompt, response):

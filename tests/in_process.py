@@ -2,18 +2,19 @@
 
 import torch
 
-from rlhf_ray.data.store import read_prompt_columns, read_role
+from rlhf_ray.data.role_files import read_prompt_columns, read_role
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.roles.configs import experience_config, policy_loss_config
-from rlhf_ray.roles.experience import ExperienceMaker
+from rlhf_ray.roles.critic_trainer import CriticTrainer
+from rlhf_ray.roles.experience_maker import ExperienceMaker
 from rlhf_ray.roles.generator import Generator
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.policy_trainer import PolicyTrainer
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 from rlhf_ray.training.deepspeed_engine import Forwarded
 from rlhf_ray.training.forward import LogprobModel, ValueModel
 

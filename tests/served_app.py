@@ -9,7 +9,8 @@ import openai
 import torch
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.models.load import build_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.serving.app import build_app
 from rlhf_ray.serving.config import AppConfig, EngineOptions, Limits

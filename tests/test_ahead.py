@@ -11,8 +11,8 @@ from loops import Diary, ScriptedRoles, scripted_loop
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.ppo.gates import MismatchError
 from rlhf_ray.ppo.loop import LoopState
-from rlhf_ray.ppo.step import MismatchError
 
 NAN = float("nan")
 

@@ -14,9 +14,10 @@ from rlhf_ray.algorithms.off_policy import off_policy_stats, truncated_importanc
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.ppo.ahead import Ahead
+from rlhf_ray.ppo.gates import MismatchError
 from rlhf_ray.ppo.single_process import SingleProcessPPO
-from rlhf_ray.ppo.step import MismatchError, ppo_step, sync_weights
-from rlhf_ray.roles.trainer import PolicyTrainer
+from rlhf_ray.ppo.step import ppo_step, sync_weights
+from rlhf_ray.roles.policy_trainer import PolicyTrainer
 from rlhf_ray.runs.run_folder import RunFolder
 
 NAN = float("nan")

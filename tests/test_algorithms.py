@@ -7,7 +7,7 @@ import pytest
 import torch
 from masks import NAN, floats, losses, masks, ragged
 
-from rlhf_ray.algorithms.advantages import group_centred, group_standardised, leave_one_out, rewards_to_go
+from rlhf_ray.algorithms.advantage_estimators import group_centred, group_standardised, leave_one_out, rewards_to_go
 from rlhf_ray.algorithms.gae import gae
 from rlhf_ray.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten

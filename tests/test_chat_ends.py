@@ -9,14 +9,15 @@ from chat_models import KINDS, MODELS, chat_tokenizer, saved_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import normalise
 from rlhf_ray.data.tokens import encode_prompt
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
 from rlhf_ray.models.chat_shape import chat_shape, end_ids
-from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.scorer import EnsembleScorer, RewardScorer, WeightedSum, WeightedTerm
 from rlhf_ray.roles.reward import Reward

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import begin, save, tensors
 
 from rlhf_ray.errors import NotFinite, UserError
-from rlhf_ray.models.load import save_model
+from rlhf_ray.models.save import save_model
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.supervised.checkpoints import MARK, Checkpoint, mark_complete, newest_complete

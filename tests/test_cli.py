@@ -140,7 +140,7 @@ def test_what_checks_a_ppo_run_imports_no_transformers():
         "import sys; from rlhf_ray.config.recipe_file import load_recipe\n"
         "from rlhf_ray.actors.run_recipe import object_store_bytes\nfrom rlhf_ray.data.paths import absolute_paths\n"
         "from rlhf_ray.actors.checks import recipe_problems\n"
-        "import rlhf_ray.actors.ppo_stage, rlhf_ray.actors.session, rlhf_ray.actors.stages\n"
+        "import rlhf_ray.actors.ppo_stage, rlhf_ray.actors.session, rlhf_ray.actors.ray_stages\n"
         "recipe = absolute_paths(load_recipe('demo', []))\n"
         "assert recipe_problems(recipe, data=False) == [] and object_store_bytes(recipe) > 0\n"
         "print(sorted({'transformers', 'datasets', 'deepspeed', 'trl', 'pandas'} & set(sys.modules)))"

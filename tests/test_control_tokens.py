@@ -10,7 +10,7 @@ from tiny import tiny_recipe
 
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import normalise
-from rlhf_ray.data.rules import Limits, Tally, apply_rules
+from rlhf_ray.data.rules import RowLimits, Tally, apply_rules
 from rlhf_ray.data.tokens import cut_text, encode_pairs, encode_prompt, encode_texts
 from rlhf_ray.models.control_tokens import control_names, encode_marked, is_marked, marker, shown
 
@@ -199,7 +199,7 @@ ROWS = {
 
 def limits(tokenizer, chat, **given_limits):
     both = {"max_prompt_tokens": 64, "max_length": 256, "truncate_prompt": "left"} | given_limits
-    return Limits(tokenizer=tokenizer, chat=chat, **both)
+    return RowLimits(tokenizer=tokenizer, chat=chat, **both)
 
 
 @pytest.mark.parametrize("role", ROWS)

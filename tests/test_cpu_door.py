@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.cpu import compiled
-from rlhf_ray.cpu.door import accelerate, hindrance
+from rlhf_ray.cpu.cpu_door import accelerate, hindrance
 from rlhf_ray.cpu.operations import OperationsInC
 from rlhf_ray.cpu.packed_linear import PackedForward
 from rlhf_ray.cpu.recorded_step import RecordedStep

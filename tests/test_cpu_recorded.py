@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.cpu.compiled import call, library, of_thread
 from rlhf_ray.cpu.recorded_step import RecordedStep
 from rlhf_ray.cpu.recording import OtherWork, Program, Recording

@@ -12,14 +12,14 @@ from transformers import GPT2Config
 
 from rlhf_ray.config import Recipe, SourceConfig
 from rlhf_ray.data.chat import ChatFormat
-from rlhf_ray.data.check import check_data
+from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.formats import normalise
 from rlhf_ray.data.prepare import prepare
+from rlhf_ray.data.role_files import count_rows, read_prompts, read_role, write_role
 from rlhf_ray.data.rules import Tally, apply_rules
 from rlhf_ray.data.sources import load_source
-from rlhf_ray.data.store import count_rows, read_prompts, read_role, write_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.check import check_model
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -169,7 +169,7 @@ def test_prompts_are_read_and_counted_without_the_library_of_data_sets(tmp_path)
     folder = RunFolder(tmp_path)
     write_role(folder, "prompts", [{"prompt": "a"}, {"prompt": "café\n"}, {"prompt": ""}], ("prompt",))
     code = (
-        "import sys; from pathlib import Path; from rlhf_ray.data.store import count_rows, read_prompts\n"
+        "import sys; from pathlib import Path; from rlhf_ray.data.role_files import count_rows, read_prompts\n"
         "from rlhf_ray.runs.run_folder import RunFolder; folder = RunFolder(Path(sys.argv[1]))\n"
         "assert read_prompts(folder) == ['a', 'café\\n', ''] and count_rows(folder, 'prompts') == 3\n"
         "assert 'datasets' not in sys.modules"

@@ -10,8 +10,9 @@ from data_rows import USER, one, reply, write_jsonl
 
 from rlhf_ray.config import DataConfig, SourceConfig
 from rlhf_ray.data.formats import detect, implicit_prompt
+from rlhf_ray.data.locate import HubName, locate
 from rlhf_ray.data.paths import resolve_paths
-from rlhf_ray.data.sources import HubName, columns_of, load_source, locate
+from rlhf_ray.data.sources import columns_of, load_source
 from rlhf_ray.errors import UserError
 
 ROWS = [{"text": f"text number {i}", "score": i} for i in range(5)]

@@ -13,9 +13,10 @@ from dogs import dogs_recipe, dogs_tokenizer, pairs_of  # noqa: F401 - fixtures
 from ranks import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.data.store import COLUMNS, write_role
+from rlhf_ray.data.role_files import COLUMNS, write_role
 from rlhf_ray.errors import StageStopped
-from rlhf_ray.models.load import build_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder

@@ -10,21 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import FromScratch, ModelConfig, Recipe
-from rlhf_ray.config.sampling import SamplingParams
-from rlhf_ray.data.store import write_role
+from rlhf_ray.config.columns import asked_columns
+from rlhf_ray.config.sampling_params import SamplingParams
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluation.estimates import (
-    Resampler,
-    repetition,
-    shuffled_partners,
-    win_rate,
-    words,
-)
+from rlhf_ray.evaluation.estimates import Resampler, repetition, shuffled_partners, win_rate, words
 from rlhf_ray.evaluation.evaluate import _Evaluation, evaluate
 from rlhf_ray.evaluation.samples import Responses, draw_responses
 from rlhf_ray.evaluation.scoring import LanguageModel
-from rlhf_ray.evaluation.traits import trait_scores
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
+from rlhf_ray.evaluation.traits import all_trait_scores, trait_scores
+from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
@@ -497,6 +493,21 @@ def test_traits_are_figures_of_every_model(same_model):
             assert figure["low"] <= figure["mean"] <= figure["high"]
             assert [row[model][f"trait/{name}"] for row in samples] == expected
     assert summary["difference"]["trait/letters"]["mean"] == 0  # both are the same model
+
+
+def first_letter(prompts, responses, *, letter):
+    return {"first_letter": [float(response.startswith(each)) for response, each in zip(responses, letter, strict=True)]}
+
+
+def test_several_functions_tell_traits_and_each_gets_its_columns():
+    both = recipe(evaluation={"trait_function": [f"{__name__}:traits_of_text", f"{__name__}:first_letter"]})
+    assert [asked.needed for asked in asked_columns(both).values()] == [(), ("letter",)]
+    scores = all_trait_scores(both.evaluation.trait_functions, ["p", "q"], ["an apple", "no"], {"letter": ["a", "b"]})
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "letters": [8, 2], "has_space": [1, 0], "first_letter": [1, 0],
+    }  # fmt: skip
+    with pytest.raises(UserError, match="both return a trait 'letters'"):
+        all_trait_scores([f"{__name__}:traits_of_text"] * 2, ["p"], ["one"])
 
 
 @pytest.mark.parametrize(("returned", "told"), [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_evaluation import recipe, run_folder  # noqa: F401 - a fixture
 
-from rlhf_ray.config.sampling import Completion
+from rlhf_ray.config.sampling_params import Completion
 from rlhf_ray.evaluation import evaluate as evaluation
 from rlhf_ray.evaluation.kept import KeptParts, inputs_of
 from rlhf_ray.messages import Scores

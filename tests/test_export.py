@@ -15,7 +15,7 @@ from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.ppo import checkpoint
-from rlhf_ray.ppo.export import export_model
+from rlhf_ray.ppo.export_model import export_model
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.resume import write_recipe
 from rlhf_ray.runs.run_folder import RunFolder, start_model

@@ -25,26 +25,26 @@ from rlhf_ray.cli.display import summary_table
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.config.columns import Asked, asked_by, asked_columns, column_problems
 from rlhf_ray.config.recipe_file import build_recipe
-from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
-from rlhf_ray.data.check import check_data
+from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.prepare import prepare
-from rlhf_ray.data.store import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
+from rlhf_ray.data.role_files import PromptColumns, read_prompt_columns, read_prompts, read_role, write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.evaluation.samples import draw_responses
 from rlhf_ray.messages import Scores
-from rlhf_ray.models.check import check_model
 from rlhf_ray.models.load import load_causal_lm, load_config
 from rlhf_ray.models.memory import memory_plan
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.size import shape_of_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import copy_weights
 from rlhf_ray.ppo.loop import LoopState, PPOLoop
 from rlhf_ray.ppo.step import cut_chunks, step_prompts
 from rlhf_ray.report.collect import _readme
-from rlhf_ray.report.figures import table
+from rlhf_ray.report.key_figures import table
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import FunctionScorer
@@ -484,7 +484,7 @@ def constant_problems(recipe, key, term):
 
 
 def test_a_kind_of_reward_of_ones_own(added, folder):
-    from rlhf_ray.rewards.check import reward_problems
+    from rlhf_ray.rewards.reward_problems import reward_problems
 
     kind = rlhf_ray.RewardKind(name="constant", make=constant, words="the same for all", problems=constant_problems,
                                columns=lambda term: Asked(("number",)))  # fmt: skip

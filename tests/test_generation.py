@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.generation.kv_cache import RaggedCache, ragged_attention

@@ -8,7 +8,8 @@ from chat_models import chat_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config import ModelConfig
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 
 #: what the file says -> what must come of it (None: the value is unset)

@@ -16,7 +16,7 @@ LOOK = """
 import sys, time
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.check import check_model
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.load import load_causal_lm, load_config
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.tokenizer import load_tokenizer

@@ -162,21 +162,21 @@ def test_without_the_package_the_extra_is_named(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("broken", ["weights", "tokenizer"])
 def test_a_folder_that_reads_otherwise_is_not_published(file, tmp_path, monkeypatch, broken):
     """What is written is read again and compared before it gets its name."""
-    from rlhf_ray.models import load
+    from rlhf_ray.models import save
 
-    save = load.save_model
+    save_model = save.save_model
 
     def save_badly(model, tokenizer, folder, card):
         if broken == "weights":
             with torch.no_grad():
                 model.model.layers[0].self_attn.k_proj.weight.zero_()
-        save(model, tokenizer, folder, card)
+        save_model(model, tokenizer, folder, card)
         if broken == "tokenizer":
             path = folder / "tokenizer.json"
             path.write_text(path.read_text().replace('"individual_digits": true', '"individual_digits": false'))
         return folder
 
-    monkeypatch.setattr(load, "save_model", save_badly)
+    monkeypatch.setattr(save, "save_model", save_badly)
     with pytest.raises(RunFailed, match="nothing was imported"):
         import_gguf(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_ray.algorithms.experience import AdvantageConfig
 from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences, TokenValues
 from rlhf_ray.roles.configs import PolicyLossConfig
-from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker
-from rlhf_ray.roles.trainer import PolicyTrainer
+from rlhf_ray.roles.experience_maker import ExperienceConfig, ExperienceMaker
+from rlhf_ray.roles.policy_trainer import PolicyTrainer
 from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.training.forward import LogprobModel
 

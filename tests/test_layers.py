@@ -103,6 +103,29 @@ def circle(graph):
     return next((found for node in sorted(graph) if (found := visit(node))), None)
 
 
+def shared(named):
+    """Of (name, where) those names that stand in several places -> the places."""
+    places = {}
+    for name, where in named:
+        places.setdefault(name, []).append(where)
+    return {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_no_two_modules_share_a_name():
+    """So that a file's name says which one it is, in a traceback, an editor's tab or a sentence."""
+    assert not shared((module.split("/")[-1], module) for module in MODULES if not module.endswith("__"))
+
+
+def test_no_two_public_classes_share_a_name():
+    classes = [
+        (node.name, module)
+        for module in MODULES
+        for node in ast.parse(source_of(module)).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(classes) > 200 and not shared(classes)
+
+
 def test_nothing_lies_loose_at_the_root():
     assert {module for module in MODULES if "/" not in module} == AT_THE_ROOT
     assert (ROOT / "py.typed").exists()
@@ -168,3 +191,4 @@ def late():
     assert uses("torch.distributed", "torch.distributed") and not uses("torch.distributions", "torch.distributed")
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"] and circle({"a": {"b"}, "b": set()}) is None
     assert said("algorithms", "May import") == set() and "ray" in said("actors", "Heavy packages")
+    assert shared([("finite", "models"), ("gae", "algorithms"), ("finite", "rewards")]) == {"finite": ["models", "rewards"]}

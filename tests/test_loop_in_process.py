@@ -15,7 +15,8 @@ from loops import (
 )
 from tiny import TEXTS, tiny_recipe
 
-from rlhf_ray.ppo.step import MismatchError, cut_chunks
+from rlhf_ray.ppo.gates import MismatchError
+from rlhf_ray.ppo.step import cut_chunks
 
 
 def test_the_first_minibatch_has_ratio_one_exactly_at_equal_padding(folder):

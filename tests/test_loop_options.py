@@ -15,7 +15,8 @@ from loops import (
 from tiny import tiny_recipe
 
 from rlhf_ray.messages import Scores
-from rlhf_ray.ppo.step import MismatchError, cut_chunks, step_prompts
+from rlhf_ray.ppo.gates import MismatchError
+from rlhf_ray.ppo.step import cut_chunks, step_prompts
 
 CRITIC_FREE = {
     "rloo": {},

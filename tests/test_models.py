@@ -6,25 +6,13 @@ import pytest
 import torch
 from built_models import TEXT, built_batch, built_family, built_folder, built_tokenizer, settings_of  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import (
-    build_causal_lm,
-    check_positions,
-    disable_dropout,
-    fit_embeddings,
-    load_causal_lm,
-    load_reward_model,
-    position_ids_of,
-    save_model,
-)
+from rlhf_ray.models.load import build_causal_lm, disable_dropout, fit_embeddings, load_causal_lm, load_reward_model
+from rlhf_ray.models.positions import check_positions, position_ids_of
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens, train_tokenizer
 
 ODD = "  It's   déjà vu — 你好, 12345\n\n\tthe end "

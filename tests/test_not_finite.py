@@ -13,12 +13,12 @@ from test_single_process import folder  # noqa: F401 - a fixture
 from tiny import tiny_recipe
 
 from rlhf_ray.algorithms.experience import assemble
-from rlhf_ray.algorithms.finite import BadNumber
+from rlhf_ray.algorithms.finite_values import BadNumber
 from rlhf_ray.algorithms.masking import masked_whiten
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
 from rlhf_ray.ppo.single_process import SingleProcessPPO
-from rlhf_ray.rewards.finite import ModelScore, UserScore
+from rlhf_ray.rewards.finite_scores import ModelScore, UserScore
 from rlhf_ray.rewards.scorer import EnsembleScorer, FunctionScorer, RewardScorer, WeightedSum, WeightedTerm
 from rlhf_ray.roles.reward import Reward
 

@@ -10,7 +10,7 @@ from test_evaluation import recipe, run_folder  # noqa: F401 - a fixture
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.prepare import prepare
-from rlhf_ray.data.store import read_role, write_role
+from rlhf_ray.data.role_files import read_role, write_role
 from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer

@@ -12,11 +12,12 @@ from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.run_recipe import failures_recorded
 from rlhf_ray.cli.running import closing_words
 from rlhf_ray.config import Recipe
+from rlhf_ray.config.ppo_section import PPOConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.report.compare import seed_of
 from rlhf_ray.report.page import render
-from rlhf_ray.roles.text import response_text
+from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.pipeline import environment, prepare_folder, run_stages
 from rlhf_ray.runs.resume import check_resume
@@ -94,6 +95,18 @@ def test_anything_may_change_until_the_data_is_prepared_and_what_is_safe_after(t
     folder.stage("sft").finish({})
     with pytest.raises(UserError, match="sft.learning_rate"):
         check_resume(faster, folder)
+
+
+def test_a_limit_that_stopped_a_run_may_be_raised_when_it_goes_on(tmp_path):
+    """What the message tells the user to do is possible."""
+    folder = RunFolder(tmp_path)
+    scored = {"reward_function": "rlhf_ray.data.world:score", "reward_timeout_s": 1.0}
+    prepare_folder(Recipe(name="r", ppo=scored), folder)
+    folder.stage("data").finish({})
+    limits = [name for name, field in PPOConfig.model_fields.items() if (field.description or "").startswith("stop if")]
+    assert set(limits) >= {"max_mismatch_kl", "max_first_approx_kl"}
+    raised = Recipe(name="r", ppo=scored | dict.fromkeys((*limits, "reward_timeout_s"), 77.0))
+    assert check_resume(raised, folder) == sorted(f"ppo.{name}" for name in (*limits, "reward_timeout_s"))
 
 
 def test_a_finished_ppo_keeps_its_recipe_unless_it_gets_more_steps(tmp_path):

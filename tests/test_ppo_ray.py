@@ -25,15 +25,16 @@ from rlhf_ray.actors.calls import members
 from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
 from rlhf_ray.actors.placement import Placement, check_fits
 from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.ray_stages import check_cluster
 from rlhf_ray.actors.role_actors import IN_FLIGHT
-from rlhf_ray.actors.stages import check_cluster
-from rlhf_ray.actors.wait import ActorDied, Deadline, Receipt, Waiter
+from rlhf_ray.actors.wait import ActorDied, CallReceipt, Deadline, Waiter
 from rlhf_ray.config import RoleConfig
 from rlhf_ray.errors import RunFailed, StageStopped, UserError
-from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.ppo.checkpoint import complete, last_good, read_role
-from rlhf_ray.ppo.export import export_model
+from rlhf_ray.ppo.export_model import export_model
 from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.resume import write_recipe
@@ -289,7 +290,7 @@ class Toy:
         return value
 
     def large(self, size):
-        return np.zeros(size), Receipt(0.5, 8 * size)
+        return np.zeros(size), CallReceipt(0.5, 8 * size)
 
     def live(self, size, value):
         """An array that the next call writes over."""
@@ -310,7 +311,7 @@ class Toy:
         os._exit(1)
 
     def logprobs(self, rollout):
-        return rollout, Receipt(0.5, 8)
+        return rollout, CallReceipt(0.5, 8)
 
 
 @ray.remote(num_cpus=0, concurrency_groups={IN_FLIGHT: 1})
@@ -322,7 +323,7 @@ class SlowGenerator:
     def generate(self, chunk):
         version = self.version
         time.sleep(0.5)
-        return version, Receipt(0.5, 8)
+        return version, CallReceipt(0.5, 8)
 
     def load_weights(self, version, *parts):
         self.version = version

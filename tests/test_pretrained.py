@@ -16,7 +16,7 @@ from gguf_files import real_file, second_reading
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_ray
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.engine import GenerationEngine

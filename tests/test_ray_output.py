@@ -1,6 +1,5 @@
 """Ray's own lines go to the run's log; ours and the user's stay where they are."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -68,13 +67,6 @@ def test_the_end_of_the_process_is_told_to_both(tmp_path):
     assert filtered(tmp_path / "..", signal)[1] == signal
 
 
-def test_the_thread_that_prints_reports_calls_the_function_that_is_replaced():
-    import ray._private.worker as worker
-
-    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
-    assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
-
-
 RUN = """
 import logging, os, subprocess, sys, time
 from pathlib import Path
@@ -126,7 +118,7 @@ def test_a_session_of_ray(tmp_path):
 SERVE = """
 import contextlib, logging, os, sys
 from pathlib import Path
-from rlhf_ray.serving.ray_start import check_ray, start_ray
+from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 check_ray()
 import ray

@@ -115,7 +115,7 @@ from pathlib import Path
 import typer
 from rlhf_ray.actors import ray_start
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.cli.words import in_words
+from rlhf_ray.cli.command_errors import in_words
 clock, ahead_s, ray_start.TELL_S = time.monotonic, 0.0, 1.0
 time.monotonic = lambda: clock() + ahead_s  # for Ray and for us
 def children(parent):

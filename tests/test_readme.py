@@ -4,6 +4,7 @@ import re
 
 import pytest
 from documents import DOCUMENTS, LINK, ROOT, blocks, text_of
+from test_layers import own_imports
 
 from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.reference import main, reference, write_between_markers
@@ -15,6 +16,9 @@ FORBIDDEN = re.compile(
     r"\b(knobs?|mailbox\w*|leash\w*|for want of|lays? over it|price of|anew|(?:nats|seconds) an? )\b", re.IGNORECASE
 )
 REFERENCE = "rlhf_ray/config/README.md"
+#: maths on a PPO step's way whose names say it all: means over a mask, log-probs of logits, differences of log-probs
+NO_NEED_TO_READ = {f"algorithms/{name}" for name in ("schedule", "masking", "logprobs", "kl", "off_policy", "finite_values",
+                                                      "advantage_estimators")}  # fmt: skip
 
 
 @pytest.mark.parametrize("document", LONGEST)
@@ -57,6 +61,18 @@ def test_seven_files_explain_a_step():
     files = re.findall(r"^\| \d\. \[([\w/.]+)\]\(([\w/.]+)\)", text_of("README.md"), re.MULTILINE)
     assert [name for name, _ in files][0] == "rlhf_ray/ppo/single_process.py"
     assert len(files) <= 7 and all(name == target and (ROOT / name).exists() for name, target in files)
+    # Followed from the first, imports reach all of them, and no maths beside them but what its name says.
+    modules = [name.removeprefix("rlhf_ray/").removesuffix(".py") for name, _ in files]
+    reached, new = set(), {modules[0]}
+    while new:
+        reached |= new
+        new = {
+            other
+            for module in new
+            for other in own_imports(module)
+            if other.startswith("algorithms/") and not other.endswith("__init__") or other in modules
+        } - reached
+    assert reached - set(modules) == NO_NEED_TO_READ and set(modules) <= reached
 
 
 def test_what_registers_an_addition_exists():

@@ -6,10 +6,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
-from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm, save_model
+from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import word_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.forward import LogprobModel, token_batch
 from rlhf_ray.training.precision import has_bfloat16

@@ -10,11 +10,10 @@ import yaml
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.verdict import verdict, warnings
-from rlhf_ray.report import charts
+from rlhf_ray.report import charts, key_figures
 from rlhf_ray.report import curves as report_curves
-from rlhf_ray.report import figures as report_figures
+from rlhf_ray.report.formatting import duration, figure
 from rlhf_ray.report.page import render, write_report
-from rlhf_ray.report.words import duration, figure
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import RunFolder
@@ -194,7 +193,7 @@ def test_the_closing_table_and_the_page_show_traits_before_and_after():
         values[model]["trait/on_topic"] = interval(mean)
     values["difference"] = {"trait/on_topic": interval(0.5)}
     assert "on topic 0.25 [0.15, 0.35] 0.75 [0.65, 0.85]" in closing_lines(values)
-    (row,) = [row for row in report_figures.table(values) if row["label"] == "Trait: on topic"]
+    (row,) = [row for row in key_figures.table(values) if row["label"] == "Trait: on topic"]
     assert row["cells"] == [("0.25 (0.15 to 0.35)", "", ""), ("0.75 (0.65 to 0.85)", "0.50 (0.40 to 0.60)", "good")]
 
 

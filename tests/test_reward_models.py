@@ -5,22 +5,14 @@ import math
 import pytest
 import torch
 from built_models import built_batch, built_family, built_folder, built_tokenizer  # noqa: F401 - fixtures
-from transformers import (
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.models.activation import PIECE, SigmoidGELU
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.critic import Critic, build_critic, critic_from_causal_lm, critic_from_reward_model
-from rlhf_ray.models.load import (
-    build_reward_model,
-    load_causal_lm,
-    save_model,
-    score_head,
-)
+from rlhf_ray.models.load import build_reward_model, load_causal_lm, score_head
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.wire import as_tensor, pack_weights
 
 

@@ -15,11 +15,12 @@ from rlhf_ray.algorithms.scores import length_correlation, zero_variance_groups
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
+from rlhf_ray.models.load import build_causal_lm, build_reward_model
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_scorer
 from rlhf_ray.rewards.scorer import EnsembleScorer, RewardScorer, WeightedSum
-from rlhf_ray.roles.experience import ExperienceConfig, ExperienceMaker, score_stats
+from rlhf_ray.roles.experience_maker import ExperienceConfig, ExperienceMaker, score_stats
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.tables.advantages import ADVANTAGES

@@ -16,8 +16,8 @@ from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.evaluation.verdict import verdict, warnings
 from rlhf_ray.report import charts
 from rlhf_ray.report import curves as report_curves
+from rlhf_ray.report.formatting import figure
 from rlhf_ray.report.page import render
-from rlhf_ray.report.words import figure
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import RunFolder
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from rlhf_ray.config import FromScratch, ModelConfig
-from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.ray

@@ -145,7 +145,7 @@ class FailingEngine:
         return self.next
 
     def step(self):
-        from rlhf_ray.config.sampling import Completion, TokenEvent
+        from rlhf_ray.config.sampling_params import Completion, TokenEvent
 
         self.step_number += 1
         rows, self.rows = self.rows, []
@@ -160,7 +160,7 @@ class FailingEngine:
 
 
 def draw_rows(runner, rows):
-    from rlhf_ray.config.sampling import SamplingParams
+    from rlhf_ray.config.sampling_params import SamplingParams
 
     async def run():
         ticket = runner.submit([RowRequest(prompt_ids=row, seed=0, params=SamplingParams()) for row in rows])

@@ -24,7 +24,7 @@ from rlhf_ray.serving.config import (
 from rlhf_ray.serving.deployment import build_application
 from rlhf_ray.serving.launch import serve
 from rlhf_ray.serving.model_folder import find_model
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, parse
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, parse
 
 USER = {"role": "user", "content": "hi"}
 # openai.types.chat.ChatCompletionMessage.model_dump(), as versions of the client have written it.

@@ -9,13 +9,12 @@ import pytest
 import torch
 from protocol_app import LIMITS, ask, protocol_folder, protocol_served, send  # noqa: F401 - fixtures
 
-from rlhf_ray.models.load import load_causal_lm, save_model
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.serving.config import (
-    EngineOptions,
-)
+from rlhf_ray.serving.config import EngineOptions
 from rlhf_ray.serving.loading import load
-from rlhf_ray.serving.text import ResponseText
+from rlhf_ray.serving.response_text import ResponseText
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from loops import Diary, real_loop
 from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.config import GenerationConfig, ModelConfig, PPOConfig, Recipe
-from rlhf_ray.data.store import write_role
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.single_process_keys import ACTS_ON, NO_INFLUENCE, OTHER_SECTIONS

@@ -5,8 +5,8 @@ from test_builders import PAIRS, build, dialogues, names, reviews  # noqa: F401 
 
 from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.data import hh
+from rlhf_ray.data.builder import find_builder
 from rlhf_ray.data.instruction_rules import KINDS
-from rlhf_ray.data.sources import find_builder
 
 RECIPES = ("smollm2-sentiment", "smollm2-helpful", "smollm2-instructions")
 

@@ -9,8 +9,9 @@ from loops import Diary, ScriptedRoles, options, scripted_loop
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Sequences
-from rlhf_ray.ppo.step import MismatchError, cut_chunks, ppo_step, step_prompts, sum_over_ranks
-from rlhf_ray.roles.experience import policy_shards, rank_parts
+from rlhf_ray.ppo.gates import MismatchError
+from rlhf_ray.ppo.step import cut_chunks, ppo_step, step_prompts, sum_over_ranks
+from rlhf_ray.roles.experience_maker import policy_shards, rank_parts
 
 
 def test_an_epoch_takes_each_prompt_at_most_once_and_the_next_is_in_another_order():

@@ -10,21 +10,22 @@ from tiny import tiny_recipe
 from transformers import AutoTokenizer
 
 from rlhf_ray.config.columns import column_problems
-from rlhf_ray.data.check import check_data
+from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.prepare import prepare
-from rlhf_ray.data.store import read_prompt_columns, read_prompts, read_role, write_role
+from rlhf_ray.data.role_files import read_prompt_columns, read_prompts, read_role, write_role
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.samples import Responses, write_samples
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences
-from rlhf_ray.models.load import build_reward_model, load_causal_lm, save_model
+from rlhf_ray.models.load import build_reward_model, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.report.models import asked
 from rlhf_ray.report.page import render
 from rlhf_ray.rewards.isolated_function import IsolatedFunction
 from rlhf_ray.rewards.scorer import FunctionScorer, RewardScorer
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.text import response_text
+from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.run_folder import RunFolder
 
 PROMPTS = [f"{start} number {i}" for i, start in enumerate(

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import build_causal_lm, load_causal_lm, save_model
+from rlhf_ray.models.load import build_causal_lm, load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.reward_model import train_reward
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rlhf_ray.cli.display import Display
 from rlhf_ray.cli.main import app
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.words import dropped_in_words, losses
+from rlhf_ray.data.dropped_rows import dropped_in_words, losses
 from rlhf_ray.models.card import model_card
 from rlhf_ray.runs.pipeline import to_reopen
 from rlhf_ray.runs.run_folder import RunFolder

@@ -181,7 +181,7 @@ from pathlib import Path
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.check import check_data
+from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.runs.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.prepare import prepare
-from rlhf_ray.data.store import read_role
+from rlhf_ray.data.role_files import read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder

@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.check import check_model
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import load_causal_lm, load_reward_model
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.trained_part import (
     MergedLayers,
     adapter_off,

@@ -20,14 +20,13 @@ from trained_models import (  # noqa: F401 - fixtures
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.models.load import load_causal_lm, save_model
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.models.trained_part import (
-    load_trained,
-)
+from rlhf_ray.models.trained_part import load_trained
 from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.roles.generator import Generator
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.training.forward import LogprobModel, response_logprobs, token_batch
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_recipe, write_start
 
 from rlhf_ray.algorithms.logprobs import entropy, selected_logprobs, selected_logprobs_and_entropy
 from rlhf_ray.config import GenerationConfig, Recipe
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Sequences, Support
 from rlhf_ray.ppo.single_process import SingleProcessPPO

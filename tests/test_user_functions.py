@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.config.user_functions import import_function, import_plugins
-from rlhf_ray.data.sources import call_builder
+from rlhf_ray.data.builder import call_builder
 from rlhf_ray.errors import UserError
 from rlhf_ray.rewards.scorer import FunctionScorer
 

@@ -19,11 +19,11 @@ from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.actors.session import ray_session
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.generation import vllm_engine
+from rlhf_ray.generation import vllm_generation
 from rlhf_ray.generation.vllm_build import vllm_problem
-from rlhf_ray.generation.vllm_engine import GATE, VllmEngine
+from rlhf_ray.generation.vllm_generation import GATE, VllmEngine
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights
@@ -244,7 +244,7 @@ def test_the_gate_sees_the_output_layer_that_kept_its_old_weights(case, monkeypa
     try:
         engine.llm.apply_model(keep_the_output_layer)
         with monkeypatch.context() as patch:
-            patch.setattr(vllm_engine, "_pack_embeddings_again", lambda model: None)
+            patch.setattr(vllm_generation, "pack_embeddings_again", lambda model: None)
             with pytest.raises(RunFailed, match="not all of them arrived"):
                 engine.load_weights(dict(model.named_parameters()))
     finally:

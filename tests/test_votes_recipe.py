@@ -11,10 +11,10 @@ from voted import answer, compare, prefer
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import build_recipe, load_recipe, path_fields
-from rlhf_ray.data.check import check_data
+from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.paths import resolve_paths
 from rlhf_ray.data.prepare import prepare
-from rlhf_ray.data.store import has_role, read_role
+from rlhf_ray.data.role_files import has_role, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.votes.reading import held_out_prompts

@@ -1,8 +1,9 @@
 """A tiny run: its recipe, and the models and prompts that PPO starts from."""
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import write_role
-from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
+from rlhf_ray.data.role_files import write_role
+from rlhf_ray.models.load import build_causal_lm, build_reward_model
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.runs.run_folder import RunFolder
 

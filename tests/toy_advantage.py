@@ -3,5 +3,5 @@
 from rlhf_ray import Advantage, register_advantage
 
 register_advantage(
-    Advantage(name="toy", estimate="rlhf_ray.algorithms.advantages:grpo", words="GRPO's", compares_samples=True)
+    Advantage(name="toy", estimate="rlhf_ray.algorithms.advantage_estimators:grpo", words="GRPO's", compares_samples=True)
 )

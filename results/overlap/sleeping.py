@@ -25,7 +25,7 @@ from rlhf_ray.actors.groups import (
 )
 from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.session import worker_environment
-from rlhf_ray.actors.wait import Receipt, Waiter
+from rlhf_ray.actors.wait import CallReceipt, Waiter
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.messages import Scores
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
@@ -47,7 +47,7 @@ class Sleeper:
             self.version = self.posted.popleft()
         version = self.version
         time.sleep(0 if chunk.evaluation else self.seconds / CHUNKS)
-        return (chunk.step, version), Receipt(self.seconds, 0)
+        return (chunk.step, version), CallReceipt(self.seconds, 0)
 
     def load_weights(self, version, *parts):
         self.version = version
@@ -56,20 +56,20 @@ class Sleeper:
         self.posted.append(version)
 
     def score(self, rollout):
-        return Scores(total=np.ones(2, np.float32)), Receipt(0.0, 0)
+        return Scores(total=np.ones(2, np.float32)), CallReceipt(0.0, 0)
 
     def texts(self, rollout, count):
         return [("prompt", "response")]
 
     def logprobs(self, rollout):
         time.sleep(0.1 * self.seconds / CHUNKS)
-        return rollout, Receipt(0.0, 0)
+        return rollout, CallReceipt(0.0, 0)
 
     def assemble(self, chunks, kl_coef, *parts):
         ages = [step - version for step, version in parts[:chunks]]
         stats = {"objective/kl": 0.0, "policy/mismatch_max": 0.0, "rollout/importance_mean": 1.0,
                  "rollout/age_max": float(max(ages)), "rollout/age_mean": float(np.mean(ages))}  # fmt: skip
-        return stats, "shard", Receipt(0.0, 0)
+        return stats, "shard", CallReceipt(0.0, 0)
 
     def own_mismatch(self, *parts):
         return {"policy/mismatch_max": 0.0}
@@ -79,10 +79,10 @@ class Sleeper:
 
     def update(self, shard, *rates):
         time.sleep(0.9 * self.seconds)
-        return {"policy/loss": 0.0}, Receipt(0.0, 0)
+        return {"policy/loss": 0.0}, CallReceipt(0.0, 0)
 
     def weights(self, parts):
-        return "weights", Receipt(0.0, 0)
+        return "weights", CallReceipt(0.0, 0)
 
 
 def start_actors() -> dict:

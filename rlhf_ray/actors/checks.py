@@ -14,8 +14,8 @@ from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.recipe_file import stage_functions
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.check import check_model
 from rlhf_ray.models.memory import GB, memory_problems, trained_by_role
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.stage_memory import stage_memory_problems
 from rlhf_ray.tables.engines import ENGINES
@@ -40,13 +40,13 @@ def recipe_problems(
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
-    from rlhf_ray.data.check import check_data  # loads datasets
+    from rlhf_ray.data.data_problems import check_data  # loads datasets
 
     return check_data(recipe)
 
 
 def _reward_problems(recipe: Recipe) -> list[str]:
-    from rlhf_ray.rewards.check import reward_problems
+    from rlhf_ray.rewards.reward_problems import reward_problems
 
     return reward_problems(recipe)
 

@@ -4,9 +4,9 @@ The environment variable RLHF_RAY_FAULTS names a JSON file, which is read at eac
 
     [{"role": "policy", "rank": 0, "method": "update", "call": 2, "when": "before", "kind": "kill"}]
 
-role, rank: the actor; method: of its class in `actors.role_actors`; call: which one of those, from 1, counted over restarts in a
-folder beside the file; step: only of those while so many steps are finished, counted apart (None: of all); when: before or after it
-has worked. kind:
+role, rank: the actor; method: of its class in `actors.role_actors` or `trainer_actors`; call: which one of those, from 1, counted
+over restarts in a folder beside the file; step: only of those while so many steps are finished, counted apart (None: of all); when:
+before or after it has worked. kind:
 
     kill       SIGKILL
     stop       SIGSTOP: the process is there and never answers

@@ -28,19 +28,18 @@ from rlhf_ray.actors.groups import (
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.recovery import Recovery, state_in
 from rlhf_ray.actors.role_actors import (
-    CriticActor,
     ExperienceActor,
     GenerationActor,
     InFlightGenerationActor,
-    PolicyActor,
     ReferenceActor,
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
+from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
-from rlhf_ray.data.store import check_columns, count_rows
+from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import StageStopped, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import ray._private.worker as ray_worker
+from rlhf_ray.actors.ray_private import reports_given_to
 
 FILTER = Path(__file__).with_name("ray_lines.py")
 END_S = 2.0
@@ -41,18 +41,14 @@ def ray_output_in(log: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _reports_in(file: io.TextIOWrapper) -> Iterator[None]:
-    """The thread (`listen_error_messages`) calls this function with each message; with log_to_driver=False nothing else does."""
-    printed = ray_worker.print_to_stdstream
+    """With log_to_driver=False nothing but the cluster's reports comes this way."""
 
     def record(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         for line in data["lines"]:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} ({data['pid']}) {line}\n")
 
-    ray_worker.print_to_stdstream = record
-    try:
+    with reports_given_to(record):
         yield
-    finally:
-        ray_worker.print_to_stdstream = printed
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
 from ray.exceptions import AuthenticationError
 
+from rlhf_ray.actors.ray_private import node_looked_up_by
 from rlhf_ray.errors import RunFailed, UserError
 
 START_S = 300.0  # where no recipe says otherwise
@@ -114,24 +114,24 @@ class _Start:
 @contextmanager
 def patience(deadline_s: float) -> Iterator[None]:
     """Let Ray's first process take that long to appear. Ray allows 30 s, which no setting changes; busy machines need more."""
-    started, look = time.monotonic(), services.get_node
+    started = time.monotonic()
     deadline = started + max(deadline_s - SLACK_S, RAYS_OWN_S)  # before `start_ray` gives up, whose words know no reason
 
-    def wait_for_node(*args: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                return look(*args, **kwargs)
-            except RuntimeError:  # it is not there yet
-                now = time.monotonic()
-                if now > deadline or (now > started + RAYS_OWN_S and not _raylet_runs()):
-                    raise
-                time.sleep(0.1)
+    def patient(look: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_for_node(*args: Any, **kwargs: Any) -> Any:
+            while True:
+                try:
+                    return look(*args, **kwargs)
+                except RuntimeError:  # it is not there yet
+                    now = time.monotonic()
+                    if now > deadline or (now > started + RAYS_OWN_S and not _raylet_runs()):
+                        raise
+                    time.sleep(0.1)
 
-    services.get_node = wait_for_node
-    try:
+        return wait_for_node
+
+    with node_looked_up_by(patient):
         yield
-    finally:
-        services.get_node = look
 
 
 def _raylet_runs() -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 
+from rlhf_ray.actors.ray_private import unused_callbacks
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import read_metrics
@@ -16,7 +15,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.checkpoints import newest_complete
 
 
-class Trainer(TorchTrainer):
+class StageTorchTrainer(TorchTrainer):
     """TorchTrainer without two actors that a stage does not need; each is a process of 0.2 GB that takes seconds to start.
 
     One distributes Ray Data sets; our rows are files of the run folder. The other removes the placement group of a
@@ -24,8 +23,8 @@ class Trainer(TorchTrainer):
     API, which chooses a cluster by itself: where there are two it asks the wrong one, and removes our group under the worker.
     """
 
-    def _create_default_callbacks(self):
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+    def _create_default_callbacks(self):  # ray_private.DEFAULT_CALLBACKS
+        unused = unused_callbacks()
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 

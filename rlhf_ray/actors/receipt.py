@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class CallReceipt:
     seconds: float  # of computing, without waiting for arguments
     bytes: int  # of what it returned
 
@@ -30,13 +30,13 @@ def nbytes(value: Any) -> int:
 
 
 def with_receipt(method: Callable) -> Callable:
-    """Return (result, Receipt), or (*results, Receipt) of a method that returns a list."""
+    """Return (result, CallReceipt), or (*results, CallReceipt) of a method that returns a list."""
 
     @wraps(method)
     def wrapped(self, *args):
         started = time.perf_counter()
         result = method(self, *args)
-        receipt = Receipt(time.perf_counter() - started, nbytes(result))
+        receipt = CallReceipt(time.perf_counter() - started, nbytes(result))
         return (*result, receipt) if isinstance(result, list) else (result, receipt)
 
     return wrapped

@@ -13,10 +13,10 @@ import ray
 
 from rlhf_ray.actors.checks import recipe_problems
 from rlhf_ray.actors.placement import nodes_alive
+from rlhf_ray.actors.ray_stages import check_cluster, ray_stages
 from rlhf_ray.actors.ray_start import refuse_second_ray
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.actors.snapshots import BYTES_PER_WEIGHT_BYTE, KEPT
-from rlhf_ray.actors.stages import check_cluster, ray_stages
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.threads import settle_threads

@@ -23,7 +23,8 @@ from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.actors.ray_trainer import RecordFailures, Trainer
+from rlhf_ray.actors.ray_private import NO_ROOM
+from rlhf_ray.actors.ray_trainer import RecordFailures, StageTorchTrainer
 from rlhf_ray.actors.worker_watch import WorkerWatch, note_process
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
@@ -148,7 +149,7 @@ def _fit(
     processes = _processes(folder, stage, member)
     shutil.rmtree(processes, ignore_errors=True)  # of a run that died
     storage.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
+    trainer = StageTorchTrainer(
         _worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
@@ -269,7 +270,7 @@ def _explained(
     if not (lost or isinstance(error, TrainingFailedError)):
         return error
     log = folder.logs / f"{stage}.log"
-    if "WorkerGroupStartupTimeoutError" in repr(error.__cause__) + repr(error.__dict__) + str(error):
+    if NO_ROOM in repr(error.__cause__) + repr(error.__dict__) + str(error):
         explained: Exception = UserError(
             f"waited {timeout_s:g} s for {config.workers} {stage} worker(s) with {config.cpus_per_worker:g} CPUs and "
             f"{config.gpus_per_worker:g} GPUs each, the cluster has no room; free some of it, lower {stage}.workers, "

@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import function_names, path_fields
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 
 MAX_DATA_MB = 64  # Ray keeps an upload in the head's memory and sends it to every node

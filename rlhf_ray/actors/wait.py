@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, Watch
-from rlhf_ray.actors.receipt import Receipt
+from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
@@ -161,14 +161,14 @@ class Waiter:
             self._mend(each, failure, what)
             assert isinstance(each, Call) and each.receipt != ref, f"{each.name} is mended, so it was sent again"
             return each.receipt
-        if isinstance(value, Receipt):
+        if isinstance(value, CallReceipt):
             self._account(each, value)
         if isinstance(each, Call):
-            self.watch.ended(each, value.seconds if isinstance(value, Receipt) else 0.0, self.clock.now)
+            self.watch.ended(each, value.seconds if isinstance(value, CallReceipt) else 0.0, self.clock.now)
             each.finish()
         return None
 
-    def _account(self, each: Tracked | Call, receipt: Receipt) -> None:
+    def _account(self, each: Tracked | Call, receipt: CallReceipt) -> None:
         self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + receipt.seconds
         self.bytes[each.account] = self.bytes.get(each.account, 0) + receipt.bytes
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlhf_ray.actors.receipt import Receipt, with_receipt
+from rlhf_ray.actors.receipt import CallReceipt, with_receipt
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_ray.config import GroupConfig, Recipe
     from rlhf_ray.models.wire import Weight
     from rlhf_ray.roles.generator import Generator
-    from rlhf_ray.roles.trainer import PolicyTrainer
+    from rlhf_ray.roles.policy_trainer import PolicyTrainer
     from rlhf_ray.training.weight_channel import Layout, WeightChannel
 
 Transport = Literal["object_store", "collective", "ipc"]
@@ -113,7 +113,7 @@ class PolicyEnd:
                 rank=0, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
             )
 
-    def send_weights(self) -> tuple[None, Receipt]:
+    def send_weights(self) -> tuple[None, CallReceipt]:
         """Send the trained weights to all members of the channel."""
         started, sent = time.perf_counter(), 0
         self.check_weights()
@@ -122,7 +122,7 @@ class PolicyEnd:
         else:
             for _ in self.role.weights():
                 pass  # rank 0 gathers with us
-        return None, Receipt(time.perf_counter() - started, sent)
+        return None, CallReceipt(time.perf_counter() - started, sent)
 
 
 class GenerationEnd:

@@ -30,4 +30,4 @@ def forked_actors(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-from rlhf_ray.forking.door import fork_server, forked_actors, forks_here  # noqa: E402, F401, F811 - without it all above holds
+from rlhf_ray.forking.fork_door import fork_server, forked_actors, forks_here  # noqa: E402, F401, F811 - without it all above holds

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from rlhf_ray.algorithms.advantages import AdvantageEntry, AdvantageOptions
-from rlhf_ray.algorithms.finite import check_finite
+from rlhf_ray.algorithms.advantage_estimators import AdvantageEntry, AdvantageOptions
+from rlhf_ray.algorithms.finite_values import check_finite
 from rlhf_ray.algorithms.kl import KL_ESTIMATORS, kl_k1
 from rlhf_ray.algorithms.losses import explained_variance
 from rlhf_ray.algorithms.masking import masked_mean, masked_whiten

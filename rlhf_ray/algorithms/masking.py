@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray.algorithms.finite import BadNumber
+from rlhf_ray.algorithms.finite_values import BadNumber
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

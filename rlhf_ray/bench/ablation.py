@@ -27,18 +27,19 @@ import torch
 from rlhf_ray.bench.flops import Work, shape_of
 from rlhf_ray.bench.random_run import bench_recipe, write_random_run
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import read_prompts
+from rlhf_ray.data.role_files import read_prompts
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.models.wire import pack_weights
 from rlhf_ray.ppo.step import Roles, StepConfig, cut_chunks, ppo_step, sync_weights
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.roles.configs import experience_config, policy_loss_config
-from rlhf_ray.roles.experience import ExperienceMaker
+from rlhf_ray.roles.critic_trainer import CriticTrainer
+from rlhf_ray.roles.experience_maker import ExperienceMaker
 from rlhf_ray.roles.generator import Generator
-from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.policy_trainer import PolicyTrainer
+from rlhf_ray.roles.reference_policy import Reference
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.roles.trainer import CriticTrainer, PolicyTrainer
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
 from rlhf_ray.training.distributed import join_group

@@ -170,15 +170,16 @@ def rss_bytes() -> int:
 
 
 def store_bytes() -> tuple[int, int]:
-    """(in use, put so far) of this node's object store. Ray has no public call for it.
+    """(in use, put so far) of this node's object store.
 
     In use may be what a second's steps put: Ray frees in batches, once a second.
     """
     import ray
-    from ray._private.internal_api import node_stats
+
+    from rlhf_ray.actors.ray_private import store_stats
 
     (node,) = ray.nodes()
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
+    stats = store_stats(node)
     return stats.object_store_bytes_used, stats.cumulative_created_bytes
 
 

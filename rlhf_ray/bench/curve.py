@@ -31,7 +31,8 @@ def train_reward(folder: RunFolder, work: Work, seed: int, steps: int = 120) -> 
     """Teach the random reward model its number. -> correlation of its scores with the number on fresh rows."""
     import torch
 
-    from rlhf_ray.models.load import load_reward_model, save_model
+    from rlhf_ray.models.load import load_reward_model
+    from rlhf_ray.models.save import save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
 
     path = folder.stage("reward").model

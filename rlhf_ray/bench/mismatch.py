@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
     """Name of a way -> {"mean k3", "99 % quantile", "maximum"} of log-prob differences, generator less policy, in nats."""
-    from rlhf_ray.config.sampling import SamplingParams
+    from rlhf_ray.config.sampling_params import SamplingParams
     from rlhf_ray.generation.engine import GenerationEngine
     from rlhf_ray.models.load import load_causal_lm
     from rlhf_ray.models.tokenizer import load_tokenizer

@@ -40,8 +40,9 @@ def cores() -> int:
 
 def write_random_run(recipe: Recipe, folder: RunFolder, *, prompts: int, length: int, reward: bool = True) -> None:
     """A run folder with a random policy, a random reward model and prompts of exactly `length` tokens."""
-    from rlhf_ray.data.store import write_role
-    from rlhf_ray.models.load import build_causal_lm, build_reward_model, save_model
+    from rlhf_ray.data.role_files import write_role
+    from rlhf_ray.models.load import build_causal_lm, build_reward_model
+    from rlhf_ray.models.save import save_model
     from rlhf_ray.models.tokenizer import word_tokenizer
 
     tokenizer = word_tokenizer(recipe.model.from_scratch.vocab_size)

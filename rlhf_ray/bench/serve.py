@@ -129,7 +129,7 @@ def _load_engine(model: Path, precision: Precision):
 
 def engine_round(engine, prompts: list[list[int]], response: int, clients: int) -> Round:
     """Each row's place is taken by the next request as soon as it has ended."""
-    from rlhf_ray.config.sampling import SamplingParams
+    from rlhf_ray.config.sampling_params import SamplingParams
 
     params = SamplingParams(max_new_tokens=response, temperature=1.0)
     left = iter(enumerate(prompts))

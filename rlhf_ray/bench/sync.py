@@ -51,7 +51,8 @@ def _one_size(shape: Shape, generators: int, repeats: int, precision: Precision)
 
     from rlhf_ray.actors.calls import members
     from rlhf_ray.actors.groups import GenerationGroup, PolicyGroup
-    from rlhf_ray.actors.role_actors import GenerationActor, PolicyActor
+    from rlhf_ray.actors.role_actors import GenerationActor
+    from rlhf_ray.actors.trainer_actors import PolicyActor
     from rlhf_ray.actors.wait import Waiter
 
     role = RoleConfig(cpus=0.1, threads=cores())

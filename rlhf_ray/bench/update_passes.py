@@ -39,7 +39,7 @@ def measure(way: dict, microbatch: int) -> dict:
     from rlhf_ray.models.trained_part import train_only_part
     from rlhf_ray.models.wire import pack_weights
     from rlhf_ray.roles.configs import policy_loss_config
-    from rlhf_ray.roles.trainer import PolicyTrainer
+    from rlhf_ray.roles.policy_trainer import PolicyTrainer
     from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
     from rlhf_ray.training.distributed import join_group
     from rlhf_ray.training.forward import LogprobModel

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.generation.engine import GenerationEngine
-from rlhf_ray.generation.vllm_engine import VllmEngine
-from rlhf_ray.models.load import load_causal_lm, save_model
+from rlhf_ray.generation.vllm_generation import VllmEngine
+from rlhf_ray.models.load import load_causal_lm
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_ray.models.wire import pack_weights
 

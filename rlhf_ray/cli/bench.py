@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.bench.flops import Work, shape_of
-from rlhf_ray.cli.words import in_words
+from rlhf_ray.cli.command_errors import in_words
 from rlhf_ray.errors import UserError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measured in one run.")

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from rlhf_ray.actors.checks import disk_problems, itemsize_of, recipe_problems, stage_itemsizes
 from rlhf_ray.actors.placement import altogether, nodes_alive
+from rlhf_ray.actors.ray_stages import cluster_problems
 from rlhf_ray.actors.session import ray_session
-from rlhf_ray.actors.stages import cluster_problems
 from rlhf_ray.actors.worker_start import forks_here
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.problems import mentions

@@ -20,8 +20,8 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 import typer
 
 from rlhf_ray.cli.bench import bench_app
+from rlhf_ray.cli.command_errors import Commands, console, in_words
 from rlhf_ray.cli.votes import votes_app
-from rlhf_ray.cli.words import Commands, console, in_words
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError
 
@@ -266,7 +266,7 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
 ):
     """Write a Hugging Face folder from any checkpoint."""
-    from rlhf_ray.ppo.export import export_model
+    from rlhf_ray.ppo.export_model import export_model
 
     console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.words import console, in_words
+from rlhf_ray.cli.command_errors import console, in_words
 from rlhf_ray.errors import UserError
 
 votes_app = typer.Typer(no_args_is_help=True, help="Votes of people on pairs of answers: sum up, export, migrate.")

@@ -7,15 +7,15 @@ May import: errors, tables.
 """
 
 from rlhf_ray.config.base import Precision, Section, exact_div
-from rlhf_ray.config.data import DataConfig, FromScratch, ModelConfig, SourceConfig, VotesConfig
-from rlhf_ray.config.evaluation import EvaluationConfig
-from rlhf_ray.config.generation import GenerationConfig
-from rlhf_ray.config.kl import KlConfig
-from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.data_sections import DataConfig, FromScratch, ModelConfig, SourceConfig, VotesConfig
+from rlhf_ray.config.evaluation_section import EvaluationConfig
+from rlhf_ray.config.generation_section import GenerationConfig
+from rlhf_ray.config.kl_section import KlConfig
+from rlhf_ray.config.ppo_section import PPOConfig
 from rlhf_ray.config.recipe import Recipe
-from rlhf_ray.config.resources import GroupConfig, ResourcesConfig, RoleConfig, TrackingConfig
+from rlhf_ray.config.resource_sections import GroupConfig, ResourcesConfig, RoleConfig, TrackingConfig
 from rlhf_ray.config.reward_term import RewardTerm
-from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
+from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 
 __all__ = [
     "DataConfig", "DpoConfig", "EvaluationConfig", "FromScratch", "GenerationConfig", "GroupConfig", "KlConfig",

@@ -69,16 +69,15 @@ def asked_by_term(term: RewardTerm) -> Asked:
 
 def asked_columns(recipe: Recipe) -> dict[str, Asked]:
     """Key of the recipe -> what its function asks for. One that can't be imported is left out: others report it
-    (`rewards.check`, and whoever calls it)."""
+    (`rewards.reward_problems`, and whoever calls it)."""
     asked: dict[str, Asked | None] = {}
     for name, term in recipe.ppo.terms.items():
         with suppress(UserError):
             asked[recipe.ppo.key_of(name)] = kind_of(term).asked(term)
     evaluation = recipe.evaluation
-    for key, path in (("judge_function", evaluation.judge_function), ("trait_function", evaluation.trait_function)):
-        if path is not None:
-            with suppress(UserError):
-                asked[f"evaluation.{key}"] = asked_by(import_function(path))
+    for key, path in evaluation.functions:
+        with suppress(UserError):
+            asked[f"evaluation.{key}"] = asked_by(import_function(path))
     return {key: each for key, each in asked.items() if each is not None}
 
 

@@ -12,7 +12,7 @@ import re
 
 from rlhf_ray.config.recipe import Recipe
 from rlhf_ray.config.stage_table import STAGES, SUPERVISED, Stage
-from rlhf_ray.config.stages import TrainConfig
+from rlhf_ray.config.supervised_sections import TrainConfig
 from rlhf_ray.errors import UserError
 
 IN_RUN_FOLDER = ("logs", "uploads", "tensorboard")  # folders there that belong to no stage

@@ -9,14 +9,14 @@ from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, mod
 from pydantic_core import InitErrorDetails
 
 from rlhf_ray.config.base import SEEDS, Section, exact_div, option
-from rlhf_ray.config.data import DataConfig, ModelConfig
-from rlhf_ray.config.evaluation import EvaluationConfig
-from rlhf_ray.config.generation import GenerationConfig
+from rlhf_ray.config.data_sections import DataConfig, ModelConfig
+from rlhf_ray.config.evaluation_section import EvaluationConfig
+from rlhf_ray.config.generation_section import GenerationConfig
 from rlhf_ray.config.plugin_sections import details, plugin_section
-from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.config.resources import ResourcesConfig, RoleConfig, TrackingConfig
+from rlhf_ray.config.ppo_section import PPOConfig
+from rlhf_ray.config.resource_sections import ResourcesConfig, RoleConfig, TrackingConfig
 from rlhf_ray.config.stage_table import STAGES
-from rlhf_ray.config.stages import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
+from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
 
 

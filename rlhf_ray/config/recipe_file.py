@@ -211,7 +211,7 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
 def function_names(recipe: Recipe) -> list[str]:
     """The user's functions that score, tell traits or run a stage: package.module:function, each."""
     names = [*(term.function for term in recipe.ppo.terms.values())]
-    names += [recipe.evaluation.judge_function, recipe.evaluation.trait_function]
+    names += [path for _, path in recipe.evaluation.functions]
     return [name for name in names if name is not None] + stage_functions(recipe)
 
 

@@ -75,7 +75,7 @@ def _tuned_models(recipe: Recipe) -> tuple[str, ...]:
 
 _BUILT_IN = (
     Stage(
-        name="data", title="Data", words="data", run="rlhf_ray.actors.stages:prepare_data", workers="none", command="sft",
+        name="data", title="Data", words="data", run="rlhf_ray.actors.ray_stages:prepare_data", workers="none", command="sft",
     ),
     Stage(
         name="sft", title="SFT", words="supervised fine-tuning", train="rlhf_ray.supervised.sft:train_sft",
@@ -106,14 +106,14 @@ _BUILT_IN = (
         model=StageModel(kind="policy", words="a language model tuned with DPO on preferences between pairs of replies"),
     ),
     Stage(
-        name="ppo", title="PPO", words="PPO", run="rlhf_ray.actors.stages:run_ppo_stage", workers="ppo",
+        name="ppo", title="PPO", words="PPO", run="rlhf_ray.actors.ray_stages:run_ppo_stage", workers="ppo",
         needs=("data", "sft", "reward"), needs_too=_judge_of_ppo, command="ppo", brings_needs=False,
         check="rlhf_ray.rewards.standing:refuse_weak_reward",
         help="PPO on the run folder's SFT and reward model.",
         model=StageModel(kind="policy", words="a language model tuned with PPO against a reward model"),
     ),
     Stage(
-        name="evaluation", title="Evaluation", words="evaluation", run="rlhf_ray.actors.stages:evaluate_and_report",
+        name="evaluation", title="Evaluation", words="evaluation", run="rlhf_ray.actors.ray_stages:evaluate_and_report",
         workers="ppo", needs=("sft", "fluency", "reward", "judge"), needs_too=_tuned_models, command="evaluate",
         brings_needs=False, help="The tuned models against the SFT model on held-out prompts, and the report.",
     ),

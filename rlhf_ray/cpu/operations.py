@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from rlhf_ray.cpu.compiled import call
-from rlhf_ray.cpu.protocols import Cache, Layer, Operations
+from rlhf_ray.cpu.protocols import Cache, DecodeOperations, Layer
 
 
 class OperationsInC:
     """In place of other operations, which still do what these can't."""
 
-    def __init__(self, others: Operations):
+    def __init__(self, others: DecodeOperations):
         self.others = others
 
     def embed(self, tokens, positions, words: nn.Module, places: nn.Module | None = None) -> torch.Tensor:

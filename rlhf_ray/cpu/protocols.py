@@ -40,7 +40,7 @@ class Cache(Protocol):
     def begin_decode(self, positions: torch.Tensor, length: int) -> None: ...
 
 
-class Operations(Protocol):
+class DecodeOperations(Protocol):
     """What a decode step does beside the modules that have weights (`generation.decode_step.Operations` says what)."""
 
     def embed(self, tokens, positions, words: nn.Module, places: nn.Module | None = None) -> torch.Tensor: ...
@@ -54,7 +54,7 @@ class Step(Protocol):
 
     model: PreTrainedModel
     written_out: Callable[..., torch.Tensor]
-    operations: Any  # `Operations`: a class of the giver's, which another one may replace
+    operations: Any  # `DecodeOperations`: a class of the giver's, which another one may replace
 
     def __call__(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor: ...
     def forget(self) -> None: ...

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import datasets
 
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.data.formats import implicit_prompt
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.data.values import check_values

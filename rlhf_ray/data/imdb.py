@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import datasets
 
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.data.values import check_values
 from rlhf_ray.errors import UserError

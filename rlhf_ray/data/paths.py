@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray.config import DataConfig, Recipe, RewardConfig, Section, SourceConfig
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 
 #: a file's ending -> the reader of `datasets` for it

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config import Recipe, SftConfig, SourceConfig
+from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.config.columns import column_problems
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import Role, detect, normalise
-from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, preference_section, prompt_origins
+from rlhf_ray.data.lists import needed_lists, preference_section, prompt_origins
 from rlhf_ray.data.mixing import mix, split
-from rlhf_ray.data.rules import Limits, Tally, apply_rules, drop
-from rlhf_ray.data.sources import Rows, call_builder, check_rows, load_source, other_columns
-from rlhf_ray.data.store import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
+from rlhf_ray.data.raw_sources import Raw, read_sources, rows_of
+from rlhf_ray.data.role_files import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
+from rlhf_ray.data.rules import RowLimits, Tally, apply_rules, drop
+from rlhf_ray.data.sources import other_columns
 from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted, read_votes
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown
@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
         return stage.summary()
     started = time.monotonic()
     votes = None if recipe.data.votes is None else read_votes(recipe.data.votes)
-    raw = _read_sources(recipe, votes)
+    raw = read_sources(recipe, votes)
     tokenizer = _tokenizer(recipe, raw)
     builder = _Preparation(recipe, tokenizer, raw, votes)
     written = builder.roles()
@@ -75,54 +75,6 @@ def _check_columns(recipe: Recipe, written: Mapping[str, tuple[list[dict], tuple
         raise UserError("\n".join(problems))
 
 
-RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, its rows
-Raw = Mapping[str, list[RawSource]]
-
-
-def _read_sources(recipe: Recipe, votes: Voted | None) -> Raw:
-    data = recipe.data
-    raw: dict[str, list[RawSource]] = {}
-    needed = needed_lists(recipe)
-    if data.builder is not None:
-        built = call_builder(data, recipe.seed)
-        for role, rows in built.items():
-            source, where = SourceConfig(path=f"{data.builder}#{role}"), f"{data.builder} ({role})"
-            if is_read(role, needed, built):
-                check_rows(rows, source, where, form_of(recipe, role), with_prompts=False)
-            raw[role] = [(where, source, rows)]
-    given = given_lists(recipe)
-    origins = prompt_origins(given)
-    for role in LISTS:
-        if data.lists[role] and data.builder is not None:
-            raise UserError(
-                f"data.builder and data.{role} are both set, but the builder replaces the lists; remove one"
-            )
-        if is_read(role, needed, given):
-            for index, source in enumerate(data.lists[role]):
-                where = f"data.{role}[{index}]"
-                form, with_prompts = form_of(recipe, role), role in origins
-                rows = load_source(source, data.root, recipe.seed, where, form, with_prompts=with_prompts)
-                raw.setdefault(role, []).append((where, source, rows))
-    if votes is not None and ("preferences" in needed or "prompts" not in raw):
-        raw.setdefault("preferences", []).append((WHERE, votes.source, votes.train))
-        if len(votes.held_out):
-            raw[HELD_OUT] = [(f"{WHERE} (held out)", votes.source, votes.held_out)]
-    for role, section in needed.items():
-        if role not in raw:
-            giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"
-            raise UserError(f"'{section}' is set and {giver}; give it rows, or set {section}: null")
-    if not any(role in raw for role in ("prompts", "preferences", "sft")):
-        raise UserError(
-            "data.prompts is empty and there is no other data to take prompts from; list a source of prompts"
-        )
-    return raw
-
-
-def _rows_of(dataset: Rows) -> Iterable[Mapping]:
-    """The rows as mappings, which they are where no format is set; the annotation allows for all formats."""
-    return cast(Iterable[Mapping], dataset)
-
-
 def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
     model = recipe.model
     if model.is_from_scratch:
@@ -132,7 +84,7 @@ def _tokenizer(recipe: Recipe, raw: Raw) -> PreTrainedTokenizerBase:
         texts = []
         for where, source, rows in raw["sft"]:
             columns = detect(rows.column_names, source.columns, "sft", where)
-            normalised = normalise(_rows_of(rows), columns, "sft", ChatFormat(blank))
+            normalised = normalise(rows_of(rows), columns, "sft", ChatFormat(blank))
             texts += [shown(row["prompt"] + row["response"]) for row in normalised]
         random.Random(f"tokenizer/{recipe.seed}").shuffle(texts)
         total = 0
@@ -196,27 +148,27 @@ class _Preparation:
         written["prompts"], written["eval_prompts"] = (train, COLUMNS["prompts"]), (held_out, COLUMNS["prompts"])
         return written
 
-    def _limits(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **extra) -> Limits:
+    def _limits(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **extra) -> RowLimits:
         data = self._recipe.data
-        return Limits(
+        return RowLimits(
             tokenizer=tokenizer, chat=self._chat, max_prompt_tokens=data.max_prompt_tokens,
             max_length=max_length, truncate_prompt=data.truncate_prompt, drop_duplicates=data.drop_duplicates, **extra,
         )  # fmt: skip
 
-    def _train_and_eval(self, role: str, form: Role, limits: Limits) -> tuple[list[dict], list[dict]]:
+    def _train_and_eval(self, role: str, form: Role, limits: RowLimits) -> tuple[list[dict], list[dict]]:
         rows = self._rows(role, form, limits)
         if f"{role}_eval" in self._raw:
             return rows, self._rows(f"{role}_eval", form, limits)
         return split(rows, self._recipe.data.holdout, self._recipe.seed, f"data.{role}")
 
-    def _rows(self, role: str, form: Role, limits: Limits) -> list[dict]:
+    def _rows(self, role: str, form: Role, limits: RowLimits) -> list[dict]:
         """The cleaned and mixed rows of a list of sources."""
         parts, counted = [], []
         for where, source, dataset in self._raw[role]:
             columns = detect(dataset.column_names, source.columns, form, where)
             keep = other_columns(dataset, columns) if role in prompt_origins(self._raw) else ()
             tally = Tally()
-            normalised = normalise(_rows_of(dataset), columns, form, self._chat, keep)
+            normalised = normalise(rows_of(dataset), columns, form, self._chat, keep)
             if "eval" not in role:  # in whatever list a prompt is
                 tally.read = len(normalised)
                 normalised = drop(normalised, tally, "in_held_out_votes", lambda row: row["key"] in self._held_out)
@@ -259,7 +211,7 @@ class _Preparation:
             train, held_out = split(train, recipe.data.holdout, recipe.seed, "data.prompts")
         return self._without(train, held_out), held_out
 
-    def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: Limits) -> list[dict]:
+    def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: RowLimits) -> list[dict]:
         tally = Tally()
         copies = [{name: row[name] for name in ("prompt", "messages", "key", "columns")} for row in rows]
         # One prompt may have many pairs, so repeated prompts are dropped whatever data.drop_duplicates says.

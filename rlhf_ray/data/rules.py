@@ -44,7 +44,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class RowLimits:
     """What fits, in tokens of the role's own tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class Limits:
     plain_text: Literal["dropped", "trainer_cuts", "packed"] = "dropped"
 
 
-def apply_rules(rows: list[dict], role: Role, limits: Limits, tally: Tally) -> list[dict]:
+def apply_rules(rows: list[dict], role: Role, limits: RowLimits, tally: Tally) -> list[dict]:
     """The rows that stay, shortened where the limits say so. Counts into `tally`."""
     tally.read += len(rows)
     replies = REPLIES[role]
@@ -142,13 +142,13 @@ def _strip_eos(rows: list[dict], replies: tuple[str, ...], tokenizer: PreTrained
     tally.cut += Counter()  # drops a zero count
 
 
-def _count_cut_texts(texts: list[dict], limits: Limits, tally: Tally) -> None:
+def _count_cut_texts(texts: list[dict], limits: RowLimits, tally: Tally) -> None:
     ids = encode_texts(limits.tokenizer, [row["response"] for row in texts])
     if long := sum(len(row) >= limits.max_length for row in ids):
         tally.cut["text"] += long
 
 
-def _fit_prompts(rows: list[dict], limits: Limits, tally: Tally) -> list[dict]:
+def _fit_prompts(rows: list[dict], limits: RowLimits, tally: Tally) -> list[dict]:
     lengths = _lengths(limits.tokenizer, rows)
     return [
         row for row, length in zip(rows, lengths, strict=True)
@@ -156,7 +156,7 @@ def _fit_prompts(rows: list[dict], limits: Limits, tally: Tally) -> list[dict]:
     ]  # fmt: skip
 
 
-def _fit_rows(rows: list[dict], replies: tuple[str, ...], limits: Limits, tally: Tally) -> list[dict]:
+def _fit_rows(rows: list[dict], replies: tuple[str, ...], limits: RowLimits, tally: Tally) -> list[dict]:
     """Rows of at most max_length tokens. The prompt is cut first, down to max_prompt_tokens; then the replies."""
     prompt_lengths = _lengths(limits.tokenizer, rows)
     encoded = {name: encode_texts(limits.tokenizer, [row[name] for row in rows]) for name in replies}
@@ -183,7 +183,7 @@ def _fit_rows(rows: list[dict], replies: tuple[str, ...], limits: Limits, tally:
     return kept
 
 
-def _shorten_prompt(row: dict, limit: int, limits: Limits, tally: Tally) -> bool:
+def _shorten_prompt(row: dict, limit: int, limits: RowLimits, tally: Tally) -> bool:
     """Cut the row's prompt to `limit` tokens; False (and counted) where the row must be dropped instead.
 
     A conversation loses its oldest turns, because a template that is cut in the middle is broken. A conversation whose

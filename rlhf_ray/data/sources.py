@@ -1,16 +1,9 @@
-"""Reads rows of raw columns from files, the hub or a builder function, and checks that they are what their role needs."""
+"""Reads rows of raw columns from files or the hub, and checks that they are what their role needs."""
 
 from __future__ import annotations
 
-import difflib
-import glob
-import inspect
 import logging
-import re
-import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -20,82 +13,18 @@ from datasets.data_files import resolve_pattern
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from rlhf_ray.config import DataConfig, SourceConfig
-from rlhf_ray.config.paths import expanded
-from rlhf_ray.config.user_functions import import_function
+from rlhf_ray.config import SourceConfig
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import keep, stamps, take
+from rlhf_ray.data.locate import HubName, LocalFiles, locate
 from rlhf_ray.data.parquet import read_parquet
-from rlhf_ray.data.paths import READERS, suffix_of
+from rlhf_ray.data.paths import suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
 from rlhf_ray.data.values import NUMBERS, TEXT_OR_MESSAGES, as_numbers, check_one_type, check_values
-from rlhf_ray.errors import RunFailed, StageStopped, UserError, whole_message
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.hub import look_up
 
 Rows = Dataset | TextRows
-
-SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "unsup", "unsupervised")
-BUILDER_ROLES = (
-    "sft", "sft_eval", "preferences", "preferences_eval", "judge", "judge_eval", "prompts", "eval_prompts", "other_text",
-)  # fmt: skip
-FURTHER_EVAL = re.compile(r"(preferences|judge)_eval_[a-z0-9_]+")  # another held-out set, reported under its own name
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFiles:
-    """Files of one format. reader: the name of the reader in `datasets`."""
-
-    reader: str
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HubName:
-    name: str
-
-
-def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | HubName:
-    """Decide what a source's path means. `where` names the source in messages, e.g. 'data.sft[0]'.
-
-    With a root everything is local: root/path, else root/<last part of path> (so that a hub name finds its folder),
-    else, unless the path is a file name, the root itself. Without a root, a path is local if it exists or looks local.
-    """
-    path = source.path
-    if "://" in path:
-        return LocalFiles(_reader_of([path], where), (path,))
-    if root is not None:
-        base = expanded(root).absolute()
-        if not base.is_dir():
-            raise UserError(f"data.root = '{root}' is not a folder; give the folder that holds {where}'s '{path}'")
-        candidates = [base / path, base / Path(path).name]
-        if suffix_of(path) not in READERS:
-            candidates.append(base)
-    else:
-        candidates = [expanded(path).absolute()]
-    for candidate in candidates:
-        try:
-            is_file, is_folder = candidate.is_file(), candidate.is_dir()
-        except OSError as error:  # a name that is too long, say
-            raise UserError(f"{where}: '{path[:80]}' is no path ({error.strerror}); correct it") from error
-        if is_file:
-            return LocalFiles(_reader_of([str(candidate)], where), (str(candidate),))
-        if is_folder:
-            return _folder(candidate, source.split, where)
-        if matches := sorted(match for match in glob.glob(str(candidate)) if Path(match).is_file()):
-            return LocalFiles(_reader_of(matches, where), tuple(matches))
-    if (
-        root is None
-        and suffix_of(path) not in READERS
-        and not path.startswith(("/", ".", "~"))
-        and path.count("/") <= 1
-    ):
-        return HubName(path)
-    folder = candidates[0].parent
-    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    there = f"{folder} holds {', '.join(names[:8]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist"
-    near = difflib.get_close_matches(candidates[0].name, names, 1)
-    remedy = f"did you mean '{near[0]}'?" if near else "correct the path or set data.root"
-    raise UserError(f"{where}: '{candidates[0]}' does not exist ({there}); {remedy}")
 
 
 def load_source(
@@ -194,90 +123,6 @@ def _is_plain(kind: object) -> bool:
     if isinstance(kind, (list, datasets.List, datasets.LargeList)):
         return _is_plain(kind[0] if isinstance(kind, list) else kind.feature)
     return isinstance(kind, (datasets.Value, datasets.ClassLabel))
-
-
-def find_builder(data: DataConfig, seed: int) -> Callable[[], dict[str, Dataset]]:
-    """The recipe's builder with its arguments bound, not called yet."""
-    assert data.builder is not None
-    function = import_function(data.builder)
-    arguments = {"root": data.root, "seed": seed, **data.builder_args}
-    try:
-        inspect.signature(function).bind(**arguments)
-    except (TypeError, ValueError) as error:  # ValueError: written in C, it may have no signature
-        raise UserError(
-            f"data.builder_args: {data.builder} cannot be called with {', '.join(arguments)} ({error}); "
-            "give a function with these parameters"
-        ) from error
-    return lambda: function(**arguments)
-
-
-def call_builder(data: DataConfig, seed: int) -> dict[str, Dataset]:
-    """The builder's data sets by role, their names checked."""
-    build = find_builder(data, seed)
-    try:
-        built = build()
-    except (UserError, RunFailed, StageStopped):
-        raise
-    except Exception as error:  # fault boundary: the builder is the user's own code
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"data.builder {data.builder} failed in {frame.filename}, line {frame.lineno}: {type(error).__name__}: "
-            f"{whole_message(error)}; correct it"
-        ) from error
-    if not isinstance(built, Mapping):
-        raise UserError(
-            f"data.builder {data.builder} returned a {type(built).__name__}; return a dict of role to datasets.Dataset "
-            f"({', '.join(BUILDER_ROLES)})"
-        )
-    for role, rows in built.items():
-        if role not in BUILDER_ROLES and not FURTHER_EVAL.fullmatch(str(role)):
-            near = difflib.get_close_matches(str(role), BUILDER_ROLES, 1)
-            raise UserError(f"{data.builder} returned a role '{role}'; it may return {', '.join(BUILDER_ROLES)}"
-                            + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip
-        if not isinstance(rows, Dataset):
-            raise UserError(f"{data.builder} returned a {type(rows).__name__} for '{role}'; return a datasets.Dataset")
-        if len(rows) == 0:
-            raise UserError(f"{data.builder} returned no rows for '{role}'; leave the role out or give it rows")
-    return dict(built)
-
-
-def _folder(folder: Path, split: str, where: str) -> LocalFiles:
-    """The files of a folder that belong to a split, by their names: train.jsonl.gz, test-00000-of-00002.parquet."""
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return LocalFiles("arrow", (str(folder),))
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and suffix_of(file) in READERS)
-    if not files:
-        raise UserError(f"{where}: the folder {folder} holds no {', '.join(READERS)} file (gz too); give one that does")
-
-    def belongs(file: Path, name: str) -> bool:
-        stem = file.name.split(".")[0].lower()
-        return (
-            stem == name
-            or stem.startswith((f"{name}-", f"{name}_"))
-            or file.parent != folder
-            and file.parent.name == name
-        )
-
-    chosen = [file for file in files if belongs(file, split)]
-    if not chosen and (split != "train" or any(belongs(file, name) for file in files for name in SPLIT_NAMES)):
-        names = ", ".join(file.name for file in files[:8])
-        raise UserError(
-            f"{where}: no file in {folder} is named after the split '{split}' (there are {names}); set split or path"
-        )
-    chosen = [str(file) for file in chosen or files if file.suffix != ".txt" or len(files) == 1]
-    return LocalFiles(_reader_of(chosen, where), tuple(chosen))
-
-
-def _reader_of(files: list[str], where: str) -> str:
-    suffixes = {suffix_of(file) for file in files}
-    unknown = sorted(suffixes - set(READERS))
-    if unknown:
-        raise UserError(f"{where}: '{files[0]}' ends in '{unknown[0]}'; files must be {', '.join(READERS)} (gz too)")
-    if len(suffixes) > 1:
-        raise UserError(
-            f"{where}: files of {' and '.join(sorted(suffixes))} are mixed; give files of one kind in path"
-        )
-    return READERS[suffixes.pop()]
 
 
 def _load(source: SourceConfig, root: str | None, where: str) -> Rows:

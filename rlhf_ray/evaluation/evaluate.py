@@ -18,25 +18,25 @@ import torch
 from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
-from rlhf_ray.data.store import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
+from rlhf_ray.data.role_files import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
 from rlhf_ray.evaluation.kept import KeptParts, inputs_of
 from rlhf_ray.evaluation.samples import draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
-from rlhf_ray.evaluation.traits import trait_scores
+from rlhf_ray.evaluation.traits import all_trait_scores
 from rlhf_ray.evaluation.wins import wins_over
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.answers import score_answers
-from rlhf_ray.rewards.finite import check_scores
+from rlhf_ray.rewards.finite_scores import check_scores
 from rlhf_ray.rewards.from_recipe import judge_scorer, reward_in_words, reward_scorer
 from rlhf_ray.rewards.scorer import RewardScorer, Scorer
 from rlhf_ray.rewards.standing import standings
-from rlhf_ray.roles.text import answers_of
+from rlhf_ray.roles.rollout_text import answers_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as
@@ -175,14 +175,14 @@ class _Evaluation:
                 each.judge = self._scored(f"judge-{name}", judge, each).total
                 if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
                     each.judge_scale = (judge.mean, judge.std)
-        path = self.recipe.evaluation.trait_function
-        if path is not None:
+        paths = self.recipe.evaluation.trait_functions
+        if paths:
             self._report("traits", 0, 1)
             for name, each in self.evidence.items():
                 prompts = [shown(prompt) for prompt in each.prompts]
                 texts, columns = each.responses.texts, each.columns
                 each.traits = dict(
-                    self.kept.arrays(f"traits-{name}", partial(trait_scores, path, prompts, texts, columns))
+                    self.kept.arrays(f"traits-{name}", partial(all_trait_scores, paths, prompts, texts, columns))
                 )
 
     def _scored(self, name: str, scorer: Scorer, each: Evidence) -> Scores:

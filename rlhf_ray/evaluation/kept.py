@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.sampling import Completion
+from rlhf_ray.config.sampling_params import Completion
 from rlhf_ray.messages import Scores, flatten, unflatten
 from rlhf_ray.runs.own_modules import digests
 from rlhf_ray.runs.run_folder import RunFolder

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_ray.algorithms.schedule import draw_seed
-from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
-from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.messages import Support
 from rlhf_ray.roles.generator import supports_of
-from rlhf_ray.roles.text import response_text
+from rlhf_ray.roles.rollout_text import response_text
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.engines import ENGINES
 

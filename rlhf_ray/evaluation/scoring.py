@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.config.ppo import Microbatches
-from rlhf_ray.data.store import OTHER_TEXT_TOKENS
+from rlhf_ray.config.ppo_section import Microbatches
+from rlhf_ray.data.role_files import OTHER_TEXT_TOKENS
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.evidence import Rated
 from rlhf_ray.evaluation.samples import Responses
 from rlhf_ray.messages import Support
 from rlhf_ray.models.control_tokens import marker
-from rlhf_ray.models.load import positions_of
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.forward import response_logprobs
 

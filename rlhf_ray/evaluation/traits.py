@@ -12,6 +12,22 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.rewards.returned import NotNumbers, numbers_of
 
 
+def all_trait_scores(
+    paths: Sequence[str], prompts: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS
+) -> dict[str, np.ndarray]:
+    """`trait_scores` of several functions. UserError if two of them return a trait of one name."""
+    scores: dict[str, np.ndarray] = {}
+    source: dict[str, str] = {}
+    for path in paths:
+        for name, values in trait_scores(path, prompts, responses, columns).items():
+            if name in scores:
+                raise UserError(
+                    f"evaluation.trait_function: {source[name]} and {path} both return a trait '{name}'; rename one of them"
+                )
+            scores[name], source[name] = values, path
+    return scores
+
+
 def trait_scores(
     path: str, prompts: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS
 ) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ def main(listener: socket.socket, variables: dict[str, str], stages: Sequence[st
     become(request)
 
 
-class Request:
+class ForkRequest:
     """A worker that a client asks for."""
 
     def __init__(self, client: socket.socket):
@@ -80,7 +80,7 @@ class Branch:
         for source in (sys.stdin, listener, self.ended):
             self.selector.register(source, selectors.EVENT_READ)
 
-    def run(self) -> Request | None:
+    def run(self) -> ForkRequest | None:
         """Serve until standard input ends, then return None. In each worker it returns what the worker is to become."""
         while True:
             for key, _ in self.selector.select():
@@ -95,11 +95,11 @@ class Branch:
                     if request is not None:
                         return request
 
-    def _fork(self, listener: socket.socket) -> Request | None:
+    def _fork(self, listener: socket.socket) -> ForkRequest | None:
         request = None
         try:
             client, _ = listener.accept()
-            request = Request(client)
+            request = ForkRequest(client)
             request.read()
             worker = os.fork()
         except (OSError, ValueError, KeyError) as error:  # the client, if it is there, then starts the worker itself
@@ -164,7 +164,7 @@ class Branch:
         os.close(self._end)
 
 
-def become(request: Request) -> None:
+def become(request: ForkRequest) -> None:
     """Turn this process, just forked, into the worker, and work until its end."""
     os.setsid()  # Ray ends a worker with its process group
     _take_oom_score(request.client)

@@ -12,17 +12,18 @@ from rlhf_ray.forking.ray_internals import WORKER_MODULES
 LIBRARIES = {
     "supervised": ("rlhf_ray.supervised.sft", "rlhf_ray.supervised.reward_model", "rlhf_ray.supervised.dpo"),
     "ppo": (
-        "rlhf_ray.roles.generator", "rlhf_ray.roles.reward", "rlhf_ray.rewards.from_recipe", "rlhf_ray.roles.reference",
-        "rlhf_ray.roles.experience", "rlhf_ray.roles.trainer", "rlhf_ray.roles.configs", "rlhf_ray.training.forward",
-        "rlhf_ray.training.deepspeed_engine", "rlhf_ray.models.critic", "rlhf_ray.models.load", "rlhf_ray.models.trained_part",
-        "rlhf_ray.data.store", "rlhf_ray.evaluation.evaluate",
+        "rlhf_ray.roles.generator", "rlhf_ray.roles.reward", "rlhf_ray.rewards.from_recipe", "rlhf_ray.roles.reference_policy",
+        "rlhf_ray.roles.experience_maker", "rlhf_ray.roles.policy_trainer", "rlhf_ray.roles.critic_trainer",
+        "rlhf_ray.roles.configs", "rlhf_ray.training.forward", "rlhf_ray.training.deepspeed_engine", "rlhf_ray.models.critic",
+        "rlhf_ray.models.load", "rlhf_ray.models.trained_part",
+        "rlhf_ray.data.role_files", "rlhf_ray.evaluation.evaluate",
     ),
     "serving": ("rlhf_ray.serving.loading", "rlhf_ray.serving.app"),
 }  # fmt: skip
 #: of a stage's workers, with Ray
 ACTORS = {
     "supervised": ("rlhf_ray.actors.supervised",),
-    "ppo": ("rlhf_ray.actors.role_actors",),
+    "ppo": ("rlhf_ray.actors.role_actors", "rlhf_ray.actors.trainer_actors"),
     "serving": ("rlhf_ray.serving.deployment",),
 }
 REQUEST_S = 5.0  # within which a client has sent all of its request

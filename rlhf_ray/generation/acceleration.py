@@ -30,4 +30,4 @@ def hindrance() -> str | None:
     return None
 
 
-from rlhf_ray.cpu.door import accelerate, hindrance  # noqa: E402, F401, F811 - without it all above holds
+from rlhf_ray.cpu.cpu_door import accelerate, hindrance  # noqa: E402, F401, F811 - without it all above holds

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
+from rlhf_ray.config.sampling_params import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.request_rules import RequestRules, score_prompt
 from rlhf_ray.generation.row_batch import Request, RowBatch

@@ -15,7 +15,7 @@ from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.kv_cache import RAGGED, RaggedCache, round_up
 from rlhf_ray.models.last_block import last_feed_forward, only_at
-from rlhf_ray.models.load import positions_of
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.tables.families import is_tested
 
 

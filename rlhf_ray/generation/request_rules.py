@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.token_rules import ruled_logits
-from rlhf_ray.config.sampling import TokenLogprobs, TokenRules
+from rlhf_ray.config.sampling_params import TokenLogprobs, TokenRules
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 

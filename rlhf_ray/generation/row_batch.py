@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.sampling import draw, draw_and_tell
-from rlhf_ray.config.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
+from rlhf_ray.config.sampling_params import Completion, FinishReason, SamplingParams, TokenLogprobs
 from rlhf_ray.generation.kv_cache import MORE_SLOTS
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.request_rules import RequestRules

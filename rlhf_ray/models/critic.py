@@ -14,10 +14,10 @@ from rlhf_ray.models.load import (
     disable_dropout,
     load_causal_lm,
     load_reward_model,
-    position_ids_of,
     reward_normalisation,
     score_head,
 )
+from rlhf_ray.models.positions import position_ids_of
 
 
 class Critic(nn.Module):

@@ -70,7 +70,7 @@ def import_gguf(file: Path, target: Path, dtype: str = "bfloat16") -> Imported:
     refuse_taken(target)
     fields, kinds = read_fields(file)
     from rlhf_ray.models.gguf_tokenizer import gguf_tokenizer
-    from rlhf_ray.models.load import save_model
+    from rlhf_ray.models.save import save_model
 
     tokenizer = gguf_tokenizer(fields)
     model = _dequantised(file, tokenizer)

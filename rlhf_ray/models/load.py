@@ -1,12 +1,10 @@
-"""Models: built from random weights, loaded (safetensors only), checked, saved.   B rows, S tokens, D hidden size."""
+"""Models: built from random weights, loaded (safetensors only), checked.   D hidden size."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import math
-import os
-import shutil
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +26,6 @@ from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.activation import fast_activation
 from rlhf_ray.models.chat_shape import saved_ends
-from rlhf_ray.models.finite import refuse_bad
 from rlhf_ray.models.generation_defaults import impossible, mended
 from rlhf_ray.models.hub import look_up
 from rlhf_ray.tables.families import FAMILIES
@@ -194,21 +191,6 @@ def _weight(layer: nn.Module) -> torch.Tensor:
     return weight
 
 
-def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions 0, 1, 2, ... of the visible tokens, wherever the padding stands.   [B, S] -> [B, S]
-
-    Without them GPT-2 counts positions from the left edge of the row, padding included: every left-padded row is then
-    wrong, and no error says so.
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def positions_of(config: PretrainedConfig) -> int | None:
-    """The longest sequence of a model, in tokens. None: its family has no limit."""
-    # getattr: families name their options as they like, and transformers has no type for all of them.
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head. transformers' annotation says nn.Module."""
     return cast(PreTrainedModel, model.base_model)
@@ -218,18 +200,6 @@ def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
     """`model.to(device)`. transformers' own annotation of `to` has lost its `self`."""
     cast(nn.Module, model).to(device)
     return model
-
-
-def check_positions(
-    config: PretrainedConfig, longest: int, what: str = "data.max_prompt_tokens + generation.max_new_tokens"
-) -> None:
-    """Raise UserError if `longest` tokens are more than the model has positions for."""
-    positions = positions_of(config)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"{what} = {longest} tokens is longer than the model's {positions} positions; lower it to {positions}, "
-            "or choose a model with more positions"
-        )
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -251,45 +221,6 @@ def _read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the latter: a config.json of another form
         raise UserError(_cannot_load(path, error)) from error
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    card: str,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write a Hugging Face folder (safetensors, config, tokenizer, README.md = `card`), whole or not at all.
-
-    It is written beside `folder`, flushed to disk and renamed; what was there before is replaced. `state_dict`
-    overrides the model's own weights (gathered ones, say). generation_config gets every token that ends a response. NotFinite,
-    and nothing is written, where a weight is not finite.
-    """
-    folder = Path(folder)
-    buffers = dict(model.named_buffers())  # masks may hold infinities
-    weights = (model.state_dict() if state_dict is None else state_dict).items()
-    refuse_bad(((name, each) for name, each in weights if name not in buffers), f"the model {folder} is not written")
-    if model.can_generate():
-        assert model.generation_config is not None
-        model.generation_config.eos_token_id = saved_ends(tokenizer, model.generation_config.eos_token_id)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    transformers_logging.disable_progress_bar()
-    model.save_pretrained(temporary, state_dict=state_dict)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    mode = (temporary / "README.md").stat().st_mode
-    for file in temporary.iterdir():
-        file.chmod(mode)  # safetensors makes its files readable by their owner alone, whatever the umask
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _load(

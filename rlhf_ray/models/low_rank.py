@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.finite import first_bad
+from rlhf_ray.models.finite_weights import first_bad
 from rlhf_ray.models.load import load_causal_lm
 
 

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.finite import refuse_bad
+from rlhf_ray.models.finite_weights import refuse_bad
 from rlhf_ray.models.wire import Weight, as_tensor, load_named
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_ray.messages import Chunk
-from rlhf_ray.ppo.step import Clock, Handle, Roles, StepConfig, send_weights, train_on
+from rlhf_ray.ppo.step import Handle, PhaseTimer, Roles, StepConfig, send_weights, train_on
 
 
 class Ahead:
@@ -47,7 +47,7 @@ class Ahead:
 
     def step(self, config: StepConfig) -> dict[str, float]:
         """One PPO iteration on what was drawn for it. Returns its metrics."""
-        clock = Clock()
+        clock = PhaseTimer()
         self.fill(config.step)
         rollouts, scores = self._asked.pop(config.step)
         self.settle(config.step - self.steps_ahead)

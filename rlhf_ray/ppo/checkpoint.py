@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.finite import first_bad, refuse_bad
+from rlhf_ray.models.finite_weights import first_bad, refuse_bad
 from rlhf_ray.runs.storage import write_atomically
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"

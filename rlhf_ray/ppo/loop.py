@@ -14,12 +14,12 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.ahead import Ahead
+from rlhf_ray.ppo.gates import check_mismatch
 from rlhf_ray.ppo.step import (
-    Clock,
+    PhaseTimer,
     Redraw,
     Roles,
     StepConfig,
-    check_mismatch,
     cut_chunks,
     other_prompts,
     ppo_step,
@@ -203,7 +203,7 @@ class PPOLoop:
 
     def _evaluate(self, metrics: dict[str, float]) -> None:
         """Held-out prompts, the same draws each time; adds eval/* to metrics, keeps the best policy."""
-        clock, step, config = Clock(), self.state.step, self.config
+        clock, step, config = PhaseTimer(), self.state.step, self.config
         chunks = cut_chunks(step, range(self.eval_prompts), 1, self.chunk_size, evaluation=True)
         rollouts = self.roles.generation.generate(chunks)
         scores = self.roles.reward.score(rollouts)

@@ -24,23 +24,23 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.algorithms.experience import Assembled, assemble
-from rlhf_ray.algorithms.finite import BadNumber
+from rlhf_ray.algorithms.finite_values import BadNumber
 from rlhf_ray.algorithms.losses import policy_loss, token_weights, value_loss
 from rlhf_ray.algorithms.schedule import draw_seed, linear_anneal, minibatch_rows
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import load_recipe
-from rlhf_ray.data.store import read_prompt_columns, read_prompts
+from rlhf_ray.data.role_files import read_prompt_columns, read_prompts
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.messages import RolloutBatch, unflatten
 from rlhf_ray.models.critic import build_critic
-from rlhf_ray.models.finite import refuse_bad
+from rlhf_ray.models.finite_weights import refuse_bad
 from rlhf_ray.models.load import disable_dropout, load_causal_lm
 from rlhf_ray.ppo.single_process_keys import refuse_other_keys
 from rlhf_ray.ppo.step import check_enough, cut_chunks, step_prompts
 from rlhf_ray.rewards.from_recipe import reward_scorer
 from rlhf_ray.rewards.standing import refuse_weak_reward
 from rlhf_ray.roles.configs import experience_config
-from rlhf_ray.roles.experience import EXPERIENCE_REMEDY, support_stats
+from rlhf_ray.roles.experience_maker import EXPERIENCE_REMEDY, support_stats
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.trainer import UPDATE_REMEDY

@@ -5,22 +5,22 @@ A handle is what a method returns before its result is there: an ObjectRef over 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlhf_ray.algorithms.schedule import draw_seed, epoch_permutation
-from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
+from rlhf_ray.ppo.gates import check_first_minibatch, check_mismatch, check_off_policy
 
 Handle = Any
 Handles = Sequence[Handle]
 EVERYBODYS = ("grad_norm", "optimiser_steps")  # statistics of an update that are the same on every rank
 
 
-class Generation(Protocol):
+class RolloutGeneration(Protocol):
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]: ...
     def load_weights(self, weights: Sequence[Handle], policy_version: int) -> list[Handle]: ...
 
@@ -61,7 +61,7 @@ class Roles(Protocol):
     """The roles, and the one way to wait for what they return."""
 
     @property
-    def generation(self) -> Generation: ...
+    def generation(self) -> RolloutGeneration: ...
     @property
     def reward(self) -> Scoring: ...
     @property
@@ -97,15 +97,11 @@ class StepConfig:
     steps_ahead: int = 0  # by how many versions the samples may be older than the policy
 
 
-class MismatchError(RunFailed):
-    """Generator and policy disagree about the log-probs of sampled tokens."""
-
-
 def ppo_step(
     roles: Roles, chunks: Sequence[Chunk], config: StepConfig, redraw: Redraw | None = None
 ) -> dict[str, float]:
     """Rollout, targets, update, sync: one PPO iteration. Returns its metrics."""
-    clock = Clock()
+    clock = PhaseTimer()
     rollouts = roles.generation.generate(chunks)
     scores = roles.reward.score(rollouts)
     drawn: dict[str, float] = {}
@@ -118,7 +114,7 @@ def ppo_step(
 
 
 def train_on(
-    roles: Roles, rollouts: list[Handle], scores: list[Handle], config: StepConfig, clock: Clock
+    roles: Roles, rollouts: list[Handle], scores: list[Handle], config: StepConfig, clock: PhaseTimer
 ) -> dict[str, float]:
     """What an iteration does with its samples: targets and update. Returns its metrics."""
     ref_logprobs = roles.reference.logprobs(rollouts)
@@ -200,66 +196,6 @@ def send_weights(roles: Roles, policy_version: int) -> list[Handle]:
     return synced
 
 
-class MismatchLimits(Protocol):
-    """StepConfig and PPOConfig have them."""
-
-    @property
-    def max_mismatch(self) -> float: ...
-    @property
-    def max_mismatch_kl(self) -> float: ...
-
-
-def check_mismatch(metrics: dict[str, float], limits: MismatchLimits) -> None:
-    """The gate between rollout and update: a generator on other weights than the policy's would train on noise.
-
-    Not on the largest gap, which grows with the number of tokens: in 16 bits one of thousands is far off by rounding alone
-    (results/bench/README.md, "Rounding and faults").
-    """
-    remedy = "set generation.precision and ppo.precision to float32, or raise"
-    gap, kl = metrics["policy/mismatch_p99"], metrics["policy/mismatch_kl"]
-    if not gap <= limits.max_mismatch:  # NaN is not
-        raise MismatchError(
-            f"generator and policy differ by {gap:.3f} or more in the log-probs of 1 of 100 sampled tokens, above "
-            f"ppo.max_mismatch = {limits.max_mismatch}; {remedy} ppo.max_mismatch"
-        )
-    if not kl <= limits.max_mismatch_kl:
-        raise MismatchError(
-            f"the KL of generator and policy is {kl:.4f} nats per sampled token, above ppo.max_mismatch_kl = "
-            f"{limits.max_mismatch_kl}; {remedy} ppo.max_mismatch_kl"
-        )
-
-
-def check_off_policy(metrics: dict[str, float], steps_ahead: int, limits: MismatchLimits) -> None:
-    """The same gate where samples may be older than the policy, whose log-probs then differ by design.
-
-    It holds samples of the policy's own version to the limits, where there are any; each evaluation does too, on responses
-    of the newest weights (`loop`). A lost sync shows here as an age that the order of calls does not allow.
-    """
-    age = metrics["rollout/age_max"]
-    if not age <= steps_ahead:
-        raise MismatchError(
-            f"a sample is {age:.0f} policy versions old, above ppo.steps_ahead = {steps_ahead}: a weight sync got lost; look "
-            "in the run folder's logs/ of the generation actors, then run the same command again"
-        )
-    if not math.isfinite(metrics["rollout/importance_mean"]):
-        raise MismatchError(
-            "the log-prob of a sampled token is not a number; set generation.precision and ppo.precision to float32, or "
-            "lower ppo.learning_rate"
-        )
-    if "policy/mismatch_p99" in metrics:
-        check_mismatch(metrics, limits)
-
-
-def check_first_minibatch(metrics: dict[str, float], limit: float) -> None:
-    """Before a policy has moved, its ratio to itself is 1: if not, the old log-probs are not the policy's."""
-    moved = metrics.get("first_policy/approx_kl", 0.0)
-    if not moved <= limit:  # NaN is not
-        raise MismatchError(
-            f"approx_kl of an update's first minibatch is {moved:.2g}, above ppo.max_first_approx_kl = {limit}, though the "
-            "policy had not moved yet: its log-probs are not repeatable; set ppo.precision to float32, or raise the limit"
-        )
-
-
 def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """Each rank reports its share of a mean over tokens; gradient norm and number of steps are the same on all."""
     return {
@@ -267,7 +203,7 @@ def sum_over_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-class Clock:
+class PhaseTimer:
     """Seconds of the phases of one step, as metrics time/<phase>_s."""
 
     def __init__(self):

@@ -107,7 +107,8 @@ def save_models(run: RunFolder, out: Path) -> None:
     """policy/ and reward/ in bfloat16."""
     import torch
 
-    from rlhf_ray.models.load import load_causal_lm, load_reward_model, save_model
+    from rlhf_ray.models.load import load_causal_lm, load_reward_model
+    from rlhf_ray.models.save import save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
 
     shorten = path_shortener(run)

@@ -14,11 +14,10 @@ from rlhf_ray.config.recipe_file import read_yaml
 from rlhf_ray.config.run_names import RunNames, names_of
 from rlhf_ray.config.stage_table import ALWAYS
 from rlhf_ray.evaluation.verdict import names_in, verdict, warnings
-from rlhf_ray.report import charts
+from rlhf_ray.report import charts, key_figures
 from rlhf_ray.report import curves as report_curves
-from rlhf_ray.report import figures as report_figures
+from rlhf_ray.report.formatting import duration, figure, flat, percent, shown
 from rlhf_ray.report.models import models_of_sample, models_of_summary, title
-from rlhf_ray.report.words import duration, figure, flat, percent, shown
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.storage import read_object, write_atomically
@@ -60,17 +59,17 @@ def render(folder: RunFolder) -> str:
         ended=names.told(_ended(closing["ppo"])),
         ppo=titles["ppo"],
         told=names.told,
-        cards=report_figures.cards(summary),
+        cards=key_figures.cards(summary),
         models=[names.told(title(model)) for model in models_of_summary(summary)],
-        rows=report_figures.table(summary),
+        rows=key_figures.table(summary),
         summary=summary,
         missing=summary.get("missing", {}),
         definitions=summary.get("definitions", {}),
-        histograms=report_figures.histograms(samples, names),
+        histograms=key_figures.histograms(samples, names),
         curves=[(titles[stage], *report_curves.of_stage(stage, rows, names)) for stage, rows in metrics.items() if rows],
-        quality=report_figures.quality(closing, pairs, names),
+        quality=key_figures.quality(closing, pairs, names),
         quality_columns=list(pairs.values()),
-        calibrations=report_figures.calibrations(closing, pairs),
+        calibrations=key_figures.calibrations(closing, pairs),
         samples=_shown(samples, recipe, names),
         closing=_closing(titles, closing),
         events=read_metrics(folder.events)[-EVENTS:][::-1],

@@ -23,7 +23,7 @@ import numpy as np
 from rlhf_ray.config.columns import NO_COLUMNS, Asked, Columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
-from rlhf_ray.rewards.finite import UserScore, as_scores, check_finite, sample_words
+from rlhf_ray.rewards.finite_scores import UserScore, as_scores, check_finite, sample_words
 
 START_S = 300.0  # for the import of the function's module, which may load a model
 

@@ -21,17 +21,11 @@ from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.last_block import last_feed_forward
-from rlhf_ray.models.load import (
-    disable_dropout,
-    fit_embeddings,
-    load_reward_model,
-    positions_of,
-    reward_normalisation,
-    to_device,
-)
+from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, to_device
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id, same_tokens
 from rlhf_ray.rewards.answers import Answers, score_answers
-from rlhf_ray.rewards.finite import ModelScore, UserScore, check_finite, sample_words
+from rlhf_ray.rewards.finite_scores import ModelScore, UserScore, check_finite, sample_words
 from rlhf_ray.rewards.isolated_function import IsolatedFunction, row_of
 from rlhf_ray.rewards.returned import NotNumbers, numbers_of, shown_error
 from rlhf_ray.training.classifier import line_logits, pack_classifier

@@ -11,7 +11,7 @@ from typing import Literal
 from rlhf_ray.algorithms.experience import AdvantageConfig
 from rlhf_ray.algorithms.losses import Aggregation
 from rlhf_ray.config import Recipe
-from rlhf_ray.roles.experience import ExperienceConfig
+from rlhf_ray.roles.experience_maker import ExperienceConfig
 from rlhf_ray.tables.advantages import ADVANTAGES
 
 

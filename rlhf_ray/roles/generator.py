@@ -12,10 +12,10 @@ import torch
 
 from rlhf_ray.algorithms.schedule import draw_seed
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.errors import NotFinite
-from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, Support, flatten
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from rlhf_ray.config.columns import NO_COLUMNS
 from rlhf_ray.data.chat import last_question
-from rlhf_ray.data.store import PromptColumns
+from rlhf_ray.data.role_files import PromptColumns
 from rlhf_ray.messages import RolloutBatch, Scores
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.answers import Answers, score_answers
-from rlhf_ray.rewards.finite import ModelScore, UserScore, check_scores
+from rlhf_ray.rewards.finite_scores import ModelScore, UserScore, check_scores
 from rlhf_ray.rewards.scorer import Scorer
-from rlhf_ray.roles.text import answers_of
+from rlhf_ray.roles.rollout_text import answers_of
 
 
 class Reward:

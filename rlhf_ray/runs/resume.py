@@ -19,9 +19,10 @@ from rlhf_ray.runs.storage import write_atomically
 SAFE_ON_RESUME = (
     "name", "plugins", "ppo.steps", "ppo.patience", "ppo.kl_coef", "ppo.adaptive_kl*", "ppo.learning_rate",
     "ppo.critic_learning_rate", "ppo.anneal", "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every",
-    "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.max_mismatch*", "ppo.accept_weak_reward", "ppo.precision",
-    "generation.precision", "generation.engine", "resources.*", "tracking.*", "evaluation.*", "*.learning_rate",
-    "*.max_steps", "*.max_minutes", "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker",
+    "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.max_mismatch*", "ppo.max_first_approx_kl", "ppo.reward_timeout_s",
+    "ppo.rewards.*.timeout_s", "ppo.accept_weak_reward", "ppo.precision", "generation.precision",
+    "generation.engine", "resources.*", "tracking.*", "evaluation.*", "*.learning_rate", "*.max_steps",
+    "*.max_minutes", "*.checkpoint_minutes", "*.workers", "*.cpus_per_worker", "*.gpus_per_worker",
     "*.threads", "*.zero_stage", "*.gradient_checkpointing",
 )  # fmt: skip
 

@@ -16,18 +16,18 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from rlhf_ray.config.sampling import TokenRules
+from rlhf_ray.config.sampling_params import TokenRules
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.openapi import describe_bodies
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, GenerationRequest, parse
+from rlhf_ray.serving.response_text import ResponseText, TokenText, prompt_tokens
 from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage
 from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
-from rlhf_ray.serving.text import ResponseText, TokenText, prompt_tokens
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/stats", "/version", "/openapi.json")

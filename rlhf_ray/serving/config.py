@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.config import Precision
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"

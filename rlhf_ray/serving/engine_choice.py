@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.recipe_file import load_recipe
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.tables.engines import ENGINES

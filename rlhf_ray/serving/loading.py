@@ -9,8 +9,8 @@ import torch
 
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation.protocol import ContinuousEngine, EngineSetting
-from rlhf_ray.models.finite import first_bad
+from rlhf_ray.generation.engine_protocol import ContinuousEngine, EngineSetting
+from rlhf_ray.models.finite_weights import first_bad
 from rlhf_ray.models.load import fit_embeddings, load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_ray.config.paths import expanded
 from rlhf_ray.config.stage_table import policies
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest
 
 _BODIES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 _ERROR = {

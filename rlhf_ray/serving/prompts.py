@@ -12,7 +12,7 @@ from rlhf_ray.data.tokens import encode_prompt
 from rlhf_ray.models.tokenizer import bos_id, decode, eos_id
 from rlhf_ray.serving.api_errors import bad_request
 from rlhf_ray.serving.config import Limits
-from rlhf_ray.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, GenerationRequest
 from rlhf_ray.serving.request_parts import Message
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from rlhf_ray.config.sampling import TokenEvent
-from rlhf_ray.serving.text import ResponseText, TokenText
+from rlhf_ray.config.sampling_params import TokenEvent
+from rlhf_ray.serving.response_text import ResponseText, TokenText
 
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 

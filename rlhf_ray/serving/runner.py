@@ -14,12 +14,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_ray.config.sampling import TokenEvent, TokenLogprobs
+from rlhf_ray.config.sampling_params import TokenEvent, TokenLogprobs
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.tickets import EngineFailed, Overloaded, PromptToScore, RowRequest, Ticket, deliver_all, post
 
 if TYPE_CHECKING:
-    from rlhf_ray.generation.protocol import ContinuousEngine
+    from rlhf_ray.generation.engine_protocol import ContinuousEngine
 
 logger = logging.getLogger(__name__)
 

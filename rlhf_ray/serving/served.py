@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
 from rlhf_ray.serving.engine_choice import EngineChoice, choose_engine
 from rlhf_ray.serving.model_folder import find_model, is_adapter, model_name

@@ -30,8 +30,8 @@ from rlhf_ray.serving.config import (
     resolve_allowed_hosts,
     resolve_api_key,
 )
-from rlhf_ray.serving.ray_start import check_ray, start_ray
 from rlhf_ray.serving.served import served_models
+from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rlhf_ray.config.sampling import SamplingParams, TokenEvent, TokenLogprobs, TokenRules
+from rlhf_ray.config.sampling_params import SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 
 
 class Overloaded(Exception):

@@ -21,16 +21,10 @@ from trl import DPOTrainer
 
 from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.config import DpoConfig, Recipe
-from rlhf_ray.data.store import COLUMNS, read_role
+from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import (
-    build_causal_lm,
-    check_positions,
-    disable_dropout,
-    fast_attention,
-    load_causal_lm,
-    to_device,
-)
+from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention, load_causal_lm, to_device
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -38,7 +32,7 @@ from rlhf_ray.supervised.dpo_metrics import dpo_figures
 from rlhf_ray.supervised.reward_metrics import numbered
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, dpo_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
-from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
+from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 from rlhf_ray.training.forward import response_logprobs
 
 DPO_SEED = 4000  # added to the recipe's: another order of the pairs than the reward model's

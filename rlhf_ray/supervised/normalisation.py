@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.data.store import read_prompt_columns
+from rlhf_ray.data.role_files import read_prompt_columns
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.rewards.scorer import RewardScorer

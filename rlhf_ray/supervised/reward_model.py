@@ -14,18 +14,12 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from rlhf_ray.config import Recipe, RewardConfig
-from rlhf_ray.data.store import COLUMNS, read_role
+from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
-from rlhf_ray.models.load import (
-    body_of,
-    build_causal_lm,
-    build_reward_model,
-    check_positions,
-    fast_attention,
-    load_reward_model,
-)
+from rlhf_ray.models.load import body_of, build_causal_lm, build_reward_model, fast_attention, load_reward_model
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
@@ -35,7 +29,7 @@ from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
 from rlhf_ray.supervised.reward_metrics import heldout_figures, numbered
 from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
-from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
+from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 
 SEEDS = {"reward": 2000, "judge": 3000}  # added to the recipe's: the two must not share a head or a data order
 MEMBER_SEED = 10_000  # times the member's number, likewise

@@ -16,16 +16,17 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from rlhf_ray.config import Recipe, SftConfig
-from rlhf_ray.data.store import has_role, read_role
+from rlhf_ray.data.role_files import has_role, read_role
 from rlhf_ray.errors import NotFinite
-from rlhf_ray.models.load import build_causal_lm, check_positions, fast_attention, load_causal_lm
+from rlhf_ray.models.load import build_causal_lm, fast_attention, load_causal_lm
+from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
 from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.lines import LineLoss
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
 from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
-from rlhf_ray.supervised.trainer import StageTrainer, padding_of, training_arguments
+from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 
 FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initialisation or data order
 

@@ -16,12 +16,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.models.card import model_card
-from rlhf_ray.models.load import save_model, to_device
+from rlhf_ray.models.load import to_device
+from rlhf_ray.models.save import save_model
 from rlhf_ray.models.trained_part import is_adapter, merged_state
 from rlhf_ray.runs.run_folder import RunFolder, StageFolder
 from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.supervised.rows import TokenRows, training_order
-from rlhf_ray.supervised.trainer import StageTrainer, run_training, trained_weights
+from rlhf_ray.supervised.stage_trainer import StageTrainer, run_training, trained_weights
 from rlhf_ray.training.agreement import rank
 from rlhf_ray.training.precision import resolve_precision
 

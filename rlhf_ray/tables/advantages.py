@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_ray.tables.table import Table, loaded
 
 if TYPE_CHECKING:
-    from rlhf_ray.algorithms.advantages import Estimator, ScoreBaseline
+    from rlhf_ray.algorithms.advantage_estimators import Estimator, ScoreBaseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Advantage:
         return None if self.before_kl is None else loaded(self.before_kl)
 
 
-_HERE = "rlhf_ray.algorithms.advantages"
+_HERE = "rlhf_ray.algorithms.advantage_estimators"
 ADVANTAGES: Table[Advantage] = Table(
     "an advantage",
     Advantage(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_ray.tables.table import Table, loaded
 
 if TYPE_CHECKING:
-    from rlhf_ray.generation.protocol import BatchEngine, EngineSetting
+    from rlhf_ray.generation.engine_protocol import BatchEngine, EngineSetting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Engine:
     words: str
     #: GPUs of each actor -> why it can't run here, one sentence with the remedy; None where it always can
     problem: Callable[[float], str | None] | str | None = None
-    #: it also is a `generation.protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
+    #: it also is a `generation.engine_protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
     continuous: bool = False
     tells_support: bool = False  # it answers `SamplingParams.tells_support`, which PPO needs where sampling truncates
     coldest: float = 0.0  # the lowest temperature that it draws at, except 0

@@ -35,7 +35,7 @@ class Family:
         return loaded(self.config)(shape, token_ids)
 
 
-_HERE = "rlhf_ray.models.families"
+_HERE = "rlhf_ray.models.scratch_configs"
 FAMILIES: Table[Family] = Table(
     "a model family",
     Family(

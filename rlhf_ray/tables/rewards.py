@@ -39,7 +39,7 @@ class RewardKind:
         return [] if self.problems is None else loaded(self.problems)(recipe, key, term)
 
 
-_MAKE, _CHECK, _COLUMNS = "rlhf_ray.rewards.from_recipe", "rlhf_ray.rewards.check", "rlhf_ray.config.columns"
+_MAKE, _CHECK, _COLUMNS = "rlhf_ray.rewards.from_recipe", "rlhf_ray.rewards.reward_problems", "rlhf_ray.config.columns"
 REWARDS: Table[RewardKind] = Table(
     "a kind of reward",
     RewardKind(

@@ -19,7 +19,7 @@ from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.training.agreement import most_over_ranks, sum_over_ranks
 from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
-from rlhf_ray.training.finite import check_losses, check_weights
+from rlhf_ray.training.finite_ranks import check_losses, check_weights
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 STATE_WORDS = {"weight": "weights"} | {key: f"optimiser moments ({key})" for key in ADAM_STATE}

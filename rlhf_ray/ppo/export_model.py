@@ -21,7 +21,8 @@ def export_model(source: Path, target: Path, stage: str, dtype: str, push_to_hub
     import torch
 
     from rlhf_ray.models.card import model_card
-    from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model, save_model
+    from rlhf_ray.models.load import load_causal_lm, load_config, load_reward_model
+    from rlhf_ray.models.save import save_model
     from rlhf_ray.models.tokenizer import load_tokenizer
     from rlhf_ray.models.trained_part import load_trained
     from rlhf_ray.ppo.checkpoint import read_state

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.config.sampling import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
+from rlhf_ray.config.sampling_params import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 from rlhf_ray.models.wire import Weight
 
 Tokens = Sequence[int] | np.ndarray

@@ -1,6 +1,6 @@
 """vLLM as a generation engine: prompts and seeds in, responses with the log-probs they were drawn from out.
 
-The contract of `generation.protocol`, in this process; no open batch. A second copy of the model, a
+The contract of `generation.engine_protocol`, in this process; no open batch. A second copy of the model, a
 plain Hugging Face one, says what the weights are; vLLM's are written from it, in place, and after every
 write the log-probs of a few sampled tokens must be those of the copy (`_check`).
 
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ray.config.sampling import Completion, SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.generation.protocol import EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.vllm_build import vllm_problem
+from rlhf_ray.generation.vllm_weights import cache_bytes, pack_embeddings_again, untied
 from rlhf_ray.models.chat_shape import end_ids
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.wire import Weight, copy_weights
@@ -33,7 +33,6 @@ PROBES, PROBE_TOKENS = 4, 8  # the gate draws this many responses of this many t
 #: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
-CACHE_BLOCK = 128  # tokens; vLLM's on CPUs, and a multiple of what it takes on GPUs
 COLDEST = ENGINES["vllm"].coldest
 
 #: Read by vLLM when it is imported or started.
@@ -216,8 +215,8 @@ class VllmEngine:
     def _write(self) -> None:
         self._wake()
         # vLLM's own way: layer by layer it loads by the names of a checkpoint and repeats what follows loading.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _untied(self.model)})
-        self.llm.apply_model(_pack_embeddings_again)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": untied(self.model)})
+        self.llm.apply_model(pack_embeddings_again)
         self.llm.reset_prefix_cache()
 
     @torch.no_grad()
@@ -267,35 +266,6 @@ class VllmEngine:
             self.asleep = False
 
 
-def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
-    """What the keys and values of `rows` sequences of `longest` tokens take, in whole blocks, and one row more."""
-    config = model.config.get_text_config()
-    options = config.to_dict()  # GPT-2 and others have neither of these two
-    heads = options.get("num_key_value_heads") or config.num_attention_heads
-    width = options.get("head_dim") or config.hidden_size // config.num_attention_heads
-    slots = (rows + 1) * -(-longest // CACHE_BLOCK) * CACHE_BLOCK
-    return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
-
-
 def _has_minimum(params: SamplingParams) -> bool:
     """Whether there can be an EOS that does not end the response."""
     return params.min_new_tokens > 1
-
-
-def _untied(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's weights by name, a tied one once, as a saved checkpoint has them."""
-    seen = set()
-    for name, weight in model.state_dict().items():
-        if weight.data_ptr() not in seen:
-            seen.add(weight.data_ptr())
-            yield name, weight
-
-
-def _pack_embeddings_again(model: torch.nn.Module) -> None:
-    """On CPUs a linear layer multiplies with a packed copy of its weight. The output layer's is left out by reload_weights
-    where it is tied to the embeddings, which come under their own name: it would go on with the old ones."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding):
-            cast(Any, module.quant_method).process_weights_after_loading(module)

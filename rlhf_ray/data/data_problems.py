@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.columns import column_problems
-from rlhf_ray.config.paths import expanded
+from rlhf_ray.config.user_paths import expanded
+from rlhf_ray.data.builder import find_builder
 from rlhf_ray.data.formats import Role, detect
 from rlhf_ray.data.kept_rows import forget
 from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, prompt_origins
-from rlhf_ray.data.sources import columns_of, find_builder
-from rlhf_ray.data.store import CHAT
+from rlhf_ray.data.role_files import CHAT
+from rlhf_ray.data.sources import columns_of
 from rlhf_ray.data.voted import COLUMNS, WHERE, read_votes
 from rlhf_ray.errors import UserError
 

@@ -13,8 +13,8 @@ def reward_problems(recipe: Recipe) -> list[str]:
     problems = []
     for name, term in recipe.ppo.terms.items():
         problems += kind_of(term).found_problems(recipe, recipe.ppo.key_of(name), term)
-    for path in (recipe.evaluation.judge_function, recipe.evaluation.trait_function):
-        problems += [] if path is None else _import_problems(path)
+    for _, path in recipe.evaluation.functions:
+        problems += _import_problems(path)
     return problems
 
 

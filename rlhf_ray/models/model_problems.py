@@ -17,7 +17,8 @@ def check_model(recipe: Recipe) -> list[str]:
     if model.is_from_scratch:
         return found + _adapter_problems(recipe)  # its sizes are checked when the recipe is read
     from rlhf_ray.models.hub import look_up
-    from rlhf_ray.models.load import check_positions, load_config
+    from rlhf_ray.models.load import load_config
+    from rlhf_ray.models.positions import check_positions
     from rlhf_ray.models.tokenizer import load_tokenizer
     from rlhf_ray.models.trained_part import check_freeze
 

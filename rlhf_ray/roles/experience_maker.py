@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.experience import AdvantageConfig, WrongEstimate, assemble, penalise
-from rlhf_ray.algorithms.finite import BadNumber, check_finite
+from rlhf_ray.algorithms.finite_values import BadNumber, check_finite
 from rlhf_ray.algorithms.off_policy import mismatch, off_policy_stats, truncated_importance
 from rlhf_ray.algorithms.schedule import deal_rows, draw_seed, minibatch_rows
 from rlhf_ray.algorithms.scores import zero_variance_groups

@@ -17,9 +17,10 @@ class EvaluationConfig(Section):
     judge_function: str | None = option(
         None, "package.module:function(prompts, responses) -> scores: the known true utility; may ask for columns, too"
     )
-    trait_function: str | None = option(
+    trait_function: str | tuple[str, ...] | None = option(
         None,
-        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its scores",
+        "package.module:function(prompts, responses) -> {trait: scores}, higher is better: figures of each model beside its "
+        "scores; one function, or a list",
     )
     max_kl: float | None = option(
         None, "cap on the KL to the SFT model, nats per response; above it the result counts as failed", gt=0
@@ -27,3 +28,15 @@ class EvaluationConfig(Section):
     judge_positive_above: float | None = option(
         None, "raw judge score above which a response counts as positive (judge_positive)"
     )
+
+    @property
+    def trait_functions(self) -> tuple[str, ...]:
+        named = self.trait_function
+        return () if named is None else (named,) if isinstance(named, str) else named
+
+    @property
+    def functions(self) -> list[tuple[str, str]]:
+        """(what to call it, function's name) of the judge and the traits; no two are called alike."""
+        judge = [] if self.judge_function is None else [("judge_function", self.judge_function)]
+        paths = self.trait_functions
+        return judge + [("trait_function" if len(paths) == 1 else f"trait_function {path}", path) for path in paths]

@@ -7,8 +7,8 @@ import numpy as np
 from rlhf_ray.config.run_names import RunNames
 from rlhf_ray.evaluation.verdict import names_in
 from rlhf_ray.report import charts
+from rlhf_ray.report.formatting import between, figure, flat, percent, shown
 from rlhf_ray.report.models import models_of_sample, models_of_summary, other_tuned, over_sft, title
-from rlhf_ray.report.words import between, figure, flat, percent, shown
 from rlhf_ray.tables.figures import shown_figures
 
 QUALITY_NAMES = {  # figures of DONE that say how well replies are told apart; the others are under "closing figures"

@@ -26,8 +26,8 @@ def _run_stage(name: str, recipe: Recipe, folder: RunFolder, progress: Progress)
 
 
 def prepare_data(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
+    from rlhf_ray.data.dropped_rows import dropped_in_words, losses
     from rlhf_ray.data.prepare import prepare
-    from rlhf_ray.data.words import dropped_in_words, losses
 
     summary = prepare(recipe, folder)
     for line in dropped_in_words(summary):

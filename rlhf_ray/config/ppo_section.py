@@ -8,9 +8,9 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import model_validator
 
 from rlhf_ray.config.base import SEEDS, OneOf, Precision, Section, exact_div, option
-from rlhf_ray.config.kl import KlConfig, controller_problem, estimator_problem
+from rlhf_ray.config.kl_section import KlConfig, controller_problem, estimator_problem
 from rlhf_ray.config.reward_term import RewardTerm
-from rlhf_ray.config.stages import LoraConfig, check_trained_part
+from rlhf_ray.config.supervised_sections import LoraConfig, check_trained_part
 from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
 
 

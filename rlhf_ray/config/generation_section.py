@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import model_validator
 
 from rlhf_ray.config.base import OneOf, Precision, Section, option
-from rlhf_ray.config.sampling import SamplingParams
+from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.tables.engines import ENGINES
 
 

@@ -19,15 +19,15 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from rlhf_ray.config import TrackingConfig, TrainConfig
 from rlhf_ray.errors import NotFinite
-from rlhf_ray.models.finite import REMEDY, first_bad
-from rlhf_ray.models.load import positions_of
+from rlhf_ray.models.finite_weights import REMEDY, first_bad
+from rlhf_ray.models.positions import positions_of
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.supervised.checkpoints import Checkpoint, check_fits, mark_complete, newest_complete
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 from rlhf_ray.training.agreement import from_rank_zero, rank, world_size
 from rlhf_ray.training.deepspeed_config import MAX_GRAD_NORM, deepspeed_config
-from rlhf_ray.training.finite import check_weights
+from rlhf_ray.training.finite_ranks import check_weights
 
 KEPT_CHECKPOINTS = 2
 # Few different widths: CPU kernels are built and cached for each shape, and a cache for all lengths grows to gigabytes.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlhf_ray.config.sampling import SamplingParams, TokenRules
+from rlhf_ray.config.sampling_params import SamplingParams, TokenRules
 from rlhf_ray.serving.api_errors import ApiError, bad_request
 from rlhf_ray.serving.request_parts import Message, StrictBody
 

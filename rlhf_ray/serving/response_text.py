@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_ray.config.sampling import TokenLogprobs
+from rlhf_ray.config.sampling_params import TokenLogprobs
 from rlhf_ray.models.tokenizer import decode
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.errors import NotFinite
-from rlhf_ray.models.finite import REMEDY, first_bad
+from rlhf_ray.models.finite_weights import REMEDY, first_bad
 from rlhf_ray.training.agreement import most_over_ranks
 
 
@@ -24,7 +24,8 @@ def check_losses(losses: Sequence[torch.Tensor], device: torch.device) -> None:
 def check_weights(module: nn.Module, what: str, *, sharded: bool, device: torch.device) -> None:
     """NotFinite on every rank where a trained weight of any rank is NaN or infinite. Collective.
 
-    sharded: under ZeRO-3 each rank looks at its own slices, and nothing is gathered. what: as in `models.finite.refuse_bad`.
+    sharded: under ZeRO-3 each rank looks at its own slices, and nothing is gathered.
+    what: as in `models.finite_weights.refuse_bad`.
     """
     name = first_bad(_own_values(module, sharded))
     if most_over_ranks(int(name is not None), device) > 0:
