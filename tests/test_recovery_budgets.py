@@ -4,12 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayTaskError
 from tiny import tiny_recipe
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
 from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
@@ -46,7 +46,8 @@ def test_a_storm_of_restarts_stops_with_its_table():
 def test_a_step_that_is_taken_again_is_no_progress(tmp_path):
     roles, recipe = SimpleNamespace(trained=[], members=[]), tiny_recipe(resources={"restarts": 1})
     events = EventLog(tmp_path / "events.jsonl")
-    recovery = Recovery(recipe, roles, Waiter(60, "wait"), tmp_path, events=events, progress=lambda event: None)
+    waiter, budget = Waiter(60, "wait"), Budget(recipe.resources.restarts)
+    recovery = Recovery(recipe, roles, waiter, tmp_path, budget=budget, events=events, progress=lambda event: None)
     recovery.run(recovery.step_done, LoopState(step=1, kl_coef=0.1))
     for step in (2, 3):
         recovery.budget.charge(member(), DIED, "scoring")
@@ -72,18 +73,49 @@ def test_a_call_that_ends_two_actors_is_named_with_its_samples():
     assert "Its samples: step 3, prompt 7, sample 0; step 3, prompt 9, sample 2. " in str(told.value)
 
 
+def test_no_sample_is_blamed_for_a_rank_that_dies_while_it_hands_out_its_state():
+    budget, rank = Budget(3), Member("policy", 0, lambda: None, "rank")
+    for _ in range(3):
+        budget.charge(rank, DIED, "weight sync", Call(rank, "weights", (1,), "policy rank 0 (weights)"))
+    with pytest.raises(RunFailed, match="4 actors were lost without a finished step between"):
+        budget.charge(rank, DIED, "weight sync", Call(rank, "weights", (1,), "policy rank 0 (weights)"))
+
+
+def test_an_error_of_a_roles_own_code_gets_a_second_try_and_then_is_raised_as_it_is():
+    budget, scorer = Budget(5), member()
+    chunk = Chunk(step=3, index=1, prompt_indices=(7,), sample_indices=(2,))
+    error = RayTaskError("score", "Traceback ...", ValueError("out of cheese"))
+
+    def score():
+        return Call(scorer, "score", (chunk,), "reward actor 0 (chunk 1)")
+
+    budget.charge(scorer, error, "scoring (step 3)", score())
+    with pytest.raises(RayTaskError) as told:
+        budget.charge(scorer, error, "scoring (step 3)", score())
+    assert told.value is error
+    (note,) = error.__notes__
+    assert note.startswith("reward actor 0 (chunk 1) failed 2 times, scoring (step 3), so no third try is made. ")
+    assert note.endswith("Its samples: step 3, prompt 7, sample 2. ")
+
+
+def test_a_start_that_the_roles_own_code_fails_is_tried_once_more_at_most():
+    budget = Budget(2)
+    with pytest.raises(ActorDied, match="creation task"):
+        budget.charge_start(ActorDied("the actor died because of an error raised in its creation task"), "start of the actors")
+    budget.charge_start(DIED, "start of the actors")
+    budget.charge_start(DIED, "start of the actors")
+    with pytest.raises(RunFailed, match="3 actors were lost"):
+        budget.charge_start(DIED, "start of the actors")
+    error = RayTaskError("join", "Traceback ...", ValueError("connection closed by peer"))
+    budget = Budget(5)
+    budget.charge_start(error, "start of the actors")
+    with pytest.raises(RayTaskError):
+        budget.charge_start(error, "start of the actors")
+
+
 def test_with_no_restarts_the_first_death_stops_the_run():
     with pytest.raises(ActorDied, match="^reward actor 0 died"):
         Budget(0).charge(member(), DIED, "scoring")
-
-
-def test_an_actor_is_hung_when_it_is_silent_far_longer_than_its_calls_took():
-    waiter, call = Waiter(1800, "wait"), Call(member(), "score", (), "reward actor 0 (chunk 1)")
-    assert waiter.limit_s(call) == 1800  # nothing is known of it yet
-    for seconds, limit_s in ((0.5, 300), (20.0, 400), (2.0, 400), (1000.0, 1800)):
-        waiter._account(call, CallReceipt(seconds, 8))
-        assert waiter.limit_s(call) == limit_s
-    assert waiter.limit_s(Call(member(), "judge", (), "reward actor 0 (chunk 1)")) == 1800
 
 
 class Rank(Member):
@@ -168,3 +200,18 @@ def test_a_fault_comes_at_its_call_counted_over_restarts(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="a fault for tests"):
         Role("reward-1").score(3)  # the third, of an actor that was made again
     assert first.score(4) == 4
+
+
+def test_a_fault_of_a_step_counts_the_calls_of_that_step(tmp_path, monkeypatch):
+    path = tmp_path / "faults.json"
+    fault = {"role": "reward", "rank": 0, "method": "score", "step": 1, "call": 2, "when": "after", "kind": "exception"}
+    path.write_text(json.dumps([fault]))
+    monkeypatch.setenv(faults.VARIABLE, str(path))
+    role = Role("reward-0")
+    for step, calls in ((0, 3), (1, 1), (2, 3)):
+        faults.tell_step(step)
+        assert [role.score(5) for _ in range(calls)] == [5] * calls
+    faults.tell_step(1)  # the step is taken again
+    with pytest.raises(RuntimeError, match="a fault for tests"):
+        role.score(5)
+    assert role.score(5) == 5

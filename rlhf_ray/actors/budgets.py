@@ -30,6 +30,14 @@ class Budget:
         self._lost.clear()
         self._deaths.clear()
 
+    def charge_start(self, failure: Failure, where: str) -> None:
+        """Count a failed start of actors. One that the role's own code fails would fail again."""
+        own = isinstance(failure, RayTaskError)  # or a peer's connection that broke
+        self._deaths["start"] += own
+        if self.restarts == 0 or "creation task" in str(failure) or (own and self._deaths["start"] >= DEATHS_OF_A_CALL):
+            raise failure
+        self._lose(failure, f"{where}: {in_short(failure)}")
+
     def take_failures(self) -> dict[str, float]:
         """failures/<role> since the last call, for the metrics."""
         counts = {f"failures/{role}": float(count) for role, count in self.failures.items()}
@@ -44,16 +52,27 @@ class Budget:
         if self.restarts == 0:
             raise failure
         self.failures[member.role] += 1
-        self._lost.append(f"{where}: {member.name}: {in_short(failure)}")
-        if call is not None:
+        own = isinstance(failure, RayTaskError)
+        if call is not None and (own or call.chunks()):  # else a rank that writes or sends its state: no sample is to blame
             work = member.role, call.method, *(call.chunks() or [call.name])
             self._deaths[work] += 1
             if self._deaths[work] >= DEATHS_OF_A_CALL:
-                raise RunFailed(
-                    f"{member.name} died {self._deaths[work]} times at the same call, {call.method} of {call.name}, {where}, so no "
-                    f"third try is made. {_samples_of(call)}Last: {in_short(failure)}; see the run folder's logs/, mend what ends "
-                    "it or take the sample out of the data, then run the same command again"
-                ) from failure
+                self._blame(member, failure, where, call)
+        self._lose(failure, f"{where}: {member.name}: {in_short(failure)}")
+
+    def _blame(self, member: Member, failure: Failure, where: str, call: Call) -> None:
+        samples = _samples_of(call)
+        if isinstance(failure, RayTaskError):  # its traceback says more
+            failure.add_note(f"{call.name} failed {DEATHS_OF_A_CALL} times, {where}, so no third try is made. {samples}")
+            raise failure
+        raise RunFailed(
+            f"{member.name} died {DEATHS_OF_A_CALL} times at the same call, {call.method} of {call.name}, {where}, so no "
+            f"third try is made. {samples}Last: {in_short(failure)}; see the run folder's logs/, mend what ends "
+            "it or take the sample out of the data, then run the same command again"
+        ) from failure
+
+    def _lose(self, failure: Failure, line: str) -> None:
+        self._lost.append(line)
         if len(self._lost) > self.restarts:
             table = "\n".join(f"  {line}" for line in self._lost)
             raise RunFailed(

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from rlhf_ray.actors.pulse import Process, end
 from rlhf_ray.messages import Chunk
 
 
@@ -25,6 +26,8 @@ class Member:
         self.lives = 1  # how often it was made
         self.calls: list[Call] = []  # in the order in which they were sent
         self.weights: Call | None = None  # of a generator: the newest that it has taken
+        self.process: Process | None = None  # None: not known yet
+        self.peers: Sequence[Member] = ()  # those that it waits for in collective calls, itself included
 
     @property
     def name(self) -> str:
@@ -33,7 +36,9 @@ class Member:
     def make_again(self) -> None:
         """End the actor, if it has not ended, and start it again. `calls` and `weights` stay, to be sent again."""
         ray.kill(self.actor)
-        self.actor = self._make()
+        if self.process is not None:
+            end(self.process)
+        self.actor, self.process = self._make(), None
         self.lives += 1
 
     def call(self, method: str, *args: Any, name: str, **options: Any) -> list[Handle]:
@@ -76,6 +81,7 @@ class Call:
         self.account, self.concurrency_group = account or member.role, concurrency_group
         self.returns, self.count, self.brings_weights = returns, returns + receipt, brings_weights
         self.refs: list[ray.ObjectRef] = []
+        self.sent = 0  # how often
         self.life = 0  # that of the member to which it was sent
         self.tries = 0  # how often it was sent again for the sake of an argument
         self.beside: list[Handle] = []  # who waits for this call waits for these too; no caller has them
@@ -88,7 +94,13 @@ class Call:
         given = [arg.ref if isinstance(arg, Handle) else arg for arg in self.args]
         refs = remote.options(num_returns=self.count, **group).remote(*given)
         self.refs = [refs] if self.count == 1 else refs
+        self.sent += 1
         self.life, self.finished = self.member.lives, False
+
+    def send_again(self) -> None:
+        """It was answered, but what it returned is lost."""
+        self.member.calls.append(self)
+        self.send()
 
     @property
     def receipt(self) -> ray.ObjectRef:

@@ -4,8 +4,9 @@ The environment variable RLHF_RAY_FAULTS names a JSON file, which is read at eac
 
     [{"role": "policy", "rank": 0, "method": "update", "call": 2, "when": "before", "kind": "kill"}]
 
-role, rank: the actor; method: of its class in `actors.role_actors` or `trainer_actors`; call: which one
-of those, from 1, counted over restarts in a folder beside the file; when: before or after it has worked. kind:
+role, rank: the actor; method: of its class in `actors.role_actors` or `trainer_actors`; call: which one of those, from 1, counted
+over restarts in a folder beside the file; step: only of those while so many steps are finished, counted apart (None: of all); when:
+before or after it has worked. kind:
 
     kill       SIGKILL
     stop       SIGSTOP: the process is there and never answers
@@ -63,6 +64,13 @@ def tell_process(actor: str) -> None:
         _beside(Path(path), "processes", actor).write_text(str(os.getpid()))
 
 
+def tell_step(step: int) -> None:
+    """Note how many steps of PPO are finished."""
+    path = os.environ.get(VARIABLE)
+    if path is not None:
+        _beside(Path(path), "processes", "step").write_text(str(step))
+
+
 def _faults_of(path: Path, actor: str, method: str) -> list[dict[str, Any]]:
     """Those of this call of the actor. Counts the call, if any fault is to come to the method."""
     role, _, rank = actor.rpartition("-")
@@ -70,11 +78,17 @@ def _faults_of(path: Path, actor: str, method: str) -> list[dict[str, Any]]:
     mine = [each for each in listed if (each["role"], each["rank"], each["method"]) == (role, int(rank), method)]
     if not mine:
         return []
-    with open(_beside(path, "calls", f"{actor}-{method}"), "ab") as file:
+    told = _beside(path, "processes", "step")
+    step = int(told.read_text() or 0) if told.exists() else None
+    numbers = {None: _count(path, f"{actor}-{method}"), step: _count(path, f"{actor}-{method}-{step}")}
+    return [each for each in mine if each["call"] == numbers.get(each.get("step"))]
+
+
+def _count(path: Path, name: str) -> int:
+    with open(_beside(path, "calls", name), "ab") as file:
         file.write(b".")
         file.flush()
-        number = file.tell()
-    return [each for each in mine if each["call"] == number]
+        return file.tell()
 
 
 def _come(path: Path, faults: list[dict[str, Any]], when: str) -> None:

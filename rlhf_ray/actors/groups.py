@@ -88,6 +88,11 @@ class TrainerGroup(ChunkGroup):
     weight_bytes = 0  # of what trains, in float32
     start: Path  # the model that it is built from
 
+    def __init__(self, members: Sequence[Member]):
+        super().__init__(members)
+        for member in members:
+            member.peers = members
+
     @property
     def role(self) -> str:
         return self.members[0].role
@@ -172,6 +177,8 @@ def connect_weights(
     generation.by_channel = policy.transport == "collective"
     if not generation.by_channel:
         return
+    for member in generation.members:
+        member.peers = [member, *policy.members]
     layout, dtype = answers(policy.call("weight_layout"), "the names of the policy's weights")[0]
     address = policy.members[0].call("address", name="policy rank 0 (address)")
     (where,) = answers(address, "the policy's address")
@@ -272,7 +279,15 @@ class RayRoles:
         reference = [] if isinstance(self.reference, AdapterOff) else self.reference.members
         return [*stateless, *reference, *(member for group in self.trained for member in group.members)]
 
-    def join(self, groups: Sequence[TrainerGroup], deadline_s: float) -> None:
+    def start(self, members: Sequence[Member], groups: Sequence[TrainerGroup], deadline_s: float) -> None:
+        """Until these are ready to work, and the ranks of these DeepSpeed groups have met."""
+        starting = [self.waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in members]
+        self._join(groups, deadline_s)
+        processes = self.waiter.get(starting, "start of the actors", deadline_s, START_REMEDY)
+        for member, process in zip(members, processes, strict=True):
+            member.process = process
+
+    def _join(self, groups: Sequence[TrainerGroup], deadline_s: float) -> None:
         """The ranks of each DeepSpeed group meet at its rank 0."""
         places = [
             handle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 
+from rlhf_ray.actors.budgets import Budget, Failure, in_short
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.checks import precisions_of
@@ -37,7 +40,7 @@ from rlhf_ray.actors.role_actors import (
 )
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
-from rlhf_ray.actors.wait import START_REMEDY, Waiter
+from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
@@ -53,9 +56,18 @@ from rlhf_ray.runs.run_folder import RunFolder, start_model
 Progress = Callable[[dict], None]
 
 
+def give_up(failure: Failure) -> None:
+    raise failure
+
+
 @contextmanager
-def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[RayRoles]:
-    """All actors of the recipe, ready to work; they end with the `with`."""
+def ray_roles(
+    recipe: Recipe, folder: RunFolder, waiter: Waiter, on_lost: Callable[[Failure], None] = give_up
+) -> Iterator[RayRoles]:
+    """All actors of the recipe, ready to work; they end with the `with`.
+
+    on_lost: hears of one that dies or hangs at the start; unless it raises, all are started once more.
+    """
     resources, start = recipe.resources, start_model(recipe, folder)
     critic_start = str(folder.stage("reward").model) if recipe.ppo.critic_init == "reward" else start
     spins = recipe.ppo.steps_ahead == 0
@@ -102,10 +114,16 @@ def ray_roles(recipe: Recipe, folder: RunFolder, waiter: Waiter) -> Iterator[Ray
             ), waiter,
         )  # fmt: skip
         try:
-            ready = [waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in roles.members]
-            roles.join(roles.trained, resources.start_timeout_s)
-            waiter.wait(ready, "start of the actors", resources.start_timeout_s, START_REMEDY)
-            connect_weights(policy, roles.generation, waiter, resources, waits=recipe.ppo.steps_ahead == 0)
+            while True:
+                try:
+                    roles.start(roles.members, roles.trained, resources.start_timeout_s)
+                    connect_weights(policy, roles.generation, waiter, resources, waits=recipe.ppo.steps_ahead == 0)
+                    break
+                except (ActorDied, Deadline, RayTaskError) as failure:
+                    on_lost(failure)
+                    for member in roles.members:
+                        member.calls.clear()
+                        member.make_again()
             yield roles
         finally:
             for member in roles.members:
@@ -149,14 +167,24 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         publish_best(folder, state, only=True)  # where the run died between the two
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
-    with ray_roles(recipe, folder, waiter) as roles, MetricsWriter(
+    budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
+    starting = time.monotonic()
+
+    def on_lost(failure: Failure) -> None:
+        nonlocal starting
+        budget.charge_start(failure, "start of the actors")
+        lost_s, starting = time.monotonic() - starting, time.monotonic()
+        done = "all actors were started again"
+        what, seen = "an actor was lost at the start", in_short(failure)
+        events.add(what, done, lost_s, stage="ppo", step=state.step, phase="start", seen=seen, steps_lost=0)
+        progress({"stage": "ppo", "say": f"{what}: {seen}; {done}; {lost_s:.1f} s lost", "warns": True})
+
+    with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
         # -1: from step 0 on everything is written again, whatever a run that died before its first checkpoint left.
         recipe.tracking.wandb, recipe.tracking.mlflow, resume_step=state.step or -1, run_name=recipe.name,
     ) as metrics:  # fmt: skip
-        if last is not None:
-            waiter.get(_of_all(roles, "load", last), "loading the checkpoint")
-        recovery = Recovery(recipe, roles, waiter, stage.checkpoints, events=EventLog(folder.events), progress=progress)
+        recovery = Recovery(recipe, roles, waiter, stage.checkpoints, budget=budget, events=events, progress=progress)
         waiter.mend = recovery.mend
         checkpoints = Checkpoints(recipe, folder, roles.trained, waiter.get, progress)
 
@@ -179,7 +207,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             checkpoints.finish()
             return loop
 
-        loop = recovery.run(train, state)
+        loop = recovery.run(train, state, last)
         if not loop.finished:
             raise checkpoints.stopped(loop.state, ppo.steps)
     publish_best(folder, loop.state, only=True)  # where there was no room for the last checkpoint

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import ray
-
-from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.layout import Amounts
 from rlhf_ray.actors.placement import altogether, check_fits, nodes_alive
-from rlhf_ray.actors.process import set_up_process
-from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
@@ -62,29 +57,12 @@ def run_ppo_stage(recipe: Recipe, folder: RunFolder, stage: str, progress: Progr
 
 
 def evaluate_and_report(recipe: Recipe, folder: RunFolder, stage: str, progress: Progress) -> None:
-    """Evaluate in one task (the controller holds no models), then write the report."""
+    """Evaluate, then write the report."""
+    from rlhf_ray.actors.evaluation import evaluate_in_an_actor
     from rlhf_ray.report.page import write_report
 
-    def on_wait(name: str, seconds: float, what: str) -> None:
-        progress({"stage": stage, "waiting_for": name, "waiting_s": seconds, "phase": what})
-
-    resources = recipe.resources
-    waiter = Waiter(resources.call_timeout_s, "raise resources.call_timeout_s", on_wait)
-    cpus = min(float(resources.generation.threads or 1), ray.cluster_resources().get("CPU", 1.0))
-    task = _evaluate.options(num_cpus=cpus, num_gpus=resources.generation.gpus).remote(
-        recipe, folder, resources.generation.threads, resources.generation.gpus
-    )
-    waiter.get([waiter.track(task, "the evaluation task")], "evaluation")
+    evaluate_in_an_actor(recipe, folder, progress)
     write_report(folder)
-
-
-@ray.remote(max_retries=0)
-def _evaluate(recipe: Recipe, folder: RunFolder, threads: int | None, gpus: float) -> None:
-    device = set_up_process("evaluation", folder.logs, threads=threads, gpus=gpus)
-    with collector_paused():
-        from rlhf_ray.evaluation.evaluate import evaluate
-
-    evaluate(recipe, folder, device=device)
 
 
 def check_cluster(recipe: Recipe, stages: list[str]) -> None:

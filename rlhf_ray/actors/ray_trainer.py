@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
 from rlhf_ray.actors.ray_private import meeting_backend, unused_callbacks
-from rlhf_ray.errors import whole_message
+from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.supervised.checkpoints import newest_complete
 from rlhf_ray.training.distributed import meet
 
 
@@ -38,16 +41,30 @@ class MeetingConfig(TorchConfig):
 class RecordFailures(UserCallback):
     """Writes each failure of the worker group to events.jsonl. Runs in Ray Train's controller process."""
 
-    def __init__(self, events: Path, stage: str, restarts: int):
-        self.events, self.stage, self.restarts, self.failures = events, stage, restarts, 0
+    def __init__(self, folder: RunFolder, stage: str, member: int, restarts: int):
+        self.folder, self.stage, self.member, self.restarts, self.failures = folder, stage, member, restarts, 0
 
     def after_exception(self, run_context, worker_exceptions):
         self.failures += 1
         done = f"worker group restarted from the newest checkpoint (restart {self.failures} of {self.restarts})"
-        restarted = {"role": self.stage}
+        restarted = {"role": self.stage}  # of what is made again; `rlhf-ray status` counts these
         if self.failures > self.restarts:
-            done, restarted = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed", {}
+            restarted = {}
+            done = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed"
+        step, steps_lost, seconds = self._lost()
         for place, error in worker_exceptions.items():
-            EventLog(self.events).add(
-                f"{self.stage} worker {place} failed: {whole_message(error)}", done, stage=self.stage, **restarted
-            )
+            EventLog(self.folder.events).add(
+                f"{self.stage} worker {place} failed: {whole_message(error)}", done, seconds, stage=self.stage, step=step,
+                phase="training", seen=whole_message(error), steps_lost=steps_lost, **restarted,
+            )  # fmt: skip
+
+    def _lost(self) -> tuple[int, int, float]:
+        """(last step, steps since the newest checkpoint, training seconds since then)."""
+        target = self.folder.stage(self.stage).member(self.member)
+        rows = read_metrics(target.metrics)
+        step, elapsed_s = (rows[-1]["step"], rows[-1]["elapsed_s"]) if rows else (0, 0.0)
+        found = None
+        with suppress(UserError):  # of a damaged one the worker tells
+            found = newest_complete(target.checkpoints)
+        kept_step, kept_s = (found[1].step, found[1].elapsed_s) if found is not None else (0, 0.0)
+        return step, max(step - kept_step, 0), max(elapsed_s - kept_s, 0.0)

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from rlhf_ray.actors.budgets import Budget, Failure, counted, in_short
 from rlhf_ray.actors.calls import Call, Handle, Member
+from rlhf_ray.actors.faults import tell_step
 from rlhf_ray.actors.groups import RayRoles, TrainerGroup, connect_weights
+from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
-from rlhf_ray.actors.wait import START_REMEDY, ActorDied, ArgumentLost, Deadline, Waiter
+from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
 from rlhf_ray.config import PPOConfig, Recipe
 from rlhf_ray.errors import NotFinite, RunFailed, whole_message
 from rlhf_ray.ppo import checkpoint
@@ -63,11 +65,12 @@ class Recovery:
         waiter: Waiter,
         checkpoints: Path,
         *,
+        budget: Budget,
         events: EventLog,
         progress: Callable[[dict], None],
     ):
         self.recipe, self.resources, self.roles, self.waiter = recipe, recipe.resources, roles, waiter
-        self.checkpoints, self.events, self.progress = checkpoints, events, progress
+        self.checkpoints, self.budget, self.events, self.progress = checkpoints, budget, events, progress
         resources = recipe.resources
         self.snapshots = Snapshots(
             roles.trained, waiter, every=resources.snapshot_every, most_bytes=resources.snapshot_gb * 1e9
@@ -75,18 +78,21 @@ class Recovery:
         self.step = 0  # that the loop has finished
         self.furthest = -1  # that it has ever finished
         self.finished_at: dict[int, float] = {}  # step -> when
-        self.budget = Budget(resources.restarts)
 
     # -- what the loop's hooks tell -----------------------------------------------------------------------------------
 
     def step_done(self, state: LoopState) -> None:
         """A step, its evaluation included, is finished."""
-        self.step = state.step
-        self.finished_at[state.step] = time.monotonic()
+        self._finished(state.step)
         if state.step > self.furthest:
             self.furthest = state.step
             self.budget.start_over()
         self.snapshots.take(state)
+
+    def _finished(self, step: int) -> None:
+        self.step = step
+        self.finished_at[step] = time.monotonic()
+        tell_step(step)
 
     # -- one actor ----------------------------------------------------------------------------------------------------
 
@@ -94,9 +100,8 @@ class Recovery:
         """After this the call is under way again. GroupLost for a rank; RunFailed or the failure where nothing helps."""
         if isinstance(failure, ArgumentLost):
             self._mend_arguments(call, failure, phase)
-        elif isinstance(failure, Deadline):
-            late = self._late(call)
-            self._replace(late.member, failure, phase)
+        elif isinstance(failure, Hung):
+            self._replace(failure.member, failure, phase)
         elif isinstance(failure, ActorDied) and call.life == call.member.lives:
             self._replace(call.member, failure, phase)
         elif isinstance(failure, ActorDied) and not self._group_of(call.member):  # its actor was made again meanwhile
@@ -111,21 +116,19 @@ class Recovery:
         if len(self._group_of(call.member)) > 1:  # the other ranks have begun it, and wait for this one
             raise self._lost(call.member, failure, phase)
         for arg in call.args:
-            if isinstance(arg, Handle):
-                why = self.waiter.failure_of(arg.call)
-                if why is not None:
-                    self.mend(arg.call, why, phase)
+            if not isinstance(arg, Handle):
+                continue
+            why = self.waiter.failure_of(arg.call)
+            if why is not None:
+                self.mend(arg.call, why, phase)
+            elif self.waiter.there(arg.call) and not self.waiter.readable(arg):  # it came, but the node where it lay is gone
+                if self._group_of(arg.call.member):  # it may have moved on since
+                    raise self._lost(arg.call.member, failure, phase)
+                arg.call.send_again()
         call.tries += 1
         if call.tries > self.resources.restarts:
             raise failure
         call.send()
-
-    def _late(self, call: Call) -> Call:
-        """The call that keeps this one: itself, or the first of its arguments that is not there."""
-        for arg in call.args:
-            if isinstance(arg, Handle) and not self.waiter.there(arg.call):
-                return self._late(arg.call)
-        return call
 
     def _refuse(self, call: Call, failure: Failure, phase: str) -> None:
         """An actor's own error is no death. But a rank whose peer has died fails in its own way: a connection is gone."""
@@ -137,25 +140,31 @@ class Recovery:
                     ray.get(ping, timeout=FAIL_S)
                 except RayError as error:  # only a dead one fails at once
                     raise self._lost(pings[ping], ActorDied(whole_message(error)), phase) from failure
-        raise failure
+        if not isinstance(failure, RayTaskError):
+            raise failure
+        # A new process may get over it: broken memory, a device, a connection.
+        self._replace(call.member, failure, phase, call)
 
-    def _replace(self, member: Member, failure: Failure, phase: str) -> None:
+    def _replace(self, member: Member, failure: Failure, phase: str, to_blame: Call | None = None) -> None:
         """Make a stateless actor again and send again what was lost with it."""
         seen = time.monotonic()
         if self._group_of(member) or (member in self.roles.generation.members and self.roles.generation.by_channel):
-            raise self._lost(member, failure, phase)
-        self._charge(member, failure, phase, self._head(member, failure))
+            raise self._lost(member, failure, phase, to_blame)
+        self._charge(member, failure, phase, to_blame or self._head(member, failure))
         while True:
             member.make_again()
             lost = self._unanswered(member)
+            for call in member.calls:
+                if call.brings_weights and call not in lost:  # taken, but not looked at yet
+                    member.weights = call
             try:
-                self._start([member])
+                self.roles.start([member], [], self.resources.start_timeout_s)
                 if member.weights is not None:
                     member.weights.send()
                     self.waiter.wait([Handle(member.weights, 0)], f"weights of {member.name}")
                 break
-            except ActorDied as again:
-                self._charge(member, again, f"start of {member.name}")
+            except (ActorDied, Deadline) as again:
+                self.budget.charge_start(again, f"start of {member.name}")
         for call in lost:
             call.send()
         self._tell(member, failure, phase, seen, f"made again, {counted(len(lost), 'call')} sent again", steps_lost=0)
@@ -171,33 +180,36 @@ class Recovery:
 
     def _head(self, member: Member, failure: Failure) -> Call | None:
         """The call at which it died: actors do what they are asked in order."""
+        if isinstance(failure, Hung):
+            return failure.to_blame
         return next(iter(self._unanswered(member)), None) if isinstance(failure, ActorDied) else None
-
-    def _start(self, members: list[Member]) -> None:
-        ready = [self.waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in members]
-        self.waiter.wait(ready, "start of the actors", self.resources.start_timeout_s, START_REMEDY)
 
     # -- a group of ranks ---------------------------------------------------------------------------------------------
 
-    def run(self, train: Callable[[LoopState], Trained], state: LoopState) -> Trained:
-        """`train` from a state on. Where a group is lost, again from the newest state that there is."""
-        self.step = self.furthest = state.step
-        self.finished_at[state.step] = time.monotonic()
+    def run(self, train: Callable[[LoopState], Trained], state: LoopState, folder: Path | None = None) -> Trained:
+        """`train` from a state on, which is that of the checkpoint `folder` if there is one. Where a group is lost, again from the
+        newest state that there is."""
+        self.furthest = state.step
+        self._finished(state.step)
+        lost: GroupLost | None = None
         while True:
             try:
+                if lost is not None:
+                    state, lost = self._go_back(lost), None
+                elif folder is not None:
+                    self._load(None, folder)
+                folder = None
                 return train(state)
-            except GroupLost as lost:
-                state = self._go_back(lost)
+            except GroupLost as again:
+                lost = again
 
     def _go_back(self, lost: GroupLost) -> LoopState:
         """Groups of ranks with the newest state there is -> that state."""
         while True:
             try:
                 return self._try_to_go_back(lost)
-            except GroupLost as again:
-                lost = again
-            except ActorDied as again:  # at its start
-                self._charge(lost.member, again, lost.phase)
+            except (ActorDied, Deadline) as again:
+                self.budget.charge_start(again, f"start of the group of {lost.member.name}")
 
     def _try_to_go_back(self, lost: GroupLost) -> LoopState:
         for member in self.roles.members:
@@ -213,6 +225,7 @@ class Recovery:
         state, source = self._load(snapshot, folder)
         again = self.step - state.step
         self.step = state.step
+        tell_step(state.step)
         self.waiter.take_totals()
         done = f"its group was made again, with the state of step {state.step} ({source})"
         since = self.finished_at.get(state.step, lost.seen)
@@ -226,8 +239,7 @@ class Recovery:
         everyone += generation.members if channel else []
         for member in everyone:
             member.make_again()
-        self._start(everyone)
-        self.roles.join(groups, self.resources.start_timeout_s)
+        self.roles.start(everyone, groups, self.resources.start_timeout_s)
         if channel:
             connect_weights(self.roles.policy, generation, self.waiter, self.resources, waits=True)
 
@@ -238,9 +250,8 @@ class Recovery:
             loading = [each for group in trained for each in group.call("restore", *snapshot.parts[group.role])]
             try:
                 self.waiter.wait(loading, "loading the snapshot")
-            except (ArgumentLost, GroupLost) as lost:
-                if isinstance(lost, ArgumentLost) or isinstance(lost.failure, ArgumentLost):
-                    self.snapshots.drop(snapshot)  # the node that a share of it was on is gone
+            except (ArgumentLost, GroupLost):
+                self.snapshots.drop(snapshot)  # its node may be gone
                 raise
             return snapshot.state, "snapshot"
         if folder is not None:
@@ -255,8 +266,8 @@ class Recovery:
         """The ranks of its group; none for a stateless role."""
         return next((list(group.members) for group in self.roles.trained if member in group.members), [])
 
-    def _lost(self, member: Member, failure: Failure, phase: str) -> GroupLost:
-        self._charge(member, failure, phase, self._head(member, failure))
+    def _lost(self, member: Member, failure: Failure, phase: str, to_blame: Call | None = None) -> GroupLost:
+        self._charge(member, failure, phase, to_blame or self._head(member, failure))
         return GroupLost(failure, member, phase)
 
     def _charge(self, member: Member, failure: Failure, phase: str, call: Call | None = None) -> None:

@@ -13,6 +13,7 @@ with collector_paused():
 
     from rlhf_ray.actors import faults
     from rlhf_ray.actors.process import set_up_process
+    from rlhf_ray.actors.pulse import Process, this_process
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place
     from rlhf_ray.config import Precision, Recipe, RoleConfig
@@ -39,8 +40,8 @@ class RoleActor:
 
         return resolve_precision(setting, self.device)
 
-    def ready(self) -> str:
-        return self.device.type
+    def ready(self) -> Process:
+        return this_process()
 
     def place(self) -> Place:
         from rlhf_ray.models.shared_gpu import gpu_id
@@ -165,3 +166,18 @@ class ExperienceActor(RoleActor):
     def evaluate(self, chunks: int, *parts):
         """parts: rollouts, scores, ref_logprobs and the judge's scores (if it was asked), `chunks` of each."""
         return self.role.evaluate(*(list(parts[i : i + chunks]) for i in range(0, 4 * chunks, chunks)))
+
+
+@ray.remote
+@faults.with_points
+class EvaluationActor(RoleActor):
+    def build(self):
+        from rlhf_ray.evaluation.evaluate import evaluate
+
+        self.role = evaluate
+
+    def evaluate(self) -> None:
+        self.role(self.recipe, self.folder, self.told, device=self.device)
+
+    def told(self, state: dict) -> None:
+        """A point for faults at each chunk."""

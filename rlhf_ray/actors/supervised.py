@@ -24,6 +24,7 @@ from rlhf_ray.actors.garbage_collection import collector_paused
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.ray_private import NO_ROOM
 from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
+from rlhf_ray.actors.worker_watch import WorkerWatch, note_process
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
@@ -84,7 +85,7 @@ def _train(
         if on_progress is not None:
             of = f" (model {member + 1} of {config.members})" if isinstance(config, RewardConfig) and config.members > 1 else ""
             on_progress({"stage": stage, "goes_on_from": found[1].step, "of": of})
-    answer = _fit(recipe, folder, stage, config, member, on_progress)
+    answer = _fit_again(recipe, folder, stage, config, member, on_progress)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if "not_finite" in answer:
@@ -112,6 +113,33 @@ def _check_capacity(stage: str, config: TrainConfig) -> None:
             )
 
 
+def _fit_again(
+    recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
+) -> dict:
+    """`_fit`, and once more where Ray Train's controller died: the workers end with it, and new ones go on from the newest
+    checkpoint."""
+    for number in range(1, RESTARTS + 2):
+        began = time.monotonic()
+        try:
+            return _fit(recipe, folder, stage, config, member, on_progress)
+        except ControllerLost as lost:
+            done = "started again from the newest checkpoint"
+            if number > RESTARTS:
+                done = f"the stage failed: that was failure {number}, and {RESTARTS} restarts are allowed"
+            row = _last_row(folder.stage(stage).member(member).metrics)
+            EventLog(folder.events).add(
+                f"the controller of {stage} was lost", done, time.monotonic() - began, stage=stage, role="controller",
+                step=None if row is None else row["step"], phase="training", seen=whole_message(lost.__cause__ or lost),
+            )  # fmt: skip
+            if number > RESTARTS:
+                raise
+    raise AssertionError("it returns or raises")
+
+
+class ControllerLost(RunFailed):
+    """The process of Ray Train's controller, or its node, is gone."""
+
+
 def _fit(
     recipe: Recipe, folder: RunFolder, stage: str, config: TrainConfig, member: int, on_progress: Progress | None
 ) -> dict:
@@ -124,6 +152,8 @@ def _fit(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves an actor; a preempted node is a dead one
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
     storage, name = folder.logs / "ray_train", f"{stage}_{member}"
+    processes = _processes(folder, stage, member)
+    shutil.rmtree(processes, ignore_errors=True)  # of a run that died
     storage.mkdir(parents=True, exist_ok=True)
     trainer = StageTorchTrainer(
         _worker,
@@ -144,7 +174,7 @@ def _fit(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
-            callbacks=[RecordFailures(folder.events, stage, RESTARTS)],
+            callbacks=[RecordFailures(folder, stage, member, RESTARTS)],
             worker_runtime_env={"env_vars": _worker_environment(config)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -161,11 +191,17 @@ def _fit(
     # in the main thread would replace by one that aborts without a checkpoint.
     thread = threading.Thread(target=fit, name=f"{stage} fit", daemon=True)
     thread.start()
-    _report_until_done(thread, recipe, folder, stage, member, on_progress)
-    shutil.rmtree(storage / name, ignore_errors=True)
+    watch = WorkerWatch(processes, stage, EventLog(folder.events))
+    _report_until_done(thread, recipe, folder, stage, member, on_progress, watch)
+    for path in (storage / name, processes):
+        shutil.rmtree(path, ignore_errors=True)
     if "error" in box:
         raise _explained(box["error"], folder, stage, config, timeout_s)
     return box["result"].return_value
+
+
+def _processes(folder: RunFolder, stage: str, member: int) -> Path:
+    return folder.logs / "ray_train" / f"{stage}_{member}.processes"
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:
@@ -183,11 +219,17 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
 
 
 def _report_until_done(
-    thread: threading.Thread, recipe: Recipe, folder: RunFolder, stage: str, member: int, on_progress: Progress | None
+    thread: threading.Thread,
+    recipe: Recipe,
+    folder: RunFolder,
+    stage: str,
+    member: int,
+    on_progress: Progress | None,
+    watch: WorkerWatch,
 ) -> None:
     """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
     metrics, resources = folder.stage(stage).member(member).metrics, recipe.resources
-    started = reported = changed = time.monotonic()
+    started = reported = time.monotonic()
     last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
     limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
     while thread.is_alive():
@@ -197,12 +239,14 @@ def _report_until_done(
         reported = time.monotonic()
         row = _last_row(metrics)
         step = None if row is None else row["step"]
-        if step != last_step:
-            last_step, changed, limit_s = step, reported, resources.call_timeout_s
-        elif reported - changed > limit_s:
+        went_on = step != last_step
+        if went_on:
+            last_step, limit_s = step, resources.call_timeout_s
+        still_s = watch.look(step, went_on, limit_s)
+        if still_s > limit_s:
             where = "before its first step" if step is None else f"after step {step}"
             raise RunFailed(
-                f"{stage} stood still for {reported - changed:.0f} s {where}; see {folder.logs / f'{stage}.log'}, and "
+                f"{stage} stood still for {still_s:.0f} s {where}; see {folder.logs / f'{stage}.log'}, and "
                 "raise resources.call_timeout_s if it is only slow; the same command goes on from the last checkpoint"
             )
         if on_progress is None:
@@ -243,7 +287,7 @@ def _explained(
         )
     else:
         times = "" if lost or isinstance(error, ControllerError) else f" {RESTARTS + 1} times, the last time"
-        explained = RunFailed(
+        explained = (ControllerLost if lost else RunFailed)(
             f"{stage} failed{times} with: {whole_message(error)}; its log is {log}; "
             "the same command goes on from the last checkpoint"
         )
@@ -257,6 +301,7 @@ def _worker(config: dict) -> dict:
     recipe = Recipe.model_validate(config["recipe"])
     section = recipe.trained[stage]
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
+    note_process(_processes(folder, stage, config["member"]), ray.train.get_context().get_world_rank())
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
     with collector_paused():
         train = _training(stage, config["member"], device.type)

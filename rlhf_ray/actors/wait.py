@@ -16,17 +16,13 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors import SafetensorError
 
 from rlhf_ray.actors.calls import Call, Handle, Member
+from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, Watch
 from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
-SHORTEST_LIMIT_S = 300.0  # no actor is taken for hung before
-TIMES_AS_LONG = 20.0  # as the longest call of a kind; then its actor is taken for hung
+READ_S = 60.0  # in which a result comes from another host
 START_REMEDY = "raise resources.start_timeout_s, or look in the run folder's logs/ for what holds it up"
-
-
-class Deadline(RunFailed):
-    """Something took longer than the recipe allows."""
 
 
 class ActorDied(RunFailed):
@@ -62,7 +58,7 @@ class Waiter:
         self.mend: Mend | None = None  # `actors.recovery`; None: what fails is raised
         self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
-        self._longest_s: dict[tuple[str, str], float] = {}  # role and method -> compute seconds of the longest call
+        self.clock, self.watch = AwakeClock(time.monotonic), Watch(deadline_s, self.there)
         self._tracked: dict[ray.ObjectRef, Tracked] = {}
 
     def track(
@@ -78,18 +74,19 @@ class Waiter:
     ) -> None:
         """Until all are there. Raises what a failed call raised, `Deadline` past the deadline, unless `mend` sees to it.
 
-        deadline_s: of each actor, from the last call that it has answered; None: `limit_s`. remedy: the advice in the message,
-        where this wait has a deadline of its own.
+        deadline_s: of each actor, from the last call that it has answered; None: that of `actors.hung`. remedy: the advice in the
+        message, where this wait has a deadline of its own.
         """
         remedy = remedy or self.remedy
         waiting = self._waiting(handles)
-        started = since = time.monotonic()
+        started = since = self.clock.tick()
         heard: dict[Member, float] = {}  # when an actor last answered
         pending = list(waiting)
         if pending:
             self.on_wait(waiting[pending[0]].name, 0.0, what)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
+            now = self.clock.tick()
             for ref in done:
                 each = waiting.pop(ref)
                 again = self._look_at(ref, each, what, remedy)
@@ -97,19 +94,18 @@ class Waiter:
                     waiting[again] = each
                     pending.append(again)
                 if isinstance(each, Call):
-                    heard[each.member] = time.monotonic()
+                    heard[each.member] = now
             if pending:
-                self.on_wait(waiting[pending[0]].name, time.monotonic() - started, what)
-            for each in (waiting[ref] for ref in pending):
-                seconds = time.monotonic() - (heard.get(each.member, since) if isinstance(each, Call) else since)
-                limit_s = deadline_s or self.limit_s(each)
-                if seconds > limit_s:
-                    late = (
-                        f"waited {seconds:.0f} s for {each.name} during {what}, longer than {limit_s:.0f} s; {remedy}"
-                    )
-                    self._mend(each, Deadline(late), what)
-                    self._be_patient(each, limit_s)
-                    since, heard = time.monotonic(), {}
+                self.on_wait(waiting[pending[0]].name, now - started, what)
+            for each in _first_of_each_actor([waiting[ref] for ref in pending]):
+                if isinstance(each, Call) and deadline_s is None:
+                    late = self.watch.hung(each, now, what, remedy)
+                else:
+                    late = self._late(each, now - (heard.get(each.member, since) if isinstance(each, Call) else since),
+                                      deadline_s or self.deadline_s, what, remedy)  # fmt: skip
+                if late is not None:
+                    self._mend(each, late, what)
+                    since, heard = self.clock.tick(), {}
 
     def get(
         self, handles: Sequence[Awaited], what: str, deadline_s: float | None = None, remedy: str | None = None
@@ -118,13 +114,6 @@ class Waiter:
         self.wait(handles, what, deadline_s, remedy)
         refs = [each.ref if isinstance(each, Handle) else each for each in handles]
         return _fetch(refs, what, remedy or self.remedy)
-
-    def limit_s(self, each: Tracked | Call) -> float:
-        """How long an actor may be silent: for a call of a kind that has been answered before, far longer than any took."""
-        longest = self._longest_s.get((each.member.role, each.method)) if isinstance(each, Call) else None
-        return (
-            self.deadline_s if longest is None else min(self.deadline_s, max(SHORTEST_LIMIT_S, TIMES_AS_LONG * longest))
-        )
 
     def there(self, call: Call) -> bool:
         """Whether the call has ended, in whichever way."""
@@ -137,6 +126,16 @@ class Waiter:
         except (RunFailed, RayTaskError) as failure:
             return failure
         return None
+
+    def readable(self, handle: Handle) -> bool:
+        """Whether a result is there. This may bring it to this host."""
+        try:
+            ray.get(handle.ref, timeout=READ_S)
+        except RayTaskError:  # it is: an error
+            return True
+        except RayError:
+            return False
+        return True
 
     def take_totals(self) -> dict[str, float]:
         """busy/<account>_s and bytes/<account> since the last call."""
@@ -170,25 +169,31 @@ class Waiter:
         if isinstance(value, CallReceipt):
             self._account(each, value)
         if isinstance(each, Call):
+            self.watch.ended(each, value.seconds if isinstance(value, CallReceipt) else 0.0, self.clock.now)
             each.finish()
         return None
 
     def _account(self, each: Tracked | Call, receipt: CallReceipt) -> None:
         self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + receipt.seconds
         self.bytes[each.account] = self.bytes.get(each.account, 0) + receipt.bytes
-        if isinstance(each, Call):
-            kind = each.member.role, each.method
-            self._longest_s[kind] = max(receipt.seconds, self._longest_s.get(kind, 0.0))
 
-    def _be_patient(self, each: Tracked | Call, limit_s: float) -> None:
-        """Where the limit was learned, it is twice as long from now on: the machine may only have been busy."""
-        if isinstance(each, Call):
-            self._longest_s[each.member.role, each.method] = 2 * limit_s / TIMES_AS_LONG
+    def _late(self, each: Tracked | Call, seconds: float, limit_s: float, what: str, remedy: str) -> Deadline | None:
+        if seconds <= limit_s:
+            return None
+        words = f"waited {seconds:.0f} s for {each.name} during {what}, longer than {limit_s:.0f} s; {remedy}"
+        return Hung(words, each.member) if isinstance(each, Call) else Deadline(words)
 
     def _mend(self, each: Tracked | Call, failure: RunFailed | RayTaskError, what: str) -> None:
         if self.mend is None or not isinstance(each, Call):
             raise failure
         self.mend(each, failure, what)
+
+
+def _first_of_each_actor(pending: list[Tracked | Call]) -> list[Tracked | Call]:
+    first: dict[Member | Tracked, Tracked | Call] = {}
+    for each in pending:
+        first.setdefault(each.member if isinstance(each, Call) else each, each)
+    return list(first.values())
 
 
 def _fetch(refs: ray.ObjectRef | list[ray.ObjectRef], name: str, remedy: str) -> Any:

@@ -106,7 +106,8 @@ class ResourcesConfig(Section):
 
     restarts: int = option(
         5,
-        "PPO: how many actors in a row may be lost without a finished step between, each made again, before the run stops; 0: none",
+        "PPO and evaluation: how many actors in a row may be lost without progress between, each made again, before the run "
+        "stops; 0: none",
         ge=0,
     )
     snapshot_every: int = option(

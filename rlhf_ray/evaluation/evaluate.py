@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from rlhf_ray.data.role_files import PromptColumns, check_columns, has_role, rea
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
-from rlhf_ray.evaluation.samples import Responses, draw_responses, write_samples
+from rlhf_ray.evaluation.kept import KeptParts, inputs_of
+from rlhf_ray.evaluation.samples import draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
 from rlhf_ray.evaluation.traits import all_trait_scores
 from rlhf_ray.evaluation.wins import wins_over
@@ -64,10 +67,12 @@ def evaluate(
         return stage.summary()
     started = time.monotonic()
     check_columns(recipe, folder, ("eval_prompts",))
-    summary = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device)).run()
+    evaluation = _Evaluation(recipe, folder, progress or (lambda state: None), torch.device(device))
+    summary = evaluation.run()
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_atomically(stage.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     stage.finish(summary)
+    evaluation.kept.drop()
     return summary
 
 
@@ -88,6 +93,7 @@ class _Evaluation:
         self.tuned = tuned_stages(recipe)
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
         self.evidence: dict[str, Evidence] = {}  # by model
+        self.kept = KeptParts(folder.evaluation_parts, inputs_of(recipe, folder))
 
     def run(self) -> dict:
         sft = self._load(sft_model(self.recipe, self.folder))
@@ -99,7 +105,7 @@ class _Evaluation:
             self._draw(name, model)
             self._rate_other_text(name, model)
             self._report("language-model figures", 0, 1)
-            kl[name] = self._kl(model, sft, self.evidence[name].responses)
+            kl[name] = self._kl(name, model, sft)
             del model  # before the next one is loaded
         self._scores()
         self._fluency(sft)
@@ -129,6 +135,7 @@ class _Evaluation:
             folder=model.folder,
             trust_remote_code=self.recipe.model.trust_remote_code,
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
+            kept=lambda start, make: self.kept.completions(f"drawn-{name}-{start:06d}", make),
         )
         self.evidence[name] = Evidence(
             recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn,
@@ -139,13 +146,19 @@ class _Evaluation:
         if has_role(self.folder, "other_text"):
             self._report("perplexity of other text", 0, 1)
             rows = read_role(self.folder, "other_text")
-            self.evidence[name].other_text = rate_texts(model, rows["prompt"], rows["response"])
+            found = self.kept.arrays(
+                f"other_text-{name}", lambda: asdict(rate_texts(model, rows["prompt"], rows["response"]))
+            )
+            self.evidence[name].other_text = Rated(logprobs=found["logprobs"], tokens=found["tokens"])
 
-    def _kl(self, tuned: LanguageModel, sft: LanguageModel, drawn: Responses) -> Estimate:
-        temperature = self.recipe.generation.temperature
-        ours, theirs = (
-            model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature, drawn.supports) for model in (tuned, sft)
-        )
+    def _kl(self, name: str, tuned: LanguageModel, sft: LanguageModel) -> Estimate:
+        temperature, drawn = self.recipe.generation.temperature, self.evidence[name].responses
+
+        def rate(model: LanguageModel) -> np.ndarray:
+            return model.rate_tokens(drawn.prompt_ids, drawn.response_ids, temperature, drawn.supports)
+
+        ours = self.kept.array(f"kl-{name}-own", lambda: rate(tuned))
+        theirs = self.kept.array(f"kl-{name}-sft", lambda: rate(sft))
         return self.resampler.mean(self._table(ours - theirs))
 
     def _scores(self) -> None:
@@ -153,46 +166,48 @@ class _Evaluation:
         models = self.recipe, self.folder, self.dtype, self.device
         self._report("score", 0, 1)
         scorer = reward_scorer(*models)
-        for each in self.evidence.values():
-            each.scores = self._scored(scorer, each)
+        for name, each in self.evidence.items():
+            each.scores = self._scored(f"score-{name}", scorer, each)
         self._report("judge", 0, 1)
         judge = judge_scorer(*models)
         if judge is not None:
-            for each in self.evidence.values():
-                each.judge = self._scored(judge, each).total
+            for name, each in self.evidence.items():
+                each.judge = self._scored(f"judge-{name}", judge, each).total
                 if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
                     each.judge_scale = (judge.mean, judge.std)
         paths = self.recipe.evaluation.trait_functions
         if paths:
             self._report("traits", 0, 1)
-            for each in self.evidence.values():
+            for name, each in self.evidence.items():
                 prompts = [shown(prompt) for prompt in each.prompts]
-                each.traits = all_trait_scores(paths, prompts, each.responses.texts, each.columns)
+                texts, columns = each.responses.texts, each.columns
+                each.traits = dict(
+                    self.kept.arrays(f"traits-{name}", partial(all_trait_scores, paths, prompts, texts, columns))
+                )
 
-    def _scored(self, scorer: Scorer, each: Evidence) -> Scores:
+    def _scored(self, name: str, scorer: Scorer, each: Evidence) -> Scores:
         drawn = each.responses
         answers = answers_of(
             each.tokenizer, each.prompts, drawn.prompt_ids, drawn.response_ids, drawn.ended.tolist(),
             stop=self.recipe.generation.stop, columns=each.columns,
         )  # fmt: skip
-        scores = score_answers(scorer, answers)
+        scores = self.kept.scores(name, lambda: score_answers(scorer, answers))
         return check_scores(scores, f"the score of {type(scorer).__name__} is", each.prompts, drawn.texts)
 
     def _fluency(self, sft: LanguageModel) -> None:
         self._report("perplexity", 0, 1)
-        for each in self.evidence.values():
+        for name, each in self.evidence.items():
             drawn = each.responses
-            each.sft = each.own = Rated(
-                logprobs=sft.rate_tokens(drawn.prompt_ids, drawn.response_ids), tokens=drawn.lengths
-            )
+            rated = self.kept.array(f"sft-{name}", partial(sft.rate_tokens, drawn.prompt_ids, drawn.response_ids))
+            each.sft = each.own = Rated(logprobs=rated, tokens=drawn.lengths)
         if self.recipe.fluency is None:
             self._relevance(sft)
             return
         independent = self._load(stage_model(self.folder, "fluency"))
-        for each in self.evidence.values():
+        for name, each in self.evidence.items():
             prompt_ids, response_ids = independent.encode(self.repeated, each.responses)
             each.independent = each.own = Rated(
-                logprobs=independent.rate_tokens(prompt_ids, response_ids),
+                logprobs=self.kept.array(f"independent-{name}", partial(independent.rate_tokens, prompt_ids, response_ids)),
                 tokens=np.array([len(ids) for ids in response_ids]),
             )
         self._relevance(independent)
@@ -204,11 +219,11 @@ class _Evaluation:
             return
         partners = shuffled_partners(self.prompts, self.recipe.seed)
         other_prompts = [self.prompts[partner] for partner in partners for _ in self.seeds]
-        for each in self.evidence.values():
+        for name, each in self.evidence.items():
             prompt_ids, response_ids = model.encode(other_prompts, each.responses)
             if self.recipe.fluency is None:
                 response_ids = each.responses.response_ids  # the sampled ids themselves, as in `own`
-            each.other = model.rate_tokens(prompt_ids, response_ids)
+            each.other = self.kept.array(f"relevance-{name}", partial(model.rate_tokens, prompt_ids, response_ids))
 
     def _over_sft(self, name: str, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
         """How far the tuned model has gone from the SFT model, and what it gained."""

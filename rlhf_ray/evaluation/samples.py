@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_ray.algorithms.schedule import draw_seed
-from rlhf_ray.config.sampling_params import SamplingParams
+from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.messages import Support
@@ -27,6 +28,9 @@ from rlhf_ray.tables.engines import ENGINES
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Kept = Callable[[int, Callable[[], list[Completion]]], list[Completion]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +62,32 @@ def draw_responses(
     engine: str = "torch",
     folder: str | Path = "",
     trust_remote_code: bool = False,
+    kept: Kept = lambda start, make: make(),
 ) -> Responses:
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
     engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random
-    numbers of a (seed, prompt) are the same for every model, so two models are compared on the same draws.
+    numbers of a (seed, prompt) are the same for every model, so two models are compared on the same draws. kept: of the chunk
+    that begins at a row, what was drawn before, or what the function draws.
     """
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
-    drawing = ENGINES.named(engine).engine(
-        EngineSetting(
-            folder=folder, model=model, tokenizer=tokenizer, device=device, rows=chunk_size, probes=ids,
-            longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
-        )
+    setting = EngineSetting(
+        folder=folder, model=model, tokenizer=tokenizer, device=device, rows=chunk_size, probes=ids,
+        longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    # Even if all is drawn already: it changes the model's layers, and with them the last bits of what the model rates later.
+    drawing = ENGINES.named(engine).engine(setting)
     params = replace(params, tells_support=params.truncates)
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
-    completions = []
-    for start in range(0, len(rows), chunk_size):
+
+    def draw(start: int) -> list[Completion]:
         chunk = rows[start : start + chunk_size]
-        completions += drawing.generate(
-            [ids[prompt] for prompt, _ in chunk],
-            [draw_seed(seed, "evaluation", prompt) for prompt, seed in chunk],
-            params,
-        )
+        draws = [draw_seed(seed, "evaluation", prompt) for prompt, seed in chunk]
+        return drawing.generate([ids[prompt] for prompt, _ in chunk], draws, params)
+
+    completions: list[Completion] = []
+    for start in range(0, len(rows), chunk_size):
+        completions += kept(start, partial(draw, start))
         progress(len(completions))
     drawing.close()
     return Responses(

@@ -186,6 +186,11 @@ class RunFolder:
         return self.path / "ppo" / f".best_{step:06d}"
 
     @property
+    def evaluation_parts(self) -> Path:
+        """What an evaluation has done so far; gone when it is done."""
+        return self.path / "evaluation" / "parts"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 

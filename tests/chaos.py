@@ -1,0 +1,349 @@
+"""Every process of a tiny run dies in every phase, at named points: does the run end in the undisturbed run's bits?
+
+    make chaos                                   all cells, and the table in results/chaos/
+    python tests/chaos.py --only '*update*' [--write results/chaos]
+
+A cell is a run of `tiny.tiny_recipe` with faults (`actors.faults`), each in another step. It is exact if its final
+tensors (the model; policy and critic with their optimisers) have the SHA-256 of the undisturbed run's, its metrics and closing
+figures are the same, and each prompt was trained on once per epoch. What is there already in --log is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import conftest  # noqa: F401 - sets the environment before Ray is imported
+import pytest
+from chaos_table import write_table
+from safetensors.torch import load_file
+from tiny import tiny_recipe, write_start
+
+from rlhf_ray.actors import faults
+from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.session import ray_session
+from rlhf_ray.ppo.checkpoint import last_good, read_role
+from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.run_folder import RunFolder
+
+PROMPTS, BATCH = 16, 8  # of tiny_recipe
+LIMIT_S = 1500  # of a cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    name: str
+    faults: list[dict]
+    sections: dict = field(default_factory=dict)  # of the recipe, laid over the tiny one's
+    exact: bool = True  # False: each prompt once, not the same bits
+    driver: bool = False  # the driver is a process of its own, started again until it ends well
+
+
+# -- the cells --------------------------------------------------------------------------------------------------------
+
+VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic")
+#: Phase -> its points: (role, method, which call of the step, before or after). A step has two chunks, its evaluation two more.
+POINTS = {
+    "generate": [("generation", "generate", 1, "before"), ("generation", "generate", 2, "after")],
+    "score": [("reward", "score", 2, "before"), ("reference", "logprobs", 1, "after")],
+    "assemble": [("experience", "assemble", 1, "before"), ("experience", "assemble", 1, "after")],
+    "update": [("policy", "update", 1, "before"), ("critic", "update", 1, "after")],
+    "sync": [("policy", "weights", 1, "before"), ("generation", "load_weights", 1, "after")],
+    "evaluate": [("reward", "score", 3, "before"), ("experience", "evaluate", 1, "after")],
+    "checkpoint": [("policy", "save", 1, "before"), ("critic", "save", 1, "after")],
+}
+EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
+OWN = {"generation": "generate", "reward": "score", "reference": "logprobs", "experience": "assemble",
+       "policy": "update", "critic": "update"}  # fmt: skip
+
+
+def fault(
+    role: str, method: str, step: int | None, call: int = 1, when: str = "before", kind: str = "kill", rank: int = 0, **more
+) -> dict:
+    return {"role": role, "rank": rank, "method": method, "step": step, "call": call, "when": when, "kind": kind, **more}
+
+
+def cells() -> list[Cell]:
+    found = [
+        Cell(name=f"all x {phase}", sections={"ppo": EVERY_STEP | {"steps": 14}}, faults=[
+            fault(role, method, 1 + len(points) * number + place, call, when, victim=f"{victim}-0")
+            for number, victim in enumerate(VICTIMS) for place, (role, method, call, when) in enumerate(points)
+        ])
+        for phase, points in POINTS.items()
+    ]  # fmt: skip
+    first = enumerate((points[0] for points in POINTS.values()), start=1)
+    driver = [fault(*point[:2], step, *point[2:], victim="driver-0") for step, point in first]
+    found.append(Cell(name="driver x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, driver=True, faults=driver))
+    for kind, more in (("stop", {}), ("exception", {}), ("slow", {"seconds": 5})):
+        found += [
+            Cell(name=f"{victim} {kind}", faults=[fault(victim, method, step, kind=kind, **more) for step in (1, 3)])
+            for victim, method in OWN.items()
+        ]
+    two = {"actors": 2}
+    for stage in (2, 3):
+        group = two | {"zero_stage": stage}
+        sections = {"resources": {"policy": group, "critic": group}}
+        killed = [("logprobs", 0), ("update", 1), ("weights", 2), ("save", 4)]
+        found += [
+            Cell(name=f"ZeRO-{stage}, rank 1 of 2 killed", sections=sections,
+                 faults=[fault("policy", method, step, rank=1) for method, step in killed]),
+            Cell(name=f"ZeRO-{stage}, rank 1 of 2 stopped", sections=sections,
+                 faults=[fault("critic", "update", 1, kind="stop", rank=1)]),
+        ]  # fmt: skip
+    found += [
+        Cell(name="two of each stateless role", sections={"resources": {"generation": two, "reward": two, "reference": two}},
+             faults=[fault("generation", "generate", 0, 2, rank=1), fault("reward", "score", 1, 1, "after", rank=1),
+                     fault("reference", "logprobs", 2)]),
+        Cell(name="LoRA", sections={"ppo": {"lora": {"rank": 2}}},
+             faults=[fault("policy", "reference_logprobs", 0, 3), fault("generation", "generate", 1),
+                     fault("policy", "update", 3)]),
+        Cell(name="DAPO's dynamic sampling",
+             sections={"ppo": {"dynamic_sampling_rounds": 2, "samples_per_prompt": 2, "rollout_batch_size": 8}},
+             faults=[fault("experience", "zero_variance", 0), fault("generation", "generate", 1, 4),
+                     fault("policy", "update", 2)]),
+        Cell(name="steps_ahead 1", sections={"ppo": {"steps_ahead": 1}}, exact=False,
+             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1), fault("reward", "score", 2)]),
+        Cell(name="weights by a broadcast", sections={"resources": {"weight_transport": "collective"}},
+             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1),
+                     fault("generation", "receive_weights", 2)]),
+        Cell(name="no snapshots", sections={"resources": {"snapshot_gb": 0}},
+             faults=[fault("critic", "update", 1), fault("critic", "update", 3)]),
+        Cell(name="a snapshot every 3 steps", sections={"resources": {"snapshot_every": 3}, "ppo": {"checkpoint_every": 4}},
+             faults=[fault("policy", "update", 2)]),
+        Cell(name="policy and critic at once", faults=[fault("policy", "update", 1), fault("critic", "update", 1)]),
+        Cell(name="policy and generation at once", faults=[fault("policy", "weights", 1), fault("policy", "weights", 1,
+                                                                                            victim="generation-0")]),
+        Cell(name="at the start", faults=[fault("policy", "join", None), fault("reward", "ready", None)]),
+    ]  # fmt: skip
+    return found
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+class Ended:
+    """A run's events, its words, its tensors, and which samples each step trained on."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.said = folder, []
+
+    def run(self, recipe) -> None:
+        update, audit = PolicyGroup.update, self.folder.path / "audit.jsonl"
+
+        def audited(group, shards, *rates):
+            chunks = shards[0].call.chunks()
+            samples = [each for c in chunks for each in zip(c.prompt_indices, c.sample_indices, strict=True)]
+            with open(audit, "a") as file:
+                file.write(json.dumps([chunks[0].step, samples]) + "\n")
+            return update(group, shards, *rates)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PolicyGroup, "update", audited)
+            run_ppo(recipe, self.folder, lambda progress: self.said.append(progress.get("say", "")))
+
+    @property
+    def steps(self) -> int:
+        return self.folder.stage("ppo").summary()["steps"]
+
+    @property
+    def events(self) -> list[dict]:
+        return EventLog(self.folder.events).read()
+
+    @property
+    def trained(self) -> dict[int, list[tuple[int, int]]]:
+        """Step -> (prompt, sample) of its rollouts. A step that is given up is trained again: the last one counts."""
+        rows = [json.loads(line) for line in (self.folder.path / "audit.jsonl").read_text().splitlines()]
+        return {step: [(prompt, sample) for prompt, sample in samples] for step, samples in rows}
+
+    def digest(self) -> str:
+        """SHA-256 of the final model, and of policy and critic with their optimisers."""
+        stage, found = self.folder.stage("ppo"), hashlib.sha256()
+        tensors = load_file(stage.model / "model.safetensors")
+        for role in ("policy", "critic"):
+            state, _ = read_role(last_good(stage.checkpoints), role)
+            tensors |= {f"{role}/{name}": tensor for name, tensor in state.items()}
+        for name in sorted(tensors):
+            found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def metrics(self) -> list[dict]:
+        """What does not depend on the machine's speed."""
+        kinds = ("objective/", "policy/", "value/", "eval/", "step")
+        rows = read_metrics(self.folder.stage("ppo").metrics)
+        return [{name: value for name, value in row.items() if name.startswith(kinds)} for row in rows]
+
+    def facts(self) -> dict:
+        """All that an exact cell has in common with the undisturbed run."""
+        return {"sha256": self.digest(), "metrics": self.metrics(), "figures": self.folder.stage("ppo").summary(),
+                "trained": {str(step): sorted(map(list, samples)) for step, samples in self.trained.items()}}  # fmt: skip
+
+    def each_once(self, samples: int = 1) -> bool:
+        """Whether each prompt was trained on once per epoch, with all its samples."""
+        trained, per_epoch = self.trained, PROMPTS // BATCH
+        if sorted(trained) != list(range(self.steps)):
+            return False
+        every = Counter((prompt, sample) for prompt in range(PROMPTS) for sample in range(samples))
+        epochs = [range(first, first + per_epoch) for first in range(0, self.steps, per_epoch)]
+        return all(Counter(each for step in steps for each in trained[step]) == every for steps in epochs)
+
+
+@contextmanager
+def session_with_faults(path: Path) -> Iterator[None]:
+    """A Ray whose actors read their faults from a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.VARIABLE, str(path))
+        with ray_session(None, start_timeout_s=600):
+            yield
+
+
+def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
+    """A run folder at the start of PPO, and the faults of the run."""
+    for kind in ("calls", "processes"):
+        shutil.rmtree(path.with_name(f"{path.name}.{kind}"), ignore_errors=True)
+    path.write_text(json.dumps(listed))
+    return write_start(tiny_recipe(), RunFolder(folder))
+
+
+def run_driver(cell: Cell, path: Path, folder: RunFolder) -> int:
+    """The run in processes of its own, one after the other until one ends well -> how many there were."""
+    for number in range(1, 12):
+        command = [sys.executable, __file__, "--driver", str(folder.path), "--sections", json.dumps(cell.sections)]
+        ended = subprocess.run(command, env=os.environ | {faults.VARIABLE: str(path)}, capture_output=True, text=True)
+        if ended.returncode == 0:
+            return number
+        assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+    raise AssertionError("the driver never ended well")
+
+
+def drive(folder: Path, sections: dict) -> None:
+    """What such a process does."""
+    with ray_session(None, start_timeout_s=600):
+        faults.tell_process("driver-0")
+        Ended(RunFolder(folder)).run(tiny_recipe(**sections))
+
+
+# -- the matrix -------------------------------------------------------------------------------------------------------
+
+
+class Matrix:
+    def __init__(self, log: Path, scratch: Path):
+        self.log, self.scratch, self.faults = log, scratch, scratch / "faults.json"
+        self.rows: dict[str, dict] = {}
+        if log.exists():
+            self.rows = {row["name"]: row for row in map(json.loads, log.read_text().splitlines())}
+
+    def run(self, cell: Cell) -> dict:
+        """The cell's row of the table, of an earlier run if there is one."""
+        if cell.name in self.rows:
+            return self.rows[cell.name]
+        wanted = self._undisturbed(cell)
+        folder = prepare(self.faults, self.scratch / cell.name.replace(" ", "_"), cell.faults)
+        ended, started, drivers = Ended(folder), time.monotonic(), 1
+        row: dict = {"name": cell.name, "faults": len(cell.faults), "kind": cell.faults[0]["kind"], "error": None}
+        try:
+            with time_limit(LIMIT_S):
+                if cell.driver:
+                    drivers = run_driver(cell, self.faults, folder)
+                else:
+                    ended.run(tiny_recipe(**cell.sections))
+            facts = ended.facts()
+            differs = [name for name in facts if facts[name] != wanted["facts"][name]]
+            once = ended.each_once(cell.sections.get("ppo", {}).get("samples_per_prompt", 1))
+            dynamic = "dynamic_sampling_rounds" in cell.sections.get("ppo", {})  # draws other prompts too
+            row |= {"exact": not differs, "differs": differs, "each_once": once or dynamic and "trained" not in differs}
+            row["passed"] = row["each_once"] and (row["exact"] or not cell.exact)
+        except BaseException as error:  # fault boundary: a cell that fails is a row of the table
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            row |= {"exact": False, "each_once": False, "passed": False, "error": f"{type(error).__name__}: {error}"[:600]}
+            traceback.print_exc()
+        events = ended.events
+        row |= {
+            "seen": len(events) + drivers - 1, "restarts": drivers - 1, "seconds": round(time.monotonic() - started, 1),
+            "undisturbed_s": wanted["seconds"], "lost_s": [event["cost_s"] for event in events],
+            "steps_lost": [event.get("steps_lost") for event in events], "roles": [event.get("role") for event in events],
+            "at": [event.get("step") for event in events], "wanted": cell.faults,
+            "what": [f"{event['what']}, {event.get('phase')}: {event.get('seen')}; {event['done']}" for event in events],
+        }  # fmt: skip
+        return self._keep(row)
+
+    def _undisturbed(self, cell: Cell) -> dict:
+        """The run of the same recipe without a fault."""
+        name = f"undisturbed {json.dumps(cell.sections, sort_keys=True)}"
+        if name not in self.rows:
+            folder = prepare(self.faults, Path(tempfile.mkdtemp(dir=self.scratch)), [])
+            ended, started = Ended(folder), time.monotonic()
+            if cell.driver:
+                run_driver(cell, self.faults, folder)
+            else:
+                ended.run(tiny_recipe(**cell.sections))
+            assert not ended.events, ended.events
+            self._keep({"name": name, "facts": ended.facts(), "seconds": round(time.monotonic() - started, 1)})
+        return self.rows[name]
+
+    def _keep(self, row: dict) -> dict:
+        self.rows[row["name"]] = row = json.loads(json.dumps(row))
+        with open(self.log, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def late(*_):
+        raise TimeoutError(f"the cell took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=["*"], nargs="+", help="cells whose name fits one of these patterns")
+    parser.add_argument("--log", type=Path, help="file of the cells that are done (default: of a temporary folder)")
+    parser.add_argument("--write", type=Path, help="folder for the table")
+    parser.add_argument("--driver", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sections", default="{}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.driver is not None:
+        drive(args.driver, json.loads(args.sections))
+        return
+    by_name = {cell.name: cell for pattern in args.only for cell in cells() if fnmatch(cell.name, pattern)}
+    chosen = list(by_name.values())
+    with tempfile.TemporaryDirectory(prefix="chaos_") as scratch:
+        matrix = Matrix(args.log or Path(scratch) / "cells.jsonl", Path(scratch))
+        with session_with_faults(matrix.faults):
+            for cell in (each for each in chosen if not each.driver):
+                matrix.run(cell)
+        for cell in (each for each in chosen if each.driver):  # a process has one Ray at a time
+            matrix.run(cell)
+        rows = [row for row in matrix.rows.values() if "passed" in row]
+        if args.write is not None:
+            write_table(args.write, rows, [cell.name for cell in cells()])
+        sys.exit(any(not row["passed"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

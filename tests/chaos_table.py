@@ -1,0 +1,96 @@
+"""The table of results/chaos/: what died where, whether the run ended in the undisturbed run's bits, and the seconds it cost."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from rlhf_ray.bench.results import hardware, on_hardware
+from rlhf_ray.config import Recipe
+
+INTRODUCTION = """# chaos: any process, any moment
+
+This folder holds what `make chaos` measured: a tiny PPO run whose processes die, stop or fail at named points. Back to the
+[results](../README.md). How recovery works: [rlhf_ray/actors/recovery.py](../../rlhf_ray/actors/recovery.py).
+
+"Exact": the final model, and policy and critic with their optimisers, have the SHA-256 of the undisturbed run's; metrics and
+closing figures are the same; each prompt was trained on once per epoch. "Seconds lost": from the moment when a loss was seen to the
+moment when all that was lost was under way again; for a rank of policy or critic, from the state that it went back to.
+
+```bash
+make chaos                                    # all cells
+make chaos ARGS="--only 'all x update' LoRA"  # some of them
+```
+"""
+
+
+def write_table(folder: Path, rows: list[dict], names: list[str]) -> None:
+    """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not."""
+    matrix = [row for row in rows if row["name"].startswith("all x ")]
+    others = [row for row in rows if row not in matrix]
+    machine = on_hardware({"hardware": hardware()})
+    lines = [INTRODUCTION, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
+    if matrix:
+        lines += ["## Role by phase\n", *_matrix(matrix), ""]
+    if others:
+        lines += ["## Other faults and set-ups\n", *_others(others), ""]
+    lines += ["## Seconds lost, by role\n", *_by_role(rows)]
+    left = [name for name in names if name not in {row["name"] for row in rows}]
+    if left:
+        lines += ["", "## Not run here\n", f"{', '.join(left)}."]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _matrix(rows: list[dict]) -> list[str]:
+    """One row per phase, one column per role: losses seen of faults, and their seconds."""
+    roles = list(dict.fromkeys(fault["victim"].partition("-")[0] for row in rows for fault in row["wanted"]))
+    lines = [
+        "A run per phase, of 14 steps; every role dies twice in it, each time in another step, before or after the work of the\n"
+        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is\n"
+        "of an actor that nobody asked anything any more.\n",
+        f"| phase | exact | {' | '.join(roles)} |", f"|---|---|{'---|' * len(roles)}",
+    ]  # fmt: skip
+    for row in rows:
+        cells = []
+        for role in roles:
+            lost = [seconds for seconds, of in zip(row["lost_s"], row["roles"], strict=True) if of == role]
+            wanted = sum(fault["victim"].startswith(role) for fault in row["wanted"])
+            told = ", ".join(f"{seconds:.0f}" for seconds in lost)
+            cells.append(f"{len(lost)} of {wanted}" + (f": {told} s" if lost else ""))
+        lines.append(f"| {row['name'].removeprefix('all x ')} | {_verdict(row)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _others(rows: list[dict]) -> list[str]:
+    lines = ["| run | faults | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        lost = ", ".join(f"{seconds:.0f}" for seconds in row["lost_s"] if seconds is not None) or "0"
+        if row["restarts"]:
+            lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
+        again = sum(steps or 0 for steps in row["steps_lost"])
+        faults = ", ".join(f"{fault['kind']} at {fault['role']}.{fault['method']}" for fault in row["wanted"])
+        lines.append(f"| {row['name']} | {faults} | {_verdict(row)} | {'yes' if row['each_once'] else 'no'} | {lost} | {again} |")
+    return lines
+
+
+def _by_role(rows: list[dict]) -> list[str]:
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        for role, lost in zip(row["roles"], row["lost_s"], strict=True):
+            if role is not None and lost is not None:
+                seconds.setdefault(role, []).append(lost)
+    lines = ["| role | losses | median | worst |", "|---|---|---|---|"]
+    return lines + [
+        f"| {role} | {len(each)} | {statistics.median(each):.1f} s | {max(each):.1f} s |" for role, each in seconds.items()
+    ]
+
+
+def _verdict(row: dict) -> str:
+    if row["error"] is not None:
+        return f"**no: {row['error'].partition(': ')[0]}**"
+    if row["exact"]:
+        return "yes"
+    return "not asked for" if row["passed"] else f"**no: {', '.join(row['differs'])}**"
