@@ -73,7 +73,7 @@ class _Recovery:
             raise failure
         seen, parts = time.monotonic(), len(list(self.folder.evaluation_parts.glob("*.npz")))
         if parts > self.parts:
-            self.budget.begin_anew()
+            self.budget.start_over()
         self.parts = parts
         # What it does is many chunks, so a death says nothing of any; an error of its own code will come again.
         to_blame = call if isinstance(failure, RayTaskError) else None

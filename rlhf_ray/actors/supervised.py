@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
@@ -76,9 +76,11 @@ def _train(
     target = folder.stage(stage).member(member)
     target.path.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    found = newest_complete(
-        target.checkpoints, lambda words: EventLog(folder.events).add(words, "read the one before it", stage=stage)
-    )
+
+    def report(words: str) -> None:
+        EventLog(folder.events).add(words, "read the one before it", stage=stage)
+
+    found = newest_complete(target.checkpoints, report)
     if found is not None:
         # Its training time stands for what earlier runs took.
         started -= found[1].elapsed_s
@@ -301,7 +303,7 @@ def _worker(config: dict) -> dict:
     recipe = Recipe.model_validate(config["recipe"])
     section = recipe.trained[stage]
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
-    note_process(_processes(folder, stage, config["member"]), ray.train.get_context().get_world_rank())
+    note_process(_processes(folder, stage, config["member"]), get_context().get_world_rank())
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
     with collector_paused():
         train = _training(stage, config["member"], device.type)

@@ -84,7 +84,7 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
     waiter = Waiter(600, "look at what else runs on this machine")
     waiter.wait([waiter.track(one.nothing.remote(), "pretended actor (start)") for one in processes], "start")
     watch = Watch(processes[:-1], crowd.calls, max(1, steps // SAMPLES), max(2, int(WARM_UP * steps)), waiter)
-    hooks = LoopHooks(record=watch.record, samples=_ignore, save=_ignore, save_best=_ignore)
+    hooks = LoopHooks(record=watch.record, samples=_ignore, save=_not_saved, save_best=_ignore)
     every = {"steps": steps, "eval_every": steps + 1, "checkpoint_every": steps + 1, "checkpoint_minutes": 1e6}
     loop = PPOLoop(
         _roles(processes, experience, crowd, waiter), recipe.ppo.model_copy(update=every), hooks, LoopState(kl_coef=0.05),
@@ -98,6 +98,10 @@ def _run_loop(recipe: Recipe, crowd: Crowd, steps: int, folder: RunFolder) -> Wa
 
 def _ignore(*args) -> None:
     """A hook that does nothing."""
+
+
+def _not_saved(*args) -> bool:
+    return False
 
 
 def _roles(processes: list, experience, crowd: Crowd, waiter):

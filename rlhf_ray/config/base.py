@@ -38,11 +38,11 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python takes true for 1, and so would pydantic."""
-        given = cast(list[Any], value) if isinstance(value, (list, tuple)) else [value]
+        given = list(cast(list[Any], value)) if isinstance(value, (list, tuple)) else [value]
         kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
         if any(isinstance(each, bool) for each in given) and kinds & {int, float} and bool not in kinds:
             raise ValueError("true and false are no numbers; give a number")
-        return value
+        return cast(Any, value)
 
     @field_validator("*")
     @classmethod

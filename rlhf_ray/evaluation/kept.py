@@ -47,7 +47,7 @@ class KeptParts:
             found = make()
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, **{PREFIX + key: values for key, values in found.items()})
+            np.savez(file, allow_pickle=False, **{PREFIX + key: values for key, values in found.items()})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -7,13 +7,14 @@ measures it. Off CUDA the same code runs step by step: shapes, padding and what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_ray.generation.decode_step import DecodeStep, Operations
-from rlhf_ray.generation.kv_cache import RaggedCache
+from rlhf_ray.generation.kv_cache import RaggedCache, RaggedLayer
 
 ROW_MULTIPLE = 8  # rows are padded to it: a graph for each number of rows would be captured anew whenever a row ends
 
@@ -40,8 +41,7 @@ class GraphStep:
     def __call__(self, cache: RaggedCache, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         n, slots = len(tokens), cache.write.slots
         rows = min(-(-n // ROW_MULTIPLE) * ROW_MULTIPLE, cache.write.rows)
-        keys = cache.layers[0].keys
-        where = slots, keys.data_ptr() if keys is not None else 0
+        where = slots, _begin_of(cache)
         if where != self._where:
             self.forget()
         fed = np.zeros((2, rows), np.int64)
@@ -54,7 +54,7 @@ class GraphStep:
                 return self.step.written_out(self.step.model, cache, inputs[0], inputs[1], self.step.operations)
 
             self._captured[rows] = inputs, captured(run, inputs.device)
-            self._where = slots, cache.layers[0].keys.data_ptr()
+            self._where = slots, _begin_of(cache)
         inputs, replay = self._captured[rows]
         inputs.copy_(torch.from_numpy(fed))
         return replay()[:n]
@@ -84,11 +84,18 @@ def captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[
     return replay
 
 
+def _begin_of(cache: RaggedCache) -> int:
+    """Where the keys of the first layer lie; 0 before there are any."""
+    layer = cast(RaggedLayer, cache.layers[0])
+    return 0 if layer.keys is None else layer.keys.data_ptr()
+
+
 class FixedShapes(Operations):
     """Attention over all slots of the cache, by one fused operation; nothing depends on a number that is on the device."""
 
     def attention(self, cache, dtype, groups, channels):
         targets, length = cache.write.targets, cache.write.length
+        assert targets is not None
         mask = (torch.arange(length, device=targets.device) <= targets[:, None])[:, None, None]  # [R, 1, 1, C]
 
         def attend(layer, query, key, value, scaling):

@@ -19,4 +19,5 @@ def hold_frozen(module: nn.Module, compute_dtype: torch.dtype) -> None:
     looked_up = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for layer in module.modules():
         if type(layer) in (nn.Linear, Conv1D) and not layer.weight.requires_grad and id(layer.weight) not in looked_up:
-            layer.weight.data = layer.weight.data.to(compute_dtype)
+            weight: nn.Parameter = layer.weight
+            weight.data = weight.data.to(compute_dtype)

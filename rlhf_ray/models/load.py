@@ -138,15 +138,15 @@ def load_reward_model(
 def reward_normalisation(config: PretrainedConfig) -> tuple[float, float]:
     """(mean, deviation) of the normalised score (raw - mean) / deviation; (0, 1) for a model trained elsewhere."""
     own = config.to_dict()  # the reward stage adds two keys to its models' configs
-    found = own.get("reward_mean"), own.get("reward_std")
-    if found == (None, None):
+    mean, std = own.get("reward_mean"), own.get("reward_std")
+    if mean is None and std is None:
         return 0.0, 1.0
-    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in found) or found[1] <= 0:
-        raise UserError(
-            f"the reward model's config.json has reward_mean {found[0]!r} and reward_std {found[1]!r}, which normalise no score; "
-            "take both out, or delete the reward stage's folder to train it again"
-        )
-    return found
+    if isinstance(mean, (int, float)) and isinstance(std, (int, float)) and math.isfinite(mean) and 0 < std < math.inf:
+        return mean, std
+    raise UserError(
+        f"the reward model's config.json has reward_mean {mean!r} and reward_std {std!r}, which normalise no score; "
+        "take both out, or delete the reward stage's folder to train it again"
+    )
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

@@ -44,4 +44,4 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview | bytes:
     """Those of its memory, without a copy."""
     if tensor.numel() == 0:
         return b""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -172,5 +172,5 @@ def _point(one: object) -> tuple[float, float] | None:
     """None for a bin without a pair, and for what is no bin."""
     if not isinstance(one, dict) or not one.get("count"):
         return None
-    ends = one.get("predicted"), one.get("observed")
-    return ends if all(isinstance(each, (int, float)) for each in ends) else None
+    predicted, observed = one.get("predicted"), one.get("observed")
+    return (predicted, observed) if isinstance(predicted, (int, float)) and isinstance(observed, (int, float)) else None

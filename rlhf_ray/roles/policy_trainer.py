@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from rlhf_ray.models.trained_part import adapter_off, plain_name
 from rlhf_ray.roles.configs import PolicyLossConfig
 from rlhf_ray.roles.trainer import Forwards, Trainer, in_order
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine
+from rlhf_ray.training.forward import LogprobModel
 
 
 class PolicyTrainer(Trainer[PolicyShard]):
@@ -27,7 +28,7 @@ class PolicyTrainer(Trainer[PolicyShard]):
         self._kl_coef = 0.0
         if config.entropy_coef > 0:
             self._extra_inputs = (True,)  # with_entropy
-            engine.module.entropy_gradient = True
+            cast(LogprobModel, engine.module).entropy_gradient = True
 
     def update(self, shard: PolicyShard, learning_rate: float, kl_coef: float) -> dict[str, float]:
         """As `Trainer.update`; kl_coef weighs the KL loss, where there is one."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
 from rlhf_ray.roles.policy_trainer import PolicyTrainer
-from rlhf_ray.training.forward import token_batch
+from rlhf_ray.training.forward import LogprobModel, token_batch
 
 
 def row_logprobs(policy: PolicyTrainer, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Of each row's tokens but the first, by the model's own distribution: at temperature 1, among all tokens. All ranks
     take part."""
-    module, engine = policy.engine.module, policy.engine
+    engine = policy.engine
+    module = cast(LogprobModel, engine.module)
     batch = token_batch(
         [row[:1] for row in rows], [row[1:] for row in rows], packed=bool(module.packed), device=engine.device
     )

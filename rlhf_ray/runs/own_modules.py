@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.recipe_file import function_names
@@ -51,6 +51,7 @@ def record_changes(folder: RunFolder, now: dict[str, str], figures: list[str]) -
     before, had = recorded.get("modules", {}), recorded.get("figures", [])
     if not isinstance(before, dict) or not isinstance(had, list):
         raise UserError(f"{path} is damaged: 'modules' is no mapping, or 'figures' no list; {remedy}")
+    before, had = cast(dict[str, Any], before), cast(list[str], had)
     for name in sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
         EventLog(folder.events).add(
             f"the module {name} has changed since this run folder was last used", "the run goes on with the new one"

@@ -85,7 +85,7 @@ def damaged_files(folder: Path, always: str) -> list[str]:
         return [MANIFEST]
     expected = cast(dict[str, Any], hashes)
     with ThreadPoolExecutor(READERS) as readers:
-        found = readers.map(lambda name: _digest_or_none(folder / name), expected)
+        found = readers.map(_digest_or_none, [folder / name for name in expected])
         return [name for name, digest in zip(expected, found, strict=True) if digest != expected[name]]
 
 

@@ -68,8 +68,8 @@ def serve(
         allow_special_tokens=allow_special_tokens, limits=limits, allowed_hosts=allowed_hosts, cors_origins=cors_origins,
         stage=stage, notes=notes, page=page,
     )  # fmt: skip
-    notes = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
-    for note in dict.fromkeys(notes):
+    said = [note for model in server.models for note in (model.engine.note, model.note) if note is not None]
+    for note in dict.fromkeys(said):
         say(note)
     if not block:
         try:

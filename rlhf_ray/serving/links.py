@@ -32,7 +32,7 @@ class ReplicaLink:
     """One replica."""
 
     def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str]):
-        self.name, self.models = name, tuple(models)
+        self.name, self.models = name, models
         self.place = (handle.app_name, name)  # in Serve: another application has replicas of the same names
         self.up = True
         self.ongoing = 0

@@ -88,7 +88,7 @@ class RewardRunner:
         """(prompt, response), without the closing and padding tokens that OpenRLHF leaves in its queries."""
         prompt = prompt if query.startswith(prompt) else ""
         response = query[len(prompt) :]
-        names = [name for name in (self.tokenizer.pad_token, self.tokenizer.eos_token) if name]
+        names = [str(name) for name in (self.tokenizer.pad_token, self.tokenizer.eos_token) if name]
         while ended := next((name for name in names if response.endswith(name)), None):
             response = response.removesuffix(ended)
         return prompt, response
