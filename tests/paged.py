@@ -92,7 +92,7 @@ class ScriptedLink:
     """A replica's app, without Ray between."""
 
     def __init__(self, name, tokenizer, step_s):
-        self.name = self.model = name
+        self.name, self.models = name, (name,)
         self.up, self.ongoing = True, 0
         limits = Limits(max_rows=16)
         self.runner = EngineRunner(ScriptedEngine(name, tokenizer, step_s), max_rows=16, max_waiting_rows=16)

@@ -22,8 +22,8 @@ from rlhf_ray.evaluation.traits import all_trait_scores, trait_scores
 from rlhf_ray.models.load import build_causal_lm, build_reward_model, load_causal_lm
 from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.storage import read_lines
 
 
 def test_words_are_lower_case_with_punctuation_apart():
@@ -361,7 +361,7 @@ def with_dpo(run_folder, evaluated, tmp_path_factory):
     folder = RunFolder(tmp_path_factory.mktemp("dpo"))
     for name in ("data", "sft", "ppo", "fluency", "reward", "judge", "dpo"):
         (folder.path / name).symlink_to(run_folder.path / name)
-    return evaluate(recipe(dpo={}), folder), read_metrics(folder.path / "evaluation" / "samples.jsonl")
+    return evaluate(recipe(dpo={}), folder), read_lines(folder.path / "evaluation" / "samples.jsonl")
 
 
 def test_dpo_adds_its_figures_and_changes_none(evaluated, with_dpo):
@@ -418,7 +418,7 @@ def test_functions_take_the_place_of_models(same_model):
         evaluation={"prompts": 4, "bootstrap": 20, "judge_function": function, "judge_positive_above": 10},
     )
     summary = evaluate(changed, same_model)
-    samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
+    samples = read_lines(same_model.path / "evaluation" / "samples.jsonl")
     assert [row["sft"]["score"] for row in samples] == [len(row["sft"]["response"]) for row in samples]
     assert summary["sft"]["score"] == summary["sft"]["judge"] and summary["prompts"] == 4
     assert summary["sft"]["judge_positive"]["mean"] == np.mean([len(row["sft"]["response"]) > 10 for row in samples])
@@ -440,7 +440,7 @@ def test_terms_disagreement_and_length_are_figures(same_model):
         judge=None, fluency=None, reward={"members": 2, "combine": "worst"}, ppo={"rewards": terms}, generation=drawn
     )
     summary = evaluate(changed, same_model)
-    samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
+    samples = read_lines(same_model.path / "evaluation" / "samples.jsonl")
     for model in ("sft", "ppo"):
         found, rows = summary[model], [row[model] for row in samples]
         assert found["score/gaps"]["mean"] == np.mean(count_spaces([], [row["response"] for row in rows]))
@@ -484,7 +484,7 @@ def test_traits_are_figures_of_every_model(same_model):
         recipe(judge=None, fluency=None, evaluation={"trait_function": f"{__name__}:traits_of_text", "bootstrap": 20}),
         same_model,
     )
-    samples = read_metrics(same_model.path / "evaluation" / "samples.jsonl")
+    samples = read_lines(same_model.path / "evaluation" / "samples.jsonl")
     for model in ("sft", "ppo"):
         responses = [row[model]["response"] for row in samples]
         for name, expected in traits_of_text([], responses).items():

@@ -508,7 +508,7 @@ def test_a_kind_of_reward_of_ones_own(added, folder):
     [
         ({"kind": "constnt"}, "'constnt' is not a kind of reward; .*there are|There are"),
         ({"kind": "function"}, "follows from the keys"),
-        ({"kind": "constant", "model": "reward"}, "one of the three"),
+        ({"kind": "constant", "model": "reward"}, "give it one of these"),
         ({"options": {"a": 1}, "model": "reward"}, "no kind that reads them"),
         ({}, "neither function and model"),
     ],

@@ -176,8 +176,8 @@ def test_a_result_depends_on_nothing_that_ran_before(family, dtype):
     engine.step()
     make_cache = engine.decoder.new_cache
 
-    def junk_cache():
-        cache = make_cache()
+    def junk_cache(*rows):
+        cache = make_cache(*rows)
         for layer in cache.layers:
 
             def initialise(keys, values, layer=layer, zeros=layer.lazy_initialization):

@@ -11,8 +11,8 @@ import pytest
 from processes import wait_for
 
 from rlhf_ray.actors.calls import Member
-from rlhf_ray.actors.hung import AwakeClock, Watch
-from rlhf_ray.actors.pulse import Process, Pulse, end_here, pulse_here, started_at
+from rlhf_ray.actors.hung import AwakeClock, HungWatch
+from rlhf_ray.actors.pulse import ActorProcess, Pulse, end_here, pulse_here, started_at
 from rlhf_ray.actors.worker_watch import WorkerWatch
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.storage import write_atomically
@@ -36,7 +36,7 @@ class Actor:
 
 def member(role="reward", number=0, word="actor"):
     made = Member(role, number, Actor, word)
-    made.process = Process("here", hash((role, number)), 0)
+    made.process = ActorProcess("here", hash((role, number)), 0)
     return made
 
 
@@ -45,7 +45,7 @@ class World:
 
     def __init__(self, deadline_s=1800.0):
         self.now, self.answered, self.pulses = 0.0, set(), {}
-        self.watch = Watch(deadline_s, lambda call: call in self.answered, lambda process: self.pulses.get(process, IDLE))
+        self.watch = HungWatch(deadline_s, lambda call: call in self.answered, lambda process: self.pulses.get(process, IDLE))
 
     def seconds_until_hung(self, call, most=2000):
         """Watched once a second -> (seconds, what is said); most: None where it never is."""
@@ -177,7 +177,7 @@ def program():
 
     def start(how):
         started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, how], start_new_session=True))
-        return Process("here", started[-1].pid, started_at(started[-1].pid))
+        return ActorProcess("here", started[-1].pid, started_at(started[-1].pid))
 
     yield start
     for process in started:
@@ -195,8 +195,8 @@ def test_the_kernel_tells_who_is_stopped_and_who_works(program):
     end_here(works)
     wait_for(lambda: pulse_here(works) is None)
     end_here(works)  # it is gone
-    assert pulse_here(Process("here", 2**22 + 1, 5)) is None
-    another = Process("here", sleeps.pid, sleeps.started - 1)  # had this number before
+    assert pulse_here(ActorProcess("here", 2**22 + 1, 5)) is None
+    another = ActorProcess("here", sleeps.pid, sleeps.started - 1)  # had this number before
     end_here(another)
     assert pulse_here(another) is None and pulse_here(sleeps) == IDLE
 

@@ -14,8 +14,8 @@ from swapping import TOKENS, Asked, greedy, variant
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.publish.checked_rows import check_rows, read_rows
 from rlhf_ray.publish.client import kept_copy
-from rlhf_ray.publish.rows import check_rows, read_rows
 from rlhf_ray.publish.version import ROWS_FILE, version_id, version_of
 from rlhf_ray.serving.config import AppConfig, EngineOptions
 from rlhf_ray.serving.front import Front

@@ -29,10 +29,10 @@ from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.config import Notes
 from rlhf_ray.serving.front import Front, ReplicaLost
 from rlhf_ray.serving.judge import Judge
-from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.request_log import RequestLog
+from rlhf_ray.serving.server_metrics import Metrics
 from rlhf_ray.serving.streaming import EventStream
 from rlhf_ray.serving.versions import VersionTable
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.actors.pulse import Process, end
+from rlhf_ray.actors.pulse import ActorProcess, end
 from rlhf_ray.messages import Chunk
 
 
@@ -26,7 +26,7 @@ class Member:
         self.lives = 1  # how often it was made
         self.calls: list[Call] = []  # in the order in which they were sent
         self.weights: Call | None = None  # of a generator: the newest that it has taken
-        self.process: Process | None = None  # None: not known yet
+        self.process: ActorProcess | None = None  # None: not known yet
         self.peers: Sequence[Member] = ()  # those that it waits for in collective calls, itself included
 
     @property

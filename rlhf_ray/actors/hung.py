@@ -19,7 +19,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.pulse import Process, Pulse, pulse
+from rlhf_ray.actors.pulse import ActorProcess, Pulse, pulse
 from rlhf_ray.errors import RunFailed
 
 LOOK_S = 3.0  # from one look to the next
@@ -73,7 +73,7 @@ class Silence:
         return cls(since=now, looked=now)
 
     def look(
-        self, processes: Mapping[Who, Process | None], now: float, limit_s: float, look: Callable[[Process], Pulse | None]
+        self, processes: Mapping[Who, ActorProcess | None], now: float, limit_s: float, look: Callable[[ActorProcess], Pulse | None]
     ) -> tuple[Who, str] | None:
         """(the one that is hung, how that was seen); None: none is. processes: None where one is not known.
 
@@ -97,14 +97,14 @@ class Silence:
         return None
 
 
-class Watch:
+class HungWatch:
     """Learns how long calls of each kind take, and says which actor is hung."""
 
     def __init__(
         self,
         deadline_s: float,
         there: Callable[[Call], bool],
-        look: Callable[[Process], Pulse | None] = pulse,
+        look: Callable[[ActorProcess], Pulse | None] = pulse,
     ):
         """deadline_s: of any call. there: whether a call has ended."""
         self.deadline_s, self._there, self._look = deadline_s, there, look

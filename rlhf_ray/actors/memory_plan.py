@@ -17,7 +17,7 @@ from rlhf_ray.models.memory import (
     FORKED,
     GB,
     IMPORTED,
-    Process,
+    PlannedProcess,
     memory_plan,
     sends_by_store,
     snapshot_bytes,
@@ -39,7 +39,7 @@ class Share:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     name: str  # "ppo", or the supervised stage
-    processes: Mapping[str, Process]  # "policy" -> one of them
+    processes: Mapping[str, PlannedProcess]  # "policy" -> one of them
     layout: ActorLayout
     gpus: Mapping[tuple[int, int], Sequence[Share]]  # (node, GPU) -> its processes
     hosts: Mapping[int, Sequence[Share]]  # node -> its processes, and what they share
@@ -97,7 +97,7 @@ def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]
 
 def _phase(
     name: str,
-    processes: Mapping[str, Process],
+    processes: Mapping[str, PlannedProcess],
     layout: ActorLayout,
     *,
     imported: float,

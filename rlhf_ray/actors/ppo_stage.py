@@ -154,13 +154,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     check_columns(recipe, folder)  # e.g. of data that an older run prepared
     prompts, eval_prompts = count_rows(folder, "prompts"), count_rows(folder, "eval_prompts")
     check_enough(prompts, ppo.rollout_batch_size)
-    state, last = (
-        LoopState(kl_coef=ppo.kl_coef),
-        checkpoint.last_good(
-            stage.checkpoints,
-            lambda message: _tell_of_damage(folder, message),
-        ),
-    )
+    state = LoopState(kl_coef=ppo.kl_coef)
+    last = checkpoint.last_good(stage.checkpoints, lambda message: _tell_of_damage(folder, message))
     if last is not None:
         state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
@@ -168,17 +163,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
     budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
-    starting = time.monotonic()
-
-    def on_lost(failure: Failure) -> None:
-        nonlocal starting
-        budget.charge_start(failure, "start of the actors")
-        lost_s, starting = time.monotonic() - starting, time.monotonic()
-        done = "all actors were started again"
-        what, seen = "an actor was lost at the start", in_short(failure)
-        events.add(what, done, lost_s, stage="ppo", step=state.step, phase="start", seen=seen, steps_lost=0)
-        progress({"stage": "ppo", "say": f"{what}: {seen}; {done}; {lost_s:.1f} s lost", "warns": True})
-
+    on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
         # -1: from step 0 on everything is written again, whatever a run that died before its first checkpoint left.
@@ -214,6 +199,22 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     if rolls_back(loop.state, ppo):
         copy_model(folder.best_model, stage.model)
     stage.finish(closing_figures(loop.state, ppo))
+
+
+def _starts_again(budget: Budget, events: EventLog, progress: Progress, step: int) -> Callable[[Failure], None]:
+    """What is done when an actor is lost before all are ready: one try of the budget, an event, a line."""
+    starting = time.monotonic()
+
+    def on_lost(failure: Failure) -> None:
+        nonlocal starting
+        budget.charge_start(failure, "start of the actors")
+        lost_s, starting = time.monotonic() - starting, time.monotonic()
+        done = "all actors were started again"
+        what, seen = "an actor was lost at the start", in_short(failure)
+        events.add(what, done, lost_s, stage="ppo", step=step, phase="start", seen=seen, steps_lost=0)
+        progress({"stage": "ppo", "say": f"{what}: {seen}; {done}; {lost_s:.1f} s lost", "warns": True})
+
+    return on_lost
 
 
 def _tell_of_damage(folder: RunFolder, message: str) -> None:

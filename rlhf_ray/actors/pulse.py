@@ -22,7 +22,7 @@ AT_WORK = "RD"  # runs or would like to; waits for a disk
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ActorProcess:
     """One of the cluster's."""
 
     node: str  # Ray's id of it
@@ -36,21 +36,21 @@ class Pulse:
     at_work: bool  # a thread of it, or of a process that it started, has something to do
 
 
-def this_process() -> Process:
-    return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), started=started_at(os.getpid()))
+def this_process() -> ActorProcess:
+    return ActorProcess(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), started=started_at(os.getpid()))
 
 
-def pulse(process: Process) -> Pulse | None:
+def pulse(process: ActorProcess) -> Pulse | None:
     """None: the process is not there, or its host does not answer."""
     return _there(process, pulse_here)
 
 
-def end(process: Process) -> None:
+def end(process: ActorProcess) -> None:
     """SIGKILL, which ends a stopped process too: Ray only asks a process to end, and that one doesn't hear it."""
     _there(process, end_here)
 
 
-def pulse_here(process: Process) -> Pulse | None:
+def pulse_here(process: ActorProcess) -> Pulse | None:
     """Of a process on this host."""
     states = _states(process.pid)
     if not states or started_at(process.pid) != process.started:
@@ -58,7 +58,7 @@ def pulse_here(process: Process) -> Pulse | None:
     return Pulse(stopped=all(each == "T" for each in states), at_work=_at_work(process.pid))
 
 
-def end_here(process: Process) -> None:
+def end_here(process: ActorProcess) -> None:
     with suppress(ProcessLookupError):
         if started_at(process.pid) == process.started:
             os.kill(process.pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _there(process: Process, what: Callable[[Process], Pulse | None]) -> Pulse | None:
+def _there(process: ActorProcess, what: Callable[[ActorProcess], Pulse | None]) -> Pulse | None:
     """The answer of the process's host."""
     node = ray.get_runtime_context().get_node_id()
     if process.node == node:

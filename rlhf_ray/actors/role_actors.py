@@ -13,7 +13,7 @@ with collector_paused():
 
     from rlhf_ray.actors import faults
     from rlhf_ray.actors.process import set_up_process
-    from rlhf_ray.actors.pulse import Process, this_process
+    from rlhf_ray.actors.pulse import ActorProcess, this_process
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place
     from rlhf_ray.config import Precision, Recipe, RoleConfig
@@ -40,7 +40,7 @@ class RoleActor:
 
         return resolve_precision(setting, self.device)
 
-    def ready(self) -> Process:
+    def ready(self) -> ActorProcess:
         return this_process()
 
     def place(self) -> Place:

@@ -160,7 +160,7 @@ class PolicyActor(TrainerActor, PolicyEnd):
         """A Hugging Face folder for a server, with this policy's log-probs of a few rows beside it."""
         from rlhf_ray.models.load import load_config
         from rlhf_ray.models.positions import positions_of
-        from rlhf_ray.publish.rows import rows_to_check, write_rows
+        from rlhf_ray.publish.checked_rows import rows_to_check, write_rows
         from rlhf_ray.roles.row_logprobs import row_logprobs
 
         config = load_config(self.start, self.recipe.model.trust_remote_code)

@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors import SafetensorError
 
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, Watch
+from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, HungWatch
 from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
@@ -58,7 +58,7 @@ class Waiter:
         self.mend: Mend | None = None  # `actors.recovery`; None: what fails is raised
         self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
-        self.clock, self.watch = AwakeClock(time.monotonic), Watch(deadline_s, self.there)
+        self.clock, self.watch = AwakeClock(time.monotonic), HungWatch(deadline_s, self.there)
         self._tracked: dict[ray.ObjectRef, Tracked] = {}
 
     def track(

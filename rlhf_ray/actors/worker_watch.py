@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_ray.actors.hung import SHORTEST_LIMIT_S, TIMES_AS_LONG, AwakeClock, Silence
-from rlhf_ray.actors.pulse import Process, Pulse, end, pulse, this_process
+from rlhf_ray.actors.pulse import ActorProcess, Pulse, end, pulse, this_process
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.storage import write_atomically
 
@@ -33,8 +33,8 @@ class WorkerWatch:
         stage: str,
         events: EventLog,
         time: Callable[[], float] = time.monotonic,
-        look: Callable[[Process], Pulse | None] = pulse,
-        end: Callable[[Process], None] = end,
+        look: Callable[[ActorProcess], Pulse | None] = pulse,
+        end: Callable[[ActorProcess], None] = end,
     ):
         """folder: where the workers note their processes."""
         self.folder, self.stage, self.events = folder, stage, events
@@ -61,5 +61,5 @@ class WorkerWatch:
             self._silence = Silence.from_now(now)
         return seconds
 
-    def _processes(self) -> dict[str, Process]:
-        return {path.stem: Process(**json.loads(path.read_text())) for path in sorted(self.folder.glob("*.json"))}
+    def _processes(self) -> dict[str, ActorProcess]:
+        return {path.stem: ActorProcess(**json.loads(path.read_text())) for path in sorted(self.folder.glob("*.json"))}

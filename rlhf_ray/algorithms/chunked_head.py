@@ -40,7 +40,6 @@ class _HeadLogprobs(torch.autograd.Function):
         low_states, low_weight = states.to(compute_dtype), weight.to(compute_dtype)
         dtype = torch.promote_types(compute_dtype, torch.float32)
         selected, norms, entropies = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(3))
-        piece: slice
         for piece, support in _pieces(states, weight, support_rows, support_ids):
             logits = linear(low_states[piece], low_weight)
             selected[piece], norms[piece], entropies[piece] = read_piece(

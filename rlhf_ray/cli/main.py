@@ -22,8 +22,8 @@ import typer
 from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.command_errors import Commands, console, in_words
 from rlhf_ray.cli.publish import publish
-from rlhf_ray.cli.serve import serve
-from rlhf_ray.cli.status import status
+from rlhf_ray.cli.serve_command import serve
+from rlhf_ray.cli.status_command import status
 from rlhf_ray.cli.votes import votes_app
 from rlhf_ray.config.stage_table import STAGES, model_names, stages_of_command
 from rlhf_ray.errors import UserError

@@ -14,7 +14,7 @@ from rlhf_ray.actors.placement import altogether
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES
-from rlhf_ray.models.memory import GB, Process
+from rlhf_ray.models.memory import GB, PlannedProcess
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
@@ -84,7 +84,7 @@ def _name(share: Share) -> str:
 
 
 def _parts(phases: Sequence[Phase], ppo: str) -> Table:
-    rows: list[tuple[str, Process]] = []
+    rows: list[tuple[str, PlannedProcess]] = []
     for phase in phases:
         for name, process in phase.processes.items():
             rows.append((f"{ppo}: {name}" if phase.name == "ppo" else name, process))
@@ -98,7 +98,7 @@ def _parts(phases: Sequence[Phase], ppo: str) -> Table:
     return table
 
 
-def _columns(process: Process) -> dict[str, float]:
+def _columns(process: PlannedProcess) -> dict[str, float]:
     """Of one process, on the GPU that has the most of it."""
     each = {**process.parts, **{name: process.parts.get(name, 0.0) + size / process.gpus for name, size in process.split.items()}}
     return {column: sum(each.get(part, 0.0) for part in parts) for column, parts in COLUMNS.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,5 +21,5 @@ def hold_frozen(module: nn.Module, compute_dtype: torch.dtype) -> None:
     looked_up = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for layer in module.modules():
         if type(layer) in (nn.Linear, Conv1D) and not layer.weight.requires_grad and id(layer.weight) not in looked_up:
-            weight: nn.Parameter = layer.weight
+            weight = cast(nn.Parameter, layer.weight)
             weight.data = weight.data.to(compute_dtype)

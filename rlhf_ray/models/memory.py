@@ -38,7 +38,7 @@ STATE = ("weights", "copies", "gradients", "optimiser")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class PlannedProcess:
     """Bytes of one process that holds models."""
 
     parts: Mapping[str, float]  # where it computes: on its GPU, or in the host's memory
@@ -84,7 +84,7 @@ class RoleMemory:
 
     role: str
     config: RoleConfig
-    process: Process
+    process: PlannedProcess
 
     @property
     def state(self) -> float:
@@ -120,7 +120,7 @@ def memory_plan(
     return rows
 
 
-def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsize: int, support: int) -> Process:
+def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsize: int, support: int) -> PlannedProcess:
     shape, ppo, on_gpu = shape_of_model(recipe), recipe.ppo, role.gpus > 0
     state = model_state(
         shape.parameters, trained, zero_stage=role.zero_stage, ranks=role.actors,
@@ -145,7 +145,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsiz
     if head and sends_by_store(recipe):
         host["weights to send"] = 4.0 * trained
     loading = loading_bytes(shape.parameters, mapped=recipe.sft is not None)
-    return Process(parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading,
+    return PlannedProcess(parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading,
                    heap=heap_bytes(shape, trained, kept))  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
     return max(activations, HEAP_GRADIENTS * 4.0 * (trained - shape.embeddings))
 
 
-def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) -> Process:
+def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) -> PlannedProcess:
     generation, on_gpu = recipe.generation, role.gpus > 0
     shape = shape_of_model(recipe)
     model = float(itemsize) * shape.parameters
@@ -176,13 +176,13 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
         split = {name: parts.pop(name) for name in ("copies", "cache") if name in parts}
     if on_gpu and generation.engine == "vllm":
         parts["engine"] = VLLM_ELSE
-    return Process(
+    return PlannedProcess(
         parts=parts, on_gpu=on_gpu, loading=(model, model if itemsize == 2 or recipe.sft is None else 0.0),
         file=4.0 * shape.parameters if itemsize == 2 else 0.0, gpus=generation.tensor_parallel, split=split, heap=heap,
     )  # fmt: skip
 
 
-def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support: int) -> Process:
+def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support: int) -> PlannedProcess:
     shape, tokens, on_gpu = shape_of_model(recipe), pass_tokens(recipe), role.gpus > 0
     models = scorer_parameters(recipe) if name == "reward" else [shape.parameters]
     parts = {"weights": 4.0 * sum(models)}
@@ -196,7 +196,7 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
         parts["logits"] = logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
         parts["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     own = name == "reference" and recipe.sft is None  # else from a stage's float32 file, which is mapped
-    return Process(parts=parts, on_gpu=on_gpu, loading=(0.0, 4.0 * shape.parameters if own else 0.0))
+    return PlannedProcess(parts=parts, on_gpu=on_gpu, loading=(0.0, 4.0 * shape.parameters if own else 0.0))
 
 
 def scorer_parameters(recipe: Recipe) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config import DpoConfig, Recipe, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes
-from rlhf_ray.models.memory import Process, heap_bytes
+from rlhf_ray.models.memory import PlannedProcess, heap_bytes
 from rlhf_ray.models.size import ModelShape, adapter_parameters, shape_of_model, shape_of_other
 from rlhf_ray.models.training_state import buffer_bytes, loading_bytes, model_state
 from rlhf_ray.tables.families import is_tested
@@ -26,7 +26,7 @@ class StageMemory:
     stage: str
     workers: int
     gpus: float  # per worker
-    process: Process
+    process: PlannedProcess
 
     @property
     def state(self) -> float:
@@ -47,7 +47,7 @@ def stage_memory_plan(recipe: Recipe, itemsizes: dict[str, int]) -> list[StageMe
     ]
 
 
-def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> Process:
+def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> PlannedProcess:
     shape, on_gpu = _shape(recipe, config), config.gpus_per_worker > 0
     trained = int(_trained(recipe, config, shape))
     state = model_state(
@@ -60,7 +60,7 @@ def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> P
     loading = loading_bytes(shape.parameters, mapped=from_stage and recipe.sft is not None)
     work = _work(recipe, name, config, shape, itemsize)
     work["buckets"] = work.get("buckets", 0.0) + buffers.pop("buckets")
-    return Process(
+    return PlannedProcess(
         parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu, host=state.host, loading=loading,
         heap=HEAP_SHARE * heap_bytes(shape, trained, work["activations"]),
     )  # fmt: skip

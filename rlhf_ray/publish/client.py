@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.publish.rows import rows_of
+from rlhf_ray.publish.checked_rows import rows_of
 from rlhf_ray.publish.servers import ServerNote
 from rlhf_ray.publish.version import ROWS_FILE, Version, version_id
 

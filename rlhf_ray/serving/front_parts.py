@@ -18,10 +18,10 @@ from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.judge import Judge
 from rlhf_ray.serving.links import ReplicaLink, watch
-from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.request_log import RequestLog
+from rlhf_ray.serving.server_metrics import Metrics
 from rlhf_ray.serving.versions import VersionTable
 
 METRICS = "/metrics"

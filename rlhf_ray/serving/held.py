@@ -17,7 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.publish.rows import check_rows, read_rows
+from rlhf_ray.publish.checked_rows import check_rows, read_rows
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, EngineOptions

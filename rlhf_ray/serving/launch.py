@@ -78,6 +78,11 @@ def serve(
             server.close()
             raise
         return server
+    _serve_until_stopped(server, drain_s, say)
+    return server
+
+
+def _serve_until_stopped(server: Server, drain_s: float, say: Callable[[str], None]) -> None:
     with _stopping_on_signals() as take_signals:
         try:
             for model in server.models:
@@ -96,7 +101,6 @@ def serve(
             raise SystemExit(0) from None
         finally:
             server.close()
-    return server
 
 
 @contextlib.contextmanager

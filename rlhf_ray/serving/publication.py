@@ -39,7 +39,7 @@ class VersionedLink(Link, Protocol):
 
 
 @dataclass(slots=True, kw_only=True)
-class Watch:
+class CandidateWatch:
     """Over the candidate of one model."""
 
     thresholds: Thresholds
@@ -63,7 +63,7 @@ class Publisher:
             model: {table.stable.id: Record()} for model, table in tables.items()
         }
         self.entries: list[dict[str, Any]] = []
-        self._watches: dict[str, Watch] = {}
+        self._watches: dict[str, CandidateWatch] = {}
         self._one_at_a_time = asyncio.Lock()
         for model, table in tables.items():
             self._note(model, table.stable, "served")
@@ -90,7 +90,7 @@ class Publisher:
             table.admit(version, share)
             self.records[model].setdefault(version.id, Record())
             ends_at = None if share < 1 else asyncio.get_running_loop().time() + watch_s
-            self._watches[model] = Watch(thresholds=thresholds, ends_at=ends_at)
+            self._watches[model] = CandidateWatch(thresholds=thresholds, ends_at=ends_at)
             gap = max((each for each in gaps if each is not None), default=None)
             self._note(model, version, "takes requests", share=share, logprob_gap=gap)
         return self.state(model)

@@ -48,7 +48,7 @@ ENGINES: Table[Engine] = Table(
         problem=f"{_HERE}.graph_step:graphs_problem", continuous=True, tells_support=True,
     ),
     Engine(
-        name="vllm", make=f"{_HERE}.vllm_engine:vllm_engine", words="vLLM; needs the extra of that name",
+        name="vllm", make=f"{_HERE}.vllm_generation:vllm_engine", words="vLLM; needs the extra of that name",
         problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1), schedules=True,
     ),
 )  # fmt: skip

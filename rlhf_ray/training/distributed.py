@@ -24,7 +24,7 @@ def prepare_deepspeed(device_type: str) -> None:
     import deepspeed
     from deepspeed.runtime import compiler
 
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
     compile, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
