@@ -93,7 +93,7 @@ def at(step):
 
 
 def test_the_step_does_not_wait_for_the_disk_and_the_copy_is_that_of_its_step(checkpoints, folder, groups):
-    policy, _ = groups
+    policy, critic = groups
     policy.disk.clear()  # it takes as long as it likes
     assert checkpoints.save(at(4))
     policy.weights += 100  # training goes on, in place
@@ -102,6 +102,7 @@ def test_the_step_does_not_wait_for_the_disk_and_the_copy_is_that_of_its_step(ch
     assert steps(folder) == [] and checkpoint.last_good(checkpoints.path) is None, "it is not whole"
     policy.disk.set()
     policy.writing.result(wait=True)
+    critic.writing.result(wait=True)
     checkpoints.look()
     assert steps(folder) == [4]
     state, steps_taken = checkpoint.read_role(checkpoint.last_good(checkpoints.path, pytest.fail), "policy")

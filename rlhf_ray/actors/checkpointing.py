@@ -71,6 +71,7 @@ class Checkpoints:
         self.keep, self.path = recipe.ppo.keep_checkpoints, folder.stage("ppo").checkpoints
         self.events = EventLog(folder.events)
         self._pending: LoopState | None = None
+        self._abandoned = False  # ranks that live may still write one that was given up
         self._without_room = False  # and it was told
 
     def save(self, state: LoopState) -> bool:
@@ -79,6 +80,9 @@ class Checkpoints:
         One that is still being written is waited for, so at most one copy of the state is held.
         """
         self.finish()
+        if self._abandoned:
+            self.get(self._all("saved", True), "writing a checkpoint that was given up")
+            self._abandoned = False
         temporary = checkpoint.temporary_folder(self.path, state.step)
         try:
             new_folder(temporary)
@@ -104,7 +108,8 @@ class Checkpoints:
         self._take(wait=True)
 
     def abandon(self) -> None:
-        """The ranks that were writing it are gone."""
+        """Some of the ranks that were writing it are gone."""
+        self._abandoned = self._abandoned or self._pending is not None
         self._pending = None
 
     def stopped(self, state: LoopState, total: int) -> StageStopped:

@@ -42,9 +42,9 @@ class _HeadLogprobs(torch.autograd.Function):
         selected, norms, entropies = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(3))
         for piece, support in _pieces(states, weight, support_rows, support_ids):
             logits = linear(low_states[piece], low_weight)
-            selected[piece], norms[piece], entropies[piece] = read_piece(
-                logits, ids[piece], temperature, support, with_entropy=True
-            )
+            selected[piece], norms[piece], entropy = read_piece(logits, ids[piece], temperature, support, with_entropy=True)
+            assert entropy is not None
+            entropies[piece] = entropy
         ctx.save_for_backward(states, weight, ids, norms, entropies, support_rows, support_ids)
         ctx.temperature, ctx.compute_dtype = temperature, compute_dtype
         return selected, entropies
@@ -78,6 +78,7 @@ def _pieces(states, weight, support_rows, support_ids):
     for number, start in enumerate(range(0, rows, step)):
         piece, support = slice(start, min(start + step, rows)), None
         if bounds is not None:
+            assert support_rows is not None and support_ids is not None
             within = slice(bounds[number], bounds[number + 1])
             support = torch.zeros(piece.stop - start, vocabulary, dtype=torch.bool, device=states.device)
             support[support_rows[within] - start, support_ids[within]] = True
