@@ -216,7 +216,7 @@ def test_ctrl_c_releases_everything_and_exits_130(server):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", timeout=5)
     said = server.log.read_text()
-    assert "Traceback" not in said and len(said.splitlines()) == 3, said
+    assert "Traceback" not in said and len(said.splitlines()) == 4, said
     assert KEY not in said
 
 
