@@ -179,11 +179,11 @@ def test_scores_of_a_member(tmp_path, spoil):
         ensemble_summary(each, stage, RewardConfig(members=2))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 3, "elapsed_s": 1, "workers": 1, "zero_stage": 0, "files": [1]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"state.json": 1}', '{"state.json": "0"}'])
 def test_the_mark_of_a_checkpoint(tmp_path, text):
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "COMPLETE").write_text(text)
-    with pytest.raises(UserError, match="COMPLETE is not what the stage has written"):
+    (tmp_path / "checkpoint-3" / "MANIFEST.json").write_text(text)
+    with pytest.raises(UserError, match="checkpoint-3"):
         newest_complete(tmp_path)
 
 

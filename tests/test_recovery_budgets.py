@@ -158,12 +158,14 @@ def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_pa
     """Several ranks: that of an argument which was lost is the group's loss, too."""
     policy, waiter = Policy(), OverFakes(60, "wait")
     roles = SimpleNamespace(
-        trained=[policy], policy=policy, members=policy.members, join=lambda groups, seconds: None,
+        trained=[policy], policy=policy, members=policy.members, start=lambda members, groups, seconds: None,
         generation=SimpleNamespace(by_channel=False, members=[]),
     )  # fmt: skip
     events, said = EventLog(tmp_path / "events.jsonl"), []
     recipe = tiny_recipe(resources={"restarts": 3}, ppo={"kl_coef": 0.25})
-    waiter.recovery = recovery = Recovery(recipe, roles, waiter, tmp_path, events=events, progress=said.append)
+    waiter.recovery = recovery = Recovery(
+        recipe, roles, waiter, tmp_path, budget=Budget(recipe.resources.restarts), events=events, progress=said.append
+    )
     recovery.snapshots.kept = [Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []})]
     begun = []
 

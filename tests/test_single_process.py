@@ -112,6 +112,8 @@ NEUTRAL = {
     "ppo.max_mismatch": 0.1,
     "ppo.max_mismatch_kl": 0.1,
     "ppo.max_first_approx_kl": 0.1,
+    "ppo.publish_every": 1,
+    "ppo.publish_share": 0.5,
     "generation.chunk_size": 2,
     "generation.precision": "bfloat16",
 }
@@ -169,6 +171,7 @@ def test_every_key_is_acted_on_or_has_no_influence_or_is_refused():
         "model.from_scratch", "model.chat_template",
         "ppo.reuse_forward", "ppo.judge_evaluations", "ppo.best_by",  # they need other keys, see below
         "ppo.accept_weak_reward",  # asked before the start
+        "generation.max_num_seqs", "generation.tensor_parallel",  # refused where the engine is not vLLM
     }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def test_scores_win_rates_and_their_intervals(store):
     (met,) = found["win_rates"]
     assert (met["of"], met["against"], met["votes"], met["win_rate"]["mean"]) == ("ppo@2", "sft@1", 30, 0.65)
     assert versions(everything(store)) == found  # seeded
-    assert versions([]) == {"names": [], "groups": [], "scores": {}, "win_rates": []}
+    assert versions([]) == {"names": [], "groups": [], "scores": {}, "win_rates": [], "overall": {}}
 
 
 def test_votes_on_one_prompt_are_not_taken_for_many(store):

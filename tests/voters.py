@@ -45,6 +45,10 @@ def voters(tmp_path_factory):
     for pid in descendants(parent.pid):  # those that a failed test left
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    for voter in started:
+        with contextlib.suppress(BrokenPipeError):  # of what a killed one has not read
+            voter.stdin.close()
+        voter.stdout.close()
     parent.communicate(timeout=60)
 
 

@@ -30,6 +30,7 @@ _EVALUATIONS = "it is about evaluations between steps, which this page does not 
 _CHECKPOINTS = "it is about checkpoints, which this page does not write"
 _CHECKS = "it stops a run whose processes disagree; here there is one process"
 _FLOAT32 = "this page computes in float32 throughout, and says so"
+_VLLM = "it is about vLLM, which this page does not use"
 
 #: Keys without influence on the weights, each with the reason.
 NO_INFLUENCE: dict[str, dict[str, str]] = {
@@ -45,7 +46,9 @@ NO_INFLUENCE: dict[str, dict[str, str]] = {
         "publish_every": _CHECKPOINTS, "publish_share": _CHECKPOINTS,
         "max_mismatch": _CHECKS, "max_mismatch_kl": _CHECKS, "max_first_approx_kl": _CHECKS,
     },
-    "generation": {"chunk_size": _MEMORY, "precision": _FLOAT32},
+    "generation": {
+        "chunk_size": _MEMORY, "precision": _FLOAT32, "max_num_seqs": _VLLM, "tensor_parallel": _VLLM,
+    },
     "model": {
         "from_scratch": "the SFT stage has built the model",
         "chat_template": "the data stage has applied it to the prompts",
