@@ -70,10 +70,12 @@ def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
     ended = run_with(TRAINED)
     assert ended.facts() == undisturbed
     # Step 2's checkpoint comes before its updates.
-    assert [(event["what"], event["step"], event["steps_lost"]) for event in ended.events] == [
-        ("policy rank 0 was lost", 1, 0), ("policy rank 0 was lost", 2, 0), ("critic rank 0 was lost", 2, 0),
+    assert [(event["what"], event["step"]) for event in ended.events] == [
+        ("policy rank 0 was lost", 1), ("policy rank 0 was lost", 2), ("critic rank 0 was lost", 2),
     ]  # fmt: skip
-    assert [event["done"][-12:] for event in ended.events] == [f"{step} (snapshot)" for step in (1, 2, 2)]
+    for event in ended.events:  # the newest snapshot, or the one before where that one was still being made
+        assert event["steps_lost"] in (0, 1)
+        assert event["done"].endswith(f"{event['step'] - event['steps_lost']} (snapshot)")
 
 
 def test_a_call_that_ends_two_actors_stops_the_run_and_names_its_samples(run_with):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
@@ -186,7 +186,13 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
                 stage.checkpoints
             ):
                 hooks.save(state)  # the loop takes it that a state of an earlier step is that of a checkpoint
-            if loop.run() and not rolls_back(loop.state, ppo):
+            try:
+                ended = loop.run()
+            except (NotFinite, UserError):  # the ranks live, and what they are writing is of a step before
+                with suppress(RunFailed):
+                    checkpoints.finish()
+                raise
+            if ended and not rolls_back(loop.state, ppo):
                 adapter = stage.path / "adapter" if ppo.lora is not None else None
                 _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
             checkpoints.finish()

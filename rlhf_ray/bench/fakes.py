@@ -17,6 +17,8 @@ from rlhf_ray.messages import Chunk, RolloutBatch, Scores, Sequences, TokenValue
 class Fakes:
     """All roles but the experience. Every row has `prompt` and `response` tokens."""
 
+    shares_gpu = False
+
     def __init__(self, prompt: int, response: int, weight_bytes: int):
         self.prompt, self.response, self.weight_bytes = prompt, response, weight_bytes
 

@@ -101,8 +101,11 @@ def _bound(path: str) -> tuple[socket.socket, str]:
     with suppress(FileNotFoundError):  # of a branch that could not be forked
         os.unlink(path)
     own = socket.socket(socket.AF_UNIX)
-    own.bind(path)
-    os.chmod(path, 0o600)
+    before = os.umask(0o177)  # its owner's from the first moment on
+    try:
+        own.bind(path)
+    finally:
+        os.umask(before)
     own.listen(socket.SOMAXCONN)
     return own, path
 

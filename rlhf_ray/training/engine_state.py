@@ -31,6 +31,8 @@ class EngineState:
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, float32 tensor). All ranks iterate together."""
+        if not self._adam().state:  # no step yet: DeepSpeed skips one whose gradient is not finite
+            self.create()
         for name, parameter in self.trained():
             for key in ("weight", *ADAM_STATE):
                 yield f"{key}/{name}", self._whole(parameter, key)
