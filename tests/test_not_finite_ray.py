@@ -15,6 +15,7 @@ from rlhf_ray.actors.supervised import run_supervised
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.sealed import MANIFEST, digest_of
 
 pytestmark = pytest.mark.ray
 
@@ -46,9 +47,9 @@ def test_ppo_stops_before_the_update_and_goes_on_from_a_finite_checkpoint(sessio
     file = last / "policy-00-of-01.safetensors"
     weights = {name: tensor for name, tensor in load_file(file).items() if name.startswith("weight/")}
     save_file(weights, file, metadata={"steps_taken": "8"})
-    manifest = json.loads((last / checkpoint.MANIFEST).read_text())
-    manifest[file.name] = checkpoint._hash(file)
-    (last / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((last / MANIFEST).read_text())
+    manifest[file.name] = digest_of(file)
+    (last / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"step_000002 \(policy\) has no optimiser moments \(exp_avg\) for \d+ of \d+ .*delete it"):
         run_ppo(recipe, run, lambda progress: None)
 

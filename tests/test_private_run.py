@@ -67,13 +67,14 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.commands, self.listening, self.sockets = set(), {}, {}
         self.over = threading.Event()
+        self.others = set(Path("/tmp").glob("rlhf_ray_*"))  # of what else runs on this machine
 
     def run(self):
         while not self.over.wait(0.3):
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 with suppress(psutil.Error, OSError):  # it has just ended
                     self.look(process)
-            for folder in Path("/tmp").glob("rlhf_ray_*"):
+            for folder in set(Path("/tmp").glob("rlhf_ray_*")) - self.others:
                 for file in folder.glob("s*"):
                     with suppress(OSError):
                         if stat.S_ISSOCK(file.stat().st_mode):

@@ -31,8 +31,9 @@ class EngineState:
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, float32 tensor). All ranks iterate together."""
-        if not self._adam().state:  # no step yet: DeepSpeed skips one whose gradient is not finite
-            self.create()
+        if not any(ADAM_STATE[0] in kept for kept in self._adam().state.values()):
+            self.create()  # no step yet: DeepSpeed skips one whose gradient is not finite
+        self._link()
         for name, parameter in self.trained():
             for key in ("weight", *ADAM_STATE):
                 yield f"{key}/{name}", self._whole(parameter, key)
@@ -58,8 +59,15 @@ class EngineState:
         for part in parts:
             adam.state[part] = {key: torch.zeros_like(part) for key in ADAM_STATE}
         self.set_adam_steps(0)
-        if stage in (1, 2):
-            # Tells safe_get/set_full_optimizer_state where they are; DeepSpeed does it after its first step.
+        self._link()
+
+    def _link(self) -> None:
+        """Tell safe_get/set_full_optimizer_state of stages 1 and 2 where the moments are.
+
+        DeepSpeed does it once, after its first step, also if that was one that it skipped: then there were none.
+        """
+        if self.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_adam_steps(self, steps_taken: int) -> None:
