@@ -29,7 +29,8 @@ WORKER_ENVIRONMENT = {
     # A worker's working directory is Ray's; nothing may depend on it.
     "RAY_TRAIN_V2_ENABLED": "1",
 }
-# No secrets: Ray writes a worker's variables into its command line. A local Ray's workers inherit HF_TOKEN; a cluster's nodes have it.
+# No secrets: Ray writes a worker's variables into its command line. A local Ray's workers inherit HF_TOKEN; a cluster's nodes
+# have their own.
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", faults.VARIABLE)
 OF_THE_NODE = ("NCCL_SOCKET_IFNAME",)  # the cluster's scripts set it on each; all other NCCL_* are passed on
 OBJECT_STORE_BYTES = 512 * 1024**2
