@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.checked_rows import check_rows, read_rows
-from rlhf_ray.publish.client import kept_copy
+from rlhf_ray.publish.client import Refused, dropped_if_refused, kept_copy
 from rlhf_ray.publish.version import ROWS_FILE, version_id, version_of
 from rlhf_ray.serving.config import AppConfig, EngineOptions
 from rlhf_ray.serving.front import Front
@@ -180,3 +182,17 @@ def test_a_model_in_16_bits_is_loaded_beside_others_without_changing_what_they_c
     pairs = [*zip(alone.named_parameters(), beside.named_parameters(), strict=True)]
     assert {one.dtype for (_, one), _ in pairs} == {torch.bfloat16}
     assert all(name == other and torch.equal(one, two) for (name, one), (other, two) in pairs)
+
+
+def test_the_copy_of_a_version_that_a_server_refuses_goes_again(folder, tmp_path):
+    def told(error, since):
+        version = kept_copy(folder, tmp_path / "published")
+        with pytest.raises(UserError), dropped_if_refused(Path(version.folder), since):
+            raise error
+        return (tmp_path / "published").exists()
+
+    (tmp_path / "published").mkdir()
+    since = time.time() - 1  # file systems keep coarse times
+    assert told(UserError("did not answer"), since), "a server that is slow may take it yet"
+    assert told(Refused("no"), time.time() + 1), "an older copy may be held"
+    assert not told(Refused("no"), since)

@@ -50,10 +50,13 @@ def publish(
     share = client.share_of(canary)
     note = find_server(port, source)
     console.print(f"Publishing {source} to {note.url} ...", highlight=False, soft_wrap=True)
-    state = client.publish(
-        note, _version(source, note.served), model=model, share=share, watch_s=watch_s,
-        thresholds={"failed_share": max_failed, "slower": max_slower, "worse": max_worse},
-    )  # fmt: skip
+    since = time.time() - 1  # file systems keep coarse times
+    version = _version(source, note.served)
+    with client.dropped_if_refused(Path(version.adapter or version.folder), since):
+        state = client.publish(
+            note, version, model=model, share=share, watch_s=watch_s,
+            thresholds={"failed_share": max_failed, "slower": max_slower, "worse": max_worse},
+        )  # fmt: skip
     _tell(state, entries=1)
 
 

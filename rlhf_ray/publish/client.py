@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from rlhf_ray.publish.servers import ServerNote
 from rlhf_ray.publish.version import ROWS_FILE, Version, version_id
 
 ANSWER_S = 1000.0  # replicas have to load the version
+
+
+class Refused(UserError):
+    """The server has said no, and holds nothing of it."""
 
 
 def share_of(text: str) -> float:
@@ -52,6 +57,20 @@ def kept_copy(folder: Path, shelf: Path, base: Path | None = None) -> Version:
     return version
 
 
+@contextmanager
+def dropped_if_refused(folder: Path, since: float) -> Iterator[None]:
+    """A `Refused` in the body of the `with` takes the copy away again, unless it was there before `since` (seconds since 1970):
+    then a server may hold it."""
+    try:
+        yield
+    except Refused:
+        if folder.is_dir() and folder.stat().st_ctime >= since:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # other versions are there
+                folder.parent.rmdir()
+        raise
+
+
 def publish(
     note: ServerNote,
     version: Version,
@@ -82,7 +101,8 @@ def _post(note: ServerNote, action: str, body: Mapping[str, Any]) -> dict[str, A
             f"the server at {note.url} did not answer ({type(error).__name__}: {error}); is it still there?"
         ) from None
     if answer.status_code != 200:
-        raise UserError(f"the server at {note.url}: {found.get('error', {}).get('message', answer.text)}")
+        kind = Refused if answer.status_code < 500 else UserError
+        raise kind(f"the server at {note.url}: {found.get('error', {}).get('message', answer.text)}")
     return found
 
 

@@ -37,7 +37,8 @@ def detach(arguments: Sequence[str], say: Callable[[str], None] = print) -> Serv
     while time.monotonic() < deadline:
         note = next((each for each in running_servers() if each.pid == process.pid), None)
         if note is not None and _answers(note):
-            say(f"{_said(log)}\nIt runs as process {process.pid}; its words go to {log}.")
+            said = _said(log).replace(" (Ctrl-C stops it)", "")  # not from here
+            say(f"{said}\nIt runs as process {process.pid}; its words go to {log}.")
             say(f"End it: rlhf-ray serve --stop --port {note.port}")
             return note
         code = process.poll()
