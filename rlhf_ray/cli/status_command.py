@@ -105,7 +105,7 @@ def _state(now: Status) -> str:
 
 def _step(written: Written) -> str:
     stage = written.stage or ""
-    words = f"{(STAGES[stage].words if stage in STAGES else stage):<12}"
+    words = f"{(STAGES[stage].words if stage in STAGES else stage):<11} "
     if written.step is None:
         return words + "before its first step"
     words += f"step {written.step}"
