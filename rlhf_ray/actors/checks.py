@@ -16,8 +16,9 @@ from rlhf_ray.config import Precision, Recipe
 from rlhf_ray.config.recipe_file import stage_functions
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import GB, scorer_parameters, trained_by_role
+from rlhf_ray.models.memory import scorer_shapes, trained_by_role
 from rlhf_ray.models.model_problems import check_model
+from rlhf_ray.models.planned_process import GB
 from rlhf_ray.models.size import parameters
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.training.precision import resolve_precision
@@ -102,7 +103,7 @@ def precisions_of(recipe: Recipe) -> Precisions:
 
 def left_on_cpus(recipe: Recipe, nodes: Sequence[Node]) -> list[str]:
     """Warnings: who computes on CPUs where GPUs are used, or there and not used."""
-    roles = {name: role for name, role in recipe.ppo_roles.items() if name != "reward" or scorer_parameters(recipe)}
+    roles = {name: role for name, role in recipe.ppo_roles.items() if name != "reward" or scorer_shapes(recipe)}
     with_gpus = [name for name, role in roles.items() if role.gpus > 0]
     without = [f"resources.{name}.gpus" for name in roles if name not in with_gpus]
     stages = [f"{name}.gpus_per_worker" for name, stage in recipe.trained.items() if stage.gpus_per_worker == 0]

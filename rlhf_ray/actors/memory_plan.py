@@ -12,19 +12,13 @@ from rlhf_ray.actors.layout import ActorLayout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import (
-    CONTEXT,
-    FORKED,
-    GB,
-    IMPORTED,
-    PlannedProcess,
-    memory_plan,
-    sends_by_store,
-    snapshot_bytes,
-    trained_by_role,
-)
+from rlhf_ray.models.memory import memory_plan, sends_by_store, snapshot_bytes, trained_by_role
+from rlhf_ray.models.planned_process import CONTEXT, FORKED, GB, IMPORTED, PlannedProcess
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+
+#: Parts that a process has in the host's memory because it trains.
+BESIDE = ("checkpoint", "snapshot", "model to be written", "weights to send")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +104,7 @@ def _phase(
     hosts: dict[int, list[Share]] = {}
     called = names or {}
     for (role, number), seat in layout.seats.items():
-        process = processes[role]
+        process = processes[role].of_number(number)
         words = f"{called.get(role, role)} {number}"
         loads = process.on_gpu and process.loading[0] > process.gpu - 1
         for gpu in seat.gpus:
@@ -186,8 +180,9 @@ def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str)
     if largest.loads:
         weights = f"{process.loading[1] / GB:.1f} GB of weights that each {name} process loads"
         return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
-    parts = process.parts if process.on_gpu == ("GPU" in there) else process.host
-    part = max({**parts, **process.split}.items(), key=lambda each: each[1])
+    on_gpu = "GPU" in there
+    parts = {**process.parts, **process.split} if process.on_gpu == on_gpu else {}
+    part = max((parts if on_gpu else parts | {**process.host, **process.moments}).items(), key=lambda each: each[1])
     words = f"the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each"
     return f"{begin}{words}; {_remedy(recipe, phase.name, name, part[0])}"
 
@@ -211,7 +206,7 @@ def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
     where, group = (f"resources.{role}", recipe.resources.roles[role]) if phase == "ppo" else (phase, recipe.trained[phase])
     section, train = ("ppo", recipe.ppo) if phase == "ppo" else (phase, recipe.trained[phase])
     stage = vars(group)["zero_stage"]
-    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies"):
+    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies", *BESIDE):
         ways = [f"set {where}.zero_stage to 3 with more ranks"] if stage < 3 else []
         ways += [] if vars(group)["offload_optimizer"] else [f"set {where}.offload_optimizer to true"]
         return ", ".join([*ways, f"set {section}.lora" if role != "critic" else "set ppo.critic_lora", "or use a smaller model"])

@@ -63,7 +63,7 @@ class TrainerActor(RoleActor):
         settings = OptimiserConfig(
             adam_eps=ppo.adam_eps, adam_form=ppo.adam_form, max_grad_norm=ppo.max_grad_norm,
             zero_stage=self.settings.zero_stage, offload_optimizer=self.settings.offload_optimizer,
-            offload_param=self.settings.offload_param,
+            offload_param=self.settings.offload_param, compute_dtype=module.compute_dtype,
         )  # fmt: skip
         return DeepSpeedEngine(module, settings, device=self.device)
 

@@ -86,10 +86,25 @@ def _role_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pat
         for _ in range(2):
             actor.role.update(shard, 1e-5, *((0.0,) if setup.process == "policy" else ()))
         phase("update")
+        _save(actor, shard, setup, phase)
     if setup.process == "policy":
         _send(actor)
         phase("sync")
+        actor.save_model(folder / "written", "", None)
+        phase("model written")
     return peaks
+
+
+def _save(actor: Any, shard: Any, setup: SetUp, phase: Callable[[str], None]) -> None:
+    """A checkpoint's copy stands all through the next update, as if the disk were slow."""
+    waiting = []
+    actor.writing.begin = waiting.append
+    (target := actor.folder.path / "checkpoint").mkdir(exist_ok=True)
+    actor.save(target)
+    actor.role.update(shard, 1e-5, *((0.0,) if setup.process == "policy" else ()))
+    phase("update beside a checkpoint")
+    actor.snapshot()
+    phase("snapshot")
 
 
 def _imported(setup: SetUp) -> Any:
@@ -189,6 +204,7 @@ def _stage_phases(setup: SetUp, recipe: Recipe, rank: int, port: int, folder: Pa
 
     def trained(trainer):
         peaks["training"] = resident("VmHWM") - base
+        forget_peak()
         return plain(trainer)
 
     module.trained_weights = trained
@@ -208,7 +224,8 @@ def prepare(setup: SetUp, folder: Path) -> None:
     recipe = setup.recipe()
     if not setup.trains_alone:
         reward = setup.process == "critic"
-        write_random_run(recipe, RunFolder(folder / "run"), prompts=recipe.generation.chunk_size, length=128, reward=reward)
+        count = recipe.generation.chunk_size
+        write_random_run(recipe, RunFolder(folder / "run"), prompts=count, length=setup.prompt, reward=reward)
         return
     run, size = RunFolder(folder / "stage"), recipe.model.from_scratch.vocab_size
     tokenizer = word_tokenizer(size)

@@ -28,6 +28,7 @@ class SetUp:
     ppo: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    prompt: int = 128  # tokens of the longest
 
     @property
     def trains_alone(self) -> bool:
@@ -47,7 +48,7 @@ class SetUp:
         return Recipe.model_validate({
             "name": "memory",
             "model": {"from_scratch": self.model},
-            "data": {"max_prompt_tokens": 128},
+            "data": {"max_prompt_tokens": self.prompt},
             "generation": {"max_new_tokens": 128, "min_new_tokens": 128, "chunk_size": 16, "precision": self.precision}
             | self.generation,
             **stages,
@@ -63,6 +64,8 @@ SETUPS: dict[str, SetUp] = {
     "policy bf16": SetUp(process="policy", model=LLAMA, precision="bfloat16"),
     "policy checkpointed": SetUp(process="policy", model=LLAMA, ppo={"gradient_checkpointing": True}),
     "policy lora": SetUp(process="policy", model=LLAMA, ppo={"lora": {"rank": 16}}),
+    "policy lora bf16": SetUp(process="policy", model=LLAMA, precision="bfloat16", ppo={"lora": {"rank": 16}}),
+    "policy entropy": SetUp(process="policy", model=WIDE, rows=8, ppo={"entropy_coef": 0.01, "microbatch_size": 8}),
     "policy ZeRO 0 x 2": SetUp(process="policy", model=GPT2, ranks=2),
     "policy ZeRO 1 x 2": SetUp(process="policy", model=GPT2, ranks=2, zero_stage=1),
     "policy ZeRO 2 x 2": SetUp(process="policy", model=GPT2, ranks=2, zero_stage=2),
@@ -70,9 +73,12 @@ SETUPS: dict[str, SetUp] = {
     "critic": SetUp(process="critic", model=LLAMA),
     "generation": SetUp(process="generation", model=WIDE, generation={"chunk_size": 64}),
     "generation bf16": SetUp(process="generation", model=LLAMA, precision="bfloat16", generation={"chunk_size": 64}),
+    "generation long prompts": SetUp(process="generation", model=WIDE, generation={"chunk_size": 64}, prompt=384),
     "reference": SetUp(process="reference", model=LLAMA),
+    "reference bf16": SetUp(process="reference", model=LLAMA, precision="bfloat16"),
     "sft": SetUp(process="sft", model=GPT2),
     "sft bf16": SetUp(process="sft", model=LLAMA, precision="bfloat16"),
+    "sft lora bf16": SetUp(process="sft", model=LLAMA, precision="bfloat16", stage={"lora": {"rank": 16}}),
     "sft ZeRO 2 x 2": SetUp(process="sft", model=GPT2, ranks=2, zero_stage=2, stage={"microbatch_size": 2}),
     "reward": SetUp(process="reward", model=GPT2, stage={"objective": "scores"}),
 }

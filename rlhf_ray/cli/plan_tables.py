@@ -14,7 +14,7 @@ from rlhf_ray.actors.placement import altogether
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES
-from rlhf_ray.models.memory import GB, PlannedProcess
+from rlhf_ray.models.planned_process import GB, PlannedProcess
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
@@ -44,7 +44,11 @@ def print_plan(
     console.print(f"stages: {', '.join(words)}")
     console.print(_processes(recipe, phases, threads, names.told("PPO")))
     if phases:
-        console.print("memory of a process in GB, at most, where it computes; loads: in the host's memory, at its start")
+        console.print(
+            "memory of a process in GB, at most, where it computes; on host: in the host's memory beside that, with the copy of a "
+            "checkpoint or of a model that is being written; loads: there, at its start",
+            soft_wrap=True,
+        )
         console.print(_parts(phases, names.told("PPO")))
         for line in _places(nodes, phases, names.told("PPO")):
             console.print(line, highlight=False, soft_wrap=True)
@@ -90,11 +94,10 @@ def _parts(phases: Sequence[Phase], ppo: str) -> Table:
             rows.append((f"{ppo}: {name}" if phase.name == "ppo" else name, process))
     parts = [_columns(process) for _, process in rows]
     columns = [column for column in COLUMNS if any(part[column] >= 0.05 * GB for part in parts)]
-    on_host = any(sum(process.host.values()) for _, process in rows)
-    table = _table("", *columns, *(["on host"] if on_host else []), "loads")
+    table = _table("", *columns, "on host", "loads")
     for (name, process), part in zip(rows, parts, strict=True):
-        away = [_gb(sum(process.host.values()))] if on_host else []
-        table.add_row(name, *(_gb(part[column]) for column in columns), *away, _gb(process.loading[1]))
+        beside = sum(process.host.values()) + max(process.moments.values(), default=0.0)
+        table.add_row(name, *(_gb(part[column]) for column in columns), _gb(beside), _gb(process.loading[1]))
     return table
 
 

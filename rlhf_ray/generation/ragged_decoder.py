@@ -15,12 +15,10 @@ from rlhf_ray.generation.acceleration import accelerate
 from rlhf_ray.generation.decode_step import decode_step_of
 from rlhf_ray.generation.graph_step import GraphStep
 from rlhf_ray.generation.kv_cache import PLAIN_LENGTH, RAGGED, RaggedCache, causal_mask, round_up
+from rlhf_ray.models.generation_memory import PREFILL_TOKENS
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.positions import positions_of
 from rlhf_ray.tables.families import is_tested
-
-#: Tokens of prompts per forward pass: enough to fill a device; what a pass needs beside the cache stays below a few GB.
-PREFILL_TOKENS = 2**14
 
 
 class RaggedDecoder:

@@ -7,6 +7,7 @@ count 34 per token and channel and 5 per attention weight.
 
 from __future__ import annotations
 
+from rlhf_ray.models.held_weights import HeldWeights
 from rlhf_ray.models.size import ModelShape
 
 PLAIN_ATTENTION = 256  # tokens of the longest sequence up to which a CPU keeps attention weights; GPUs keep none
@@ -35,11 +36,9 @@ def kept_bytes(
     return kept + tokens * shape.width * AT_THE_END
 
 
-def cast_bytes(shape: ModelShape, *, itemsize: int, checkpointing: bool) -> float:
+def cast_bytes(held: HeldWeights, *, itemsize: int, checkpointing: bool) -> float:
     """Autocast's 16-bit copies of float32 weights; with checkpoints those of a block last as long as its activations."""
-    if itemsize != 2:
-        return 0.0
-    return 2.0 * (shape.embeddings + max(shape.blocks, default=0) if checkpointing else shape.parameters)
+    return 2.0 * (held.cast_at_once if checkpointing else held.cast) if itemsize == 2 else 0.0
 
 
 def passing_bytes(shape: ModelShape, *, tokens: int, itemsize: int) -> float:

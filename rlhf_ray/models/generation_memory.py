@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from rlhf_ray.config import Recipe
+from rlhf_ray.models.activations import PLAIN_ATTENTION, passing_bytes
 from rlhf_ray.models.size import ModelShape, shape_of_model
 from rlhf_ray.models.support_memory import longest_of
 
 BLOCK = 128  # tokens of a block of vLLM's cache, at most
-STEP_LOGITS = 3 * 4  # per row and vocabulary entry: a step's logits, their probabilities, and what sampling makes of them
+STEP_LOGITS = (
+    3 * 4
+)  # per row and vocabulary entry: a step's logits, their probabilities, and what sampling makes of them
 #: of vLLM on a GPU beside weights and cache, assumed, never measured here: what its profiling pass needs, graphs, CUDA's context
 VLLM_ELSE = 3e9
+#: Tokens of prompts per forward pass: enough to fill a device; what a pass needs beside the cache stays below a few GB.
+PREFILL_TOKENS = 2**14
 MOST_OF_A_GPU = 0.95
 
 
@@ -27,6 +32,16 @@ def generation_bytes(recipe: Recipe, *, itemsize: int) -> dict[str, float]:
         "cache": cache_of(shape, rows=rows, longest=longest, itemsize=itemsize),
         "logits": float(STEP_LOGITS) * recipe.generation.rows * shape.vocabulary,
     }
+
+
+def prefill_bytes(shape: ModelShape, *, rows: int, longest: int, itemsize: int, on_gpu: bool) -> float:
+    """Of the pass that reads a part of all prompts (`generation.ragged_decoder`), without the cache. longest: of a prompt."""
+    part = min(max(PREFILL_TOKENS // rows, 1), longest)
+    passing = passing_bytes(shape, tokens=rows * part, itemsize=itemsize)
+    if on_gpu or part > PLAIN_ATTENTION:
+        return passing
+    scores = 2.0 * itemsize * rows * shape.heads * part * longest  # of plain products, and their softmax
+    return max(passing, scores)
 
 
 def gpu_memory_utilization(*, weights: float, cache: float, tensor_parallel: int, gpu: float) -> float:

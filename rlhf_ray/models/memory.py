@@ -7,13 +7,14 @@ draws among. `actors.memory_plan` adds them up per GPU and per node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
-from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes
-from rlhf_ray.models.size import ModelShape, parameters, shape_of_model, shape_of_other, trained_parameters
+from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes, prefill_bytes
+from rlhf_ray.models.held_weights import HeldWeights, frozen_bytes, held_weights
+from rlhf_ray.models.planned_process import GB, PlannedProcess
+from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import (
     longest_of,
     response_share,
@@ -21,61 +22,17 @@ from rlhf_ray.models.support_memory import (
     support_mask_bytes,
     support_tokens,
 )
-from rlhf_ray.models.training_state import buffer_bytes, loading_bytes, model_state
+from rlhf_ray.models.training_state import buffer_bytes, model_state
 from rlhf_ray.tables.engines import ENGINES
+from rlhf_ray.tables.families import is_tested
 
-GB = 1e9
-IMPORTED = 0.44e9  # a process that has imported torch, transformers and DeepSpeed, before its model
-FORKED = 0.12e9  # the same as a fork of another process: what the two do not share
-#: of each process on a GPU: CUDA's context and the work spaces of its libraries. Assumed, never measured here.
-CONTEXT = 0.8e9
 #: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: as much again as the activations, or this
 #: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory_peaks.py).
 HEAP_GRADIENTS = 1.3
-FIRST_USE = 0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
-STATE = ("weights", "copies", "gradients", "optimiser")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedProcess:
-    """Bytes of one process that holds models."""
-
-    parts: Mapping[str, float]  # where it computes: on its GPU, or in the host's memory
-    on_gpu: bool
-    host: Mapping[str, float] = field(default_factory=dict)  # in the host's memory, of one that computes on a GPU
-    loading: tuple[float, float] = (0.0, 0.0)  # on the device and on the host, while it loads its model
-    file: float = 0.0  # mapped while it loads, beside what it makes of it; one copy per node, which the system may drop
-    gpus: int = 1  # that hold the parts in `split` together
-    split: Mapping[str, float] = field(default_factory=dict)
-    heap: float = 0.0  # on a CPU: what the C library keeps of memory that came and went
-
-    @property
-    def state(self) -> float:
-        """Always there."""
-        return sum(value for name, value in self.parts.items() if name in STATE)
-
-    @property
-    def work(self) -> float:
-        """What a forward or backward pass or a batch of generation adds."""
-        return sum(value for name, value in self.parts.items() if name not in STATE)
-
-    @property
-    def gpu(self) -> float:
-        """The most on any of its GPUs, without CUDA's own."""
-        return max(self.loading[0], self.state + self.work + sum(self.split.values()) / self.gpus) if self.on_gpu else 0.0
-
-    @property
-    def memory(self) -> float:
-        """The most in the host's memory, without what it imports and without mapped files."""
-        if self.on_gpu:
-            return max(self.loading[1], sum(self.host.values()))
-        return max(self.loading[1], self.state + self.work + self.heap + FIRST_USE)
-
-    @property
-    def peak(self) -> float:
-        """The most that its resident memory grows by on a CPU, mapped files included."""
-        return max(self.loading[1] + self.file, self.memory)
+#: Numbers that are worked on at a time where the head is read in pieces (`algorithms.logprobs.PIECE`), but at least so many rows.
+PIECE, PIECE_ROWS = {False: 2**18, True: 2**27}, 1024
+PIECE_BYTES = 16  # of float32 tensors of a piece, beside its logits and their gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +63,11 @@ def memory_plan(
     """One row per role of the PPO stage. itemsize, gpu_itemsize: bytes of the dtype that roles compute in on CPUs and on GPUs.
     support: tokens that each token is drawn among; None: the most that there can be (`support_tokens`)."""
     support = support_tokens(recipe) if support is None else support
-    trained, rows = trained_by_role(recipe), []
+    rows = []
     for name, role in recipe.ppo_roles.items():
         bytes_each = gpu_itemsize if role.gpus > 0 else itemsize
         if isinstance(role, GroupConfig):
-            process = _trainer(recipe, name, role, trained[name], bytes_each, support)
+            process = _trainer(recipe, name, role, bytes_each, support)
         elif name == "generation":
             given = {"float32": 4, "bfloat16": 2}.get(recipe.generation.precision, bytes_each)
             process = _generator(recipe, role, given, support)
@@ -120,33 +77,62 @@ def memory_plan(
     return rows
 
 
-def _trainer(recipe: Recipe, name: str, role: GroupConfig, trained: int, itemsize: int, support: int) -> PlannedProcess:
-    shape, ppo, on_gpu = shape_of_model(recipe), recipe.ppo, role.gpus > 0
+def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, support: int) -> PlannedProcess:
+    shape, ppo, on_gpu, language = shape_of_model(recipe), recipe.ppo, role.gpus > 0, name == "policy"
+    held, stage = _held(recipe, name, itemsize), role.zero_stage
+    whole = shape.parameters if language else shape.body
     state = model_state(
-        shape.parameters, trained, zero_stage=role.zero_stage, ranks=role.actors,
+        held.trained, frozen=held.frozen, zero_stage=stage, ranks=role.actors,
         offload_optimizer=role.offload_optimizer and on_gpu, offload_param=role.offload_param and on_gpu,
     )  # fmt: skip
-    tokens, head = pass_tokens(recipe, ranks=role.actors), name == "policy"
+    tokens = pass_tokens(recipe, ranks=role.actors)
     kept = kept_bytes(
         shape, tokens=tokens, longest=longest_of(recipe), itemsize=itemsize, checkpointing=ppo.gradient_checkpointing,
         on_gpu=on_gpu,
     )  # fmt: skip
-    work = buffer_bytes(shape.parameters, trained, zero_stage=role.zero_stage, ranks=role.actors, on_gpu=on_gpu) | {
-        "16-bit copies": cast_bytes(shape, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing),
+    work = buffer_bytes(
+        held.trained, weights=whole, held=held.bytes, zero_stage=stage, ranks=role.actors, on_gpu=on_gpu
+    ) | {
+        "16-bit copies": cast_bytes(held, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing),
         "activations": kept,
     }
-    if ppo.lora is None and head:  # of the output layer, beside the sum that it is added to
-        work["buckets"] += 4.0 * shape.vocabulary * shape.width
-    if head:
-        work["logits"] = trained_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
+    if ppo.lora is None and language:  # of the output layer, beside the sum that it is added to
+        work["buckets"] += 4.0 * shape.head
+    if language:
+        in_pieces = ppo.entropy_coef > 0 and stage < 3 and is_tested(shape.family)
+        logits = head_pieces(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu) if in_pieces else trained_logits(
+            recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)  # fmt: skip
+        work["logits"] = logits
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
-    snapshot = 12.0 * trained / role.actors if snapshot_bytes(recipe) else 0.0
-    host = dict(state.host) | {"snapshot": snapshot}
-    if head and sends_by_store(recipe):
-        host["weights to send"] = 4.0 * trained
-    loading = loading_bytes(shape.parameters, mapped=recipe.sft is not None)
-    return PlannedProcess(parts=dict(state.parts) | work, on_gpu=on_gpu, host=host if on_gpu else {}, loading=loading,
-                   heap=heap_bytes(shape, trained, kept))  # fmt: skip
+    own = 0.0 if recipe.sft is not None else 4.0 * whole  # what is read from a float32 file is mapped, not the process's own
+    return PlannedProcess(
+        parts=dict(state.parts) | work, on_gpu=on_gpu, host=dict(state.host) | {"checkpoint": 12.0 * held.trained / role.actors},
+        moments=_between(recipe, language, held, whole, role, itemsize),
+        loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
+        first_alone=stage == 3, heap=heap_bytes(shape, held.trained, kept),
+    )  # fmt: skip
+
+
+def _between(
+    recipe: Recipe, language: bool, held: HeldWeights, whole: int, role: GroupConfig, itemsize: int
+) -> dict[str, float]:
+    """What stands in the host's memory between two updates, one after the other."""
+    on_gpu, moments = role.gpus > 0, {}
+    if snapshot_bytes(recipe) and (on_gpu or role.zero_stage > 0):  # plain tensors on a CPU are given as they are
+        moments["snapshot"] = 12.0 * held.trained / role.actors
+    if language:
+        moments["model to be written"] = 4.0 * (held.trained + whole)
+        if sends_by_store(recipe) and (on_gpu or role.zero_stage == 3 or itemsize == 2):
+            moments["weights to send"] = float(itemsize) * held.trained
+    return moments
+
+
+def _held(recipe: Recipe, role: str, itemsize: int) -> HeldWeights:
+    """Of policy or critic."""
+    ppo, language = recipe.ppo, role == "policy"
+    lora, freeze = (ppo.lora, ppo.freeze_layers) if language else (ppo.critic_lora, ppo.critic_freeze_layers)
+    shape = shape_of_model(recipe)
+    return held_weights(shape, recipe.model, lora=lora, freeze_layers=freeze, language=language, itemsize=itemsize)
 
 
 def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
@@ -160,14 +146,16 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     model = float(itemsize) * shape.parameters
     engine = ENGINES.named(generation.engine)
     own, batch = engine.copies[on_gpu] * model, generation_bytes(recipe, itemsize=itemsize)
-    parts = {"weights": model + (4.0 * shape.parameters if recipe.ppo.lora is not None else 0.0)}  # what merged weights are of
+    before = 4.0 * (shape.body - shape.embeddings) if recipe.ppo.lora is not None else 0.0  # what merged weights are of
+    parts = {"weights": model + before}
     if own:
         parts["copies"] = own
     parts |= batch
     heap = 0.0
     if generation.engine != "vllm":
-        prompts = generation.rows * recipe.data.max_prompt_tokens
-        parts["passing"] = passing_bytes(shape, tokens=prompts, itemsize=itemsize)
+        parts["passing"] = prefill_bytes(
+            shape, rows=generation.rows, longest=recipe.data.max_prompt_tokens, itemsize=itemsize, on_gpu=on_gpu
+        )
         heap = parts["passing"] + own  # new weights are copied while the old copies stand
     # each row's own sets, and the chunk's together
     parts["sampling sets"] = 2.0 * support_bytes(generation.chunk_size * generation.max_new_tokens, support)
@@ -184,39 +172,47 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
 
 def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support: int) -> PlannedProcess:
     shape, tokens, on_gpu = shape_of_model(recipe), pass_tokens(recipe), role.gpus > 0
-    models = scorer_parameters(recipe) if name == "reward" else [shape.parameters]
-    parts = {"weights": 4.0 * sum(models)}
+    models = scorer_shapes(recipe) if name == "reward" else [shape]
+    reads = name == "reference"  # and tells log-probs: tied embeddings are copied for the product that gives logits
+    counts = [each.parameters if reads else each.body for each in models]
+    each_held = [frozen_bytes(each, count, itemsize=itemsize) for each, count in zip(models, counts, strict=True)]
+    parts = {"weights": sum(each_held)}
     if models:
         parts |= {
             "passing": passing_bytes(shape, tokens=tokens, itemsize=itemsize),
-            "16-bit copies": 2.0 * max(models) if itemsize == 2 else 0.0,  # for as long as a pass lasts
+            "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output else 0.0,
         }
     if name == "reference":
         logits = response_share(recipe) * tokens * shape.vocabulary
         parts["logits"] = logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
         parts["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
-    own = name == "reference" and recipe.sft is None  # else from a stage's float32 file, which is mapped
-    return PlannedProcess(parts=parts, on_gpu=on_gpu, loading=(0.0, 4.0 * shape.parameters if own else 0.0))
+    mapped = recipe.sft is not None or not reads  # a stage's float32 file
+    loading = [  # of one model after the other
+        (held if itemsize == 2 else 0.0) + (0.0 if mapped else 4.0 * count) for held, count in zip(each_held, counts, strict=True)
+    ]
+    return PlannedProcess(
+        parts=parts, on_gpu=on_gpu, loading=(0.0, max(loading, default=0.0)), file=4.0 * max(counts, default=0) if mapped else 0.0
+    )
 
 
-def scorer_parameters(recipe: Recipe) -> list[int]:
+def scorer_shapes(recipe: Recipe) -> list[ModelShape]:
     """Of each model that the reward role holds: those of the reward stage, and those from elsewhere."""
     models = {term.model for term in recipe.ppo.terms.values()} - {None}
-    own, reward = parameters(recipe), recipe.reward
+    own, reward = shape_of_model(recipe), recipe.reward
     found = [own] * reward.members if "reward" in models and reward is not None else []
     for name in models - {"reward"}:
         assert name is not None
-        found.append(shape_of_other(recipe, name).parameters or own)  # as large as the policy, as far as is known
+        other = shape_of_other(recipe, name)
+        found.append(other if other.parameters else own)  # as large as the policy, as far as is known
     return found
 
 
 def trained_by_role(recipe: Recipe) -> dict[str, int]:
     """Trained role -> the number of its weights that train."""
-    ppo = recipe.ppo
-    found = {"policy": trained_parameters(recipe, ppo.lora, ppo.freeze_layers)}
-    if ppo.has_critic:
-        found["critic"] = trained_parameters(recipe, ppo.critic_lora, ppo.critic_freeze_layers)
-    return found
+    return {
+        name: _held(recipe, name, 4).trained
+        for name in (("policy", "critic") if recipe.ppo.has_critic else ("policy",))
+    }
 
 
 def sends_by_store(recipe: Recipe) -> bool:
@@ -236,6 +232,15 @@ def trained_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool =
     """Logits of the responses' tokens, and their gradient."""
     logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
     return 2 * logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
+
+
+def head_pieces(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
+    """Of the head read in pieces (`algorithms.chunked_head`): a piece's logits and what is made of them, and the gradient of its
+    weight, once for a piece and once for all."""
+    shape = shape_of_model(recipe)
+    rows = max(PIECE[on_gpu] // max(shape.vocabulary, 1), min(shape.width, PIECE_ROWS))
+    piece = min(rows, response_share(recipe) * tokens) * shape.vocabulary
+    return piece * (2 * itemsize + PIECE_BYTES) + float(itemsize) * shape.head
 
 
 def pass_tokens(recipe: Recipe, *, ranks: int | None = None) -> int:

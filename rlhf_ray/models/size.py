@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_ray.config import FromScratch, LoraConfig, ModelConfig, Recipe
 from rlhf_ray.errors import UserError
 from rlhf_ray.tables.families import is_gated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,17 @@ class ModelShape:
     feed_forward: int  # channels within a feed-forward layer
     family: str  # the config's model_type
     gated: bool  # the feed-forward layer has three matrices
+    output: int = 0  # weights of an output layer of its own; 0: the embeddings serve as one
+
+    @property
+    def body(self) -> int:
+        """Weights without an output layer: of a reward model or a critic, except its head of width 1."""
+        return self.parameters - self.output
+
+    @property
+    def head(self) -> int:
+        """Weights of the product that gives logits."""
+        return self.vocabulary * self.width
 
 
 UNKNOWN = ModelShape(
@@ -67,14 +82,6 @@ SCRATCH_WEIGHTS: dict[str, Callable[[FromScratch], tuple[int, int, int]]] = {
 def parameters(recipe: Recipe) -> int:
     """The number of the policy's weights; 0 where its config can't be read."""
     return shape_of_model(recipe).parameters
-
-
-def trained_parameters(recipe: Recipe, lora: LoraConfig | None, freeze_layers: int) -> int:
-    """The number of the policy's weights that train, or of the weights in its adapters."""
-    shape = shape_of_model(recipe)
-    if lora is not None:
-        return adapter_parameters(recipe.model, lora)
-    return shape.parameters - (shape.embeddings + sum(shape.blocks[:freeze_layers]) if freeze_layers > 0 else 0)
 
 
 def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
@@ -142,8 +149,15 @@ def _counted(model_json: str) -> ModelShape:
         width=config.hidden_size, vocabulary=config.vocab_size, family=config.model_type,
         gated=is_gated(config.model_type), heads=heads,
         feed_forward=options.get("intermediate_size") or options.get("n_inner") or 4 * config.hidden_size,
-        key_value_width=head_width * (options.get("num_key_value_heads") or heads),
+        key_value_width=head_width * (options.get("num_key_value_heads") or heads), output=_output_weights(built, embeddings),
     )  # fmt: skip
+
+
+def _output_weights(model: PreTrainedModel, embeddings: Collection[int]) -> int:
+    """embeddings: the ids of their weights."""
+    layer = model.get_output_embeddings()
+    weight = None if layer is None else vars(layer)["_parameters"].get("weight")
+    return 0 if weight is None or id(weight) in embeddings else weight.numel()
 
 
 def _unbuilt(name_or_path: str) -> ModelShape:

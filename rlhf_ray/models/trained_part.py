@@ -185,13 +185,17 @@ class MergedLayers:
     Every `load` computes start + alpha / rank * B A from the start, so that no rounding adds up over many loads.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: LoraConfig, start: PreTrainedModel | None = None):
-        """start: the same model in float32, where `model` is in a dtype that may have lost digits of it."""
+    def __init__(
+        self, model: PreTrainedModel, lora: LoraConfig, start: PreTrainedModel | None = None, *, again: bool = True
+    ):
+        """start: the same model in float32, where `model` is in a dtype that may have lost digits of it. again=False: for one
+        `load`, which needs no copies."""
         self.scaling = lora.scaling
         self.layers = adapted_layers(model, lora)
         before = self.layers if start is None else adapted_layers(start, lora)
         self.start = {
-            name: _no_larger_than_needed(before[name].weight, self.layers[name].weight) for name in self.layers
+            name: _no_larger_than_needed(before[name].weight, self.layers[name].weight) if again else before[name].weight.detach()
+            for name in self.layers
         }
 
     @torch.no_grad()
@@ -225,23 +229,13 @@ def load_trained(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], *, lora: LoraConfig | None, freeze_layers: int
 ) -> None:
     """Put what was trained, by its `plain_name`, into a plain copy of the model that training started from."""
+    kept = frozen_names(model, freeze_layers)
     if lora is not None:
-        MergedLayers(model, lora).load(weights)
-    else:
-        load_named(model, weights, kept=frozen_names(model, freeze_layers))
-
-
-def merged_state(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The whole `state` of a model with adapters in it -> that of the plain model, merged."""
-    from peft.tuners.lora import LoraLayer
-
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not is_adapter(name)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = (state[f"{name}.lora_{part}.default.weight"] for part in "AB")
-            transposed = isinstance(layer.get_base_layer(), Conv1D)
-            plain[f"{name}.weight"] = merged_weight(plain[f"{name}.weight"], a, b, layer.scaling["default"], transposed)
-    return plain
+        adapter = {name: weight for name, weight in weights.items() if name.endswith((".lora_A", ".lora_B"))}
+        MergedLayers(model, lora, again=False).load(adapter)
+        weights = {name: weight for name, weight in weights.items() if name not in adapter}  # a head's, if any
+        kept = {name for name, _ in model.named_parameters()} - weights.keys()
+    load_named(model, weights, kept=kept)
 
 
 def save_adapter(

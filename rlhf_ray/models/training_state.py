@@ -41,14 +41,16 @@ class State:
 
 
 def model_state(
-    weights: int, trained: int, *, zero_stage: int, ranks: int, numbers: NumberFormat = FLOAT32,
+    trained: int, *, frozen: float = 0.0, zero_stage: int, ranks: int, numbers: NumberFormat = FLOAT32,
     offload_optimizer: bool = False, offload_param: bool = False,
 ) -> State:  # fmt: skip
-    """trained: how many of the weights train."""
+    """trained: how many weights train. frozen: bytes of those that don't."""
     shares = [ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    masters = numbers.masters + (numbers.own_share if zero_stage in (1, 2) or (zero_stage == 3 and offload_optimizer) else 0)
+    masters = numbers.masters + (
+        numbers.own_share if zero_stage in (1, 2) or (zero_stage == 3 and offload_optimizer) else 0
+    )
     held = {
-        "weights": numbers.weight * weights / shares[2],
+        "weights": (numbers.weight * trained + frozen) / shares[2],
         "gradients": numbers.gradient * trained / shares[1],
         "optimiser": (numbers.moments + masters) * trained / shares[0],
     }
@@ -61,26 +63,26 @@ def model_state(
     return State(parts, {name: value for name, value in held.items() if name in away})
 
 
-def buffer_bytes(weights: int, trained: int, *, zero_stage: int, ranks: int, on_gpu: bool) -> dict[str, float]:
-    """What DeepSpeed holds beside the state during a backward pass.
+def buffer_bytes(
+    trained: int, *, weights: int, held: float, zero_stage: int, ranks: int, on_gpu: bool, low_sums: bool = False
+) -> dict[str, float]:
+    """What DeepSpeed holds beside the state during a backward pass. weights, held: all weights of the model, and their bytes.
 
-    A GPU's buckets have their whole size; of a CPU's only what is written takes memory. Gathered weights stay up to `LIVE`.
+    A GPU's buckets have their whole size, and there are two of them at stages 1 and 2, where one is filled while the other is
+    reduced (`overlap_comm`); of a CPU's only what is written takes memory. low_sums: there are some for 16-bit sums beside those
+    in float32 (DeepSpeed's own autocast). Gathered weights stay up to `LIVE`.
     """
     if zero_stage == 0:
         return {"buckets": 0.0 if ranks == 1 else 4.0 * min(trained, BUCKET)}
-    bucket = 4.0 * (BUCKET if on_gpu else min(trained, BUCKET))
+    if zero_stage == 3:
+        buckets, low = 1, 2.0
+    else:
+        buckets, low = 2, 4.0  # DeepSpeed makes both kinds in float32 there
+    bucket = BUCKET * buckets * (4.0 + (low if low_sums else 0.0)) if on_gpu else 4.0 * min(trained, BUCKET)
     own = 4.0 * trained / ranks  # the rank's share of the gradient once more, where it is put together
     if zero_stage == 3:
         own = min(own, 4.0 * SUB_GROUP)
-    return {"buckets": bucket + own} | (
-        {"gathered": 4.0 * min(weights, LIVE) * (1.0 if on_gpu else GLOO_COPIES)} if zero_stage == 3 and ranks > 1 else {}
-    )
-
-
-def loading_bytes(weights: int, *, mapped: bool) -> tuple[float, float]:
-    """While a rank starts, on the (device, host): it has the whole model in float32, also where ZeRO-3 cuts it then.
-
-    mapped: it comes from a float32 file, which the system maps: all ranks of a node read the same pages, which it may drop. Weights
-    of another dtype, and random ones, are each rank's own.
-    """
-    return 4.0 * weights, 0.0 if mapped else 4.0 * weights
+    if zero_stage < 3 or ranks == 1:
+        return {"buckets": bucket + own}
+    gathered = held * min(1.0, LIVE / weights) if weights else 0.0
+    return {"buckets": bucket + own, "gathered": gathered * (1.0 if on_gpu else GLOO_COPIES)}

@@ -7,6 +7,7 @@ weights would not be 0, and a resumed stage would have to compute them all again
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import cast
@@ -23,6 +24,7 @@ from rlhf_ray.algorithms.logprobs import selected_logprobs
 from rlhf_ray.config import DpoConfig, Recipe
 from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention, load_causal_lm, to_device
 from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -31,7 +33,7 @@ from rlhf_ray.runs.run_folder import RunFolder, start_model
 from rlhf_ray.supervised.dpo_metrics import dpo_figures
 from rlhf_ray.supervised.reward_metrics import numbered
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, dpo_rows
-from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
+from rlhf_ray.supervised.stage import MeasuringJob, StageJob, device_of, measure_stage, train_stage
 from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 from rlhf_ray.training.forward import response_logprobs
 
@@ -66,40 +68,55 @@ def train_dpo(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "dpo" on this rank -> its summary (see `stage.train_stage`)."""
     config = recipe.section(stage)
     assert isinstance(config, DpoConfig)
-    seed = recipe.seed + DPO_SEED
-    train = _read(folder, "reward_train")
-    tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
-    start = partial(_start, recipe, folder, tokenizer, device_of(config))
-    model = start()
-    max_length = recipe.max_length_of(stage)
-    check_positions(model.config, max_length, f"{stage}.max_length")
-    model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
-    train_only_part(
-        model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
-    rows = dpo_rows(tokenizer, train, max_length=max_length)
+    train, tokenizer = _read(folder, "reward_train"), load_tokenizer(folder.tokenizer, recipe.model.trust_remote_code)
+    max_length, start = recipe.max_length_of(stage), partial(_start, recipe, folder, tokenizer, device_of(config))
     held_out = _read(folder, "reward_eval")
     held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
     held_out = dpo_rows(tokenizer, held_out, max_length=max_length)  # what can't be measured is told of before the training
 
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        reference = start().requires_grad_(False)
+        return heldout_figures(trained, to_device(reference, device_of(config)), held_out, config, dtype=dtype)
+
+    measuring = MeasuringJob(
+        recipe=recipe, stage=stage, target=folder.stage(stage), config=config, measure=measure,
+        load=lambda saved: fast_attention(load_causal_lm(saved, None, recipe.model.trust_remote_code), device_of(config)),
+    )  # fmt: skip
+    job = _training(recipe, folder, stage, config, tokenizer, dpo_rows(tokenizer, train, max_length=max_length), start)
+    jobs = [job]
+    del job  # `train_stage` is to hold the only reference
+    return measure_stage(train_stage(jobs.pop()), measuring)
+
+
+def _training(
+    recipe: Recipe,
+    folder: RunFolder,
+    stage: str,
+    config: DpoConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TokenRows,
+    start: Callable[[], PreTrainedModel],
+) -> StageJob:
+    seed, model = recipe.seed + DPO_SEED, start()
+    check_positions(model.config, recipe.max_length_of(stage), f"{stage}.max_length")
+    train_only_part(
+        model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
+
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
         reference = start()  # before the arguments: after them ZeRO-3 splits every loaded model over the ranks
+        hold_frozen(model, dtype)
+        hold_frozen(reference.requires_grad_(False), dtype)
         args = training_arguments(
             TrlDpoConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
             beta=config.beta, disable_dropout=True, **loss_arguments(config),
         )  # fmt: skip
         return Dpo(model=model, ref_model=reference, args=args, train_dataset=dataset, processing_class=tokenizer)
 
-    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
-        return heldout_figures(trained, to_device(start(), device_of(config)), held_out, config, dtype=dtype)
-
-    return train_stage(
-        StageJob(
-            recipe=recipe, folder=folder, stage=stage, target=folder.stage(stage), config=config, seed=seed,
-            tokenizer=tokenizer, rows=rows, trainer=trainer, measure=measure,
-            load=lambda saved: fast_attention(load_causal_lm(saved, None, recipe.model.trust_remote_code), device_of(config)),
-        )
+    return StageJob(
+        recipe=recipe, stage=stage, target=folder.stage(stage), config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+        trainer=trainer, start=start,
     )  # fmt: skip
 
 
@@ -189,6 +206,7 @@ def _start(
     else:
         model = load_causal_lm(start_model(recipe, folder), None, recipe.model.trust_remote_code)
     disable_dropout(model)
+    model.config.response_stops = list(recipe.generation.stop)  # as the PPO stage writes it
     return fast_attention(model, device)
 
 

@@ -74,7 +74,7 @@ class ResumableTrainer(Trainer):
 
     def _begin(self, temporary: Path) -> str | None:
         """Make the folder -> what stands in the way, if anything does."""
-        trained = self._engine_state().trained()
+        trained = self.engine_state().trained()
         # DeepSpeed adds ds_numel to the parameters that it shards.
         weights = sum(cast(Any, each).ds_numel if self.zero_stage == 3 else each.numel() for _, each in trained)
         try:
@@ -89,7 +89,7 @@ class ResumableTrainer(Trainer):
         at_once = self.zero_stage == 3  # gathered weights are gone after their turn
         share = {
             name: tensor.detach().to("cpu", torch.float32, copy=at_once).contiguous()
-            for number, (name, tensor) in enumerate(self._engine_state().read())
+            for number, (name, tensor) in enumerate(self.engine_state().read())
             if number % world_size() == rank()
         }
         trained, generators = (temporary / rank_file(kind, rank(), world_size()) for kind in KINDS)
@@ -125,7 +125,7 @@ class ResumableTrainer(Trainer):
 
     def _go_on_from(self, folder: Path) -> None:
         """Weights, Adam's moments and the schedule's position. Collective."""
-        state = self._engine_state()
+        state = self.engine_state()
         state.create()
         state.load(read_trained(folder), self.state.global_step, f"the checkpoint {folder}")
         scheduler: Any = self.lr_scheduler
@@ -136,7 +136,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             read_random(Path(checkpoint), rank())
 
-    def _engine_state(self) -> EngineState:
+    def engine_state(self) -> EngineState:
         engine: Any = self.deepspeed
         model = cast(torch.nn.Module, self.model)
         return EngineState(model, engine.optimizer, zero_stage=self.zero_stage, device=self.args.device)

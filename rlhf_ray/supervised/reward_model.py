@@ -18,6 +18,7 @@ from rlhf_ray.data.role_files import COLUMNS, read_role
 from rlhf_ray.data.tokens import encode_texts
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.float_head import score_in_float32
+from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import body_of, build_causal_lm, build_reward_model, fast_attention, load_reward_model
 from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
@@ -28,7 +29,7 @@ from rlhf_ray.supervised.lines import classify_lines
 from rlhf_ray.supervised.normalisation import sample_scores, write_normalisation
 from rlhf_ray.supervised.reward_metrics import heldout_figures, numbered
 from rlhf_ray.supervised.rows import TokenRows, padded, pair_rows, score_rows
-from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
+from rlhf_ray.supervised.stage import MeasuringJob, StageJob, device_of, measure_stage, train_stage
 from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 
 SEEDS = {"reward": 2000, "judge": 3000}  # added to the recipe's: the two must not share a head or a data order
@@ -60,13 +61,50 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
     """
     config = recipe.section(stage)
     assert isinstance(config, RewardConfig)
+    target, tokenizer = folder.stage(stage).member(member), _tokenizer(recipe, folder, config)
+    figures_seed = recipe.seed + SEEDS[stage]  # the stage's: all members are measured on the same pairs of rows
+    job = _training(recipe, folder, stage, config, tokenizer, member)
+    middle = standardisation(job.rows)[0] if config.objective == "scores" else 0.0
+
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        figures: dict = {}
+        for part in _heldout_parts(folder, stage):
+            held_out = _heldout(folder, stage, part, config)
+            scores = heldout_scores(trained, tokenizer, held_out, config, dtype=dtype)
+            found = heldout_figures(scores, seed=figures_seed, middle=middle)
+            figures |= found if part == "eval" else {part.removeprefix("eval_"): found}
+            if part == "eval" and config.members > 1:
+                save_scores(target, scores, seed=figures_seed)
+        if config.normalise_samples > 0:
+            scores = sample_scores(
+                recipe, folder, target.model, samples=config.normalise_samples, dtype=dtype, device=device_of(config)
+            )
+            figures |= write_normalisation(target.model, scores)
+        return figures
+
+    measuring = MeasuringJob(
+        recipe=recipe, stage=stage, target=target, config=config, measure=measure,
+        load=lambda saved: score_in_float32(load_reward_model(saved, None, recipe.model.trust_remote_code)),
+    )  # fmt: skip
+    jobs = [job]
+    del job  # `train_stage` is to hold the only reference
+    return measure_stage(train_stage(jobs.pop()), measuring)
+
+
+def _training(
+    recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, member: int
+) -> StageJob:
     seed, target = recipe.seed + SEEDS[stage] + MEMBER_SEED * member, folder.stage(stage).member(member)
     train = _read(folder, stage, "train", config)
-    model, tokenizer = _base(recipe, folder, stage, config, seed)
-    score_in_float32(fast_attention(model, device_of(config)))
-    for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
-        if name in model.config.to_dict():
-            delattr(model.config, name)
+
+    def start() -> PreTrainedModel:
+        made = score_in_float32(fast_attention(_base(recipe, folder, stage, config, tokenizer, seed), device_of(config)))
+        for name in ("reward_mean", "reward_std"):  # of the reward model that this one starts from
+            if name in made.config.to_dict():
+                delattr(made.config, name)
+        return made
+
+    model = start()
     check_positions(model.config, config.max_length, f"{stage}.max_length")
     train_only_part(
         body_of(model), lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
@@ -79,6 +117,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
         classify_lines(model)
 
     def trainer(dataset: Dataset, stage_folder, dtype) -> StageTrainer:
+        hold_frozen(model, dtype)
         args = training_arguments(
             TrlRewardConfig, stage, config, stage_folder, dtype=dtype, seed=seed, padding=padding_of(model),
             disable_dropout=True,
@@ -91,30 +130,9 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
         )
 
-    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
-        figures: dict = {}
-        middle = standardisation(rows)[0] if config.objective == "scores" else 0.0
-        for part in _heldout_parts(folder, stage):
-            held_out = _heldout(folder, stage, part, config)
-            scores = heldout_scores(trained, tokenizer, held_out, config, dtype=dtype)
-            # The stage's seed: all members are measured on the same pairs of rows.
-            found = heldout_figures(scores, seed=recipe.seed + SEEDS[stage], middle=middle)
-            figures |= found if part == "eval" else {part.removeprefix("eval_"): found}
-            if part == "eval" and config.members > 1:
-                save_scores(target, scores, seed=recipe.seed + SEEDS[stage])
-        if config.normalise_samples > 0:
-            scores = sample_scores(
-                recipe, folder, target.model, samples=config.normalise_samples, dtype=dtype, device=device_of(config)
-            )
-            figures |= write_normalisation(target.model, scores)
-        return figures
-
-    return train_stage(
-        StageJob(
-            recipe=recipe, folder=folder, stage=stage, target=target, config=config, seed=seed, tokenizer=tokenizer,
-            rows=rows, trainer=trainer, measure=measure,
-            load=lambda saved: score_in_float32(load_reward_model(saved, None, recipe.model.trust_remote_code)),
-        )
+    return StageJob(
+        recipe=recipe, stage=stage, target=target, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+        trainer=trainer, start=start,
     )  # fmt: skip
 
 
@@ -192,20 +210,25 @@ def raw_scores(
     return scores
 
 
-def _base(recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, seed: int):
-    """The model that training starts from, with a fresh head, and its tokenizer."""
+def _tokenizer(recipe: Recipe, folder: RunFolder, config: RewardConfig) -> PreTrainedTokenizerBase:
+    """That of the model that training starts from."""
+    path = folder.tokenizer if config.starts_within_run else config.base
+    return load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def _base(
+    recipe: Recipe, folder: RunFolder, stage: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """The model that training starts from, with a fresh head."""
     trust = recipe.model.trust_remote_code
-    if config.starts_within_run:
-        tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=trust)
-        if config.base != "model" and recipe.section(config.base) is not None:
-            body = folder.stage(config.base).model
-            if not (body / "config.json").exists():
-                raise UserError(f"{stage}.base is '{config.base}', but {body} holds no model; run that stage first")
-            return build_reward_model(body, tokenizer, seed, trust), tokenizer
-        body = build_causal_lm(recipe.model, tokenizer, recipe.seed)
-        return build_reward_model(body, tokenizer, seed, trust), tokenizer
-    tokenizer = load_tokenizer(config.base, trust_remote_code=trust)
-    return build_reward_model(config.base, tokenizer, seed, trust), tokenizer
+    if not config.starts_within_run:
+        return build_reward_model(config.base, tokenizer, seed, trust)
+    if config.base != "model" and recipe.section(config.base) is not None:
+        body = folder.stage(config.base).model
+        if not (body / "config.json").exists():
+            raise UserError(f"{stage}.base is '{config.base}', but {body} holds no model; run that stage first")
+        return build_reward_model(body, tokenizer, seed, trust)
+    return build_reward_model(build_causal_lm(recipe.model, tokenizer, recipe.seed), tokenizer, seed, trust)
 
 
 def _heldout(folder: RunFolder, stage: str, part: str, config: RewardConfig) -> Dataset:

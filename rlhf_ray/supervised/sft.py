@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from trl import SFTTrainer
 from rlhf_ray.config import Recipe, SftConfig
 from rlhf_ray.data.role_files import has_role, read_role
 from rlhf_ray.errors import NotFinite
+from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import build_causal_lm, fast_attention, load_causal_lm
 from rlhf_ray.models.positions import check_positions
 from rlhf_ray.models.tokenizer import load_tokenizer, pad_id
@@ -25,7 +27,7 @@ from rlhf_ray.models.trained_part import train_only_part
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.lines import LineLoss
 from rlhf_ray.supervised.rows import IGNORED, TokenRows, packed_rows, padded, sft_rows
-from rlhf_ray.supervised.stage import StageJob, device_of, train_stage
+from rlhf_ray.supervised.stage import MeasuringJob, StageJob, device_of, measure_stage, train_stage
 from rlhf_ray.supervised.stage_trainer import StageTrainer, padding_of, training_arguments
 
 FLUENCY_SEED = 1000  # the fluency model must not share the SFT model's initialisation or data order
@@ -57,9 +59,29 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
     """The stage "sft" or "fluency" on this rank -> its summary (see `stage.train_stage`)."""
     config = recipe.section(stage)
     assert isinstance(config, SftConfig)
-    seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
     tokenizer = load_tokenizer(folder.tokenizer, trust_remote_code=recipe.model.trust_remote_code)
-    model = fast_attention(build_causal_lm(recipe.model, tokenizer, seed), device_of(config))
+
+    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
+        if not has_role(folder, "sft_eval"):
+            return {}
+        held_out = read_role(folder, "sft_eval")
+        held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
+        held_out = sft_rows(tokenizer, held_out, max_length=config.max_length)
+        return heldout_loss(trained, tokenizer, held_out, dtype=dtype, batch_size=config.microbatch_size)
+
+    measuring = MeasuringJob(
+        recipe=recipe, stage=stage, target=folder.stage(stage), config=config, measure=measure,
+        load=lambda saved: load_causal_lm(saved, None, recipe.model.trust_remote_code),
+    )  # fmt: skip
+    return measure_stage(train_stage(_training(recipe, folder, stage, config, tokenizer)), measuring)
+
+
+def _training(
+    recipe: Recipe, folder: RunFolder, stage: str, config: SftConfig, tokenizer: PreTrainedTokenizerBase
+) -> StageJob:
+    seed = recipe.seed + (FLUENCY_SEED if stage == "fluency" else 0)
+    start = partial(build_causal_lm, recipe.model, tokenizer, seed)
+    model = fast_attention(start(), device_of(config))
     check_positions(model.config, config.max_length, f"{stage}.max_length")
     train_only_part(
         model, lora=config.lora, freeze_layers=config.freeze_layers, seed=seed,
@@ -80,22 +102,13 @@ def train_sft(recipe: Recipe, folder: RunFolder, stage: str) -> dict:
         made = Sft(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
         if device_of(config).type == "cpu" and not config.packing:
             made.line_loss = LineLoss.of(model)
+        hold_frozen(model, dtype)
         return made
 
-    def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
-        if not has_role(folder, "sft_eval"):
-            return {}
-        held_out = read_role(folder, "sft_eval")
-        held_out = held_out.select(range(min(config.eval_rows, len(held_out))))
-        held_out = sft_rows(tokenizer, held_out, max_length=config.max_length)
-        return heldout_loss(trained, tokenizer, held_out, dtype=dtype, batch_size=config.microbatch_size)
-
-    job = StageJob(
-        recipe=recipe, folder=folder, stage=stage, target=folder.stage(stage), config=config, seed=seed,
-        tokenizer=tokenizer, rows=rows, trainer=trainer, measure=measure,
-        load=lambda saved: load_causal_lm(saved, None, recipe.model.trust_remote_code),
+    return StageJob(
+        recipe=recipe, stage=stage, target=folder.stage(stage), config=config, seed=seed, tokenizer=tokenizer, rows=rows,
+        trainer=trainer, start=start,
     )  # fmt: skip
-    return train_stage(job)
 
 
 @torch.no_grad()

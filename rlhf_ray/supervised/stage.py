@@ -1,4 +1,8 @@
-"""One supervised stage on one rank: train, save, measure. The same for SFT, fluency, reward model, judge and DPO."""
+"""One supervised stage on one rank: train, save, measure. The same for SFT, fluency, reward model, judge and DPO.
+
+Training and measuring are two calls, so that of the first nothing is left when the second begins: a run of AdamW holds four times
+the weights, and DeepSpeed's buffers.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,10 @@ from rlhf_ray.config import Recipe, TrainConfig
 from rlhf_ray.models.card import model_card
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.save import save_model
-from rlhf_ray.models.trained_part import is_adapter, merged_state
-from rlhf_ray.runs.run_folder import RunFolder, StageFolder
+from rlhf_ray.models.trained_part import is_adapter, load_trained
+from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.runs.storage import write_atomically
+from rlhf_ray.supervised.release import release
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.stage_trainer import StageTrainer, run_training, trained_weights
 from rlhf_ray.training.agreement import rank
@@ -29,10 +34,9 @@ from rlhf_ray.training.precision import resolve_precision
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """What distinguishes one stage from another."""
+    """What distinguishes the training of one stage from another. It holds the model."""
 
     recipe: Recipe
-    folder: RunFolder
     stage: str
     target: StageFolder  # where the result goes: the stage's folder, or that of a member of its ensemble
     config: TrainConfig
@@ -40,6 +44,17 @@ class StageJob:
     tokenizer: PreTrainedTokenizerBase
     rows: TokenRows
     trainer: Callable[..., StageTrainer]  # (dataset in training order, stage folder, compute dtype) -> trainer
+    start: Callable[[], PreTrainedModel]  # the model before training, once more: what did not train is saved with all its digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringJob:
+    """What distinguishes how the results are measured. It must not hold the model that trained."""
+
+    recipe: Recipe
+    stage: str
+    target: StageFolder
+    config: TrainConfig
     load: Callable[[Path], PreTrainedModel]  # the saved folder -> the model that is measured
     measure: Callable[[PreTrainedModel, torch.dtype], dict]  # held-out figures
 
@@ -49,9 +64,9 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def train_stage(job: StageJob) -> dict:
-    """Train, then write model/ and return the summary on rank 0; {"ended_by": "stop"} where it was asked to stop.
+    """Train, then write model/ and return the summary so far on rank 0; {"ended_by": "stop"} where it was asked to stop.
 
-    Other ranks return {} after training.
+    Other ranks return {} after training. The caller keeps no reference to the job: see `measure_stage`.
     """
     config, folder = job.config, job.target
     dtype = resolve_precision(config.precision, device_of(config))
@@ -66,29 +81,46 @@ def train_stage(job: StageJob) -> dict:
     )  # fmt: skip
     if outcome.ended_by == "stop":
         return {"ended_by": "stop", "steps": outcome.steps}
-    model, weights = trained_weights(trainer)
-    if rank() != 0:
-        return {}
+    weights, model = trained_weights(trainer), cast(PreTrainedModel, trainer.model)  # DeepSpeed's wrapper is trainer.deepspeed
     summary = {
         "steps": outcome.steps, "planned_steps": len(tokens_per_step), "ended_by": outcome.ended_by,
         "train_seconds": round(outcome.seconds, 2), "loss": outcome.last_loss,
         "rows": len(job.rows.lengths), "rows_cut": job.rows.cut,
         **({"rows_tied": job.rows.ties} if job.rows.ties else {}),
         "tokens": int(np.sum(tokens_per_step[: outcome.steps])),
-        **_sizes(model, sharded=weights is not None),
+        **_sizes(model, sharded=config.zero_stage == 3),
         "precision": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    if config.lora is not None:
-        weights = merged_state(model, model.state_dict() if weights is None else weights)
-    save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary), weights)
-    del trainer, model, weights
+    whole = config.zero_stage < 3 and config.lora is None and config.freeze_layers == 0
+    if whole and rank() == 0:
+        save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary))
+    release(trainer)
+    del trainer, model
     # Under ZeRO-3 transformers would split every model that this rank loads from here on over all ranks.
     unset_hf_deepspeed_config()
-    gc.collect()
-    started = time.monotonic()
-    trained = to_device(job.load(folder.model), device_of(config))
-    summary |= job.measure(trained, dtype)
-    write_atomically(folder.model / "README.md", model_card(job.recipe, job.stage, summary))
+    if rank() != 0:
+        return {}
+    if not whole:
+        gc.collect()  # the trainer is full of cycles
+        saved = job.start()
+        load_trained(saved, weights, lora=config.lora, freeze_layers=config.freeze_layers)
+        save_model(saved, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary))
+    return summary
+
+
+def measure_stage(summary: dict, job: MeasuringJob) -> dict:
+    """The summary of `train_stage`, where it trained to its end and this is rank 0, with the held-out figures of what it saved."""
+    gc.collect()  # trainer and model
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if not summary or summary["ended_by"] == "stop":
+        return summary
+    started, device = time.monotonic(), device_of(job.config)
+    trained = job.load(job.target.model)
+    trained.requires_grad_(False)  # autocast keeps copies of weights that need gradients
+    figures = job.measure(to_device(trained, device), resolve_precision(job.config.precision, device))
+    summary = summary | figures
+    write_atomically(job.target.model / "README.md", model_card(job.recipe, job.stage, summary))
     return summary | {"measure_seconds": round(time.monotonic() - started, 2)}
 
 

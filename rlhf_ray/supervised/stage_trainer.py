@@ -264,12 +264,16 @@ def run_training(
     return outcome, trainer
 
 
-def trained_weights(trainer: StageTrainer) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
-    """The model and, where its own tensors are only shards (ZeRO-3), the whole weights on rank 0. Collective."""
-    model = cast(PreTrainedModel, trainer.model)  # DeepSpeed's wrapper is trainer.deepspeed
-    if trainer.stage_config.zero_stage < 3:
-        return model, None
-    return model, cast(dict[str, torch.Tensor] | None, trainer.accelerator.get_state_dict(trainer.deepspeed))
+def trained_weights(trainer: StageTrainer) -> dict[str, torch.Tensor]:
+    """What trained, whole and in float32 on the host, on rank 0: by its name in the plain model; an adapter's is <layer>.lora_A or
+    .lora_B. Collective."""
+    state, found = trainer.engine_state(), dict[str, torch.Tensor]()
+    for name, parameter in state.trained():
+        with state.gathered(parameter):
+            if rank() == 0:
+                copy = trainer.stage_config.zero_stage == 3  # the gathered weight is gone after its turn
+                found[name.removesuffix(".default.weight")] = parameter.detach().to("cpu", torch.float32, copy=copy)
+    return found
 
 
 def _writer(folder: StageFolder, stage: str, tracking: TrackingConfig, found) -> MetricsWriter | None:

@@ -22,7 +22,7 @@ from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.engine_state import EngineState
 from rlhf_ray.training.finite_ranks import check_losses, check_weights
-from rlhf_ray.training.shards import cut_into_shards
+from rlhf_ray.training.shards import cut_into_shards, gather_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class OptimiserConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     offload_optimizer: bool = False
     offload_param: bool = False
+    compute_dtype: torch.dtype = torch.float32  # that the module's products run in, under autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class DeepSpeedEngine:
         self.device = device
         if config.zero_stage == 3:
             cut_into_shards(module, device, self._deepspeed_options())
+            if config.compute_dtype != torch.float32:
+                gather_in(module, config.compute_dtype)
         self.module = module = module.to(device)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in trained:  # the fused step reads weights, gradients and moments as they lie in memory

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray.training.engine_state import GATHERED_AS
 
 
 def cut_into_shards(module: nn.Module, device: torch.device, options: dict[str, Any]) -> None:
@@ -32,3 +35,18 @@ def cut_into_shards(module: nn.Module, device: torch.device, options: dict[str, 
                 cutter._convert_to_zero_parameters([whole])
                 seen[id(parameter)] = parameter, whole
             owner._parameters[name] = seen[id(parameter)][1]
+
+
+def gather_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have the weights of linear layers travel in `dtype` for forward and backward passes, in place. For modules that run under
+    autocast to it.
+
+    No result changes: autocast rounds these weights to the same digits after they have arrived. Gradients add up in float32 all the
+    same, and `EngineState` reads all digits. (DeepSpeed's own autocast does this to gradients, too.)
+    """
+    looked_up = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    for layer in module.modules():
+        if type(layer) in (nn.Linear, Conv1D):
+            for parameter in layer.parameters(recurse=False):
+                if id(parameter) not in looked_up:
+                    vars(parameter)[GATHERED_AS] = dtype
