@@ -1,8 +1,12 @@
-"""Weights that don't train, held in the dtype that they are multiplied in: half the bytes, the same bits."""
+"""Weights in the dtype that they are multiplied in, where they are held (frozen) or gathered (ZeRO-3): half the bytes, the same bits."""
+
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero import partition_parameters
 from ranks import clones, on_ranks
 from tiny import tiny_recipe, write_start
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -98,6 +102,22 @@ def loss_of(output, _):
     return (output.exp() * torch.arange(output.shape[1])).sum() / len(ROWS)
 
 
+@contextmanager
+def watched_gathers():
+    """{dtype: numbers that this rank has sent}"""
+    seen, plain = Counter(), partition_parameters._dist_allgather_fn
+
+    def gather(given, *rest):
+        seen[given.dtype] += given.numel()
+        return plain(given, *rest)
+
+    partition_parameters._dist_allgather_fn = gather
+    try:
+        yield seen
+    finally:
+        partition_parameters._dist_allgather_fn = plain
+
+
 def work(rank, world, folder):
     """{(stage, whether frozen weights are held in bfloat16): the trained weights after two steps}, and what ZeRO-3 starts from."""
     results = {}
@@ -112,6 +132,15 @@ def work(rank, world, folder):
             for rate in (0.01, 0.02):
                 engine.step([((batch,), None)], loss_of, learning_rate=rate)
             results[stage, hold] = clones(engine.weights()), len(held(engine.module))
+    for gathered_as in (torch.float32, BF16):
+        settings = OptimiserConfig(adam_eps=1e-5, max_grad_norm=0.1, zero_stage=3, compute_dtype=gathered_as)
+        module = LogprobModel(make_model("llama"), temperature=1.0, compute_dtype=BF16)
+        engine = DeepSpeedEngine(module, settings, device=torch.device("cpu"))
+        with watched_gathers() as seen:
+            for rate in (0.01, 0.02):
+                engine.step([((batch,), None)], loss_of, learning_rate=rate)
+        state = {name: tensor.clone() for name, tensor in engine.state()}
+        results["gathers", gathered_as] = clones(engine.weights()), dict(seen), state
     for kind in ("policy", "critic"):
         settings, weights = OptimiserConfig(adam_eps=1e-5, max_grad_norm=0.1, zero_stage=3), rank == 0
         if kind == "policy":
@@ -147,3 +176,16 @@ def test_zero_3_starts_from_the_weights_of_rank_0_alone(ranks, run):
             weights, meta, without_buffers = results[kind]
             assert (meta, without_buffers) == (0 if rank == 0 else len(wanted), 0)
             assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_zero_3_gathers_linear_layers_in_bfloat16_and_takes_the_same_steps(ranks):
+    """Llama's seven matrices of each block and its output layer travel so; embeddings and norms are float32."""
+    for results in ranks:
+        (plain, wide, whole), (low, narrow, state) = results["gathers", torch.float32], results["gathers", BF16]
+        assert all(torch.equal(plain[name], low[name]) for name in plain) and plain.keys() == low.keys()
+        assert all(torch.equal(whole[name], state[name]) for name in whole)
+        assert any(not torch.equal(weight, weight.to(BF16).float()) for weight in low.values())  # sent on with all digits
+        assert wide.keys() == {torch.float32} and sum(narrow.values()) == wide[torch.float32]
+        matrices = 2 * (4 * 12 * 12 + 3 * 12 * 17) + 31 * 12
+        others = 31 * 12 + 5 * 12
+        assert narrow[BF16] / narrow[torch.float32] == pytest.approx(matrices / others, rel=0.5)

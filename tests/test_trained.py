@@ -21,9 +21,9 @@ from rlhf_ray.models.load import load_causal_lm, load_reward_model
 from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.trained_part import (
     MergedLayers,
-    load_trained,
     adapter_off,
     frozen_names,
+    load_trained,
     save_adapter,
 )
 from rlhf_ray.training.forward import LogprobModel, token_batch

@@ -25,11 +25,11 @@ from rlhf_ray.models.save import save_model
 from rlhf_ray.models.trained_part import is_adapter, load_trained
 from rlhf_ray.runs.run_folder import StageFolder
 from rlhf_ray.runs.storage import write_atomically
-from rlhf_ray.supervised.release import release
 from rlhf_ray.supervised.rows import TokenRows, training_order
 from rlhf_ray.supervised.stage_trainer import StageTrainer, run_training, trained_weights
 from rlhf_ray.training.agreement import rank
 from rlhf_ray.training.precision import resolve_precision
+from rlhf_ray.training.release import release_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def train_stage(job: StageJob) -> dict:
     whole = config.zero_stage < 3 and config.lora is None and config.freeze_layers == 0
     if whole and rank() == 0:
         save_model(model, job.tokenizer, folder.model, model_card(job.recipe, job.stage, summary))
-    release(trainer)
+    release_engine(trainer.deepspeed)
     del trainer, model
     # Under ZeRO-3 transformers would split every model that this rank loads from here on over all ranks.
     unset_hf_deepspeed_config()
