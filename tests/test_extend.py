@@ -609,12 +609,12 @@ def test_what_a_server_draws_with(spelling, added, tmp_path):
     """The recipe's engine where it can serve; else torch, in words; one that is asked for and can't serve is refused."""
     recipe = tmp_path / "recipe.yaml"
     assert choose_engine(None, tmp_path, 0.0) == EngineChoice("torch")  # no recipe: a model folder
-    recipe.write_text("name: x\ngeneration: {engine: vllm}\n")
+    recipe.write_text("name: x\ngeneration: {engine: spelling}\n")
     chosen = choose_engine(None, tmp_path / "ppo" / "model", 0.0)
     assert chosen.name == "torch"
-    assert chosen.note.startswith("drawing with torch: the engine vllm has no batch that requests join")
-    with pytest.raises(UserError, match="the engine vllm has no batch .*; give --engine torch"):
-        choose_engine("vllm", tmp_path, 0.0)
+    assert chosen.note.startswith("drawing with torch: the engine spelling has no batch that requests join")
+    with pytest.raises(UserError, match="the engine spelling has no batch .*; give --engine torch"):
+        choose_engine("spelling", tmp_path, 0.0)
     recipe.write_text("name: x\ngeneration: {engine: open}\n")
     left_out = choose_engine(None, tmp_path, 0.0)  # of a plugin that is not here
     assert left_out.name == "torch" and "without the run's recipe, its engine and its plugins' stages" in left_out.note

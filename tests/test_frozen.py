@@ -1,4 +1,4 @@
-"""Weights in the dtype that they are multiplied in, where they are held (frozen) or gathered (ZeRO-3): half the bytes, the same bits."""
+"""Weights held (frozen) or gathered (ZeRO-3) in the dtype that they are multiplied in: half the bytes, the same bits."""
 
 from collections import Counter
 from contextlib import contextmanager

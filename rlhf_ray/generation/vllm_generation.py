@@ -11,10 +11,8 @@ another batch a row's logits differ in their last digits, so that now and then a
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +21,9 @@ from transformers import PreTrainedModel
 from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation.engine_protocol import EngineSetting
-from rlhf_ray.generation.vllm_build import vllm_problem
+from rlhf_ray.generation.vllm_start import check_vllm, start_vllm
 from rlhf_ray.generation.vllm_weights import cache_bytes, pack_embeddings_again, untied
 from rlhf_ray.models.chat_shape import end_ids
-from rlhf_ray.models.generation_memory import gpu_memory_utilization
 from rlhf_ray.models.load import to_device
 from rlhf_ray.models.shared_gpu import SharedWeights
 from rlhf_ray.models.wire import Weight, copy_weights
@@ -37,16 +34,6 @@ PROBES, PROBE_TOKENS = 4, 8  # the gate draws this many responses of this many t
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
 COLDEST = ENGINES["vllm"].coldest
-
-#: Read by vLLM when it is imported or started.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its model has to be in reach
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the actor's; other roles work on the same cores
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-#: On CPUs it would compile a handful of small functions with g++: half a minute at every start, for nothing that counts.
-ENVIRONMENT_CPU = ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def vllm_engine(setting: EngineSetting) -> VllmEngine:
@@ -82,9 +69,7 @@ class VllmEngine:
         tensor_parallel: int = 1,
     ):
         self.device = torch.device(device)
-        problem = vllm_problem(float(self.device.type == "cuda"))
-        if problem is not None:
-            raise UserError(problem)
+        check_vllm(self.device)
         if eos_token_ids is None:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
@@ -93,39 +78,12 @@ class VllmEngine:
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
         self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
         self.tensor_parallel = tensor_parallel
-        self.llm, self.asleep = self._build(folder, rows, trust_remote_code, tensor_parallel), False
+        # Log-probs of the distribution that a token is drawn from.
+        self.llm, self.asleep = start_vllm(
+            folder, self.model, self.device, longest=longest, rows=rows, cache=cache_bytes(self.model, longest, rows),
+            tensor_parallel=tensor_parallel, trust_remote_code=trust_remote_code, logprobs_mode="processed_logprobs",
+        ), False  # fmt: skip
         self._rehearse()
-
-    def _build(self, folder: str | Path, rows: int, trust_remote_code: bool, tensor_parallel: int):
-        on_gpu = self.device.type == "cuda"
-        for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT_CPU).items():
-            os.environ.setdefault(name, value)
-        from vllm import LLM
-
-        cache = cache_bytes(self.model, self.longest, rows)
-        return LLM(
-            str(folder),
-            dtype=self.model.dtype,
-            max_model_len=self.longest,
-            max_num_seqs=rows,
-            # Said in bytes, since a share of the memory would be one of what the other roles need, too.
-            kv_cache_memory_bytes=cache // tensor_parallel,
-            **(self._on_gpus(cache, tensor_parallel) if on_gpu else {}),
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # not the model folder's: the recipe says how responses are drawn
-            trust_remote_code=trust_remote_code,
-            enforce_eager=not on_gpu,  # on CPUs compiling takes a compiler, and longer than a small run
-            enable_sleep_mode=on_gpu,
-            seed=0,  # of draws without a seed, and there are none
-        )
-
-    def _on_gpus(self, cache: int, tensor_parallel: int) -> dict[str, Any]:
-        """The share of each GPU that has to be free at the start (vLLM's default is 92 %, which other roles leave to nobody), and
-        how many hold the model."""
-        weights = sum(parameter.numel() for parameter in self.model.parameters()) * self.model.dtype.itemsize
-        gpu = torch.cuda.get_device_properties(self.device).total_memory
-        share = gpu_memory_utilization(weights=weights, cache=cache, tensor_parallel=tensor_parallel, gpu=gpu)
-        return {"gpu_memory_utilization": share, "tensor_parallel_size": tensor_parallel}
 
     # ---- generation
 

@@ -1,7 +1,7 @@
 """Which engine a server draws with: the one that is asked for, else the one that the run's recipe names, else torch.
 
 Serving writes one token at a time to many readers, who come and go: it needs an engine with an open batch
-(`tables.engines`: continuous). vLLM's, as this package runs it, draws closed batches.
+(`tables.engines`: continuous).
 """
 
 from __future__ import annotations

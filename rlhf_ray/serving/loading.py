@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
-from rlhf_ray.generation.engine_protocol import ContinuousEngine, EngineSetting
+from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.kv_cache import slot_bytes
 from rlhf_ray.models.finite_weights import first_bad
 from rlhf_ray.models.load import cast_weights, fit_embeddings, load_causal_lm, to_device
@@ -41,6 +41,9 @@ def load(
     """
     torch.set_num_threads(options.threads)
     import_plugins(options.plugins)
+    entry = ENGINES.named(options.engine)
+    if entry.alone:
+        _check_alone(options, beside)
     own = options.adapter is not None and (Path(options.adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(cast(str, options.adapter) if own else options.model, options.trust_remote_code)
     dtype = resolve_precision(options.precision, options.device)
@@ -59,16 +62,13 @@ def load(
         model = load_merged(options.model, options.adapter, dtype, options.trust_remote_code)
     fit_embeddings(model, tokenizer)
     to_device(model, options.device)
-    # That it is a continuous one is what its entry says.
-    engine = cast(
-        ContinuousEngine,
-        ENGINES.named(options.engine).engine(
-            EngineSetting(
-                folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
-                trust_remote_code=options.trust_remote_code,
-                max_cache_tokens=limits.max_cache_tokens or room_for_cache(model.device, slot_bytes(model)),
-            )
-        ),
+    slot = slot_bytes(model)
+    engine = entry.serving_engine(
+        EngineSetting(
+            folder=options.model, model=model, tokenizer=tokenizer, rows=limits.max_rows, device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            max_cache_tokens=check_cache(limits.max_cache_tokens, model.device, slot) or room_for_cache(model.device, slot),
+        )
     )  # fmt: skip
     reader = PromptReader(
         tokenizer=tokenizer, positions=engine.max_length, vocab_size=engine.vocab_size, limits=limits,
@@ -95,10 +95,36 @@ def _adapted(options: EngineOptions, dtype: torch.dtype, bases: Bases, beside: b
     return with_adapter(base, options.model, cast(str, options.adapter))
 
 
+def _check_alone(options: EngineOptions, beside: bool) -> None:
+    """UserError for what one engine of a process can't do."""
+    if options.adapter is not None:
+        raise UserError(
+            f"the engine {options.engine} serves no adapter ({options.adapter}); merge it into its model, or give --engine torch"
+        )
+    if beside:
+        raise UserError(
+            f"a replica has one engine {options.engine}, and it serves another version or model; start the server again with this "
+            "one, or give --engine torch, which takes versions while it serves"
+        )
+
+
+def check_cache(tokens: int | None, device: torch.device, slot: int) -> int | None:
+    """tokens, the server's --max-cache-tokens. UserError where their keys and values, `slot` bytes each, take more than is free."""
+    if tokens is not None and tokens * slot > (free := free_memory(device)):
+        raise UserError(
+            f"--max-cache-tokens {tokens} takes {tokens * slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free beside the model; "
+            f"lower it to {free // slot} or less"
+        )
+    return tokens
+
+
 def room_for_cache(device: torch.device, slot: int) -> int:
     """Tokens whose keys and values, `slot` bytes each, take half of the memory that is free on the device."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return free // 2 // slot
+    return free_memory(device) // 2 // slot
+
+
+def free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:

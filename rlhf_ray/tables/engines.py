@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_ray.tables.table import Table, loaded
 
 if TYPE_CHECKING:
-    from rlhf_ray.generation.engine_protocol import BatchEngine, EngineSetting
+    from rlhf_ray.generation.engine_protocol import BatchEngine, ContinuousEngine, EngineSetting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,9 @@ class Engine:
     problem: Callable[[float], str | None] | str | None = None
     #: it also is a `generation.engine_protocol.ContinuousEngine`: requests join and leave between tokens, as serving needs
     continuous: bool = False
+    #: makes the one for serving, where that is another object
+    serve: Callable[[EngineSetting], ContinuousEngine] | str | None = None
+    alone: bool = False  # a process has one of them when it serves: no second version or model, no adapter on shared weights
     tells_support: bool = False  # it answers `SamplingParams.tells_support`, which PPO needs where sampling truncates
     coldest: float = 0.0  # the lowest temperature that it draws at, except 0
     #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
@@ -31,6 +34,11 @@ class Engine:
 
     def engine(self, setting: EngineSetting) -> BatchEngine:
         return loaded(self.make)(setting)
+
+    def serving_engine(self, setting: EngineSetting) -> ContinuousEngine:
+        """Of one that is continuous."""
+        assert self.continuous, self.name
+        return loaded(self.make if self.serve is None else self.serve)(setting)
 
     def problem_here(self, gpus: float) -> str | None:
         return None if self.problem is None else loaded(self.problem)(gpus)
@@ -49,6 +57,7 @@ ENGINES: Table[Engine] = Table(
     ),
     Engine(
         name="vllm", make=f"{_HERE}.vllm_generation:vllm_engine", words="vLLM; needs the extra of that name",
-        problem=f"{_HERE}.vllm_build:vllm_problem", coldest=0.01, copies=(1, 1), schedules=True,
+        problem=f"{_HERE}.vllm_build:vllm_problem", continuous=True, serve=f"{_HERE}.vllm_serving:vllm_serving", alone=True,
+        coldest=0.01, copies=(1, 1), schedules=True,
     ),
 )  # fmt: skip
