@@ -86,7 +86,8 @@ def test_a_seed_is_the_draw_whatever_ran_before(engine):
 
 @needs_vllm
 def test_rules_and_stops_are_those_of_the_request(engine):
-    plain = [event.token_id for event in run(engine, [n := engine.submit(PROMPTS[1], 0, GREEDY, TokenRules(ignore_eos=True))])[n]]
+    number = engine.submit(PROMPTS[1], 0, GREEDY, TokenRules(ignore_eos=True))
+    plain = [event.token_id for event in run(engine, [number])[number]]
     number = engine.submit(PROMPTS[1], 0, GREEDY, TokenRules(ignore_eos=True, stop_token_ids=(plain[2],)))
     ended = run(engine, [number])[number]
     assert [event.token_id for event in ended] == plain[: plain.index(plain[2]) + 1]
@@ -139,7 +140,8 @@ def test_a_server_loads_it_behind_the_same_runner(start):
 
 
 @pytest.mark.parametrize(
-    "options, beside, words", [({"adapter": "/some/adapter"}, False, "serves no adapter .*merge it"), ({}, True, "start the server again")]
+    "options, beside, words",
+    [({"adapter": "/some/adapter"}, False, "serves no adapter .*merge it"), ({}, True, "start the server again")],
 )
 def test_a_second_version_and_adapters_are_refused(options, beside, words):
     threads = torch.get_num_threads()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from typing import Any
 
-#: A method of ZeRO-3's that keeps the objects it was called on for ever (`functools.lru_cache`).
-KEEPS = "_PartitionedParameterCoordinator__params_to_release"
+#: Of ZeRO-3: one of its methods has a cache that keeps the objects it was called on for ever.
+KEEPS = "deepspeed.runtime.zero.partitioned_param_coordinator"
+_CACHED = type(functools.lru_cache(lambda: None))
 
 
 def release_engine(engine: Any) -> None:
@@ -14,7 +17,7 @@ def release_engine(engine: Any) -> None:
     Hooks on gradients are held by autograd, where Python's collector of cycles does not look: through them whoever still had the
     module would have the engine, too, and with it the moments.
     """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
     engine.destroy()
-    vars(PartitionedParameterCoordinator)[KEEPS].cache_clear()
+    for each in gc.get_objects():  # the cache itself is within two decorators
+        if type(each) is _CACHED and each.__module__ == KEEPS:
+            each.cache_clear()
