@@ -44,6 +44,8 @@ def test_bench_scale_prints_a_row_a_size():
         assert row["seconds"] == pytest.approx(sum(row["phases"].values()))
     answer = rlhf_ray("bench", "scale")
     assert "7B on 512" in answer.stdout and "70B on 8: training state does not fit" in answer.stdout
+    assert "7B bends: " in answer.stdout
+    assert all(row["source"] and row["seconds"] for row in found["published"]) and "OpenRLHF, 70B on 32 A800" in answer.stdout
     refused = rlhf_ray("bench", "scale", "--gpu", "k80")
     assert refused.returncode == 2 and "'k80' is none of h100, h200" in refused.stderr
 
