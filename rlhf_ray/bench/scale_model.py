@@ -48,8 +48,8 @@ def show_scale(result: dict, *, as_json: bool) -> None:
         f"each, {work['epochs']} epoch(s), {result['gpu'].upper()}s, nodes of 8; assumptions in "
         "rlhf_ray/bench/scale.py:Rates",
         "",
-        "published by others, of other work on other GPUs (seconds of a step, except where it says what), so no race; but measured: "
-        "verl's broadcast of 7 B takes 5.5 s where bytes over the network's rate give 0.8",
+        "published by others, of other work on other GPUs (seconds of a step, except where it says what). They are no race, and "
+        "a warning: verl's broadcast of 7 B takes 5.5 s or more, where its bytes over the network's rate give less than 1",
         *(f"  {each['system']}, {each['model']} on {each['gpus']}: {each['seconds']} s. {each['work']} ({each['source']})"
           for each in result["published"]),
     ]  # fmt: skip

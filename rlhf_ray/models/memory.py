@@ -109,6 +109,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         parts=dict(state.parts) | work, on_gpu=on_gpu, host=dict(state.host) | {"checkpoint": 12.0 * held.trained / role.actors},
         moments=_between(recipe, language, held, whole, role, itemsize),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
+        stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if recipe.sft is not None and itemsize == 2 and held.frozen else 0.0,
         first_alone=stage == 3, heap=heap_bytes(shape, held.trained, kept),
     )  # fmt: skip
 
@@ -191,8 +192,10 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
         (held if itemsize == 2 else 0.0) + (0.0 if mapped else 4.0 * count) for held, count in zip(each_held, counts, strict=True)
     ]
     return PlannedProcess(
-        parts=parts, on_gpu=on_gpu, loading=(0.0, max(loading, default=0.0)), file=4.0 * max(counts, default=0) if mapped else 0.0
-    )
+        parts=parts, on_gpu=on_gpu, loading=(0.0, max(loading, default=0.0)), file=4.0 * max(counts, default=0) if mapped else 0.0,
+        stays_mapped=sum(2.0 * (held - 4.0 * each.embeddings) for held, each in zip(each_held, models, strict=True))
+        if mapped and itemsize == 2 else 0.0,
+    )  # fmt: skip
 
 
 def scorer_shapes(recipe: Recipe) -> list[ModelShape]:

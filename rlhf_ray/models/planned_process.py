@@ -30,6 +30,8 @@ class PlannedProcess:
     loading: tuple[float, float] = (0.0, 0.0)  # on the device and on the host, while it loads its model
     first_alone: bool = False  # only the first of the role's processes loads the model, and writes it
     file: float = 0.0  # mapped while it loads, beside what it makes of it; one copy per node, which the system may drop
+    #: of that file: what it made copies of, and what stays mapped beside them as long as other tensors are in the file
+    stays_mapped: float = 0.0
     gpus: int = 1  # that hold the parts in `split` together
     split: Mapping[str, float] = field(default_factory=dict)
     heap: float = 0.0  # on a CPU: what the C library keeps of memory that came and went
@@ -62,7 +64,7 @@ class PlannedProcess:
     @property
     def peak(self) -> float:
         """The most that its resident memory grows by on a CPU, mapped files included."""
-        return max(self.loading[1] + self.file, self.memory)
+        return max(self.loading[1] + self.file, self.memory + self.stays_mapped)
 
     def of_number(self, number: int) -> PlannedProcess:
         """The role's process of that number: not all do what the first one does."""
