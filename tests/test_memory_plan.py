@@ -13,10 +13,12 @@ from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
-from rlhf_ray.models.memory import CONTEXT, memory_plan
+from rlhf_ray.models.held_weights import held_weights
+from rlhf_ray.models.memory import memory_plan
+from rlhf_ray.models.planned_process import CONTEXT
 from rlhf_ray.models.shared_gpu import SharedWeights
-from rlhf_ray.models.size import ModelShape
-from rlhf_ray.models.training_state import MIXED, model_state
+from rlhf_ray.models.size import ModelShape, shape_of_model
+from rlhf_ray.models.training_state import BUCKET, MIXED, buffer_bytes, model_state
 
 GB = 1e9
 
@@ -36,19 +38,19 @@ def problems(recipe, host, gpus=(), stages=("ppo",), **options):
 @pytest.mark.parametrize("stage, gigabytes", [(0, 120), (1, 31.4), (2, 16.6), (3, 1.88)])
 def test_zero_divides_what_its_paper_says(stage, gigabytes):
     """Figure 1 of Rajbhandari et al. 2020 (arXiv 1910.02054): 7.5 B parameters, 64 GPUs, 16 bytes each, mixed-precision Adam."""
-    state = model_state(7_500_000_000, 7_500_000_000, zero_stage=stage, ranks=64, numbers=MIXED)
+    state = model_state(7_500_000_000, zero_stage=stage, ranks=64, numbers=MIXED)
     assert sum(state.parts.values()) / GB == pytest.approx(gigabytes, abs=0.06)
 
 
 def test_offload_leaves_what_its_paper_says():
     """Table 1 of Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840): 2 of 16 bytes stay on the GPU, 16-bit weights."""
-    state = model_state(10**10, 10**10, zero_stage=2, ranks=1, numbers=MIXED, offload_optimizer=True)
+    state = model_state(10**10, zero_stage=2, ranks=1, numbers=MIXED, offload_optimizer=True)
     assert (sum(state.parts.values()), sum(state.host.values())) == (2e10, 14e10)
 
 
 def test_float32_weights_take_sixteen_bytes_too():
     """4 + 4 + 8; stages 1 and 2 copy the rank's share (4 / 8 ranks more), stage 3 does not."""
-    sizes = [sum(model_state(8, 8, zero_stage=stage, ranks=8).parts.values()) for stage in range(4)]
+    sizes = [sum(model_state(8, zero_stage=stage, ranks=8).parts.values()) for stage in range(4)]
     assert sizes == [8 * 16, 8 * 8 + 8 + 4, 8 * 4 + 4 + 8 + 4, 16]
 
 
@@ -133,6 +135,76 @@ def test_offloading_moves_memory_to_the_host():
     share = plans[0].parts["weights"]
     assert plans[0].state == 4 * share and plans[1].state == share
     assert plans[1].host["gradients"] == share and plans[1].host["optimiser"] == 3 * share  # masters of their own, too
+    assert plans[0].host == {"checkpoint": 3 * share}
+
+
+# ---- what is frozen, what is written, who loads
+
+
+def test_frozen_weights_take_two_bytes_except_embeddings():
+    """Two blocks of 12 x 32**2 + 13 x 32 and 364 embeddings of 32, whose 300 first are the output layer too; adapters of rank 4 at
+    four layers of each block."""
+    recipe = tiny_recipe(reward={"lora": {"rank": 4}})
+    shape, block, adapters = shape_of_model(recipe), 12 * 32**2 + 13 * 32, 4 * 2 * (128 + 64 + 160 + 160)
+    size, lora = {"itemsize": 2, "language": True}, recipe.reward.lora
+    one = held_weights(shape, recipe.model, lora=lora, freeze_layers=0, **size)
+    rest = 2 * block + 64
+    assert (one.trained, one.frozen) == (adapters, 4 * 364 * 32 + 2 * rest) and one.cast == adapters + 300 * 32
+    assert held_weights(shape, recipe.model, lora=lora, freeze_layers=0, itemsize=4, language=True).frozen == 4 * shape.parameters
+    first = held_weights(shape, recipe.model, lora=None, freeze_layers=1, **size)
+    assert (first.trained, first.frozen) == (block + 64, 4 * 364 * 32 + 2 * block) and first.cast == block + 64 + 300 * 32
+    whole = held_weights(shape, recipe.model, lora=None, freeze_layers=0, **size)
+    assert (whole.trained, whole.frozen, whole.cast) == (shape.parameters, 0.0, rest + 300 * 32)
+    assert whole.cast_at_once == 300 * 32 + block
+    scorer = held_weights(shape, recipe.model, lora=None, freeze_layers=0, itemsize=2, language=False)
+    assert scorer.cast == rest  # no logits
+
+
+def test_an_output_layer_of_its_own_is_no_part_of_a_critic():
+    shape = ModelShape(
+        parameters=1000, blocks=(300, 300), embeddings=200, layers=2, width=2, vocabulary=100, key_value_width=2, heads=1,
+        feed_forward=8, family="llama", gated=True, output=200,
+    )  # fmt: skip
+    model = tiny_recipe().model
+    language, value = (held_weights(shape, model, lora=None, freeze_layers=0, language=each, itemsize=2) for each in (True, False))
+    assert (language.trained, value.trained) == (1000, 800) and (language.cast, value.cast) == (800, 600)
+
+
+def test_buckets_are_doubled_where_they_overlap():
+    sizes = {"weights": 10**9, "held": 4e9, "ranks": 2, "on_gpu": True}
+    share = 4 * 10**9 / 2
+    assert buffer_bytes(10**9, zero_stage=2, **sizes) == {"buckets": 2 * 4 * BUCKET + share}
+    assert buffer_bytes(10**9, zero_stage=2, low_sums=True, **sizes) == {"buckets": 2 * 8 * BUCKET + share}
+    assert buffer_bytes(10**9, zero_stage=3, **sizes) == {"buckets": 4 * BUCKET + share, "gathered": 4e9}
+    assert buffer_bytes(10**9, zero_stage=3, low_sums=True, **sizes)["buckets"] == 6 * BUCKET + share
+    on_cpu = buffer_bytes(10**6, weights=10**6, held=4e6, zero_stage=1, ranks=2, on_gpu=False)
+    assert on_cpu == {"buckets": 4e6 + 2e6}  # what is written
+
+
+def test_a_checkpoint_s_copy_stands_beside_the_next_update():
+    recipe = tiny_recipe(resources={"policy": {"actors": 2, "zero_stage": 1}})
+    rows = {row.role: row.process for row in memory_plan(recipe)}
+    trained = shape_of_model(recipe).parameters
+    for role, ranks in (("policy", 2), ("critic", 1)):
+        assert rows[role].host["checkpoint"] == 12 * trained / ranks
+    policy = rows["policy"]
+    assert policy.moments == {"snapshot": 12 * trained / 2, "model to be written": 8 * trained}
+    assert policy.of_number(1).moments == {"snapshot": 12 * trained / 2}  # rank 0 writes
+    assert policy.memory - policy.state - policy.host["checkpoint"] >= policy.work
+
+
+def test_only_rank_0_loads_before_zero_3_cuts():
+    def host_of(zero_stage):
+        group = {"actors": 4, "gpus": 1, "zero_stage": zero_stage}
+        recipe = tiny_recipe(sft=None, reward=None, model={"from_scratch": SEVEN}, resources={"policy": group},
+                             ppo={"reward_function": "user_scores:length", "critic_init": "sft", "minibatch_size": 4})  # fmt: skip
+        (phase,) = phases(recipe, rented_nodes("1x8xH100"))
+        return {share.process: share.size for share in phase.hosts[0] if share.process.startswith("policy")}
+
+    each = host_of(3)
+    weights = 4 * shape_of_model(tiny_recipe(model={"from_scratch": SEVEN})).parameters
+    assert each["policy 0"] > weights > each["policy 1"] == each["policy 3"]
+    assert min(host_of(2).values()) > weights
 
 
 def test_every_worker_that_begins_with_random_weights_has_its_own():
@@ -148,7 +220,7 @@ def test_every_worker_that_begins_with_random_weights_has_its_own():
     (problem,) = problems(recipe, 200 * GB, [1000 * GB] * 8, stages=["sft"])
     assert "of weights that each sft process loads" in problem and "200.0 GB of memory" in problem
     weights = {row.role: row.process for row in memory_plan(recipe)}["policy"]
-    assert weights.loading[1] == 0 and weights.loading[0] == pytest.approx(27e9, rel=0.03)
+    assert weights.loading == (0.0, 0.0) and weights.file == pytest.approx(27e9, rel=0.03)
 
 
 @pytest.mark.parametrize(

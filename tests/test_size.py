@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from rlhf_ray.config import FromScratch, LoraConfig, ModelConfig
+from rlhf_ray.models.held_weights import held_weights
 from rlhf_ray.models.load import empty_causal_lm
-from rlhf_ray.models.size import SCRATCH_WEIGHTS, parameters, shape_of_model, tensor_shapes, trained_parameters
+from rlhf_ray.models.size import SCRATCH_WEIGHTS, adapter_parameters, parameters, shape_of_model, tensor_shapes
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
@@ -58,14 +59,26 @@ def test_a_model_from_scratch_is_counted_without_building_it(architecture, share
     assert shape_of_model(recipe).key_value_width == 24 * (shared or 4)
     # The last block, the norm after it, and in these families no output layer of its own.
     trained = sum(w.numel() for name, w in built.named_parameters() if any(part in name for part in (".2.", "ln_f", "model.norm")))
-    assert trained_parameters(recipe, None, 2) == trained
+    held = held_weights(shape_of_model(recipe), recipe.model, lora=None, freeze_layers=2, language=True, itemsize=4)
+    assert held.trained == trained and held.bytes == 4 * parameters(recipe)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_counts_where_it_is_not_the_embeddings(tied, tmp_path):
+    """50 tokens of width 16."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "tie_word_embeddings": tied}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = shape_of_model(tiny_recipe(model={"name_or_path": str(tmp_path)}))
+    assert (shape.output, shape.head, shape.embeddings) == (0 if tied else 800, 800, 800)
+    assert shape.body == 800 + shape.blocks[0] + 16 == shape.parameters - shape.output
 
 
 def test_adapters_have_a_row_per_input_and_output():
     """GPT-2 of width 32: 32 to 96, 32 to 32, 32 to 128 and 128 to 32, in two blocks, at rank 4."""
-    recipe = tiny_recipe()
-    assert trained_parameters(recipe, LoraConfig(rank=4), 0) == 4 * 2 * (128 + 64 + 160 + 160)
-    assert trained_parameters(recipe, LoraConfig(rank=4, target_modules=("c_attn",)), 0) == 4 * 2 * 128
+    model = tiny_recipe().model
+    assert adapter_parameters(model, LoraConfig(rank=4)) == 4 * 2 * (128 + 64 + 160 + 160)
+    assert adapter_parameters(model, LoraConfig(rank=4, target_modules=("c_attn",))) == 4 * 2 * 128
 
 
 def test_a_folder_that_can_not_be_built_is_counted_by_the_headers_of_its_files(tmp_path):

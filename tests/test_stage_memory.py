@@ -27,7 +27,7 @@ def test_weights_gradients_and_moments_by_hand():
     assert parameters(tiny_recipe()) == WEIGHTS
     assert {name: row.state for name, row in rows.items()} == {
         name: 4 * WEIGHTS * copies.get(name, 1) + 12 * count for name, count in trained.items()
-    }
+    } | {"reward": 4 * WEIGHTS + 16 * adapters}
 
 
 def test_zero_shares_the_moments_among_ranks():
@@ -67,9 +67,25 @@ def test_the_plan_is_within_a_fifth_of_what_steps_took(stage, packing, layers, w
     assert (row.state + row.work) / 1e6 == pytest.approx(peak, rel=0.2)
 
 
-def test_the_16_bit_copies_of_reward_model_and_reference_count():
-    plans = {itemsize: {row.role: row.work for row in memory_plan(tiny_recipe(), itemsize=itemsize)} for itemsize in (2, 4)}
+def test_frozen_models_are_held_in_16_bits_and_tied_embeddings_are_copied():
+    plans = {itemsize: {row.role: row.process for row in memory_plan(tiny_recipe(), itemsize=itemsize)} for itemsize in (2, 4)}
     logits = 2 * 26 * 10 / 26 * 300  # two rows of 16 + 10 tokens, of which ten are the response's
     passing = 2 * 26 * (2 * 128 + 4 * 32)  # numbers of a feed-forward layer and the width
-    assert plans[2]["reward"] == plans[4]["reward"] + 2 * WEIGHTS - 2 * passing
-    assert plans[2]["reference"] == pytest.approx(plans[4]["reference"] + 2 * WEIGHTS - 2 * logits - 2 * passing)
+    linear = WEIGHTS - 364 * 32
+    for role in ("reward", "reference"):
+        assert plans[2][role].state == plans[4][role].state - 2 * linear
+    assert plans[2]["reward"].work == plans[4]["reward"].work - 2 * passing
+    assert plans[2]["reference"].work == pytest.approx(plans[4]["reference"].work + 2 * 300 * 32 - 2 * logits - 2 * passing)
+
+
+def test_adapters_stand_on_a_base_of_16_bits_that_is_measured_in_32():
+    """The base's two blocks and last norm take 2 bytes, embeddings 4, adapters 16. Afterwards a model of 4 bytes each is measured,
+    with the logits of a microbatch as they are, in float32 and as log-probs."""
+    row = plan(2, reward={"lora": {"rank": 4}}, sft={"microbatch_size": 16})["reward"]
+    adapters, linear = 4 * 2 * (128 + 64 + 160 + 160), WEIGHTS - 364 * 32
+    assert row.state == 4 * 364 * 32 + 2 * linear + 16 * adapters
+    assert row.process.moments == {"checkpoint": 0.0, "model to be written": 4 * (adapters + WEIGHTS)}
+    sft = plan(2, sft={"microbatch_size": 16})["sft"].process
+    logits = 16 * 64 * 300 * (2 + 8)
+    assert sft.loading[1] >= 4 * WEIGHTS + 2 * 300 * 32 + logits
+    assert sft.memory > sft.loading[1]  # the training took more

@@ -109,7 +109,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         parts=dict(state.parts) | work, on_gpu=on_gpu, host=dict(state.host) | {"checkpoint": 12.0 * held.trained / role.actors},
         moments=_between(recipe, language, held, whole, role, itemsize),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
-        stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if recipe.sft is not None and itemsize == 2 and held.frozen else 0.0,
+        stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if not own and itemsize == 2 and held.frozen else 0.0,
         first_alone=stage == 3, heap=heap_bytes(shape, held.trained, kept),
     )  # fmt: skip
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
+from types import FunctionType
 from typing import Any
 
-#: Of ZeRO-3: one of its methods has a cache that keeps the objects it was called on for ever.
-KEEPS = "deepspeed.runtime.zero.partitioned_param_coordinator"
 _CACHED = type(functools.lru_cache(lambda: None))
 
 
@@ -15,9 +13,14 @@ def release_engine(engine: Any) -> None:
     """Let a DeepSpeed engine, which is not used again, go with whoever has it or its module.
 
     Hooks on gradients are held by autograd, where Python's collector of cycles does not look: through them whoever still had the
-    module would have the engine, too, and with it the moments.
+    module would have the engine, too, and with it the moments. And one of ZeRO-3's methods has a cache (`functools.lru_cache`,
+    within another decorator) that keeps the objects it was called on for ever.
     """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
     engine.destroy()
-    for each in gc.get_objects():  # the cache itself is within two decorators
-        if type(each) is _CACHED and each.__module__ == KEEPS:
-            each.cache_clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        cells = (method.__closure__ or ()) if isinstance(method, FunctionType) else ()
+        for inner in (cell.cell_contents for cell in cells):
+            if type(inner) is _CACHED:
+                inner.cache_clear()
