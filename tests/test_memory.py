@@ -9,9 +9,9 @@ from rlhf_ray.actors import run_recipe
 from rlhf_ray.algorithms.sampling import truncate
 from rlhf_ray.messages import Support
 from rlhf_ray.models.activations import block_bytes, cast_bytes, kept_bytes
+from rlhf_ray.models.generation_memory import prefill_bytes
 from rlhf_ray.models.held_weights import held_weights
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention
-from rlhf_ray.models.generation_memory import prefill_bytes
 from rlhf_ray.models.memory import memory_plan
 from rlhf_ray.models.size import shape_of_model
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
@@ -46,8 +46,8 @@ def test_the_cache_of_generation_by_hand():
 
 
 def test_long_prompts_are_read_in_parts():
-    """64 rows of 4,096 tokens: 256 at a time of each, of 4 x 32 and twice 128 numbers; on a CPU two scores of 2 heads for each of the
-    4,096 tokens that each of the 256 sees."""
+    """64 rows of 4,096 tokens: 256 at a time of each, of 4 x 32 and twice 128 numbers; on a CPU two scores of 2 heads for each of
+    the 4,096 tokens that each of the 256 sees."""
     shape, sizes = shape_of_model(tiny_recipe()), {"rows": 64, "longest": 4096, "itemsize": 2}
     assert prefill_bytes(shape, on_gpu=True, **sizes) == 2 * 64 * 256 * (2 * 128 + 4 * 32)
     assert prefill_bytes(shape, on_gpu=False, **sizes) == 2 * 2 * 64 * 2 * 256 * 4096
@@ -56,13 +56,11 @@ def test_long_prompts_are_read_in_parts():
 
 def test_a_head_read_in_pieces_keeps_one_piece_of_logits():
     """2,000 rows of 40 response tokens and 300 logits. On a CPU a piece has 2**18 // 300 rows."""
-    plain, pieces = (
-        next(row for row in memory_plan(tiny_recipe(generation={"max_new_tokens": 40}, ppo={
-            "rollout_batch_size": 2000, "minibatch_size": 2000, "microbatch_size": 2000, "entropy_coef": coef})) if row.role == "policy")
-        for coef in (0.0, 0.01)
-    )  # fmt: skip
+    rows = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), 2000)
+    recipes = [tiny_recipe(generation={"max_new_tokens": 40}, ppo=rows | {"entropy_coef": coef}) for coef in (0.0, 0.01)]
+    plain, pieces = (next(row for row in memory_plan(recipe) if row.role == "policy") for recipe in recipes)
     assert plain.process.parts["logits"] == pytest.approx(2 * 2000 * 40 * 300 * 4)
-    assert pieces.process.parts["logits"] == (2**18 // 300) * 300 * (2 * 4 + 16) + 4 * 300 * 32
+    assert pieces.process.parts["logits"] == (2**18 // 300) * 300 * (2 * 4 + 8) + 4 * 300 * 32
 
 
 @pytest.mark.parametrize("cut, most", [

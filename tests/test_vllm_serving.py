@@ -20,6 +20,7 @@ from rlhf_ray.serving.config import EngineOptions, Limits
 
 needs_vllm = pytest.mark.vllm
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [100, 3, 9, 9, 9], [17]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is a GPU, vLLM's build is for it
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 
 
@@ -33,7 +34,8 @@ def engine(start):
     from rlhf_ray.generation.vllm_serving import VllmServing
 
     setting = EngineSetting(
-        folder=start, model=load_causal_lm(start), tokenizer=load_tokenizer(start), rows=4, max_cache_tokens=3 * 128
+        folder=start, model=load_causal_lm(start), tokenizer=load_tokenizer(start), rows=4, max_cache_tokens=3 * 128,
+        device=DEVICE,
     )
     return VllmServing(setting)
 
@@ -128,7 +130,7 @@ def test_what_it_can_not_do_is_told_in_words(engine):
 def test_a_server_loads_it_behind_the_same_runner(start):
     threads = torch.get_num_threads()
     try:
-        options = EngineOptions(model=str(start), engine="vllm", precision="float32")
+        options = EngineOptions(model=str(start), engine="vllm", precision="float32", device=DEVICE)
         runner, reader = loading.load(options, Limits(max_rows=2, max_cache_tokens=4 * 128), loading.Bases())
     finally:
         torch.set_num_threads(threads)

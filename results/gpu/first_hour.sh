@@ -56,8 +56,9 @@ check 04 "two ranks of policy"    600 rlhf-ray run demo --run-dir "$out/runs/ran
 check 05 "a stage that measures"  600 rlhf-ray sft demo --run-dir "$out/runs/measure" --set sft.gpus_per_worker=1
 check 06 "CUDA graphs"            600 python -m rlhf_ray.bench.first_hour decode
 check 06 "graphs in a run"        600 rlhf-ray run demo --run-dir "$out/runs/graphs" "${stages[@]}" "${own[@]}" --set generation.engine=graphs --set ppo.steps=5
+check 06 "vLLM serves"            600 python -m pytest -q -p no:xdist -m vllm tests/test_vllm_serving.py
 check 07 "frozen in bf16"         300 python -m rlhf_ray.bench.first_hour frozen
-check 07 "LoRA"                   600 rlhf-ray run demo --run-dir "$out/runs/lora" "${stages[@]}" "${own[@]}" --set ppo.lora.rank=16 --set ppo.steps=5
+check 07 "LoRA"                   600 rlhf-ray run demo --run-dir "$out/runs/lora" "${stages[@]}" "${own[@]}" --set ppo.lora.rank=16 --set reward.lora.rank=16 --set ppo.steps=5
 check 08 "ZeRO-3"                 600 rlhf-ray run demo --run-dir "$out/runs/zero3" "${stages[@]}" "${own[@]}" --set resources.policy.actors=2 --set resources.policy.zero_stage=3 --set ppo.steps=5
 check 08 "ZeRO-3, SFT"            600 rlhf-ray sft demo --run-dir "$out/runs/sft3" --set sft.gpus_per_worker=1 --set sft.workers="$((gpus < 2 ? 1 : 2))" --set sft.zero_stage=3 --set sft.microbatch_size=16
 check 09 "weights to the host"    300 python -m rlhf_ray.bench.first_hour wire
@@ -68,5 +69,8 @@ check 12 "entropy bonus"          300 python -m rlhf_ray.bench.first_hour head
 check 13 "long prompts"           300 python -m rlhf_ray.bench.first_hour prefill
 check 14 "approx_kl to itself"    300 python -m rlhf_ray.bench.first_hour first_kl
 check 14 "NCCL variables"         600 env NCCL_DEBUG=INFO rlhf-ray run demo --run-dir "$out/runs/nccl" "${stages[@]}" "${own[@]}" --set resources.policy.actors=2 --set ppo.steps=2
+# Not written, since nothing without a GPU could test it: a broadcast of new weights to generators that are between two chunks
+# (ppo.steps_ahead > 0 goes through the object store, cast on the GPU, in pinned memory); states that leave a shared GPU at the
+# end of a phase (DeepSpeed's offload_states). What the two would save is in the rows 09 "a step ahead" and 10 "all on one GPU".
 
 { printf 'item\tcheck\tresult\ttook\tmost memory of a GPU\tlast line\n'; cat "$table"; } | column -t -s $'\t' | tee "$out/table.aligned.txt"

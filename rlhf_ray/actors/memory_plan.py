@@ -18,7 +18,7 @@ from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
 #: Parts that a process has in the host's memory because it trains.
-BESIDE = ("checkpoint", "snapshot", "model to be written", "weights to send")
+BESIDE = ("copy for a checkpoint", "snapshot", "model to be written", "weights to send")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,10 +206,14 @@ def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
     where, group = (f"resources.{role}", recipe.resources.roles[role]) if phase == "ppo" else (phase, recipe.trained[phase])
     section, train = ("ppo", recipe.ppo) if phase == "ppo" else (phase, recipe.trained[phase])
     stage = vars(group)["zero_stage"]
-    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies", *BESIDE):
+    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies"):
         ways = [f"set {where}.zero_stage to 3 with more ranks"] if stage < 3 else []
         ways += [] if vars(group)["offload_optimizer"] else [f"set {where}.offload_optimizer to true"]
         return ", ".join([*ways, f"set {section}.lora" if role != "critic" else "set ppo.critic_lora", "or use a smaller model"])
+    adapters = "set ppo.critic_lora" if role == "critic" else f"set {section}.lora"
+    if part in BESIDE:
+        ranks = f"{where}.actors" if phase == "ppo" else f"{where}.workers"
+        return f"raise {ranks}, over nodes, {adapters}, or use a smaller model"
     ways = [f"lower {section}.microbatch_size"]
     if phase != "ppo":
         ways[0] += f" or {section}.max_length"

@@ -32,7 +32,7 @@ HEAP_GRADIENTS = 1.3
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
 #: Numbers that are worked on at a time where the head is read in pieces (`algorithms.logprobs.PIECE`), but at least so many rows.
 PIECE, PIECE_ROWS = {False: 2**18, True: 2**27}, 1024
-PIECE_BYTES = 16  # of float32 tensors of a piece, beside its logits and their gradient
+PIECE_BYTES = 8  # of float32 tensors of a piece, beside its logits and their gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +98,21 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
     }
     if ppo.lora is None and language:  # of the output layer, beside the sum that it is added to
         work["buckets"] += 4.0 * shape.head
+    heap = heap_bytes(shape, held.trained, kept)
     if language:
         in_pieces = ppo.entropy_coef > 0 and stage < 3 and is_tested(shape.family)
-        logits = head_pieces(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu) if in_pieces else trained_logits(
-            recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)  # fmt: skip
-        work["logits"] = logits
+        count = head_pieces if in_pieces else trained_logits
+        work["logits"] = logits = count(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
+        heap = max(heap - logits, 0.0) if in_pieces else heap  # the pieces are gone when other memory begins to come and go
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     own = 0.0 if recipe.sft is not None else 4.0 * whole  # what is read from a float32 file is mapped, not the process's own
     return PlannedProcess(
-        parts=dict(state.parts) | work, on_gpu=on_gpu, host=dict(state.host) | {"checkpoint": 12.0 * held.trained / role.actors},
+        parts=dict(state.parts) | work, on_gpu=on_gpu,
+        host=dict(state.host) | {"copy for a checkpoint": 12.0 * held.trained / role.actors},
         moments=_between(recipe, language, held, whole, role, itemsize),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
         stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if not own and itemsize == 2 and held.frozen else 0.0,
-        first_alone=stage == 3, heap=heap_bytes(shape, held.trained, kept),
+        first_alone=stage == 3, heap=heap,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> P
     return PlannedProcess(
         parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu, host=state.host,
         moments={
-            "checkpoint": 12.0 * held.trained / ranks if on_gpu or stage > 0 else 0.0,
+            "copy for a checkpoint": 12.0 * held.trained / ranks if on_gpu or stage > 0 else 0.0,
             "model to be written": 4.0 * held.trained + 4.0 * whole if part else 4.0 * whole if on_gpu or stage == 3 else 0.0,
         },
         loading=(max(held.bytes if stage == 3 else 0.0, measuring), on_host) if on_gpu else (0.0, max(on_host, measuring)),
