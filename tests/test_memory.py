@@ -1,18 +1,24 @@
 """The memory plan against arithmetic by hand, against what autograd keeps, and against what arrays take."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.actors import run_recipe
+from rlhf_ray.algorithms.chunked_head import head_logprobs_and_entropy
 from rlhf_ray.algorithms.sampling import truncate
+from rlhf_ray.generation.kv_cache import slot_bytes
+from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.messages import Support
 from rlhf_ray.models.activations import block_bytes, cast_bytes, kept_bytes
-from rlhf_ray.models.generation_memory import prefill_bytes
+from rlhf_ray.models.generation_memory import cache_of, prefill_bytes
 from rlhf_ray.models.held_weights import held_weights
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention
-from rlhf_ray.models.memory import memory_plan
+from rlhf_ray.models.memory import head_pieces, memory_plan, pass_tokens
 from rlhf_ray.models.size import shape_of_model
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.models.tokenizer import word_tokenizer
@@ -73,6 +79,62 @@ def test_the_most_that_truncated_sampling_keeps(cut, most):
     if cut:
         logits = torch.randperm(300, generator=torch.Generator().manual_seed(0)).double()[None] * 1e-8
         assert int((truncate(logits.log_softmax(-1), **cut) > -torch.inf).sum()) == most
+
+
+class LiveBytes(TorchDispatchMode):
+    """Notes the most bytes that tensors made inside have at any one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.known:
+                storage = one.untyped_storage()
+                self.known.add(storage.data_ptr())
+                weakref.finalize(storage, self.gone, storage.data_ptr(), storage.nbytes())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return made
+
+    def gone(self, place, size):
+        self.known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("itemsize, dtype", [(4, torch.float32), (2, torch.bfloat16)])
+def test_a_head_read_in_pieces_takes_what_the_plan_says(itemsize, dtype):
+    """The bytes of all tensors of a forward and backward pass at their most, beside the weight's own gradient, which the plan has
+    among the buckets, and the states' and the weight's copies in 16 bits, which it has elsewhere."""
+    scratch = {"vocab_size": 3000, "width": 64, "heads": 2}
+    rows = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), 64)
+    recipe = tiny_recipe(model={"from_scratch": scratch}, generation={"max_new_tokens": 40}, ppo=rows)
+    states, weight = (torch.randn(rows, 64, requires_grad=True) for rows in (64 * 40, 3000))
+    ids = torch.zeros(64 * 40, dtype=torch.int64)
+    with LiveBytes() as live:
+        both = head_logprobs_and_entropy(states, weight, ids, temperature=0.7, compute_dtype=dtype)
+        (both[0].sum() + both[1].sum()).backward()
+    elsewhere = weight.nbytes + states.nbytes + (states.nbytes // 2 + weight.nbytes // 2 if itemsize == 2 else 0)
+    tokens = pass_tokens(recipe, ranks=1)
+    assert head_pieces(recipe, tokens=tokens, itemsize=itemsize, on_gpu=False) == pytest.approx(live.most - elsewhere, rel=0.15)
+
+
+def test_a_cache_has_the_bytes_that_are_planned():
+    """Eight rows of 32 slots; and never more slots than `--max-cache-tokens` allows, each of which has `slot_bytes`."""
+    recipe = tiny_recipe()
+    decoder = RaggedDecoder(build_causal_lm(recipe.model, word_tokenizer(300), 0))
+    cache = decoder.new_cache(most=8 * 32)
+    cache.reserve(8, 32)
+    with torch.inference_mode():
+        decoder.prefill(cache, 0, [np.arange(5)] * 8)
+    held = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    assert held == cache_of(shape_of_model(recipe), rows=8, longest=32, itemsize=4) == 8 * 32 * slot_bytes(decoder.model)
+    cache.reserve(5, 48)
+    held = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    assert held <= 8 * 32 * slot_bytes(decoder.model)
 
 
 def test_what_truncated_sampling_keeps_is_in_the_plan():
