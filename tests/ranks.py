@@ -62,6 +62,7 @@ def train(*jobs, world=1):
 
 def _train(rank, world, jobs):
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray tells a worker; else Accelerate takes all cores, and sums fall as threads do
     from rlhf_ray.supervised.dpo import train_dpo
     from rlhf_ray.supervised.reward_model import train_reward
     from rlhf_ray.supervised.sft import train_sft
