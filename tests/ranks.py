@@ -30,6 +30,7 @@ def _rank(rank, work, world, port, folder, arguments):
     from rlhf_ray.training.distributed import join_group
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray tells its workers: else Accelerate takes all cores, and a sum's bits are theirs
     join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=120)
     torch.save(work(rank, world, *arguments), folder / f"{rank}.pt")
     torch.distributed.barrier()
@@ -62,7 +63,6 @@ def train(*jobs, world=1):
 
 def _train(rank, world, jobs):
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray tells a worker; else Accelerate takes all cores, and sums fall as threads do
     from rlhf_ray.supervised.dpo import train_dpo
     from rlhf_ray.supervised.reward_model import train_reward
     from rlhf_ray.supervised.sft import train_sft
