@@ -21,6 +21,7 @@ from rlhf_ray.models.size import ModelShape, shape_of_model
 from rlhf_ray.models.training_state import BUCKET, MIXED, buffer_bytes, model_state
 
 GB = 1e9
+WRITING = "update beside a checkpoint"
 
 
 def phases(recipe, nodes, stages=("ppo",), **options):
@@ -78,9 +79,18 @@ def test_a_token_of_the_cache_takes_what_is_published():
 
 @pytest.mark.parametrize("name", json.loads(RESULTS.read_text()))
 def test_the_plan_is_within_15_percent_of_what_was_measured(name):
-    """results/bench/memory.json, written by rlhf_ray/bench/memory_peaks.py."""
-    peak = max(json.loads(RESULTS.read_text())[name].values()) * 1e6
-    assert planned(name) == pytest.approx(peak, rel=0.15)
+    """results/bench/memory.json, written by rlhf_ray/bench/memory_peaks.py. (Some trainers were measured without what they write.)"""
+    phases = json.loads(RESULTS.read_text())[name]
+    written = "update" not in phases or WRITING in phases
+    assert planned(name, written=written) == pytest.approx(max(phases.values()) * 1e6, rel=0.15)
+
+
+def test_what_trainers_write_was_measured_too():
+    kept = json.loads(RESULTS.read_text())
+    assert {"policy", "policy lora bf16", "policy entropy"} <= {name for name, phases in kept.items() if WRITING in phases}
+    for phases in kept.values():
+        if WRITING in phases and phases["update"] > 1000:  # MB; the copy is of all weights and moments
+            assert phases[WRITING] > phases["update"] + 250
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from rlhf_ray.config import Recipe
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "bench" / "memory.json"  # MB of each phase, by set-up
 
 
-def planned(name: str) -> float:
-    """Peak bytes of a rank, by the plan."""
+def planned(name: str, *, written: bool = True) -> float:
+    """Peak bytes of a rank, by the plan. written: while copies for checkpoints and the model's own folder are written, too."""
     from rlhf_ray.models.memory import memory_plan
     from rlhf_ray.models.stage_memory import stage_memory_plan
 
@@ -34,8 +35,10 @@ def planned(name: str) -> float:
     recipe, itemsize = setup.recipe(), 2 if setup.precision == "bfloat16" else 4
     if setup.trains_alone:
         rows = stage_memory_plan(recipe, dict.fromkeys(recipe.trained, itemsize))
-        return next(row.process.peak for row in rows if row.stage == setup.process)
-    return next(row.process.peak for row in memory_plan(recipe, itemsize=itemsize) if row.role == setup.process)
+        process = next(row.process for row in rows if row.stage == setup.process)
+    else:
+        process = next(row.process for row in memory_plan(recipe, itemsize=itemsize) if row.role == setup.process)
+    return (process if written else replace(process, host={}, moments={})).peak
 
 
 def resident(what: str) -> int:

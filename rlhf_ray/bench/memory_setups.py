@@ -78,7 +78,9 @@ SETUPS: dict[str, SetUp] = {
     "reference bf16": SetUp(process="reference", model=LLAMA, precision="bfloat16"),
     "sft": SetUp(process="sft", model=GPT2),
     "sft bf16": SetUp(process="sft", model=LLAMA, precision="bfloat16"),
-    "sft lora bf16": SetUp(process="sft", model=LLAMA, precision="bfloat16", stage={"lora": {"rank": 16}}),
     "sft ZeRO 2 x 2": SetUp(process="sft", model=GPT2, ranks=2, zero_stage=2, stage={"microbatch_size": 2}),
     "reward": SetUp(process="reward", model=GPT2, stage={"objective": "scores"}),
+    "reward lora bf16": SetUp(
+        process="reward", model=LLAMA, precision="bfloat16", stage={"objective": "scores", "lora": {"rank": 16}}
+    ),
 }
