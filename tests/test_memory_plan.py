@@ -79,7 +79,7 @@ def test_a_token_of_the_cache_takes_what_is_published():
 
 @pytest.mark.parametrize("name", json.loads(RESULTS.read_text()))
 def test_the_plan_is_within_15_percent_of_what_was_measured(name):
-    """results/bench/memory.json, written by rlhf_ray/bench/memory_peaks.py. (Some trainers were measured without what they write.)"""
+    """results/bench/memory.json, of rlhf_ray/bench/memory_peaks.py. (Some trainers were measured without what they write.)"""
     phases = json.loads(RESULTS.read_text())[name]
     written = "update" not in phases or WRITING in phases
     assert planned(name, written=written) == pytest.approx(max(phases.values()) * 1e6, rel=0.15)

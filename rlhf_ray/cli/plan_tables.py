@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -138,11 +139,15 @@ def _sum(shares: Sequence[Share], there: float | None) -> str:
     by_name: dict[str, list[float]] = {}
     for share in shares:
         by_name.setdefault(_name(share) if share.process[-1].isdigit() else share.process, []).append(share.size)
-    words = " + ".join(
-        f"{name} {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{sizes[0] / GB:.1f}" for name, sizes in by_name.items()
-    )
+    words = " + ".join(f"{name} {_sizes(sizes)}" for name, sizes in by_name.items())
     of = "" if there is None else f" of {there / GB:.1f}"
     return f"{words} = {sum(share.size for share in shares) / GB:.1f}{of} GB"
+
+
+def _sizes(sizes: Sequence[float]) -> str:
+    """Equal ones once: the first of a group may do more than the others."""
+    counted = Counter(f"{size / GB:.1f}" for size in sizes)
+    return " + ".join(f"{count} x {size}" if count > 1 else size for size, count in counted.items())
 
 
 def _range(numbers: Sequence[int]) -> str:

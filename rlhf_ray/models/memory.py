@@ -29,6 +29,7 @@ from rlhf_ray.tables.families import is_tested
 #: What glibc keeps on a CPU of memory that comes and goes between tensors that stay: as much again as the activations, or this
 #: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory_peaks.py).
 HEAP_GRADIENTS = 1.3
+HEAP_PROMPTS = 0.55  # of what a pass over prompts takes. Measured there
 GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
 #: Numbers that are worked on at a time where the head is read in pieces (`algorithms.logprobs.PIECE`), but at least so many rows.
 PIECE, PIECE_ROWS = {False: 2**18, True: 2**27}, 1024
@@ -159,7 +160,7 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
         parts["passing"] = prefill_bytes(
             shape, rows=generation.rows, longest=recipe.data.max_prompt_tokens, itemsize=itemsize, on_gpu=on_gpu
         )
-        heap = parts["passing"] + own  # new weights are copied while the old copies stand
+        heap = HEAP_PROMPTS * parts["passing"] + own  # new weights are copied while the old copies stand
     # each row's own sets, and the chunk's together
     parts["sampling sets"] = 2.0 * support_bytes(generation.chunk_size * generation.max_new_tokens, support)
     split: dict[str, float] = {}
