@@ -3,6 +3,8 @@
 Those without the marker need no vLLM: what a server that asks too much of it is told.
 """
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving import loading
 from rlhf_ray.serving.config import EngineOptions, Limits
+from rlhf_ray.serving.tickets import RowRequest
 
 needs_vllm = pytest.mark.vllm
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [100, 3, 9, 9, 9], [17]]
@@ -131,12 +134,23 @@ def test_a_server_loads_it_behind_the_same_runner(start):
     threads = torch.get_num_threads()
     try:
         options = EngineOptions(model=str(start), engine="vllm", precision="float32", device=DEVICE)
-        runner, reader = loading.load(options, Limits(max_rows=2, max_cache_tokens=4 * 128), loading.Bases())
+        limits = Limits(max_rows=2, max_cache_tokens=4 * 128)
+        with ThreadPoolExecutor(1) as thread:  # as a replica loads a version
+            runner, reader = thread.submit(loading.load, options, limits, loading.Bases()).result()
     finally:
         torch.set_num_threads(threads)
     try:
         assert reader.vocab_size == 300 and type(runner.engine).__name__ == "VllmServing"
         assert len(runner.engine.score(PROMPTS[0], 0)) == len(PROMPTS[0])  # as `publish` compares a version with training
+
+        async def answer():
+            ticket, events = runner.submit([RowRequest(prompt_ids=PROMPTS[0], seed=0, params=GREEDY)]), []
+            while more := await ticket.events():
+                events += more
+            return events
+
+        events = asyncio.run(answer())
+        assert events[-1][1].completion is not None and len(events) == len(events[-1][1].completion.response_ids)
     finally:
         runner.close()
 
