@@ -89,3 +89,10 @@ def test_adapters_stand_on_a_base_of_16_bits_that_is_measured_in_32():
     logits = 16 * 64 * 300 * (2 + 8)
     assert sft.loading[1] >= 4 * WEIGHTS + 2 * 300 * 32 + logits
     assert sft.memory > sft.loading[1]  # the training took more
+
+
+def test_dpo_is_measured_with_its_reference_beside_it():
+    recipe = tiny_recipe(dpo={"microbatch_size": 8})
+    dpo = next(row.process for row in stage_memory_plan(recipe, dict.fromkeys(recipe.trained, 4)) if row.stage == "dpo")
+    logits = 8 * recipe.max_length_of("dpo") * 300 * (4 + 8)
+    assert dpo.loading[1] == 2 * 4 * WEIGHTS + logits
