@@ -9,7 +9,6 @@ their last digits.
 from __future__ import annotations
 
 import gc
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -72,7 +71,6 @@ class VllmServing:
         self._rules: dict[int, TokenRules | None] = {}
         self._ready: deque[TokenEvent] = deque()  # that came while a prompt was scored
         self._next_id = 0
-        self._threads, self._computes_in = torch.get_num_threads(), threading.get_ident()
         self._check(model)
 
     # ---- the open batch
@@ -123,9 +121,9 @@ class VllmServing:
         """scored: where the log-probs of a prompt go, by its request's name."""
         if not self._engine.has_unfinished_requests():
             return []
-        if threading.get_ident() != self._computes_in:  # on CPUs vLLM and torch have to agree on how many threads compute, in each
-            self._computes_in = threading.get_ident()
-            torch.set_num_threads(self._threads)
+        # In a new thread OpenMP begins with its default, and torch sets the number of threads at its first operation, between two of
+        # vLLM's kernels for CPUs that have to agree. Asking sets it. (vLLM has made set_num_threads do nothing.)
+        torch.get_num_threads()
         events: list[TokenEvent] = []
         for output in self._engine.step():
             if output.request_id.startswith("score-"):
