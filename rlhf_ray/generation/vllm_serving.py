@@ -121,8 +121,8 @@ class VllmServing:
         """scored: where the log-probs of a prompt go, by its request's name."""
         if not self._engine.has_unfinished_requests():
             return []
-        # In a new thread OpenMP begins with its default, and torch sets the number of threads at its first operation, between two of
-        # vLLM's kernels for CPUs that have to agree. Asking sets it. (vLLM has made set_num_threads do nothing.)
+        # In a new thread OpenMP begins with its default, and torch sets the number of threads at its first operation: between two
+        # of vLLM's kernels for CPUs, which have to agree. Asking sets it. (vLLM has made set_num_threads do nothing.)
         torch.get_num_threads()
         events: list[TokenEvent] = []
         for output in self._engine.step():
