@@ -6,7 +6,7 @@ Whole tensors make a checkpoint loadable at another stage or rank count. Calls a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,6 @@ from torch import nn
 from rlhf_ray.errors import UserError
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-GATHERED_AS = "comm_dtype"  # DeepSpeed's attribute of a parameter: the dtype that its shares travel in
 STATE_WORDS = {"weight": "weights"} | {key: f"optimiser moments ({key})" for key in ADAM_STATE}
 CHECKPOINT_REMEDY = "delete it to go on from the checkpoint before it, or the stage's folder to start the stage again"
 
@@ -76,20 +75,13 @@ class EngineState:
         for part, state in self._adam().state.items():
             state["step"] = torch.tensor(float(steps_taken), device=part.device)  # where the fused step wants it
 
-    @contextmanager
-    def gathered(self, parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
-        """In whose body a parameter is whole, with all its digits."""
+    def gathered(self, parameter: nn.Parameter, write: bool = False) -> AbstractContextManager[None]:
+        """In whose body a parameter is whole."""
         import deepspeed
 
-        low = vars(parameter).pop(GATHERED_AS, None)  # for forward passes
-        try:
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0 if write else None, enabled=self.zero_stage == 3
-            ):
-                yield
-        finally:
-            if low is not None:
-                vars(parameter)[GATHERED_AS] = low
+        return deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0 if write else None, enabled=self.zero_stage == 3
+        )
 
     def _check(self, state: Mapping[str, torch.Tensor], where: str) -> None:
         trained = self.trained()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ray.training.engine_state import GATHERED_AS
+GATHERED_AS = "comm_dtype"  # DeepSpeed's attribute of a parameter: the dtype that its shares travel in for a pass
 
 
 def cut_into_shards(module: nn.Module, device: torch.device, options: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def gather_in(module: nn.Module, dtype: torch.dtype) -> None:
     autocast to it.
 
     No result changes: autocast rounds these weights to the same digits after they have arrived. Gradients add up in float32 all the
-    same, and `EngineState` reads all digits. (DeepSpeed's own autocast does this to gradients, too.)
+    same, and `EngineState` gathers all digits. (DeepSpeed's own autocast does this to gradients, too.)
     """
     looked_up = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for layer in module.modules():
