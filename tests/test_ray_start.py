@@ -164,3 +164,31 @@ def test_a_folder_that_ray_cannot_make_is_told(tmp_path):
     answer = python(HANGING, "nothing", cwd=tmp_path, HOME=str(tmp_path / "home"), RAY_TMPDIR="/proc/nobody")
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
     assert "rlhf-ray: Ray did not start: " in answer.stderr and "set RAY_TMPDIR" in answer.stderr.replace("\n", " ")
+
+
+SERVERS_RAY = """
+import contextlib, os, stat, sys, threading
+import ray
+from rlhf_ray.serving.server_ray import check_ray, start_ray
+def init(**options):
+    token = os.path.expanduser("~/.ray/auth_token")
+    print(oct(os.stat(token).st_mode) if os.path.exists(token) else "token " + str(len(os.environ["RAY_AUTH_TOKEN"])))
+    raise Exception("The current node timed out during startup")
+check_ray()
+ray.init = init
+with contextlib.ExitStack() as stack:
+    try:
+        start_ray(1, stack, {})
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_ray_of_a_server_starts_as_one_of_a_run(tmp_path):
+    """With a token of its owner's, where the home folder can't be written too; and what keeps it from starting is a sentence."""
+    (tmp_path / "home").mkdir()
+    for home, token in ((tmp_path / "home", "0o100600"), (tmp_path / "nobody", "token 64")):
+        answer = python(SERVERS_RAY, cwd=tmp_path, HOME=str(home), RLHF_RAY_FORK="off")
+        assert answer.stdout.splitlines()[0] == token, answer.stderr
+        assert "RunFailed Ray did not start: The current node timed out during startup; see /" in answer.stdout
+        assert "Traceback" not in answer.stderr

@@ -55,7 +55,7 @@ def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str 
     started, attempt = time.monotonic(), _Start(options, deadline_s)
     try:
         _wait_for(attempt, started, deadline_s, remedy)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         attempt.abandon()
         raise
     if attempt.error is not None:
