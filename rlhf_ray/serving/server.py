@@ -136,11 +136,12 @@ class Server:
             self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None, votes=votes
         )
 
-    def start(self) -> None:
+    def start(self, when_ray_runs: Callable[[], None] = lambda: None) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
         self._bound, self.port = listening(self.host, self.port)
         check_ray()
         self._logs = start_ray(self.replicas, self._stack, self._environment)
+        when_ray_runs()
         import ray
         from ray import serve as ray_serve
 
