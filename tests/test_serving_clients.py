@@ -149,10 +149,15 @@ def test_version_head_and_the_document(served):
     assert references and set(references) <= set(document["components"]["schemas"])
 
 
-def test_keys_come_from_files_and_not_from_the_command_line(tmp_path):
+def test_keys_come_from_files_and_not_from_the_command_line(tmp_path, caplog):
     path = tmp_path / "key"
     path.write_text("s3cret\n")
-    assert read_api_key(path) == given_key(None, path) == "s3cret" and given_key(None, None) is None
+    path.chmod(0o640)
+    assert read_api_key(path) == "s3cret" and "chmod 600" in caplog.text and "mode 640" in caplog.text
+    caplog.clear()
+    path.chmod(0o400)
+    assert given_key(None, path) == "s3cret" and given_key(None, None) is None and caplog.text == ""
+    path.chmod(0o600)
     with pytest.raises(UserError, match="--api-key-file") as refused:
         given_key("s3cret", None)
     assert "s3cret" not in str(refused.value)

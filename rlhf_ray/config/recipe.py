@@ -25,7 +25,7 @@ class Recipe(Section):
 
     model_config = ConfigDict(extra="allow")  # sections of plugins, which `_plugins_are_known` checks
 
-    name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
     seed: int = option(0, "every random draw follows from it", ge=0, lt=SEEDS)
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")
