@@ -133,8 +133,8 @@ def test_a_library_that_sets_variables_when_it_is_imported_keeps_nobody_from_for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        server = subprocess.Popen([sys.executable, "-c", NOISY_SERVER, str(listener.fileno()), path, "noisy"], stdin=subprocess.PIPE,
-                                  pass_fds=[listener.fileno()], env=environment)  # fmt: skip
+        command = [sys.executable, "-c", NOISY_SERVER, str(listener.fileno()), path, "noisy"]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment)
     try:
         command = [sys.executable, "-I", "-S", fork_client.__file__, path, sys.executable]
         client = start(command, script, "0", PYTHONPATH=environment["PYTHONPATH"])

@@ -1,4 +1,4 @@
-"""JSON by request: what comes out is read by Python's json, by jsonschema and by OpenAI's client, and drawn as brute force draws it."""
+"""JSON by request: what comes out is read by Python's json, jsonschema and OpenAI's client, and drawn as brute force draws it."""
 
 from __future__ import annotations
 
