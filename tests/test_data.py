@@ -106,7 +106,7 @@ def test_where_no_turn_is_an_assistants_the_roles_are_named(tmp_path):
     [
         ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
         ("{% for m in messages %}{{ m.name.first }}{% endfor %}", "has no attribute 'name'"),
-        ("{{ ''.__class__ }}{% for m in messages %}{{ m.content }}{% endfor %}", "'__class__' of 'str' object is unsafe"),
+        ("{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m.content }}{% endfor %}", "'__class__' of 'str' object is unsafe"),
     ],
 )
 def test_a_template_that_refuses_every_row_is_quoted(tmp_path, template, says):

@@ -54,6 +54,27 @@ def test_with_a_home_that_cannot_be_written(tmp_path):
     assert "the home folder /proc/nobody can't be written" in answer.stderr and "Traceback" not in answer.stderr
 
 
+NO_HOME = """
+import pwd
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+import os, pathlib
+from rlhf_ray.actors.ray_start import prepare_home
+prepare_home()
+place = pathlib.Path("~/ray_results").expanduser()
+print(oct(os.stat(place.parent).st_mode), os.access(place.parent, os.W_OK), len(os.environ.get("RAY_AUTH_TOKEN", "")))
+"""
+
+
+def test_for_a_user_whom_nobody_knows_and_who_has_no_home(tmp_path, monkeypatch):
+    """As containers run under any number; Ray Train looks for the home folder when it is imported."""
+    monkeypatch.delenv("HOME", raising=False)
+    answer = python(NO_HOME, cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert answer.stdout == "0o40700 True 64\n", answer.stderr
+    assert "there is no home folder; caches of compiled code go to" in answer.stderr
+
+
 def test_a_token_that_others_can_read_is_closed_or_told_of(tmp_path, monkeypatch, caplog):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)

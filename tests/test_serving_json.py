@@ -120,7 +120,7 @@ def test_what_can_not_be_followed_is_refused(served, extra):
 
 def test_without_the_library_it_is_refused_with_the_remedy(served, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    answer = send(served, "POST", "/v1/completions", json=PROMPT | {"response_format": {"type": "json_object"}})
+    answer = send(served, "POST", "/v1/completions", json=PROMPT | asking({"const": "of no other test"}))
     assert answer.status_code == 400 and "pip install 'rlhf-ray[json]'" in answer.json()["error"]["message"]
     assert send(served, "POST", "/v1/completions", json=PROMPT | {"response_format": {"type": "text"}}).status_code == 200
 

@@ -254,15 +254,24 @@ def _other_places() -> None:
     cache = Path(os.environ.get("HF_HOME") or Path(os.path.expanduser("~")) / ".cache" / "huggingface")
     if cache.is_dir():
         os.environ.setdefault("HF_HOME", str(cache))
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # no HOME, and a user whom the system does not know, as in many containers
+        os.environ["HOME"] = home = str(_own_folder())  # Ray Train can't be imported without one
     if "XDG_CACHE_HOME" in os.environ:
         return
+    folder = _own_folder()
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    told = "there is no home folder" if home == str(folder) else f"the home folder {home} can't be written"
+    log.warning("%s; caches of compiled code go to %s", told, folder)
+
+
+def _own_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"rlhf_ray_cache_{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     found = folder.lstat() if folder.exists() else None
     # Code is loaded from it, so nobody else may have made it.
     if found is None or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_cache_"))
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    log.warning("the home folder %s can't be written; caches of compiled code go to %s", os.path.expanduser("~"), folder)
+        return Path(tempfile.mkdtemp(prefix="rlhf_ray_cache_"))
+    return folder

@@ -7,6 +7,7 @@ spaced as `json.dumps` spaces them: free white space would let a small model wri
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
+KEPT = 32  # schemas; compiling a large one takes up to a second
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -26,11 +28,22 @@ class JsonGrammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]):
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos_token_ids)
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._read: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # schema -> at its start; copied for each response
 
     def text(self, schema: str) -> JsonText:
         """A response's way through this JSON schema. UserError for one that can't be followed."""
+        with self._lock:
+            found = self._compiled.pop(schema, None)
+        found = found or self._compile(schema)  # without the lock: meanwhile the engine follows others
+        with self._lock:
+            self._compiled[schema] = found
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        return JsonText(found.deep_copy(), self._vocab_size)
+
+    def _compile(self, schema: str) -> LLMatcher:
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -40,12 +53,12 @@ class JsonGrammars:
         matcher = LLMatcher(self._vocabulary(), LLMatcher.grammar_from_json_schema(schema, overrides=_SPACED), log_level=0)  # pyright: ignore[reportArgumentType]
         if matcher.is_error():
             raise UserError(f"this JSON schema can't be followed: {' '.join(matcher.get_error().split())[:300]}")
-        return JsonText(matcher, self._vocab_size)
+        return matcher
 
     def _vocabulary(self) -> LLTokenizer:
         from llguidance.hf import from_tokenizer
 
-        with self._lock:
+        with self._reading:
             if self._read is None:
                 try:
                     self._read = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)  # pyright: ignore[reportArgumentType]
