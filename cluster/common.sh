@@ -109,12 +109,22 @@ start() {
     local waited=0
     until grep -q "Ray runtime started" "$state/$name.log"; do
         if ! kill -0 "$pid" 2>/dev/null || ((waited >= 180)); then
-            tail -n 15 "$state/$name.log" >&2
-            kill "$pid" 2>/dev/null || true
-            rm -f "$state/$name.pid"
-            die "the $name did not start within $((waited / 2)) s; its log is $state/$name.log"
+            give_up "$name" "$pid" "did not start within $((waited / 2)) s"
         fi
         sleep 0.5
         waited=$((waited + 1))
     done
+    # A second after it has said so, Ray looks at its processes for the first time, and ends them all where one has ended. On a
+    # machine that is too busy one waits 30 s for another in vain.
+    sleep 1.5
+    if ! kill -0 "$pid" 2>/dev/null || grep -q "exited unexpectedly" "$state/$name.log"; then
+        give_up "$name" "$pid" "ended right after its start (is this machine too busy?)"
+    fi
+}
+
+give_up() { # NAME PID WHY: what `start` has started goes, and its last words are shown
+    tail -n 15 "$state/$1.log" >&2
+    kill "$2" 2>/dev/null || true
+    rm -f "$state/$1.pid"
+    die "the $1 $3; its log is $state/$1.log"
 }

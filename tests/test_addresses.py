@@ -116,9 +116,28 @@ echo "asked for $(grep -o -e --node-ip-address <<<"$*" | wc -l) address: $ip ove
 echo "  ray start --address='$ip:6379'"
 echo "RAY_API_SERVER_ADDRESS='http://127.0.0.1:8265'"
 echo "Ray runtime started."
+[[ $* != *--short-lived* ]] || { sleep 0.5; echo "Some Ray subprocesses exited unexpectedly:"; exit 1; }
 sleep 30
 """
 TWO_CARDS = [*card("eth0", "10.1.0.2/24"), *card("eth1", "10.2.0.2/24")]
+
+
+def head_sh(folder, cards, options):
+    """head.sh with RAY in Ray's place, what it was asked for, and stop.sh."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ray").write_text(RAY)
+    (folder / "bin" / "ray").chmod(0o755)
+    own = bare_env(folder) | {"RAY_AUTH_TOKEN": "x" * 64, "PATH": f"{folder / 'bin'}:{bare_env(folder)['PATH']}"}
+    names = ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE", "RAY_AUTH_TOKEN")
+    environment = shlex.join(f"{name}={own[name]}" for name in names)
+    steps = f"bash {CLUSTER / 'head.sh'} {options}; cat {folder}/state/head.log; bash {CLUSTER / 'stop.sh'}"
+    return in_a_network(*cards, command=f"env -u GLOO_SOCKET_IFNAME -u NCCL_SOCKET_IFNAME {environment} bash -c '{steps}'")
+
+
+def test_a_head_that_ends_right_after_its_start_is_not_said_to_be_up(tmp_path):
+    found = head_sh(tmp_path, [], "--node-ip-address 127.0.0.1 --short-lived")
+    assert "The head is up" not in found.stdout and "nothing that was started from here" in found.stdout
+    assert "the head ended right after its start" in found.stderr and "Some Ray subprocesses exited" in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -126,7 +145,6 @@ TWO_CARDS = [*card("eth0", "10.1.0.2/24"), *card("eth1", "10.2.0.2/24")]
     [
         (TWO_CARDS, "", "10.1.0.2", "eth0", "another of: eth0 10.1.0.2, eth1 10.2.0.2"),
         ([*TWO_CARDS, "ip route add default via 10.2.0.1"], "", "10.2.0.2", "eth1", "another of: eth1 10.2.0.2, eth0 10.1.0.2"),
-        (TWO_CARDS, "--node-ip-address 10.2.0.2", "10.2.0.2", "eth1", "cluster/worker.sh 10.2.0.2:6379"),
         (TWO_CARDS, "--node-ip-address=10.2.0.2 --num-cpus 1", "10.2.0.2", "eth1", "cluster/worker.sh 10.2.0.2:6379"),
         (TWO_CARDS, "--node-ip-address 127.0.0.1", "127.0.0.1", "lo", "only this machine: 127.0.0.1 is loopback; for several, "
          "--node-ip-address and one of: eth0 10.1.0.2, eth1 10.2.0.2"),
@@ -134,14 +152,7 @@ TWO_CARDS = [*card("eth0", "10.1.0.2/24"), *card("eth1", "10.2.0.2/24")]
     ],
 )  # fmt: skip
 def test_what_head_sh_makes_of_the_interfaces_that_are_there(tmp_path, cards, options, address, device, says):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ray").write_text(RAY)
-    (tmp_path / "bin" / "ray").chmod(0o755)
-    own = bare_env(tmp_path) | {"RAY_AUTH_TOKEN": "x" * 64, "PATH": f"{tmp_path / 'bin'}:{bare_env(tmp_path)['PATH']}"}
-    names = ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE", "RAY_AUTH_TOKEN")
-    environment = shlex.join(f"{name}={own[name]}" for name in names)
-    steps = f"bash {CLUSTER / 'head.sh'} {options}; cat {tmp_path}/state/head.log; bash {CLUSTER / 'stop.sh'}"
-    found = in_a_network(*cards, command=f"env -u GLOO_SOCKET_IFNAME -u NCCL_SOCKET_IFNAME {environment} bash -c '{steps}'")
+    found = head_sh(tmp_path, cards, options)
     assert f"asked for 1 address: {address} over {device} and ={device}" in found.stdout, found.stderr
     assert f"The head is up at {address}:6379 (collectives over {device})" in found.stdout and says in found.stdout
     assert f"ray status --address {address}:6379" in found.stdout and "stopped the head" in found.stdout

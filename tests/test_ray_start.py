@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from rlhf_ray.actors.ray_start import prepare_home, protect
+from rlhf_ray.actors import ray_start
+from rlhf_ray.actors.ray_start import prepare_home, protect, start_own_ray, start_ray
+from rlhf_ray.errors import RunFailed
 
 ONE_TASK = """
 import os, sys, threading
@@ -33,6 +35,10 @@ def python(code, *arguments, cwd, timeout=400, **environment):
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH") and name != "XDG_CACHE_HOME"}
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=own | environment, capture_output=True, text=True,
                           timeout=timeout, check=False)  # fmt: skip
+
+
+def fail(words):
+    raise Exception(words)
 
 
 def mode(path):
@@ -213,3 +219,27 @@ def test_the_ray_of_a_server_starts_as_one_of_a_run(tmp_path):
         assert answer.stdout.splitlines()[0] == token, answer.stderr
         assert "RunFailed Ray did not start: The current node timed out during startup; see /" in answer.stdout
         assert "Traceback" not in answer.stderr
+
+
+def test_a_ray_whose_processes_were_too_late_for_each_other_is_started_again(monkeypatch, caplog):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if len(calls) < 3:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray_start.ray, "init", init)
+    start_ray({"address": "local"}, 300)()
+    assert calls == [{"address": "local"}] * 3 and caplog.text.count("they are started again") == 2
+    for deadline_s, attempts in ((300, 3), (50, 1)):  # what is left of it must be enough for another one
+        calls[:] = []
+        monkeypatch.setattr(ray_start.ray, "init", lambda **options: calls.append(1) or fail("timed out during startup"))
+        with pytest.raises(RunFailed, match="Ray did not start: timed out during startup"):
+            start_own_ray({"address": "local"}, deadline_s)
+        assert len(calls) == attempts
+    calls[:] = []
+    monkeypatch.setattr(ray_start.ray, "init", lambda **options: calls.append(1) or fail("no such option"))
+    with pytest.raises(RunFailed, match="no such option"):
+        start_own_ray({"address": "local"}, 300)
+    assert len(calls) == 1

@@ -24,6 +24,7 @@ START_S = 300.0  # where no recipe says otherwise
 RAYS_OWN_S = 30.0  # that Ray allows its first process
 SLACK_S = 15.0
 TELL_S = 15.0
+ATTEMPTS, TOO_SLOW = 3, "timed out during startup"  # what Ray says where a process of its own was too late
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,7 @@ class _Start:
 
     def _run(self, options: dict[str, Any], deadline_s: float) -> None:
         try:
-            with patience(deadline_s):
-                ray.init(**options)
+            self._init(options, time.monotonic() + deadline_s)
         except BaseException as error:  # fault boundary: this thread; the caller's raises it
             self.error = error
         self.over.set()
@@ -96,6 +96,22 @@ class _Start:
             ray.shutdown()
         else:
             self._shut_down.wait()
+
+    def _init(self, options: dict[str, Any], deadline: float) -> None:
+        """Ray's processes end where one waits longer than 30 s for another. The next ones, whose files are then in memory, are
+        faster."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with patience(deadline - time.monotonic()):
+                    ray.init(**options)
+                return
+            except Exception as error:  # fault boundary: Ray raises a bare one for it
+                left = deadline - time.monotonic()
+                if TOO_SLOW not in str(error) or attempt + 1 == ATTEMPTS or left < 2 * RAYS_OWN_S or self._abandoned:
+                    raise
+                log.warning("Ray's processes did not find each other in time; they are started again")
+                with suppress(Exception):
+                    ray.shutdown()
 
     def abandon(self) -> None:
         """Nobody wants that Ray any more: it ends, now or as soon as it has started."""
