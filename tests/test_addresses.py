@@ -117,6 +117,7 @@ echo "  ray start --address='$ip:6379'"
 echo "RAY_API_SERVER_ADDRESS='http://127.0.0.1:8265'"
 echo "Ray runtime started."
 [[ $* != *--short-lived* ]] || { sleep 0.5; echo "Some Ray subprocesses exited unexpectedly:"; exit 1; }
+[[ $* != *--late* || -e $HOME/late ]] || { touch $HOME/late; echo "RuntimeError: Timed out waiting for node info"; exit 1; }
 sleep 30
 """
 TWO_CARDS = [*card("eth0", "10.1.0.2/24"), *card("eth1", "10.2.0.2/24")]
@@ -138,6 +139,12 @@ def test_a_head_that_ends_right_after_its_start_is_not_said_to_be_up(tmp_path):
     found = head_sh(tmp_path, [], "--node-ip-address 127.0.0.1 --short-lived")
     assert "The head is up" not in found.stdout and "nothing that was started from here" in found.stdout
     assert "the head ended right after its start" in found.stderr and "Some Ray subprocesses exited" in found.stderr
+
+
+def test_a_head_whose_processes_were_too_late_for_each_other_is_started_again(tmp_path):
+    found = head_sh(tmp_path, [], "--node-ip-address 127.0.0.1 --late")
+    assert found.stderr.count("they are started again") == 1 and "The head is up at 127.0.0.1:6379" in found.stdout, found.stderr
+    assert "stopped the head" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ fork_server.main()
 
 def test_a_library_that_sets_variables_when_it_is_imported_keeps_nobody_from_forking(script, tmp_path):
     """As scikit-learn does, which transformers imports where it is installed. The workers' environment has none of them."""
-    (tmp_path / "noisy.py").write_text("import os; os.environ.setdefault('KMP_INIT_AT_FORK', 'FALSE')")
+    (tmp_path / "noisy.py").write_text("import os; os.environ.setdefault('KMP_OF_THIS_LIBRARY', 'FALSE')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
     path = tempfile.mkdtemp(dir="/tmp") + "/s"
     with socket.socket(socket.AF_UNIX) as listener:
