@@ -129,8 +129,9 @@ launch() { # NAME OPTIONS...: status 1 and the reason in `why` where it does not
         sleep 0.5
         waited=$((waited + 1))
     done
-    # A second after it has said so, Ray looks at its processes for the first time, and ends them all where one has ended.
-    [[ -n $why ]] || sleep 1.5
+    # A second after it has said so (later on a busy machine), Ray looks at its processes for the first time, and ends them all
+    # where one has ended.
+    [[ -n $why ]] || sleep "${RLHF_RAY_SETTLE_S:-4}"
     if [[ -z $why ]] && { ! kill -0 "$pid" 2>/dev/null || grep -q "exited unexpectedly" "$state/$name.log"; }; then
         why="ended right after its start"
     fi

@@ -129,7 +129,8 @@ def head_sh(folder, cards, options):
     (folder / "bin" / "ray").write_text(RAY)
     (folder / "bin" / "ray").chmod(0o755)
     own = bare_env(folder) | {"RAY_AUTH_TOKEN": "x" * 64, "PATH": f"{folder / 'bin'}:{bare_env(folder)['PATH']}"}
-    names = ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE", "RAY_AUTH_TOKEN")
+    own["RLHF_RAY_SETTLE_S"] = "1"
+    names = ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE", "RAY_AUTH_TOKEN", "RLHF_RAY_SETTLE_S")
     environment = shlex.join(f"{name}={own[name]}" for name in names)
     steps = f"bash {CLUSTER / 'head.sh'} {options}; cat {folder}/state/head.log; bash {CLUSTER / 'stop.sh'}"
     return in_a_network(*cards, command=f"env -u GLOO_SOCKET_IFNAME -u NCCL_SOCKET_IFNAME {environment} bash -c '{steps}'")
