@@ -123,6 +123,7 @@ def test_what_it_can_not_do_is_told_in_words(engine):
         ([1], replace(GREEDY, max_new_tokens=2 * 128), None, "shorten the prompt"),
         ([1], replace(GREEDY, temperature=0.001), None, "vLLM's least"),
         ([1], GREEDY, TokenRules(alternatives=21), "vLLM tells 20"),
+        ([1], GREEDY, TokenRules(json_schema="{}"), "leave response_format out"),
         ([1], GREEDY, TokenRules(logit_bias=((300, 1.0),)), "token id 300 is beyond"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
