@@ -180,7 +180,7 @@ class VllmServing:
         if params.min_new_tokens > 1:
             raise UserError("min_new_tokens is for PPO's rollouts; a served request gives min_tokens")
         if rules is not None and rules.json_schema is not None:
-            raise UserError("the engine vllm holds no response to a JSON schema here; leave response_format out, or serve with torch")
+            raise UserError("the engine vllm holds no response to a JSON schema; leave response_format out, or serve with torch")
         _check_alternatives(rules.alternatives or 0 if rules is not None else 0)
         return ids.tolist()
 
