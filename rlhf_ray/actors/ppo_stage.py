@@ -51,7 +51,7 @@ from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample
-from rlhf_ray.runs.run_folder import RunFolder, start_model
+from rlhf_ray.runs.run_folder import RunFolder, reference_of, start_model
 
 Progress = Callable[[dict], None]
 
@@ -96,7 +96,7 @@ def ray_roles(
         reward = group(RewardActor, "reward", resources.reward, start)
         reference = []
         if "reference" in recipe.ppo_roles:
-            reference = group(ReferenceActor, "reference", resources.reference, start)
+            reference = group(ReferenceActor, "reference", resources.reference, reference_of(recipe, folder))
         policy = PolicyGroup(ranks(PolicyActor, "policy", resources.policy))
         policy.start, critic = Path(start), None
         if recipe.ppo.has_critic:
@@ -160,8 +160,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state, only=True)  # where the run died between the two
-    if ppo.has_critic and ppo.critic_init == "reward":
-        _check_critic_tokens(recipe, folder)
+    _check_tokens(recipe, folder)
     budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
     on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
@@ -259,19 +258,29 @@ def _of_all(roles: RayRoles, method: str, *args) -> list[Handle]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
 
 
-def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:
-    """A critic reads the policy's token ids, so it can start from the reward model only if that reads them too."""
-    start, reward = start_model(recipe, folder), folder.stage("reward").model
-    if _same_files(Path(start), reward, "tokenizer.json", "tokenizer_config.json"):
-        return
-    from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens  # seconds of imports
-
-    trust = recipe.model.trust_remote_code
-    if not same_tokens(load_tokenizer(start, trust), load_tokenizer(reward, trust)):
+def _check_tokens(recipe: Recipe, folder: RunFolder) -> None:
+    """Critic and reference read the policy's token ids. UserError where the model that one of them starts from reads others."""
+    reward, reference = folder.stage("reward").model, recipe.ppo.reference
+    if recipe.ppo.has_critic and recipe.ppo.critic_init == "reward" and not _reads_tokens_of_policy(recipe, folder, reward):
         raise UserError(
             f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
             "'reward'; set ppo.critic_init: sft"
         )
+    if reference is not None and not _reads_tokens_of_policy(recipe, folder, Path(reference)):
+        raise UserError(
+            f"the model of ppo.reference, {reference}, has another tokenizer than the policy: it can't say how likely the policy's "
+            "tokens are; name a model of the same family, or set it to null"
+        )
+
+
+def _reads_tokens_of_policy(recipe: Recipe, folder: RunFolder, model: Path) -> bool:
+    start = start_model(recipe, folder)
+    if _same_files(Path(start), model, "tokenizer.json", "tokenizer_config.json"):
+        return True
+    from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens  # seconds of imports
+
+    trust = recipe.model.trust_remote_code
+    return same_tokens(load_tokenizer(start, trust), load_tokenizer(str(model), trust))
 
 
 def _same_files(one: Path, other: Path, *names: str) -> bool:

@@ -49,6 +49,9 @@ class PPOConfig(Section):
     adam_eps: float = option(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: never", ge=0)
     kl_coef: float = option(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
+    reference: str | None = option(
+        None, "folder / hub name of the model that the KL is measured to; null: the model that PPO starts from", min_length=1
+    )
     adaptive_kl: KlConfig | None = option(None, "adapt kl_coef to a target; null: fixed")
     gamma: float = option(1.0, "discount", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's lambda", ge=0, le=1)
@@ -282,6 +285,11 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _trains_one_part(self):
+        if self.lora is not None and self.reference is not None:
+            raise ValueError(
+                f"ppo.lora is set and ppo.reference is '{self.reference}': the policy with its adapter off is the reference, so "
+                "that is what PPO starts from; set one of them to null"
+            )
         check_trained_part(self.lora, self.freeze_layers, ("ppo.lora", "ppo.freeze_layers"))
         check_trained_part(self.critic_lora, self.critic_freeze_layers, ("ppo.critic_lora", "ppo.critic_freeze_layers"))
         if not self.has_critic and (self.critic_lora is not None or self.critic_freeze_layers > 0):

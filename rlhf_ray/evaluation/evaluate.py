@@ -22,6 +22,7 @@ from rlhf_ray.data.role_files import PromptColumns, check_columns, has_role, rea
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
+from rlhf_ray.evaluation.held_out_votes import agreement_with_votes
 from rlhf_ray.evaluation.kept import KeptParts, inputs_of
 from rlhf_ray.evaluation.samples import draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
@@ -51,6 +52,8 @@ DEFINITIONS = {
     "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
     "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
     "SFT) and `ratio` (PPO / SFT) are paired.",
+    "held_out_votes": "Share of the held-out votes' pairs that the reward and the judge order as people do (with Wilson's 95 % "
+    "interval, pairs of one prompt taken together).",
     "scorers": "How well the run's own reward model and judge tell replies apart on held-out rows: the share of pairs that they "
     "order as people do (accuracy, Wilson's 95 % interval, pairs of one prompt taken together) or the correlation with people's "
     "scores (pearson, Fisher's interval); and whether max_minutes ended their training.",
@@ -93,6 +96,7 @@ class _Evaluation:
         self.tuned = tuned_stages(recipe)
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
         self.evidence: dict[str, Evidence] = {}  # by model
+        self.votes: dict | None = None  # how often the scorers agree with them
         self.kept = KeptParts(folder.evaluation_parts, inputs_of(recipe, folder))
 
     def run(self) -> dict:
@@ -175,6 +179,8 @@ class _Evaluation:
                 each.judge = self._scored(f"judge-{name}", judge, each).total
                 if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
                     each.judge_scale = (judge.mean, judge.std)
+        scorers = {"reward_model": scorer, "judge": judge}
+        self.votes = agreement_with_votes(self.recipe, self.folder, scorers, self.evidence["sft"].tokenizer)
         paths = self.recipe.evaluation.trait_functions
         if paths:
             self._report("traits", 0, 1)
@@ -259,6 +265,7 @@ class _Evaluation:
                 name: None if standing is None else standing.to_json()
                 for name, standing in standings(self.recipe, self.folder).items()
             },
+            **({} if self.votes is None else {"held_out_votes": self.votes}),
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
             "names": names.to_json(),
             "definitions": {
