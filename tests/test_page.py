@@ -92,6 +92,38 @@ def test_one_model_is_compared_with_itself(tmp_path):
         assert stored.a.model == stored.b.model == "ppo" and stored.a.seed != stored.b.seed
 
 
+def test_one_model_with_a_canary_is_compared_by_its_versions(tmp_path):
+    """Each draw is one of the stable version and one of the canary, blind; votes and results tell the two apart."""
+    with paged(tmp_path, names=("ppo",), canary=("stable1", "canary2"), votes_per_minute=1000, votes_per_comparison=1) as served:
+        names = [each["name"] for each in served.send("GET", "/page/about").json()["models"]]
+        assert names == ["ppo", "ppo@stable1", "ppo@canary2"]
+        first = []
+        for place in range(12):
+            told = served.ask(f"rater {place}", fresh=True).json()
+            assert not {"stable1", "canary2"} & set(json.dumps(told).replace('"', " ").split())
+            better = next(side for side in ("left", "right") if told[side]["text"] in SCRIPT["ppo"].values())
+            first.append(better)
+            wrote = served.vote(told["comparison"], better, f"rater {place}").json()
+            other = "left" if better == "right" else "right"
+            assert [wrote[side] for side in (better, other)] == [
+                {"model": "ppo", "version": "canary2"}, {"model": "ppo", "version": "stable1"},
+            ]  # fmt: skip
+        assert 1 <= first.count("left") <= 11
+        (met,) = served.send("GET", "/page/results").json()["versions"]["win_rates"]
+        assert {met["of"], met["against"]} == {"ppo@canary2", "ppo@stable1"} and met["votes"] == 12
+        assert met["win_rate"]["mean"] == (1.0 if met["of"] == "ppo@canary2" else 0.0)
+        # By name: two draws of one version, in comparison, chat and playground.
+        same = served.ask("one", models=["ppo@stable1", "ppo@stable1"]).json()
+        assert {same[side]["text"] for side in ("left", "right")} <= set(SCRIPT["sft"].values())
+        talk = {"model": "ppo@stable1", "messages": [{"role": "user", "content": "And the piano?"}]}
+        assert "stable1" in served.send("POST", "/page/chat", json=talk).text
+        drawn = served.send("POST", "/page/playground", json={"prompt": "roses", "models": ["ppo@stable1", "ppo@canary2"]}).json()
+        assert [(each["version"], each["text"]) for each in drawn["answers"]] == [
+            ("stable1", SCRIPT["sft"]["roses"]), ("canary2", SCRIPT["ppo"]["roses"]),
+        ]  # fmt: skip
+        assert error(served.ask("one", models=["ppo@gone", "ppo"])) == (404, "model_not_found")
+
+
 def test_a_model_that_is_down_makes_no_comparison(tmp_path):
     with paged(tmp_path) as served:
         served.links[1].up = False
@@ -246,7 +278,7 @@ def test_a_bucket_fills_evenly():
 
 @pytest.mark.parametrize("headers", [
     {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"}, {"Sec-Fetch-Site": "cross-site"},
-    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "same-site"}, {"Origin": "http://["}, {"Origin": ""},
 ])  # fmt: skip
 def test_another_sites_page_can_not_act_for_a_rater(served, headers):
     body = {"rater": "csrf"}
@@ -446,7 +478,7 @@ def test_token_ids_are_those_of_the_answer(served):
     chat = served.send(
         "POST", "/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": "piano"}]}
     ).json()
-    tokenizer = served.links[0].runner.engine.tokenizer
+    tokenizer = served.links[0].runners[0].engine.tokenizer
     assert tokenizer.decode(chat["prompt_token_ids"]) == "user: piano\nassistant:"
     assert tokenizer.decode(chat["choices"][0]["token_ids"]) == chat["choices"][0]["message"]["content"]
     two = served.send("POST", "/v1/completions", json=body | {"prompt": ["piano", "roses"], "n": 2}).json()["choices"]

@@ -1,4 +1,4 @@
-"""Which comparison a rater judges next: one that waits, or a new one, drawn from two of the served models."""
+"""Which comparison a rater judges next: one that waits, or a new one, drawn from two of the served models or versions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Comparing:
         """Two at random; the same one twice where there is no other."""
         if asked is not None:
             return await self.models.cards_of(asked)
-        cards = await self.models.cards()
+        cards = await self.models.rivals()
         if not cards:
             raise ApiError(
                 503, "No model is running. Please retry shortly.", code="unavailable", headers={"Retry-After": "5"}

@@ -80,7 +80,7 @@ class Routes:
         """What the server has, and who asks. `rater` is the invited rater whose token came with the request."""
         rater = await self.raters.check(request)
         return {
-            "models": [{"name": card.name, "chat": card.chat} for card in await self.models.cards()],
+            "models": [{"name": card.called, "chat": card.chat} for card in await self.models.choices()],
             "votes": self.store is not None,
             "prompts": len(self.prompts),
             "invited_only": self.raters.invited_only,
@@ -101,7 +101,7 @@ class Routes:
             prompt = self.models.own_prompt(last, [card])
         path, asked = request_for(prompt, card)
         sampling = {"temperature": body.temperature, "max_tokens": body.max_tokens}
-        return RelayedAnswer(self.models.front, path, asked | sampling | {"stream": True})
+        return RelayedAnswer(self.models.front, path, asked | sampling | {"stream": True}, card.version)
 
     async def ask(self, request: Request) -> ShownComparison:
         """A comparison to judge: one that waits for this rater, or two new answers, which may take a while."""
