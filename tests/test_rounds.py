@@ -7,6 +7,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 from command import rlhf_ray
 from fake_rounds import SO_SO, STANDING, FakeTraining, evaluated, finished_run, interval, new_votes
@@ -14,7 +15,12 @@ from fake_rounds import SO_SO, STANDING, FakeTraining, evaluated, finished_run, 
 from rlhf_ray.algorithms.intervals import wilson
 from rlhf_ray.algorithms.round_rule import expected_share, is_better
 from rlhf_ray.config import Recipe, RoundsConfig
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.held_out_votes import agreement_with_votes
+from rlhf_ray.messages import Scores
+from rlhf_ray.models.control_tokens import marker
+from rlhf_ray.models.tokenizer import train_tokenizer
 from rlhf_ray.report.page import render
 from rlhf_ray.rounds.decision import decide
 from rlhf_ray.rounds.making import make_round
@@ -136,6 +142,28 @@ def test_too_few_held_out_votes_leave_it_to_the_held_out_preferences():
     assert by_model.better and by_model.measured_on == "held-out preferences" and by_model.pairs == STANDING["rows"] == 300
     # Of a function nothing else is known.
     assert "of 3 held-out votes" in decide(few, RoundsConfig()).why
+
+
+class LongerIsBetter:
+    def score(self, prompts, responses, ended, columns=None):
+        return Scores(total=np.array([len(text) for text in responses], np.float32))
+
+
+def test_how_often_a_scorer_agrees_with_held_out_votes(tmp_path):
+    """2 of 4 pairs, one of them a tie: (1 + 0 + 1 + 0.5) / 4, and prompts are read as people wrote them."""
+    rows = [
+        ("How?", "long answer", "short"), ("How?", "no", "longer"), ("Why <|endoftext|>?", "because", "so"), ("When?", "now", "May"),
+    ]  # fmt: skip
+    folder, tokenizer = RunFolder(tmp_path), train_tokenizer(["How? Why? When?"], 270)
+    mark = marker(tokenizer)
+    recipe = Recipe.model_validate({"name": "t", "evaluation": {"judge_function": "user_scores:shortest"}})
+    assert agreement_with_votes(recipe, folder, {"judge": LongerIsBetter()}, tokenizer) is None  # no votes are held out
+    columns = ("prompt", "chosen", "rejected")
+    write_role(folder, "reward_eval_votes", [dict(zip(columns, map(mark, row), strict=True)) for row in rows], columns)
+    found = agreement_with_votes(recipe, folder, {"judge": LongerIsBetter(), "reward_model": None}, tokenizer)
+    assert found.keys() == {"pairs", "judge"} and found["pairs"] == 4 and found["judge"]["mean"] == 0.625
+    asks = Recipe.model_validate({"name": "t", "evaluation": {"judge_function": "user_scores:answer_of_row"}})
+    assert agreement_with_votes(asks, folder, {"judge": LongerIsBetter()}, tokenizer) is None
 
 
 # -- a round's recipe

@@ -8,7 +8,7 @@ from rlhf_ray.algorithms.intervals import Interval
 from rlhf_ray.algorithms.round_rule import expected_share, is_better
 from rlhf_ray.config import RoundsConfig
 from rlhf_ray.evaluation.verdict import is_above_cap
-from rlhf_ray.rounds.round_folders import Share, Verdict
+from rlhf_ray.rounds.round_folders import Verdict, VotedShare
 
 SCORERS = {"judge": "the judge", "reward_model": "the reward model"}
 NOTHING = "nothing"
@@ -23,8 +23,8 @@ def decide(summary: dict[str, Any], config: RoundsConfig) -> Verdict:
     expected = None if accuracy is None else expected_share(rate, accuracy)
     better, why = _judged(summary, SCORERS[scorer], rate, accuracy, f"{pairs} {measured_on}", expected, config.margin)
     return Verdict(
-        scorer=scorer, win_rate=Share(**_figure(rate)), accuracy=None if accuracy is None else Share(**_figure(accuracy)),
-        pairs=pairs, measured_on=measured_on, expected=None if expected is None else Share(**expected), better=better, why=why,
+        scorer=scorer, win_rate=VotedShare(**_figure(rate)), accuracy=None if accuracy is None else VotedShare(**_figure(accuracy)),
+        pairs=pairs, measured_on=measured_on, expected=None if expected is None else VotedShare(**expected), better=better, why=why,
     )  # fmt: skip
 
 

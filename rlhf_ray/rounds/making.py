@@ -19,7 +19,7 @@ from rlhf_ray.evaluation.verdict import standing_of
 from rlhf_ray.publish.client import dropped_if_refused, kept_copy, publish
 from rlhf_ray.publish.servers import server_of
 from rlhf_ray.rounds.decision import decide
-from rlhf_ray.rounds.round_folders import Outcome, Round, VotesUsed, round_at, rounds_of, run_of
+from rlhf_ray.rounds.round_folders import FurtherRound, RoundOutcome, VotesUsed, round_at, rounds_of, run_of
 from rlhf_ray.rounds.round_recipe import is_kept, round_recipe
 from rlhf_ray.runs.resume import recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, folder_path, held
@@ -31,7 +31,7 @@ Train = Callable[[Recipe, Path], object]  # all stages of the recipe in a run fo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
+class Basis:
     """What a round builds on."""
 
     number: int  # the last round that ended, better or not: 1 is the run itself
@@ -48,7 +48,7 @@ def make_round(
     again: bool = False,
     share: float = 1.0,
     say: Callable[[str], None],
-) -> Round:
+) -> FurtherRound:
     """The next round of a run, or the one that was begun. again: that one from its beginning. share: of the server's requests.
 
     UserError for a run without a policy, for no votes or too few new ones, a damaged round, and what `train` raises.
@@ -93,7 +93,7 @@ def make_round(
     return this
 
 
-def _before(run: RunFolder, ended: Sequence[Round]) -> Before:
+def _before(run: RunFolder, ended: Sequence[FurtherRound]) -> Basis:
     outcomes = {each.number: each.outcome() for each in ended}
     better = [each for each in ended if outcomes[each.number].verdict.better]
     policy = better[-1].policy if better else run.stage("ppo").model
@@ -104,11 +104,11 @@ def _before(run: RunFolder, ended: Sequence[Round]) -> Before:
     newest = [outcome.votes.newest for outcome in outcomes.values()]
     if not newest and run.stage("data").done:
         newest = [float((run.stage("data").summary().get("votes") or {}).get("newest", 0.0))]
-    return Before(number=max(outcomes, default=1), policy=policy, newest=max(newest, default=0.0))
+    return Basis(number=max(outcomes, default=1), policy=policy, newest=max(newest, default=0.0))
 
 
 def _recipe(
-    first: Recipe, run: RunFolder, this: Round, before: Before, votes: str | None, overrides: Sequence[str]
+    first: Recipe, run: RunFolder, this: FurtherRound, before: Basis, votes: str | None, overrides: Sequence[str]
 ) -> Recipe:
     """As the round recorded it; of a new one, that which follows from the run's."""
     recorded = recorded_recipe(this.folder)
@@ -120,7 +120,7 @@ def _recipe(
     return absolute_paths(build_recipe(values, list(overrides), str(this.folder.recipe)))
 
 
-def _check_votes(config: VotesConfig, least: int, before: Before, run: RunFolder) -> None:
+def _check_votes(config: VotesConfig, least: int, before: Basis, run: RunFolder) -> None:
     """UserError where people have said too little since the round before."""
     database = Database(config.url)
     try:
@@ -141,19 +141,19 @@ def _check_votes(config: VotesConfig, least: int, before: Before, run: RunFolder
         )
 
 
-def _outcome(run: RunFolder, this: Round, recipe: Recipe, before: Before, share: float) -> Outcome:
+def _outcome(run: RunFolder, this: FurtherRound, recipe: Recipe, before: Basis, share: float) -> RoundOutcome:
     summary = read_summary(this.folder.stage("evaluation").path)
     verdict = decide(summary, recipe.rounds)
     standing = standing_of(summary, "reward_model")
     version, why_not = _published(run, this, share) if verdict.better else (None, verdict.why)
-    return Outcome(
+    return RoundOutcome(
         starts_from=recipe.model.name_or_path, votes=_votes_used(this, recipe, before),
         reward_accuracy="not measured" if standing is None else standing["figure_in_words"], verdict=verdict, version=version,
         share=None if version is None else share, not_published=why_not,
     )  # fmt: skip
 
 
-def _votes_used(this: Round, recipe: Recipe, before: Before) -> VotesUsed:
+def _votes_used(this: FurtherRound, recipe: Recipe, before: Basis) -> VotesUsed:
     read = this.folder.stage("data").summary().get("votes")
     if not isinstance(read, dict) or not {"train", "held_out", "newest"} <= read.keys() or recipe.data.votes is None:
         raise UserError(
@@ -168,7 +168,7 @@ def _votes_used(this: Round, recipe: Recipe, before: Before) -> VotesUsed:
     return VotesUsed(train=read["train"], held_out=read["held_out"], newest=float(read["newest"]), new=new)
 
 
-def _published(run: RunFolder, this: Round, share: float) -> tuple[str | None, str | None]:
+def _published(run: RunFolder, this: FurtherRound, share: float) -> tuple[str | None, str | None]:
     """(the version, None), or (None, why not): a round that is better stays so, whatever the server says."""
     since = time.time() - 1  # file systems keep coarse times
     try:

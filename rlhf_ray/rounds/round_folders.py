@@ -20,7 +20,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Share(_Part):
+class VotedShare(_Part):
     """A share of comparisons with its 95 % interval."""
 
     mean: float
@@ -41,16 +41,16 @@ class Verdict(_Part):
     """Whether the round is better than what it started from."""
 
     scorer: str  # "judge" or "reward_model"
-    win_rate: Share  # by the scorer, over the policy that the round started from
-    accuracy: Share | None  # how often the scorer orders pairs as people do
+    win_rate: VotedShare  # by the scorer, over the policy that the round started from
+    accuracy: VotedShare | None  # how often the scorer orders pairs as people do
     pairs: int  # that this was measured on
     measured_on: str  # "held-out votes", "held-out preferences" or "nothing"
-    expected: Share | None  # the share in which people are expected to prefer it
+    expected: VotedShare | None  # the share in which people are expected to prefer it
     better: bool
     why: str
 
 
-class Outcome(_Part):
+class RoundOutcome(_Part):
     """round.json: what a round came to."""
 
     starts_from: str
@@ -63,7 +63,7 @@ class Outcome(_Part):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
+class FurtherRound:
     """One further round."""
 
     number: int
@@ -81,26 +81,26 @@ class Round:
     def policy(self) -> Path:
         return self.folder.stage("ppo").model
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RoundOutcome:
         """UserError for a file that is gone or damaged."""
         remedy = "delete it, and the same command decides again"
         found = read_object(self.file, remedy)
         try:
-            return Outcome.model_validate(found)
+            return RoundOutcome.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it"
             raise UserError(f"{self.file} is damaged: {place}: {first['msg'].lower()}; {remedy}") from None
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RoundOutcome) -> None:
         write_atomically(self.file, json.dumps(outcome.model_dump(), indent=2, allow_nan=False) + "\n")
 
 
-def round_at(run: RunFolder, number: int) -> Round:
-    return Round(number=number, folder=RunFolder(run.path / PARENT / str(number)))
+def round_at(run: RunFolder, number: int) -> FurtherRound:
+    return FurtherRound(number=number, folder=RunFolder(run.path / PARENT / str(number)))
 
 
-def rounds_of(run: RunFolder) -> list[Round]:
+def rounds_of(run: RunFolder) -> list[FurtherRound]:
     """Those that were begun, in order."""
     parent = run.path / PARENT
     names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
