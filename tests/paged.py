@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import socket
@@ -110,6 +111,9 @@ class ScriptedLink:
         app = self.apps.get(request.version) or next(iter(self.apps.values()))
         async for piece in pieces(app, request):
             yield piece
+
+    async def stats(self):
+        return dataclasses.asdict(self.runners[0].stats)
 
 
 class Paged:

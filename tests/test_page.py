@@ -117,7 +117,8 @@ def test_one_model_with_a_canary_is_compared_by_its_versions(tmp_path):
         assert {same[side]["text"] for side in ("left", "right")} <= set(SCRIPT["sft"].values())
         talk = {"model": "ppo@stable1", "messages": [{"role": "user", "content": "And the piano?"}]}
         assert "stable1" in served.send("POST", "/page/chat", json=talk).text
-        drawn = served.send("POST", "/page/playground", json={"prompt": "roses", "models": ["ppo@stable1", "ppo@canary2"]}).json()
+        two = {"prompt": "roses", "models": ["ppo@stable1", "ppo@canary2"], "max_tokens": 500}
+        drawn = served.send("POST", "/page/playground", json=two).json()
         assert [(each["version"], each["text"]) for each in drawn["answers"]] == [
             ("stable1", SCRIPT["sft"]["roses"]), ("canary2", SCRIPT["ppo"]["roses"]),
         ]  # fmt: skip

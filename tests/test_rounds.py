@@ -152,7 +152,8 @@ class LongerIsBetter:
 def test_how_often_a_scorer_agrees_with_held_out_votes(tmp_path):
     """2 of 4 pairs, one of them a tie: (1 + 0 + 1 + 0.5) / 4, and prompts are read as people wrote them."""
     rows = [
-        ("How?", "long answer", "short"), ("How?", "no", "longer"), ("Why <|endoftext|>?", "because", "so"), ("When?", "now", "May"),
+        ("How?", "long answer", "short"), ("How?", "no", "longer"), ("Why <|endoftext|>?", "because", "so"),
+        ("When?", "now", "May"),
     ]  # fmt: skip
     folder, tokenizer = RunFolder(tmp_path), train_tokenizer(["How? Why? When?"], 270)
     mark = marker(tokenizer)
