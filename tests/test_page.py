@@ -10,7 +10,9 @@ import pytest
 from fastapi import FastAPI
 from paged import PROMPTS, SCRIPT, paged
 
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.prompt_list import common_ending, read_prompts
 from rlhf_ray.serving.page.raters import ApiError, RateLimit
@@ -82,6 +84,16 @@ def test_models_without_a_chat_template_get_texts_that_end_as_the_lists_do(tmp_p
         answer = served.send("POST", "/page/chat", json=chat)
         chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == SCRIPT["ppo"]["piano"]
+
+
+def test_the_runs_own_prompts_are_asked_in_the_form_that_it_trained_on(tmp_path):
+    """A chat template would write a second line break after one that ends with a line break already."""
+    asked = [f"{each}\n" for each in PROMPTS]
+    write_role(RunFolder(tmp_path), "prompts", [{"prompt": each} for each in asked], ("prompt",))
+    with paged(tmp_path, prompts=None) as served:
+        told = served.ask().json()
+        assert told["prompt"] in asked and told["left"]["text"] in [*SCRIPT["sft"].values(), *SCRIPT["ppo"].values()]
+        assert served.ask("bob", prompt="And roses?").json()["prompt"] == [{"role": "user", "content": "And roses?"}]
 
 
 def test_one_model_is_compared_with_itself(tmp_path):

@@ -21,7 +21,9 @@ from rlhf_ray.evaluation.held_out_votes import agreement_with_votes
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import marker
 from rlhf_ray.models.tokenizer import train_tokenizer
+from rlhf_ray.publish.version import Version
 from rlhf_ray.report.page import render
+from rlhf_ray.rounds import making
 from rlhf_ray.rounds.decision import decide
 from rlhf_ray.rounds.making import make_round
 from rlhf_ray.rounds.round_folders import rounds_of
@@ -114,8 +116,8 @@ def test_a_round_is_better_by_the_judge_that_agrees_with_held_out_votes():
     assert verdict.better and verdict.scorer == "judge" and verdict.pairs == 80 and verdict.measured_on == "held-out votes"
     assert verdict.expected is not None and verdict.expected.low == pytest.approx(0.5 + 0.4 * 0.12)
     assert verdict.why == (
-        "it wins 70.0\u00a0% (62.0\u00a0to\u00a077.0) of comparisons with the policy before it under the judge, which orders "
-        "80.0\u00a0% (70.0\u00a0to\u00a087.0) of 80 held-out votes as people do: they are expected to prefer it in "
+        "better: it wins 70.0\u00a0% (62.0\u00a0to\u00a077.0) of comparisons with the policy before it under the judge, which "
+        "orders 80.0\u00a0% (70.0\u00a0to\u00a087.0) of 80 held-out votes as people do: they are expected to prefer it in "
         "62.0\u00a0% (54.8\u00a0to\u00a070.0)"
     )  # fmt: skip
 
@@ -133,7 +135,7 @@ def test_a_round_is_better_by_the_judge_that_agrees_with_held_out_votes():
 )  # fmt: skip
 def test_why_a_round_is_not_better(summary, config, words):
     verdict = decide(evaluated(**summary), RoundsConfig(**config))
-    assert not verdict.better and words in verdict.why
+    assert not verdict.better and verdict.why.startswith("not better: ") and words in verdict.why
 
 
 def test_too_few_held_out_votes_leave_it_to_the_held_out_preferences():
@@ -230,16 +232,42 @@ def test_a_round_that_stopped_goes_on_with_its_own_recipe(run, votes):
     assert make(run, votes).outcome().votes.new == 30
 
 
-def test_again_begins_the_round_anew(run, votes):
+def test_again_begins_the_round_from_its_start(run, votes):
     class Weak(FakeTraining):
         def __call__(self, recipe, path):
             super().__call__(recipe, path)
             raise UserError("PPO would train against a reward model that is no better than chance")
 
     words = refusal(run, votes, train=Weak())
-    assert words.splitlines()[0].endswith("no better than chance") and "--again begins it anew" in words
+    assert words.splitlines()[0].endswith("no better than chance") and "--again begins it from its start" in words
     new_votes(votes, 30, text="later")
     assert make(run, votes, again=True).outcome().votes.new == 70
+
+
+# -- publication
+
+
+def test_a_better_round_goes_into_the_runs_own_server(run, votes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(making, "server_of", lambda path: {run.path: "its note"}.get(path))
+    monkeypatch.setattr(making, "kept_copy", lambda folder, shelf: Version(id=folder.parents[1].name, folder=str(shelf)))
+    monkeypatch.setattr(making, "publish", lambda note, version, share: asked.append((note, version.id, share)))
+    made = make(run, votes, share=0.1)
+    assert asked == [("its note", "2", 0.1)]
+    outcome = made.outcome()
+    assert (outcome.version, outcome.share, outcome.not_published) == ("2", 0.1, None)
+    assert rounds_table(run)[0].cells[5] == "version 2, 10 % of the requests"
+    new_votes(votes, 30, text="more")
+    make(run, votes, train=FakeTraining(win_rate={"reward_model": SO_SO, "judge": SO_SO}))
+    assert len(asked) == 1  # not better
+
+    def refuses(note, version, share):
+        raise UserError("the server at http://127.0.0.1:1: its log-probs differ from training's")
+
+    monkeypatch.setattr(making, "publish", refuses)
+    new_votes(votes, 30, text="still more")
+    last = make(run, votes).outcome()
+    assert last.verdict.better and last.version is None and "its log-probs differ from training's" in last.not_published
 
 
 # -- what refuses a round

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from rlhf_ray.cli.command_errors import console, in_words
+
+if TYPE_CHECKING:
+    from rlhf_ray.rounds.rounds_table import RoundRow
 
 
 @in_words
@@ -21,7 +24,7 @@ def round_(
         list[str] | None, typer.Option("--set", help="override a key of this round's recipe: --set ppo.steps=50 (repeatable)")
     ] = None,
     canary: Annotated[str, typer.Option(help="share of the server's requests that a better round takes, e.g. 10%")] = "100%",
-    again: Annotated[bool, typer.Option("--again", help="begin the round that has not ended anew, with the votes of now")] = False,
+    again: Annotated[bool, typer.Option("--again", help="begin the round that has not ended from its start")] = False,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster ('auto' or HOST:PORT); default: a local one")] = None,
 ):
     """Train on old and new preferences from the current policy, and publish if people are expected to prefer the new one."""
@@ -30,29 +33,28 @@ def round_(
     from rlhf_ray.report.page import write_report
     from rlhf_ray.rounds.making import make_round
     from rlhf_ray.rounds.round_folders import run_of
+    from rlhf_ray.rounds.rounds_table import rounds_table
 
     made = make_round(
         run_dir, votes, overrides or (), again=again, share=share_of(canary), say=_say,
         train=lambda recipe, folder: run(recipe, folder, address=address, console=console),
     )  # fmt: skip
-    outcome = made.outcome()
-    console.print(_table(made.folder))
-    _say(f"Round {made.number} is {'better' if outcome.verdict.better else 'not better'}: {outcome.verdict.why}.")
-    if outcome.version is not None:
-        _say(f"Published as version {outcome.version} to {100 * (outcome.share or 0):g} % of the requests.")
-    elif outcome.verdict.better:
-        _say(f"Not published: {outcome.not_published}")
+    rows = rounds_table(made.folder)
+    console.print(_table(rows))
+    for row in rows:
+        if row.why:
+            _say(f"Round {row.cells[0]}: {row.why}.")
     for folder in (made.folder, run_of(made.folder)):
         _say(f"report  {write_report(folder)}")
 
 
-def _table(folder) -> Table:
-    from rlhf_ray.rounds.rounds_table import HEADINGS, rounds_table
+def _table(rows: list[RoundRow]) -> Table:
+    from rlhf_ray.rounds.rounds_table import HEADINGS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in HEADINGS:
         table.add_column(heading)
-    for row in rounds_table(folder):
+    for row in rows:
         table.add_row(*row.cells)
     return table
 

@@ -24,7 +24,8 @@ def decide(summary: dict[str, Any], config: RoundsConfig) -> Verdict:
     better, why = _judged(summary, SCORERS[scorer], rate, accuracy, f"{pairs} {measured_on}", expected, config.margin)
     return Verdict(
         scorer=scorer, win_rate=VotedShare(**_figure(rate)), accuracy=None if accuracy is None else VotedShare(**_figure(accuracy)),
-        pairs=pairs, measured_on=measured_on, expected=None if expected is None else VotedShare(**expected), better=better, why=why,
+        pairs=pairs, measured_on=measured_on, expected=None if expected is None else VotedShare(**expected), better=better,
+        why=f"{'better' if better else 'not better'}: {why}",
     )  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def make_round(
         if not this.folder.stage("data").done:
             raise
         raise UserError(
-            f"{error}\nround {this.number} stands where it was; the same command with --again begins it anew, with the votes "
-            "that are there by then"
+            f"{error}\nround {this.number} stands where it was; the same command with --again begins it from its start, with the "
+            "votes that are there by then"
         ) from error
     this.finish(_outcome(run, this, recipe, before, share))
     return this
@@ -157,7 +157,7 @@ def _votes_used(this: FurtherRound, recipe: Recipe, before: Basis) -> VotesUsed:
     read = this.folder.stage("data").summary().get("votes")
     if not isinstance(read, dict) or not {"train", "held_out", "newest"} <= read.keys() or recipe.data.votes is None:
         raise UserError(
-            f"{this.folder.stage('data').done_file} does not say which votes were read; begin the round anew: --again"
+            f"{this.folder.stage('data').done_file} does not say which votes were read; begin the round from its start: --again"
         )
     database = Database(recipe.data.votes.url)
     try:

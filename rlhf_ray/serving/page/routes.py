@@ -51,7 +51,9 @@ class Routes:
         self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions
     ):  # fmt: skip
         self.models, self.store, self.raters, self.prompts, self.options = models, store, raters, prompts, options
-        self.comparing = store and Comparing(store, models, prompts, options.votes_per_comparison)
+        self.comparing = store and Comparing(
+            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None
+        )
         self.found = store and Results(store.database)
         self.voting, self.asking = (RateLimit(options.votes_per_minute) for _ in range(2))
 
