@@ -113,7 +113,7 @@ class ScriptedLink:
             yield piece
 
     async def stats(self):
-        return dataclasses.asdict(self.runners[0].stats)
+        return dataclasses.asdict(self.runners[0].stats())
 
 
 class Paged:
