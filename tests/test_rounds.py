@@ -130,7 +130,7 @@ def test_a_round_is_better_by_the_judge_that_agrees_with_held_out_votes():
         ({"kl": 20.0, "max_kl": 15.0}, {}, "its KL of 20.0 nats per response is above evaluation.max_kl = 15; raise ppo.kl_coef"),
         ({}, {"decided_by": "reward_model"}, "the reward model orders 60.0\u00a0% (49.0\u00a0to\u00a070.0) of 80 held-out votes as "
          "people do, which is no better than chance; collect more votes"),
-        ({"held_out_votes": None}, {}, "nothing says how often the judge agrees with people; collect votes"),
+        ({"held_out_votes": None}, {"decided_by": "judge"}, "nothing says how often the judge agrees with people; collect votes"),
     ],
 )  # fmt: skip
 def test_why_a_round_is_not_better(summary, config, words):
@@ -140,10 +140,14 @@ def test_why_a_round_is_not_better(summary, config, words):
 
 def test_too_few_held_out_votes_leave_it_to_the_held_out_preferences():
     few = evaluated(held_out_votes={"pairs": 3, "judge": interval(1.0, 0.44, 1.0), "reward_model": interval(1.0, 0.44, 1.0)})
-    by_model = decide(few, RoundsConfig(decided_by="reward_model"))
-    assert by_model.better and by_model.measured_on == "held-out preferences" and by_model.pairs == STANDING["rows"] == 300
+    for config in (RoundsConfig(), RoundsConfig(decided_by="reward_model")):
+        verdict = decide(few, config)
+        assert verdict.scorer == "reward_model" and verdict.better
+        assert verdict.measured_on == "held-out preferences" and verdict.pairs == STANDING["rows"] == 300
     # Of a function nothing else is known.
-    assert "of 3 held-out votes" in decide(few, RoundsConfig()).why
+    assert "the judge orders 100.0" in (why := decide(few, RoundsConfig(decided_by="judge")).why) and "of 3 held-out votes" in why
+    alone = few | {"scorers": {"reward_model": None, "judge": None}}
+    assert decide(alone, RoundsConfig()).scorer == "judge"
 
 
 class LongerIsBetter:

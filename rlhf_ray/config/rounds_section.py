@@ -15,7 +15,7 @@ class RoundsConfig(Section):
     )
     least_new_votes: int = option(20, "a round needs this many votes that the round before did not have", gt=0)
     decided_by: Literal["judge", "reward_model"] | None = option(
-        None, "whose win rate decides whether a round is better; null: the judge's where the recipe has one"
+        None, "whose win rate decides; null: the judge's, where enough held-out pairs say how often it agrees with people"
     )
     margin: float = option(
         0.0, "a round is better if people are expected to prefer it in more than 0.5 + this of comparisons", ge=0, lt=0.5

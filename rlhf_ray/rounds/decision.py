@@ -16,9 +16,8 @@ NOTHING = "nothing"
 
 def decide(summary: dict[str, Any], config: RoundsConfig) -> Verdict:
     """summary: of the round's evaluation (`evaluation.outcome.read_summary`), whose "SFT" is what the round started from."""
-    rates = summary["win_rate"]
-    scorer = config.decided_by or ("judge" if rates["judge"] is not None else "reward_model")
-    rate: Interval = rates[scorer]
+    scorer = config.decided_by or _best_known(summary, config.least_held_out)
+    rate: Interval = summary["win_rate"][scorer]
     accuracy, pairs, measured_on = _accuracy(summary, scorer, config.least_held_out)
     expected = None if accuracy is None else expected_share(rate, accuracy)
     better, why = _judged(summary, SCORERS[scorer], rate, accuracy, f"{pairs} {measured_on}", expected, config.margin)
@@ -27,6 +26,12 @@ def decide(summary: dict[str, Any], config: RoundsConfig) -> Verdict:
         pairs=pairs, measured_on=measured_on, expected=None if expected is None else VotedShare(**expected), better=better,
         why=f"{'better' if better else 'not better'}: {why}",
     )  # fmt: skip
+
+
+def _best_known(summary: dict[str, Any], least: int) -> str:
+    """The judge, if there is one and enough pairs say how often it agrees with people; else the reward model, likewise."""
+    there = [name for name in SCORERS if summary["win_rate"][name] is not None]
+    return next((name for name in there if _accuracy(summary, name, least)[1] >= least), there[0])
 
 
 def _accuracy(summary: dict[str, Any], scorer: str, least: int) -> tuple[Interval | None, int, str]:
