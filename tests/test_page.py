@@ -418,6 +418,8 @@ def test_the_document_describes_the_pages_interface(served):
     for path, name in (("/page/votes", "VoteRequest"), ("/page/comparisons", "ComparisonRequest")):
         reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference == f"#/components/schemas/{name}"
+    for path in ("/page/chat", "/v1/completions", "/v1/chat/completions"):  # what streams, says so
+        assert "text/event-stream" in document["paths"][path]["post"]["responses"]["200"]["content"]
     told = served.ask("schema").json()
     whole = {"$ref": "#/components/schemas/ShownComparison", "components": {"schemas": schemas}}
     jsonschema.validate(told, whole)

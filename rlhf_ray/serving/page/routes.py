@@ -67,7 +67,7 @@ class Routes:
             redirect_slashes=False,
         )
         _handle_errors(app)
-        describe_bodies(app, BODIES)
+        describe_bodies(app, BODIES, streams=("/page/chat",))
         app.get("/page/about")(self.about)
         app.post("/page/chat")(self.chat)
         app.post("/page/comparisons", response_model=ShownComparison)(self.ask)
