@@ -43,4 +43,4 @@ def test_they_vote_over_http_until_there_are_enough(raters, tmp_path):
         votes = read_judgements(served.store.database)
     assert len(votes) >= 12 and {each.showing.rater for each in votes} <= set(raters.BIASES) and all(0 <= one < 12 for one in told)
     by_comparison = [each.comparison.id for each in votes]
-    assert max(map(by_comparison.count, by_comparison)) == 2  # what two raters judge tells how far they agree
+    assert max(map(by_comparison.count, by_comparison)) >= 2  # what two raters judge tells how far they agree
