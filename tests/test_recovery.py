@@ -6,7 +6,8 @@ The whole matrix is `chaos` (`make chaos`, results/chaos/); here is a short form
 import re
 
 import pytest
-from chaos import Ended, cells, fault, prepare, session_with_faults
+from chaos import Ended, prepare, session_with_faults
+from chaos_cells import cells, fault
 from tiny import tiny_recipe
 
 from rlhf_ray.errors import RunFailed
