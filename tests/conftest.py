@@ -14,6 +14,7 @@ import pytest
 import shared_ray
 import torch
 from differences import table
+from leftovers import Before
 from postgres import cluster  # noqa: F401 - a fixture
 from voters import voters  # noqa: F401 - a fixture
 from xdist.scheduler import LoadScopeScheduling
@@ -41,6 +42,27 @@ def end_of_the_shared_ray(request):
     """Before a file that does not use it: a process has one Ray at a time."""
     if request.path.name not in SHARED_RAY:
         shared_ray.end()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_by_a_test(request):
+    """Else the tests after it would depend on it."""
+    before = Before()
+    yield
+    fail_for(request.node.nodeid, before.left())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_a_file(request, one_thread, end_of_the_shared_ray):
+    """Neither by the fixtures that its tests share."""
+    before = Before()
+    yield
+    fail_for(request.node.nodeid, before.left())
+
+
+def fail_for(where, left):
+    if left:
+        pytest.fail(f"{where} leaves changed: {'; '.join(left)}", pytrace=False)
 
 
 def pytest_sessionfinish():

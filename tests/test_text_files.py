@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crossed import crossed
 from datasets import Dataset
 
 from rlhf_ray.config import SourceConfig
@@ -135,8 +136,7 @@ def test_a_broken_file_is_told_with_its_name_and_line(tmp_path, name):
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("ending", PACKED)
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt", "parquet"])
+@crossed("ending, kind", list(PACKED), ["jsonl", "csv", "txt", "parquet"])
 def test_a_packed_file_that_is_cut_off_or_damaged_is_told(tmp_path, ending, kind):
     content = "".join(f'{{"text": "{number * 7919}"}}\n' for number in range(5000)).encode()
     whole = PACKED[ending](content)

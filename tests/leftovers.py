@@ -1,0 +1,67 @@
+"""What a test may not leave changed for those that come after it. `conftest` looks after each test and after each file."""
+
+import os
+import signal
+import sys
+
+import torch
+
+
+class Constants:
+    """The package's: which object each stands for, and how many entries tables and lists have."""
+
+    def __init__(self):
+        self.imported, self.places = 0, []  # (a module's names, the module's name, the constant's name)
+
+    def now(self) -> list:
+        if len(sys.modules) != self.imported:
+            self.imported, known = len(sys.modules), {(place[1], place[2]) for place in self.places}
+            self.places += [
+                (vars(module), path, name)
+                for path, module in list(sys.modules.items()) if path.startswith("rlhf_ray.")
+                for name in vars(module) if name.isupper() and (path, name) not in known
+            ]  # fmt: skip
+        values = [names.get(name) for names, _, name in self.places]
+        return [(id(value), len(value) if isinstance(value, (dict, list, set)) else 0) for value in values]
+
+    def changed(self, before: list) -> list[str]:
+        pairs = zip(self.places, before, self.now(), strict=False)  # of modules imported since, nothing was known before
+        return [f"{path}.{name}" for (_, path, name), one, other in pairs if one != other]
+
+
+CONSTANTS = Constants()
+
+
+class Before:
+    """What there was, to compare with what there is later: torch's settings, the package's constants, and this process's
+    environment, folder, search path and handlers of signals."""
+
+    def __init__(self):
+        self.constants, self.settings = CONSTANTS.now(), settings()
+
+    def left(self) -> list[str]:
+        """In words, what is not as it was."""
+        found = []
+        for name, value in settings().items():
+            before = self.settings[name]
+            if isinstance(value, dict):
+                names = [each for each in before | value if before.get(each) != value.get(each)]
+                found += [f"{name} {each}: {before.get(each)!r}, now {value.get(each)!r}" for each in names]
+            elif value != before:
+                found.append(f"{name}: {before!r}, now {value!r}")
+        return found + [f"the constant {name}" for name in CONSTANTS.changed(self.constants)]
+
+
+def settings() -> dict:
+    environment = os.environ.copy()
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return {
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "the environment's": environment,
+        "the working directory": os.getcwd(),
+        "sys.path": sys.path.copy(),
+        "the handlers of SIGINT and SIGTERM": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+    }
