@@ -37,6 +37,17 @@ def session():
     shared_ray.start()
 
 
+@pytest.fixture(scope="module")
+def faults_file(session):
+    """The file in which a test names the faults of the shared Ray's actors; this process notes its steps beside it."""
+    from rlhf_ray.actors import faults
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.VARIABLE, str(shared_ray.faults_file()))
+        yield shared_ray.faults_file()
+    shared_ray.faults_file().unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def end_of_the_shared_ray(request):
     """Before a file that does not use it: a process has one Ray at a time."""
@@ -81,12 +92,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 # The first starts a Ray of its own before it shares.
-SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py")
+SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py", "test_recovery.py",
+              "test_recovery_stages.py")  # fmt: skip
 GROUPS = {
     # Two Rays at once would slow each other down.
     "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_monitoring.py",
             "test_private_run.py", "test_ray_output.py",
-            "test_ray_start.py", "test_recovery.py", "test_several_models.py",
+            "test_ray_start.py", "test_several_models.py",
             "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",

@@ -6,6 +6,9 @@ import sys
 
 import torch
 
+#: Variables that the package sets again whenever it starts Ray or a stage, and what pytest itself changes.
+SET_AT_EACH_START = ("RAY_TRAIN_", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "PYTEST_CURRENT_TEST")
+
 
 class Constants:
     """The package's: which object each stands for, and how many entries tables and lists have."""
@@ -53,8 +56,7 @@ class Before:
 
 
 def settings() -> dict:
-    environment = os.environ.copy()
-    environment.pop("PYTEST_CURRENT_TEST", None)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_AT_EACH_START)}
     return {
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.get_default_dtype()": torch.get_default_dtype(),
@@ -62,6 +64,6 @@ def settings() -> dict:
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
         "the environment's": environment,
         "the working directory": os.getcwd(),
-        "sys.path": sys.path.copy(),
+        "sys.path": [path for path in sys.path if path],  # "": a plugin is looked for in the working directory, wherever that is
         "the handlers of SIGINT and SIGTERM": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
     }
