@@ -1,5 +1,7 @@
-"""What every test needs before torch, Ray or Hugging Face are imported."""
+"""What every test needs before torch, Ray or Hugging Face are imported. None of them is imported here: of the processes of
+`pytest -n 2`, the first only hands tests out."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -8,27 +10,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads from the hub
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the command line does; Ray reads it once, when it is imported
 os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not ours
 
-from importlib.util import find_spec
-
 import pytest
 import shared_ray
-import torch
 from differences import table
 from leftovers import Before
 from postgres import cluster  # noqa: F401 - a fixture
 from voters import voters  # noqa: F401 - a fixture
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["processors"] if find_spec("rlhf_ray.cpu") else []  # fixtures of tests that go with that package
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The million objects that imports make stay: Python's collector would look at all of them again and again, in imports and
+    in tests."""
+    if session.config.getoption("numprocesses", None):
+        return (yield)
+    import torch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread only costs; and what one module changed is not the next one's."""
-    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+        torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def nothing_left_by_a_test(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_left_by_a_file(request, one_thread, end_of_the_shared_ray):
+def nothing_left_by_a_file(request, end_of_the_shared_ray):
     """Neither by the fixtures that its tests share."""
     before = Before()
     yield

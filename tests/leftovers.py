@@ -4,10 +4,9 @@ import os
 import signal
 import sys
 
-import torch
-
 #: Variables that the package sets again whenever it starts Ray or a stage, and what pytest itself changes.
-SET_AT_EACH_START = ("RAY_TRAIN_", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "PYTEST_CURRENT_TEST")
+SET_AT_EACH_START = ("RAY_TRAIN_", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED",
+                     "PYTEST_CURRENT_TEST")  # fmt: skip
 
 
 class Constants:
@@ -56,6 +55,8 @@ class Before:
 
 
 def settings() -> dict:
+    import torch
+
     environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_AT_EACH_START)}
     return {
         "torch.get_num_threads()": torch.get_num_threads(),

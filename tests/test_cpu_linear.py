@@ -21,6 +21,7 @@ from rlhf_ray.cpu.packed_linear import (
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.models.activation import fast_activation
 
+pytest_plugins = ["processors"]
 VOCAB = 50
 in_c = pytest.mark.skipif(library() is None, reason="no C compiler")
 

@@ -13,6 +13,7 @@ from rlhf_ray.generation.decode_step import Operations
 from rlhf_ray.generation.kv_cache import RaggedCache
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
+pytest_plugins = ["processors"]
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 IN_C = OperationsInC(Operations())
 FAMILIES = {

@@ -17,6 +17,7 @@ from rlhf_ray.cpu.recording import OtherWork, Program, Recording
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
+pytest_plugins = ["processors"]
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 VOCABULARY = 90
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.1,

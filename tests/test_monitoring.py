@@ -24,6 +24,7 @@ CLUSTER = Path(__file__).parents[1] / "cluster"
 #: Debian's package `prometheus` has it; it is enough to unpack that (apt-get download prometheus; dpkg -x ...)
 PROMETHEUS = os.environ.get("RLHF_RAY_PROMETHEUS") or shutil.which("prometheus")
 WAIT_S = 120.0
+pytestmark = pytest.mark.ray
 SAMPLE = re.compile(r"(\w+)\{(.*)\} (\S+)")
 
 

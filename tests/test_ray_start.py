@@ -10,6 +10,8 @@ import pytest
 
 from rlhf_ray.actors.ray_start import prepare_home, protect
 
+pytestmark = pytest.mark.ray
+
 ONE_TASK = """
 import os, sys, threading
 from rlhf_ray.actors.session import ray_session
