@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-#: Variables that are set once or again and again to the same values: by the package whenever it starts Ray or a stage, by torch when
-#: it looks for GPUs, by pytest for each test.
+#: Variables that are set once or again and again to the same values: by the package whenever it starts Ray or a stage, by torch
+#: when it looks for GPUs, by pytest for each test.
 SET_AT_EACH_START = ("RAY_TRAIN_", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED",
                      "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST")  # fmt: skip
 
