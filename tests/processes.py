@@ -1,6 +1,7 @@
 """What /proc says of processes, waiting for them, and work in a fork of this one, which has imported all that it needs."""
 
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -45,19 +46,32 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def in_a_fork(work: Callable[[], None]) -> int:
-    """The exit status of a fork of this process that does the work: 1 where it raises, -9 where it is killed. For work without
-    threads, models and Ray."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except SystemExit as ends:
-            status = ends.code
-        except BaseException:  # the parent's tests must not go on in it
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+class Fork:
+    """A fork of this process that does the work, and then ends: with 1 where it raises. For work without models and Ray."""
+
+    def __init__(self, work: Callable[[], object]):
+        self.ended = False  # and waited for
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                work()
+                status = 0
+            except SystemExit as ends:
+                status = int(ends.code or 0)
+            except BaseException:  # the tests of the parent must not go on in it
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status; -9 where it was killed."""
+        status = os.waitpid(self.pid, 0)[1]
+        self.ended = True
+        return os.waitstatus_to_exitcode(status)

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
 from command import rlhf_ray
+from processes import Fork
 
 from rlhf_ray.errors import NotFinite, StageStopped, UserError
 from rlhf_ray.runs.events import EventLog
@@ -114,29 +114,28 @@ def test_an_end_has_its_words_and_its_exit_code(folder, error, state, code, word
     assert answer.returncode == code and answer.stdout.startswith(state) and f"exit code {code}" in answer.stdout
 
 
-OTHER = """
-import sys, time
-from pathlib import Path
-from rlhf_ray.runs.status_file import StatusFile
-status = StatusFile(Path(sys.argv[1]))
-with status.told():
-    status.hear({"stage": "ppo", "started": True})
-    status.hear({"stage": "ppo", "step": 5, "total": 8, "metrics": {"samples_per_s": 2.0}})
-    status.write()
-    print("there", flush=True)
-    time.sleep(100)
-"""
-
-
 @pytest.fixture
 def other(folder):
     """Another process, whose run this is."""
-    process = subprocess.Popen([sys.executable, "-c", OTHER, folder.status], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "there\n"
+    there, tell = os.pipe()
+
+    def run():
+        status = StatusFile(folder.status)
+        with status.told():
+            status.hear({"stage": "ppo", "started": True})
+            status.hear({"stage": "ppo", "step": 5, "total": 8, "metrics": {"samples_per_s": 2.0}})
+            status.write()
+            os.write(tell, b".")
+            time.sleep(100)
+
+    process = Fork(run)
+    assert os.read(there, 1) == b"."
+    os.close(there), os.close(tell)
     yield process
-    process.send_signal(signal.SIGCONT)
-    process.kill()
-    process.wait()
+    if not process.ended:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
 
 
 def test_a_run_in_another_process_is_seen_and_then_its_death(folder, other):
@@ -210,14 +209,15 @@ def test_a_folder_of_an_earlier_version_has_no_status_file(folder):
 
 
 def test_watching_ends_with_the_run(folder, other):
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_ray.cli.main", "status", folder.path, "--watch"], stdout=subprocess.PIPE, text=True
-    )
-    assert watching.stdout.readline().startswith("running")
-    other.kill()
-    other.wait()
-    out, _ = watching.communicate(timeout=120)
-    assert watching.returncode == 137 and "died" in out
+    def end():
+        other.kill()
+        other.wait()
+
+    ending = threading.Timer(1.0, end)
+    ending.start()
+    answer = rlhf_ray("status", str(folder.path), "--watch")
+    ending.join()
+    assert answer.returncode == 137 and answer.stdout.startswith("running") and "died" in answer.stdout
 
 
 def test_for_scripts_it_is_json(folder, other):

@@ -9,7 +9,7 @@ import time
 import pytest
 import typer
 from command import rlhf_ray
-from processes import in_a_fork
+from processes import Fork
 from rich.console import Console
 
 from rlhf_ray.cli.display import Display
@@ -88,7 +88,7 @@ def test_a_stages_time_is_the_sum_of_its_parts_even_of_one_that_was_killed(tmp_p
             if event.get("done"):
                 told.write_text(f"{event['seconds_before']} {event['seconds']}")
 
-        return in_a_fork(lambda: pipeline.run_stages(recipe(), RunFolder(tmp_path), {"data": stage}, tell, ["data"]))
+        return Fork(lambda: pipeline.run_stages(recipe(), RunFolder(tmp_path), {"data": stage}, tell, ["data"])).wait()
 
     assert [part(ends) for ends in ("killed", "fails", "well")] == [-9, 3, 0]
     before, seconds = map(float, told.read_text().split())
