@@ -109,7 +109,7 @@ GROUPS = {
             "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
-              "test_dpo_stage.py"),
+              "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),
 }  # fmt: skip
 ORDER = [file for files in GROUPS.values() for file in files]
 
