@@ -47,7 +47,7 @@ demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PP
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-thorough: $(STAMP)  ## more combinations of what `make test` guards, and only these
+test-thorough: $(STAMP)  ## further combinations and surroundings of what `make test` guards, and only these
 	$(BIN)/python -m pytest -n 2 -m "thorough and not slow and not gpu and not vllm and not fakegpu" $(ARGS)
 
 test-all: $(STAMP)   ## the tests that take minutes too

@@ -61,6 +61,7 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_all_else_can_be_imported_and_keeps_its_layers(without):
     optional = ("bench", "vader", "vllm", "__main__", "fork_client")  # they import what need not be installed, or run
     modules = [".".join(path.relative_to(without).with_suffix("").parts) for path in (without / "rlhf_ray").rglob("*.py")]

@@ -64,4 +64,4 @@ def test_its_measurements_run():
     assert figures["frozen"]["bits equal"]
     assert figures["head"]["gradients differ by"] < 0.05
     assert figures["first_kl"]["k3"] < 1e-3
-    assert ragged_decoder.PREFILL_TOKENS == as_set  # 600 of them, left behind, once failed a test of another file
+    assert as_set == ragged_decoder.PREFILL_TOKENS  # 600 of them, left behind, once failed a test of another file

@@ -63,6 +63,7 @@ def test_in_another_thread_where_a_run_is_refused_and_the_token_is_its_owners_al
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
 
+@pytest.mark.thorough
 def test_with_a_home_that_cannot_be_written(tmp_path):
     answer = python(ONE_TASK, "main", cwd=tmp_path, HOME="/proc/nobody")
     assert "twice 21 is 42" in answer.stdout, answer.stderr

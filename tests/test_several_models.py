@@ -268,6 +268,7 @@ def test_a_results_folder_with_an_adapter_says_how_to_serve_it(folders, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_on_ray_both_are_served_and_compared_on_the_page(folders, expected, tmp_path):
     base, adapter = folders
     page = PageOptions(votes=str(tmp_path / "votes.db"))

@@ -24,7 +24,7 @@ from rlhf_ray.publish.client import publish, roll_back
 from rlhf_ray.publish.servers import find_server, stop_server
 from rlhf_ray.publish.version import ROWS_FILE, version_id
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.thorough, pytest.mark.timeout(1500)]
 
 START_S, CLIENTS = 600, 4
 
