@@ -65,7 +65,7 @@ def end_of_the_shared_ray(request):
 @pytest.fixture(autouse=True)
 def nothing_left_by_a_test(request):
     """Else the tests after it would depend on it."""
-    before = Before()
+    before = Before(starts_ray=starts_ray(request.node))
     yield
     fail_for(request.node.nodeid, before.left())
 
@@ -73,9 +73,13 @@ def nothing_left_by_a_test(request):
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_by_a_file(request, end_of_the_shared_ray):
     """Neither by the fixtures that its tests share."""
-    before = Before()
+    before = Before(starts_ray=starts_ray(request.node))
     yield
     fail_for(request.node.nodeid, before.left())
+
+
+def starts_ray(node) -> bool:
+    return node.get_closest_marker("ray") is not None or node.path.name in GROUPS["ray"]
 
 
 def fail_for(where, left):
@@ -104,9 +108,8 @@ SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_r
 GROUPS = {
     # Two Rays at once would slow each other down.
     "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_monitoring.py",
-            "test_private_run.py", "test_ray_output.py",
-            "test_ray_start.py", "test_several_models.py",
-            "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
+            "test_placement.py", "test_private_run.py", "test_ray_output.py", "test_ray_start.py", "test_several_models.py",
+            "test_serving.py", "test_serving_faults.py", "test_swap.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
               "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),

@@ -4,10 +4,8 @@ import os
 import signal
 import sys
 
-#: Variables that are set once or again and again to the same values: by the package whenever it starts Ray or a stage, by torch
-#: when it looks for GPUs, by pytest for each test.
-SET_AT_EACH_START = ("RAY_TRAIN_", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED",
-                     "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST")  # fmt: skip
+#: Variables that are set once or again and again to the same value: by torch when it looks for GPUs, by pytest for each test.
+SET_AT_EACH_START = ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST")
 
 
 class Constants:
@@ -37,15 +35,17 @@ CONSTANTS = Constants()
 
 class Before:
     """What there was, to compare with what there is later: torch's settings, the package's constants, and this process's
-    environment, folder, search path and handlers of signals."""
+    environment, folder, search path and handler of Ctrl-C."""
 
-    def __init__(self):
-        self.constants, self.settings = CONSTANTS.now(), settings()
+    def __init__(self, *, starts_ray: bool):
+        """starts_ray: Ray sets variables and handlers of its own, for as long as the process lives."""
+        self.starts_ray = starts_ray
+        self.constants, self.settings = CONSTANTS.now(), settings(starts_ray)
 
     def left(self) -> list[str]:
         """In words, what is not as it was."""
         found = []
-        for name, value in settings().items():
+        for name, value in settings(self.starts_ray).items():
             before = self.settings[name]
             if isinstance(value, dict):
                 names = [each for each in before | value if before.get(each) != value.get(each)]
@@ -55,17 +55,20 @@ class Before:
         return found + [f"the constant {name}" for name in CONSTANTS.changed(self.constants)]
 
 
-def settings() -> dict:
+def settings(starts_ray: bool) -> dict:
     import torch
 
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(SET_AT_EACH_START)}
-    return {
+    found = {
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-        "the environment's": environment,
         "the working directory": os.getcwd(),
         "sys.path": [path for path in sys.path if path],  # "": a plugin is looked for in the working directory, wherever that is
-        "the handlers of SIGINT and SIGTERM": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
     }
+    if not starts_ray:
+        found["the environment's"] = {
+            name: value for name, value in os.environ.items() if not name.startswith(SET_AT_EACH_START)
+        }
+        found["the handler of SIGINT"] = signal.getsignal(signal.SIGINT)
+    return found

@@ -17,8 +17,8 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.ppo import checkpoint
-from rlhf_ray.ppo.closing import closing_figures
 from rlhf_ray.ppo.loop import LoopState
+from rlhf_ray.ppo.stage_end import closing_figures
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import MANIFEST
 

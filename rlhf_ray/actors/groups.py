@@ -25,7 +25,7 @@ class GenerationGroup:
         sleeps: an actor frees its GPU memory after the last chunk that it was asked for.
         """
         self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
-        self.by_channel = False  # `actors.weight_channel`
+        self.by_channel = False  # `actors.weight_meeting`
 
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
@@ -130,7 +130,7 @@ class TrainerGroup(ChunkGroup):
 
 
 class PolicyGroup(TrainerGroup):
-    transport: Transport = "object_store"  # `actors.weight_channel`
+    transport: Transport = "object_store"  # `actors.weight_meeting`
 
     def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("logprobs", rollouts)

@@ -41,15 +41,15 @@ from rlhf_ray.actors.role_actors import (
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
-from rlhf_ray.actors.weight_channel import connect_weights
+from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.actors.worker_start import forked_actors
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
-from rlhf_ray.ppo.closing import closing_figures, rolls_back
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample

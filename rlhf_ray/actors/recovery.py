@@ -30,7 +30,7 @@ from rlhf_ray.actors.groups import RayRoles, TrainerGroup
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
 from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
-from rlhf_ray.actors.weight_channel import connect_weights
+from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.config import PPOConfig, Recipe
 from rlhf_ray.errors import NotFinite, RunFailed, whole_message
 from rlhf_ray.ppo import checkpoint
