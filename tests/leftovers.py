@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 
-#: Variables that are set once or again and again to the same value: by torch when it looks for GPUs, by pytest for each test.
-SET_AT_EACH_START = ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST")
+#: New variables that count: those that the package, torch and the Hugging Face libraries read. Others a library sets for itself.
+READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "ACCELERATE_", "OMP_", "CUDA_", "MASTER_", "RANK",
+        "LOCAL_RANK", "WORLD_SIZE", "XDG_", "TRITON_", "GLOO_", "NCCL_")  # fmt: skip
 
 
 class Constants:
@@ -49,6 +50,7 @@ class Before:
             before = self.settings[name]
             if isinstance(value, dict):
                 names = [each for each in before | value if before.get(each) != value.get(each)]
+                names = [each for each in names if each in before or each.startswith(READ)]
                 found += [f"{name} {each}: {before.get(each)!r}, now {value.get(each)!r}" for each in names]
             elif value != before:
                 found.append(f"{name}: {before!r}, now {value!r}")
@@ -67,8 +69,6 @@ def settings(starts_ray: bool) -> dict:
         "sys.path": [path for path in sys.path if path],  # "": a plugin is looked for in the working directory, wherever that is
     }
     if not starts_ray:
-        found["the environment's"] = {
-            name: value for name, value in os.environ.items() if not name.startswith(SET_AT_EACH_START)
-        }
+        found["the environment's"] = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         found["the handler of SIGINT"] = signal.getsignal(signal.SIGINT)
     return found
