@@ -5,7 +5,7 @@ import signal
 import sys
 
 #: New variables that count: those that the package, torch and the Hugging Face libraries read. Others a library sets for itself.
-READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "ACCELERATE_", "OMP_", "CUDA_", "MASTER_", "RANK",
+READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "OMP_", "CUDA_", "MASTER_", "RANK",
         "LOCAL_RANK", "WORLD_SIZE", "XDG_", "TRITON_", "GLOO_", "NCCL_")  # fmt: skip
 
 
