@@ -25,7 +25,7 @@ def start() -> None:
 
     if ray.is_initialized():
         return
-    faults_file().parent.mkdir(mode=0o700)
+    faults_file().parent.mkdir(mode=0o700, exist_ok=True)
     _running.callback(shutil.rmtree, faults_file().parent, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faults.VARIABLE, str(faults_file()))

@@ -212,7 +212,7 @@ def test_all_ports_but_one_of_the_replica_listen_on_loopback(server):
         with contextlib.suppress(psutil.Error):
             for one in psutil.Process(pid).net_connections("inet"):
                 if one.status == psutil.CONN_LISTEN and one.laddr.ip.removeprefix("::ffff:") != "127.0.0.1":
-                    outside.add((psutil.Process(pid).cmdline()[0], one.laddr))
+                    outside.add((" ".join(psutil.Process(pid).cmdline()), one.laddr))
     assert len(outside) == 1 and "ServeReplica" in next(iter(outside))[0], outside
 
 
