@@ -10,7 +10,8 @@ READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "
 
 
 class Constants:
-    """The package's: which object each stands for, and how many entries tables and lists have."""
+    """The package's, without private ones, which may be caches: which object each stands for, and how many entries tables and lists
+    have."""
 
     def __init__(self):
         self.imported, self.places = 0, []  # (a module's names, the module's name, the constant's name)
@@ -21,7 +22,7 @@ class Constants:
             self.places += [
                 (vars(module), path, name)
                 for path, module in list(sys.modules.items()) if path.startswith("rlhf_ray.")
-                for name in vars(module) if name.isupper() and (path, name) not in known
+                for name in vars(module) if name.isupper() and name[0] != "_" and (path, name) not in known
             ]  # fmt: skip
         values = [names.get(name) for names, _, name in self.places]
         return [(id(value), len(value) if isinstance(value, (dict, list, set)) else 0) for value in values]
@@ -66,7 +67,8 @@ def settings(starts_ray: bool) -> dict:
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
         "the working directory": os.getcwd(),
-        "sys.path": [path for path in sys.path if path],  # "": a plugin is looked for in the working directory, wherever that is
+        # Without "", where a plugin is looked for in the working directory, and without what libraries add that are imported late.
+        "sys.path": [path for path in sys.path if path and "site-packages" not in path],
     }
     if not starts_ray:
         found["the environment's"] = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
