@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Mapping, MutableSequence, MutableSet
 
 #: New variables that count: those that the package, torch and the Hugging Face libraries read. Others a library sets for itself.
 READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "OMP_", "CUDA_", "MASTER_", "RANK",
@@ -14,22 +15,23 @@ class Constants:
     have."""
 
     def __init__(self):
-        self.imported, self.places = 0, []  # (a module's names, the module's name, the constant's name)
+        self.imported, self.places = 0, []  # (a module's names, the module's name, the constant's name, whether it has entries)
 
     def now(self) -> list:
         if len(sys.modules) != self.imported:
-            self.imported, known = len(sys.modules), {(place[1], place[2]) for place in self.places}
+            self.imported, known = len(sys.modules), {place[1:3] for place in self.places}
             self.places += [
-                (vars(module), path, name)
+                (vars(module), path, name, isinstance(value, (Mapping, MutableSequence, MutableSet)))
                 for path, module in list(sys.modules.items()) if path.startswith("rlhf_ray.")
-                for name in vars(module) if name.isupper() and name[0] != "_" and (path, name) not in known
+                for name, value in list(vars(module).items())
+                if name.isupper() and name[0] != "_" and (path, name) not in known
             ]  # fmt: skip
-        values = [names.get(name) for names, _, name in self.places]
-        return [(id(value), len(value) if isinstance(value, (dict, list, set)) else 0) for value in values]
+        values = [(names.get(name), sized) for names, _, name, sized in self.places]
+        return [(id(value), len(value) if sized and value is not None else 0) for value, sized in values]
 
     def changed(self, before: list) -> list[str]:
         pairs = zip(self.places, before, self.now(), strict=False)  # of modules imported since, nothing was known before
-        return [f"{path}.{name}" for (_, path, name), one, other in pairs if one != other]
+        return [f"{path}.{name}" for (_, path, name, _), one, other in pairs if one != other]
 
 
 CONSTANTS = Constants()
