@@ -29,7 +29,7 @@ from rlhf_ray.publish.servers import find_server, stop_server
 from rlhf_ray.publish.version import ROWS_FILE, version_id
 from rlhf_ray.runs.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.thorough, pytest.mark.timeout(1500)]
 
 START_S, CLIENTS = 600, 4
 

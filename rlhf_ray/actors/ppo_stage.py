@@ -17,6 +17,7 @@ from rlhf_ray.actors.budgets import Budget, Failure, in_short
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.checks import precisions_of
+from rlhf_ray.actors.token_checks import check_tokens
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -26,7 +27,6 @@ from rlhf_ray.actors.groups import (
     RayRoles,
     ReferenceGroup,
     RewardGroup,
-    connect_weights,
 )
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.publishing import Publishing
@@ -41,13 +41,15 @@ from rlhf_ray.actors.role_actors import (
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
+from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.actors.worker_start import forked_actors
-from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample
@@ -160,7 +162,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state, only=True)  # where the run died between the two
-    _check_tokens(recipe, folder)
+    check_tokens(recipe, folder)
     budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
     on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
@@ -226,25 +228,6 @@ def _tell_of_damage(folder: RunFolder, message: str) -> None:
     EventLog(folder.events).add(message, "read the one before it", stage="ppo")
 
 
-def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:
-    """Whether the stage's model is that of an earlier step than the last."""
-    return ppo.roll_back and 0 <= state.best_step < state.step
-
-
-def closing_figures(state: LoopState, ppo: PPOConfig) -> dict:
-    """The stage's DONE. `model_step` is the step whose policy the stage's model is."""
-    return {
-        "steps": state.step,
-        "ended_by": "steps" if state.step >= ppo.steps else "patience",
-        "kl_coef": state.kl_coef,
-        "best_step": state.best_step,
-        "best_score": state.best_score,
-        "best_by": ppo.best_by,
-        "worse_since": state.worse_since,
-        "model_step": state.best_step if rolls_back(state, ppo) else state.step,
-    }
-
-
 def copy_model(source: Path, target: Path) -> None:
     """Whole or not at all; what stood at `target` goes."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -256,36 +239,6 @@ def copy_model(source: Path, target: Path) -> None:
 
 def _of_all(roles: RayRoles, method: str, *args) -> list[Handle]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
-
-
-def _check_tokens(recipe: Recipe, folder: RunFolder) -> None:
-    """Critic and reference read the policy's token ids. UserError where the model that one of them starts from reads others."""
-    reward, reference = folder.stage("reward").model, recipe.ppo.reference
-    if recipe.ppo.has_critic and recipe.ppo.critic_init == "reward" and not _reads_tokens_of_policy(recipe, folder, reward):
-        raise UserError(
-            f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
-            "'reward'; set ppo.critic_init: sft"
-        )
-    if reference is not None and not _reads_tokens_of_policy(recipe, folder, Path(reference)):
-        raise UserError(
-            f"the model of ppo.reference, {reference}, has another tokenizer than the policy: it can't say how likely the policy's "
-            "tokens are; name a model of the same family, or set it to null"
-        )
-
-
-def _reads_tokens_of_policy(recipe: Recipe, folder: RunFolder, model: Path) -> bool:
-    start = start_model(recipe, folder)
-    if _same_files(Path(start), model, "tokenizer.json", "tokenizer_config.json"):
-        return True
-    from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens  # seconds of imports
-
-    trust = recipe.model.trust_remote_code
-    return same_tokens(load_tokenizer(start, trust), load_tokenizer(str(model), trust))
-
-
-def _same_files(one: Path, other: Path, *names: str) -> bool:
-    pairs = [(one / name, other / name) for name in names]
-    return all(a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes() for a, b in pairs)
 
 
 def _hooks(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, TypedDict
 
 from pydantic import model_validator
 
 from rlhf_ray.config.base import LONGEST_S, SEEDS, OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.kl_section import KlConfig, controller_problem, estimator_problem
-from rlhf_ray.config.reward_term import RewardTerm
+from rlhf_ray.config.reward_term import RewardTerm, shorthand_problem
 from rlhf_ray.config.supervised_sections import LoraConfig, check_trained_part
 from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
 
@@ -260,25 +259,11 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _rewards_fit(self):
-        if self.rewards and self.reward_function is not None:
-            raise ValueError(
-                f"ppo.rewards and ppo.reward_function ('{self.reward_function}') are both set; make the function a term "
-                "of ppo.rewards"
-            )
-        for name in self.rewards:
-            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ValueError(
-                    f"ppo.rewards has a term '{name}'; name it with letters, digits, '_', '.' and '-' only"
-                )
-        if self.reward_timeout_s is not None and self.reward_function is None:
-            raise ValueError(
-                f"ppo.reward_timeout_s is {self.reward_timeout_s:g}, but there is no ppo.reward_function; remove it, or "
-                "set timeout_s of a term of ppo.rewards"
-            )
-        if self.reward_timeout_score is not None and self.reward_timeout_s is None:
-            raise ValueError(
-                f"ppo.reward_timeout_score is {self.reward_timeout_score:g}, but there is no ppo.reward_timeout_s; set it too"
-            )
+        problem = shorthand_problem(
+            self.rewards, self.reward_function, self.reward_timeout_s, self.reward_timeout_score
+        )
+        if problem is not None:
+            raise ValueError(problem)
         if self.best_by == "judge" and not self.judge_evaluations:
             raise ValueError("ppo.best_by is 'judge' and ppo.judge_evaluations is false; set it to true")
         return self
