@@ -17,7 +17,6 @@ from rlhf_ray.actors.budgets import Budget, Failure, in_short
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.checks import precisions_of
-from rlhf_ray.actors.token_checks import check_tokens
 from rlhf_ray.actors.groups import (
     AdapterOff,
     CriticGroup,
@@ -39,6 +38,7 @@ from rlhf_ray.actors.role_actors import (
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
+from rlhf_ray.actors.token_checks import check_tokens
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.weight_meeting import connect_weights
