@@ -25,7 +25,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fake-gpu test-vllm chaos lint format clean
+.PHONY: help install demo test test-thorough test-all test-fake-gpu test-vllm chaos lint format clean
 
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ demo: $(STAMP)       ## the whole loop from nothing: data, SFT, reward model, PP
 
 test: $(STAMP)       ## the tests (ARGS="tests/test_x.py -k name" for some of them)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-thorough: $(STAMP)  ## further combinations and surroundings of what `make test` guards, and only these
+	$(BIN)/python -m pytest -n 2 -m "thorough and not slow and not gpu and not vllm and not fakegpu" $(ARGS)
 
 test-all: $(STAMP)   ## the tests that take minutes too
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)

@@ -24,12 +24,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 import conftest  # noqa: F401 - sets the environment before Ray is imported
 import pytest
+from chaos_cells import Cell, cells
 from chaos_table import write_table
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
@@ -45,94 +45,6 @@ from rlhf_ray.runs.run_folder import RunFolder
 
 PROMPTS, BATCH = 16, 8  # of tiny_recipe
 LIMIT_S = 1500  # of a cell
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    name: str
-    faults: list[dict]
-    sections: dict = field(default_factory=dict)  # of the recipe, laid over the tiny one's
-    exact: bool = True  # False: each prompt once, not the same bits
-    driver: bool = False  # the driver is a process of its own, started again until it ends well
-
-
-# -- the cells --------------------------------------------------------------------------------------------------------
-
-VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic")
-#: Phase -> its points: (role, method, which call of the step, before or after). A step has two chunks, its evaluation two more.
-POINTS = {
-    "generate": [("generation", "generate", 1, "before"), ("generation", "generate", 2, "after")],
-    "score": [("reward", "score", 2, "before"), ("reference", "logprobs", 1, "after")],
-    "assemble": [("experience", "assemble", 1, "before"), ("experience", "assemble", 1, "after")],
-    "update": [("policy", "update", 1, "before"), ("critic", "update", 1, "after")],
-    "sync": [("policy", "weights", 1, "before"), ("generation", "load_weights", 1, "after")],
-    "evaluate": [("reward", "score", 3, "before"), ("experience", "evaluate", 1, "after")],
-    "checkpoint": [("policy", "save", 1, "before"), ("critic", "save", 1, "after")],
-}
-EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
-OWN = {"generation": "generate", "reward": "score", "reference": "logprobs", "experience": "assemble",
-       "policy": "update", "critic": "update"}  # fmt: skip
-
-
-def fault(
-    role: str, method: str, step: int | None, call: int = 1, when: str = "before", kind: str = "kill", rank: int = 0, **more
-) -> dict:
-    return {"role": role, "rank": rank, "method": method, "step": step, "call": call, "when": when, "kind": kind, **more}
-
-
-def cells() -> list[Cell]:
-    found = [
-        Cell(name=f"all x {phase}", sections={"ppo": EVERY_STEP | {"steps": 14}}, faults=[
-            fault(role, method, 1 + len(points) * number + place, call, when, victim=f"{victim}-0")
-            for number, victim in enumerate(VICTIMS) for place, (role, method, call, when) in enumerate(points)
-        ])
-        for phase, points in POINTS.items()
-    ]  # fmt: skip
-    first = enumerate((points[0] for points in POINTS.values()), start=1)
-    driver = [fault(*point[:2], step, *point[2:], victim="driver-0") for step, point in first]
-    found.append(Cell(name="driver x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, driver=True, faults=driver))
-    for kind, more in (("stop", {}), ("exception", {}), ("slow", {"seconds": 5})):
-        found += [
-            Cell(name=f"{victim} {kind}", faults=[fault(victim, method, step, kind=kind, **more) for step in (1, 3)])
-            for victim, method in OWN.items()
-        ]
-    two = {"actors": 2}
-    for stage in (2, 3):
-        group = two | {"zero_stage": stage}
-        sections = {"resources": {"policy": group, "critic": group}}
-        killed = [("logprobs", 0), ("update", 1), ("weights", 2), ("save", 4)]
-        found += [
-            Cell(name=f"ZeRO-{stage}, rank 1 of 2 killed", sections=sections,
-                 faults=[fault("policy", method, step, rank=1) for method, step in killed]),
-            Cell(name=f"ZeRO-{stage}, rank 1 of 2 stopped", sections=sections,
-                 faults=[fault("critic", "update", 1, kind="stop", rank=1)]),
-        ]  # fmt: skip
-    found += [
-        Cell(name="two of each stateless role", sections={"resources": {"generation": two, "reward": two, "reference": two}},
-             faults=[fault("generation", "generate", 0, 2, rank=1), fault("reward", "score", 1, 1, "after", rank=1),
-                     fault("reference", "logprobs", 2)]),
-        Cell(name="LoRA", sections={"ppo": {"lora": {"rank": 2}}},
-             faults=[fault("policy", "reference_logprobs", 0, 3), fault("generation", "generate", 1),
-                     fault("policy", "update", 3)]),
-        Cell(name="DAPO's dynamic sampling",
-             sections={"ppo": {"dynamic_sampling_rounds": 2, "samples_per_prompt": 2, "rollout_batch_size": 8}},
-             faults=[fault("experience", "zero_variance", 0), fault("generation", "generate", 1, 4),
-                     fault("policy", "update", 2)]),
-        Cell(name="steps_ahead 1", sections={"ppo": {"steps_ahead": 1}}, exact=False,
-             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1), fault("reward", "score", 2)]),
-        Cell(name="weights by a broadcast", sections={"resources": {"weight_transport": "collective"}},
-             faults=[fault("generation", "generate", 0, 4), fault("policy", "update", 1),
-                     fault("generation", "receive_weights", 2)]),
-        Cell(name="no snapshots", sections={"resources": {"snapshot_gb": 0}},
-             faults=[fault("critic", "update", 1), fault("critic", "update", 3)]),
-        Cell(name="a snapshot every 3 steps", sections={"resources": {"snapshot_every": 3}, "ppo": {"checkpoint_every": 4}},
-             faults=[fault("policy", "update", 2)]),
-        Cell(name="policy and critic at once", faults=[fault("policy", "update", 1), fault("critic", "update", 1)]),
-        Cell(name="policy and generation at once", faults=[fault("policy", "weights", 1), fault("policy", "weights", 1,
-                                                                                            victim="generation-0")]),
-        Cell(name="at the start", faults=[fault("policy", "join", None), fault("reward", "ready", None)]),
-    ]  # fmt: skip
-    return found
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""What every test needs before torch, Ray or Hugging Face are imported."""
+"""What every test needs before torch, Ray or Hugging Face are imported. None of them is imported here: of the processes of
+`pytest -n 2`, the first only hands tests out."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -8,26 +10,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads from the hub
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the command line does; Ray reads it once, when it is imported
 os.environ.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is not ours
 
-from importlib.util import find_spec
-
 import pytest
 import shared_ray
-import torch
 from differences import table
+from leftovers import Before
 from postgres import cluster  # noqa: F401 - a fixture
 from voters import voters  # noqa: F401 - a fixture
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["processors"] if find_spec("rlhf_ray.cpu") else []  # fixtures of tests that go with that package
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The million objects that imports make stay: Python's collector would look at all of them again and again, in imports and
+    in tests."""
+    if session.config.getoption("numprocesses", None):
+        return (yield)
+    import torch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread only costs; and what one module changed is not the next one's."""
-    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+        torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +44,47 @@ def session():
     shared_ray.start()
 
 
+@pytest.fixture(scope="module")
+def faults_file(session):
+    """The file in which a test names the faults of the shared Ray's actors; this process notes its steps beside it."""
+    from rlhf_ray.actors import faults
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.VARIABLE, str(shared_ray.faults_file()))
+        yield shared_ray.faults_file()
+    shared_ray.faults_file().unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def end_of_the_shared_ray(request):
     """Before a file that does not use it: a process has one Ray at a time."""
     if request.path.name not in SHARED_RAY:
         shared_ray.end()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_by_a_test(request):
+    """Else the tests after it would depend on it."""
+    before = Before(starts_ray=starts_ray(request.node))
+    yield
+    fail_for(request.node.nodeid, before.left())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_a_file(request, end_of_the_shared_ray):
+    """Neither by the fixtures that its tests share."""
+    before = Before(starts_ray=starts_ray(request.node))
+    yield
+    fail_for(request.node.nodeid, before.left())
+
+
+def starts_ray(node) -> bool:
+    return node.get_closest_marker("ray") is not None or node.path.name in GROUPS["ray"]
+
+
+def fail_for(where, left):
+    if left:
+        pytest.fail(f"{where} leaves changed: {'; '.join(left)}", pytrace=False)
 
 
 def pytest_sessionfinish():
@@ -59,16 +103,16 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 # The first starts a Ray of its own before it shares.
-SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py")
+SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py", "test_recovery.py",
+              "test_recovery_stages.py")  # fmt: skip
 GROUPS = {
     # Two Rays at once would slow each other down.
     "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_monitoring.py",
-            "test_private_run.py", "test_ray_output.py",
-            "test_ray_start.py", "test_recovery.py", "test_several_models.py",
-            "test_serving.py", "test_serving_faults.py", "test_weight_transport.py", *SHARED_RAY),
+            "test_placement.py", "test_private_run.py", "test_ray_output.py", "test_ray_start.py", "test_several_models.py",
+            "test_serving.py", "test_serving_faults.py", "test_swap.py", "test_weight_transport.py", *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
-              "test_dpo_stage.py"),
+              "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),
 }  # fmt: skip
 ORDER = [file for files in GROUPS.values() for file in files]
 

@@ -28,3 +28,19 @@ def text_of(document: str) -> str:
 
 def blocks(document: str, *languages: str) -> list[str]:
     return [body for language, body in FENCE.findall(text_of(document)) if language in languages]
+
+
+def in_every_document(test):
+    """The test of one document as one test of all; those that fail it are named."""
+
+    def of_all():
+        wrong = {}
+        for document in DOCUMENTS:
+            try:
+                test(document)
+            except Exception as error:  # an assertion's, or of the library that parses commands
+                wrong[document] = str(error)
+        assert not wrong, "; ".join(f"{document}: {why}" for document, why in wrong.items())
+
+    of_all.__name__, of_all.__doc__ = test.__name__, test.__doc__
+    return of_all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import socket
@@ -13,8 +14,10 @@ import numpy as np
 
 from rlhf_ray.config.sampling_params import Completion, TokenEvent, TokenLogprobs
 from rlhf_ray.models.tokenizer import train_tokenizer
+from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, Limits
+from rlhf_ray.serving.control import versions_page
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.http_limits import HttpLimits
@@ -22,8 +25,10 @@ from rlhf_ray.serving.http_server import HttpServer
 from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.prompts import PromptReader
+from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.runner import EngineRunner
+from rlhf_ray.serving.versions import VersionTable
 
 POSITIONS = 4000
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -89,28 +94,37 @@ class ScriptedEngine:
 
 
 class ScriptedLink:
-    """A replica's app, without Ray between."""
+    """A replica's app, without Ray between. versions: id -> the name whose script that version writes."""
 
-    def __init__(self, name, tokenizer, step_s):
+    def __init__(self, name, tokenizer, step_s, versions=None):
         self.name, self.models = name, (name,)
         self.up, self.ongoing = True, 0
         limits = Limits(max_rows=16)
-        self.runner = EngineRunner(ScriptedEngine(name, tokenizer, step_s), max_rows=16, max_waiting_rows=16)
         reader = PromptReader(tokenizer=tokenizer, positions=POSITIONS, vocab_size=320, limits=limits)
-        self.app = build_routes(self.runner, reader, AppConfig(name=name, limits=limits))
+        self.runners, self.apps = [], {}
+        for version, script in (versions or {"": name}).items():
+            self.runners.append(EngineRunner(ScriptedEngine(script, tokenizer, step_s), max_rows=16, max_waiting_rows=16))
+            config = AppConfig(name=name, limits=limits, version=version or None)
+            self.apps[version] = build_routes(self.runners[-1], reader, config)
 
     async def answer(self, request):
-        async for piece in pieces(self.app, request):
+        app = self.apps.get(request.version) or next(iter(self.apps.values()))
+        async for piece in pieces(app, request):
             yield piece
+
+    async def stats(self):
+        return dataclasses.asdict(self.runners[0].stats())
 
 
 class Paged:
     """A running server: its `url`, its `page`, its `links` to the models, its `store` of votes."""
 
-    def __init__(self, tmp_path, chat=True, names=("sft", "ppo"), step_s=0.0, prompts=PROMPTS, **settings):
+    def __init__(self, tmp_path, chat=True, names=("sft", "ppo"), step_s=0.0, prompts=PROMPTS, canary=None, **settings):
+        """canary: (stable version, candidate) of the last model; the stable one writes what the model "sft" does."""
         tokenizer = train_tokenizer([*PROMPTS, *SCRIPT["ppo"].values()], 320)
         tokenizer.chat_template = TEMPLATE if chat else None
-        self.links = [ScriptedLink(name, tokenizer, step_s) for name in names]
+        versions = {} if canary is None else {names[-1]: dict(zip(canary, ("sft", names[-1]), strict=True))}
+        self.links = [ScriptedLink(name, tokenizer, step_s, versions.get(name)) for name in names]
         options = {name: settings.pop(name) for name in PageOptions.__slots__ if name in settings}
         if prompts:
             (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
@@ -119,18 +133,28 @@ class Paged:
         self.parts = PageParts.opened(PageOptions(**options), tmp_path)
         self.store = self.parts.store
         config = AppConfig(**{"name": names[0], "allowed_hosts": ("localhost",)} | settings)
-        self.page = build_page(Front(self.links), config, self.parts)
+        front = Front(self.links, tables={name: self._table(*canary) for name in versions if canary is not None})
+        if canary is not None:
+            front.pages["/versions"] = versions_page(Publisher(front.tables, [], lambda wanted: None))
+        self.page = build_page(front, config, self.parts)
         app = guarded(self.page, config, is_of_page)
         bound = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self.server = HttpServer(app, bound, HttpLimits())
         self.server.start()
 
+    @staticmethod
+    def _table(stable, candidate):
+        table = VersionTable(Version(id=stable, folder="nowhere"))
+        table.admit(Version(id=candidate, folder="nowhere"), 0.1)
+        return table
+
     def close(self):
         self.server.close()
         self.parts.close()
         for link in self.links:
-            link.runner.close()
+            for runner in link.runners:
+                runner.close()
 
     def send(self, method, path, token=None, **more):
         headers = {"Authorization": f"Bearer {token}"} if token else {}

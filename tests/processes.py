@@ -1,6 +1,10 @@
-"""What /proc says of processes, and waiting for them."""
+"""What /proc says of processes, waiting for them, and work in a fork of this one, which has imported all that it needs."""
 
+import os
+import signal
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -40,3 +44,34 @@ def descendants(pid: int) -> set[int]:
             found.add(child)
             queue.append(child)
     return found
+
+
+class Fork:
+    """A fork of this process that does the work, and then ends: with 1 where it raises. For work without models and Ray."""
+
+    def __init__(self, work: Callable[[], object]):
+        self.ended = False  # and waited for
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                work()
+                status = 0
+            except SystemExit as ends:
+                status = int(ends.code or 0)
+            except BaseException:  # the tests of the parent must not go on in it
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status; -9 where it was killed."""
+        status = os.waitpid(self.pid, 0)[1]
+        self.ended = True
+        return os.waitstatus_to_exitcode(status)

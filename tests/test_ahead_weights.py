@@ -75,20 +75,23 @@ def test_untruncated_weights_make_an_older_policys_samples_those_of_the_current_
     assert float((cut - wanted).abs().max()) > 0.01
 
 
+STEPS = 2
+
+
 @pytest.fixture(scope="module")
 def synchronous(folder):
-    return run_real(tiny_recipe(), folder)
+    return run_real(tiny_recipe(ppo={"steps": STEPS}), folder)
 
 
 def test_zero_steps_ahead_is_the_synchronous_loop_bit_for_bit(folder, synchronous):
     """Against its steps written out one after the other, without a controller."""
-    recipe = tiny_recipe(ppo={"steps_ahead": 0, "importance_cap": 1e-6})
+    recipe = tiny_recipe(ppo={"steps": STEPS, "steps_ahead": 0, "importance_cap": 1e-6})
     roles = LocalRoles(recipe, folder)
     loop = real_loop(recipe, roles, Diary())
     assert loop.ahead is None and roles.experience.config.importance_cap is None
     sync_weights(roles, 0)
-    for step in range(4):
-        rate = 1e-3 * (1 - step / 4)
+    for step in range(STEPS):
+        rate = 1e-3 * (1 - step / STEPS)
         ppo_step(roles, loop._chunks(step), options(
             step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate
         ))  # fmt: skip
@@ -100,13 +103,13 @@ def test_zero_steps_ahead_is_the_synchronous_loop_bit_for_bit(folder, synchronou
 
 def test_the_step_of_the_asynchronous_loop_is_that_of_the_synchronous_one(folder, synchronous):
     """Never ahead, it draws, trains and syncs the same; without a cap near it a sample of the policy's own weighs 1."""
-    recipe = tiny_recipe()
+    recipe = tiny_recipe(ppo={"steps": STEPS})
     roles = LocalRoles(recipe, folder)
     chunks = real_loop(recipe, roles, Diary())._chunks
-    ahead = Ahead(roles, chunks, steps_ahead=0, steps=4, in_flight=False)
+    ahead = Ahead(roles, chunks, steps_ahead=0, steps=STEPS, in_flight=False)
     sync_weights(roles, 0)
-    for step in range(4):
-        rate = 1e-3 * (1 - step / 4)
+    for step in range(STEPS):
+        rate = 1e-3 * (1 - step / STEPS)
         ahead.step(options(step=step, kl_coef=recipe.ppo.kl_coef, learning_rate=rate, critic_learning_rate=rate))
     assert differing(roles.weights(), synchronous[0].weights()) == []
 
@@ -232,7 +235,9 @@ def test_the_one_file_loop_refuses(folder):
         SingleProcessPPO(tiny_recipe(ppo={"steps_ahead": 2}), folder)
 
 
-@pytest.mark.parametrize("algorithm", [{}, {"advantage": "grpo"}], ids=["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", [
+    pytest.param({}, id="ppo"), pytest.param({"advantage": "grpo"}, id="grpo", marks=pytest.mark.thorough),
+])  # fmt: skip
 def test_the_score_rises_ahead_too(folder, algorithm):
     recipe = tiny_recipe(
         generation={"stop": (), "chunk_size": 16},

@@ -14,6 +14,7 @@ from rlhf_ray.bench.flops import Shape, Work
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.thorough
 def test_bench_controller_counts_what_passes():
     found = answered("controller", "--generators", "3", "--processes", "1", "--ranks", "1", "--rows", "2",
                      "--weight-mb", "1", "--steps", "6", *LENGTHS)  # fmt: skip

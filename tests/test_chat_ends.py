@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from chat_models import KINDS, MODELS, chat_tokenizer, saved_tokenizer
+from crossed import crossed
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -69,8 +70,7 @@ def test_pad_ends_no_response(name, tmp_path):
     assert tokenizer.pad_token_id not in end_ids(tokenizer)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ENDS)
+@crossed("kind, name", KINDS, list(ENDS))
 def test_a_reply_has_one_closing_token_in_every_kind_of_row(name, kind, tmp_path):
     """The prompt's ids are those of apply_chat_template, and the reply ends with what the template writes behind it."""
     tokenizer = loaded(name, tmp_path, kind)
@@ -105,8 +105,7 @@ class Seen:
         return np.arange(len(token_ids), dtype=np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@crossed("kind, name", KINDS, list(MODELS))
 def test_the_ids_scored_in_ppo_are_those_trained_on(name, kind, tmp_path):
     """A policy that draws exactly a training row's reply: alone, in an ensemble, in a weighted sum."""
     tokenizer = loaded(name, tmp_path / "tokenizer", kind)

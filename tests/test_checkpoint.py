@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rlhf_ray.actors.checkpointing import publish_best
-from rlhf_ray.actors.ppo_stage import closing_figures, copy_model
+from rlhf_ray.actors.ppo_stage import copy_model
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
+from rlhf_ray.ppo.stage_end import closing_figures
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import MANIFEST
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from chat_models import KINDS, MODELS, TEXTS, chat_tokenizer
+from crossed import crossed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_recipe
@@ -54,8 +55,7 @@ def controls_in(tokenizer, ids):
     return [number for number in ids if number in special]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", WITH_TEMPLATE)
+@crossed("kind, name", KINDS, WITH_TEMPLATE)
 def test_harmless_contents_get_the_ids_of_apply_chat_template(name, kind):
     tokenizer = made(name, kind)
     chat = ChatFormat(tokenizer)
@@ -67,8 +67,7 @@ def test_harmless_contents_get_the_ids_of_apply_chat_template(name, kind):
             assert encode_prompt(tokenizer, chat.prompt(messages)) == expected, content
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@crossed("kind, name", KINDS, list(MODELS))
 def test_the_way_of_marked_texts_gives_harmless_ones_the_same_ids(name, kind):
     """Merges across what stands between control tokens, space at the text's beginning, accents: as in one pass."""
     tokenizer = made(name, kind)
@@ -97,12 +96,11 @@ def test_no_content_brings_in_a_control_token(name, kind):
                 assert found == expected, (content, text)
 
 
-@pytest.mark.parametrize("change, break_up", [
+@crossed("change, break_up, kind", [
     ("| replace('*', '')", lambda name: name[:2] + "*" + name[2:]),
     ("| replace('xyz', '') | trim", lambda name: f"{name[0]}xyz{name[1:]}"),
     ("| replace('&lt;', '<')", lambda name: name.replace("<", "&lt;")),
-])  # fmt: skip
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+], ["bytes", "pieces"])  # fmt: skip
 def test_a_template_that_deletes_or_replaces_characters_makes_no_control_token(change, break_up, kind):
     """The control tokens are those around harmless contents. The text is the one that transformers renders; what a template would
     replace by several characters at a time stays as it was written."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossed import crossed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -20,14 +21,14 @@ from rlhf_ray.cpu.packed_linear import (
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.models.activation import fast_activation
 
+pytest_plugins = ["processors"]
 VOCAB = 50
 in_c = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 
 # Rows: none left over of blocks of 6, each number that may be, and more than a piece's 96. Inputs: beyond the 256 of a pass.
 # Outputs that end within a vector and within a panel.
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 1), (64, 16), (256, 40), (700, 21), (257, 96)])
-@pytest.mark.parametrize("with_bias", [True, False])
+@crossed("inputs, outputs, with_bias", [(5, 1), (64, 16), (256, 40), (700, 21), (257, 96)], [True, False])
 def test_a_product(processor, threads, inputs, outputs, with_bias):
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs) if with_bias else None

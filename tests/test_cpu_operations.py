@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf_ray.algorithms.sampling import draw
@@ -12,6 +13,7 @@ from rlhf_ray.generation.decode_step import Operations
 from rlhf_ray.generation.kv_cache import RaggedCache
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
+pytest_plugins = ["processors"]
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 IN_C = OperationsInC(Operations())
 FAMILIES = {
@@ -33,12 +35,10 @@ def filled_cache(lengths, groups, channels, slots, *, centred, dtype=torch.bfloa
     return cache, layer
 
 
-@pytest.mark.parametrize(
-    ("dtype", "centred"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]
-)
-@pytest.mark.parametrize(
-    ("groups", "lines", "channels"), [(4, 1, 64), (2, 3, 128), (1, 2, 8), (3, 1, 34)], ids=lambda size: str(size)
-)
+@crossed(
+    "dtype, centred, groups, lines, channels", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)],
+    [(4, 1, 64), (2, 3, 128), (1, 2, 8), (3, 1, 34)],
+)  # fmt: skip
 def test_attention_over_each_rows_own_slots(groups, lines, channels, centred, dtype):
     """The new key and value are stored, and every slot up to theirs is attended to, none beyond."""
     torch.manual_seed(0)

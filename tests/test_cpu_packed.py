@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossed import crossed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +41,7 @@ def packed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-@pytest.mark.parametrize("rows", [(1,), (64,), (3, 5), (700,)])
+@crossed("kind, rows", [nn.Linear, Conv1D], {"1": [1], "64": [64], "3x5": [3, 5], "700": [700]})
 def test_a_packed_layer_is_the_layer(kind, rows):
     torch.manual_seed(0)
     layer = (nn.Linear(48, 80) if kind is nn.Linear else Conv1D(80, 48)).bfloat16()

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -16,6 +17,7 @@ from rlhf_ray.cpu.recording import OtherWork, Program, Recording
 from rlhf_ray.generation.engine import GenerationEngine
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
+pytest_plugins = ["processors"]
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 VOCABULARY = 90
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.1,
@@ -179,8 +181,7 @@ COMPUTES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("name", COMPUTES)
+@crossed("mode, name", [torch.inference_mode, torch.no_grad], list(COMPUTES))
 def test_what_computes_in_a_recording_is_named(name, mode):
     """Also what copies, of which torch says that it is a view, and a function in C that is not of a decode step."""
     x = torch.arange(9.0).view(3, 3)

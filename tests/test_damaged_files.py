@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crossed import crossed
 from tiny import TEXTS, tiny_recipe, write_start
 
 from rlhf_ray.actors.supervised import _last_row
@@ -67,8 +68,7 @@ def garbage(path):
 READ = (read_role, read_prompts, read_prompt_columns, prompt_columns, count_rows)
 
 
-@pytest.mark.parametrize("spoil", [cut, empty, garbage])
-@pytest.mark.parametrize("read", READ)
+@crossed("spoil, read", [cut, empty, garbage], READ)
 def test_a_damaged_file_of_rows(folder, read, spoil):
     path = folder.data("prompts")
     spoil(path)

@@ -47,11 +47,18 @@ def command(*args, **changes) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Iterator[Path]:
-    """Where the command is given: the plugin lies there. What it registers in this process is gone in the end."""
-    here, before = tmp_path_factory.mktemp("demo"), dict(STAGES)
+def workplace(tmp_path_factory) -> Path:
+    """Where the command is given: the plugin lies there."""
+    here = tmp_path_factory.mktemp("demo")
     shutil.copy(Path(__file__).with_name("toy_plugin.py"), here)
-    yield here
+    return here
+
+
+@pytest.fixture
+def table() -> Iterator[None]:
+    """What the plugin registers in this process is gone after the test."""
+    before = dict(STAGES)
+    yield
     STAGES.clear()
     STAGES.update(before)
     sys.modules.pop("toy_plugin", None)
@@ -102,7 +109,7 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_no_process(inte
     assert not (run_dir / "ppo" / "DONE").exists()
 
 
-def test_the_same_command_goes_on_to_the_end(interrupted, workplace):
+def test_the_same_command_goes_on_to_the_end(interrupted, workplace, table):
     run_dir, *_ = interrupted
     before = read_metrics(run_dir / "ppo" / "metrics.jsonl")
     steps = before[-1]["step"] + 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from documents import DOCUMENTS, FENCE, LINK, ROOT, blocks, text_of
+from documents import DOCUMENTS, FENCE, LINK, ROOT, blocks, in_every_document, text_of
 
 from rlhf_ray.cli.main import app
 from rlhf_ray.config.recipe_file import build_recipe
@@ -46,7 +46,7 @@ def parse(command: str) -> tuple[list[str], dict]:
     return path, node.make_context(" ".join(path), words).params
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_every_command_exists_with_these_options(document):
     found = commands(document)
     for command in found:
@@ -71,7 +71,7 @@ def known_override(override: str) -> None:
         assert "unknown key" not in str(error), f"--set {override}: {error}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_commands_named_in_a_sentence_exist(document):
     for words in re.findall(r"`rlhf-ray ([^`]+)`", FENCE.sub("", text_of(document))):
         words = words.split()
@@ -87,7 +87,7 @@ def test_commands_named_in_a_sentence_exist(document):
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options | {"--help"}, words
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_options_and_make_targets_that_are_named_exist(document):
     text = FENCE.sub("", text_of(document))
     tree = typer.main.get_command(app)
@@ -103,7 +103,7 @@ def test_the_readme_begins_with_the_two_commands():
     assert re.findall(r"^make (\w+)", blocks("README.md", "bash")[0], re.MULTILINE) == ["demo", "test"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_modules_and_scripts_that_commands_run_exist(document):
     shell = "\n".join(blocks(document, "", "bash", "sh"))
     for module in re.findall(r"python -m (rlhf_ray[\w.]+)", text_of(document)):
@@ -124,7 +124,7 @@ def test_commands_that_do_not_exist_are_found():
         known_override("ppo.kl_coeff=1")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_recipes_are_valid(document):
     for values in map(yaml.safe_load, blocks(document, "yaml")):
         if "plugins" not in values:  # tests/test_extend.py writes the module that they name, and runs the recipe
@@ -153,7 +153,7 @@ def anchors(markdown: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_relative_links_lead_somewhere(document):
     text = FENCE.sub("", text_of(document))
     for target in LINK.findall(re.sub(r"`[^`]*`", "", text)):
@@ -181,7 +181,7 @@ def names_in(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_code_that_is_named_is_there(document):
     named = NAMED.findall(text_of(document))
     missing = [f"{file}:{name}" for file, name in named

@@ -1,14 +1,12 @@
 """`export`: what is written from a PPO checkpoint, and what is said where it can't write or upload."""
 
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from checkpoints import write_rank
 from command import rlhf_ray
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
@@ -76,15 +74,15 @@ def test_a_target_that_is_a_file_is_refused(target, tmp_path):
         export_model(tmp_path, tmp_path / target, "ppo", "float32", None)
 
 
-def test_an_upload_that_fails_is_one_sentence(tmp_path):
+def test_an_upload_that_fails_is_one_sentence(tmp_path, monkeypatch):
     """To a hub where nobody listens."""
     folder = write_start(tiny_recipe(), RunFolder(tmp_path / "run"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # not listening: a connection is refused
-        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "none"}
-        command = [sys.executable, "-m", "rlhf_ray.cli.main", "export", str(folder.stage("sft").model), str(tmp_path / "out"),
-                   "--push-to-hub", "me/model"]  # fmt: skip
-        answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | hub, timeout=120, check=False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "none")
+        answer = rlhf_ray("export", str(folder.stage("sft").model), str(tmp_path / "out"), "--push-to-hub", "me/model")
     assert answer.returncode == 2, answer.stderr
     assert "can't upload to 'me/model'" in answer.stderr and "Traceback" not in answer.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -88,6 +88,7 @@ def running_ray(tmp_path_factory):
         head.wait(60)
 
 
+@pytest.mark.thorough
 def test_ppos_actors_on_a_ray_that_runs_here_are_forks(running_ray, tmp_path):
     """Of a server with the environment that Ray's workers inherit, not the command's."""
     recipe = tiny_recipe()
@@ -109,6 +110,7 @@ def is_actor(process):
     return name.startswith("ray::") and not name.startswith(("ray::Dashboard", "ray::RuntimeEnv", "ray::IDLE"))
 
 
+@pytest.mark.thorough
 def test_elsewhere_they_are_not(running_ray, tmp_path):
     """Several nodes; a raylet in other namespaces; one that starts another Python; one that is not to be seen here."""
     with ray_session(running_ray):

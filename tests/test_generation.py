@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -133,19 +134,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "family, attention",
-    [
-        ("gpt2", "sdpa"),
-        ("llama", "sdpa"),
-        ("qwen2", "sdpa"),
-        ("mistral", "sdpa"),
-        ("gpt_neox", "sdpa"),
-        ("gpt2", "eager"),
-        ("llama", "eager"),
-    ],
-)
-@pytest.mark.parametrize("params", OPTIONS, ids=["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"])
+@crossed(
+    "family, attention, params",
+    [("gpt2", "sdpa"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("mistral", "sdpa"), ("gpt_neox", "sdpa"), ("gpt2", "eager"),
+     ("llama", "eager")],
+    dict(zip(["plain", "top_k", "top_p", "min_p", "all and stop", "greedy"], OPTIONS, strict=True)),
+)  # fmt: skip
 def test_equals_a_forward_pass_without_cache(family, attention, params):
     model, prompts = build(family, attention=attention), ragged_prompts()
     expected = [brute_force(model, prompt, seed, params) for seed, prompt in enumerate(prompts)]
@@ -371,10 +365,10 @@ def test_bfloat16_stays_near_the_models_own_forward():
         np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
-)
-@pytest.mark.parametrize(("kv_heads", "bias"), [(8, 0.0), (4, 0.0), (1, 0.0), (4, 100.0)])
+@crossed(
+    "dtype, near, kv_heads, bias", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)],
+    [(8, 0.0), (4, 0.0), (1, 0.0), (4, 100.0)],
+)  # fmt: skip
 def test_decode_attention_of_rows_with_different_lengths(dtype, near, kv_heads, bias):
     """A head of its own for each query head, shared ones, and one for all; keys with a bias, which gives all of a row's scores a
     large common part; against float64 written out."""
@@ -450,8 +444,7 @@ def test_a_prompt_of_one_token_has_a_centre():
     assert cache.layers[0].centres.abs().sum() > 0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-@pytest.mark.parametrize("tied", [True, False])
+@crossed("family, tied", ["gpt2", "llama", "qwen2"], [True, False])
 @torch.inference_mode()
 def test_the_written_out_step_is_the_models_forward(family, tied):
     model = build(family, tie_word_embeddings=tied)
@@ -566,8 +559,7 @@ def test_on_a_gpu_it_draws_what_the_cpu_draws():
 # -- long prompts, and room for the cache ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@crossed("dtype, family", [torch.float32, torch.bfloat16], ["gpt2", "llama"])
 def test_prompts_read_in_parts_draw_the_same(family, dtype, monkeypatch):
     """In parts of 7 tokens of 3 rows, one of them shorter than a part."""
     model, params = build(family, dtype), SamplingParams(max_new_tokens=6)
@@ -649,8 +641,7 @@ def test_requests_wait_until_the_cache_has_room(lengths, budget, expected):
 # -- decode steps of fixed shapes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [{11, 8}, {11}], ids=["rows end", "the cache grows"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@crossed("rows, family", {"rows end": {11, 8}, "the cache grows": {11}}, ["gpt2", "llama", "qwen2"])
 def test_steps_of_fixed_shapes_draw_what_a_forward_pass_does(family, rows, monkeypatch):
     """As they are captured for a GPU, on rows that are padded to 8, or to the 11 that the cache has."""
     captures = []

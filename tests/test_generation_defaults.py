@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from chat_models import chat_tokenizer
+from crossed import crossed
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config import ModelConfig
@@ -67,8 +68,9 @@ def saved_again(folder, target):
     return AutoModelForCausalLM.from_pretrained(target).generation_config
 
 
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-@pytest.mark.parametrize("values, expected", CASES, ids=[json.dumps(values) for values, _ in CASES])
+@crossed(
+    "file, values, expected", ["generation_config.json", "config.json"], {json.dumps(each[0]): each for each in CASES}
+)
 def test_what_transformers_refuses_to_save_is_mended_on_load(base, tmp_path, values, expected, file):
     with pytest.raises(ValueError):
         GenerationConfig(**values).validate(strict=True)

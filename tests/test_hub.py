@@ -4,45 +4,62 @@ import http.server
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 
+import datasets
 import pytest
+from command import rlhf_ray
+from huggingface_hub import constants
+from processes import wait_for
 
-NAME = "some-org/SmolLM2-135M-Instrct"
-LOOK = """
-import sys, time
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import Recipe, SourceConfig
+from rlhf_ray.data.sources import _from_hub, columns_of, load_source
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.model_problems import check_model
+from rlhf_ray.models import hub
+from rlhf_ray.models import load as loading
 from rlhf_ray.models.load import load_causal_lm, load_config
+from rlhf_ray.models.model_problems import check_model
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.tokenizer import load_tokenizer
-started = time.monotonic()
-recipe = Recipe(name="r", model={"name_or_path": sys.argv[1]}, reward={"base": sys.argv[1] + "-other"})
-print(*check_model(recipe), sep="\\n")
-for load in (load_config, load_tokenizer, load_causal_lm):
-    try:
-        load(sys.argv[1])
-    except UserError as error:
-        assert "there is no folder" in str(error), error
-print("parameters", parameters(recipe), "seconds", time.monotonic() - started)
-"""
+
+NAME = "some-org/SmolLM2-135M-Instrct"
 
 
-QUICK = "from rlhf_ray.models import hub; hub.LOOK_UP_S = 1.0\n"  # for a hub that does not answer
+@pytest.fixture
+def asks(tmp_path, monkeypatch):
+    """asks(address): from now on that is the hub, which nobody has asked anything yet; an empty cache; an empty folder."""
+
+    def use(address, offline=False):
+        monkeypatch.chdir(tmp_path)
+        for name in hub.OFFLINE:
+            monkeypatch.delenv(name, raising=False)
+        home = str(tmp_path / "hf")
+        for name, value in {
+            "ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HOME": home, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_ETAG_TIMEOUT": 5, "HF_HUB_OFFLINE": offline,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{home}/datasets")
+        monkeypatch.setattr(hub, "_ASKED", hub._Asked())
+        loading._hub_config.cache_clear()
+
+    yield use
+    loading._hub_config.cache_clear()
 
 
-def in_a_process(code, *arguments, cwd, **environment):
-    """huggingface_hub reads its variables once, when it is imported."""
-    own = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment = own | {"HF_HOME": str(cwd / "hf"), "HF_HUB_ETAG_TIMEOUT": "5"} | environment
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=300, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def look_everywhere():
+    """What is told of two models that are nowhere; the seconds of it all."""
+    started = time.monotonic()
+    recipe = Recipe(name="r", model={"name_or_path": NAME}, reward={"base": f"{NAME}-other"})
+    told = check_model(recipe)
+    for load in (load_config, load_tokenizer, load_causal_lm):
+        with pytest.raises(UserError, match="there is no folder"):
+            load(NAME)
+    assert parameters(recipe) == 0
+    return told, time.monotonic() - started
 
 
 @contextmanager
@@ -103,47 +120,46 @@ def answering_hub(*statuses):
         server.shutdown()
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_per_name(tmp_path):
+def test_a_hub_that_does_not_answer_is_asked_once_per_name(tmp_path, asks, monkeypatch):
+    monkeypatch.setattr(hub, "LOOK_UP_S", 1.0)
     (tmp_path / "some-org" / "SmolLM2-135M-Instruct").mkdir(parents=True)
     with silent_hub() as (address, asked):
-        said = in_a_process(QUICK + LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
-    lines = said.splitlines()
-    assert lines[0].startswith("reward.base: there is no folder")
-    assert lines[1].startswith(f"model.name_or_path: there is no folder '{NAME}' here, and the hub ")
-    assert lines[1].endswith("did you mean 'some-org/SmolLM2-135M-Instruct'?") and len(lines) == 3
-    assert lines[2].startswith("parameters 0 ") and float(lines[2].split()[-1]) < 60
-    assert len(asked) == 2, "one look-up for each of the two names"
+        asks(address)
+        told, seconds = look_everywhere()
+        wait_for(lambda: len(asked) == 2)  # one look-up for each of the two names
+        time.sleep(0.1)
+    assert len(told) == 2 and told[0].startswith("reward.base: there is no folder")
+    assert told[1].startswith(f"model.name_or_path: there is no folder '{NAME}' here, and the hub ")
+    assert told[1].endswith("did you mean 'some-org/SmolLM2-135M-Instruct'?") and seconds < 60 and len(asked) == 2
 
 
 @pytest.mark.parametrize(("status", "says"), [(404, "the hub has no model of that name"), (503, "the hub answered 503")])
-def test_what_the_hub_answers_is_told(tmp_path, status, says):
+def test_what_the_hub_answers_is_told(asks, status, says):
     with answering_hub(status) as (address, asked):
-        said = in_a_process(LOOK, NAME, cwd=tmp_path, HF_ENDPOINT=address)
-    assert f"there is no folder '{NAME}' here, and {says}" in said and "check the name" in said
+        asks(address)
+        told, _ = look_everywhere()
+    assert f"there is no folder '{NAME}' here, and {says}" in told[1] and "check the name" in told[1]
     assert len(asked) == 2, asked
 
 
-AGAIN = """
-import os
-from rlhf_ray.errors import UserError
-from rlhf_ray.models import hub
-hub.AGAIN_S = 1e9
-def look(name):
+def found(name):
+    """"found", or what is told."""
     try:
         hub.look_up(name)
-        print("found")
     except UserError as error:
-        print(error)
-"""
+        return str(error)
+    return "found"
 
 
-def test_a_failure_of_the_hub_is_not_for_ever(tmp_path):
+def test_a_failure_of_the_hub_is_not_for_ever(asks, monkeypatch):
     """Two asks within the time make one request; the third, after it, finds the model; it is not asked for again."""
-    asks = "look('some-org/model'); look('some-org/model'); hub.AGAIN_S = -1; look('some-org/model'); look('some-org/model')"
+    monkeypatch.setattr(hub, "AGAIN_S", 1e9)
     with answering_hub(503, 200) as (address, asked):
-        said = in_a_process(AGAIN + asks, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
-    assert len(asked) == 2 and said[2:] == ["found", "found"]
-    assert all("the hub answered 503" in line for line in said[:2])
+        asks(address)
+        said = [found("some-org/model") for _ in range(2)]
+        monkeypatch.setattr(hub, "AGAIN_S", -1)
+        assert [found("some-org/model") for _ in range(2)] == ["found", "found"]
+    assert len(asked) == 2 and all("the hub answered 503" in line for line in said)
 
 
 def cached_model(tmp_path):
@@ -154,77 +170,75 @@ def cached_model(tmp_path):
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
 
 
-def test_a_name_without_a_copy_is_not_told_that_a_variable_is_set_which_nobody_set(tmp_path):
+def test_a_name_without_a_copy_is_not_told_that_a_variable_is_set_which_nobody_set(tmp_path, asks, monkeypatch):
     """The hub does not answer about a model with a copy, so the process goes offline. Then comes one without a copy; later the hub
     is asked about that one, and has it, and the process is as it was."""
     cached_model(tmp_path)
-    asks = ("look('some-org/tiny'); print(os.environ.get('HF_HUB_OFFLINE')); look('some-org/model'); hub.AGAIN_S = -1\n"
-            "look('some-org/model'); print(os.environ.get('HF_HUB_OFFLINE'))")  # fmt: skip
+    monkeypatch.setattr(hub, "AGAIN_S", 1e9)
     with answering_hub(503, 200) as (address, asked):
-        said = in_a_process(AGAIN + asks, cwd=tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0").splitlines()
-    assert said[:2] == ["found", "1"] and said[3:] == ["found", "0"] and len(asked) == 2
-    assert "there is no folder 'some-org/model' here, and the hub answered 503" in said[2]
-    assert "HF_HUB_OFFLINE" not in said[2] and str(tmp_path / "hf" / "hub") in said[2]
+        asks(address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        assert found("some-org/tiny") == "found" and os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE
+        said = found("some-org/model")
+        monkeypatch.setattr(hub, "AGAIN_S", -1)
+        assert found("some-org/model") == "found" and os.environ["HF_HUB_OFFLINE"] == "0" and not constants.HF_HUB_OFFLINE
+    assert len(asked) == 2 and "there is no folder 'some-org/model' here, and the hub answered 503" in said
+    assert "HF_HUB_OFFLINE" not in said and str(tmp_path / "hf" / "hub") in said
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_the_variable_that_is_set_is_named_with_its_remedy(tmp_path, variable):
+def test_the_variable_that_is_set_is_named_with_its_remedy(tmp_path, asks, monkeypatch, variable):
     cached_model(tmp_path)
     with answering_hub(200) as (address, asked):
-        said = in_a_process(AGAIN + "look('some-org/tiny'); look('some-org/model')", cwd=tmp_path, HF_ENDPOINT=address,
-                            **{variable: "1"}).splitlines()  # fmt: skip
-    assert asked == [] and said[0] == "found"
-    assert f"the hub is not asked, because {variable} is set" in said[1] and f"; unset {variable}, or check the name" in said[1]
+        asks(address, offline=True)
+        monkeypatch.setenv(variable, "1")
+        assert found("some-org/tiny") == "found"
+        said = found("some-org/model")
+    assert asked == []
+    assert f"the hub is not asked, because {variable} is set" in said and f"; unset {variable}, or check the name" in said
 
 
-def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path):
+def test_a_copy_in_the_cache_is_used_where_the_hub_is_out_of_reach(tmp_path, asks, monkeypatch):
     cached_model(tmp_path)
-    code = (
-        "import time; from rlhf_ray.models.load import load_config; started = time.monotonic()\n"
-        "layers = [load_config('some-org/tiny').n_layer for _ in range(2)]; print(*layers, time.monotonic() - started)"
-    )
+    monkeypatch.setattr(hub, "LOOK_UP_S", 1.0)
     with silent_hub() as (address, asked):
-        first, second, seconds = in_a_process(QUICK + code, cwd=tmp_path, HF_ENDPOINT=address).split()
-    assert (first, second, len(asked)) == ("3", "3", 1) and float(seconds) < 60
+        asks(address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        started = time.monotonic()
+        assert [load_config("some-org/tiny").n_layer for _ in range(2)] == [3, 3]
+        assert len(asked) == 1 and time.monotonic() - started < 60
 
 
-def test_a_data_set_that_is_nowhere_is_told_in_seconds(tmp_path):
-    code = (
-        "from rlhf_ray.config import SourceConfig; from rlhf_ray.data.sources import columns_of, load_source\n"
-        "from rlhf_ray.errors import UserError\n"
-        "source, where = SourceConfig(path='nobody/nothing'), 'data.sft[0]'\n"
-        "for load in (lambda: columns_of(source, None, where, 'sft'), lambda: load_source(source, None, 0, where, 'sft')):\n"
-        "    try: load()\n"
-        "    except UserError as error: print(error)\n"
-    )
+def test_a_data_set_that_is_nowhere_is_told_in_seconds(asks, monkeypatch):
+    monkeypatch.setattr(hub, "LOOK_UP_S", 1.0)
+    source, where = SourceConfig(path="nobody/nothing"), "data.sft[0]"
     with silent_hub() as (address, asked):
-        said = in_a_process(QUICK + code, cwd=tmp_path, HF_ENDPOINT=address).splitlines()
-    assert len(said) == 2 and len(asked) == 1
-    assert all(line.startswith("data.sft[0]: the data set 'nobody/nothing': the hub ") and "data.root" in line for line in said)
+        asks(address)
+        for load in (lambda: columns_of(source, None, where, "sft"), lambda: load_source(source, None, 0, where, "sft")):
+            with pytest.raises(UserError, match=r"^data.sft\[0\]: the data set 'nobody/nothing': the hub .*data.root"):
+                load()
+    assert len(asked) == 1
 
 
-def test_csv_on_the_hub_is_text_too(tmp_path):
+def test_csv_on_the_hub_is_text_too(tmp_path, asks):
     """A folder stands for the hub's repository: both are read by the same reader of `datasets`."""
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "train.csv").write_text("prompt,response\nq,NA\n00501,2\n")
-    code = ("from rlhf_ray.config import SourceConfig; from rlhf_ray.data.sources import _from_hub\n"
-            "print(_from_hub('./repository', SourceConfig(path='x')).to_list())")  # fmt: skip
-    said = in_a_process(code, cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert said.strip().splitlines()[-1] == str([{"prompt": "q", "response": "NA"}, {"prompt": "00501", "response": "2"}])
+    asks("http://127.0.0.1:1", offline=True)
+    rows = _from_hub("./repository", SourceConfig(path="x"))
+    assert rows.to_list() == [{"prompt": "q", "response": "NA"}, {"prompt": "00501", "response": "2"}]
 
 
-def test_doctor_prints_no_plan_of_a_model_that_is_nowhere(tmp_path):
+def test_doctor_prints_no_plan_of_a_model_that_is_nowhere(tmp_path, asks, monkeypatch):
+    monkeypatch.setattr(hub, "LOOK_UP_S", 1.0)
     rows = "".join(json.dumps({"prompt": f"q{i}", "chosen": f"g{i}", "rejected": "b"}) + "\n" for i in range(40))
     (tmp_path / "pairs.jsonl").write_text(rows)
     source = [{"path": "pairs.jsonl"}]
     (tmp_path / "r.yaml").write_text(json.dumps({
         "name": "r", "model": {"name_or_path": NAME}, "data": {"sft": source, "preferences": source},
     }))  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"HF_HOME": str(tmp_path)}
     with silent_hub() as (address, asked):
-        code, environment = QUICK + "from rlhf_ray.cli.main import app; app()", environment | {"HF_ENDPOINT": address}
-        command = [sys.executable, "-c", code, "doctor", "r.yaml"]
-        answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        asks(address)
+        answer = rlhf_ray("doctor", "r.yaml")
     assert answer.returncode == 2 and len(asked) == 1
-    assert answer.stderr.count(NAME) == 1 and "Traceback" not in answer.stderr
-    assert "parameters" not in answer.stdout and "memory" not in answer.stdout
+    assert answer.stderr.count(NAME) == 1 and "parameters" not in answer.stdout and "memory" not in answer.stdout

@@ -77,19 +77,22 @@ def test_at_a_lower_temperature_generator_policy_and_reference_agree(folder):
     assert second["objective/kl"] != pytest.approx(0.0, abs=1e-4)
 
 
+TWO_STEPS = {"steps": 2}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    roles, diary = run_real(tiny_recipe(), folder)
+    roles, diary = run_real(tiny_recipe(ppo=TWO_STEPS), folder)
     return roles.weights(), diary
 
 
 def test_training_moves_both_models(folder, undisturbed):
-    start = LocalRoles(tiny_recipe(), folder).weights()
+    start = LocalRoles(tiny_recipe(ppo=TWO_STEPS), folder).weights()
     assert len(differing(start, undisturbed[0])) == len(start)
 
 
 def test_it_does_not_matter_which_actor_a_chunk_goes_to(folder, undisturbed):
-    roles, diary = run_real(tiny_recipe(), folder, actors=3)
+    roles, diary = run_real(tiny_recipe(ppo=TWO_STEPS), folder, actors=3)
     assert differing(roles.weights(), undisturbed[0]) == []
     saw("weights: 3 generation, reward and reference actors for 1", 0.0)
     scores = [[metrics["objective/score"] for _, metrics in each.records[1:]] for each in (diary, undisturbed[1])]
@@ -97,7 +100,7 @@ def test_it_does_not_matter_which_actor_a_chunk_goes_to(folder, undisturbed):
 
 
 def test_evaluating_does_not_disturb_training(folder, undisturbed):
-    roles, _ = run_real(tiny_recipe(ppo={"eval_every": 1}), folder)
+    roles, _ = run_real(tiny_recipe(ppo=TWO_STEPS | {"eval_every": 1}), folder)
     assert differing(roles.weights(), undisturbed[0]) == []
 
 
@@ -128,7 +131,7 @@ def test_samples_of_a_prompt_differ(folder):
 
 def test_a_resumed_run_ends_in_the_same_weights(folder, undisturbed):
     """What a checkpoint holds (weights, optimiser, the controller's state) is all there is: the rest is made anew."""
-    recipe = tiny_recipe()
+    recipe = tiny_recipe(ppo=TWO_STEPS)
     before, diary = LocalRoles(recipe, folder), Diary(stop_after=1)
     assert not real_loop(recipe, before, diary).run()
     after, rest = LocalRoles(recipe, folder), Diary()

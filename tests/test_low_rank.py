@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossed import crossed
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
@@ -43,8 +44,7 @@ def results(model, x, forward=LowRankLinear.forward):
     return [output, x.grad, *trained]
 
 
-@pytest.mark.parametrize("shape", [(7, 6), (1, 7, 6), (2, 4, 6)])
-@pytest.mark.parametrize("kind", LAYERS)
+@crossed("shape, kind", {"7x6": [7, 6], "1x7x6": [1, 7, 6], "2x4x6": [2, 4, 6]}, list(LAYERS))
 def test_output_and_gradients_are_pefts(kind, shape):
     model = adapted(LAYERS[kind]())
     x = torch.randn(*shape, dtype=torch.float64)

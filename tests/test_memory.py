@@ -5,6 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from tiny import tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,9 +175,10 @@ def test_the_object_store_has_room_for_what_is_kept(monkeypatch):
     assert list(sizes.values()) == [[base, base], [base, base + 1000], [base, base + step]]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers, vocabulary, checkpointing", [(2, 512, False), (4, 4096, False), (4, 512, True)])
+@crossed(
+    "family, dtype, layers, vocabulary, checkpointing", ["gpt2", "llama", "qwen2"], [torch.float32, torch.bfloat16],
+    [(2, 512, False), (4, 4096, False), (4, 512, True)],
+)  # fmt: skip
 def test_what_a_backward_pass_keeps(family, dtype, layers, vocabulary, checkpointing):
     """Within an eighth (with checkpoints, which keep little, a quarter) of the bytes that autograd holds on to after a forward pass
     of the longest rows, each storage once."""

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.load import build_causal_lm, disable_dropout, fit_embeddings, load_causal_lm, load_reward_model
+from rlhf_ray.models.embeddings import fit_embeddings
+from rlhf_ray.models.load import build_causal_lm, disable_dropout, load_causal_lm, load_reward_model
 from rlhf_ray.models.positions import check_positions, position_ids_of
 from rlhf_ray.models.save import save_model
 from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens, train_tokenizer

@@ -24,6 +24,10 @@ CLUSTER = Path(__file__).parents[1] / "cluster"
 #: Debian's package `prometheus` has it; it is enough to unpack that (apt-get download prometheus; dpkg -x ...)
 PROMETHEUS = os.environ.get("RLHF_RAY_PROMETHEUS") or shutil.which("prometheus")
 WAIT_S = 120.0
+
+
+def on_ray(test):
+    return pytest.mark.ray(pytest.mark.thorough(test))
 SAMPLE = re.compile(r"(\w+)\{(.*)\} (\S+)")
 
 
@@ -79,6 +83,7 @@ def value(samples, name, **tags):
     return found
 
 
+@on_ray
 def test_the_numbers_are_those_of_the_run(samples):
     ppo = {"run": "tiny run", "stage": "ppo"}
     assert (value(samples, "ray_rlhf_step", **ppo), value(samples, "ray_rlhf_steps", **ppo)) == (2, 4)
@@ -115,12 +120,14 @@ def test_the_dashboard_is_one_that_grafana_takes():
         assert len(set(refs)) == len(refs) and panel["datasource"]["uid"] == "${datasource}"
 
 
+@on_ray
 def test_the_dashboard_shows_every_metric_and_none_that_is_not_there(samples):
     shown = {name for _, expression in expressions() for name in re.findall(r"ray_\w+", expression)}
     assert shown == exported_names()
     assert shown <= {name for name, _, _ in samples}
 
 
+@on_ray
 @pytest.mark.skipif(PROMETHEUS is None, reason="needs Prometheus: Debian's package, or RLHF_RAY_PROMETHEUS=FILE")
 def test_prometheus_reads_them_and_answers_every_panel(samples, address, tmp_path):
     config = yaml.safe_load((CLUSTER / "prometheus.yml").read_text())
@@ -169,6 +176,7 @@ def test_without_ray_nothing_is_exported_and_nothing_fails():
     metrics.tell(written(stage="ppo", step=1), 1.0)
 
 
+@on_ray
 def test_a_local_run_listens_on_loopback_alone(ray_alone):
     """Ray's own ports, the metrics and this process."""
     listening = {}

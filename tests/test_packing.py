@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -85,8 +86,7 @@ def test_a_model_whose_layers_do_something_else_is_found_out(monkeypatch):
     assert not pack(model) and model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("plain_length", [0, 256])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@crossed("plain_length, kv_heads", [0, 256], [1, 2, 4])
 def test_both_kinds_of_attention_are_the_models_own(monkeypatch, plain_length, kv_heads):
     """With grouped keys and values too; outputs and gradients."""
     monkeypatch.setattr(packed_attention, "PLAIN_LENGTH", plain_length)

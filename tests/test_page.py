@@ -11,7 +11,9 @@ import pytest
 from fastapi import FastAPI
 from paged import PROMPTS, SCRIPT, paged
 
+from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.prompt_list import common_ending, read_prompts
 from rlhf_ray.serving.page.raters import ApiError, RateLimit
@@ -85,12 +87,55 @@ def test_models_without_a_chat_template_get_texts_that_end_as_the_lists_do(tmp_p
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == SCRIPT["ppo"]["piano"]
 
 
+def test_the_runs_own_prompts_are_asked_in_the_form_that_it_trained_on(tmp_path):
+    """A chat template would write a second line break after one that ends with a line break already."""
+    asked = [f"{each}\n" for each in PROMPTS]
+    write_role(RunFolder(tmp_path), "prompts", [{"prompt": each} for each in asked], ("prompt",))
+    with paged(tmp_path, prompts=None) as served:
+        told = served.ask().json()
+        assert told["prompt"] in asked and told["left"]["text"] in [*SCRIPT["sft"].values(), *SCRIPT["ppo"].values()]
+        assert served.ask("bob", prompt="And roses?").json()["prompt"] == [{"role": "user", "content": "And roses?"}]
+
+
 def test_one_model_is_compared_with_itself(tmp_path):
     with paged(tmp_path, names=("ppo",), prompts=["Hello"]) as served:
         told = served.ask().json()
         assert told["left"]["text"] != told["right"]["text"]  # drawn again where both were the same
         stored = served.store.comparison(told["comparison"])
         assert stored.a.model == stored.b.model == "ppo" and stored.a.seed != stored.b.seed
+
+
+def test_one_model_with_a_canary_is_compared_by_its_versions(tmp_path):
+    """Each draw is one of the stable version and one of the canary, blind; votes and results tell the two apart."""
+    with paged(tmp_path, names=("ppo",), canary=("stable1", "canary2"), votes_per_minute=1000, votes_per_comparison=1) as served:
+        names = [each["name"] for each in served.send("GET", "/page/about").json()["models"]]
+        assert names == ["ppo", "ppo@stable1", "ppo@canary2"]
+        first = []
+        for place in range(12):
+            told = served.ask(f"rater {place}", fresh=True).json()
+            assert not {"stable1", "canary2"} & set(json.dumps(told).replace('"', " ").split())
+            better = next(side for side in ("left", "right") if told[side]["text"] in SCRIPT["ppo"].values())
+            first.append(better)
+            wrote = served.vote(told["comparison"], better, f"rater {place}").json()
+            other = "left" if better == "right" else "right"
+            assert [wrote[side] for side in (better, other)] == [
+                {"model": "ppo", "version": "canary2"}, {"model": "ppo", "version": "stable1"},
+            ]  # fmt: skip
+        assert 1 <= first.count("left") <= 11
+        (met,) = served.send("GET", "/page/results").json()["versions"]["win_rates"]
+        assert {met["of"], met["against"]} == {"ppo@canary2", "ppo@stable1"} and met["votes"] == 12
+        assert met["win_rate"]["mean"] == (1.0 if met["of"] == "ppo@canary2" else 0.0)
+        # By name: two draws of one version, in comparison, chat and playground.
+        same = served.ask("one", models=["ppo@stable1", "ppo@stable1"]).json()
+        assert {same[side]["text"] for side in ("left", "right")} <= set(SCRIPT["sft"].values())
+        talk = {"model": "ppo@stable1", "messages": [{"role": "user", "content": "And the piano?"}]}
+        assert "stable1" in served.send("POST", "/page/chat", json=talk).text
+        two = {"prompt": "roses", "models": ["ppo@stable1", "ppo@canary2"], "max_tokens": 500}
+        drawn = served.send("POST", "/page/playground", json=two).json()
+        assert [(each["version"], each["text"]) for each in drawn["answers"]] == [
+            ("stable1", SCRIPT["sft"]["roses"]), ("canary2", SCRIPT["ppo"]["roses"]),
+        ]  # fmt: skip
+        assert error(served.ask("one", models=["ppo@gone", "ppo"])) == (404, "model_not_found")
 
 
 def test_a_model_that_is_down_makes_no_comparison(tmp_path):
@@ -247,7 +292,7 @@ def test_a_bucket_fills_evenly():
 
 @pytest.mark.parametrize("headers", [
     {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"}, {"Sec-Fetch-Site": "cross-site"},
-    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "same-site"}, {"Origin": "http://["}, {"Origin": ""},
 ])  # fmt: skip
 def test_another_sites_page_can_not_act_for_a_rater(served, headers):
     body = {"rater": "csrf"}
@@ -374,6 +419,8 @@ def test_the_document_describes_the_pages_interface(served):
     for path, name in (("/page/votes", "VoteRequest"), ("/page/comparisons", "ComparisonRequest")):
         reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference == f"#/components/schemas/{name}"
+    for path in ("/page/chat", "/v1/completions", "/v1/chat/completions"):  # what streams, says so
+        assert "text/event-stream" in document["paths"][path]["post"]["responses"]["200"]["content"]
     told = served.ask("schema").json()
     whole = {"$ref": "#/components/schemas/ShownComparison", "components": {"schemas": schemas}}
     jsonschema.validate(told, whole)
@@ -447,7 +494,7 @@ def test_token_ids_are_those_of_the_answer(served):
     chat = served.send(
         "POST", "/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": "piano"}]}
     ).json()
-    tokenizer = served.links[0].runner.engine.tokenizer
+    tokenizer = served.links[0].runners[0].engine.tokenizer
     assert tokenizer.decode(chat["prompt_token_ids"]) == "user: piano\nassistant:"
     assert tokenizer.decode(chat["choices"][0]["token_ids"]) == chat["choices"][0]["message"]["content"]
     two = served.send("POST", "/v1/completions", json=body | {"prompt": ["piano", "roses"], "n": 2}).json()["choices"]

@@ -102,6 +102,28 @@ def test_what_is_on_the_left_is_what_the_vote_says(served, tab):
     assert f"Answer 1 is by {writer} " in page.inner_text("#last-text") and page.is_hidden("#last-change")
 
 
+def test_the_two_versions_of_one_model_are_compared_and_told_apart(chromium, tmp_path):  # noqa: F811
+    with paged(tmp_path, names=("ppo",), canary=("stable1", "canary2"), votes_per_minute=600) as served:
+        context = context_of(chromium, "desk")
+        context.add_init_script("localStorage.rater ??= 'ann'")
+        opened = Tab(context, served.url)
+        page = ready(opened.open())
+        left_is_better = page.inner_text("#compare-left").startswith(tuple(text[:12] for text in SCRIPT["ppo"].values()))
+        page.keyboard.press("ArrowLeft" if left_is_better else "ArrowRight")
+        saved(served, page, 1)
+        page.click("#last-who")
+        one, other = ("canary2", "stable1") if left_is_better else ("stable1", "canary2")
+        assert f"Answer 1 is by ppo (version {one}), answer 2 by ppo (version {other})." in page.inner_text("#last-text")
+        page.click("nav a[href='#results']")
+        page.wait_for_selector("td:has-text('ppo@canary2'), th:has-text('ppo@canary2')")
+        shoot(page, "results-versions")
+        page.click("nav a[href='#playground']")
+        names = page.locator("#playground-form [name=two] option").all_inner_texts()
+        assert names == ["none", "ppo", "ppo@stable1", "ppo@canary2"]
+        context.close()
+    assert not opened.faults
+
+
 def test_a_vote_can_say_more_and_be_changed(served, tab):
     page = ready(tab().open())
     prompt = page.inner_text("#compare-prompt")

@@ -4,6 +4,7 @@ import errno
 import gc
 
 import pytest
+from crossed import crossed
 from rich.console import Console
 from tiny import TEXTS, tiny_recipe, write_start
 
@@ -190,8 +191,10 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"steps": 3', b'{"a": "\xff"}', b"{}"])
-@pytest.mark.parametrize("name", READERS)
+@crossed(
+    "text, name",
+    {"empty": b"", "a list": b"[]", "cut": b'{"steps": 3', "no UTF-8": b'{"a": "\xff"}', "no entries": b"{}"}, list(READERS),
+)  # fmt: skip
 def test_a_damaged_file_of_a_run_is_told_with_its_name_and_what_to_do(tmp_path, name, text):
     folder = RunFolder(tmp_path)
     prepare_folder(tiny_recipe(), folder)

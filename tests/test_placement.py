@@ -136,6 +136,7 @@ class Here:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_ray_puts_them_there(two_nodes):
     """The bundles of a wide layout by Ray's own table; actors that share, which say which GPU they were given; and what each node
     says that it has."""

@@ -20,8 +20,9 @@ from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.generation.engine import GenerationEngine
+from rlhf_ray.models.embeddings import fit_embeddings
 from rlhf_ray.models.import_gguf import KNOWN_TEXT, import_gguf
-from rlhf_ray.models.load import fit_embeddings, load_causal_lm
+from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.timeout(1200)]

@@ -135,6 +135,7 @@ print("after", file=sys.stderr)
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_server_keeps_rays_lines_out_of_the_terminal_too():
     """In a folder with a short name, for Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="rr", dir="/tmp", ignore_cleanup_errors=True) as short:

@@ -12,6 +12,8 @@ from rlhf_ray.actors import ray_start
 from rlhf_ray.actors.ray_start import prepare_home, protect, start_own_ray, start_ray
 from rlhf_ray.errors import RunFailed
 
+pytestmark = pytest.mark.ray
+
 ONE_TASK = """
 import os, sys, threading
 from rlhf_ray.actors.session import ray_session
@@ -22,6 +24,15 @@ def work():
         def double(value):
             return 2 * value
         print("twice 21 is", ray.get(double.remote(21), timeout=120))
+        if "run" in sys.argv:
+            run_beside(ray)
+def run_beside(ray):
+    from rlhf_ray import UserError, load_recipe, run
+    try:
+        run(load_recipe("demo"), "run")
+    except UserError as error:
+        print("told:", error)
+    print("still there:", ray.is_initialized(), ray.get(ray.put(7)))
 if sys.argv[1] == "thread":
     thread = threading.Thread(target=work)
     thread.start()
@@ -45,15 +56,20 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_in_another_thread_and_the_token_is_its_owners_alone(tmp_path):
+def test_in_another_thread_where_a_run_is_refused_and_the_token_is_its_owners_alone(tmp_path):
+    """A run is one Ray's: it is refused in a process that has one, whoever started that, and that one goes on."""
     (tmp_path / "home").mkdir()
-    answer = python(ONE_TASK, "thread", cwd=tmp_path, HOME=str(tmp_path / "home"))
+    answer = python(ONE_TASK, "thread", "run", cwd=tmp_path, HOME=str(tmp_path / "home"))
     assert "twice 21 is 42" in answer.stdout, answer.stderr
+    assert "told: this process is connected to a Ray already" in answer.stdout, answer.stderr
+    assert "call ray.shutdown() first" in answer.stdout and "still there: True 7" in answer.stdout
+    assert not (tmp_path / "run").exists() and "Traceback" not in answer.stderr
     token = tmp_path / "home" / ".ray" / "auth_token"
     assert mode(token) == 0o600 and len(token.read_text()) == 64
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
 
+@pytest.mark.thorough
 def test_with_a_home_that_cannot_be_written(tmp_path):
     answer = python(ONE_TASK, "main", cwd=tmp_path, HOME="/proc/nobody")
     assert "twice 21 is 42" in answer.stdout, answer.stderr
@@ -114,28 +130,6 @@ def test_a_token_is_made_once_by_whoever_comes_first(tmp_path, monkeypatch):
     assert token.read_text() == made and "RAY_AUTH_TOKEN" not in os.environ
 
 
-RUN_AFTER_INIT = """
-import ray
-from rlhf_ray.actors.ray_start import start_own_ray
-# The user's own ray.init, but for its patience on a busy machine.
-start_own_ray(dict(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR"))
-from rlhf_ray import UserError, load_recipe, run
-try:
-    run(load_recipe("demo"), "run")
-except UserError as error:
-    print("told:", error)
-print("still there:", ray.is_initialized(), ray.get(ray.put(7)))
-"""
-
-
-def test_after_the_users_own_ray_init(tmp_path):
-    (tmp_path / "home").mkdir()
-    answer = python(RUN_AFTER_INIT, cwd=tmp_path, HOME=str(tmp_path / "home"))
-    assert "told: this process is connected to a Ray already" in answer.stdout, answer.stderr
-    assert "call ray.shutdown() first" in answer.stdout and "still there: True 7" in answer.stdout
-    assert not (tmp_path / "run").exists() and "Traceback" not in answer.stderr
-
-
 HANGING = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -176,7 +170,7 @@ app([])
 """
 
 
-@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("process", ["raylet", pytest.param("gcs_server", marks=pytest.mark.thorough)])
 def test_a_ray_that_hangs_ends_in_words(tmp_path, process):
     (tmp_path / "home").mkdir()
     started = time.monotonic()

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from documents import DOCUMENTS, LINK, ROOT, blocks, text_of
+from documents import DOCUMENTS, LINK, ROOT, blocks, in_every_document, text_of
 from test_layers import own_imports
 
 from rlhf_ray.config.recipe_file import build_recipe
@@ -28,7 +28,7 @@ def test_a_document_is_no_longer_than_it_is_read(document):
     assert words is None or len(text.split()) <= words
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@in_every_document
 def test_words_are_the_fields(document):
     assert FORBIDDEN.findall(text_of(document)) == []
 

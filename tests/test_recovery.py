@@ -6,7 +6,8 @@ The whole matrix is `chaos` (`make chaos`, results/chaos/); here is a short form
 import re
 
 import pytest
-from chaos import Ended, cells, fault, prepare, session_with_faults
+from chaos import Ended, prepare
+from chaos_cells import cells, fault
 from tiny import tiny_recipe
 
 from rlhf_ray.errors import RunFailed
@@ -15,18 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def faults_file(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults") / "faults.json"
-
-
-@pytest.fixture(scope="module")
-def session(faults_file):
-    with session_with_faults(faults_file):
-        yield
-
-
-@pytest.fixture(scope="module")
-def run_with(session, faults_file, tmp_path_factory):
+def run_with(faults_file, tmp_path_factory):
     """Run the tiny recipe with faults -> what there is to look at."""
 
     def run(listed, **sections):

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from test_evaluation import recipe as evaluation_recipe
 from test_evaluation import run_folder  # noqa: F401 - a fixture
 
-from rlhf_ray.actors import faults
 from rlhf_ray.actors.evaluation import evaluate_in_an_actor
-from rlhf_ray.actors.session import ray_session
 from rlhf_ray.actors.supervised import run_supervised
 from rlhf_ray.evaluation.evaluate import evaluate
 from rlhf_ray.runs.events import EventLog
@@ -28,21 +26,7 @@ def named_actors(part):
     return [each for each in ray.util.list_named_actors(all_namespaces=True) if part in each["name"].lower()]
 
 
-@pytest.fixture(scope="module")
-def faults_file(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults") / "faults.json"
-
-
-@pytest.fixture(scope="module")
-def session(faults_file):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults.VARIABLE, str(faults_file))
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
-        with ray_session(None, stages=("supervised", "ppo")):
-            yield
-
-
-def test_an_evaluation_that_dies_and_hangs_ends_in_the_same_figures(session, faults_file, run_folder, tmp_path):  # noqa: F811
+def test_an_evaluation_that_dies_and_hangs_ends_in_the_same_figures(faults_file, run_folder, tmp_path):  # noqa: F811
     def copy(name):
         shutil.copytree(run_folder.path, tmp_path / name, ignore=shutil.ignore_patterns("evaluation"))
         return RunFolder(tmp_path / name)

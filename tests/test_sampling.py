@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 
 from rlhf_ray.algorithms.sampling import draw, inverse_cdf, tempered_logprobs, truncate
 
@@ -216,9 +217,7 @@ def expected_draw(logits, uniform, temperature):
     return int((cumulative <= uniform * cumulative[-1]).sum()), logprobs, cumulative / cumulative[-1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vocab_size", [1, 5, 128, 300, 4096])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@crossed("dtype, vocab_size, temperature", [torch.bfloat16, torch.float32], [1, 5, 128, 300, 4096], [1.0, 0.7])
 def test_draws_from_the_whole_vocabulary(dtype, vocab_size, temperature):
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(40, vocab_size, generator=generator) * 3).to(dtype)

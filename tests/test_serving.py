@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 
@@ -201,6 +203,17 @@ def descendants(pid):
     while level := {child for child, (parent, _) in parents.items() if parent in level}:
         found |= {child: parents[child][1] for child in level}
     return found
+
+
+def test_all_ports_but_one_of_the_replica_listen_on_loopback(server):
+    """Which Serve gives each replica, behind the token."""
+    outside = set()
+    for pid in {server.process.pid, *descendants(server.process.pid)}:
+        with contextlib.suppress(psutil.Error):
+            for one in psutil.Process(pid).net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN and one.laddr.ip.removeprefix("::ffff:") != "127.0.0.1":
+                    outside.add((" ".join(psutil.Process(pid).cmdline()), one.laddr))
+    assert len(outside) == 1 and "ServeReplica" in next(iter(outside))[0], outside
 
 
 def test_ctrl_c_releases_everything_and_exits_130(server):

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from served_app import save_tiny
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.thorough]
 
 START_S, STOP_S = 180, 60
 BODY = {"model": "model", "prompt": "the", "max_tokens": 2000, "top_k": 1, "ignore_eos": True}

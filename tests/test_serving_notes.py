@@ -20,6 +20,7 @@ from rlhf_ray.publish.servers import (
     find_server,
     note_of,
     running_servers,
+    server_of,
     started_at,
     stop_server,
     write_note,
@@ -198,6 +199,12 @@ def test_a_server_is_found_by_its_run_or_by_its_port_and_its_note_is_its_owners_
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert find_server(source=folder / "one" / "ppo" / "checkpoints" / "step_000001").port == 8001
     assert find_server(source=folder / "two").port == 8002 and find_server(8001).port == 8001
+    # A training or a round publishes into a server of its own run alone, never into the only one that happens to run.
+    assert server_of(folder / "one").port == 8001 and server_of(folder / "two").port == 8002
+    assert server_of(folder / "three") is None and find_server(8001, folder / "three").port == 8001
+    write_note(note(8003, folder / "one" / "sft"))
+    with pytest.raises(UserError, match="several servers serve .*one: --port 8001, --port 8003; stop all but one"):
+        server_of(folder / "one")
     with pytest.raises(UserError, match="several servers run here"):
         find_server()
     with pytest.raises(UserError, match="no server of yours runs on this machine at port 9"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
+from rlhf_ray.serving import server_ray
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, EngineOptions
 from rlhf_ray.serving.deployment import build_application
@@ -268,7 +269,10 @@ def test_a_results_folder_with_an_adapter_says_how_to_serve_it(folders, tmp_path
 
 
 @pytest.mark.ray
-def test_on_ray_both_are_served_and_compared_on_the_page(folders, expected, tmp_path):
+@pytest.mark.thorough
+def test_on_ray_both_are_served_and_compared_on_the_page(folders, expected, tmp_path, monkeypatch):
+    for name, value in server_ray._LOOPBACK_SETTINGS.items():  # a server sets these for its process; later tests need others
+        monkeypatch.setenv(name, value)
     base, adapter = folders
     page = PageOptions(votes=str(tmp_path / "votes.db"))
     server = serve(base, more_models={"tuned": adapter}, port=0, precision="float32", page=page, block=False)

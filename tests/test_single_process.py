@@ -9,10 +9,12 @@ from differences import saw
 from in_process import LocalRoles
 from loops import Diary, real_loop
 from tiny import TEXTS, tiny_recipe, write_start
+from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config import GenerationConfig, ModelConfig, PPOConfig, Recipe
 from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.ppo.single_process import SingleProcessPPO
 from rlhf_ray.ppo.single_process_keys import ACTS_ON, NO_INFLUENCE, OTHER_SECTIONS
 from rlhf_ray.ppo.step import check_enough, step_prompts
@@ -169,6 +171,7 @@ def test_every_key_is_acted_on_or_has_no_influence_or_is_refused():
     assert untried == {
         "model.name_or_path",  # without SFT it names the start; the folder of the test has an SFT model
         "model.from_scratch", "model.chat_template",
+        "ppo.reference",  # needs another model, see below
         "ppo.reuse_forward", "ppo.judge_evaluations", "ppo.best_by",  # they need other keys, see below
         "ppo.accept_weak_reward",  # asked before the start
         "generation.max_num_seqs", "generation.tensor_parallel",  # refused where the engine is not vLLM
@@ -189,6 +192,26 @@ def test_keys_that_need_others_change_the_weights_too(folder):
     many = {"samples_per_prompt": 4}  # a random model draws EOS once in 300 tokens
     changes = [{}, {"min_new_tokens": 10}]
     assert not same(*(weights_after_two_steps(folder, ppo=many, generation={"stop": (), **change}) for change in changes))
+
+
+def test_the_kl_is_measured_to_the_model_that_ppo_reference_names(folder, unchanged, tmp_path):
+    """Its log-probs of the drawn responses are transformers' own of that model."""
+    start = folder.stage("sft").model
+    other = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        other.transformer.wte.weight *= 2
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(start).save_pretrained(tmp_path / "other")
+    sections = {"ppo": {"reference": str(tmp_path / "other")}}
+    single = SingleProcessPPO(tiny_recipe(**sections), folder)
+    rollout = single.draw(0)
+    found = single.evaluate(rollout)
+    with torch.no_grad():
+        for row, (prompt, response) in enumerate(zip(rollout.sequences.prompts(), rollout.sequences.responses(), strict=True)):
+            ids = torch.tensor([[*prompt, *response]])
+            logprobs = other(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+            torch.testing.assert_close(found.ref_logprobs[row, : len(response)], logprobs, atol=1e-5, rtol=0)
+    assert not same(weights_after_two_steps(folder, **sections), unchanged)
 
 
 def test_keys_without_influence_leave_every_bit(folder, unchanged):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from chat_models import KINDS, chat_tokenizer
+from crossed import crossed
 from test_chat_ends import Seen, language_model
 from tiny import tiny_recipe
 from transformers import AutoTokenizer
@@ -80,8 +81,7 @@ def columns_of(folder):
     return read_prompt_columns(folder), read_prompt_columns(folder, "eval_prompts")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["base", "llama 2", "gemma"])
+@crossed("kind, name", KINDS, ["base", "llama 2", "gemma"])
 def test_a_function_gets_the_prompt_that_the_data_holds(name, kind, tmp_path):
     recipe, folder, policy = a_run(tmp_path, name, kind, [{"prompt": text} for text in PROMPTS])
     held = {*(row["prompt"] for row in json.loads("[" + ",".join((tmp_path / "rows.jsonl").read_text().splitlines()) + "]"))}

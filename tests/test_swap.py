@@ -16,15 +16,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served_app import save_tiny
-from swapping import Asked, greedy, variant
+import torch
+from safetensors.torch import load_file
+from swapping import PROMPTS, TOKENS, Asked, greedy, variant
+from tiny import tiny_recipe, write_start
+from transformers import AutoModelForCausalLM
 
+from rlhf_ray.actors.ppo_stage import run_ppo
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.client import publish, roll_back
 from rlhf_ray.publish.servers import find_server, stop_server
 from rlhf_ray.publish.version import ROWS_FILE, version_id
+from rlhf_ray.runs.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.thorough, pytest.mark.timeout(1500)]
 
 START_S, CLIENTS = 600, 4
 
@@ -64,15 +69,25 @@ class Client(threading.Thread):
                     self.asked.failed(error)
 
 
+def sharpen(folder):
+    """Random weights give flat distributions, whose greedy token may change with the last bit."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.wte.weight *= 5
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     place = tmp_path_factory.mktemp("swap")
-    first = save_tiny(place / "first")
+    run = write_start(tiny_recipe(), RunFolder(place / "run"))
+    first = run.stage("sft").model
+    sharpen(first)
     versions = [variant(first, place / f"weights_{seed}", seed) for seed in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_RAY_SERVERS", str(place / "servers"))
         served = Served(first, place)
-        served.first, served.versions, served.place = first, versions, place
+        served.first, served.versions, served.place, served.run = first, versions, place, run
         yield served
         served.process.kill()
         served.process.wait()
@@ -150,6 +165,55 @@ def test_a_canary_takes_its_share_is_pinned_and_goes_back_by_hand(served, tmp_pa
     metrics = httpx.get(f"{served.url}/metrics", timeout=60, trust_env=False).text
     assert f'rlhf_ray_tokens_total{{kind="completion",model="m",version="{canary.id}"}} 3.0' in metrics
     assert f'rlhf_ray_version_share{{model="m",version="{stable}"}} 1.0' in metrics
+
+
+class Reader(threading.Thread):
+    """Asks until `over`; keeps what it read, with the version that each answer names."""
+
+    def __init__(self, url):
+        super().__init__(daemon=True)
+        self.url, self.over, self.read = url, threading.Event(), []
+
+    def run(self):
+        with httpx.Client(timeout=300, trust_env=False) as client:
+            while not self.over.is_set():
+                prompt, length = PROMPTS[len(self.read) % len(PROMPTS)], {"max_tokens": TOKENS, "min_tokens": TOKENS}
+                body = {"model": "m", "prompt": prompt, "temperature": 0, "ignore_eos": True} | length
+                answer = client.post(f"{self.url}/v1/completions", json=body)
+                version, told = answer.headers["x-model-version"], answer.json()
+                self.read.append((version, told["system_fingerprint"], prompt, told["choices"][0]["text"]))
+
+
+def test_a_training_publishes_into_the_server_of_its_run(served, session):
+    """ppo.publish_every: two steps, a version after each, while somebody reads. Each answer is what the version it names writes."""
+    published, reader, before = [], Reader(served.url), state(served)["stable"]
+
+    def progress(event):
+        if "published" in event:
+            published.append(event["published"])
+        if event.get("step") == 2 and "metrics" in event:  # a version that is on its way would leave the next one out
+            until(lambda: len(published) == 1, 300)
+
+    reader.start()
+    try:
+        run_ppo(tiny_recipe(ppo={"steps": 2, "publish_every": 1, "learning_rate": 0.01}), served.run, progress)
+        seen = len(reader.read)
+        until(lambda: len(reader.read) >= seen + 2 * len(PROMPTS))
+    finally:
+        reader.over.set()
+        reader.join(300)
+    failures = served.run.events.read_text() if served.run.events.exists() else ""
+    assert (len(published), failures) == (2, "")
+    shelf = served.run.path / "published"
+    folders = {version.id: version.folder for version in served.versions} | {each: shelf / each for each in published}
+    folders[version_id(served.first)] = served.first
+    expected = {version: greedy(folders[version]) for version in {before, *published}}
+    assert len({json.dumps(texts) for texts in expected.values()}) == 3
+    for header, fingerprint, prompt, text in reader.read:
+        assert header == fingerprint and text == expected[header][prompt]
+    assert reader.read[-1][0] == published[-1]
+    ours, final = (load_file(folder / "model.safetensors") for folder in (shelf / published[-1], served.run.stage("ppo").model))
+    assert all(torch.equal(ours[name], final[name]) for name in final)
 
 
 def test_stop_ends_it_and_its_note_goes(served):

@@ -1,24 +1,28 @@
 """Files of rows: what is written is what is read, and what is broken is one sentence with the file and its line."""
 
+import builtins
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crossed import crossed
 from datasets import Dataset
 
-from rlhf_ray.config import SourceConfig
+from rlhf_ray.config import Recipe, SourceConfig
+from rlhf_ray.data.data_problems import check_data
+from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.sources import load_source
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.run_folder import RunFolder
 
 #: what pandas, which read these files once, takes for a missing value, a number, a boolean or a date
 LOOKALIKES = [
@@ -68,7 +72,7 @@ def test_columns_of_numbers_in_csv_are_numbers(tmp_path):
 
 
 def test_packings_are_told_from_their_first_bytes_and_long_lines_are_read(tmp_path):
-    rows = [{"text": "é" * 3_000_000}, {"text": "x"}]
+    rows = [{"text": "é" * 300_000}, {"text": "x"}]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     table = f"text\n{rows[0]['text']}\nx\n".encode()
     for ending, pack in PACKED.items():
@@ -141,8 +145,7 @@ def test_a_broken_file_is_told_with_its_name_and_line(tmp_path, name):
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("ending", PACKED)
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt", "parquet"])
+@crossed("ending, kind", list(PACKED), ["jsonl", "csv", "txt", "parquet"])
 def test_a_packed_file_that_is_cut_off_or_damaged_is_told(tmp_path, ending, kind):
     content = "".join(f'{{"text": "{number * 7919}"}}\n' for number in range(5000)).encode()
     whole = PACKED[ending](content)
@@ -225,52 +228,42 @@ def test_the_place_of_a_row_is_its_file_and_line(tmp_path):
     assert np.array_equal(rows.lines, [2, 4, 2])
 
 
-OPENS = """
-import json, os, sys, time
-from pathlib import Path
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from rlhf_ray.config import Recipe
-from rlhf_ray.data.data_problems import check_data
-from rlhf_ray.data.prepare import prepare
-from rlhf_ray.runs.run_folder import RunFolder
-
-folder = Path(sys.argv[1])
-def counts():
-    found = {name: sum(path.endswith(name) for path in opened) for name in ("a.jsonl", "b.csv")}
-    opened.clear()
-    return found
-
-recipe = Recipe.model_validate({
-    "name": "r", "reward": {"objective": "scores", "max_length": 64}, "ppo": {"critic_init": "sft"}, "sft": {"max_length": 64},
-    "model": {"from_scratch": {"layers": 1, "width": 16, "heads": 1, "positions": 256, "vocab_size": 300}},
-    "data": {"sft": [{"path": str(folder / "a.jsonl")}], "preferences": [{"path": str(folder / "b.csv"), "max_rows": 30}],
-             "max_prompt_tokens": 32},
-    "generation": {"max_new_tokens": 8},
-})
-assert check_data(recipe) == []
-print(json.dumps(counts()))
-first = prepare(recipe, RunFolder(folder / "one"))["sources"]
-print(json.dumps(counts()))
-prepare(recipe, RunFolder(folder / "two"))  # nothing is kept any more
-print(json.dumps(counts()))
-assert check_data(recipe) == []
-(folder / "a.jsonl").write_text((folder / "a.jsonl").read_text().replace("answer", "ANSWER"))  # as long, and another time
-os.utime(folder / "a.jsonl", (1, 1))
-counts()
-again = prepare(recipe, RunFolder(folder / "three"))["sources"]
-print(json.dumps(counts()))
-import pyarrow.parquet as pq
-assert first == again and "ANSWER" in str(pq.read_table(folder / "three" / "data" / "sft_train.parquet").to_pylist())
-"""
-
-
-def test_a_file_is_read_once_for_the_check_and_the_preparation(tmp_path):
-    """Python itself counts: its event "open". A file that has changed since the check is read again."""
+def test_a_file_is_read_once_for_the_check_and_the_preparation(tmp_path, monkeypatch):
+    """A file that has changed since the check is read again."""
     replies = [json.dumps({"prompt": f"q{i} ", "response": f"answer {i}"}) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(replies))
     (tmp_path / "b.csv").write_text("prompt,response,score\n" + "".join(f"q{i},r{i},{i % 3}\n" for i in range(40)))
-    done = subprocess.run([sys.executable, "-c", OPENS, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    recipe = Recipe.model_validate({
+        "name": "r", "reward": {"objective": "scores", "max_length": 64}, "ppo": {"critic_init": "sft"}, "sft": {"max_length": 64},
+        "model": {"from_scratch": {"layers": 1, "width": 16, "heads": 1, "positions": 256, "vocab_size": 300}},
+        "data": {"sft": [{"path": str(tmp_path / "a.jsonl")}], "preferences": [{"path": str(tmp_path / "b.csv"), "max_rows": 30}],
+                 "max_prompt_tokens": 32},
+        "generation": {"max_new_tokens": 8},
+    })  # fmt: skip
+    opened, plain = [], open
+
+    def noted(file, *args, **options):
+        opened.append(str(file))
+        return plain(file, *args, **options)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", noted)
+
+    def counts():
+        found = {name: sum(path.endswith(name) for path in opened) for name in ("a.jsonl", "b.csv")}
+        opened.clear()
+        return found
+
     both, none = {"a.jsonl": 1, "b.csv": 1}, {"a.jsonl": 0, "b.csv": 0}
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [both, none, both, {"a.jsonl": 1, "b.csv": 0}]
+    assert check_data(recipe) == [] and counts() == both
+    first = prepare(recipe, RunFolder(tmp_path / "one"))["sources"]
+    assert counts() == none
+    prepare(recipe, RunFolder(tmp_path / "two"))  # nothing is kept any more
+    assert counts() == both
+    assert check_data(recipe) == []
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("answer", "ANSWER"))  # as long, and another time
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    counts()
+    assert prepare(recipe, RunFolder(tmp_path / "three"))["sources"] == first
+    assert counts() == {"a.jsonl": 1, "b.csv": 0}
+    assert "ANSWER" in str(pq.read_table(tmp_path / "three" / "data" / "sft_train.parquet").to_pylist())

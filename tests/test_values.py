@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import rlhf_ray
+from crossed import crossed
 from datasets import Dataset
 
 from rlhf_ray.config import SourceConfig
@@ -142,16 +143,16 @@ def test_columns_that_stay_with_the_prompts_have_one_type(tmp_path):
     assert len(load_source(SourceConfig(path=path), None, 0, "data.prompts[0]", "prompts", with_prompts=True)) == 3
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
+@crossed(
+    "line, says, command",
     [
         ('{"prompt": "a", "chosen": 2, "rejected": "b"}', "line 31: 'chosen' is a number (2)"),
         ('{"prompt": "a", "chosen": ', "line 31: is not JSON"),
         ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "line 31: the key 'prompt' stands there twice"),
         ('{"prompt": "\\ud800", "chosen": "c", "rejected": "d"}', "line 31: holds half of a character"),
     ],
+    ["doctor", "run"],
 )
-@pytest.mark.parametrize("command", ["doctor", "run"])
 def test_doctor_and_run_tell_of_a_line_far_down_before_anything_starts(tmp_path, command, line, says):
     rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(30)]
     path = jsonl(tmp_path / "pairs.jsonl", rows)

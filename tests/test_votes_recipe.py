@@ -9,7 +9,7 @@ import yaml
 from command import rlhf_ray
 from voted import answer, compare, prefer
 
-from rlhf_ray.config import Recipe
+from rlhf_ray.config import EvaluationConfig, Recipe
 from rlhf_ray.config.recipe_file import build_recipe, load_recipe, path_fields
 from rlhf_ray.data.data_problems import check_data
 from rlhf_ray.data.paths import resolve_paths
@@ -17,7 +17,7 @@ from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.role_files import has_role, read_role
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
-from rlhf_ray.votes.reading import held_out_prompts
+from rlhf_ray.votes.reading import held_out_prompts, read_judgements
 from rlhf_ray.votes.store import VoteStore
 
 QUESTIONS = [f"Question {number}?" for number in range(40)]
@@ -112,6 +112,23 @@ def test_votes_beside_a_file_by_weight(folder, store):
     assert not (questions(run, "reward_train") | questions(run, "reward_eval")) & held_out
     problems = check_data(recipe_of(folder, preferences=[{"path": "pairs.jsonl", "weight": 1.0}]))
     assert problems == ["some of data.preferences have a weight and some have none; give a weight to all or to none"]
+
+
+def test_the_prompts_held_out_may_be_what_the_evaluation_asks(folder, store):
+    """They come first, and as many others as the evaluation takes."""
+    recipe, run = recipe_of(folder, {"url": "votes.db", "evaluate": True}), RunFolder(folder / "run")
+    held_out = {words_of(prompt) for prompt in held_out_prompts(store.database)}
+    others = recipe_of(folder), RunFolder(folder / "others")
+    prepare(*others)
+    summary = prepare(recipe.model_copy(update={"evaluation": EvaluationConfig(prompts=len(held_out) + 2)}), run)
+    asked = [question_in(text) for text in read_role(run, "eval_prompts")["prompt"]]
+    assert set(asked[: len(held_out)]) == held_out and len(asked) == len(held_out) + 2
+    assert set(asked[len(held_out) :]) <= questions(others[1], "eval_prompts") and not questions(run, "prompts") & set(asked)
+    newest = max(each.voted_at for each in read_judgements(store.database))
+    assert summary["votes"] == {"train": 80 - 2 * len(held_out), "held_out": 2 * len(held_out), "newest": newest}
+    few = RunFolder(folder / "few")
+    prepare(recipe.model_copy(update={"evaluation": EvaluationConfig(prompts=1)}), few)
+    assert questions(few, "eval_prompts") == held_out  # of which the evaluation draws its number
 
 
 BUILDER = """

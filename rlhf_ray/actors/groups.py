@@ -9,8 +9,7 @@ from typing import Any
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.role_actors import IN_FLIGHT
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
-from rlhf_ray.actors.weight_transport import Transport, choose_transport
-from rlhf_ray.config import ResourcesConfig
+from rlhf_ray.actors.weight_transport import Transport
 from rlhf_ray.messages import Chunk
 
 WEIGHT_PART_BYTES = 256 * 1024**2
@@ -26,7 +25,7 @@ class GenerationGroup:
         sleeps: an actor frees its GPU memory after the last chunk that it was asked for.
         """
         self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
-        self.by_channel = False  # `connect_weights`
+        self.by_channel = False  # `actors.weight_meeting`
 
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
@@ -131,7 +130,7 @@ class TrainerGroup(ChunkGroup):
 
 
 class PolicyGroup(TrainerGroup):
-    transport: Transport = "object_store"  # `connect_weights`
+    transport: Transport = "object_store"  # `actors.weight_meeting`
 
     def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("logprobs", rollouts)
@@ -157,37 +156,6 @@ class PolicyGroup(TrainerGroup):
             for member in self.members
         ]
         return [*answers[0], *(others[0] for others in answers[1:])]
-
-
-def connect_weights(
-    policy: PolicyGroup, generation: GenerationGroup, waiter: Waiter, resources: ResourcesConfig, *, waits: bool
-) -> None:
-    """Choose how weights travel (`actors.weight_transport`). For a broadcast, its members meet here.
-
-    waits: the policy goes on training only after each sync has ended.
-    """
-    everyone = [policy.members[0], *generation.members]
-
-    def answers(handles: list[Handle], what: str) -> list:
-        return waiter.get(handles, what, resources.start_timeout_s, START_REMEDY)
-
-    what = "where policy and generation compute"
-    places = answers([handle for member in everyone for handle in member.call("place", name=what)], what)
-    policy.transport = choose_transport(resources.weight_transport, places[0], places[1:], waits=waits)
-    generation.by_channel = policy.transport == "collective"
-    if not generation.by_channel:
-        return
-    for member in generation.members:
-        member.peers = [member, *policy.members]
-    layout, dtype = answers(policy.call("weight_layout"), "the names of the policy's weights")[0]
-    address = policy.members[0].call("address", name="policy rank 0 (address)")
-    (where,) = answers(address, "the policy's address")
-    timeout_s = resources.call_timeout_s
-    meeting = policy.call("open_channel", len(everyone), *where, layout, timeout_s)
-    for rank, member in enumerate(generation.members, start=1):
-        place = rank, len(everyone), *where, layout, dtype, timeout_s
-        meeting += member.call("open_channel", *place, name=f"{member.name} (channel for weights)")
-    answers(meeting, "policy and generation to meet")
 
 
 class AdapterOff:

@@ -26,7 +26,6 @@ from rlhf_ray.actors.groups import (
     RayRoles,
     ReferenceGroup,
     RewardGroup,
-    connect_weights,
 )
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.publishing import Publishing
@@ -39,19 +38,22 @@ from rlhf_ray.actors.role_actors import (
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
+from rlhf_ray.actors.token_checks import check_tokens
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
+from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.actors.worker_start import forked_actors
-from rlhf_ray.config import GroupConfig, PPOConfig, Recipe, RoleConfig
+from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
+from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
 from rlhf_ray.ppo.step import check_enough
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample
-from rlhf_ray.runs.run_folder import RunFolder, start_model
+from rlhf_ray.runs.run_folder import RunFolder, reference_of, start_model
 
 Progress = Callable[[dict], None]
 
@@ -96,7 +98,7 @@ def ray_roles(
         reward = group(RewardActor, "reward", resources.reward, start)
         reference = []
         if "reference" in recipe.ppo_roles:
-            reference = group(ReferenceActor, "reference", resources.reference, start)
+            reference = group(ReferenceActor, "reference", resources.reference, reference_of(recipe, folder))
         policy = PolicyGroup(ranks(PolicyActor, "policy", resources.policy))
         policy.start, critic = Path(start), None
         if recipe.ppo.has_critic:
@@ -160,8 +162,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         state = state_in(last, ppo)
         progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state, only=True)  # where the run died between the two
-    if ppo.has_critic and ppo.critic_init == "reward":
-        _check_critic_tokens(recipe, folder)
+    check_tokens(recipe, folder)
     budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
     on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
@@ -227,25 +228,6 @@ def _tell_of_damage(folder: RunFolder, message: str) -> None:
     EventLog(folder.events).add(message, "read the one before it", stage="ppo")
 
 
-def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:
-    """Whether the stage's model is that of an earlier step than the last."""
-    return ppo.roll_back and 0 <= state.best_step < state.step
-
-
-def closing_figures(state: LoopState, ppo: PPOConfig) -> dict:
-    """The stage's DONE. `model_step` is the step whose policy the stage's model is."""
-    return {
-        "steps": state.step,
-        "ended_by": "steps" if state.step >= ppo.steps else "patience",
-        "kl_coef": state.kl_coef,
-        "best_step": state.best_step,
-        "best_score": state.best_score,
-        "best_by": ppo.best_by,
-        "worse_since": state.worse_since,
-        "model_step": state.best_step if rolls_back(state, ppo) else state.step,
-    }
-
-
 def copy_model(source: Path, target: Path) -> None:
     """Whole or not at all; what stood at `target` goes."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -257,26 +239,6 @@ def copy_model(source: Path, target: Path) -> None:
 
 def _of_all(roles: RayRoles, method: str, *args) -> list[Handle]:
     return [handle for group in roles.trained for handle in group.call(method, *args)]
-
-
-def _check_critic_tokens(recipe: Recipe, folder: RunFolder) -> None:
-    """A critic reads the policy's token ids, so it can start from the reward model only if that reads them too."""
-    start, reward = start_model(recipe, folder), folder.stage("reward").model
-    if _same_files(Path(start), reward, "tokenizer.json", "tokenizer_config.json"):
-        return
-    from rlhf_ray.models.tokenizer import load_tokenizer, same_tokens  # seconds of imports
-
-    trust = recipe.model.trust_remote_code
-    if not same_tokens(load_tokenizer(start, trust), load_tokenizer(reward, trust)):
-        raise UserError(
-            f"the reward model {reward} has another tokenizer than the policy, so ppo.critic_init can't be "
-            "'reward'; set ppo.critic_init: sft"
-        )
-
-
-def _same_files(one: Path, other: Path, *names: str) -> bool:
-    pairs = [(one / name, other / name) for name in names]
-    return all(a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes() for a, b in pairs)
 
 
 def _hooks(

@@ -14,7 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.publish.client import ANSWER_S, drop_copies, kept_copy, publish
-from rlhf_ray.publish.servers import find_server
+from rlhf_ray.publish.servers import server_of
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -57,7 +57,9 @@ class Publishing:
 
     def _send(self, written: Path, step: int) -> None:
         try:
-            note = find_server(source=self.run.path)
+            note = server_of(self.run.path)
+            if note is None:
+                raise UserError(f"no server of this run is up on this machine; start one: rlhf-ray serve {self.run.path}/sft/model")
             version = kept_copy(written, self.shelf)
             state = publish(note, version, share=self.recipe.ppo.publish_share)
             self.progress({"stage": "ppo", "published": version.id, "step": step})

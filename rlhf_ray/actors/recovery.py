@@ -26,10 +26,11 @@ from ray.exceptions import RayError, RayTaskError
 from rlhf_ray.actors.budgets import Budget, Failure, counted, in_short
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.faults import tell_step
-from rlhf_ray.actors.groups import RayRoles, TrainerGroup, connect_weights
+from rlhf_ray.actors.groups import RayRoles, TrainerGroup
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
 from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
+from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.config import PPOConfig, Recipe
 from rlhf_ray.errors import NotFinite, RunFailed, whole_message
 from rlhf_ray.ppo import checkpoint

@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.v2.api.config import LoggingConfig
 
-from rlhf_ray.actors.garbage_collection import collector_paused
-from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.ray_private import NO_ROOM
 from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
-from rlhf_ray.actors.worker_watch import WorkerWatch, note_process
+from rlhf_ray.actors.supervised_worker import processes_of, train_in_worker
+from rlhf_ray.actors.worker_watch import WorkerWatch
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
-from rlhf_ray.config.stage_table import STAGES
-from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
@@ -154,11 +149,11 @@ def _fit(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves an actor; a preempted node is a dead one
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # prints of the worker belong in its log file, untagged
     storage, name = folder.logs / "ray_train", f"{stage}_{member}"
-    processes = _processes(folder, stage, member)
+    processes = processes_of(folder, stage, member)
     shutil.rmtree(processes, ignore_errors=True)  # of a run that died
     storage.mkdir(parents=True, exist_ok=True)
     trainer = StageTorchTrainer(
-        _worker,
+        train_in_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "folder": str(folder.path),
@@ -200,10 +195,6 @@ def _fit(
     if "error" in box:
         raise _explained(box["error"], folder, stage, config, timeout_s)
     return box["result"].return_value
-
-
-def _processes(folder: RunFolder, stage: str, member: int) -> Path:
-    return folder.logs / "ray_train" / f"{stage}_{member}.processes"
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:
@@ -295,32 +286,3 @@ def _explained(
         )
     explained.__cause__ = error
     return explained
-
-
-def _worker(config: dict) -> dict:
-    """One rank, in its own process -> the stage's summary, or {"refused" or "not_finite": sentence}."""
-    folder, stage = RunFolder(Path(config["folder"])), config["stage"]
-    recipe = Recipe.model_validate(config["recipe"])
-    section = recipe.trained[stage]
-    device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
-    note_process(_processes(folder, stage, config["member"]), get_context().get_world_rank())
-    print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
-    with collector_paused():
-        train = _training(stage, config["member"], device.type)
-    try:
-        return train(recipe, folder, stage)
-    except UserError as error:  # returned: raised, it would be retried as if a machine had failed
-        return {"refused": str(error)}
-    except NotFinite as error:
-        return {"not_finite": str(error)}
-
-
-def _training(stage: str, member: int, device_type: str) -> Callable[[Recipe, RunFolder, str], dict]:
-    """Import what trains the stage: DeepSpeed first, then TRL."""
-    from rlhf_ray.training.distributed import prepare_deepspeed
-
-    prepare_deepspeed(device_type)
-    path = STAGES[stage].train
-    assert path is not None, stage
-    train = import_function(path)
-    return partial(train, member=member) if member else train

@@ -22,6 +22,7 @@ import typer
 from rlhf_ray.cli.bench import bench_app
 from rlhf_ray.cli.command_errors import Commands, console, in_words
 from rlhf_ray.cli.publish import publish
+from rlhf_ray.cli.rounds import round_
 from rlhf_ray.cli.serve_command import serve
 from rlhf_ray.cli.status_command import status
 from rlhf_ray.cli.votes import votes_app
@@ -136,6 +137,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
 
 app.command()(serve)
 app.command()(publish)
+app.command(name="round")(round_)
 
 
 ClusterAddress = Annotated[str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265")]

@@ -15,10 +15,12 @@ from rlhf_ray.config.ppo_section import PPOConfig
 from rlhf_ray.config.recipe import Recipe
 from rlhf_ray.config.resource_sections import GroupConfig, ResourcesConfig, RoleConfig, TrackingConfig
 from rlhf_ray.config.reward_term import RewardTerm
+from rlhf_ray.config.rounds_section import RoundsConfig
 from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 
 __all__ = [
     "DataConfig", "DpoConfig", "EvaluationConfig", "FromScratch", "GenerationConfig", "GroupConfig", "KlConfig",
     "LoraConfig", "ModelConfig", "PPOConfig", "Precision", "Recipe", "ResourcesConfig", "RewardConfig", "RewardTerm",
-    "RoleConfig", "Section", "SftConfig", "SourceConfig", "TrackingConfig", "TrainConfig", "VotesConfig", "exact_div",
+    "RoleConfig", "RoundsConfig", "Section", "SftConfig", "SourceConfig", "TrackingConfig", "TrainConfig", "VotesConfig",
+    "exact_div",
 ]  # fmt: skip

@@ -90,6 +90,9 @@ class VotesConfig(Section):
     weight: float | None = option(
         None, "share in the mix with data.preferences, relative to the others; none given: every pair once", gt=0
     )
+    evaluate: bool = option(
+        False, "the evaluation's prompts are those held out here, and others of eval_prompts only where they are too few"
+    )
 
     @model_validator(mode="after")
     def _is_no_secret(self):

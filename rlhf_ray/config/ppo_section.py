@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, TypedDict
 
 from pydantic import model_validator
 
 from rlhf_ray.config.base import LONGEST_S, SEEDS, OneOf, Precision, Section, exact_div, option
 from rlhf_ray.config.kl_section import KlConfig, controller_problem, estimator_problem
-from rlhf_ray.config.reward_term import RewardTerm
+from rlhf_ray.config.reward_term import RewardTerm, shorthand_problem
 from rlhf_ray.config.supervised_sections import LoraConfig, check_trained_part
 from rlhf_ray.tables.advantages import ADVANTAGES, Advantage
 
@@ -49,6 +48,9 @@ class PPOConfig(Section):
     adam_eps: float = option(1e-5, "epsilon of AdamW (1e-5 as in OpenAI's code, not torch's 1e-8)", gt=0)
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: never", ge=0)
     kl_coef: float = option(0.05, "weight of the per-token KL in the reward (start value if adaptive)", ge=0)
+    reference: str | None = option(
+        None, "folder / hub name of the model that the KL is measured to; null: the model that PPO starts from", min_length=1
+    )
     adaptive_kl: KlConfig | None = option(None, "adapt kl_coef to a target; null: fixed")
     gamma: float = option(1.0, "discount", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's lambda", ge=0, le=1)
@@ -257,31 +259,22 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _rewards_fit(self):
-        if self.rewards and self.reward_function is not None:
-            raise ValueError(
-                f"ppo.rewards and ppo.reward_function ('{self.reward_function}') are both set; make the function a term "
-                "of ppo.rewards"
-            )
-        for name in self.rewards:
-            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ValueError(
-                    f"ppo.rewards has a term '{name}'; name it with letters, digits, '_', '.' and '-' only"
-                )
-        if self.reward_timeout_s is not None and self.reward_function is None:
-            raise ValueError(
-                f"ppo.reward_timeout_s is {self.reward_timeout_s:g}, but there is no ppo.reward_function; remove it, or "
-                "set timeout_s of a term of ppo.rewards"
-            )
-        if self.reward_timeout_score is not None and self.reward_timeout_s is None:
-            raise ValueError(
-                f"ppo.reward_timeout_score is {self.reward_timeout_score:g}, but there is no ppo.reward_timeout_s; set it too"
-            )
+        problem = shorthand_problem(
+            self.rewards, self.reward_function, self.reward_timeout_s, self.reward_timeout_score
+        )
+        if problem is not None:
+            raise ValueError(problem)
         if self.best_by == "judge" and not self.judge_evaluations:
             raise ValueError("ppo.best_by is 'judge' and ppo.judge_evaluations is false; set it to true")
         return self
 
     @model_validator(mode="after")
     def _trains_one_part(self):
+        if self.lora is not None and self.reference is not None:
+            raise ValueError(
+                f"ppo.lora is set and ppo.reference is '{self.reference}': the policy with its adapter off is the reference, so "
+                "that is what PPO starts from; set one of them to null"
+            )
         check_trained_part(self.lora, self.freeze_layers, ("ppo.lora", "ppo.freeze_layers"))
         check_trained_part(self.critic_lora, self.critic_freeze_layers, ("ppo.critic_lora", "ppo.critic_freeze_layers"))
         if not self.has_critic and (self.critic_lora is not None or self.critic_freeze_layers > 0):

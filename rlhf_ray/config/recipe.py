@@ -15,6 +15,7 @@ from rlhf_ray.config.generation_section import GenerationConfig
 from rlhf_ray.config.plugin_sections import details, plugin_section
 from rlhf_ray.config.ppo_section import PPOConfig
 from rlhf_ray.config.resource_sections import ResourcesConfig, RoleConfig, TrackingConfig, sharing_problem
+from rlhf_ray.config.rounds_section import RoundsConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
@@ -39,6 +40,7 @@ class Recipe(Section):
     generation: GenerationConfig = option(GenerationConfig(), "sampling")
     ppo: PPOConfig = option(PPOConfig(), "PPO")
     evaluation: EvaluationConfig = option(EvaluationConfig(), "final evaluation")
+    rounds: RoundsConfig = option(RoundsConfig(), "further rounds of training on votes (`rlhf-ray round`)")
     resources: ResourcesConfig = option(ResourcesConfig(), "actors and placement")
     tracking: TrackingConfig = option(TrackingConfig(), "metric back-ends")
     plugins: tuple[str, ...] = option(
@@ -210,6 +212,10 @@ class Recipe(Section):
         if ppo.judge_evaluations and self.judge is None and self.evaluation.judge_function is None:
             raise ValueError(
                 "ppo.judge_evaluations is true, but there is no judge; set the section judge or evaluation.judge_function"
+            )
+        if self.rounds.decided_by == "judge" and self.judge is None and self.evaluation.judge_function is None:
+            raise ValueError(
+                "rounds.decided_by is 'judge', but there is no judge; set the section judge or evaluation.judge_function"
             )
         if ppo.overlong_buffer > self.generation.max_new_tokens:
             raise ValueError(

@@ -195,6 +195,8 @@ def path_fields(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     for stage, section in recipe.trained.items():
         if isinstance(section, RewardConfig) and not section.starts_within_run:
             yield (stage, "base"), section.base
+    if recipe.ppo.reference is not None:
+        yield ("ppo", "reference"), recipe.ppo.reference
     for name, term in recipe.ppo.rewards.items():
         if term.model not in (None, "reward"):
             yield ("ppo", "rewards", name, "model"), term.model

@@ -1,7 +1,9 @@
-"""A term of `ppo.rewards`."""
+"""A term of `ppo.rewards`, and the keys of `ppo` that stand for a single one."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -77,3 +79,23 @@ def _check_urls(urls: tuple[str, ...]) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
             raise ValueError(f"url is {url!r}, which is no address of a server; write http://HOST:PORT, without user and password")
+
+
+def shorthand_problem(
+    rewards: Iterable[str], function: str | None, timeout_s: float | None, timeout_score: float | None
+) -> str | None:
+    """Why the names of `ppo.rewards` and the keys ppo.reward_* do not fit together, in words."""
+    names = list(rewards)
+    if names and function is not None:
+        return f"ppo.rewards and ppo.reward_function ('{function}') are both set; make the function a term of ppo.rewards"
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            return f"ppo.rewards has a term '{name}'; name it with letters, digits, '_', '.' and '-' only"
+    if timeout_s is not None and function is None:
+        return (
+            f"ppo.reward_timeout_s is {timeout_s:g}, but there is no ppo.reward_function; remove it, or "
+            "set timeout_s of a term of ppo.rewards"
+        )
+    if timeout_score is not None and timeout_s is None:
+        return f"ppo.reward_timeout_score is {timeout_score:g}, but there is no ppo.reward_timeout_s; set it too"
+    return None

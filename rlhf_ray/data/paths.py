@@ -60,8 +60,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         name: term if term.model in (None, "reward") else term.model_copy(update={"model": _absolute(term.model)})
         for name, term in recipe.ppo.rewards.items()
     }
-    if rewards != recipe.ppo.rewards:
-        changes["ppo"] = recipe.ppo.model_copy(update={"rewards": rewards})
+    reference = None if recipe.ppo.reference is None else _absolute(recipe.ppo.reference)
+    changes["ppo"] = recipe.ppo.model_copy(update={"rewards": rewards, "reference": reference})
     return recipe.model_copy(update=changes)
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from rlhf_ray.data.raw_sources import Raw, read_sources, rows_of
 from rlhf_ray.data.role_files import COLUMNS, OTHER_TEXT_TOKENS, kept_columns, write_role
 from rlhf_ray.data.rules import RowLimits, Tally, apply_rules, drop
 from rlhf_ray.data.sources import other_columns
-from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted, read_votes
+from rlhf_ray.data.voted import HELD_OUT, HELD_OUT_PROMPTS, WHERE, Voted, read_votes
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.models.tokenizer import load_tokenizer, train_tokenizer
@@ -53,6 +53,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict:
     summary = {
         "roles": {role: {"rows": len(rows)} for role, (rows, _) in written.items()},
         "sources": builder.tallies,
+        **({} if votes is None else {"votes": asdict(votes.counts)}),
         "tokenizer": {
             "origin": "trained on the SFT text" if recipe.model.is_from_scratch else recipe.model.name_or_path,
             "entries": len(tokenizer),
@@ -174,7 +175,7 @@ class _Preparation:
                 normalised = drop(normalised, tally, "in_held_out_votes", lambda row: row["key"] in self._held_out)
                 tally.read -= len(normalised)
             parts.append(apply_rules(normalised, form, limits, tally))
-            if not parts[-1] and role != HELD_OUT:  # which may be few
+            if not parts[-1] and role not in (HELD_OUT, HELD_OUT_PROMPTS):  # which may be few
                 remedy = _remedy(tally, form, role, normalised)
                 raise UserError(f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {remedy}")
             counted.append((source, tally))
@@ -208,7 +209,16 @@ class _Preparation:
             held_out = self._rows("eval_prompts", "prompts", limits)
         elif held_out is None:
             train, held_out = split(train, recipe.data.holdout, recipe.seed, "data.prompts")
+        if HELD_OUT_PROMPTS in self._raw:
+            held_out = self._voted_first(held_out, limits)
         return self._without(train, held_out), held_out
+
+    def _voted_first(self, held_out: list[dict], limits: RowLimits) -> list[dict]:
+        """The prompts that the votes hold out, and as many others as make up `evaluation.prompts`."""
+        voted = self._rows(HELD_OUT_PROMPTS, "prompts", limits)
+        there = {row["prompt"] for row in voted}
+        others = [row for row in held_out if row["prompt"] not in there]
+        return voted + others[: max(self._recipe.evaluation.prompts - len(voted), 0)]
 
     def _prompts_of(self, rows: list[dict], origin: str, part: str, limits: RowLimits) -> list[dict]:
         tally = Tally()

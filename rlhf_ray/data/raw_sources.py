@@ -9,7 +9,7 @@ from rlhf_ray.config import Recipe, SourceConfig
 from rlhf_ray.data.builder import call_builder
 from rlhf_ray.data.lists import LISTS, form_of, given_lists, is_read, needed_lists, prompt_origins
 from rlhf_ray.data.sources import Rows, check_rows, load_source
-from rlhf_ray.data.voted import HELD_OUT, WHERE, Voted
+from rlhf_ray.data.voted import HELD_OUT, HELD_OUT_PROMPTS, WHERE, Voted
 from rlhf_ray.errors import UserError
 
 RawSource = tuple[str, SourceConfig, Rows]  # its name in messages, its config, its rows
@@ -45,6 +45,8 @@ def read_sources(recipe: Recipe, votes: Voted | None) -> Raw:
         raw.setdefault("preferences", []).append((WHERE, votes.source, votes.train))
         if len(votes.held_out):
             raw[HELD_OUT] = [(f"{WHERE} (held out)", votes.source, votes.held_out)]
+    if votes is not None and data.votes is not None and data.votes.evaluate and votes.held_out_prompts:
+        raw[HELD_OUT_PROMPTS] = [(f"{WHERE} (held out)", votes.source, votes.prompt_rows())]
     for role, section in needed.items():
         if role not in raw:
             giver = f"{data.builder} returned no '{role}'" if data.builder else f"data.{role} is empty"

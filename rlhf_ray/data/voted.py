@@ -17,7 +17,17 @@ from rlhf_ray.votes.records import Prompt, turns
 
 WHERE = "data.votes"
 HELD_OUT = "preferences_eval_votes"  # the role of the held-out pairs: a set of its own, reported under its own name
+HELD_OUT_PROMPTS = "eval_prompts_votes"  # the role of their prompts, where data.votes.evaluate asks for them
 COLUMNS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VotesRead:
+    """How many votes the filters let through, and when the newest of them was cast (seconds since 1970)."""
+
+    train: int
+    held_out: int
+    newest: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +39,11 @@ class Voted:
     held_out: TextRows  # may be empty
     held_out_prompts: list[Prompt]  # voted on or not
     left_out: str  # in words
+    counts: VotesRead
+
+    def prompt_rows(self) -> TextRows:
+        """The held-out prompts as rows of a list of prompts."""
+        return TextRows([{"prompt": prompt} for prompt in self.held_out_prompts], ["prompt"])
 
     def held_out_keys(self, chat: ChatFormat) -> frozenset[str]:
         """The keys of rows (`formats`) with a held-out prompt, whether they write it as a text or as a user's message."""
@@ -42,11 +57,15 @@ class Voted:
         return frozenset(found)
 
 
-def read_votes(config: VotesConfig) -> Voted:
-    """UserError, which begins with the recipe's key, where there is no database, another schema, or no pair to train on."""
-    filters = Filters(
+def filters_of(config: VotesConfig) -> Filters:
+    return Filters(
         raters=config.raters, versions=config.versions, since=config.since, until=config.until, min_agreement=config.min_agreement
     )  # fmt: skip
+
+
+def read_votes(config: VotesConfig) -> Voted:
+    """UserError, which begins with the recipe's key, where there is no database, another schema, or no pair to train on."""
+    filters = filters_of(config)
     try:
         database = Database(config.url)
     except UserError as error:
@@ -66,6 +85,7 @@ def read_votes(config: VotesConfig) -> Voted:
         source=SourceConfig(path=database.name, weight=config.weight), train=_rows(found.pairs),
         held_out=_rows(pairs_of(held_out, filters.min_agreement).pairs), held_out_prompts=prompts,
         left_out=found.left_out_in_words(),
+        counts=VotesRead(train=len(train), held_out=len(held_out), newest=max(each.voted_at for each in train + held_out)),
     )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import tuned_stages
 from rlhf_ray.data.role_files import PromptColumns, check_columns, has_role, read_prompt_columns, read_role
 from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.definitions import COMPARISONS, of_tuned_stage
 from rlhf_ray.evaluation.estimates import Estimate, Resampler, shuffled_partners
 from rlhf_ray.evaluation.evidence import Evidence, Rated
+from rlhf_ray.evaluation.held_out_votes import agreement_with_votes
 from rlhf_ray.evaluation.kept import KeptParts, inputs_of
 from rlhf_ray.evaluation.samples import draw_responses, write_samples
 from rlhf_ray.evaluation.scoring import LanguageModel, rate_texts, sft_model, stage_model
@@ -42,19 +44,6 @@ from rlhf_ray.runs.storage import write_atomically
 from rlhf_ray.tables.figures import FIGURES, GROUPS, definitions, shown_as
 from rlhf_ray.training.precision import resolve_precision
 
-#: of what is not a figure of one model; those figures are in `tables.figures`
-DEFINITIONS = {
-    "win_rate": "Share of (prompt, seed) pairs in which PPO's response scores higher than SFT's; a tie counts half.",
-    "at_equal_length": "The win rate where both responses have the same number of tokens: a logistic regression of the wins on the "
-    "difference in length, read at 0 (arXiv 2404.04475). Null unless some pairs differ in each direction.",
-    "kl": "Log-prob under PPO minus log-prob under SFT, summed over the tokens of PPO's responses, at the sampling "
-    "temperature, both renormalised over the tokens that could be drawn (top_k, top_p, min_p): nats per response.",
-    "intervals": "95 % percentile bootstrap over prompts. Every figure uses the same resamples, so `difference` (PPO - "
-    "SFT) and `ratio` (PPO / SFT) are paired.",
-    "scorers": "How well the run's own reward model and judge tell replies apart on held-out rows: the share of pairs that they "
-    "order as people do (accuracy, Wilson's 95 % interval, pairs of one prompt taken together) or the correlation with people's "
-    "scores (pearson, Fisher's interval); and whether max_minutes ended their training.",
-}
 Progress = Callable[[dict], None]
 
 
@@ -93,6 +82,7 @@ class _Evaluation:
         self.tuned = tuned_stages(recipe)
         self.resampler = Resampler(len(self.prompts), recipe.evaluation.bootstrap, recipe.seed)
         self.evidence: dict[str, Evidence] = {}  # by model
+        self.votes: dict | None = None  # how often the scorers agree with them
         self.kept = KeptParts(folder.evaluation_parts, inputs_of(recipe, folder))
 
     def run(self) -> dict:
@@ -175,6 +165,8 @@ class _Evaluation:
                 each.judge = self._scored(f"judge-{name}", judge, each).total
                 if isinstance(judge, RewardScorer):  # its scores are normalised; a function has only one scale
                     each.judge_scale = (judge.mean, judge.std)
+        scorers = {"reward_model": scorer, "judge": judge}
+        self.votes = agreement_with_votes(self.recipe, self.folder, scorers, self.evidence["sft"].tokenizer)
         paths = self.recipe.evaluation.trait_functions
         if paths:
             self._report("traits", 0, 1)
@@ -238,12 +230,12 @@ class _Evaluation:
         }
 
     def _summary(self, kl: dict[str, Estimate], found: dict[str, dict[str, Estimate]]) -> dict:
-        others, explained = {}, definitions() | DEFINITIONS
+        others, explained = {}, definitions() | COMPARISONS
         names = names_of(self.recipe.model_dump(mode="json"))
         for name in self.tuned[1:]:
             others[f"{name}_over_sft"] = self._over_sft(name, kl, found)
             others[f"ppo_over_{name}"] = {"win_rate": wins_over(self.evidence["ppo"], self.evidence[name])}
-            explained |= _definitions_of(name)
+            explained |= of_tuned_stage(name)
         keys = list(dict.fromkeys((*FIGURES, *(key for out in found.values() for key in out))))
         model, of_plugins = "the separately seeded language model" if self.recipe.fluency else "the SFT model", shown_as()
         return {
@@ -259,6 +251,7 @@ class _Evaluation:
                 name: None if standing is None else standing.to_json()
                 for name, standing in standings(self.recipe, self.folder).items()
             },
+            **({} if self.votes is None else {"held_out_votes": self.votes}),
             "judge_is": self.recipe.evaluation.judge_function or ("judge model" if self.recipe.judge else None),
             "names": names.to_json(),
             "definitions": {
@@ -275,16 +268,6 @@ class _Evaluation:
 
     def _report(self, doing: str, step: int, total: int) -> None:
         self.progress({"stage": "evaluation", "doing": doing, "step": step, "total": total})
-
-
-def _definitions_of(name: str) -> dict[str, str]:
-    """Of what the summary says of a tuned model beside PPO's."""
-    whose = f"{name.upper()}'s"
-    return {
-        f"{name}_over_sft": f"win_rate, kl, difference and ratio as above, of {whose} model and responses in place of PPO's.",
-        f"ppo_over_{name}": f"Share of (prompt, seed) pairs in which PPO's response scores higher than {whose}; "
-        "a tie counts half.",
-    }
 
 
 def estimates_of(evidence: Evidence) -> dict[str, Estimate]:

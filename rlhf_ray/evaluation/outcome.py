@@ -65,6 +65,12 @@ class _Standing(_Part):
     problems: list[str]
 
 
+class _HeldOutVotes(_Part):
+    pairs: int
+    reward_model: _Figure | None = None
+    judge: _Figure | None = None
+
+
 class _Names(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -96,6 +102,7 @@ class _Summary(_OverSft):
     max_kl: float | None = None
     names: _Names = _Names(tuned="PPO", has_sft=True, reward="reward model")
     scorers: dict[str, _Standing | None] = {}
+    held_out_votes: _HeldOutVotes | None = None
     shown_as: dict[str, _ShownAs] = {}
     definitions: dict[str, str] = {}
     missing: dict[str, str] = {}

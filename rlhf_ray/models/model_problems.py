@@ -56,17 +56,19 @@ def check_model(recipe: Recipe) -> list[str]:
 
 
 def _base_problems(recipe: Recipe) -> list[str]:
-    """Other models that reward model and judge start from, and that are nowhere."""
-    bases = {name: section.base for name, section in recipe.trained.items()
+    """Other models, which reward model and judge start from or PPO stays close to, and that are nowhere."""
+    bases = {f"{name}.base": section.base for name, section in recipe.trained.items()
              if isinstance(section, RewardConfig) and not section.starts_within_run}  # fmt: skip
+    if recipe.ppo.reference is not None:
+        bases["ppo.reference"] = recipe.ppo.reference
     if not bases:
         return []
     from rlhf_ray.models.hub import look_up
 
     problems = []
-    for name, base in bases.items():
+    for where, base in bases.items():
         try:
-            look_up(base, where=f"{name}.base")
+            look_up(base, where=where)
         except UserError as error:
             problems.append(str(error))
     return problems

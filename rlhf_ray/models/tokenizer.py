@@ -69,7 +69,7 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
     """A folder's or the hub's tokenizer, with a PAD of its own (added if missing or a token that ends responses).
 
     It knows the tokens that end a response (`chat_shape.end_ids`): those of the model's generation_config beside EOS stay
-    with it wherever it is saved. An added PAD may need one more row in the embeddings: `models.load.fit_embeddings`. Raises
+    with it wherever it is saved. An added PAD may need one more row in the embeddings: `models.embeddings.fit_embeddings`. Raises
     UserError if there is no tokenizer, or none with EOS.
     """
     look_up(path_or_name)

@@ -44,7 +44,7 @@ from rlhf_ray.roles.experience_maker import EXPERIENCE_REMEDY, support_stats
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.reward import Reward
 from rlhf_ray.roles.trainer import UPDATE_REMEDY
-from rlhf_ray.runs.run_folder import RunFolder, start_model
+from rlhf_ray.runs.run_folder import RunFolder, reference_of, start_model
 from rlhf_ray.training.forward import LogprobModel, ValueModel, token_batch
 from rlhf_ray.training.padding import pad_tokens
 
@@ -85,9 +85,9 @@ class SingleProcessPPO:
         columns = read_prompt_columns(folder), read_prompt_columns(folder, "eval_prompts")  # for functions that ask
         self.reward = Reward(scorer, start, stop=generation.stop, columns=columns)
 
-        # The policy is trained. The reference is the model that the policy starts from; it is frozen.
-        # Both give the log-probs [B, T] of responses.
-        policy, reference = load_causal_lm(start), load_causal_lm(start)
+        # The policy is trained. The reference is the model that the policy starts from, unless ppo.reference names another one;
+        # it is frozen. Both give the log-probs [B, T] of responses.
+        policy, reference = load_causal_lm(start), load_causal_lm(reference_of(recipe, folder))
 
         # The critic is trained beside the policy. Before each token it predicts the reward still to come, [B, T].
         critic_start = str(folder.stage("reward").model) if ppo.critic_init == "reward" else start

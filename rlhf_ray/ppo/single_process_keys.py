@@ -16,7 +16,7 @@ ACTS_ON: dict[str, frozenset[str]] = {
     "ppo": frozenset({
         "steps", "seed", "rollout_batch_size", "samples_per_prompt", "minibatch_size", "ppo_epochs",
         "learning_rate", "critic_learning_rate", "anneal", "adam_eps", "max_grad_norm",
-        "kl_coef", "gamma", "gae_lambda", "loss_aggregation",
+        "kl_coef", "reference", "gamma", "gae_lambda", "loss_aggregation",
         "clip_range", "clip_range_high", "dual_clip", "value_clip_range", "vf_coef",
         "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "missing_eos_score", "score_clip", "overlong_buffer",
         "critic_init", "reward_function", "reward_timeout_s", "reward_timeout_score", "rewards",
@@ -64,6 +64,7 @@ OTHER_SECTIONS = {
     "fluency": "it is for the final evaluation",
     "dpo": "it is another way to train a policy, beside PPO",
     "evaluation": "it is for the final evaluation",
+    "rounds": "they are runs of their own",
     "resources": "it places actors, and there are none",
     "tracking": "nothing is written",
     "plugins": "what they add counts where one of the keys here names it",

@@ -78,7 +78,8 @@ def rows_of(version: Version, trust_remote_code: bool = False) -> None:
     """Compute and write the rows of a version, in float32 by training's own forward pass; an adapter is merged for that."""
     import torch
 
-    from rlhf_ray.models.load import embedding_rows, load_causal_lm
+    from rlhf_ray.models.embeddings import embedding_rows
+    from rlhf_ray.models.load import load_causal_lm
     from rlhf_ray.models.positions import positions_of
     from rlhf_ray.training.forward import response_logprobs
 

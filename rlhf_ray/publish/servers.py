@@ -85,9 +85,7 @@ def find_server(port: int | None = None, source: str | Path | None = None) -> Se
     if port is not None:
         running = [note for note in running if note.port == port]
     elif source is not None:
-        place = expanded(source).resolve()
-        own = [note for note in running if any(_within(place, Path(given)) for given in note.served.values())]
-        running = own or running
+        running = _serving(running, source) or running
     if len(running) == 1:
         return running[0]
     if not running:
@@ -95,6 +93,19 @@ def find_server(port: int | None = None, source: str | Path | None = None) -> Se
         raise UserError(f"no server of yours runs on this machine{where}; start one: rlhf-ray serve RUN")
     told = ", ".join(f"--port {note.port} ({' and '.join(note.served)})" for note in running)
     raise UserError(f"several servers run here; say which: {told}")
+
+
+def server_of(run: str | Path) -> ServerNote | None:
+    """The server that serves this run or a model in it; None where there is none. UserError where there are several."""
+    own = _serving(running_servers(), run)
+    if len(own) > 1:
+        raise UserError(f"several servers serve {run}: {', '.join(f'--port {note.port}' for note in own)}; stop all but one")
+    return own[0] if own else None
+
+
+def _serving(notes: list[ServerNote], source: str | Path) -> list[ServerNote]:
+    place = expanded(source).resolve()
+    return [note for note in notes if any(_within(place, Path(given)) for given in note.served.values())]
 
 
 def _within(place: Path, given: Path) -> bool:

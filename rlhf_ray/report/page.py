@@ -21,6 +21,7 @@ from rlhf_ray.report import curves as report_curves
 from rlhf_ray.report.formatting import duration, figure, flat, percent, shown
 from rlhf_ray.report.models import models_of_summary, title
 from rlhf_ray.report.trait_changes import what_differs, yes_no_traits
+from rlhf_ray.rounds.rounds_table import HEADINGS, rounds_table
 from rlhf_ray.runs.metrics import read_metrics
 from rlhf_ray.runs.run_folder import RunFolder, timings_of
 from rlhf_ray.runs.storage import read_lines, read_object, write_atomically
@@ -73,6 +74,8 @@ def render(folder: RunFolder) -> str:
         definitions=summary.get("definitions", {}),
         histograms=key_figures.histograms(samples, names),
         curves=[(titles[stage], *report_curves.of_stage(stage, rows, names)) for stage, rows in metrics.items() if rows],
+        rounds=rounds_table(folder),
+        round_headings=HEADINGS,
         quality=key_figures.quality(closing, pairs, names),
         quality_columns=list(pairs.values()),
         calibrations=key_figures.calibrations(closing, pairs),

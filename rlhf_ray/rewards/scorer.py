@@ -19,10 +19,11 @@ from rlhf_ray.data.tokens import encode_pairs
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import marker
+from rlhf_ray.models.embeddings import fit_embeddings
 from rlhf_ray.models.float_head import score_in_float32
 from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.last_block import last_feed_forward
-from rlhf_ray.models.load import disable_dropout, fit_embeddings, load_reward_model, reward_normalisation, to_device
+from rlhf_ray.models.load import disable_dropout, load_reward_model, reward_normalisation, to_device
 from rlhf_ray.models.positions import positions_of
 from rlhf_ray.models.tokenizer import eos_id, load_tokenizer, pad_id, same_tokens
 from rlhf_ray.rewards.answers import Answers, score_answers

@@ -21,7 +21,7 @@ SAFE_ON_RESUME = (
     "ppo.critic_learning_rate", "ppo.anneal", "ppo.clip_range", "ppo.value_clip_range", "ppo.eval_every",
     "ppo.checkpoint_*", "ppo.keep_checkpoints", "ppo.publish_*", "ppo.max_mismatch*", "ppo.max_first_approx_kl",
     "ppo.reward_timeout_s", "ppo.rewards.*.timeout_s", "ppo.rewards.*.url", "ppo.rewards.*.retries",
-    "ppo.accept_weak_reward", "ppo.precision", "generation.precision", "generation.engine", "resources.*", "tracking.*",
+    "ppo.accept_weak_reward", "ppo.precision", "generation.precision", "generation.engine", "resources.*", "rounds.*", "tracking.*",
     "evaluation.*", "*.learning_rate", "*.max_steps", "*.max_minutes", "*.checkpoint_minutes", "*.workers",
     "*.cpus_per_worker", "*.gpus_per_worker",
     "*.threads", "*.zero_stage", "*.gradient_checkpointing",

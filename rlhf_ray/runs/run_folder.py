@@ -213,6 +213,11 @@ def start_model(recipe: Recipe, folder: RunFolder) -> str:
     return str(folder.stage("sft").model) if recipe.sft is not None else recipe.model.name_or_path
 
 
+def reference_of(recipe: Recipe, folder: RunFolder) -> str:
+    """The model that PPO's KL is measured to."""
+    return recipe.ppo.reference or start_model(recipe, folder)
+
+
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
     """RUN_DIR, absolute before any process starts: a worker has another working directory."""
     return RunFolder(folder_path(run_dir or f"runs/{recipe.name}", "--run-dir"))

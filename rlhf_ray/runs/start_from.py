@@ -36,7 +36,7 @@ def adopt_stages(recipe: Recipe, folder: RunFolder, source: RunFolder) -> list[s
             f"--start-from {source.path} was made with another recipe: {', '.join(differing)}; set them to its values"
         )
     for name in found:
-        _link_tree(source.stage(name).path, folder.stage(name).path)
+        link_tree(source.stage(name).path, folder.stage(name).path)
     return found
 
 
@@ -49,7 +49,7 @@ def _differing(ours: Recipe, theirs: Recipe, sections: set[str]) -> list[str]:
     return [f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in keys]
 
 
-def _link_tree(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path) -> None:
     """A copy that takes no space: files of a finished stage are replaced by a rename, never written in place."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

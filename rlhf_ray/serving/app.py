@@ -49,7 +49,7 @@ def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) 
         docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
     install_error_handlers(app, PATHS)
-    describe_bodies(app, BODIES)
+    describe_bodies(app, BODIES, streams=BODIES)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
@@ -87,7 +87,8 @@ class _Endpoints:
             return JSONResponse({"status": "ok"})
         return JSONResponse(error_body(503, "The generation engine has failed."), status_code=503)
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what is in the batch now: sums over the replicas, with each one's own in `replicas`."""
         return asdict(self.runner.stats())
 
     async def version(self) -> dict[str, str]:

@@ -13,8 +13,9 @@ from rlhf_ray.config.user_functions import import_plugins
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.kv_cache import slot_bytes
+from rlhf_ray.models.embeddings import fit_embeddings
 from rlhf_ray.models.finite_weights import first_bad
-from rlhf_ray.models.load import cast_weights, fit_embeddings, load_causal_lm, to_device
+from rlhf_ray.models.load import cast_weights, load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.serving.config import EngineOptions, Limits
 from rlhf_ray.serving.prompts import PromptReader

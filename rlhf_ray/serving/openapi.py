@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,12 +29,18 @@ _ERROR = {
 }
 
 
-def describe_bodies(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
-    """Make the app's document say what the bodies of its POST requests (path -> type) and of errors are."""
+def describe_bodies(app: FastAPI, bodies: Mapping[str, type[BaseModel]], streams: Collection[str] = ()) -> None:
+    """Make the app's document say what the bodies of its POST requests (path -> type) and of errors are.
+
+    streams: the paths whose answers may be, or are, server-sent events
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _document(app, bodies)
+            for path in streams:
+                answer = app.openapi_schema["paths"][path]["post"]["responses"]["200"]
+                answer.setdefault("content", {})["text/event-stream"] = {"schema": {"type": "string"}}
         return app.openapi_schema
 
     app.openapi = document

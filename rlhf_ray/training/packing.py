@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_ray.models.load import embedding_rows
+from rlhf_ray.models.embeddings import embedding_rows
 from rlhf_ray.tables.families import is_tested
 from rlhf_ray.training.packed_attention import Layout, packed_attention
 

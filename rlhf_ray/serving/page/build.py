@@ -105,7 +105,7 @@ class Page:
         origin = headers.get(b"origin")
         if scope["method"] == "GET" or origin in self.origins or "*" in self.origins:
             return None
-        foreign = origin is not None and urlsplit(origin).netloc != headers.get(b"host", "")
+        foreign = origin is not None and _host_of(origin) != headers.get(b"host", "")
         if foreign or headers.get(b"sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return ApiError(403, "A web page of another origin may not do this.", code="cross_site")
         return None
@@ -120,6 +120,13 @@ class Page:
         document["paths"] |= own["paths"]
         document["components"]["schemas"] |= own["components"]["schemas"]
         return JSONResponse(document)
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # no address
+        return None
 
 
 def _with_headers(send: Send) -> Send:

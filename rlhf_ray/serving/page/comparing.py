@@ -1,4 +1,4 @@
-"""Which comparison a rater judges next: one that waits, or a new one, drawn from two of the served models."""
+"""Which comparison a rater judges next: one that waits, or a new one, drawn from two of the served models or versions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ DRAWS = 50  # of the list, to find a prompt that is new to the rater
 
 
 class Comparing:
-    """Offers comparisons. prompts: the list that they are drawn from; most_votes: those with so many are done."""
+    """Offers comparisons. prompts: the list that they are drawn from; most_votes: those with so many are done.
 
-    def __init__(self, store: VoteStore, models: Models, prompts: list[Prompt], most_votes: int):
+    as_they_are: the prompts are the run's own, in the form that its models were trained on. A text of another list is what a
+    person says: for a model with a chat template it becomes a message.
+    """
+
+    def __init__(self, store: VoteStore, models: Models, prompts: list[Prompt], most_votes: int, *, as_they_are: bool):
         self.store, self.models, self.prompts, self.most_votes = store, models, prompts, most_votes
+        self.as_they_are = as_they_are
         self._random = random.Random(secrets.randbits(64))
 
     async def next(self, rater: str, asked: ComparisonRequest) -> ShownComparison:
@@ -35,7 +40,8 @@ class Comparing:
         if asked.prompt is not None:
             prompt = self.models.own_prompt(asked.prompt, two)
         else:
-            prompt = self.models.fitting(await self._listed(rater), two)
+            listed = await self._listed(rater)
+            prompt = listed if self.as_they_are else self.models.fitting(listed, two)
         one, other = await self.models.two_answers(
             prompt, two, temperature=asked.temperature, max_tokens=asked.max_tokens
         )
@@ -45,7 +51,7 @@ class Comparing:
         """Two at random; the same one twice where there is no other."""
         if asked is not None:
             return await self.models.cards_of(asked)
-        cards = await self.models.cards()
+        cards = await self.models.rivals()
         if not cards:
             raise ApiError(
                 503, "No model is running. Please retry shortly.", code="unavailable", headers={"Retry-After": "5"}

@@ -35,7 +35,7 @@ async def _answer(
     drawn = len(ids) - len(prompt_ids)
     scoring = [_scored(models, card, ids, found.get("system_fingerprint"))]
     if reference is not None:
-        scoring.append(_scored(models, reference, ids))
+        scoring.append(_scored(models, reference, ids, reference.version))
     own, *others = await asyncio.gather(*scoring)
     reference_scores = others[0] if others else None
     if reference_scores is not None and reference_scores["tokens"] != own["tokens"]:
@@ -65,7 +65,7 @@ async def _drawn(models: Models, card: Card, body: PlaygroundBody) -> dict[str, 
     }
     while True:
         try:
-            return await models.ask("POST", path, asked)
+            return await models.ask("POST", path, asked, card.version)
         except ApiError as error:
             if not too_long(error.status, error.param, asked["max_tokens"]):
                 raise

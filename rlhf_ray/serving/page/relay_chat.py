@@ -12,14 +12,19 @@ from rlhf_ray.serving.page.served_answers import too_long
 
 
 class RelayedAnswer(Response):
-    """The front's answer to a POST of `body` at `path`; with half as many tokens where there is no room for so many."""
+    """The front's answer to a POST of `body` at `path`; with half as many tokens where there is no room for so many.
 
-    def __init__(self, front: ASGIApp, path: str, body: dict[str, Any]):
+    version: that has to answer; None: whichever takes the request
+    """
+
+    def __init__(self, front: ASGIApp, path: str, body: dict[str, Any], version: str | None = None):
         super().__init__()
         self.front, self.path, self.body_ = front, path, body
+        self.pinned = [] if version is None else [(b"x-model-version", version.encode())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kept = [(name, value) for name, value in scope["headers"] if name not in (b"authorization", b"content-length")]
+        left_out = (b"authorization", b"content-length", *(name for name, _ in self.pinned))
+        kept = [(name, value) for name, value in scope["headers"] if name not in left_out] + self.pinned
         inner = {**scope, "path": self.path, "raw_path": self.path.encode(), "query_string": b"", "headers": kept}
         while True:
             refusal: list[Message] = []

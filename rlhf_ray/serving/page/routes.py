@@ -51,7 +51,9 @@ class Routes:
         self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions
     ):  # fmt: skip
         self.models, self.store, self.raters, self.prompts, self.options = models, store, raters, prompts, options
-        self.comparing = store and Comparing(store, models, prompts, options.votes_per_comparison)
+        self.comparing = store and Comparing(
+            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None
+        )
         self.found = store and Results(store.database)
         self.voting, self.asking = (RateLimit(options.votes_per_minute) for _ in range(2))
 
@@ -65,7 +67,7 @@ class Routes:
             redirect_slashes=False,
         )
         _handle_errors(app)
-        describe_bodies(app, BODIES)
+        describe_bodies(app, BODIES, streams=("/page/chat",))
         app.get("/page/about")(self.about)
         app.post("/page/chat")(self.chat)
         app.post("/page/comparisons", response_model=ShownComparison)(self.ask)
@@ -80,7 +82,7 @@ class Routes:
         """What the server has, and who asks. `rater` is the invited rater whose token came with the request."""
         rater = await self.raters.check(request)
         return {
-            "models": [{"name": card.name, "chat": card.chat} for card in await self.models.cards()],
+            "models": [{"name": card.called, "chat": card.chat} for card in await self.models.choices()],
             "votes": self.store is not None,
             "prompts": len(self.prompts),
             "invited_only": self.raters.invited_only,
@@ -101,7 +103,7 @@ class Routes:
             prompt = self.models.own_prompt(last, [card])
         path, asked = request_for(prompt, card)
         sampling = {"temperature": body.temperature, "max_tokens": body.max_tokens}
-        return RelayedAnswer(self.models.front, path, asked | sampling | {"stream": True})
+        return RelayedAnswer(self.models.front, path, asked | sampling | {"stream": True}, card.version)
 
     async def ask(self, request: Request) -> ShownComparison:
         """A comparison to judge: one that waits for this rater, or two new answers, which may take a while."""

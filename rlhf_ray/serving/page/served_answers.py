@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -18,11 +18,17 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """A served model."""
+    """A served model, or one version of it."""
 
     name: str
     chat: bool  # whether it has a chat template
     longest_prompt: int | None = None  # tokens; None: no limit
+    version: str | None = None  # that has to answer; None: whichever takes the request
+
+    @property
+    def called(self) -> str:
+        """'ppo', or 'ppo@3f2a91c07b5e' of a version: what a request of the page names it by."""
+        return self.name if self.version is None else f"{self.name}@{self.version}"
 
 
 class Models:
@@ -45,9 +51,28 @@ class Models:
             for each in data
         ]  # fmt: skip
 
+    async def versions(self) -> list[Card]:
+        """The stable version and the candidate of each model that has a candidate now: those that can be told apart."""
+        try:
+            states = (await self.ask("GET", "/versions"))["data"]
+        except ApiError:  # a server whose models stay as they are
+            return []
+        pairs = {each["model"]: (each["stable"], each["candidate"]) for each in states if each["candidate"] is not None}
+        return [replace(card, version=version) for card in await self.cards() for version in pairs.get(card.name, ())]
+
+    async def rivals(self) -> list[Card]:
+        """What is compared: the models, and in place of one with a candidate its two versions."""
+        pinned = await self.versions()
+        apart = {card.name for card in pinned}
+        return [card for card in await self.cards() if card.name not in apart] + pinned
+
+    async def choices(self) -> list[Card]:
+        """What a person may ask for: every model, and the versions that can be told apart."""
+        return await self.cards() + await self.versions()
+
     async def cards_of(self, names: list[str]) -> list[Card]:
         """ApiError 404 for a name that is not served."""
-        there = {card.name: card for card in await self.cards()}
+        there = {card.called: card for card in await self.choices()}
         for name in names:
             if name not in there:
                 known = ", ".join(map(repr, there))
@@ -98,7 +123,7 @@ class Models:
         path, body = request_for(prompt, card)
         while True:
             try:
-                found = await self.ask("POST", path, body | sampling | {"seed": seed})
+                found = await self.ask("POST", path, body | sampling | {"seed": seed}, card.version)
             except ApiError as error:
                 if not too_long(error.status, error.param, sampling["max_tokens"]):
                     raise
