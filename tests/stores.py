@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 
@@ -51,7 +52,7 @@ def tree(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (".lock", ".lineage.json")
+        if path.is_file() and not re.search(r"\.lineage\.json|\.lock|\.outgoing", str(path))
     }
 
 

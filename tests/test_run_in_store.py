@@ -53,13 +53,13 @@ def story(run):
     run.done("sft")
     yield
     (run.path / "ppo").mkdir()
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3):
         run.step(step)
         yield
         if step in (1, 3):
             run.model("ppo/best", step)
         yield
-    run.model("ppo/model", 4)
+    run.model("ppo/model", 3)
     yield
     run.done("ppo")
     yield
@@ -113,7 +113,7 @@ def test_a_crash_after_any_change_of_the_store_leaves_a_run_that_can_go_on(memor
         for stage in ("sft", "ppo"):
             assert not (copy / stage / "DONE").exists() or (copy / stage / "model").exists()
         shutil.rmtree(run.path)
-    assert (number > 30, newest) == (True, 4)
+    assert (number > 30, newest) == (True, 3)
 
 
 def test_what_a_crash_left_unnamed_goes_with_the_next_run_and_nothing_else_does(memory, tmp_path):
@@ -326,7 +326,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):
 
 def test_a_name_that_leaves_the_folder_is_refused():
     """The list of contents is another's: nobody who can write it may write elsewhere on this machine."""
-    text = json.dumps({"format": 1, "session": "x", "files": {"../../.bashrc": {"size": 1, "sha256": "", "modified": 0, "key": "k"}}})
+    entry = {"size": 1, "sha256": "", "modified": 0, "key": "k"}
+    text = json.dumps({"format": 1, "session": "x", "files": {"../../.bashrc": entry}})
     with pytest.raises(RunFailed, match="damaged"):
         Contents.from_json(text.encode(), "memory://x/y")
 
@@ -345,7 +346,7 @@ def test_status_report_and_doctor_read_from_the_store(memory, tmp_path):
         EventLog(folder.events).add("reward actor 1 died", "made again", 2.0, role="reward")
     shutil.rmtree(folder.path)
     told = rlhf_ray("status", memory)
-    assert "checkpoint  ppo/checkpoints/step_000004" in told.stdout and "restarts    reward 1" in told.stdout
+    assert "checkpoint  ppo/checkpoints/step_000003" in told.stdout and "restarts    reward 1" in told.stdout
     assert not list((tmp_path / "copies").rglob("*.safetensors")), "no weights are fetched to tell a state"
     told = rlhf_ray("report", memory)
     assert f"{memory}/report.html" in told.stdout
@@ -364,7 +365,7 @@ def test_a_folder_of_a_run_in_a_store_is_fetched_alone(memory):
     assert (model / "model.safetensors").read_text() == "model.safetensors of step 3"
     top = remote.reading_copy(memory)
     assert sorted(tree(top)) == ["ppo/best/config.json", "ppo/best/model.safetensors", "recipe.yaml"]
-    checkpoint = local_copy(f"{memory}/ppo/checkpoints/step_000004")
+    checkpoint = local_copy(f"{memory}/ppo/checkpoints/step_000003")
     assert damaged_files(checkpoint, "state.json") == []
     assert (top / "sft/model/config.json").exists(), "what a model is made of with the checkpoint's weights"
     with pytest.raises(UserError, match="has no ppo/none"):
