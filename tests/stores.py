@@ -22,13 +22,15 @@ class Toy:
         path.mkdir(parents=True, exist_ok=True)
         (path / "recipe.yaml").write_text("name: toy\nfluency: null\njudge: null\ndpo: null\nsft: {}\nreward: null\nppo: {}\n")
 
-    def model(self, folder, step):
-        """As `save_model` does: written beside, what was there goes, renamed."""
+    def model(self, folder, step, more=b""):
+        """As `save_model` does: written beside, what was there goes, renamed. more: bytes at the end of the weights."""
         target = self.path / folder
         temporary = target.with_name(f".{target.name}.1.tmp")
         new_folder(temporary)
         for name in ("config.json", "model.safetensors"):
             (temporary / name).write_text(f"{name} of step {step}")
+        with open(temporary / "model.safetensors", "ab") as file:
+            file.write(more)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
 
