@@ -1,5 +1,6 @@
 """A TCP proxy before an HTTP server that fails on demand: killed, cut off in the middle, slow, or answering with an error."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -99,8 +100,6 @@ class FaultyProxy:
 
 
 def _shut(connection):
-    try:
+    with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     connection.close()

@@ -15,6 +15,7 @@ from rlhf_ray.actors.calls import Call, Member
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.wait import START_REMEDY, ActorDied, Waiter
 from rlhf_ray.config import Recipe
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ def evaluate_in_an_actor(recipe: Recipe, folder: RunFolder, progress: Callable[[
     try:
         recovery.start()
         waiter.get(member.call("evaluate", name="the evaluation"), "evaluation")
+        take_in(folder, folder.stage("evaluation").path)
     finally:
         ray.kill(member.actor)
 

@@ -49,6 +49,7 @@ from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.step import check_enough
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample
 from rlhf_ray.runs.run_folder import RunFolder, start_model
@@ -194,7 +195,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
                 raise
             if ended and not rolls_back(loop.state, ppo):
                 adapter = stage.path / "adapter" if ppo.lora is not None else None
-                _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
+                _save_model(recipe, folder, roles, waiter, stage.model, loop.state, adapter)
             checkpoints.finish()
             return loop
 
@@ -304,7 +305,7 @@ def _hooks(
         progress({"stage": "ppo", "samples": [{"step": step, **asdict(row)} for row in rows]})
 
     def save_best(state: LoopState) -> None:
-        _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
+        _save_model(recipe, folder, roles, waiter, folder.candidate(state.step), state)
 
     publishing = Publishing(recipe, folder, roles, progress)
     return LoopHooks(
@@ -314,9 +315,16 @@ def _hooks(
 
 
 def _save_model(
-    recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState, adapter: Path | None = None
+    recipe: Recipe,
+    folder: RunFolder,
+    roles: RayRoles,
+    waiter: Waiter,
+    target: Path,
+    state: LoopState,
+    adapter: Path | None = None,
 ) -> None:
     card = model_card(
         recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score, "best step": state.best_step}
     )
     waiter.get(roles.policy.call("save_model", target, card, adapter), "writing the model")
+    take_in(folder, target, *([] if adapter is None else [adapter]))

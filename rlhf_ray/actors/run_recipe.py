@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.runs.contents import before_ppo
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import check_stage, known_stages, prepare_folder, run_stages, to_reopen
+from rlhf_ray.runs.pipeline import StageFunction, check_stage, known_stages, prepare_folder, run_stages, to_reopen
 from rlhf_ray.runs.remote import Stored, in_store, local_copy
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, folder_path, held, run_folder_of
@@ -68,7 +69,7 @@ def run(
     refuse_second_ray()
     source = None if start_from is None else _other_run(start_from)
     with in_store(folder, recipe.resources.upload_timeout_s) as stored:
-        _run(recipe, folder, address, stages, source, display, stored)
+        _run(recipe, folder if stored is None else stored.folder, address, stages, source, display, stored)
     return folder
 
 
@@ -145,9 +146,21 @@ def _run(
             # After Ray's start, which Ctrl-C ends at once.
             stopping = stack.enter_context(polite_interrupts(folder, lambda: running[0], shown.log, at_once))
             with failures_recorded(folder, lambda: running[0]):
-                run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
+                of_stages = ray_stages()
+                if stored is not None:
+                    of_stages = {name: partial(_stage_in_store, stored, each) for name, each in of_stages.items()}
+                run_stages(recipe, folder, of_stages, progress, stages, stopping)
         if stored is not None:
             stored.finish(recipe.resources.upload_timeout_s, _says_now_and_then(shown.log))
+
+
+def _stage_in_store(
+    stored: Stored, function: StageFunction, recipe: Recipe, folder: RunFolder, progress: Callable[[dict], None]
+) -> dict | None:
+    """Processes on other hosts fetch what the stage needs from the store, so it has to be there."""
+    if ray.is_initialized() and len(nodes_alive()) > 1:
+        stored.finish(recipe.resources.upload_timeout_s)
+    return function(recipe, folder, progress)
 
 
 def _says_now_and_then(say: Callable[[str], None], every_s: float = 30.0) -> Callable[[str, float], None]:

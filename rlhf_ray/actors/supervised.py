@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.v2.api.config import LoggingConfig
 
 from rlhf_ray.actors.garbage_collection import collector_paused
+from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.process import set_up_process
 from rlhf_ray.actors.ray_private import NO_ROOM
 from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
@@ -29,6 +31,7 @@ from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
+from rlhf_ray.runs.elsewhere import arrive, handed_over, handing_in, stage_files, take_up
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
 from rlhf_ray.supervised.checkpoints import newest_complete
@@ -39,6 +42,7 @@ Progress = Callable[[dict], None]
 RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
 POLL_S = 0.5
 REPORT_S = 1.0
+TAKE_UP_S = 10.0  # between two looks at what a worker on another host has written
 
 
 def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None = None) -> dict:
@@ -66,6 +70,7 @@ def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: P
     summary = ensemble_summary(each, target, config) if isinstance(config, RewardConfig) and members > 1 else each[0]
     target.finish(summary)
     shutil.rmtree(target.checkpoints, ignore_errors=True)
+    handed_over(folder, stage)
     return summary
 
 
@@ -80,6 +85,7 @@ def _train(
     def report(words: str) -> None:
         EventLog(folder.events).add(words, "read the one before it", stage=stage)
 
+    take_up(folder, stage)  # what another host had done when the run died
     found = newest_complete(target.checkpoints, report)
     if found is not None:
         # Its training time stands for what earlier runs took.
@@ -88,6 +94,7 @@ def _train(
             of = f" (model {member + 1} of {config.members})" if isinstance(config, RewardConfig) and config.members > 1 else ""
             on_progress({"stage": stage, "goes_on_from": found[1].step, "of": of})
     answer = _fit_again(recipe, folder, stage, config, member, on_progress)
+    take_up(folder, stage)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if "not_finite" in answer:
@@ -162,6 +169,8 @@ def _fit(
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "folder": str(folder.path),
+            "url": folder.url,
+            "session": folder.session,
             "stage": stage,
             "member": member,
         },
@@ -231,7 +240,8 @@ def _report_until_done(
 ) -> None:
     """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
     metrics, resources = folder.stage(stage).member(member).metrics, recipe.resources
-    started = reported = time.monotonic()
+    started = reported = taken_up = time.monotonic()
+    others = folder.url is not None and len(nodes_alive()) > 1
     last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
     limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
     while thread.is_alive():
@@ -239,6 +249,10 @@ def _report_until_done(
         if time.monotonic() - reported < REPORT_S:
             continue
         reported = time.monotonic()
+        if others and reported - taken_up > TAKE_UP_S:
+            with suppress(RunFailed):  # the store is away for a moment
+                take_up(folder, stage)
+            taken_up = time.monotonic()
         row = _last_row(metrics)
         step = None if row is None else row["step"]
         went_on = step != last_step
@@ -299,16 +313,19 @@ def _explained(
 
 def _worker(config: dict) -> dict:
     """One rank, in its own process -> the stage's summary, or {"refused" or "not_finite": sentence}."""
-    folder, stage = RunFolder(Path(config["folder"])), config["stage"]
+    folder, stage = RunFolder(Path(config["folder"]), config["url"], config["session"]), config["stage"]
     recipe = Recipe.model_validate(config["recipe"])
     section = recipe.trained[stage]
     device = set_up_process(stage, folder.logs, threads=section.threads, gpus=section.gpus_per_worker)
     note_process(_processes(folder, stage, config["member"]), get_context().get_world_rank())
     print(f"{stage} worker: process {os.getpid()} on {platform.node()}", flush=True)
+    arrive(folder, stage_files(stage))
     with collector_paused():
         train = _training(stage, config["member"], device.type)
+    hands_in = handing_in(folder, stage) if get_context().get_world_rank() == 0 else nullcontext()
     try:
-        return train(recipe, folder, stage)
+        with hands_in:
+            return train(recipe, folder, stage)
     except UserError as error:  # returned: raised, it would be retried as if a machine had failed
         return {"refused": str(error)}
     except NotFinite as error:

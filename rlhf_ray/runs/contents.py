@@ -33,6 +33,10 @@ LIVE_FOLDERS = frozenset({"logs", "tensorboard"})
 NOT_KEPT = frozenset({".lock", "STOP", CONTENTS, LEASE})
 #: of this machine alone: links to files that are being uploaded, and which state of the store this folder goes on from
 OUTGOING, LINEAGE = ".outgoing", ".lineage.json"
+#: in the store alone: on its way from another host to the run's (`runs.elsewhere`)
+HANDED = ".handed"
+#: at the top of a run folder: copies for a server on this host (ppo.publish_every)
+PUBLISHED = "published"
 DIGITS = 8  # of a digest, in the name of a file that replaces another
 
 Wanted = Callable[[str], bool]
@@ -89,7 +93,8 @@ def is_live(name: str) -> bool:
 
 def is_kept(name: str) -> bool:
     """Whether a file of a run folder belongs into the store."""
-    return name not in NOT_KEPT and all(_is_kept(part) for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name).parts
+    return name not in NOT_KEPT and parts[0] not in (PUBLISHED, HANDED) and all(_is_kept(part) for part in parts)
 
 
 def _is_kept(part: str) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from rlhf_ray.errors import RunFailed, whole_message
 from rlhf_ray.runs.contents import (
     CONTENTS,
+    HANDED,
     OUTGOING,
     Contents,
     Entry,
@@ -312,7 +313,7 @@ class Mirror:
         """What a run that died has uploaded and not named. Only what is certain to be a run's: the store may hold more."""
         for name in self.store.names(deadline_s=LIVE_DEADLINE_S):
             ours = checkpoint_of(name) is not None or is_version(name)
-            if ours and name not in self._keys:
+            if ours and name not in self._keys and not name.startswith(HANDED):
                 self._to_remove.add(name)
 
     # -- files that are being uploaded -------------------------------------------------------------------------------------

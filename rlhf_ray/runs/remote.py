@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf_ray.errors import RunFailed, UserError
@@ -92,6 +93,7 @@ def in_store(folder: RunFolder, deadline_s: float, every_s: float = EVERY_S) -> 
         stored = Stored(folder, store, lease)
         try:
             contents, session = _brought_up_to_date(folder, store, stored.tell)
+            stored.folder = replace(folder, session=session)
             watched = Store(folder.url, Troubles(EventLog(folder.events).add, stored.tell))
             lease.store = watched
             stored.mirror = Mirror(

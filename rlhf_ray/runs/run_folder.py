@@ -29,10 +29,11 @@ class StageFolder:
 
     path: Path
     stage: Path | None = None  # for a member: the folder of its stage
+    run: RunFolder | None = None
 
     def member(self, number: int) -> StageFolder:
         """An ensemble's model: the first is where a stage's only model would be, the others are in member_1/ ..."""
-        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path)
+        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path, self.run)
 
     def member_done(self, number: int) -> Path:
         """Marks that a member is trained, and holds its figures. The stage's DONE is written when all are."""
@@ -124,11 +125,15 @@ def timings_of(folder: RunFolder) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The run folder (absolute path). url: the store that it is this host's working copy of (`runs.remote`); None: it is the run
-    folder itself."""
+    """The run folder (absolute path).
+
+    url: the store that it is a host's working copy of (`runs.remote`); None: it is the run folder itself.
+    session: of the run that is under way there, by which a process on another host knows that it is elsewhere (`runs.elsewhere`).
+    """
 
     path: Path
     url: str | None = None
+    session: str | None = None
 
     @property
     def given(self) -> str:
@@ -136,7 +141,7 @@ class RunFolder:
         return self.url or str(self.path)
 
     def stage(self, name: str) -> StageFolder:
-        return StageFolder(self.path / name)
+        return StageFolder(self.path / name, run=self)
 
     @property
     def stage_titles(self) -> dict[str, str]:

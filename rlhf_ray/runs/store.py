@@ -60,7 +60,7 @@ class Store:
 
     def __init__(self, url: str, listener: Listener | None = None):
         self.url = url.rstrip("/")
-        self.protocol = _protocol(self.url)
+        self.protocol = check_url(self.url)
         self._fs, self._root = _opened(self.url, self.protocol)
         self._listener = listener
         self._given_up = threading.Event()
@@ -211,7 +211,8 @@ class FileGone(FileNotFoundError):
     """The local file that was to be uploaded."""
 
 
-def _protocol(url: str) -> str:
+def check_url(url: str) -> str:
+    """Its protocol. UserError for what is no URL of a folder, or holds a secret."""
     protocol, _, rest = url.partition("://")
     if "::" in url:
         raise UserError(f"{url!r} is a chain of file systems; give one URL, such as s3://bucket/runs/demo")
