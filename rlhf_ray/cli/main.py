@@ -163,11 +163,21 @@ def submit(
     ] = None,
     stop_wait_s: Annotated[int, typer.Option(help="how long a stopped run may take to write its checkpoint")] = 600,
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
+    retries: Annotated[int, typer.Option(min=0, help="submit a run whose driver or head dies again, so often at most")] = 0,
 ):
     """Run a recipe as a Ray job on a running cluster; the same run folder again resumes it."""
     from rlhf_ray.actors import jobs
+    from rlhf_ray.actors.resubmit import submit_until_done
     from rlhf_ray.config.recipe_file import load_recipe
 
+    if retries > 0 and not follow:
+        raise UserError(f"--retries {retries} needs a terminal that follows the run; leave out --no-follow")
+    if retries > 0:
+        status = submit_until_done(
+            load_recipe(recipe, overrides), run_dir, retries=retries, address=address, data=data or (),
+            env=jobs.environment_of(env or []), stop_wait_s=stop_wait_s, echo=_echo,
+        )  # fmt: skip
+        raise typer.Exit(status)
     job_id = jobs.submit(
         load_recipe(recipe, overrides),
         run_dir,
