@@ -10,7 +10,7 @@ from functools import partial
 import ray
 from ray.exceptions import RayTaskError
 
-from rlhf_ray.actors.budgets import Budget, Failure, in_short
+from rlhf_ray.actors.budgets import Budget, Failure, in_short, tells_of_end
 from rlhf_ray.actors.calls import Call, Member
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.wait import START_REMEDY, ActorDied, Waiter
@@ -33,7 +33,8 @@ def evaluate_in_an_actor(recipe: Recipe, folder: RunFolder, progress: Callable[[
     cpus = min(float(config.threads or 1), ray.cluster_resources().get("CPU", 1.0))
     options = EvaluationActor.options(num_cpus=cpus, num_gpus=config.gpus)
     member = Member("evaluation", 0, partial(options.remote, "evaluation-0", recipe, folder, config))
-    recovery = _Recovery(member, waiter, folder, Budget(resources.restarts), resources.start_timeout_s, progress)
+    budget = Budget(resources.restarts, tells_of_end(EventLog(folder.events), progress, "evaluation"))
+    recovery = _Recovery(member, waiter, folder, budget, resources.start_timeout_s, progress)
     waiter.mend = recovery.mend
     try:
         recovery.start()

@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from rlhf_ray.actors.budgets import Budget, Failure, in_short
+from rlhf_ray.actors.budgets import Budget, Failure, in_short, tells_of_end
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.checks import precisions_of
@@ -163,7 +163,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         publish_best(folder, state, only=True)  # where the run died between the two
     if ppo.has_critic and ppo.critic_init == "reward":
         _check_critic_tokens(recipe, folder)
-    budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
+    events = EventLog(folder.events)
+    budget = Budget(recipe.resources.restarts, tells_of_end(events, progress, "ppo"))
     on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
