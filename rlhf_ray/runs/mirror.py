@@ -130,9 +130,9 @@ class Mirror:
         self._ended.set()
         self._wake.set()
         self.store.give_up()
-        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             self._thread.join(timeout=LIVE_DEADLINE_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self.folder / OUTGOING, ignore_errors=True)
 
     def _left_in_words(self) -> str:
@@ -154,6 +154,12 @@ class Mirror:
                 self.tell(self.lost)
             except (StorageAway, OSError) as error:  # told by the store's listener; a full disk by the run
                 self.last_error = whole_message(error)
+            except Exception as error:  # fault boundary: the mirror; the run goes on, and says at its end what is missing
+                if self._ended.is_set():
+                    return
+                told, self.last_error = self.last_error, whole_message(error)
+                if told != self.last_error:
+                    self.tell(f"nothing was uploaded to {self.store.url}: {type(error).__name__}: {self.last_error}")
             with self._looked:
                 self._looked.notify_all()
             self._wake.wait(HURRY_S if self._hurry else self.every_s)
