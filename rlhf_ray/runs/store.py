@@ -25,7 +25,7 @@ Answer = TypeVar("Answer")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 READ_DEADLINE_S = 120.0  # of a reader at a terminal
-CHECK_DEADLINE_S = 20.0  # of the question whether the place can be written at all
+CHECK_DEADLINE_S = 10.0  # of the question whether the place can be written at all
 PART_BYTES = 16 * 1024**2  # of a file, that are in memory at a time
 PARTS_AT_ONCE = 2
 #: protocol -> the package that opens it, and our extra that brings it
