@@ -30,6 +30,7 @@ def _rank(rank, work, world, port, folder, arguments):
     from rlhf_ray.training.distributed import join_group
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray tells its workers: else Accelerate takes all cores, and a sum's bits are theirs
     join_group(rank=rank, world_size=world, address="127.0.0.1", port=port, device_type="cpu", timeout_s=120)
     torch.save(work(rank, world, *arguments), folder / f"{rank}.pt")
     torch.distributed.barrier()

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from rlhf_ray.data import hh, instructions
+from rlhf_ray.data.instruction_demonstrations import demonstrate
 from rlhf_ray.data.instruction_rules import CLASHES, KINDS, draw_rules, follows, in_words
 from rlhf_ray.data.instructions import build, followed, is_held_out, traits
 from rlhf_ray.errors import UserError
@@ -148,6 +149,56 @@ def test_held_out_are_questions_and_kinds(folder):
             assert [message["role"] for message in messages] == ["user"]
             assert all(in_words(rule) in messages[0]["content"] for rule in rules)
     assert {len(json.loads(rules)) for rules in roles["prompts"]["rules"]} == {1, 2}
+
+
+ANSWER = "You could try the market, and ask around. It is cheap!\n1. Or (rarely) not. i like apples. So do most people"
+#: rules -> the reply that a person would write with the words of ANSWER
+DEMONSTRATED = [
+    ([{"kind": "lower_case"}],
+     "you could try the market, and ask around. it is cheap! i like apples. so do most people."),
+    ([{"kind": "no_commas"}, {"kind": "begin", "word": "well"}],
+     "Well you could try the market and ask around. It is cheap! I like apples. So do most people."),
+    ([{"kind": "bullets", "count": 3}, {"kind": "end", "phrase": "Have a lovely day."}],
+     "* It is cheap!\n* I like apples.\n* So do most people.\nHave a lovely day."),
+    ([{"kind": "paragraphs", "count": 2}, {"kind": "avoid", "word": "the"}], "It is cheap!\n\nI like apples. So do most people."),
+    ([{"kind": "at_most_words", "count": 10}, {"kind": "include", "word": "simple"}],
+     "It is cheap! I like apples. Keep it simple."),
+    ([{"kind": "placeholders", "count": 2}, {"kind": "quoted"}, {"kind": "avoid", "word": "you"}],
+     '"It is cheap! I like apples. So do most people. Write to [name] in [city]."'),
+    ([{"kind": "json"}, {"kind": "at_most_words", "count": 10}], '{"answer": "You could try the market, and ask around."}'),
+    ([{"kind": "sentences", "count": 4}, {"kind": "avoid", "word": "the"}], None),
+    ([{"kind": "avoid", "word": "is"}, {"kind": "include", "word": "winter"}], None),  # the sentence about winter has an "is"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "reply"), DEMONSTRATED, ids=lambda each: each[0]["kind"] if isinstance(each, list) else "")
+def test_a_demonstration_by_hand(rules, reply):
+    assert demonstrate(ANSWER, rules) == reply
+
+
+def test_clauses_are_bullet_points_where_sentences_are_too_few():
+    answer, asked = "Take bread, some cheese, and an apple.", {"kind": "bullets", "count": 3}
+    assert demonstrate(answer, [asked]) == "* Take bread.\n* Some cheese.\n* An apple."
+    assert demonstrate("Take bread, cheese, and an apple.", [asked]) is None, "cheese alone says too little"
+
+
+def test_demonstrations_follow_their_rules_and_change_no_prompt(folder):
+    said = "Look in the shop, first of all. There are many. I go there each day. It is open now."
+    rows = [json.loads(line) for line in gzip.decompress((folder / "one" / hh.FILE_NAME).read_bytes()).splitlines()]
+    write(folder / "one" / hh.FILE_NAME, [row | {"chosen": said} for row in rows])
+    without = build(str(folder / "one"), prompts=100, eval_prompts=20)
+    roles = build(str(folder / "one"), prompts=100, eval_prompts=20, demonstrations=80)
+    assert [len(roles[role]) for role in ("sft", "sft_eval")] == [80, 10]
+    for role, held_out in (("sft", False), ("sft_eval", True)):
+        for asked, reply in roles[role]["messages"]:
+            assert (asked["role"], reply["role"]) == ("user", "assistant")
+            assert is_held_out(asked["content"].split("\n\n")[0]) == held_out
+            asks = [kind for kind in KINDS.values() if kind.held_out and kind.words({"count": 2, "word": "w"}) in asked["content"]]
+            assert not asks, "a kind that no training prompt has"
+        assert len({asked["content"].split("\n\n")[0] for asked, _ in roles[role]["messages"]}) == len(roles[role])
+    assert roles["prompts"].to_dict() == without["prompts"].to_dict()
+    with pytest.raises(UserError, match="questions make .* demonstrations and not 5000; set data.builder_args.demonstrations to"):
+        build(str(folder / "one"), prompts=100, eval_prompts=20, demonstrations=5000)
 
 
 def test_a_question_is_on_one_side_whatever_its_punctuation():

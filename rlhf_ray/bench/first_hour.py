@@ -152,14 +152,18 @@ def prefill(bench: Bench) -> None:
 
     rows, length = (2, 300) if bench.small else (8, 8192)
     prompts = bench.sequences(rows, length)
-    for name, tokens in (("in parts", ragged_decoder.PREFILL_TOKENS if not bench.small else 200), ("at once", rows * length)):
+    as_set = ragged_decoder.PREFILL_TOKENS
+    for name, tokens in (("in parts", as_set if not bench.small else 200), ("at once", rows * length)):
         ragged_decoder.PREFILL_TOKENS = tokens
-        decoder = RaggedDecoder(bench.model(bench.dtype))
-        cache = decoder.new_cache()
-        cache.reserve(rows, length + 16)
-        with bench.measured(name), torch.inference_mode():
-            decoder.prefill(cache, 0, prompts)
-        del decoder, cache
+        try:
+            decoder = RaggedDecoder(bench.model(bench.dtype))
+            cache = decoder.new_cache()
+            cache.reserve(rows, length + 16)
+            with bench.measured(name), torch.inference_mode():
+                decoder.prefill(cache, 0, prompts)
+            del decoder, cache
+        finally:
+            ragged_decoder.PREFILL_TOKENS = as_set
 
 
 def first_kl(bench: Bench) -> None:

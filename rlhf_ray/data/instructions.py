@@ -4,6 +4,8 @@ The questions are the first turns of Anthropic's helpful dialogues (`hh`) and of
 2017): one line with one question mark, 4 to 25 words. A question is held out by a hash of its text.
 
     role           questions   rules
+    sft            three in four   the same, with a reply that follows them (`instruction_demonstrations`)
+    sft_eval       the others      the same
     prompts        three in four   one or two, of the training kinds
     eval_prompts   the others      two: one of a training kind and one of a held-out kind
     other_text     held out, with people's preferred answers: what learning the rules cost elsewhere
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config.user_paths import expanded
-from rlhf_ray.data.instruction_rules import KINDS, draw_rules, follows, in_words
+from rlhf_ray.data.instruction_demonstrations import asking, demonstration_rows
+from rlhf_ray.data.instruction_rules import KINDS, draw_rules, follows
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,13 +41,14 @@ MOST_RULES = 2
 
 def build(
     root: str | None = None, seed: int = 0, *, prompts: int = 4000, eval_prompts: int = 400, self_dialogue_share: float = 0.5,
-    other_text: int = 256,
+    demonstrations: int = 0, other_text: int = 256,
 ) -> dict[str, Dataset]:  # fmt: skip
     """Prompts and held-out prompts, as chat messages, with their rules.
 
     root: a folder that holds hh_test_pairs.jsonl.gz, dialogues.jsonl.gz or both, or folders that do; None: Anthropic's
-    dialogues from the hub. self_dialogue_share: of the questions, where there are both. other_text: replies of Anthropic's
-    dialogues, where they are there. Raises UserError where there are fewer questions than prompts.
+    dialogues from the hub. self_dialogue_share: of the questions, where there are both. demonstrations: rows for SFT, and an
+    eighth as many held-out ones. other_text: replies of Anthropic's dialogues, where they are there. Raises UserError where
+    there are fewer questions than prompts, or than demonstrations can be made of.
     """
     from datasets import Dataset  # takes half a second, and `followed` does not need it
 
@@ -56,7 +60,7 @@ def build(
     for role, count, draw in (("prompts", prompts, _training_rules), ("eval_prompts", eval_prompts, _evaluation_rules)):
         chosen: list[str] = []
         for (name, questions), share in zip(sources.items(), shares, strict=True):
-            there = [text for text in questions if is_held_out(text) == (role == "eval_prompts")]
+            there = [text for text, _ in questions if is_held_out(text) == (role == "eval_prompts")]
             wanted = round(count * share)
             if wanted > len(there):
                 raise UserError(
@@ -66,6 +70,10 @@ def build(
             chosen += rng.sample(there, wanted)
         rng.shuffle(chosen)
         roles[role] = [_row(question, draw(rng)) for question in chosen]
+    if demonstrations:
+        answered = [pair for pairs in sources.values() for pair in pairs if pair[1]]
+        roles["sft"] = _demonstrated(answered, demonstrations, held_out=False, seed=seed)
+        roles["sft_eval"] = _demonstrated(answered, -(-demonstrations // 8), held_out=True, seed=seed)
     if rows and other_text:
         answered = _answered(rows)
         roles["other_text"] = rng.sample(answered, min(other_text, len(answered)))
@@ -103,8 +111,18 @@ def _share(response: str, rules: list[dict[str, Any]]) -> float:
 
 
 def _row(question: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
-    content = f"{question}\n\n{' '.join(map(in_words, rules))}"
-    return {"prompt": [{"role": "user", "content": content}], "rules": json.dumps(rules)}
+    return {"prompt": [{"role": "user", "content": asking(question, rules)}], "rules": json.dumps(rules)}
+
+
+def _demonstrated(answered: list[tuple[str, str]], count: int, *, held_out: bool, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(f"demonstrations {seed} {held_out}")  # prompts are the same with them and without
+    rows = demonstration_rows([pair for pair in answered if is_held_out(pair[0]) == held_out], count, MOST_RULES, rng)
+    if len(rows) < count:
+        raise UserError(
+            f"{'held-out' if held_out else 'training'} questions make {len(rows)} demonstrations and not {count}; set "
+            f"data.builder_args.demonstrations to {8 * len(rows) if held_out else len(rows)} or fewer"
+        )
+    return rows
 
 
 def _training_rules(rng: random.Random) -> list[dict[str, Any]]:
@@ -127,8 +145,8 @@ def _dialogues(root: str | None) -> list[dict[str, Any]]:
     return hh.read(None if file is None else str(file.parent), hh.HELPFUL, "train")
 
 
-def _questions(root: str | None, dialogues: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Source -> its questions, each once over all sources."""
+def _questions(root: str | None, dialogues: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """Source -> its questions, each once over all sources, with the first answer that was given to it."""
     from rlhf_ray.data import hh
 
     corpus = None if root is None else _find(root, SELF_DIALOGUE)
@@ -137,13 +155,14 @@ def _questions(root: str | None, dialogues: list[dict[str, Any]]) -> dict[str, l
             f"data.root: {root} holds neither {hh.FILE_NAME} nor {SELF_DIALOGUE}, and no folder in it does; "
             f"give a folder that does, or remove data.root to read {hh.HUB_NAME}"
         )
-    found: dict[str, Iterable[str]] = {}
+    found: dict[str, Iterable[tuple[str, str]]] = {}
     if dialogues:
-        turns = (hh.messages_of(row["prompt"]) for row in dialogues)
-        found["Anthropic's dialogues"] = [messages[0]["content"] for messages in turns if messages]
+        turns = [[*hh.messages_of(row["prompt"]), {"content": row["chosen"]}] for row in dialogues]
+        found["Anthropic's dialogues"] = [(said[0]["content"], said[1]["content"]) for said in turns if len(said) > 1]
     if corpus is not None:
         with gzip.open(corpus, "rt", encoding="utf-8") as file:
-            found["the self-dialogues"] = [json.loads(line)["turns"][0] for line in file]
+            dialogue = [[*json.loads(line)["turns"], ""] for line in file]
+        found["the self-dialogues"] = [(said[0], said[1]) for said in dialogue if len(said) > 1]
     seen: set[str] = set()
     return {name: list(_usable(texts, seen)) for name, texts in found.items()}
 
@@ -160,12 +179,13 @@ def _answered(dialogues: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _usable(texts: Iterable[str], seen: set[str]) -> Iterable[str]:
-    for text in map(str.strip, texts):
+def _usable(pairs: Iterable[tuple[str, str]], seen: set[str]) -> Iterable[tuple[str, str]]:
+    for asked, answer in pairs:
+        text = asked.strip()
         one = text.endswith("?") and text.count("?") == 1 and "\n" not in text and len(text.split()) in WORDS
         if one and text.lower() not in seen:
             seen.add(text.lower())
-            yield text
+            yield text, answer
 
 
 def _find(root: str, name: str) -> Path | None:
