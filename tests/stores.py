@@ -10,8 +10,8 @@ import uuid
 from rlhf_ray.runs.contents import Contents
 from rlhf_ray.runs.fetching import read_contents
 from rlhf_ray.runs.mirror import Mirror
+from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.sealed import new_folder, seal
-from rlhf_ray.runs.store import Store
 
 
 class Toy:

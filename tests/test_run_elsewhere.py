@@ -19,8 +19,8 @@ from rlhf_ray.runs import elsewhere
 from rlhf_ray.runs.contents import HANDED
 from rlhf_ray.runs.elsewhere import arrive, arrive_at, hand_in, handed_over, handing_in, is_elsewhere, take_in, take_up
 from rlhf_ray.runs.remote import in_store
+from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
-from rlhf_ray.runs.store import Store
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from faulty_proxy import FaultyProxy
 from stores import Toy, look_until_level, mirror_of, tree
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.runs import store as stores
+from rlhf_ray.runs import remote_store as stores
 from rlhf_ray.runs.contents import Contents
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.fetching import fetch_run, read_contents
 from rlhf_ray.runs.remote import in_store, local_copy
+from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
-from rlhf_ray.runs.store import Store
 from rlhf_ray.runs.troubles import Troubles
 
 pytest.importorskip("moto.server", reason="needs moto's S3 server: pip install 'moto[server]'")

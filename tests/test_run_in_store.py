@@ -20,9 +20,9 @@ from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.fetching import fetch_run, read_contents
 from rlhf_ray.runs.lease import Lease, LeaseLost
 from rlhf_ray.runs.remote import in_store, local_copy
+from rlhf_ray.runs.remote_store import StorageAway, Store
 from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
 from rlhf_ray.runs.sealed import damaged_files, sealed
-from rlhf_ray.runs.store import StorageAway, Store
 from rlhf_ray.runs.troubles import Troubles
 
 
@@ -186,7 +186,7 @@ class Away(Store):
 
 
 def test_a_storage_that_is_away_stops_nobody_is_told_and_gets_everything_later(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_ray.runs.store.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("rlhf_ray.runs.remote_store.FIRST_PAUSE_S", 0.01)
     run, events, told = Toy(tmp_path / "run"), EventLog(tmp_path / "run" / "events.jsonl"), []
     store = Away(memory, Troubles(events.add, told.append, quiet_s=0.0))
     mirror = mirror_of(run.path, store, every_s=0.02, file_deadline_s=0.05)

@@ -23,7 +23,7 @@ from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.reference import main as reference_main
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES, all_needs_of, needs_of, stages_of_command
 from rlhf_ray.config.threads import settle_threads
-from rlhf_ray.runs import store as stores
+from rlhf_ray.runs import remote_store as stores
 from rlhf_ray.runs.resume import check_resume, write_recipe
 from rlhf_ray.runs.run_folder import COPIES, RunFolder
 

@@ -20,9 +20,9 @@ from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.disk import no_room
 from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.remote_store import StorageAway
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import new_folder
-from rlhf_ray.runs.store import StorageAway
 
 Progress = Callable[[dict], None]
 BYTES_PER_WEIGHT_BYTE = 3  # a weight and Adam's two moments, all float32

@@ -23,8 +23,8 @@ from rlhf_ray.actors import upload
 from rlhf_ray.actors.dashboard import connect, within
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.remote_store import check_url, is_url
 from rlhf_ray.runs.run_folder import run_folder_of
-from rlhf_ray.runs.store import check_url, is_url
 
 STOPPED_EXIT_STATUS = 130  # as after Ctrl-C
 _RUN_DIR = "rlhf_ray_run_dir"  # keys of the job's metadata

@@ -32,12 +32,12 @@ from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
 from rlhf_ray.runs.pipeline import StageFunction, check_stage, known_stages, prepare_folder, run_stages, to_reopen
 from rlhf_ray.runs.remote import Stored, in_store, local_copy
+from rlhf_ray.runs.remote_store import is_url
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, folder_path, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
 from rlhf_ray.runs.status import newest_checkpoint
 from rlhf_ray.runs.status_file import StatusFile
-from rlhf_ray.runs.store import is_url
 
 
 class RunDisplay(Protocol):

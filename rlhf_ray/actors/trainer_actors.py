@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ with collector_paused():
     from rlhf_ray.actors.weight_transport import PolicyEnd
     from rlhf_ray.config import GroupConfig
     from rlhf_ray.runs.elsewhere import arrive_at, hand_in, is_elsewhere
-    from rlhf_ray.runs.sealed import new_folder
 
 
 class TrainerActor(RoleActor):
@@ -89,12 +87,11 @@ class TrainerActor(RoleActor):
 
         if not is_elsewhere(self.folder):
             return write_share(folder, *share)
-        new_folder(folder)
-        try:
-            digests = write_share(folder, *share)
-            hand_in(self.folder, *(folder / name for name in digests))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # other ranks of this host write there too
+        digests = write_share(folder, *share)
+        hand_in(self.folder, *(folder / name for name in digests))
+        for name in digests:
+            (folder / name).unlink()
         return digests
 
     def saved(self, wait: bool) -> dict[str, str] | str | None:

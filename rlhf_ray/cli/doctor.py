@@ -24,9 +24,9 @@ from rlhf_ray.runs.contents import to_tell
 from rlhf_ray.runs.fetching import read_contents
 from rlhf_ray.runs.pipeline import check_stage
 from rlhf_ray.runs.remote import local_copy
+from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.resume import check_resume
 from rlhf_ray.runs.run_folder import run_folder_of, working_copy
-from rlhf_ray.runs.store import Store
 
 
 def examine(

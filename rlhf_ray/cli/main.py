@@ -131,8 +131,8 @@ def report(run_dir: Annotated[str, typer.Argument(help="a run folder, or its URL
     from rlhf_ray.report.page import write_report
     from rlhf_ray.runs.contents import to_tell
     from rlhf_ray.runs.remote import local_copy, put_back
+    from rlhf_ray.runs.remote_store import is_url
     from rlhf_ray.runs.run_folder import RunFolder
-    from rlhf_ray.runs.store import is_url
 
     if not is_url(run_dir) and not Path(run_dir).is_dir():
         raise UserError(f"'{run_dir}' is not a folder; name a run folder, for example runs/demo")

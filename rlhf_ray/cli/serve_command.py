@@ -130,7 +130,7 @@ def serve(
 
 def _name_of(path: str) -> str | None:
     """The id of a model whose run is in a store: that of the URL, not of its copy here."""
-    from rlhf_ray.runs.store import is_url
+    from rlhf_ray.runs.remote_store import is_url
 
     parts = path.rstrip("/").split("/")
     if not is_url(path):

@@ -17,10 +17,10 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.contents import to_tell
 from rlhf_ray.runs.remote import local_copy
+from rlhf_ray.runs.remote_store import is_url
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.status import Status, as_json, read_status
 from rlhf_ray.runs.status_file import Written
-from rlhf_ray.runs.store import is_url
 
 WATCH_S = 1.0
 STORE_WATCH_S = 5.0  # each look asks the store a few times, and the run writes there every 10 s

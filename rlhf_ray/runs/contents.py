@@ -43,7 +43,7 @@ Wanted = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredFile:
     """A file in the store."""
 
     size: int  # bytes
@@ -57,7 +57,7 @@ class Contents:
     """session: of the run that wrote it last."""
 
     session: str = ""
-    files: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    files: dict[str, StoredFile] = field(default_factory=dict[str, StoredFile])
 
     def to_json(self) -> bytes:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
@@ -71,7 +71,9 @@ class Contents:
                 raise RunFailed(
                     f"{url}/{CONTENTS} was written by another version of rlhf-ray (format {found['format']}); use that one"
                 )
-            return cls(str(found["session"]), {_safe(name): Entry(**entry) for name, entry in found["files"].items()})
+            return cls(
+                str(found["session"]), {_safe(name): StoredFile(**entry) for name, entry in found["files"].items()}
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFailed(
                 f"{url}/{CONTENTS} is damaged ({error}); restore it from a version that the bucket keeps, if it does"

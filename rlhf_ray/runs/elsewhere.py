@@ -31,9 +31,9 @@ from rlhf_ray.runs.contents import (
 )
 from rlhf_ray.runs.fetching import fetch, read_contents
 from rlhf_ray.runs.mirror import Mirror
+from rlhf_ray.runs.remote_store import StorageAway, Store
 from rlhf_ray.runs.run_folder import RunFolder, make_private
 from rlhf_ray.runs.sealed import digest_of
-from rlhf_ray.runs.store import StorageAway, Store
 
 ARRIVE_S = 600.0  # until the store has what the run's host is still uploading
 LOOK_S = 2.0

@@ -14,7 +14,7 @@ from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.runs.contents import (
     CONTENTS,
     Contents,
-    Entry,
+    StoredFile,
     Wanted,
     checkpoint_of,
     everything,
@@ -22,9 +22,9 @@ from rlhf_ray.runs.contents import (
     is_live,
     older_checkpoints,
 )
+from rlhf_ray.runs.remote_store import READ_DEADLINE_S, Store
 from rlhf_ray.runs.run_folder import make_private
 from rlhf_ray.runs.sealed import MANIFEST, digest_of
-from rlhf_ray.runs.store import READ_DEADLINE_S, Store
 
 FILES_AT_ONCE = 4
 LOOKS = 4  # at files that are not what CONTENTS.json says, while a run may be changing both
@@ -116,7 +116,7 @@ def _fetch_all(
     return wrong
 
 
-def _fetch_one(store: Store, file: Path, entry: Entry, *, may_differ: bool, deadline_s: float) -> bool:
+def _fetch_one(store: Store, file: Path, entry: StoredFile, *, may_differ: bool, deadline_s: float) -> bool:
     """may_differ: a live file is newer than the contents where the run ended between the two; a put is whole all the same."""
     if file.exists() and file.stat().st_size == entry.size and digest_of(file) == entry.sha256:
         return True

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.runs.contents import LEASE
+from rlhf_ray.runs.remote_store import CHECK_DEADLINE_S, Store
 from rlhf_ray.runs.status_file import process_started
-from rlhf_ray.runs.store import CHECK_DEADLINE_S, Store
 
 STANDS_STILL_S = 60.0  # then its holder is taken for dead; a living one renews it every 10 s
 LOOK_S = 1.0

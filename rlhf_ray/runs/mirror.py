@@ -21,8 +21,8 @@ from rlhf_ray.runs.contents import (
     HANDED,
     OUTGOING,
     Contents,
-    Entry,
     Found,
+    StoredFile,
     checkpoint_of,
     found_in,
     is_live,
@@ -30,13 +30,14 @@ from rlhf_ray.runs.contents import (
 )
 from rlhf_ray.runs.disk import in_words
 from rlhf_ray.runs.lease import Lease, LeaseLost
-from rlhf_ray.runs.outgoing import Round, digests_in, hold, is_version, keys_for, stage_in
+from rlhf_ray.runs.outgoing import UploadRound, digests_in, hold, is_version, keys_for, stage_in
+from rlhf_ray.runs.remote_store import FileGone, StorageAway, Store
 from rlhf_ray.runs.sealed import MANIFEST, digest_of
-from rlhf_ray.runs.store import FileGone, StorageAway, Store
 
 EVERY_S, HURRY_S = 10.0, 0.2  # between two looks at the folder
 SLOW_BYTES = 1e6  # a live file that is larger is uploaded less often: every EVERY_S per this size
 UPLOADS_AT_ONCE = 2
+AWAY = (StorageAway, OSError)
 LIVE_DEADLINE_S, FILE_DEADLINE_S = 20.0, 600.0
 Tell = Callable[[str], None]
 Waiting = Callable[[str, float], None]
@@ -76,8 +77,8 @@ class Mirror:
         self._first_checkpoints = {folder for name in self._settled if (folder := checkpoint_of(name)) is not None}
         self._uploaded_at: dict[str, float] = {}
         self._to_remove: set[str] = set()
-        self._round: Round | None = None
-        self._arrived: dict[str, tuple[Found, Entry]] = {}  # uploaded in a round that failed for other files
+        self._round: UploadRound | None = None
+        self._arrived: dict[str, tuple[Found, StoredFile]] = {}  # uploaded in a round that failed for other files
         self._torn: set[str] = set()  # folders that look like checkpoints, and are not whole
         self._gone: set[str] = set()  # settled files that were missing at the last look
         self._uncommitted = True  # the session is new
@@ -154,7 +155,9 @@ class Mirror:
                 self.tell(self.lost)
             except (StorageAway, OSError) as error:  # told by the store's listener; a full disk by the run
                 self.last_error = whole_message(error)
-            except Exception as error:  # fault boundary: the mirror; the run goes on, and says at its end what is missing
+            except (
+                Exception
+            ) as error:  # fault boundary: the mirror; the run goes on, and says at its end what is missing
                 if self._ended.is_set():
                     return
                 told, self.last_error = self.last_error, whole_message(error)
@@ -217,7 +220,7 @@ class Mirror:
                 continue
             try:
                 self.store.put(copy, name, LIVE_DEADLINE_S)
-                self._live[name] = Entry(copy.stat().st_size, digest_of(copy), each.modified, name)
+                self._live[name] = StoredFile(copy.stat().st_size, digest_of(copy), each.modified, name)
             finally:
                 copy.unlink(missing_ok=True)
             self._known[name], self._uploaded_at[name], self._uncommitted = each, now, True
@@ -227,7 +230,7 @@ class Mirror:
 
     # -- settled files ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, found: Mapping[str, Found]) -> Round | None:
+    def _begin(self, found: Mapping[str, Found]) -> UploadRound | None:
         """A round, if something has changed and can be held."""
         settled = {name: each for name, each in found.items() if not is_live(name)}
         self._torn = torn_checkpoints(settled, lambda manifest: digests_in(self.folder / manifest))
@@ -254,23 +257,23 @@ class Mirror:
             name: self._pool.submit(self._upload, name, held[name], each, digests.get(name), taken)
             for name, each in changed.items()
         }
-        return Round(settled, uploads)
+        return UploadRound(settled, uploads)
 
-    def _upload(self, name: str, file: Path, found: Found, digest: str | None, taken: set[str]) -> Entry:
+    def _upload(self, name: str, file: Path, found: Found, digest: str | None, taken: set[str]) -> StoredFile:
         """In a thread of the pool."""
         sha256 = digest or digest_of(file)
         there = self._settled.get(name)
         if there is not None and there.sha256 == sha256 and there.size == found.size:
-            return Entry(there.size, sha256, found.modified, there.key)
+            return StoredFile(there.size, sha256, found.modified, there.key)
         arrived = self._arrived.get(name)
         if arrived is not None and arrived[0] == found:
             return arrived[1]
         key = next(each for each in keys_for(name, sha256) if each not in taken)
         self.store.put(file, key, self.file_deadline_s)
         file.unlink(missing_ok=True)  # if it was deleted meanwhile, its room is free again
-        return Entry(found.size, sha256, found.modified, key)
+        return StoredFile(found.size, sha256, found.modified, key)
 
-    def _end(self, done: Round) -> None:
+    def _end(self, done: UploadRound) -> None:
         self._round = None
         self._let_go()
         self._arrived = {

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from rlhf_ray.runs.contents import DIGITS, Entry, Found, checkpoint_of
+from rlhf_ray.runs.contents import DIGITS, Found, StoredFile, checkpoint_of
 
 
 @dataclass(slots=True)
-class Round:
+class UploadRound:
     """Files that change together in the store."""
 
     found: dict[str, Found]  # all settled ones
-    uploads: dict[str, Future[Entry]]  # of those that have changed
+    uploads: dict[str, Future[StoredFile]]  # of those that have changed
 
     @property
     def done(self) -> bool:

@@ -21,7 +21,7 @@ from rlhf_ray.runs.contents import (
     LEASE,
     LINEAGE,
     Contents,
-    Entry,
+    StoredFile,
     Wanted,
     checkpoint_of,
     everything,
@@ -31,10 +31,10 @@ from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.fetching import fetch, fetch_run, goes_on_from, read_contents
 from rlhf_ray.runs.lease import Lease
 from rlhf_ray.runs.mirror import EVERY_S, LIVE_DEADLINE_S, Mirror, Waiting, unheard
+from rlhf_ray.runs.remote_store import StorageAway, Store, is_url
 from rlhf_ray.runs.run_folder import RunFolder, held, working_copy
 from rlhf_ray.runs.sealed import digest_of
 from rlhf_ray.runs.storage import write_atomically
-from rlhf_ray.runs.store import StorageAway, Store, is_url
 from rlhf_ray.runs.troubles import Troubles
 
 READING = "reading"  # the kind of copies that readers make
@@ -103,7 +103,7 @@ def in_store(folder: RunFolder, deadline_s: float, every_s: float = EVERY_S) -> 
             stored.mirror.start()
             try:
                 yield stored
-            except BaseException:
+            except BaseException:  # fault boundary: the run; what it has done is uploaded, however it ends
                 with suppress(KeyboardInterrupt):
                     missing = stored.mirror.finish(deadline_s)
                     if missing is not None:
@@ -205,7 +205,7 @@ def put_back(given: str | Path, file: Path, name: str) -> str:
         return str(file)
     store.put(file, name, LIVE_DEADLINE_S)
     stat = file.stat()
-    contents.files[name] = Entry(stat.st_size, digest_of(file), stat.st_mtime, name)
+    contents.files[name] = StoredFile(stat.st_size, digest_of(file), stat.st_mtime, name)
     store.write(CONTENTS, contents.to_json(), LIVE_DEADLINE_S)
     return f"{store.url}/{name}"
 

@@ -13,7 +13,7 @@ Tell = Callable[[str], None]
 
 
 class Troubles:
-    """`store.Listener` that writes two events for each time that a storage does not answer, and one line where that lasts."""
+    """A `remote_store.Listener`: two events for each time that a storage does not answer, and a line where that lasts."""
 
     def __init__(self, add_event: Callable[..., Any], tell: Tell, quiet_s: float = QUIET_S):
         """quiet_s: without a failure, and it is over."""

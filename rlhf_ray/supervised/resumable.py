@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,7 +120,8 @@ class ResumableTrainer(Trainer):
         try:
             if rank() in others:
                 hand_in(self.run, *files[rank()], always=True)
-                shutil.rmtree(temporary)
+                for file in files[rank()]:
+                    file.unlink()
         except (OSError, RunFailed) as error:
             problem = str(error)
         if most_over_ranks(int(problem is not None), self.args.device) > 0 or rank() != 0:

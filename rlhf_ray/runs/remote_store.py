@@ -201,7 +201,7 @@ class Store:
         try:
             write(partial)
             self._fs.mv(partial, path)
-        except BaseException:
+        except BaseException:  # fault boundary: one write; whatever ended it, no half file stays
             if self._fs.exists(partial):
                 self._fs.rm_file(partial)
             raise
@@ -242,6 +242,6 @@ def _opened(url: str, protocol: str) -> tuple[Any, str]:
         raise UserError(
             f"{url!r} is of no kind that is known ({error}); give a path, or s3://, gs://, file:// or memory://"
         ) from error
-    if hasattr(fs, "retries"):
+    if hasattr(fs, "retries"):  # those of some services try again by themselves, and tell nobody
         fs.retries = 1
     return fs, str(fs._strip_protocol(url))
