@@ -37,7 +37,6 @@ from rlhf_ray.runs.sealed import MANIFEST, digest_of
 EVERY_S, HURRY_S = 10.0, 0.2  # between two looks at the folder
 SLOW_BYTES = 1e6  # a live file that is larger is uploaded less often: every EVERY_S per this size
 UPLOADS_AT_ONCE = 2
-AWAY = (StorageAway, OSError)
 LIVE_DEADLINE_S, FILE_DEADLINE_S = 20.0, 600.0
 Tell = Callable[[str], None]
 Waiting = Callable[[str, float], None]
@@ -155,9 +154,7 @@ class Mirror:
                 self.tell(self.lost)
             except (StorageAway, OSError) as error:  # told by the store's listener; a full disk by the run
                 self.last_error = whole_message(error)
-            except (
-                Exception
-            ) as error:  # fault boundary: the mirror; the run goes on, and says at its end what is missing
+            except Exception as error:  # fault boundary: the mirror; the run goes on without it
                 if self._ended.is_set():
                     return
                 told, self.last_error = self.last_error, whole_message(error)
