@@ -49,7 +49,6 @@ def run_at(url):
 def story(run):
     """A run of some steps; after each piece the caller may look."""
     run.model("sft/model", 1)
-    yield
     run.done("sft")
     yield
     (run.path / "ppo").mkdir()
@@ -60,7 +59,6 @@ def story(run):
             run.model("ppo/best", step)
         yield
     run.model("ppo/model", 3)
-    yield
     run.done("ppo")
     yield
 
@@ -96,7 +94,7 @@ def test_a_crash_after_any_change_of_the_store_leaves_a_run_that_can_go_on(memor
             crashed = True
         copy = tmp_path / f"copy{number}"
         if read_contents(Store(url)) is None:
-            assert number < 3, "the list of contents comes soon"
+            assert number < 6, "the list of contents comes soon"
             continue
         fetch_run(Store(url), copy)
         for folder in sealed(copy / "ppo" / "checkpoints", "step_*"):
@@ -370,3 +368,23 @@ def test_a_folder_of_a_run_in_a_store_is_fetched_alone(memory):
     assert (top / "sft/model/config.json").exists(), "what a model is made of with the checkpoint's weights"
     with pytest.raises(UserError, match="has no ppo/none"):
         local_copy(f"{memory}/ppo/none")
+
+
+def test_serve_and_export_take_the_url(memory, tmp_path, monkeypatch):
+    """Up to the functions that load the model, which get a folder of this machine."""
+    folder, given = run_at(memory), []
+    with in_store(folder, 20):
+        for _ in story(Toy(folder.path)):
+            pass
+    shutil.rmtree(folder.path)
+    monkeypatch.setattr("rlhf_ray.serving.launch.serve", lambda path, **options: given.append((path, options["name"])))
+    monkeypatch.setattr("rlhf_ray.ppo.export_model.export_model", lambda source, *rest: given.append((source, rest[1])))
+    assert rlhf_ray("export", memory, str(tmp_path / "model"), "--stage", "best").returncode == 0
+    top = remote.reading_copy(memory)
+    assert given.pop() == (top, "best")
+    weights = [name for name in tree(top) if name.endswith(".safetensors")]
+    assert weights == ["ppo/best/model.safetensors"], "no other model's weights are fetched"
+    for url, path, name in ((memory, top, "run"), (f"{memory}/ppo/model", top / "ppo/model", "run-ppo")):
+        assert rlhf_ray("serve", url).returncode == 0
+        assert given.pop() == (path, name)
+    assert (top / "sft/model/model.safetensors").exists() and not (top / "ppo/checkpoints").exists()
