@@ -93,10 +93,26 @@ running() { # is what the pid file $1 names still the process that we started?
 
 # start NAME OPTIONS...: `ray start --block OPTIONS` in the background; returns when the node is up.
 start() {
-    local name=$1 pid
+    local name=$1 why='' attempt
     shift
     mkdir -p "$state"
     ! running "$state/$name.pid" || die "a $name started from here is already running; stop it with $here/stop.sh $name"
+    for attempt in 1 2 3; do
+        if launch "$name" "$@"; then
+            return
+        fi
+        ((attempt < 3)) && grep -qE "timed out during startup|Timed out waiting for" "$state/$name.log" || break
+        # Each waits 30 s for another. The next ones, whose files are then in memory, are faster.
+        echo "$(basename "$0"): Ray's processes did not find each other in time; they are started again" >&2
+    done
+    tail -n 15 "$state/$name.log" >&2
+    die "the $name $why; its log is $state/$name.log"
+}
+
+launch() { # NAME OPTIONS...: status 1 and the reason in `why` where it does not come up; nothing is left of it then
+    local name=$1 pid waited=0
+    shift
+    why=
     # Job control: without it bash starts background processes deaf to SIGINT, and with them every job of the cluster,
     # which could then not be asked to write a checkpoint and stop.
     set -m
@@ -106,15 +122,21 @@ start() {
     disown "$pid"
     printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$state/$name.pid"
 
-    local waited=0
-    until grep -q "Ray runtime started" "$state/$name.log"; do
+    until [[ -n $why ]] || grep -q "Ray runtime started" "$state/$name.log"; do
         if ! kill -0 "$pid" 2>/dev/null || ((waited >= 180)); then
-            tail -n 15 "$state/$name.log" >&2
-            kill "$pid" 2>/dev/null || true
-            rm -f "$state/$name.pid"
-            die "the $name did not start within $((waited / 2)) s; its log is $state/$name.log"
+            why="did not start within $((waited / 2)) s"
         fi
         sleep 0.5
         waited=$((waited + 1))
     done
+    # A second after it has said so (later on a busy machine), Ray looks at its processes for the first time, and ends them all
+    # where one has ended.
+    [[ -n $why ]] || sleep "${RLHF_RAY_SETTLE_S:-4}"
+    if [[ -z $why ]] && { ! kill -0 "$pid" 2>/dev/null || grep -q "exited unexpectedly" "$state/$name.log"; }; then
+        why="ended right after its start"
+    fi
+    [[ -n $why ]] || return 0
+    kill -KILL -- "-$pid" 2>/dev/null || true # its process group
+    rm -f "$state/$name.pid"
+    return 1
 }

@@ -1,6 +1,6 @@
 """The address that a head takes: one that others can reach, also where there is no default route; loopback is refused."""
 
-import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,18 +104,113 @@ def test_no_route_is_told_with_the_interfaces_that_are_there(tmp_path):
     assert found.returncode == 1 and "unreachable" in found.stdout and "eth0 10.1.0.2" in found.stdout
 
 
+RAY = """#!/bin/bash
+# What head.sh needs of `ray start --head`.
+ip=
+for option in "$@"; do
+    [[ $before != --node-ip-address ]] || ip=$option
+    [[ $option != --node-ip-address=* ]] || ip=${option#*=}
+    before=$option
+done
+echo "asked for $(grep -o -e --node-ip-address <<<"$*" | wc -l) address: $ip over $GLOO_SOCKET_IFNAME and $NCCL_SOCKET_IFNAME"
+echo "  ray start --address='$ip:6379'"
+echo "RAY_API_SERVER_ADDRESS='http://127.0.0.1:8265'"
+echo "Ray runtime started."
+[[ $* != *--short-lived* ]] || { sleep 0.5; echo "Some Ray subprocesses exited unexpectedly:"; exit 1; }
+[[ $* != *--late* || -e $HOME/late ]] || { touch $HOME/late; echo "RuntimeError: Timed out waiting for node info"; exit 1; }
+sleep 30
+"""
+TWO_CARDS = [*card("eth0", "10.1.0.2/24"), *card("eth1", "10.2.0.2/24")]
+
+
+def head_sh(folder, cards, options):
+    """head.sh with RAY in Ray's place, what it was asked for, and stop.sh."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ray").write_text(RAY)
+    (folder / "bin" / "ray").chmod(0o755)
+    own = bare_env(folder) | {"RAY_AUTH_TOKEN": "x" * 64, "PATH": f"{folder / 'bin'}:{bare_env(folder)['PATH']}"}
+    own["RLHF_RAY_SETTLE_S"] = "1"
+    names = ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE", "RAY_AUTH_TOKEN", "RLHF_RAY_SETTLE_S")
+    environment = shlex.join(f"{name}={own[name]}" for name in names)
+    steps = f"bash {CLUSTER / 'head.sh'} {options}; cat {folder}/state/head.log; bash {CLUSTER / 'stop.sh'}"
+    return in_a_network(*cards, command=f"env -u GLOO_SOCKET_IFNAME -u NCCL_SOCKET_IFNAME {environment} bash -c '{steps}'")
+
+
+def test_a_head_that_ends_right_after_its_start_is_not_said_to_be_up(tmp_path):
+    found = head_sh(tmp_path, [], "--node-ip-address 127.0.0.1 --short-lived")
+    assert "The head is up" not in found.stdout and "nothing that was started from here" in found.stdout
+    assert "the head ended right after its start" in found.stderr and "Some Ray subprocesses exited" in found.stderr
+
+
+def test_a_head_whose_processes_were_too_late_for_each_other_is_started_again(tmp_path):
+    found = head_sh(tmp_path, [], "--node-ip-address 127.0.0.1 --late")
+    assert found.stderr.count("they are started again") == 1 and "The head is up at 127.0.0.1:6379" in found.stdout, found.stderr
+    assert "stopped the head" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("cards", "options", "address", "device", "says"),
+    [
+        (TWO_CARDS, "", "10.1.0.2", "eth0", "another of: eth0 10.1.0.2, eth1 10.2.0.2"),
+        ([*TWO_CARDS, "ip route add default via 10.2.0.1"], "", "10.2.0.2", "eth1", "another of: eth1 10.2.0.2, eth0 10.1.0.2"),
+        (TWO_CARDS, "--node-ip-address=10.2.0.2 --num-cpus 1", "10.2.0.2", "eth1", "cluster/worker.sh 10.2.0.2:6379"),
+        (TWO_CARDS, "--node-ip-address 127.0.0.1", "127.0.0.1", "lo", "only this machine: 127.0.0.1 is loopback; for several, "
+         "--node-ip-address and one of: eth0 10.1.0.2, eth1 10.2.0.2"),
+        ([], "--node-ip-address=127.0.0.1", "127.0.0.1", "lo", "only this machine"),
+    ],
+)  # fmt: skip
+def test_what_head_sh_makes_of_the_interfaces_that_are_there(tmp_path, cards, options, address, device, says):
+    found = head_sh(tmp_path, cards, options)
+    assert f"asked for 1 address: {address} over {device} and ={device}" in found.stdout, found.stderr
+    assert f"The head is up at {address}:6379 (collectives over {device})" in found.stdout and says in found.stdout
+    assert f"ray status --address {address}:6379" in found.stdout and "stopped the head" in found.stdout
+
+
+BOTH_HOSTS = """
+import ray
+ray.init(address="10.9.8.7:6379", logging_level="ERROR")
+where = ray.remote(num_cpus=1)(lambda: ray.util.get_node_ip_address())
+parts = ray.util.placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+print("work on", *sorted(ray.get([
+    where.options(scheduling_strategy=place(parts, part)).remote() for part in (0, 1)
+], timeout=300)))
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_head_without_a_default_route_starts_and_says_how_to_join_it(tmp_path):
+@pytest.mark.timeout(900)
+def test_a_head_without_a_default_route_gets_a_worker_of_another_host_as_it_says(tmp_path):
+    """Two hosts are two network namespaces that one cable joins; neither has a default route."""
     import tempfile
 
+    if subprocess.run(["unshare", "--net", "ip", "link"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to make a network namespace, or no ip command")
+    (tmp_path / "both.py").write_text(BOTH_HOSTS)
     with tempfile.TemporaryDirectory(prefix="rlhf", dir="/tmp", ignore_cleanup_errors=True) as short:
-        environment = " ".join(f"{name}='{value}'" for name, value in bare_env(Path(short)).items()
-                               if name in ("HOME", "PATH", "VIRTUAL_ENV", "RLHF_RAY_STATE"))  # fmt: skip
-        options = f"--num-cpus 1 --object-store-memory 100000000 --temp-dir {short}/ray"
-        look = "RAY_AUTH_MODE=token ray status --address 10.9.8.7:6379"
-        steps = f"bash {CLUSTER / 'head.sh'} {options} && {look}; bash {CLUSTER / 'stop.sh'}"
-        found = in_a_network(*card("eth7", "10.9.8.7/24"), command=f"env {environment} bash -c '{steps}'")
+        environment = bare_env(Path(short)) | {"RAY_AUTH_MODE": "token"}
+        small = "--num-cpus 1 --object-store-memory 100000000 --temp-dir"
+        worker = f"ip link set lo up; ip addr add 10.9.8.8/24 dev eth3; ip link set eth3 up; $joins {small} {short}/worker"
+        found = subprocess.run(["unshare", "--net", "bash", "-ec", f"""
+            cd {CLUSTER.parent}
+            unshare --net sleep 800 & other=$!
+            trap 'cluster/stop.sh; kill $other' EXIT
+            sleep 1
+            ip link set lo up
+            ip link add eth7 type veth peer name eth3
+            ip link set eth3 netns $other
+            ip addr add 10.9.8.7/24 dev eth7
+            ip link set eth7 up
+            said=$(bash cluster/head.sh {small} {short}/head)
+            echo "$said"
+            export joins="bash $(grep -o 'cluster/worker.sh [0-9.:]*' <<<"$said")"
+            nsenter --net --target $other bash -ec {shlex.quote(worker)}
+            $(grep -o 'ray status --address .*' <<<"$said")
+            python {tmp_path}/both.py
+        """], env=environment, capture_output=True, text=True, timeout=800, check=False)  # fmt: skip
     assert "cluster/worker.sh 10.9.8.7:6379" in found.stdout and "collectives over eth7" in found.stdout, found.stderr
-    assert "ray status --address 10.9.8.7:6379" in found.stdout and "Active:" in found.stdout and "stopped the head" in found.stdout
-    assert os.path.exists(CLUSTER)
+    assert "has joined 10.9.8.7:6379 (collectives over eth3)" in found.stdout, found.stderr
+    assert "Active:\n 1 node_" in found.stdout, "`ray status` as the head tells it"
+    assert "work on 10.9.8.7 10.9.8.8" in found.stdout, found.stderr
+    assert "stopped the worker" in found.stdout and "stopped the head" in found.stdout

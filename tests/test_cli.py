@@ -65,6 +65,13 @@ def test_run_refuses_in_words(arguments, says, tmp_path):
     assert "Traceback" not in answer.stderr + answer.stdout
 
 
+@pytest.mark.parametrize("command", ["run", "doctor", "report", "status", "serve"])
+def test_a_path_that_no_system_takes_is_told_by_every_command(command):
+    answer = rlhf_ray(command, "x/" * 3000)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert "File name too long" in answer.stderr and len(answer.stderr) < 600
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [

@@ -34,7 +34,7 @@ def free_ports(count):
             each.close()
 
 
-def script(name, *arguments, env, timeout=120):
+def script(name, *arguments, env, timeout=280):
     return subprocess.run(
         ["bash", str(CLUSTER / name), *arguments],
         env=env,

@@ -7,12 +7,16 @@ from chat_models import KINDS, MODELS, TEXTS, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_recipe
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.formats import normalise
 from rlhf_ray.data.rules import RowLimits, Tally, apply_rules
 from rlhf_ray.data.tokens import cut_text, encode_pairs, encode_prompt, encode_texts
+from rlhf_ray.errors import UserError
 from rlhf_ray.models.control_tokens import control_names, encode_marked, is_marked, marker, shown
+from rlhf_ray.models.tokenizer import load_tokenizer
 
 WITH_TEMPLATE = [name for name in MODELS if MODELS[name][0] is not None]
 HARMLESS = [
@@ -259,3 +263,26 @@ def test_the_switch_is_a_key_of_the_recipe():
     recipe = tiny_recipe(data={"allow_special_tokens": True})
     assert recipe.data.allow_special_tokens
     assert not tiny_recipe().data.allow_special_tokens
+
+
+def test_a_word_as_eos_that_others_are_made_of_is_plain_in_texts():
+    """Pieces of longer words go by way of the EOS's own spelling, which plain text may not reach."""
+    source = Tokenizer(models.BPE())
+    source.pre_tokenizer, source.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    source.train_from_iterator(["then them other the the"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=source, eos_token="the")
+    ids = encode_texts(tokenizer, [marker(tokenizer)("then them the other")])[0]
+    assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == "then them the other"
+
+
+@pytest.mark.parametrize("unknown", ["</s>", "<unk>"])
+def test_a_tokenizer_that_writes_unknown_characters_as_eos_is_refused(tmp_path, unknown):
+    source = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "the": 2}, unk_token=unknown))
+    source.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=source, eos_token="</s>", unk_token=unknown).save_pretrained(tmp_path)
+    if unknown == "<unk>":
+        assert load_tokenizer(tmp_path).unk_token_id == 1
+        return
+    with pytest.raises(UserError, match=r"every character that it does not know as '</s>'.*\"unk_token\" of its own"):
+        load_tokenizer(tmp_path)

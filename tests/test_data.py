@@ -1,6 +1,7 @@
 """The data stage as a whole."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,36 @@ def test_nothing_left_says_which_rule_dropped_how_many(tmp_path, pairs_file):
     recipe = recipe_of(tmp_path, sft=[{"path": "pairs.jsonl.gz"}], preferences=[{"path": "ties.jsonl"}])
     with pytest.raises(UserError, match=r"data.preferences\[0\]: of 3 rows none is left \(tie: 3\)"):
         prepare(recipe, RunFolder(tmp_path / "run"))
+
+
+def test_where_no_turn_is_an_assistants_the_roles_are_named(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "model", "content": f"Ho {i}"}]}
+        for i in range(3)
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    recipe = recipe_of(tmp_path, sft=[{"path": "a.jsonl"}], preferences=[{"path": "a.jsonl"}])
+    with pytest.raises(
+        UserError, match="a reply is a message of the role assistant, and the roles there are model, user$"
+    ):
+        prepare(recipe.model_copy(update={"reward": None}), RunFolder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
+        ("{% for m in messages %}{{ m.name.first }}{% endfor %}", "has no attribute 'name'"),
+        ("{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m.content }}{% endfor %}", "'__class__' of 'str' object is unsafe"),
+    ],
+)
+def test_a_template_that_refuses_every_row_is_quoted(tmp_path, template, says):
+    rows = [{"messages": [USER, reply(f"Fine {i}.")]} for i in range(3)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    recipe = recipe_of(tmp_path, sft=[{"path": "a.jsonl"}], preferences=[{"path": "a.jsonl"}])
+    model = recipe.model.model_copy(update={"chat_template": template})
+    with pytest.raises(UserError, match=r"none is left \(refused_by_template: 3\); the chat template says: .*" + re.escape(says)):
+        prepare(recipe.model_copy(update={"reward": None, "model": model}), RunFolder(tmp_path / "run"))
 
 
 def test_a_role_that_was_not_prepared_is_named(tmp_path):

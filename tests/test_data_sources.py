@@ -114,6 +114,18 @@ def test_local_paths_become_absolute_and_hub_names_stay(tmp_path, monkeypatch):
             "pairs",
             {"prompt": "User: How are you?\n\nAssistant:", "chosen": " Fine.", "rejected": " Bad."},
         ),
+        # A pair that lacks one side: `rules` drops and counts it.
+        (
+            {"prompt": [USER], "chosen": None, "rejected": [reply("Bad.")]},
+            "pairs",
+            {"prompt": "User: How are you?\n\nAssistant:", "chosen": "", "rejected": " Bad."},
+        ),
+        ({"chosen": None, "rejected": [reply("Bad.")]}, "pairs", {"prompt": "", "chosen": "", "rejected": " Bad."}),
+        (
+            {"messages": [{"role": "User", "content": "Hi"}, {"role": "ASSISTANT", "content": "Yo"}]},
+            "sft",
+            {"prompt": "User: Hi\n\nAssistant:", "response": " Yo"},
+        ),
         ({"prompt": "p", "response": "r", "score": 3}, "scores", {"prompt": "p", "response": "r", "score": 3}),
         ({"text": "t", "score": 3}, "scores", {"prompt": "", "response": "t", "score": 3}),
         ({"prompt": "p"}, "prompts", {"prompt": "p"}),

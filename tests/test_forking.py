@@ -3,8 +3,10 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from processes import alive, server_of, wait_for
@@ -13,6 +15,7 @@ from tiny import tiny_recipe
 from rlhf_ray.actors import supervised as launch
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
+from rlhf_ray.forking import fork_client
 from rlhf_ray.forking import server_process as forking
 from rlhf_ray.forking.fork_client import surroundings
 from rlhf_ray.forking.fork_server import why_not
@@ -115,13 +118,39 @@ def test_a_worker_whose_libraries_would_load_otherwise_starts_as_ever(python, sc
     assert int(out.split()[1]) == client.pid and f"other values of {next(iter(other))};" in errors
 
 
+NOISY_SERVER = """
+from rlhf_ray.forking import fork_server, imports
+imports.LIBRARIES["noisy"], imports.ACTORS["noisy"] = ("noisy",), ()
+fork_server.main()
+"""
+
+
+def test_a_library_that_sets_variables_when_it_is_imported_keeps_nobody_from_forking(script, tmp_path):
+    """As scikit-learn does, which transformers imports where it is installed. The workers' environment has none of them."""
+    (tmp_path / "noisy.py").write_text("import os; os.environ.setdefault('KMP_OF_THIS_LIBRARY', 'FALSE')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    path = tempfile.mkdtemp(dir="/tmp") + "/s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        command = [sys.executable, "-c", NOISY_SERVER, str(listener.fileno()), path, "noisy"]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment)
+    try:
+        command = [sys.executable, "-I", "-S", fork_client.__file__, path, sys.executable]
+        client = start(command, script, "0", PYTHONPATH=environment["PYTHONPATH"])
+        out, errors = client.communicate(timeout=100)
+        assert errors == "" and int(out.split()[1]) != client.pid
+    finally:
+        server.communicate(timeout=60)  # it ends with its standard input, and its folder with it
+
+
 def test_every_kind_of_worker_can_be_a_fork(monkeypatch):
     """Variables of a session's workers, of a generator, of a supervised stage's; and of one that can't."""
     for name, value in (worker_environment() | ALONE_ENVIRONMENT).items():
         monkeypatch.setenv(name, value)
     for more in ({}, ALONE_ENVIRONMENT, launch._worker_environment(tiny_recipe().sft)):
-        assert why_not(dict(os.environ) | more, surroundings()) is None
-    assert "HF_HOME" in why_not(dict(os.environ) | {"HF_HOME": "/elsewhere"}, surroundings())
+        assert why_not(dict(os.environ) | more, surroundings(), os.environ) is None
+    assert "HF_HOME" in why_not(dict(os.environ) | {"HF_HOME": "/elsewhere"}, surroundings(), os.environ)
 
 
 def test_a_worker_in_another_namespace_starts_as_ever(python, script):

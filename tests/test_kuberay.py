@@ -127,3 +127,26 @@ def test_the_service_is_locked_and_its_builder_exists():
     for pod in pod_specs("RayService"):
         keys = [entry for entry in pod["containers"][0]["env"] if entry["name"] == "RLHF_RAY_API_KEY"]
         assert keys and "secretKeyRef" in keys[0]["valueFrom"], "it listens on every address: a key, from a Secret"
+
+
+def test_serve_takes_the_services_config_and_its_builder_its_arguments(tmp_path, monkeypatch):
+    from ray.serve import Application
+    from ray.serve.schema import ServeDeploySchema
+    from served_app import save_tiny
+
+    from rlhf_ray.errors import UserError
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(read("RayService")["spec"]["serveConfigV2"]))
+    [application] = config.applications
+    module, _, name = application.import_path.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    save_tiny(tmp_path / "demo" / "ppo" / "model")
+    arguments = application.args | {"model": str(tmp_path / Path(application.args["model"]).name)}
+    monkeypatch.delenv("RLHF_RAY_API_KEY", raising=False)
+    with pytest.raises(UserError, match="RLHF_RAY_API_KEY"):
+        build(arguments)
+    monkeypatch.setenv("RLHF_RAY_API_KEY", "k" * 48)
+    assert isinstance(build(arguments), Application)
+    assert config.http_options.port == 8000 and application.route_prefix == "/", "as the file's own commands say"
+    with pytest.raises(UserError, match="no_such_key"):
+        build(arguments | {"no_such_key": 1})

@@ -1,5 +1,6 @@
 """The page's HTTP interface on a real server over scripted models: who may vote on what, once, and what is refused."""
 
+import gzip
 import json
 import re
 import threading
@@ -466,7 +467,8 @@ def test_prompts_come_from_text_and_json_lines(tmp_path):
     assert read_prompts(tmp_path / "b.jsonl") == ["One\n", [{"role": "user", "content": "Hi"}]]
     assert common_ending(["One\n", "Two\n"]) == "\n" and common_ending(["One\n", "Two"]) == "" == common_ending([])
     for name, text, told in (
-        ("c.jsonl", "{}\n", "line 1: it is no JSON"),
+        ("c.jsonl", "{}\n", "c.jsonl', line 1: it has no 'prompt'"),
+        ("g.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "line 2: is not JSON"),
         ("d.txt", "\n", "holds no prompts"),
         ("e.jsonl", '{"prompt": 3}', "line 1"),
     ):
@@ -475,6 +477,17 @@ def test_prompts_come_from_text_and_json_lines(tmp_path):
             read_prompts(tmp_path / name)
     with pytest.raises(UserError, match="can't be read"):
         read_prompts(tmp_path / "none")
+    # U+2028 and U+0085 end a line for Python's splitlines alone; Windows' editors begin a file with a mark.
+    rows = [{"prompt": "One\u2028and\u0085more"}, {"prompt": "Two"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "h.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "h.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "h.txt").write_bytes("\ufeffOne\u2028and\u0085more\r\nTwo\r\n".encode())
+    for name in ("h.jsonl", "h.jsonl.gz", "h.txt"):
+        assert read_prompts(tmp_path / name) == [row["prompt"] for row in rows], name
+    (tmp_path / "i.txt").write_bytes(b"One\ncaf\xe9\n")
+    with pytest.raises(UserError, match="i.txt', line 2: byte 0xe9 at place 4 is not UTF-8"):
+        read_prompts(tmp_path / "i.txt")
     with pytest.raises(UserError, match="votes_per_minute"):
         PageOptions(votes_per_minute=0)
 

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from rlhf_ray.actors.ray_start import prepare_home, protect
+from rlhf_ray.actors import ray_start
+from rlhf_ray.actors.ray_start import prepare_home, protect, start_own_ray, start_ray
+from rlhf_ray.errors import RunFailed
 
 ONE_TASK = """
 import os, sys, threading
@@ -35,6 +37,10 @@ def python(code, *arguments, cwd, timeout=400, **environment):
                           timeout=timeout, check=False)  # fmt: skip
 
 
+def fail(words):
+    raise Exception(words)
+
+
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -52,6 +58,27 @@ def test_with_a_home_that_cannot_be_written(tmp_path):
     answer = python(ONE_TASK, "main", cwd=tmp_path, HOME="/proc/nobody")
     assert "twice 21 is 42" in answer.stdout, answer.stderr
     assert "the home folder /proc/nobody can't be written" in answer.stderr and "Traceback" not in answer.stderr
+
+
+NO_HOME = """
+import pwd
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+import os, pathlib
+from rlhf_ray.actors.ray_start import prepare_home
+prepare_home()
+place = pathlib.Path("~/ray_results").expanduser()
+print(oct(os.stat(place.parent).st_mode), os.access(place.parent, os.W_OK), len(os.environ.get("RAY_AUTH_TOKEN", "")))
+"""
+
+
+def test_for_a_user_whom_nobody_knows_and_who_has_no_home(tmp_path, monkeypatch):
+    """As containers run under any number; Ray Train looks for the home folder when it is imported."""
+    monkeypatch.delenv("HOME", raising=False)
+    answer = python(NO_HOME, cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert answer.stdout == "0o40700 True 64\n", answer.stderr
+    assert "there is no home folder; caches of compiled code go to" in answer.stderr
 
 
 def test_a_token_that_others_can_read_is_closed_or_told_of(tmp_path, monkeypatch, caplog):
@@ -164,3 +191,55 @@ def test_a_folder_that_ray_cannot_make_is_told(tmp_path):
     answer = python(HANGING, "nothing", cwd=tmp_path, HOME=str(tmp_path / "home"), RAY_TMPDIR="/proc/nobody")
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
     assert "rlhf-ray: Ray did not start: " in answer.stderr and "set RAY_TMPDIR" in answer.stderr.replace("\n", " ")
+
+
+SERVERS_RAY = """
+import contextlib, os, stat, sys, threading
+import ray
+from rlhf_ray.serving.server_ray import check_ray, start_ray
+def init(**options):
+    token = os.path.expanduser("~/.ray/auth_token")
+    print(oct(os.stat(token).st_mode) if os.path.exists(token) else "token " + str(len(os.environ["RAY_AUTH_TOKEN"])))
+    raise Exception("The current node timed out during startup")
+check_ray()
+ray.init = init
+with contextlib.ExitStack() as stack:
+    try:
+        start_ray(1, stack, {})
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_ray_of_a_server_starts_as_one_of_a_run(tmp_path):
+    """With a token of its owner's, where the home folder can't be written too; and what keeps it from starting is a sentence."""
+    (tmp_path / "home").mkdir()
+    for home, token in ((tmp_path / "home", "0o100600"), (tmp_path / "nobody", "token 64")):
+        answer = python(SERVERS_RAY, cwd=tmp_path, HOME=str(home), RLHF_RAY_FORK="off")
+        assert answer.stdout.splitlines()[0] == token, answer.stderr
+        assert "RunFailed Ray did not start: The current node timed out during startup; see /" in answer.stdout
+        assert "Traceback" not in answer.stderr
+
+
+def test_a_ray_whose_processes_were_too_late_for_each_other_is_started_again(monkeypatch, caplog):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if len(calls) < 3:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray_start.ray, "init", init)
+    start_ray({"address": "local"}, 300)()
+    assert calls == [{"address": "local"}] * 3 and caplog.text.count("they are started again") == 2
+    for deadline_s, attempts in ((300, 3), (50, 1)):  # what is left of it must be enough for another one
+        calls[:] = []
+        monkeypatch.setattr(ray_start.ray, "init", lambda **options: calls.append(1) or fail("timed out during startup"))
+        with pytest.raises(RunFailed, match="Ray did not start: timed out during startup"):
+            start_own_ray({"address": "local"}, deadline_s)
+        assert len(calls) == attempts
+    calls[:] = []
+    monkeypatch.setattr(ray_start.ray, "init", lambda **options: calls.append(1) or fail("no such option"))
+    with pytest.raises(RunFailed, match="no such option"):
+        start_own_ray({"address": "local"}, 300)
+    assert len(calls) == 1

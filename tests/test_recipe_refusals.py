@@ -56,6 +56,11 @@ def test_a_key_like_no_other_gets_all_the_names():
         ({"sft": {"max_steps": 0}}, ["sft.max_steps: max_steps is 0", "-1 for as many"]),
         ({"reward": {"max_steps": -7}}, ["'reward.max_steps' is -7"]),
         ({"name": "a/b"}, ["'name' is 'a/b'"]),
+        ({"name": ".."}, ["'name' is '..'"]),  # its run folder would be this one
+        ({"name": "."}, ["'name' is '.'"]),
+        ({"name": "a" * 201}, ["at most 200 characters"]),  # folders end at 255, and files beside it are named after it
+        ({"model": {"name_or_path": "a\0b"}}, ["model.name_or_path: a NUL character", "remove it"]),
+        ({"data": {"sft": [{"path": "a", "columns": {"prompt": "\0"}}]}}, ["data.sft.0.columns: a NUL character"]),
         ({"data": {"sft": [{"split": "train"}]}}, ["'data.sft.0.path' is missing"]),
         ({"data": {"sft": [{"path": ""}]}}, ["'data.sft.0.path' is ''", "at least 1 character"]),
         ({"data": {"root": ""}}, ["'data.root' is ''"]),

@@ -63,13 +63,6 @@ JSON = {"content-type": "application/json"}
             "invalid_value",
         ),
         ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        (
-            "chat/completions",
-            CHAT | {"response_format": {"type": "json_object"}},
-            400,
-            "response_format",
-            "unsupported_parameter",
-        ),
     ],
 )
 def test_bad_requests_get_openai_error_bodies(served, path, body, status, param, code):

@@ -269,7 +269,6 @@ def test_an_echo_is_streamed_too(served):
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_what_can_not_be_had_is_refused_in_words(served, extra, param):

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 
@@ -122,6 +123,11 @@ BROKEN = {
     "table.csv": (b"PK\x03\x04\x14\xff\xfe", "is a ZIP archive or an Excel file"),
     "none.jsonl.gz": (GOOD, "is named like a gzip file and is none"),
     "cut.parquet": (b"PAR1" + b"\x15" * 100, "could not be read"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
+    "pointer.parquet": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "is a pointer of Git LFS",
+    ),
     "empty.jsonl": (b"", "has no rows"),
     "header_only.csv": (b"text\n", "has no rows"),
 }
@@ -165,6 +171,50 @@ def test_what_is_no_file_is_told(tmp_path):
     for path in (tmp_path / "rows.jsonl", tmp_path / "*.jsonl", tmp_path / ("x" * 300 + ".jsonl")):
         with pytest.raises(UserError, match=r"^data.sft\[0\]: "):
             read(path)
+
+
+def test_what_is_there_and_can_not_be_read_is_not_told_to_be_missing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for name, says in (("pipe.jsonl", "is no file and no folder"), ("link.jsonl", "is a link that leads nowhere")):
+        with pytest.raises(UserError, match=f"{name}' {says}"):
+            read(tmp_path / name)
+
+
+def test_columns_of_one_name_in_parquet_are_told(tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet': two columns are called 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+DIALOGUE = [{"role": "user", "content": "it's"}, {"role": "assistant", "content": 'so "be" it'}]
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda messages: json.dumps(messages, indent=1)])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_messages_that_are_written_out_as_text_are_no_text(tmp_path, written, kind):
+    """As spreadsheets and databases keep them. They would be trained on with braces and quotes, and no turn would end."""
+    rows = [{"chosen": written(DIALOGUE), "rejected": written(DIALOGUE[:1])}] * 3
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(
+        UserError, match=r"(line 1|line 2|row 1): 'chosen' holds chat messages that are written out as text"
+    ):
+        read(path, "pairs")
+
+
+def test_a_reply_that_is_such_a_list_is_a_reply_where_others_are_none(tmp_path):
+    rows = [{"prompt": "As JSON?", "response": json.dumps(DIALOGUE)}, {"prompt": "And now?", "response": "Fine."}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path / "a.jsonl") == rows
 
 
 def test_the_place_of_a_row_is_its_file_and_line(tmp_path):

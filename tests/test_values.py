@@ -31,6 +31,20 @@ WRONG = [
     ("sft", {"prompt": [{"role": "user", "text": "Hi."}]}, r"'prompt' has no content in message 1 \(its keys are role, text\)"),
     ("sft", {"prompt": [{"role": 1, "content": "a"}]}, r"'prompt' has a number \(1\) as the role of message 1"),
     ("sft", {"prompt": [{"role": "user", "content": [{"text": 1}]}]}, r"'prompt' has a number \(1\) as the content"),
+    ("sft", {"prompt": [USER, {"content": "Hello!"}]}, r"'prompt' has no role in message 2 \(its keys are content\)"),
+    ("sft", {"prompt": [{"role": None, "content": "a"}]}, r"'prompt' has no role in message 1"),
+    (
+        "sft",
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {}}],
+                }
+            ]
+        },
+        "'prompt' has a part of type 'image_url' in message 1, and only text is read",
+    ),
     ("pairs", {"chosen": 2}, r"'chosen' is a number \(2\)"),
     ("pairs", {"rejected": [1]}, r"'rejected' has a number \(1\) as item 1"),
     ("pairs", {"chosen": [REPLY]}, "'chosen' is a list and 'rejected' is text"),

@@ -24,6 +24,7 @@ START_S = 300.0  # where no recipe says otherwise
 RAYS_OWN_S = 30.0  # that Ray allows its first process
 SLACK_S = 15.0
 TELL_S = 15.0
+ATTEMPTS, TOO_SLOW = 3, "timed out during startup"  # what Ray says where a process of its own was too late
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def start_ray(options: dict[str, Any], deadline_s: float = START_S, remedy: str 
     started, attempt = time.monotonic(), _Start(options, deadline_s)
     try:
         _wait_for(attempt, started, deadline_s, remedy)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         attempt.abandon()
         raise
     if attempt.error is not None:
@@ -85,8 +86,7 @@ class _Start:
 
     def _run(self, options: dict[str, Any], deadline_s: float) -> None:
         try:
-            with patience(deadline_s):
-                ray.init(**options)
+            self._init(options, time.monotonic() + deadline_s)
         except BaseException as error:  # fault boundary: this thread; the caller's raises it
             self.error = error
         self.over.set()
@@ -96,6 +96,22 @@ class _Start:
             ray.shutdown()
         else:
             self._shut_down.wait()
+
+    def _init(self, options: dict[str, Any], deadline: float) -> None:
+        """Ray's processes end where one waits longer than 30 s for another. The next ones, whose files are then in memory, are
+        faster."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with patience(deadline - time.monotonic()):
+                    ray.init(**options)
+                return
+            except Exception as error:  # fault boundary: Ray raises a bare one for it
+                left = deadline - time.monotonic()
+                if TOO_SLOW not in str(error) or attempt + 1 == ATTEMPTS or left < 2 * RAYS_OWN_S or self._abandoned:
+                    raise
+                log.warning("Ray's processes did not find each other in time; they are started again")
+                with suppress(Exception):
+                    ray.shutdown()
 
     def abandon(self) -> None:
         """Nobody wants that Ray any more: it ends, now or as soon as it has started."""
@@ -254,15 +270,24 @@ def _other_places() -> None:
     cache = Path(os.environ.get("HF_HOME") or Path(os.path.expanduser("~")) / ".cache" / "huggingface")
     if cache.is_dir():
         os.environ.setdefault("HF_HOME", str(cache))
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # no HOME, and a user whom the system does not know, as in many containers
+        os.environ["HOME"] = home = str(_own_folder())  # Ray Train can't be imported without one
     if "XDG_CACHE_HOME" in os.environ:
         return
+    folder = _own_folder()
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    told = "there is no home folder" if home == str(folder) else f"the home folder {home} can't be written"
+    log.warning("%s; caches of compiled code go to %s", told, folder)
+
+
+def _own_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"rlhf_ray_cache_{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     found = folder.lstat() if folder.exists() else None
     # Code is loaded from it, so nobody else may have made it.
     if found is None or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        folder = Path(tempfile.mkdtemp(prefix="rlhf_ray_cache_"))
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    log.warning("the home folder %s can't be written; caches of compiled code go to %s", os.path.expanduser("~"), folder)
+        return Path(tempfile.mkdtemp(prefix="rlhf_ray_cache_"))
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -15,6 +16,9 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError
 from rlhf_ray.runs.interrupt import EXIT_CODE
 
 console, errors = Console(), Console(stderr=True)
+
+#: what a path alone may be to blame for, wherever a command comes upon it
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS}
 
 
 def in_words(command):
@@ -38,6 +42,13 @@ def in_words(command):
         except StageStopped as stopped:
             console.print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_CODE) from None
+        except OSError as error:
+            if error.errno not in OF_A_PATH or not isinstance(error.filename, (str, bytes)):
+                raise
+            path = os.fsdecode(error.filename)
+            _tell(f"'{path if len(path) <= 300 else path[:300] + '...'}' can't be used ({error.strerror}); give another path, or "
+                  "the rights to this one")  # fmt: skip
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_CODE) from None
 

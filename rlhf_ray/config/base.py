@@ -56,6 +56,14 @@ class Section(BaseModel):
                 )
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _texts_hold_no_nul(cls, value: Any) -> Any:
+        """No path, name or argument of another program can: what is handed a NUL ends in an error of Python's."""
+        if any("\0" in text for text in _texts(value)):
+            raise ValueError("a NUL character stands in it; remove it")
+        return value
+
 
 def _kinds(annotation: Any) -> Iterator[type]:
     """The types that an annotation is made of; of a Literal's values, theirs."""
@@ -88,6 +96,19 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, tuple)):
         for part in cast(list[Any], value):
             yield from _numbers(part)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a field's value, the keys of mappings too. Sections have looked at theirs."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in cast(dict[Any, Any], value).items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in cast(list[Any], value):
+            yield from _texts(part)
 
 
 def option(default: Any, description: str, **kwargs: Any) -> Any:

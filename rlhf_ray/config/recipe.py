@@ -19,13 +19,15 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.supervised_sections import DpoConfig, LoraConfig, RewardConfig, SftConfig, TrainConfig
 from rlhf_ray.config.user_functions import import_plugins
 
+FOLDER_NAME = r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$"  # not . or .., which are other folders
+
 
 class Recipe(Section):
     """One run from data to evaluated model. The section of a plugin's stage stands beside the others."""
 
     model_config = ConfigDict(extra="allow")  # sections of plugins, which `_plugins_are_known` checks
 
-    name: str = option(..., "names the run folder runs/<name>", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = option(..., "names the run folder runs/<name>", pattern=FOLDER_NAME, max_length=200)
     seed: int = option(0, "every random draw follows from it", ge=0, lt=SEEDS)
     model: ModelConfig = option(ModelConfig(), "the language model")
     data: DataConfig = option(DataConfig(), "the data")

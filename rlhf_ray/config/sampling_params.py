@@ -56,7 +56,8 @@ class SamplingParams:
 class TokenRules:
     """What a served request may ask for beside `SamplingParams`. PPO uses none of it.
 
-    The logits of each step are changed in this order, before the temperature: bias, minimum, repetition, frequency and presence.
+    The logits of each step are changed in this order, before the temperature: bias, minimum, repetition, frequency and presence,
+    schema.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit), each id once
@@ -66,6 +67,7 @@ class TokenRules:
     presence_penalty: float = 0.0  # taken off the logit of every token that the response has
     stop_token_ids: tuple[int, ...] = ()  # end the response like EOS
     ignore_eos: bool = False  # EOS does not end the response
+    json_schema: str | None = None  # the response is JSON that fits this schema, if it ends by itself
     alternatives: int | None = None  # report `TokenLogprobs` with this many of the likeliest tokens; None: no report
 
     @property
@@ -76,6 +78,7 @@ class TokenRules:
             or self.repetition_penalty != 1.0
             or self.frequency_penalty
             or self.presence_penalty
+            or self.json_schema is not None
         )
 
 

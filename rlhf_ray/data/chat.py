@@ -16,6 +16,7 @@ Messages = list[dict]
 
 # ShareGPT's names for the same roles.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+KNOWN_ROLES = {"system", "user", "assistant", *ROLES}  # in any case; others are the template's own
 
 
 def as_messages(value: list[dict]) -> Messages:
@@ -24,7 +25,8 @@ def as_messages(value: list[dict]) -> Messages:
 
 
 def _message(item: dict) -> dict:
-    role = item.get("role") or item.get("from") or "user"
+    role = item.get("role") or item["from"]
+    role = role.lower() if role.lower() in KNOWN_ROLES else role
     content = item["content"] if item.get("content") is not None else item.get("value") or ""
     if isinstance(content, list):  # parts: text and, elsewhere, images
         content = "".join(part.get("text") or "" for part in content)

@@ -123,8 +123,8 @@ def normalise(
     for row in rows:
         try:
             out = make({ours: row[theirs] for ours, theirs in columns.items()}, chat)
-        except TemplateError:  # templates refuse orders of roles that their model does not know
-            out = {"prompt": "", "messages": None, "refused": True} | dict.fromkeys(REPLIES[role], "")
+        except TemplateError as error:  # templates refuse orders of roles that their model does not know
+            out = {"prompt": "", "messages": None, "refused": str(error)} | dict.fromkeys(REPLIES[role], "")
         reply = out.get("response", out.get("chosen", ""))
         out["key"] = out["prompt"] or reply
         out["columns"] = {name: row[name] for name in keep}
@@ -182,8 +182,8 @@ def _answered(row: dict, chat: ChatFormat) -> dict:
 
 def _pair(row: dict, chat: ChatFormat) -> dict:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = as_messages(chosen), as_messages(rejected)
+    if isinstance(chosen, list) or isinstance(rejected, list):
+        chosen, rejected = as_messages(chosen or []), as_messages(rejected or [])
         messages = as_messages(prompt) if isinstance(prompt, list) else shared_prompt(chosen, rejected)
         if not isinstance(prompt, list):
             # A reply that both share word for word is no prompt: the pair is a tie, which `rules` drops.

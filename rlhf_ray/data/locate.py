@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,10 @@ def locate(source: SourceConfig, root: str | None, where: str) -> LocalFiles | H
         and path.count("/") <= 1
     ):
         return HubName(path)
+    for candidate in candidates:
+        if os.path.lexists(candidate):
+            what = "a link that leads nowhere" if candidate.is_symlink() else "no file and no folder"
+            raise UserError(f"{where}: '{candidate}' is {what}; give a file of rows, or a folder that holds some")
     folder = candidates[0].parent
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     there = f"{folder} holds {', '.join(names[:8]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist"

@@ -44,6 +44,9 @@ def _read(path: str) -> pa.Table | None:
     with unpacked(path) as content:
         plain = isinstance(content, io.BufferedReader)
         table = pq.ParquetFile(path if plain else pa.BufferReader(content.read())).read()
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise Broken(f": two columns are called '{next(name for name in names if names.count(name) > 1)}'; rename one")
     for place, column in enumerate(table.schema):
         if pa.types.is_dictionary(column.type):
             table = table.set_column(place, column.name, table.column(place).cast(column.type.value_type))

@@ -175,9 +175,8 @@ class _Preparation:
                 tally.read -= len(normalised)
             parts.append(apply_rules(normalised, form, limits, tally))
             if not parts[-1] and role != HELD_OUT:  # which may be few
-                raise UserError(
-                    f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {_remedy(tally, form, role)}"
-                )
+                remedy = _remedy(tally, form, role, normalised)
+                raise UserError(f"{where}: of {tally.read} rows none is left ({tally.in_words()}); {remedy}")
             counted.append((source, tally))
         rows, used = mix(parts, [source.weight for source, _ in counted], self._recipe.seed, f"data.{role}")
         for (_, tally), count in zip(counted, used, strict=True):
@@ -246,14 +245,20 @@ def _other_tokenizers(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
     return {name: load_tokenizer(name, recipe.model.trust_remote_code) for name in dict.fromkeys(names) if name is not None}
 
 
-def _remedy(tally: Tally, form: Role, role: str) -> str:
+def _remedy(tally: Tally, form: Role, role: str, rows: list[dict]) -> str:
+    """rows: before any was dropped"""
+    roles = sorted({message["role"] for row in rows for message in row["messages"] or ()})
+    refusal = next((row["refused"] for row in rows if "refused" in row), "")
     section = {"sft": "sft", "preferences": "reward", "judge": "judge"}.get(role.partition("_eval")[0], "data")
     return {
         "in_held_out_votes": "give rows of prompts that data.votes does not hold out",
         "over_long": "raise data.max_prompt_tokens"
         if form == "prompts"
         else f"raise {section}.max_length or cut the texts",
-        "empty_reply": "check which columns hold the replies",
+        "refused_by_template": f"the chat template says: {refusal}",
+        "empty_reply": "check which columns hold the replies"
+        if not roles or "assistant" in roles
+        else f"a reply is a message of the role assistant, and the roles there are {', '.join(roles)}",
         "empty_prompt": "check which column holds the prompts",
         "tie": f"give pairs whose replies differ, or raise {section}.max_length where they differ beyond it",
         "no_score": "check which column holds the scores",

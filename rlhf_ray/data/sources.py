@@ -20,11 +20,19 @@ from rlhf_ray.data.locate import HubName, LocalFiles, locate
 from rlhf_ray.data.parquet import read_parquet
 from rlhf_ray.data.paths import suffix_of
 from rlhf_ray.data.text_files import TextRows, read_text_files
-from rlhf_ray.data.values import NUMBERS, TEXT_OR_MESSAGES, as_numbers, check_one_type, check_values
+from rlhf_ray.data.values import (
+    NUMBERS,
+    TEXT_OR_MESSAGES,
+    as_numbers,
+    check_not_written_out,
+    check_one_type,
+    check_values,
+)
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.models.hub import look_up
 
 Rows = Dataset | TextRows
+LOOKED_AT = 100  # rows of typed text, to see what it is
 
 
 def load_source(
@@ -71,9 +79,16 @@ def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with
             score = {columns["score"]} if "score" in columns else set()
             as_numbers(rows.rows, [name for name in rows.column_names if name in NUMBERS or name in score])
         check_values(rows, columns, place)
+        check_not_written_out(rows, columns, place)
         if with_prompts:
             check_one_type(rows.rows, other_columns(rows, columns), place)
         return
+
+    def numbered(index: int) -> str:
+        return f"{where}: '{source.path}', row {index + 1}"
+
+    some = rows.select(range(min(len(rows), LOOKED_AT))).select_columns(list(columns.values()))
+    check_not_written_out(cast(Iterable[dict[str, Any]], some), columns, numbered)
     text = {ours for ours, theirs in columns.items() if _is_text(rows.features[theirs])}
     # Text is right for these, so nothing is read; of a pair both are looked at, or neither: they are of one kind.
     right = text & {*TEXT_OR_MESSAGES, "text"}
@@ -82,7 +97,7 @@ def check_rows(rows: Rows, source: SourceConfig, where: str, form: Role, *, with
     look_at = {ours: theirs for ours, theirs in columns.items() if ours not in right}
     if look_at:
         selected = rows.select_columns(list(look_at.values()))
-        check_values(cast(Iterable[dict[str, Any]], selected), look_at, lambda index: f"{where}: '{source.path}', row {index + 1}")
+        check_values(cast(Iterable[dict[str, Any]], selected), look_at, numbered)
 
 
 def _is_text(feature: object) -> bool:

@@ -103,10 +103,12 @@ def read_text_files(reader: str, files: Sequence[tuple[str, str]], where: str, d
 def unpacked(path: str) -> Iterator[IO[bytes]]:
     """The file's content, unpacked where its first bytes say that it is packed. Broken for packing that it only claims."""
     with open(path, "rb") as file:
-        head = file.read(10)
+        head = file.read(32)
         file.seek(0)
+        if head.startswith(b"version https://git-lfs"):
+            raise Broken(" is a pointer of Git LFS and not the file itself; get that with: git lfs pull")
         packing = next((name for magic, name in PACKINGS.items() if head.startswith(magic)), None)
-        if packing == "bzip2" and head[4:] not in (b"1AY&SY", b"\x17rE8P\x90"):
+        if packing == "bzip2" and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):
             packing = None  # a text that begins with these letters
         claimed = next((name for ending, name in NAMED.items() if path.lower().endswith(ending)), None)
         if claimed is not None and packing is None and head:

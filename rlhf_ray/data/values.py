@@ -15,8 +15,10 @@ from rlhf_ray.errors import UserError
 
 TEXT_OR_MESSAGES = ("prompt", "response", "completion", "chosen", "rejected")
 MESSAGES = ("messages", "conversations")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 #: columns of CSV and TSV that hold numbers, whatever they are for, where each of their cells is one
 NUMBERS = ("score", "label", "weight")
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?|[+-]?\.\d+([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -35,6 +37,27 @@ def check_values(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], 
             raise UserError(
                 f"{place(index)}: '{columns['chosen']}' is {kind_of(chosen)} and '{columns['rejected']}' is {kind_of(rejected)}; "
                 "write both as text, or both as chat messages"
+            )
+
+
+def check_not_written_out(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], place: Callable[[int], str]
+) -> None:
+    """UserError for a column of text or messages whose every text is a list of messages in JSON, or as Python prints one."""
+    first = {theirs: -1 for ours, theirs in columns.items() if ours in TEXT_OR_MESSAGES}
+    for index, row in enumerate(rows):
+        for name in [name for name in first if row[name]]:
+            if not isinstance(row[name], str) or not WRITTEN_OUT.match(row[name]):
+                del first[name]
+            elif first[name] < 0:
+                first[name] = index
+        if not first:
+            return
+    for name, index in first.items():
+        if index >= 0:
+            raise UserError(
+                f"{place(index)}: '{name}' holds chat messages that are written out as text; write them as lists of "
+                "{role, content} (in pandas: rows[column].map(json.loads), or ast.literal_eval for Python's own form)"
             )
 
 
@@ -116,8 +139,11 @@ def _no_messages(value: object) -> str | None:
         for key in ("role", "from"):
             if not isinstance(message.get(key), (str, type(None))):
                 return f"has {kind_of(message[key])} as the {key} of message {number}, and should have text; {form}"
-        if not message.keys() & {"content", "value", "tool_calls"}:
-            return f"has no content in message {number} (its keys are {', '.join(map(str, message)) or 'none'}); {form}"
+        for key, names in (("content", {"content", "value", "tool_calls"}), ("role", {"role", "from"})):
+            if not message.keys() & names or (key == "role" and not any(message.get(name) for name in names)):
+                return (
+                    f"has no {key} in message {number} (its keys are {', '.join(map(str, message)) or 'none'}); {form}"
+                )
         for key in ("content", "value"):
             content = message.get(key)
             parts = content if isinstance(content, list) else [{"text": content}]
@@ -125,6 +151,8 @@ def _no_messages(value: object) -> str | None:
                 text = part.get("text") if isinstance(part, dict) else part
                 if not isinstance(part, dict) or not isinstance(text, (str, type(None))):
                     return f"has {kind_of(text)} as the {key} of message {number}, and should have text; {form}"
+                if part.get("type") not in TEXT_PARTS:
+                    return f"has a part of type {part['type']!r} in message {number}, and only text is read; take such rows out"
     return None
 
 

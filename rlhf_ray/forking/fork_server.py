@@ -39,10 +39,11 @@ BRANCHES = 8  # at most
 
 def main() -> None:
     listener, path, *stages = sys.argv[1:]
+    started_with = dict(os.environ)  # before the libraries, some of which set variables (scikit-learn OpenMP's)
     import_libraries(stages)
     # Python 3.12 warns of threads at a fork. Those of numpy's products handle forks, and pyarrow's only frees memory.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    branch = serve(socket.socket(fileno=int(listener)), path)
+    branch = serve(socket.socket(fileno=int(listener)), path, started_with)
     if branch is not None:
         fork_branch.main(*branch, stages)
         return
@@ -51,8 +52,13 @@ def main() -> None:
     os._exit(0)  # nothing that libraries do at an exit may hold it up
 
 
-def serve(listener: socket.socket, path: str) -> tuple[socket.socket, dict[str, str]] | None:
-    """Serve until standard input ends, then return None. In each branch it returns the branch's listener and Ray's variables."""
+def serve(
+    listener: socket.socket, path: str, started_with: Mapping[str, str]
+) -> tuple[socket.socket, dict[str, str]] | None:
+    """Serve until standard input ends, then return None. In each branch it returns the branch's listener and Ray's variables.
+
+    started_with: this process's own variables, as they were then
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a branch ended
     branches: dict[str, str] = {}  # Ray's variables -> path
     with selectors.DefaultSelector() as selector:
@@ -66,7 +72,7 @@ def serve(listener: socket.socket, path: str) -> tuple[socket.socket, dict[str, 
             with client, suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
                 client.settimeout(REQUEST_S)
                 asked = json.loads(client.makefile().readline())
-                refusal = why_not(asked["variables"], asked["surroundings"])
+                refusal = why_not(asked["variables"], asked["surroundings"], started_with)
                 if refusal is None:
                     variables = of_ray(asked["variables"])
                     name = json.dumps(sorted(variables.items()))
@@ -87,13 +93,13 @@ def of_ray(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name.startswith("RAY_") and not name.startswith(UNREAD)}
 
 
-def why_not(variables: Mapping[str, str], around: list[str]) -> str | None:
-    """Why a process with these variables and surroundings can't be a fork of this one."""
+def why_not(variables: Mapping[str, str], around: list[str], started_with: Mapping[str, str]) -> str | None:
+    """Why a process with these variables and surroundings can't be a fork of this one, which was started with others."""
     if around != surroundings():
         return "it is in another container or control group"
-    own, its = ({name: value.lower() for name, value in each.items() if value and name.startswith(LOADED)}
-                for each in (os.environ, variables))  # fmt: skip
-    differing = sorted({name for name, _ in own.items() ^ its.items()} - UNHEEDED)
+    mine, its = ({name: value.lower() for name, value in each.items() if value and name.startswith(LOADED)}
+                 for each in (started_with, variables))  # fmt: skip
+    differing = sorted({name for name, _ in mine.items() ^ its.items()} - UNHEEDED)
     return f"it has other values of {', '.join(differing)}" if differing else None
 
 

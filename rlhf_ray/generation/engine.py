@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rlhf_ray.config.sampling_params import Completion, SamplingParams, TokenEvent, TokenLogprobs, TokenRules
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.engine_protocol import EngineSetting
+from rlhf_ray.generation.json_text import JsonGrammars
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 from rlhf_ray.generation.request_rules import RequestRules, score_prompt
 from rlhf_ray.generation.row_batch import Request, RowBatch
@@ -66,6 +67,7 @@ class GenerationEngine:
         self.tokenizer, self.max_rows, self.eos_token_ids = tokenizer, max_rows, tuple(eos_token_ids)
         self.max_cache_tokens = max_cache_tokens
         self.decoder = RaggedDecoder(self.model, graphs=graphs)
+        self._grammars = JsonGrammars(tokenizer, self.vocab_size, self.eos_token_ids)
         self._open: RowBatch | None = None
         self._waiting: deque[Request] = deque()
         self._next_id = 0
@@ -160,6 +162,10 @@ class GenerationEngine:
             self._open.remove(rows)
         return bool(rows)
 
+    def check_schema(self, schema: str) -> None:
+        """UserError for a JSON schema that a response can't be held to. Any thread may ask."""
+        self._grammars.text(schema)
+
     def score(self, prompt_ids: Sequence[int] | np.ndarray, alternatives: int) -> list[TokenLogprobs | None]:
         """Log-probs of a prompt's own tokens, between steps; None for the first, which follows nothing."""
         return score_prompt(self.decoder, np.asarray(prompt_ids, np.int64), alternatives)
@@ -236,6 +242,6 @@ class GenerationEngine:
         return Request(
             request_id=request_id, prompt_ids=ids, seed=int(seed), params=params,
             rules=None if rules is None else RequestRules(
-                rules, ids, self.eos_token_ids, vocab_size=self.vocab_size, device=self.decoder.device
+                rules, ids, self.eos_token_ids, vocab_size=self.vocab_size, device=self.decoder.device, grammars=self._grammars
             ),
         )  # fmt: skip

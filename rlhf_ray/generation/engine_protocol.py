@@ -66,6 +66,10 @@ class ContinuousEngine(Protocol):
         """Queue a request -> its id, which its events carry. UserError for one that it can't take."""
         ...
 
+    def check_schema(self, schema: str) -> None:
+        """UserError for a JSON schema that a response can't be held to. Any thread may ask, while the engine works."""
+        ...
+
     def score(self, prompt_ids: Tokens, alternatives: int) -> list[TokenLogprobs | None]:
         """The log-probs of a prompt's own tokens, and this many alternatives, between steps; None for the first token."""
         ...

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.token_rules import ruled_logits
-from rlhf_ray.config.sampling_params import TokenLogprobs, TokenRules
+from rlhf_ray.config.sampling_params import FinishReason, TokenLogprobs, TokenRules
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.json_text import JsonGrammars
 from rlhf_ray.generation.ragged_decoder import RaggedDecoder
 
 _SCORED_AT_ONCE = 1 << 25  # logits of a prompt that are in memory together
@@ -24,6 +25,7 @@ class RequestRules:
         *,
         vocab_size: int,
         device: torch.device,
+        grammars: JsonGrammars,
     ):
         named = [token for token, _ in rules.logit_bias] + list(rules.stop_token_ids)
         beyond = [token for token in named if not 0 <= token < vocab_size]
@@ -36,6 +38,7 @@ class RequestRules:
         self._bias_ids = torch.tensor([token for token, _ in rules.logit_bias], dtype=torch.int64, device=device)
         self._bias = torch.tensor([change for _, change in rules.logit_bias], dtype=torch.float32, device=device)
         self._end_ids = torch.tensor(sorted(self._eos | self._stops), dtype=torch.int64, device=device)
+        self._json = None if rules.json_schema is None else grammars.text(rules.json_schema)
         if rules.min_tokens > 0 and len(self._end_ids) >= vocab_size:
             raise UserError(f"min_tokens is {rules.min_tokens}, but every token ends a response; leave some out of stop_token_ids")
 
@@ -53,7 +56,7 @@ class RequestRules:
 
     def logits(self, logits: torch.Tensor, response_ids: np.ndarray) -> torch.Tensor:
         """[V] -> [V], changed as the rules say after this response."""
-        return ruled_logits(
+        out = ruled_logits(
             logits,
             self._prompt,
             torch.from_numpy(response_ids.astype(np.int64)).to(logits.device),
@@ -64,10 +67,17 @@ class RequestRules:
             frequency_penalty=self.rules.frequency_penalty,
             presence_penalty=self.rules.presence_penalty,
         )
+        if self._json is not None:
+            out[torch.from_numpy(~self._json.allowed).to(out.device)] = -torch.inf
+        return out
 
-    def ends(self, token: int, is_eos: bool) -> bool:
-        """Whether a token ends the response, given whether it is an EOS that would."""
-        return token in self._stops or (is_eos and not self.rules.ignore_eos)
+    def take(self, token: int, is_eos: bool) -> FinishReason | None:
+        """The token that was drawn -> why the response ends with it, if it does. is_eos: whether it is an EOS that would end it."""
+        if token in self._stops or (is_eos and not self.rules.ignore_eos):
+            return "eos"
+        if self._json is not None:
+            self._json.take(token)
+        return "length" if self._json is not None and self._json.is_stuck else None
 
     def raw(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probs of the model itself, [V] float32."""

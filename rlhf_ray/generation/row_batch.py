@@ -139,9 +139,11 @@ class RowBatch:
         arrays.counts[:n] += 1
 
         at_eos = (tokens[:, None] == self.eos_token_ids).any(1) & (arrays.counts[:n] >= arrays.minima[:n])
+        ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos) if int(row) not in self._rules}
         for row, rules in self._rules.items():
-            at_eos[row] = rules.ends(int(tokens[row]), bool(at_eos[row]))
-        ended: dict[int, FinishReason] = {int(row): "eos" for row in np.flatnonzero(at_eos)}
+            reason = rules.take(int(tokens[row]), bool(at_eos[row]))
+            if reason is not None:
+                ended[row] = reason
         for row in self._stop_windows:
             if row not in ended and self._is_stopped(row):
                 ended[row] = "stop"

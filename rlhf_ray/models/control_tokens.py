@@ -198,9 +198,12 @@ def _renamed(source: str, names: dict[str, str]) -> str:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if model.get("merges"):
-        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in names]
+        # What would be made of such a piece can't come about either.
+        model["merges"] = [merge for merge in model["merges"] if not names.keys() & _pieces(merge)]
     return json.dumps(spec)
 
 
-def _merged(merge: str | Sequence[str]) -> str:
-    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
+def _pieces(merge: str | Sequence[str]) -> set[str]:
+    """Both parts of a merge, and what they make."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return {*parts, "".join(parts)}

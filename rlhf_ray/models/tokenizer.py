@@ -85,6 +85,7 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
             f"the tokenizer of '{path_or_name}' has no EOS token, so no reply could end; "
             'set "eos_token" in its tokenizer_config.json'
         )
+    _refuse_ends_in_texts(tokenizer, path_or_name)
     ends = [*tokenizer.init_kwargs.get(ENDS_KEY, ()), *_declared_ends(path_or_name, tokenizer)]
     ends = [number for number in dict.fromkeys(ends) if number != tokenizer.eos_token_id]
     if ends:
@@ -92,6 +93,17 @@ def load_tokenizer(path_or_name: str | Path, trust_remote_code: bool = False) ->
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_ids(tokenizer):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def _refuse_ends_in_texts(tokenizer: PreTrainedTokenizerBase, path_or_name: str | Path) -> None:
+    """UserError where a character that the tokenizer does not know becomes EOS, wherever in a text it stands."""
+    if tokenizer.unk_token_id == tokenizer.eos_token_id:
+        unknown = "\ue000\U0010fffd"  # private use: in no vocabulary, so either bytes or the unknown token
+        if tokenizer.eos_token_id in tokenizer(unknown, add_special_tokens=False).input_ids:
+            raise UserError(
+                f"the tokenizer of '{path_or_name}' writes every character that it does not know as {tokenizer.eos_token!r}, which "
+                'ends a text; give it an "unk_token" of its own in its tokenizer.json and tokenizer_config.json'
+            )
 
 
 def _declared_ends(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

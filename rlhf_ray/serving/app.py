@@ -144,6 +144,11 @@ class _Endpoints:
         most = self.config.limits.max_n
         if body.choices > most:
             raise bad_request(f"n is {body.choices}; this server allows at most {most}.", param="n")
+        if body.json_schema is not None:
+            try:
+                await asyncio.to_thread(self.runner.engine.check_schema, body.json_schema)
+            except UserError as error:
+                raise bad_request(str(error), param="response_format", code="invalid_value") from None
         return body
 
     def _check_model(self, model_id: str) -> None:

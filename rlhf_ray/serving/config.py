@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import math
 import os
 import socket
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from rlhf_ray.config import Precision
 from rlhf_ray.config.threads import ALONE_ENVIRONMENT
 from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ServedStage = Literal["policy", "reward"]
 API_KEY_VARIABLE = "RLHF_RAY_API_KEY"
@@ -155,6 +159,10 @@ def read_api_key(path: str | Path) -> str:
         raise UserError(f"the API key can't be read from '{path}' ({error}); give a text file with the key") from None
     if not key:
         raise UserError(f"'{path}' is empty; write the API key into it")
+    mode = stat.S_IMODE(expanded(path).stat().st_mode)
+    if mode & 0o077:
+        logger.warning("%s can be read by others (mode %03o), and the API key with it; its owner should run: chmod 600 %s",
+                       path, mode, path)  # fmt: skip
     return key
 
 

@@ -88,8 +88,7 @@ def _serve_until_stopped(server: Server, drain_s: float, say: Callable[[str], No
             for model in server.models:
                 adapter = "" if model.adapter is None else f" and {model.adapter}"
                 say(f"Loading '{model.name}' from {model.folder}{adapter} ...")
-            server.start()
-            take_signals()  # ray.init has put a handler of its own in place
+            server.start(when_ray_runs=take_signals)  # ray.init puts a handler of its own in place
             say(server.announcement())
             if server.note_problem is not None:
                 say(f"`rlhf-ray publish` and `serve --stop` won't find this server: {server.note_problem}")

@@ -13,14 +13,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf_ray.config.sampling_params import SamplingParams, TokenRules
 from rlhf_ray.serving.api_errors import ApiError, bad_request
-from rlhf_ray.serving.request_parts import Message, StrictBody
+from rlhf_ray.serving.request_parts import Message, ResponseFormat, StrictBody
 
 MAX_STOPS = 4
 MAX_ALTERNATIVES = 20  # as OpenAI's chat and vLLM
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field -> the values besides null that ask for nothing
     "best_of": (1,), "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "function_call": ("none", "auto"), "modalities": (["text"],),
     "reasoning_effort": ("none",), "web_search_options": (), "audio": (), "prediction": (), "verbosity": ("medium",),
     "parallel_tool_calls": (True, False),
     # vLLM's, with its defaults, which its clients write out
@@ -31,10 +31,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,), "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],),
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }  # fmt: skip
-_JSON = (
-    "response_format asks for JSON, which this server can't enforce. Ask for it in the prompt and check the answer, or leave "
-    "response_format out."
-)
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -76,6 +72,7 @@ class GenerationRequest(StrictBody):
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
 
     @model_validator(mode="before")
@@ -84,12 +81,8 @@ class GenerationRequest(StrictBody):
         if isinstance(data, dict):
             for name in _NEUTRAL.keys() & data.keys():
                 value = data[name]
-                if name == "response_format" and isinstance(value, dict):
-                    value = {key: part for key, part in value.items() if part is not None}
                 if value is not None and value not in _NEUTRAL[name]:
-                    asks_for_json = isinstance(value, dict) and value.get("type") in ("json_object", "json_schema")
-                    words = _JSON if asks_for_json else f"{name} is not supported by this server."
-                    raise bad_request(words, param=name, code="unsupported_parameter")
+                    raise bad_request(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
             # Neutral values of fields that we don't have are dropped, so that only unknown names are left to refuse.
             data = {name: value for name, value in data.items() if name in cls.model_fields or name not in _NEUTRAL}
         return data
@@ -100,9 +93,19 @@ class GenerationRequest(StrictBody):
             raise bad_request("stream_options is only allowed when stream is true.", param="stream_options")
         if self.return_token_ids and self.stream:
             raise bad_request("return_token_ids is not allowed when stream is true.", param="return_token_ids")
+        if self.json_schema is not None and (self.ignore_eos or self.min_tokens):
+            raise bad_request(
+                "response_format asks for JSON, which ends where it is complete: leave ignore_eos and min_tokens out.",
+                param="response_format",
+            )  # fmt: skip
         if len(self.stops) > MAX_STOPS:
             raise bad_request(f"stop holds {len(self.stops)} strings; at most {MAX_STOPS} are allowed.", param="stop")
         return self
+
+    @property
+    def json_schema(self) -> str | None:
+        """That the response is held to."""
+        return None if self.response_format is None else self.response_format.schema_text
 
     @property
     def token_limit(self) -> int | None:
@@ -152,6 +155,7 @@ class GenerationRequest(StrictBody):
             presence_penalty=self.presence_penalty or 0.0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            json_schema=self.json_schema,
             alternatives=self.alternatives,
         )
         return None if rules == TokenRules() else rules

@@ -1,10 +1,11 @@
-"""The messages of a chat, as clients write them and as they send answers back."""
+"""Parts of requests: a chat's messages, as clients write them and as they send answers back, and what form an answer is to have."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlhf_ray.serving.api_errors import bad_request
 
@@ -15,6 +16,35 @@ _LABELS = ("cache_control",)  # what a client may write into any message or part
 
 class StrictBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class JsonSchema(StrictBody):
+    """OpenAI's wrapping of a JSON schema. It is followed whether `strict` is set or not."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(StrictBody):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_is_used(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise bad_request(
+                "response_format has a json_schema if its type is 'json_schema', and none otherwise.", param="response_format"
+            )
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that an answer is held to; None: it is text."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return '{"type": "object"}' if self.type == "json_object" else None
 
 
 class TextPart(StrictBody):

@@ -117,8 +117,7 @@ class Server:
         self._logs = ""
         self.note_problem: str | None = None
         """Why `publish` and `serve --stop` can't find this server."""
-        self._started = False
-        self._stack = contextlib.ExitStack()  # of what ends after Ray
+        self._stack = contextlib.ExitStack()  # Ray, and what ends before and after it
         self._page = None if stage == "reward" else PageParts.opened(page, expanded(path).resolve())
 
     @property
@@ -137,12 +136,12 @@ class Server:
             self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None, votes=votes
         )
 
-    def start(self) -> None:
+    def start(self, when_ray_runs: Callable[[], None] = lambda: None) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""
         self._bound, self.port = listening(self.host, self.port)
         check_ray()
-        self._started = True
         self._logs = start_ray(self.replicas, self._stack, self._environment)
+        when_ray_runs()
         import ray
         from ray import serve as ray_serve
 
@@ -268,17 +267,9 @@ class Server:
             self._bound = None
         if self._page is not None:
             self._page.close()
-        if not self._started:
-            return
-        self._started = False
-        import ray
-
         # The cluster is ours and ends here, Serve with it. (serve.shutdown() first would take seconds more, and Ray
         # would then complain on the terminal that Serve's controller has gone.)
-        try:
-            ray.shutdown()
-        finally:
-            self._stack.close()
+        self._stack.close()
 
     def __enter__(self) -> Server:
         return self

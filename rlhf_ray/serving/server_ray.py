@@ -43,34 +43,32 @@ def check_ray() -> None:
 
 
 def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, str]) -> str:
-    """After `check_ray`. What ends after Ray goes on the stack. -> the folder of its logs
+    """After `check_ray`. It ends with the stack. -> the folder of its logs. RunFailed where it does not start.
 
     Ray's own lines in this process go to a file there and not to the terminal (`actors.ray_output`).
     """
     import ray
 
     from rlhf_ray.actors.ray_output import ray_output_in
+    from rlhf_ray.actors.ray_start import prepare_home, start_own_ray
 
+    prepare_home()  # before the fork server, which inherits the environment
     places: list[Path] = []  # where the log is to stand
     log = stack.enter_context(_log_to_be(places))
     stack.enter_context(ray_output_in(log))
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     python = stack.enter_context(fork_server(("serving",), environment))
-    try:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            runtime_env=None if python is None else {"py_executable": python, "env_vars": dict(environment)},
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
-    except Exception as error:  # fault boundary: Ray raises nothing narrower where its processes do not start in time
-        raise UserError(
-            f"Ray could not start on this machine ({error}{_last_line(log)}); try again when it is less busy"
-        ) from error
+    shut_down = start_own_ray({
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "runtime_env": None if python is None else {"py_executable": python, "env_vars": dict(environment)},
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    })  # fmt: skip
+    stack.callback(shut_down)
     from ray import serve  # noqa: F401 - its import sets the level of its log
 
     serve_logger = logging.getLogger("ray.serve")
@@ -82,12 +80,6 @@ def start_ray(cpus: int, stack: contextlib.ExitStack, environment: Mapping[str, 
     with contextlib.suppress(OSError):  # another file system, on which it stands at the end
         os.link(log, places[0])
     return str(logs)
-
-
-def _last_line(log: Path) -> str:
-    """Of what Ray has said: the file goes where there is no folder of logs for it."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return f"; it said last: {lines[-1][:200]}" if lines else ""
 
 
 @contextlib.contextmanager

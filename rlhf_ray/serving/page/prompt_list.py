@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlhf_ray.config.user_paths import expanded
+from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.votes.records import Prompt, VoteRefused, check_prompt
@@ -16,20 +17,21 @@ MOST = 10_000
 def read_prompts(file: str | Path) -> list[Prompt]:
     """A prompt per line of a text file, or a row with `prompt` (a text or messages) per line of a .jsonl. UserError for others."""
     path = expanded(file)
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts can't be read from '{file}' ({error}); give a text file, or JSON lines") from None
+    if not path.is_file():
+        raise UserError(f"the prompts can't be read from '{file}': there is no such file; give a text file, or JSON lines")
+    is_json = {".jsonl", ".json"} & set(path.suffixes[-2:])
+    read = read_text_files("json" if is_json else "text", [(str(file), str(path))], "the prompts")
     found: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for index, row in enumerate(read):
+        prompt = row.get("prompt") if is_json else row["text"]
+        if isinstance(prompt, str) and not prompt.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"] if path.suffix in (".jsonl", ".json") else line
+            if prompt is None:
+                raise VoteRefused("it has no 'prompt'")
             check_prompt(prompt)
-        except (ValueError, LookupError, TypeError, RecursionError, VoteRefused) as error:
-            told = error if isinstance(error, VoteRefused) else "it is no JSON object with 'prompt'"
-            raise UserError(f"'{file}', line {number}: {told}") from None
+        except VoteRefused as error:
+            raise UserError(f"{read.place(index)}: {error}") from None
         found.append(prompt)
     if not found:
         raise UserError(f"'{file}' holds no prompts; write one per line")
