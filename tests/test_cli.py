@@ -52,7 +52,7 @@ PAIRS = [{"prompt": f"Question {i}?", "chosen": f"A good answer {i}.", "rejected
         (["imdb", "--set", "data.root=/nowhere"], "'/nowhere' is not there"),
         # Starts a Ray; tests/test_ppo_ray.py asks one that runs.
         pytest.param(["demo", "--set", "resources.generation.cpus=1000"], "the cluster has", marks=pytest.mark.slow),
-        (["demo", "--run-dir", "s3://bucket/run"], "is a URI"),
+        (["demo", "--run-dir", "nosuch://bucket/run"], "is of no kind that is known"),
     ],
 )
 def test_run_refuses_in_words(arguments, says, tmp_path):

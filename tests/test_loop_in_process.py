@@ -1,9 +1,12 @@
 """The loop of PPO with the real roles in one process: what may not change a run, and what it draws."""
 
 import copy
+import shutil
+import uuid
 
 import pytest
 import torch
+from checkpoints import write_rank
 from differences import saw
 from in_process import LocalRoles
 from loops import (
@@ -15,8 +18,13 @@ from loops import (
 )
 from tiny import TEXTS, tiny_recipe
 
+from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.gates import MismatchError
+from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.ppo.step import cut_chunks
+from rlhf_ray.runs.remote import in_store
+from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
+from rlhf_ray.runs.sealed import new_folder
 
 
 def test_the_first_minibatch_has_ratio_one_exactly_at_equal_padding(folder):
@@ -141,6 +149,47 @@ def test_a_resumed_run_ends_in_the_same_weights(folder, undisturbed):
     assert real_loop(recipe, after, rest, diary.saves[-1]).run()
     assert differing(after.weights(), undisturbed[0]) == []
     assert diary.steps() + rest.steps() == undisturbed[1].steps()
+
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def write_checkpoint(checkpoints, roles, state):
+    """As the PPO stage does, with one rank each."""
+    temporary, digests = checkpoint.temporary_folder(checkpoints, state.step), {}
+    new_folder(temporary)
+    for role, engine in zip(("policy", "critic"), roles.engines, strict=True):
+        share = {f"weight/{name}": each for name, each in engine.weights()}
+        share |= {f"{part}/{name}": engine.optimizer.state[each][part] for name, each in engine.weights() for part in ADAM}
+        digests |= write_rank(temporary, role, 0, 1, share.items(), state.step)
+    checkpoint.publish(checkpoints, state.step, state.to_json(), 2, digests)
+
+
+def read_checkpoint(folder, roles):
+    """-> the loop's state; the roles get theirs."""
+    for role, engine in zip(("policy", "critic"), roles.engines, strict=True):
+        held, _ = checkpoint.read_role(folder, role)
+        for name, each in engine.weights():
+            each.data.copy_(held[f"weight/{name}"])
+            engine.optimizer.state[each] = {part: held[f"{part}/{name}"] for part in ADAM}
+    return LoopState.from_json(checkpoint.read_state(folder))
+
+
+def test_a_run_whose_copy_is_deleted_goes_on_from_its_store_to_the_same_weights(folder, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv(COPIES, str(tmp_path))
+    url = f"memory:///{uuid.uuid4().hex}/run"
+    run, recipe = RunFolder(working_copy(url), url), tiny_recipe()
+    with in_store(run, 60, every_s=0.05):
+        before, diary = LocalRoles(recipe, folder), Diary(stop_after=1)
+        assert not real_loop(recipe, before, diary).run()
+        write_checkpoint(run.stage("ppo").checkpoints, before, diary.saves[-1])
+    shutil.rmtree(run.path)
+    with in_store(run, 60):
+        after = LocalRoles(recipe, folder)
+        state = read_checkpoint(checkpoint.last_good(run.stage("ppo").checkpoints, pytest.fail), after)
+        assert state.step == 1
+        assert real_loop(recipe, after, Diary(), state).run()
+    assert differing(after.weights(), undisturbed[0]) == []
 
 
 def test_a_generator_on_stale_weights_stops_the_run(folder):

@@ -37,8 +37,9 @@ from rlhf_ray.ppo.checkpoint import complete, last_good, read_role
 from rlhf_ray.ppo.export_model import export_model
 from rlhf_ray.ppo.step import cut_chunks
 from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.remote import in_store, local_copy
 from rlhf_ray.runs.resume import write_recipe
-from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
 from rlhf_ray.tables.advantages import ADVANTAGES
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.tables.rewards import REWARDS
@@ -137,6 +138,30 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, new_folder
     ]
     assert rows[0] == rows[1]
     assert stage.summary() == undisturbed[0].stage("ppo").summary()
+
+
+def test_a_run_in_a_store_whose_copy_is_deleted_ends_in_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    """On this host nothing is left of it; the store has the checkpoint of the step at which it stopped."""
+    monkeypatch.setenv(COPIES, str(tmp_path / "copies"))
+    url = f"file://{tmp_path}/store/run"
+    folder = RunFolder(working_copy(url), url)
+    stage = folder.stage("ppo")
+
+    def stop_after_two(progress):
+        if progress.get("step") == 2 and "metrics" in progress:
+            stage.stop_file.touch()
+
+    with pytest.raises(StageStopped, match="after step 2 of 4"), in_store(folder, 120, every_s=0.2) as stored:
+        write_start(tiny_recipe(), stored.folder)
+        run_ppo(tiny_recipe(), stored.folder, stop_after_two)
+    shutil.rmtree(folder.path)
+    with in_store(folder, 120, every_s=0.2) as stored:
+        assert last_good(stage.checkpoints, pytest.fail).name == "step_000002"
+        run_ppo(tiny_recipe(), stored.folder, ignore)
+    fetched = local_copy(f"{url}/ppo/model")
+    gap = largest_gap(load_file(fetched / "model.safetensors"), weights(undisturbed[0]))
+    assert saw("weights after 4 steps over Ray: stopped, its copy deleted, gone on from the store", gap) == 0.0
+    assert [row["step"] for row in read_metrics(stage.metrics)] == [0, 1, 2, 3, 4]
 
 
 def test_two_ranks_and_two_generators_agree_with_one(undisturbed, new_folder):

@@ -8,7 +8,7 @@ from ray.exceptions import RayTaskError
 from tiny import tiny_recipe
 
 from rlhf_ray.actors import faults
-from rlhf_ray.actors.budgets import Budget
+from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
@@ -17,6 +17,8 @@ from rlhf_ray.errors import RunFailed
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.status import read_status
 
 DIED = ActorDied("reward actor 0 died (killed); see the logs")
 
@@ -41,6 +43,29 @@ def test_a_storm_of_restarts_stops_with_its_table():
     ]
     assert budget.take_failures() == {"failures/reward": 3.0, "failures/generation": 1.0, "failures/critic": 1.0}
     assert budget.take_failures() == {}
+
+
+def test_the_end_of_a_budget_is_an_event_and_a_line(tmp_path):
+    """And no restart: `status` counts those that were made."""
+    run, lines = RunFolder(tmp_path), []
+    run.recipe.write_text("name: toy\n")
+    events = EventLog(run.events)
+    budget = Budget(1, tells_of_end(events, lines.append, "ppo"))
+    budget.charge(member(), DIED, "after step 3, scoring (step 3)")
+    assert events.read() == lines == []
+    with pytest.raises(RunFailed, match="2 actors were lost"):
+        budget.charge(member(), DIED, "after step 3, scoring (step 3)")
+    (event,) = events.read()
+    assert (event["what"], event["role"], event["phase"]) == (
+        "reward actor 0 was lost", "reward", "after step 3, scoring (step 3)",
+    )  # fmt: skip
+    assert "not made again: 2 actors were lost without a finished step between" in event["done"]
+    assert event["seen"] == "reward actor 0 died (killed)"
+    assert "reward actor 0 was lost" in lines[0]["say"] and "the run stops" in lines[0]["say"] and lines[0]["warns"]
+    assert read_status(run).restarts == {}
+    with pytest.raises(ActorDied):
+        Budget(0, tells_of_end(events, lines.append, "ppo")).charge_start(DIED, "start of reward actor 0")
+    assert "resources.restarts = 0" in events.read()[1]["done"]
 
 
 def test_a_step_that_is_taken_again_is_no_progress(tmp_path):

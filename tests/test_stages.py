@@ -23,8 +23,9 @@ from rlhf_ray.config.recipe_file import build_recipe
 from rlhf_ray.config.reference import main as reference_main
 from rlhf_ray.config.stage_table import BUILT_IN, STAGES, all_needs_of, needs_of, stages_of_command
 from rlhf_ray.config.threads import settle_threads
+from rlhf_ray.runs import remote_store as stores
 from rlhf_ray.runs.resume import check_resume, write_recipe
-from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.run_folder import COPIES, RunFolder
 
 PLUGIN = Path(__file__).with_name("toy_plugin.py")
 
@@ -259,6 +260,34 @@ def test_a_stage_by_its_name_and_one_taken_over(table, workplace):
     assert taken.returncode == 0 and "a toy's turn: done before" in taken.stdout
     refused = rlhf_ray(*more[:-3], "third", "--start-from", "alone", "--set", "toy.start=1", cwd=workplace)
     assert refused.returncode == 2 and "toy.start (16.0 -> 1.0)" in refused.stderr
+
+
+def test_a_run_in_a_store_by_the_command_line(table, workplace, monkeypatch):
+    """Its copy on this host deleted in between. tests/test_run_in_store.py has what the store holds, and when."""
+    monkeypatch.setenv(COPIES, str(workplace / "copies"))
+    url = f"file://{workplace}/store/run"
+    command = ("stage", "toy", "toy.yaml", "--run-dir", url)
+    plan = rlhf_ray("doctor", "toy.yaml", "--run-dir", url, cwd=workplace)
+    assert plan.returncode == 0, plan.stderr
+    assert not list((workplace / "store").rglob("*.*")), "what was written to see whether it can be is gone"
+    done = rlhf_ray(*command, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{url}/toy"
+    shutil.rmtree(workplace / "copies")
+    told = rlhf_ray("status", url)
+    assert told.stdout.startswith("finished") and "done: data, toy" in told.stdout
+    again = rlhf_ray(*command, cwd=workplace)
+    assert again.returncode == 0 and "a toy's turn: done before" in again.stdout and "fetched the run from" in again.stdout
+    other = rlhf_ray(*command, "--set", "toy.steps=5", cwd=workplace)
+    assert other.returncode == 2 and "can't change on resume" in other.stderr
+    taken = rlhf_ray("stage", "toy", "toy.yaml", "--run-dir", "of-the-store", "--start-from", url, cwd=workplace)
+    assert taken.returncode == 0 and "a toy's turn: done before" in taken.stdout
+    monkeypatch.setattr(stores, "CHECK_DEADLINE_S", 0.1)
+    blocked = workplace / "store" / "file"
+    blocked.write_text("")
+    for command in ("doctor", "run"):
+        refused = rlhf_ray(command, "toy.yaml", "--run-dir", f"file://{blocked}/run", cwd=workplace)
+        assert refused.returncode == 2 and f"file://{blocked}/run can't be written" in refused.stderr
 
 
 def test_the_library_s_own_door(table, workplace, monkeypatch):

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayTaskError
 
 from rlhf_ray.actors.calls import Call, Member
 from rlhf_ray.errors import RunFailed, whole_message
+from rlhf_ray.runs.events import EventLog
 
 DEATHS_OF_A_CALL = 2  # then the call is to blame, not the machine
 SHOWN_SAMPLES = 8
 Failure = RunFailed | RayTaskError
 
 
+#: hears (the actor, how its loss was seen, where, what stops the run)
+Ended = Callable[[Member | None, Failure, str, Failure], None]
+
+
+def unheard(member: Member | None, failure: Failure, where: str, why: Failure) -> None:
+    """Nobody is told."""
+
+
+def tells_of_end(events: EventLog, progress: Callable[[dict], None], stage: str) -> Ended:
+    """An event and a line for the loss after which no actor is made again."""
+
+    def ended(member: Member | None, failure: Failure, where: str, why: Failure) -> None:
+        name, seen = "an actor at the start" if member is None else member.name, in_short(failure)
+        reason = in_short(why) if why is not failure else _single_words(why)
+        done = f"not made again: {reason}; the run stops"
+        what = f"{name} was lost"
+        with suppress(OSError):  # a full disk has no room for it
+            role = None if member is None else member.role
+            events.add(what, done, stage=stage, role=role, phase=where, seen=seen, budget_ended=True)
+        progress({"stage": stage, "say": f"{what}, {where}: {seen}; {done}", "warns": True})
+
+    return ended
+
+
+def _single_words(why: Failure) -> str:
+    """Where the loss itself stops the run."""
+    return "its own code fails" if isinstance(why, RayTaskError) else "it can't be, or resources.restarts = 0"
+
+
 class Budget:
     """Counts what was lost since a step was finished that had never been finished before."""
 
-    def __init__(self, restarts: int):
-        """restarts: so many are allowed in a row; 0: the first failure is raised as it is."""
-        self.restarts = restarts
+    def __init__(self, restarts: int, ended: Ended = unheard):
+        """restarts: so many are allowed in a row; 0: the first failure is raised as it is. ended: hears when there are no more,
+        before the run stops."""
+        self.restarts, self.ended = restarts, ended
         self.failures: Counter[str] = Counter()  # role -> restarts since `take_failures`
         self._lost: list[str] = []
         self._deaths: Counter[Any] = Counter()  # what a call does -> actors that died at it
@@ -32,6 +65,13 @@ class Budget:
 
     def charge_start(self, failure: Failure, where: str) -> None:
         """Count a failed start of actors. One that the role's own code fails would fail again."""
+        try:
+            self._charge_start(failure, where)
+        except (RunFailed, RayTaskError) as why:
+            self.ended(None, failure, where, why)
+            raise
+
+    def _charge_start(self, failure: Failure, where: str) -> None:
         own = isinstance(failure, RayTaskError)  # or a peer's connection that broke
         self._deaths["start"] += own
         if self.restarts == 0 or "creation task" in str(failure) or (own and self._deaths["start"] >= DEATHS_OF_A_CALL):
@@ -49,6 +89,13 @@ class Budget:
 
         where: "after step 3, scoring (step 3)". call: the one that the actor died at, if it is known.
         """
+        try:
+            self._charge(member, failure, where, call)
+        except (RunFailed, RayTaskError) as why:
+            self.ended(member, failure, where, why)
+            raise
+
+    def _charge(self, member: Member, failure: Failure, where: str, call: Call | None) -> None:
         if self.restarts == 0:
             raise failure
         self.failures[member.role] += 1

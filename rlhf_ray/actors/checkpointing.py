@@ -10,14 +10,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_ray.config import Recipe
-from rlhf_ray.errors import StageStopped
+from rlhf_ray.errors import RunFailed, StageStopped
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.disk import no_room
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.remote_store import StorageAway
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import new_folder
 
@@ -43,7 +46,7 @@ class Writing:
             return None
         try:
             return self._files.result()
-        except OSError as error:
+        except (OSError, StorageAway) as error:
             return str(error)
 
 
@@ -71,6 +74,8 @@ class Checkpoints:
         self.keep, self.path = recipe.ppo.keep_checkpoints, folder.stage("ppo").checkpoints
         self.events = EventLog(folder.events)
         self._pending: LoopState | None = None
+        self._fetching: Future[str | None] | None = None  # shares of ranks on other hosts, for the pending one
+        self._fetcher = ThreadPoolExecutor(1, "shares")
         self._abandoned = False  # ranks that live may still write one that was given up
         self._without_room = False  # and it was told
 
@@ -110,7 +115,7 @@ class Checkpoints:
     def abandon(self) -> None:
         """Some of the ranks that were writing it are gone."""
         self._abandoned = self._abandoned or self._pending is not None
-        self._pending = None
+        self._pending = self._fetching = None
 
     def stopped(self, state: LoopState, total: int) -> StageStopped:
         """What a stage that was asked to stop ends with. It says what the same command will go on from."""
@@ -128,9 +133,18 @@ class Checkpoints:
         answers = self.get(self._all("saved", wait), f"writing the checkpoint of step {state.step}")
         if any(answer is None for answer in answers):
             return
-        self._pending = None
         problem = next((answer for answer in answers if isinstance(answer, str)), None)
         digests = {name: digest for answer in answers if isinstance(answer, dict) for name, digest in answer.items()}
+        if problem is None:
+            files = [checkpoint.temporary_folder(self.path, state.step) / name for name in digests]
+            missing = [file for file in files if not file.exists()]
+            if missing and self._fetching is None:  # on the disks of other hosts
+                self._fetching = self._fetcher.submit(self._fetch, missing)
+            if self._fetching is not None:
+                if not wait and not self._fetching.done():
+                    return
+                problem = self._fetching.result()
+        self._pending = self._fetching = None
         try:
             if problem is None:
                 checkpoint.publish(self.path, state.step, state.to_json(), self.keep, digests)
@@ -140,6 +154,14 @@ class Checkpoints:
             publish_best(self.folder, state)
         else:
             self._tell_of_none(state.step, problem)
+
+    def _fetch(self, shares: list[Path]) -> str | None:
+        """In a thread -> what went wrong, if anything did."""
+        try:
+            take_in(self.folder, *shares)
+        except (RunFailed, OSError) as error:
+            return str(error)
+        return None
 
     def _tell_of_none(self, step: int, problem: str) -> None:
         """Once, until there is room again."""

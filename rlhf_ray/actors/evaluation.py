@@ -10,11 +10,12 @@ from functools import partial
 import ray
 from ray.exceptions import RayTaskError
 
-from rlhf_ray.actors.budgets import Budget, Failure, in_short
+from rlhf_ray.actors.budgets import Budget, Failure, in_short, tells_of_end
 from rlhf_ray.actors.calls import Call, Member
 from rlhf_ray.actors.hung import Deadline, Hung
 from rlhf_ray.actors.wait import START_REMEDY, ActorDied, Waiter
 from rlhf_ray.config import Recipe
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -32,11 +33,13 @@ def evaluate_in_an_actor(recipe: Recipe, folder: RunFolder, progress: Callable[[
     cpus = min(float(config.threads or 1), ray.cluster_resources().get("CPU", 1.0))
     options = EvaluationActor.options(num_cpus=cpus, num_gpus=config.gpus)
     member = Member("evaluation", 0, partial(options.remote, "evaluation-0", recipe, folder, config))
-    recovery = _Recovery(member, waiter, folder, Budget(resources.restarts), resources.start_timeout_s, progress)
+    budget = Budget(resources.restarts, tells_of_end(EventLog(folder.events), progress, "evaluation"))
+    recovery = _Recovery(member, waiter, folder, budget, resources.start_timeout_s, progress)
     waiter.mend = recovery.mend
     try:
         recovery.start()
         waiter.get(member.call("evaluate", name="the evaluation"), "evaluation")
+        take_in(folder, folder.stage("evaluation").path)
     finally:
         ray.kill(member.actor)
 

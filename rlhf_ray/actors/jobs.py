@@ -23,6 +23,7 @@ from rlhf_ray.actors import upload
 from rlhf_ray.actors.dashboard import connect, within
 from rlhf_ray.config import Recipe
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.remote_store import check_url, is_url
 from rlhf_ray.runs.run_folder import run_folder_of
 
 STOPPED_EXIT_STATUS = 130  # as after Ctrl-C
@@ -71,6 +72,8 @@ def submit(
     """
     run_dir = cluster_path(run_dir)
     run_folder_of(recipe, run_dir)  # what the run itself would refuse
+    if is_url(run_dir):
+        check_url(run_dir)
     client = connect(address)
     jobs = _jobs(client)
     for job in jobs:

@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from rlhf_ray.actors.budgets import Budget, Failure, in_short
+from rlhf_ray.actors.budgets import Budget, Failure, in_short, tells_of_end
 from rlhf_ray.actors.calls import Handle, Member
 from rlhf_ray.actors.checkpointing import Checkpoints, publish_best
 from rlhf_ray.actors.checks import precisions_of
@@ -51,6 +51,7 @@ from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
 from rlhf_ray.ppo.step import check_enough
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import MetricsWriter, Sample
 from rlhf_ray.runs.run_folder import RunFolder, reference_of, start_model
@@ -163,7 +164,8 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
         progress({"stage": "ppo", "goes_on_from": state.step})
         publish_best(folder, state, only=True)  # where the run died between the two
     check_tokens(recipe, folder)
-    budget, events = Budget(recipe.resources.restarts), EventLog(folder.events)
+    events = EventLog(folder.events)
+    budget = Budget(recipe.resources.restarts, tells_of_end(events, progress, "ppo"))
     on_lost = _starts_again(budget, events, progress, state.step)
     with ray_roles(recipe, folder, waiter, on_lost) as roles, MetricsWriter(
         stage.metrics, stage.path / "tensorboard" if recipe.tracking.tensorboard else None,
@@ -195,7 +197,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
                 raise
             if ended and not rolls_back(loop.state, ppo):
                 adapter = stage.path / "adapter" if ppo.lora is not None else None
-                _save_model(recipe, roles, waiter, stage.model, loop.state, adapter)
+                _save_model(recipe, folder, roles, waiter, stage.model, loop.state, adapter)
             checkpoints.finish()
             return loop
 
@@ -266,7 +268,7 @@ def _hooks(
         progress({"stage": "ppo", "samples": [{"step": step, **asdict(row)} for row in rows]})
 
     def save_best(state: LoopState) -> None:
-        _save_model(recipe, roles, waiter, folder.candidate(state.step), state)
+        _save_model(recipe, folder, roles, waiter, folder.candidate(state.step), state)
 
     publishing = Publishing(recipe, folder, roles, progress)
     return LoopHooks(
@@ -276,9 +278,16 @@ def _hooks(
 
 
 def _save_model(
-    recipe: Recipe, roles: RayRoles, waiter: Waiter, target: Path, state: LoopState, adapter: Path | None = None
+    recipe: Recipe,
+    folder: RunFolder,
+    roles: RayRoles,
+    waiter: Waiter,
+    target: Path,
+    state: LoopState,
+    adapter: Path | None = None,
 ) -> None:
     card = model_card(
         recipe, "ppo", {"steps": state.step, "best held-out score": state.best_score, "best step": state.best_step}
     )
     waiter.get(roles.policy.call("save_model", target, card, adapter), "writing the model")
+    take_in(folder, target, *([] if adapter is None else [adapter]))

@@ -15,6 +15,7 @@ from rlhf_ray.models.card import model_card
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.publish.client import ANSWER_S, drop_copies, kept_copy, publish
 from rlhf_ray.publish.servers import server_of
+from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ class Publishing:
         self.roles.waiter.get(
             self.roles.policy.call("save_version", written, card), "writing a version for the server"
         )
+        take_in(self.run, written)
         self.start(written, state.step)
         if state.step >= self.recipe.ppo.steps:
             self.join(ANSWER_S)

@@ -17,6 +17,7 @@ with collector_paused():
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.weight_transport import GenerationEnd, Place
     from rlhf_ray.config import Precision, Recipe, RoleConfig
+    from rlhf_ray.runs.elsewhere import arrive, hand_in
     from rlhf_ray.runs.run_folder import RunFolder
 
 
@@ -27,6 +28,7 @@ class RoleActor:
         self.name, self.recipe, self.folder, self.settings = name, recipe, folder, settings
         faults.tell_process(name)
         self.device = set_up_process(name, folder.logs, threads=settings.threads, gpus=settings.gpus)
+        arrive(folder)
         self.shares_gpu = 0 < settings.gpus < 1
         with collector_paused():
             self.build(*args)
@@ -178,6 +180,7 @@ class EvaluationActor(RoleActor):
 
     def evaluate(self) -> None:
         self.role(self.recipe, self.folder, self.told, device=self.device)
+        hand_in(self.folder, self.folder.stage("evaluation").path)
 
     def told(self, state: dict) -> None:
         """A point for faults at each chunk."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,9 +27,12 @@ from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, 
 from rlhf_ray.models.memory import snapshot_bytes
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+from rlhf_ray.runs.contents import before_ppo
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.interrupt import polite_interrupts
-from rlhf_ray.runs.pipeline import check_stage, known_stages, prepare_folder, run_stages, to_reopen
+from rlhf_ray.runs.pipeline import StageFunction, check_stage, known_stages, prepare_folder, run_stages, to_reopen
+from rlhf_ray.runs.remote import Stored, in_store, local_copy
+from rlhf_ray.runs.remote_store import is_url
 from rlhf_ray.runs.resume import check_resume, recorded_recipe
 from rlhf_ray.runs.run_folder import RunFolder, folder_path, held, run_folder_of
 from rlhf_ray.runs.start_from import adopt_stages
@@ -62,20 +66,45 @@ def run(
     known_stages(recipe, stages)
     recipe = absolute_paths(recipe)
     folder = run_folder_of(recipe, None if run_dir is None else str(run_dir))
-    check_resume(recipe, folder)
     refuse_second_ray()
-    source = None if start_from is None else RunFolder(folder_path(start_from, "--start-from"))
+    source = None if start_from is None else _other_run(start_from)
+    with in_store(folder, recipe.resources.upload_timeout_s) as stored:
+        _run(recipe, folder if stored is None else stored.folder, address, stages, source, display, stored)
+    return folder
+
+
+def _other_run(start_from: str | Path) -> RunFolder:
+    if is_url(start_from):
+        return RunFolder(local_copy(start_from, before_ppo), str(start_from))
+    return RunFolder(folder_path(start_from, "--start-from"))
+
+
+def _run(
+    recipe: Recipe,
+    folder: RunFolder,
+    address: str | None,
+    stages: list[str] | None,
+    source: RunFolder | None,
+    display: Callable[[], AbstractContextManager[RunDisplay]],
+    stored: Stored | None,
+) -> None:
+    """`run` in a folder that is this process's: as a path it is not yet. stored: its hold on the folder in a store."""
+    check_resume(recipe, folder)
     there = [each for each in (folder, source) if each is not None]
     to_run = [name for name in stages or recipe.stages if not any(each.stage(name).done for each in there)]
     refuse_problems(recipe, folder, address, to_run)
     running: list[str | None] = [None]
     exported = RunMetrics(recipe.name)
     status = StatusFile(folder.status, lambda now: exported.tell(now, newest_checkpoint(folder, now.stage)[1]))
-    with held(folder), status.told(), display() as shown:
+    with held(folder) if stored is None else nullcontext(), status.told(), display() as shown:
+        if stored is not None:
+            stored.tells(shown.log)
         if source is not None:
             adopt_stages(recipe, folder, source)
 
         def progress(event: dict) -> None:
+            if stored is not None:
+                stored.check()
             if event.get("started") or event.get("done"):
                 running[0] = event["stage"] if event.get("started") else None
             for hears in (status.hear, exported.hear, shown):
@@ -117,8 +146,34 @@ def run(
             # After Ray's start, which Ctrl-C ends at once.
             stopping = stack.enter_context(polite_interrupts(folder, lambda: running[0], shown.log, at_once))
             with failures_recorded(folder, lambda: running[0]):
-                run_stages(recipe, folder, ray_stages(), progress, stages, stopping)
-    return folder
+                of_stages = ray_stages()
+                if stored is not None:
+                    of_stages = {name: partial(_stage_in_store, stored, each) for name, each in of_stages.items()}
+                run_stages(recipe, folder, of_stages, progress, stages, stopping)
+        if stored is not None:
+            stored.finish(recipe.resources.upload_timeout_s, _says_now_and_then(shown.log))
+
+
+def _stage_in_store(
+    stored: Stored, function: StageFunction, recipe: Recipe, folder: RunFolder, progress: Callable[[dict], None]
+) -> dict | None:
+    """Processes on other hosts fetch what the stage needs from the store, so it has to be there."""
+    if ray.is_initialized() and len(nodes_alive()) > 1:
+        stored.finish(recipe.resources.upload_timeout_s)
+    return function(recipe, folder, progress)
+
+
+def _says_now_and_then(say: Callable[[str], None], every_s: float = 30.0) -> Callable[[str, float], None]:
+    """A wait in words: after five seconds, then every half minute."""
+    due = 5.0
+
+    def waiting(what: str, seconds: float) -> None:
+        nonlocal due
+        if seconds >= due:
+            say(f"waiting {seconds:.0f} s for {what}")
+            due = seconds + every_s
+
+    return waiting
 
 
 def cores_to_share(address: str | None) -> dict[str, int]:

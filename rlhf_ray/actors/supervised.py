@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -18,12 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.v2.api.config import LoggingConfig
 
+from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_private import NO_ROOM
 from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
 from rlhf_ray.actors.supervised_worker import processes_of, train_in_worker
 from rlhf_ray.actors.worker_watch import WorkerWatch
 from rlhf_ray.config import Recipe, RewardConfig, TrainConfig
 from rlhf_ray.errors import NotFinite, RunFailed, StageStopped, UserError, whole_message
+from rlhf_ray.runs.elsewhere import handed_over, take_up
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder, read_figures, write_figures
 from rlhf_ray.supervised.checkpoints import newest_complete
@@ -34,6 +37,7 @@ Progress = Callable[[dict], None]
 RESTARTS = 3  # of a worker group that died; each goes on from the newest checkpoint
 POLL_S = 0.5
 REPORT_S = 1.0
+TAKE_UP_S = 10.0  # between two looks at what a worker on another host has written
 
 
 def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: Progress | None = None) -> dict:
@@ -61,6 +65,7 @@ def run_supervised(recipe: Recipe, folder: RunFolder, stage: str, on_progress: P
     summary = ensemble_summary(each, target, config) if isinstance(config, RewardConfig) and members > 1 else each[0]
     target.finish(summary)
     shutil.rmtree(target.checkpoints, ignore_errors=True)
+    handed_over(folder, stage)
     return summary
 
 
@@ -75,6 +80,7 @@ def _train(
     def report(words: str) -> None:
         EventLog(folder.events).add(words, "read the one before it", stage=stage)
 
+    take_up(folder, stage)  # what another host had done when the run died
     found = newest_complete(target.checkpoints, report)
     if found is not None:
         # Its training time stands for what earlier runs took.
@@ -83,6 +89,7 @@ def _train(
             of = f" (model {member + 1} of {config.members})" if isinstance(config, RewardConfig) and config.members > 1 else ""
             on_progress({"stage": stage, "goes_on_from": found[1].step, "of": of})
     answer = _fit_again(recipe, folder, stage, config, member, on_progress)
+    take_up(folder, stage)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if "not_finite" in answer:
@@ -157,6 +164,8 @@ def _fit(
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "folder": str(folder.path),
+            "url": folder.url,
+            "session": folder.session,
             "stage": stage,
             "member": member,
         },
@@ -222,7 +231,8 @@ def _report_until_done(
 ) -> None:
     """Until the worker group has ended; RunFailed when it stands still. It then ends with the session of Ray."""
     metrics, resources = folder.stage(stage).member(member).metrics, recipe.resources
-    started = reported = time.monotonic()
+    started = reported = taken_up = time.monotonic()
+    others = folder.url is not None and len(nodes_alive()) > 1
     last_step = (_last_row(metrics) or {}).get("step")  # of a run that this one goes on from
     limit_s = resources.start_timeout_s + resources.call_timeout_s  # the workers may have to wait for room first
     while thread.is_alive():
@@ -230,6 +240,10 @@ def _report_until_done(
         if time.monotonic() - reported < REPORT_S:
             continue
         reported = time.monotonic()
+        if others and reported - taken_up > TAKE_UP_S:
+            with suppress(RunFailed):  # the store is away for a moment
+                take_up(folder, stage)
+            taken_up = time.monotonic()
         row = _last_row(metrics)
         step = None if row is None else row["step"]
         went_on = step != last_step

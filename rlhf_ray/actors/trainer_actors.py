@@ -19,6 +19,7 @@ with collector_paused():
     from rlhf_ray.actors.role_actors import RoleActor
     from rlhf_ray.actors.weight_transport import PolicyEnd
     from rlhf_ray.config import GroupConfig
+    from rlhf_ray.runs.elsewhere import arrive_at, hand_in, is_elsewhere
 
 
 class TrainerActor(RoleActor):
@@ -73,12 +74,25 @@ class TrainerActor(RoleActor):
 
     def save(self, folder: Path) -> int:
         """Copy this rank's share of the state, and begin to write it into the folder. Training goes on meanwhile."""
-        from rlhf_ray.ppo.checkpoint import share_of_rank, write_share
+        from rlhf_ray.ppo.checkpoint import share_of_rank
 
         engine, which = self.role.engine, (self.role_name, self.rank, self.ranks)
         share = share_of_rank(*which, engine.state())
-        self.writing.begin(partial(write_share, folder, *which, share, engine.steps_taken))
+        self.writing.begin(partial(self._write, folder, *which, share, engine.steps_taken))
         return self.rank
+
+    def _write(self, folder: Path, *share: Any) -> dict[str, str]:
+        """In a thread -> {file: SHA-256}. On another host than the run's, the files go there by the store."""
+        from rlhf_ray.ppo.checkpoint import write_share
+
+        if not is_elsewhere(self.folder):
+            return write_share(folder, *share)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # other ranks of this host write there too
+        digests = write_share(folder, *share)
+        hand_in(self.folder, *(folder / name for name in digests))
+        for name in digests:
+            (folder / name).unlink()
+        return digests
 
     def saved(self, wait: bool) -> dict[str, str] | str | None:
         """Of the newest `save`: `Writing.result`."""
@@ -110,6 +124,7 @@ class TrainerActor(RoleActor):
     def load(self, folder: Path) -> int:
         from rlhf_ray.ppo.checkpoint import read_role
 
+        arrive_at(self.folder, folder)
         state, steps = read_role(folder, self.role_name)
         self.role.forget()
         self.role.engine.load_state(state, steps, f"the checkpoint {folder} ({self.role_name})")
@@ -166,14 +181,22 @@ class PolicyActor(TrainerActor, PolicyEnd):
         config = load_config(self.start, self.recipe.model.trust_remote_code)
         rows = rows_to_check(config.get_text_config().vocab_size, positions_of(config))
         logprobs = row_logprobs(self.role, rows)
-        self.save_model(folder, card, None)
+        self._save_model(folder, card, None)
         if self.rank == 0:
             write_rows(folder, rows, logprobs, "bfloat16" if "bfloat16" in str(self.dtype) else "float32")
+            hand_in(self.folder, folder)
         return self.rank
 
     def save_model(self, folder: Path, card: str, adapter: Path | None) -> int:
         """Write a Hugging Face folder, an adapter merged, and the adapter by itself to `adapter`; rank 0 writes, all
         gather."""
+        self._save_model(folder, card, adapter)
+        if self.rank == 0:
+            written = [folder] if adapter is None or self.recipe.ppo.lora is None else [folder, adapter]
+            hand_in(self.folder, *written)
+        return self.rank
+
+    def _save_model(self, folder: Path, card: str, adapter: Path | None) -> None:
         from rlhf_ray.models.load import load_causal_lm
         from rlhf_ray.models.save import save_model
         from rlhf_ray.models.tokenizer import load_tokenizer
@@ -190,8 +213,8 @@ class PolicyActor(TrainerActor, PolicyEnd):
             load_trained(model, state, lora=ppo.lora, freeze_layers=ppo.freeze_layers)
             # Not generation_config.stop_strings: with those a plain `generate` refuses to run without a tokenizer.
             model.config.response_stops = list(self.recipe.generation.stop)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             save_model(model, load_tokenizer(self.start, trust), folder, card)
-        return self.rank
 
 
 @ray.remote

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from rich.console import Console
 
 from rlhf_ray.actors.checks import disk_problems, left_on_cpus, memory_phases, recipe_problems
@@ -17,9 +20,13 @@ from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.acceleration import hindrance
 from rlhf_ray.models.size import parameters
+from rlhf_ray.runs.contents import to_tell
+from rlhf_ray.runs.fetching import read_contents
 from rlhf_ray.runs.pipeline import check_stage
+from rlhf_ray.runs.remote import local_copy
+from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.resume import check_resume
-from rlhf_ray.runs.run_folder import run_folder_of
+from rlhf_ray.runs.run_folder import run_folder_of, working_copy
 
 
 def examine(
@@ -46,12 +53,15 @@ def examine(
 
     recipe = check(absolute_paths, recipe) or recipe
     folder = check(run_folder_of, recipe, run_dir)
+    if folder is not None and folder.url is not None:
+        there = check(_look_at_store, folder.url)
+        folder = None if there is None else replace(folder, path=there)
     if folder is not None:
         check(check_resume, recipe, folder)
         for name in recipe.stages:
             if not folder.stage(name).done:
                 check(check_stage, recipe, folder, name)
-        problems += [] if rented else disk_problems(recipe, folder.path)
+        problems += [] if rented else disk_problems(recipe, folder.path if folder.url is None else working_copy(folder.url))
     left = recipe.stages if folder is None else [name for name in recipe.stages if not folder.stage(name).done]
     there = check(nodes_of, address, rented) or []
     here = address is None and rented is None
@@ -72,6 +82,15 @@ def examine(
     if not problems:
         console.print("[green]nothing stands in the way[/]")
     return list(dict.fromkeys(problems))
+
+
+def _look_at_store(url: str) -> Path:
+    """UserError where it can't be written -> a copy of what says how far the run there is."""
+    store = Store(url)
+    store.check_writable()
+    if read_contents(store) is None:
+        return working_copy(url)
+    return local_copy(url, to_tell)
 
 
 def _beside(error: RecipeError) -> list[str]:

@@ -38,7 +38,9 @@ RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe YAML, or the name of a packaged one (demo, smollm2-sentiment, imdb, ...)")
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set ppo.steps=50 (repeatable)")]
-RunDir = Annotated[str | None, typer.Option("--run-dir", help="the run folder; default runs/<recipe name>")]
+RunDir = Annotated[
+    str | None, typer.Option("--run-dir", help="the run folder, or a URL such as s3://bucket/run; default runs/<recipe name>")
+]
 StartFrom = Annotated[
     str | None,
     typer.Option(
@@ -125,14 +127,18 @@ def doctor(
 
 @app.command()
 @in_words
-def report(run_dir: Annotated[Path, typer.Argument(help="a run folder")]):
+def report(run_dir: Annotated[str, typer.Argument(help="a run folder, or its URL")]):
     """Write RUN_DIR/report.html from what the run folder holds."""
     from rlhf_ray.report.page import write_report
+    from rlhf_ray.runs.contents import to_tell
+    from rlhf_ray.runs.remote import local_copy, put_back
+    from rlhf_ray.runs.remote_store import is_url
     from rlhf_ray.runs.run_folder import RunFolder
 
-    if not run_dir.is_dir():
+    if not is_url(run_dir) and not Path(run_dir).is_dir():
         raise UserError(f"'{run_dir}' is not a folder; name a run folder, for example runs/demo")
-    console.print(str(write_report(RunFolder(run_dir.absolute()))), highlight=False, soft_wrap=True)
+    page = write_report(RunFolder(local_copy(run_dir, to_tell).absolute()))
+    console.print(put_back(run_dir, page, "report.html"), highlight=False, soft_wrap=True)
 
 
 app.command()(serve)
@@ -148,7 +154,9 @@ JobId = Annotated[str, typer.Argument(help="as `submit` printed it, e.g. demo-1"
 @in_words
 def submit(
     recipe: RecipeArgument,
-    run_dir: Annotated[str, typer.Option("--run-dir", help="absolute path that every node of the cluster sees")],
+    run_dir: Annotated[
+        str, typer.Option("--run-dir", help="absolute path that every node of the cluster sees, or a URL such as s3://...")
+    ],
     overrides: Overrides = None,
     address: ClusterAddress = None,
     data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
@@ -157,11 +165,21 @@ def submit(
     ] = None,
     stop_wait_s: Annotated[int, typer.Option(help="how long a stopped run may take to write its checkpoint")] = 600,
     follow: Annotated[bool, typer.Option(help="follow the log and return the run's exit status")] = True,
+    retries: Annotated[int, typer.Option(min=0, help="submit a run whose driver or head dies again, so often at most")] = 0,
 ):
     """Run a recipe as a Ray job on a running cluster; the same run folder again resumes it."""
     from rlhf_ray.actors import jobs
+    from rlhf_ray.actors.resubmit import submit_until_done
     from rlhf_ray.config.recipe_file import load_recipe
 
+    if retries > 0 and not follow:
+        raise UserError(f"--retries {retries} needs a terminal that follows the run; leave out --no-follow")
+    if retries > 0:
+        status = submit_until_done(
+            load_recipe(recipe, overrides), run_dir, retries=retries, address=address, data=data or (),
+            env=jobs.environment_of(env or []), stop_wait_s=stop_wait_s, echo=_echo,
+        )  # fmt: skip
+        raise typer.Exit(status)
     job_id = jobs.submit(
         load_recipe(recipe, overrides),
         run_dir,
@@ -205,7 +223,7 @@ def _echo(line: str) -> None:
 @in_words
 def export(
     source: Annotated[
-        Path, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder")
+        str, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder; or a URL of one")
     ],
     target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
     stage: Annotated[str, typer.Option(help=f"of a run folder: {', '.join(model_names())}")] = "ppo",
@@ -214,8 +232,11 @@ def export(
 ):
     """Write a Hugging Face folder from any checkpoint."""
     from rlhf_ray.ppo.export_model import export_model
+    from rlhf_ray.runs.contents import to_export
+    from rlhf_ray.runs.remote import local_copy
 
-    console.print(str(export_model(source, target, stage, dtype, push_to_hub)), highlight=False, soft_wrap=True)
+    folder = export_model(local_copy(source, to_export(stage)), target, stage, dtype, push_to_hub)
+    console.print(str(folder), highlight=False, soft_wrap=True)
 
 
 @app.command(name="import")

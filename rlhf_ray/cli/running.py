@@ -71,7 +71,7 @@ def run_some(
         closing_words(folder, console)
         return
     for name in own:
-        console.print(f"{folder.stage(name).path}", highlight=False, soft_wrap=True)
+        console.print(f"{folder.given}/{name}", highlight=False, soft_wrap=True)
 
 
 def closing_words(folder: RunFolder, console: Console) -> None:
@@ -84,8 +84,8 @@ def closing_words(folder: RunFolder, console: Console) -> None:
     for words in warnings(summary):
         console.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
     _sample_pairs(read_samples(evaluation), names_in(summary), console)
-    console.print(f"\nreport  {folder.report}", highlight=False, soft_wrap=True)
-    console.print(f"serve   rlhf-ray serve {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"\nreport  {folder.given}/{folder.report.name}", highlight=False, soft_wrap=True)
+    console.print(f"serve   rlhf-ray serve {folder.given}", highlight=False, soft_wrap=True)
 
 
 def _sample_pairs(samples: list[dict], names: RunNames, console: Console) -> None:

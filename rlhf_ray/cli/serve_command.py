@@ -11,7 +11,7 @@ import typer
 from rlhf_ray.cli.command_errors import in_words
 from rlhf_ray.errors import UserError
 
-Served = Annotated[Path | None, typer.Argument(help="a run folder or a Hugging Face model folder")]
+Served = Annotated[str | None, typer.Argument(help="a run folder or a Hugging Face model folder, or the URL of a run in a store")]
 Stage = Annotated[str, typer.Option(help="policy, or reward: the run's reward model at /get_reward (OpenRLHF's protocol)")]
 Models = Annotated[
     list[str] | None,
@@ -88,6 +88,8 @@ def serve(
 ):  # fmt: skip
     """Put a model behind Ray Serve with OpenAI's HTTP API and a page at / to chat, compare and vote; or a reward model behind
     OpenRLHF's interface."""
+    from rlhf_ray.runs.contents import to_serve
+    from rlhf_ray.runs.remote import local_copy, reading_copy
     from rlhf_ray.serving import detach as apart
     from rlhf_ray.serving.config import Limits, Notes, given_key
     from rlhf_ray.serving.launch import serve as serve_model
@@ -96,7 +98,7 @@ def serve(
 
     if stop:
         given = context.get_parameter_source("port")
-        apart.stop(port if given is not None and given.name == "COMMANDLINE" else None, path, drain_s)
+        apart.stop(port if given is not None and given.name == "COMMANDLINE" else None, path and reading_copy(path), drain_s)
         return
     if path is None:
         raise UserError("serve needs a run folder or a model folder: rlhf-ray serve runs/demo")
@@ -114,9 +116,9 @@ def serve(
         apart.detach([argument for argument in sys.argv[1:] if argument != "--detach"])
         return
     serve_model(
-        path, more_models=named_folders(model or ()), also=also or (), host=host, port=port, api_key=key,
-        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name, replicas=replicas, gpus=gpus,
-        threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
+        local_copy(path, to_serve), more_models=named_folders(model or ()), also=also or (), host=host, port=port, api_key=key,
+        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), drain_s=drain_s, name=name or _name_of(path),
+        replicas=replicas, gpus=gpus, threads=threads, precision=precision, engine=engine, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens,
         limits=limits, stage=stage, notes=Notes(request_log=request_log, log_texts=log_texts, judge=judge),
         page=PageOptions(
@@ -124,3 +126,13 @@ def serve(
             votes_per_minute=votes_per_minute, reward_url=reward_url,
         ),
     )  # fmt: skip
+
+
+def _name_of(path: str) -> str | None:
+    """The id of a model whose run is in a store: that of the URL, not of its copy here."""
+    from rlhf_ray.runs.remote_store import is_url
+
+    parts = path.rstrip("/").split("/")
+    if not is_url(path):
+        return None
+    return f"{parts[-3]}-{parts[-2]}" if parts[-1] == "model" and len(parts) > 4 else parts[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,28 +15,35 @@ from rlhf_ray.cli.command_errors import console
 from rlhf_ray.cli.display import duration
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.errors import UserError
+from rlhf_ray.runs.contents import to_tell
+from rlhf_ray.runs.remote import local_copy
+from rlhf_ray.runs.remote_store import is_url
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.status import Status, as_json, read_status
 from rlhf_ray.runs.status_file import Written
 
 WATCH_S = 1.0
+STORE_WATCH_S = 5.0  # each look asks the store a few times, and the run writes there every 10 s
 STYLES = {"running": "", "finished": "green", "stopped": "yellow"}
 
 
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run folder")],
+    run_dir: Annotated[str, typer.Argument(help="a run folder, or its URL")],
     watch: Annotated[bool, typer.Option("--watch", help="until the run has ended")] = False,
     json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ):
     """What a run is doing, from any host that sees its folder. Returns the run's exit code once it has ended."""
-    if not run_dir.is_dir():
+    if not is_url(run_dir) and not Path(run_dir).is_dir():
         raise UserError(f"'{run_dir}' is not a folder; name a run folder, for example runs/demo")
-    folder = RunFolder(run_dir.absolute())
-    now = read_status(folder)
+
+    def look() -> Status:
+        return read_status(RunFolder(local_copy(run_dir, to_tell).absolute()))
+
+    now = look()
     if json:
         console.print(as_json(now), highlight=False, markup=False, soft_wrap=True)
     elif watch:
-        now = (_watch if console.is_terminal else _follow)(folder, now)
+        now = (_watch if console.is_terminal else _follow)(look, now, STORE_WATCH_S if is_url(run_dir) else WATCH_S)
     else:
         _print(lines(now))
     raise typer.Exit(now.exit_code or 0)
@@ -45,12 +53,12 @@ def _print(words: list[str]) -> None:
     console.print("\n".join(words), highlight=False, markup=False, soft_wrap=True)
 
 
-def _follow(folder: RunFolder, now: Status) -> Status:
+def _follow(look: Callable[[], Status], now: Status, every_s: float = WATCH_S) -> Status:
     """Without a terminal: all there is, then a line per step, then all there is at the end."""
     _print(lines(now))
     while not now.ended:
-        time.sleep(WATCH_S)
-        before, now = now, read_status(folder)
+        time.sleep(every_s)
+        before, now = now, look()
         if now.ended:
             _print(lines(now))
         elif now.written is not None and (before.written is None or _place(now.written) != _place(before.written)):
@@ -62,15 +70,15 @@ def _place(written: Written) -> tuple[str | None, int | None]:
     return written.stage, written.step
 
 
-def _watch(folder: RunFolder, now: Status) -> Status:
+def _watch(look: Callable[[], Status], now: Status, every_s: float = WATCH_S) -> Status:
     """One block that is renewed in place."""
     with Live(console=console, refresh_per_second=4) as live:
         while True:
             live.update(Text("\n".join(lines(now)), style=STYLES.get(now.state, "red")))
             if now.ended:
                 return now
-            time.sleep(WATCH_S)
-            now = read_status(folder)
+            time.sleep(every_s)
+            now = look()
 
 
 def lines(now: Status) -> list[str]:

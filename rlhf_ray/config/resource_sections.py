@@ -104,6 +104,9 @@ class ResourcesConfig(Section):
         1800.0, "longest wait for any one call to an actor, and for a step of a supervised stage", gt=0, le=LONGEST_S
     )
 
+    upload_timeout_s: float = option(
+        600.0, "run folder in a store (s3://...): longest wait at the end for what is not uploaded yet", gt=0, le=LONGEST_S
+    )
     restarts: int = option(
         5,
         "PPO and evaluation: how many actors in a row may be lost without progress between, each made again, before the run "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.errors import NotFinite, UserError
 from rlhf_ray.runs.storage import read_object, write_atomically
 
+COPIES = "RLHF_RAY_COPIES"  # the folder for working copies of run folders in a store; it needs room for checkpoints and models
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
@@ -27,10 +29,11 @@ class StageFolder:
 
     path: Path
     stage: Path | None = None  # for a member: the folder of its stage
+    run: RunFolder | None = None
 
     def member(self, number: int) -> StageFolder:
         """An ensemble's model: the first is where a stage's only model would be, the others are in member_1/ ..."""
-        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path)
+        return self if number == 0 else StageFolder(self.path / f"member_{number}", self.path, self.run)
 
     def member_done(self, number: int) -> Path:
         """Marks that a member is trained, and holds its figures. The stage's DONE is written when all are."""
@@ -122,12 +125,23 @@ def timings_of(folder: RunFolder) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The run folder (absolute path)."""
+    """The run folder (absolute path).
+
+    url: the store that it is a host's working copy of (`runs.remote`); None: it is the run folder itself.
+    session: of the run that is under way there, by which a process on another host knows that it is elsewhere (`runs.elsewhere`).
+    """
 
     path: Path
+    url: str | None = None
+    session: str | None = None
+
+    @property
+    def given(self) -> str:
+        """As a user names it."""
+        return self.url or str(self.path)
 
     def stage(self, name: str) -> StageFolder:
-        return StageFolder(self.path / name)
+        return StageFolder(self.path / name, run=self)
 
     @property
     def stage_titles(self) -> dict[str, str]:
@@ -219,15 +233,25 @@ def reference_of(recipe: Recipe, folder: RunFolder) -> str:
 
 
 def run_folder_of(recipe: Recipe, run_dir: str | None) -> RunFolder:
-    """RUN_DIR, absolute before any process starts: a worker has another working directory."""
+    """RUN_DIR, absolute before any process starts: a worker has another working directory. Of a URL: this host's working copy."""
+    if run_dir is not None and "://" in run_dir:
+        url = run_dir.rstrip("/")
+        return RunFolder(working_copy(url), url)
     return RunFolder(folder_path(run_dir or f"runs/{recipe.name}", "--run-dir"))
+
+
+def working_copy(url: str, kind: str = "runs") -> Path:
+    """Where this host keeps what it works on of a store: the same path on every host with the same user and environment."""
+    top = os.environ.get(COPIES) or os.path.join(os.path.expanduser("~"), ".cache", "rlhf_ray")
+    name = url.rstrip("/").rpartition("/")[2]
+    return Path(top).absolute() / kind / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:10]}"
 
 
 def folder_path(given: str | Path, option: str) -> Path:
     """The absolute path of a run folder. UserError for a URI, and for the home of somebody who is not known."""
     if "://" in str(given):
         raise UserError(
-            f"{option} {str(given)!r} is a URI; give a folder that every node sees (a local disk on one machine, NFS on several)"
+            f"{option} {str(given)!r} is a URL; here a folder of this machine is needed"
         )
     return expanded(given).absolute()
 
@@ -250,7 +274,7 @@ def held(folder: RunFolder) -> Generator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"{folder.path} is in use by {lock.read().strip() or 'another run'}; wait for it, or choose another --run-dir"
+                f"{folder.given} is in use by {lock.read().strip() or 'another run'}; wait for it, or choose another --run-dir"
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

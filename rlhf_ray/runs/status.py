@@ -62,7 +62,7 @@ def read_status(folder: RunFolder) -> Status:
     checkpoint, age_s = newest_checkpoint(folder, stage, stages)
     return Status(
         state=state, exit_code=exit_code, words=words, written=written, done=done, to_do=to_do,
-        restarts=dict(Counter(str(event["role"]) for event in events if "role" in event)),
+        restarts=dict(Counter(str(event["role"]) for event in events if "role" in event and not event.get("budget_ended"))),
         last_event=events[-1] if events else None, checkpoint=checkpoint, checkpoint_age_s=age_s, silent_s=silent_s,
     )  # fmt: skip
 

@@ -3,15 +3,20 @@ where a byte of them has changed (`supervised.checkpoints`)."""
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import Trainer
 
+from rlhf_ray.errors import RunFailed
 from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.runs.disk import no_room
+from rlhf_ray.runs.elsewhere import hand_in, place_of, take_in
 from rlhf_ray.runs.events import EventLog
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import new_folder
 from rlhf_ray.supervised.checkpoints import (
     Checkpoint,
@@ -38,6 +43,7 @@ class ResumableTrainer(Trainer):
     stage: str
     zero_stage: int
     events: Path  # the run's events.jsonl
+    run: RunFolder | None
 
     @property
     def elapsed_s(self) -> float:
@@ -58,6 +64,8 @@ class ResumableTrainer(Trainer):
             return
         digests: dict[str, str] = {}
         if not self._agree(self._write(temporary, digests), step):
+            return
+        if not self._agree(self._bring_together(temporary), step):
             return
         for kind in KINDS:
             each = from_all_ranks(digests.pop(kind), self.args.device)
@@ -94,8 +102,33 @@ class ResumableTrainer(Trainer):
         }
         trained, generators = (temporary / rank_file(kind, rank(), world_size()) for kind in KINDS)
         try:
+            temporary.mkdir(mode=0o700, parents=True, exist_ok=True)  # on another host than rank 0's
             digests |= {"trained": write_tensors(trained, share, {}), "random": write_random(generators)}
         except OSError as error:  # the disk is full all the same, or gone
+            return str(error)
+        return None
+
+    def _bring_together(self, temporary: Path) -> str | None:
+        """Collective. Ranks that see another disk than rank 0 hand it their files by the run's store -> what went wrong."""
+        if self.run is None or self.run.url is None:
+            return None
+        own = hashlib.sha256(place_of(self.run, platform.node()).encode()).hexdigest()
+        places = from_all_ranks(own, self.args.device)
+        others = [number for number, place in enumerate(places) if place != places[0]]
+        files = {number: [temporary / rank_file(kind, number, len(places)) for kind in KINDS] for number in others}
+        problem = None
+        try:
+            if rank() in others:
+                hand_in(self.run, *files[rank()], always=True)
+                for file in files[rank()]:
+                    file.unlink()
+        except (OSError, RunFailed) as error:
+            problem = str(error)
+        if most_over_ranks(int(problem is not None), self.args.device) > 0 or rank() != 0:
+            return problem
+        try:
+            take_in(self.run, *(file for number in others for file in files[number]))
+        except (OSError, RunFailed) as error:
             return str(error)
         return None
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,9 +21,10 @@ from rlhf_ray.config import TrackingConfig, TrainConfig
 from rlhf_ray.errors import NotFinite
 from rlhf_ray.models.finite_weights import REMEDY, first_bad
 from rlhf_ray.models.positions import positions_of
+from rlhf_ray.runs.elsewhere import arrive_at
 from rlhf_ray.runs.metrics import MetricsWriter
 from rlhf_ray.runs.run_folder import StageFolder
-from rlhf_ray.supervised.checkpoints import newest_complete
+from rlhf_ray.supervised.checkpoints import Checkpoint, newest_complete, step_folder
 from rlhf_ray.supervised.learning_rate import progress_of, rate_factor
 from rlhf_ray.supervised.resumable import ResumableTrainer
 from rlhf_ray.training.agreement import from_rank_zero, rank, world_size
@@ -231,6 +233,19 @@ class StageCallback(TrainerCallback):
         self.saved_s = self.clock.elapsed_s
 
 
+def _to_go_on_from(folder: StageFolder, config: TrainConfig) -> tuple[Path, Checkpoint] | None:
+    """The newest whole checkpoint that rank 0 has, fetched where this rank has another disk. Collective."""
+    found = newest_complete(folder.checkpoints, print)  # into the stage's log; the driver makes an event of it
+    device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+    (step,) = from_rank_zero([-1.0 if found is None else float(found[1].step)], device)
+    if step < 0:
+        return None
+    if folder.run is not None and (found is None or found[1].step != step):
+        arrive_at(folder.run, step_folder(folder.checkpoints, int(step)))
+        found = newest_complete(folder.checkpoints, print)
+    return found
+
+
 def run_training(
     build: Callable[[], StageTrainer],
     *,
@@ -241,13 +256,13 @@ def run_training(
     tokens_per_step: np.ndarray,
 ) -> tuple[Outcome, StageTrainer]:
     """Train until the data or the time ends or STOP is there, from the newest whole checkpoint on."""
-    found = newest_complete(folder.checkpoints, print)  # into the stage's log; the driver makes an event of it
+    found = _to_go_on_from(folder, config)
     clock = Clock(total_steps=len(tokens_per_step), limit_s=config.max_minutes and config.max_minutes * 60)
     if found is not None:
         clock.elapsed_s = found[1].elapsed_s
     trainer = build()
     trainer.clock, trainer.stage_config = clock, config
-    trainer.stage, trainer.zero_stage, trainer.events = stage, config.zero_stage, folder.events
+    trainer.stage, trainer.zero_stage, trainer.events, trainer.run = stage, config.zero_stage, folder.events, folder.run
     writer = _writer(folder, stage, tracking, found)
     callback = StageCallback(
         folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin

@@ -1,0 +1,105 @@
+"""A TCP proxy before an HTTP server that fails on demand: killed, cut off in the middle, slow, or answering with an error."""
+
+import contextlib
+import socket
+import threading
+import time
+
+PART = 65536
+
+
+class FaultyProxy:
+    """At `url`. Faults count from when they are set; connections that are open meet them too.
+
+    cut_after: bytes towards the server, then every connection ends and none is taken until `mend`
+    bytes_per_s: towards the server
+    errors: so many requests get this status instead of the server's answer, a connection each
+    """
+
+    def __init__(self, port):
+        self._target = port
+        self._lock = threading.Lock()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._open = set()
+        self.mend()
+        self.refused = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def mend(self):
+        with self._lock:
+            self.cut_after, self.bytes_per_s, self.errors, self.status = None, None, 0, 503
+            self.cut_answer_after = None
+            self.dead = False
+
+    def kill(self):
+        self.dead = True
+        with self._lock:
+            connections, self._open = self._open, set()
+        for each in connections:
+            _shut(each)
+
+    def close(self):
+        self.kill()
+        self._listening.close()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            if self.dead:
+                self.refused += 1
+                _shut(client)
+                continue
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with self._lock:
+            fails = self.errors > 0
+            self.errors -= fails
+        if fails:
+            client.recv(PART)
+            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            head = f"HTTP/1.1 {self.status} Slow Down\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+            self.refused += 1
+            _shut(client)
+            return
+        server = socket.create_connection(("127.0.0.1", self._target))
+        with self._lock:
+            self._open |= {client, server}
+        threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+        self._pump(client, server, True)
+
+    def _pump(self, source, target, towards_server):
+        try:
+            while part := source.recv(PART):
+                if towards_server and self.bytes_per_s is not None:
+                    time.sleep(len(part) / self.bytes_per_s)
+                if self._cuts(len(part), towards_server):
+                    target.sendall(part[: len(part) // 2])
+                    self.kill()
+                    return
+                target.sendall(part)
+        except OSError:
+            pass
+        finally:
+            _shut(source)
+            _shut(target)
+
+    def _cuts(self, count, towards_server):
+        name = "cut_after" if towards_server else "cut_answer_after"
+        with self._lock:
+            left = getattr(self, name)
+            if left is None:
+                return False
+            setattr(self, name, left - count)
+            return left <= count
+
+
+def _shut(connection):
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
