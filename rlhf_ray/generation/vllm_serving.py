@@ -22,7 +22,8 @@ from rlhf_ray.generation.engine_protocol import EngineSetting, Tokens
 from rlhf_ray.generation.vllm_start import check_vllm, start_vllm
 from rlhf_ray.generation.vllm_weights import CACHE_BLOCK, cache_bytes
 from rlhf_ray.models.chat_shape import end_ids
-from rlhf_ray.models.load import embedding_rows, to_device
+from rlhf_ray.models.embeddings import embedding_rows
+from rlhf_ray.models.load import to_device
 from rlhf_ray.models.positions import positions_of
 from rlhf_ray.tables.engines import ENGINES
 

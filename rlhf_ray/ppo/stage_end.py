@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.ppo.loop import LoopState
 
@@ -11,7 +13,7 @@ def rolls_back(state: LoopState, ppo: PPOConfig) -> bool:
     return ppo.roll_back and 0 <= state.best_step < state.step
 
 
-def closing_figures(state: LoopState, ppo: PPOConfig) -> dict:
+def closing_figures(state: LoopState, ppo: PPOConfig) -> dict[str, Any]:
     """The stage's DONE. `model_step` is the step whose policy the stage's model is."""
     return {
         "steps": state.step,

@@ -73,7 +73,7 @@ class Mirror:
         self._known: dict[str, Found] = {}
         #: in the store, and not fetched: older checkpoints
         self._not_here = {name for name in self._settled if not (folder / name).exists()}
-        self._first_checkpoints = {folder for name in self._settled if (folder := checkpoint_of(name)) is not None}
+        self._first_checkpoints = {place for name in self._settled if (place := checkpoint_of(name)) is not None}
         self._uploaded_at: dict[str, float] = {}
         self._to_remove: set[str] = set()
         self._round: UploadRound | None = None

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import fsspec
+import fsspec  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
 from rlhf_ray.errors import RunFailed, UserError, whole_message
 

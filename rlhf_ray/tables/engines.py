@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlhf_ray.tables.table import Table, loaded
 
@@ -38,7 +38,7 @@ class Engine:
     def serving_engine(self, setting: EngineSetting) -> ContinuousEngine:
         """Of one that is continuous."""
         assert self.continuous, self.name
-        return loaded(self.make if self.serve is None else self.serve)(setting)
+        return cast("ContinuousEngine", loaded(self.make if self.serve is None else self.serve)(setting))
 
     def problem_here(self, gpus: float) -> str | None:
         return None if self.problem is None else loaded(self.problem)(gpus)
