@@ -1,6 +1,7 @@
 """The DeepSpeed engine at every ZeRO stage, on one rank and on two, against plain torch AdamW in one process."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ray.actors.trainer_actors import TrainerActor
 from rlhf_ray.ppo.checkpoint import read_role
+from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, Forwarded, OptimiserConfig
 from rlhf_ray.training.forward import LogprobModel, token_batch
 
@@ -112,6 +114,7 @@ def rank_of(engine, rank, world):
     """The actor around an engine, as far as checkpoints go."""
     actor = TrainerActor.__new__(TrainerActor)
     actor.role_name, actor.role = "policy", SimpleNamespace(engine=engine)
+    actor.folder = RunFolder(Path("run"))  # on this host's disk
     actor.build(rank, world)
     return actor
 
