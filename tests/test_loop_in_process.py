@@ -178,7 +178,7 @@ def read_checkpoint(folder, roles):
 def test_a_run_whose_copy_is_deleted_goes_on_from_its_store_to_the_same_weights(folder, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv(COPIES, str(tmp_path))
     url = f"memory:///{uuid.uuid4().hex}/run"
-    run, recipe = RunFolder(working_copy(url), url), tiny_recipe()
+    run, recipe = RunFolder(working_copy(url), url), tiny_recipe(ppo=TWO_STEPS)
     with in_store(run, 60, every_s=0.05):
         before, diary = LocalRoles(recipe, folder), Diary(stop_after=1)
         assert not real_loop(recipe, before, diary).run()

@@ -131,7 +131,7 @@ def test_a_finished_run_with_more_steps_needs_ray_again(tmp_path):
                "for example: rlhf-ray doctor demo"),
     ("stage", "give NAME, a stage of the recipe, e.g. one of a plugin, which has no command of its own; "
               "for example: rlhf-ray stage ppo demo"),
-    ("submit demo", "give --run-dir, absolute path that every node of the cluster sees; "
+    ("submit demo", "give --run-dir, absolute path that every node of the cluster sees, or a URL such as s3://...; "
                     "for example: rlhf-ray submit demo --run-dir /shared/runs/demo"),
     ("serve", "serve needs a run folder or a model folder: rlhf-ray serve runs/demo"),  # --stop needs none
     ("publish", "publish needs a version: rlhf-ray publish RUN; or --rollback, or --history"),

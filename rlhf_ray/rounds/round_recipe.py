@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.base import SEEDS
 from rlhf_ray.config.recipe_file import build_recipe
-from rlhf_ray.config.stage_table import BUILT_IN
+from rlhf_ray.config.stage_table import BUILT_IN, policies
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder, start_model
 
@@ -36,7 +36,7 @@ def round_recipe(
             "section 'reward', and ppo.rewards a term with model: reward"
         )
     values, origin = told.model_dump(mode="json", include=set(Recipe.model_fields)), start_model(first, run)
-    values |= {"sft": None, "dpo": None}
+    values |= {name: None for name in policies() if name != "ppo" and name in values}  # PPO begins from the last round's policy
     values["model"]["name_or_path"] = str(start)
     for name in ("reward", "judge"):
         if values[name] is not None and values[name]["base"] in ("sft", "model"):
