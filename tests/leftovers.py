@@ -9,6 +9,9 @@ from collections.abc import Mapping, MutableSequence, MutableSet
 READ = ("RLHF_RAY_", "RAY_AUTH", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "OMP_", "CUDA_", "MASTER_", "RANK",
         "LOCAL_RANK", "WORLD_SIZE", "XDG_", "TRITON_", "GLOO_", "NCCL_")  # fmt: skip
 
+#: vLLM's and torch's own, set anew by each start of an engine
+SET_BY_LIBRARIES = ("VLLM_DIST_IDENT", "TRITON_CACHE_AUTOTUNING")
+
 
 class Constants:
     """The package's, without private ones, which may be caches: which object each stands for, and how many entries tables and lists
@@ -73,6 +76,7 @@ def settings(starts_ray: bool) -> dict:
         "sys.path": [path for path in sys.path if path and "site-packages" not in path],
     }
     if not starts_ray:
-        found["the environment's"] = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        own = ("PYTEST_CURRENT_TEST", *SET_BY_LIBRARIES)
+        found["the environment's"] = {name: value for name, value in os.environ.items() if name not in own}
         found["the handler of SIGINT"] = signal.getsignal(signal.SIGINT)
     return found
