@@ -58,7 +58,7 @@ def faults_file(session):
 @pytest.fixture(scope="module", autouse=True)
 def end_of_the_shared_ray(request):
     """Before a file that does not use it: a process has one Ray at a time."""
-    if request.path.name not in SHARED_RAY:
+    if request.path.name not in SHARED_RAY[1:]:  # the first starts Rays of its own, too
         shared_ray.end()
 
 
@@ -102,7 +102,7 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-# The first starts a Ray of its own before it shares.
+# The first starts Rays of its own before it shares.
 SHARED_RAY = ("test_bench_commands.py", "test_supervised.py", "test_not_finite_ray.py", "test_ppo_ray.py", "test_recovery.py",
               "test_recovery_stages.py")  # fmt: skip
 GROUPS = {
