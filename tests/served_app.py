@@ -6,6 +6,7 @@ import asyncio
 
 import httpx
 import openai
+import pytest
 import torch
 
 from rlhf_ray.config import FromScratch, ModelConfig
@@ -62,3 +63,16 @@ def send(served, method, path, *, settings=None, **kwargs):
             return await client.request(method, path, **kwargs)
 
     return asyncio.run(run())
+
+
+@pytest.fixture(scope="module", name="folder")
+def tiny_folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("run") / "model")
+
+
+@pytest.fixture(scope="module", name="served")
+def served_tiny(folder):
+    """(runner, reader) of the tiny model, in this process."""
+    runner, reader = start(folder)
+    yield runner, reader
+    runner.close()

@@ -127,12 +127,18 @@ def test_what_a_crash_left_unnamed_goes_with_the_next_run_and_nothing_else_does(
     assert [name for name in store.names() if name not in read_contents(store).files] == [CONTENTS, "somebody/elses.txt"]
 
 
-def test_the_newest_checkpoint_is_fetched_and_the_one_before_it_where_that_is_damaged(memory, tmp_path):
+def two_checkpoints(memory, tmp_path):
+    """(a run whose store has both, the store)"""
     run, store = Toy(tmp_path / "run"), Store(memory)
     (run.path / "ppo").mkdir()
     for step in (1, 2):
         run.step(step, keep=2)
     look_until_level(mirror_of(run.path, store))
+    return run, store
+
+
+def test_the_newest_checkpoint_is_fetched_and_the_one_before_it_where_that_is_damaged(memory, tmp_path):
+    run, store = two_checkpoints(memory, tmp_path)
     copy, told = tmp_path / "copy", []
     fetch_run(store, copy, told.append)
     assert [path.name for path in sealed(copy / "ppo/checkpoints", "step_*")] == ["step_000002"]
@@ -145,11 +151,7 @@ def test_the_newest_checkpoint_is_fetched_and_the_one_before_it_where_that_is_da
 
 
 def test_an_older_checkpoint_that_was_not_fetched_stays_in_the_store_until_there_is_a_newer_one(memory, tmp_path):
-    run, store = Toy(tmp_path / "run"), Store(memory)
-    (run.path / "ppo").mkdir()
-    for step in (1, 2):
-        run.step(step, keep=2)
-    look_until_level(mirror_of(run.path, store))
+    run, store = two_checkpoints(memory, tmp_path)
     run.path = tmp_path / "elsewhere"
     fetch_run(store, run.path)
     mirror = mirror_of(run.path, store)

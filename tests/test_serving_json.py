@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
-from served_app import ask, save_tiny, send, start
+from served_app import ask, send, served_tiny, tiny_folder  # noqa: F401 - fixtures
 
 from rlhf_ray.config.sampling_params import TokenRules
 from rlhf_ray.errors import UserError
@@ -39,18 +39,6 @@ SCHEMAS = [
 
 def asking(schema, **more):
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}, **more}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("run") / "model")
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    runner, reader = start(folder)
-    yield runner, reader
-    runner.close()
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=["enum", "object", "array"])

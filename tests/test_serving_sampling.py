@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from served_app import ask, save_tiny, send, start
+from served_app import ask, send, served_tiny, tiny_folder  # noqa: F401 - fixtures
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -18,18 +18,6 @@ from rlhf_ray.models.tokenizer import load_tokenizer
 NONE = torch.empty(0, dtype=torch.int64)
 OFF = {"bias_ids": NONE, "bias": torch.empty(0), "forbidden_ids": NONE, "repetition_penalty": 1.0,
        "frequency_penalty": 0.0, "presence_penalty": 0.0}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("run") / "model")
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    runner, reader = start(folder)
-    yield runner, reader
-    runner.close()
 
 
 @pytest.fixture(scope="module")
