@@ -67,6 +67,10 @@ def cells() -> list[Cell]:
         Cell(name="two of each stateless role", sections={"resources": {"generation": two, "reward": two, "reference": two}},
              faults=[fault("generation", "generate", 0, 2, rank=1), fault("reward", "score", 1, 1, "after", rank=1),
                      fault("reference", "logprobs", 2)]),
+        Cell(name="a late actor of each stateless role",
+             sections={"resources": {"generation": two, "reward": two, "reference": two}},
+             faults=[fault(victim, OWN[victim], step, kind="slow", rank=1, seconds=60)
+                     for victim, step in (("reward", 1), ("reference", 2), ("generation", 3))]),
         Cell(name="LoRA", sections={"ppo": {"lora": {"rank": 2}}},
              faults=[fault("policy", "reference_logprobs", 0, 3), fault("generation", "generate", 1),
                      fault("policy", "update", 3)]),

@@ -10,6 +10,7 @@ from chaos import Ended, prepare
 from chaos_cells import cells, fault
 from tiny import tiny_recipe
 
+from rlhf_ray.actors import stragglers
 from rlhf_ray.errors import RunFailed
 
 pytestmark = pytest.mark.ray
@@ -80,6 +81,19 @@ def test_an_error_that_comes_twice_is_raised_with_its_samples(run_with):
         run_with([fault("reference", "logprobs", 1, call, kind="exception") for call in (1, 2)])
     (note,) = told.value.__notes__
     assert "reference actor 0 (chunk 0) failed 2 times" in note and "Its samples: step 1" in note
+
+
+@pytest.mark.slow
+def test_a_late_scorers_chunk_is_scored_by_another_and_nothing_waits_for_the_late_one(run_with, undisturbed, monkeypatch):
+    monkeypatch.setattr(stragglers, "SHORTEST_LIMIT_S", 1.0)
+    late = fault("reward", "score", 1, kind="slow", rank=1, seconds=600)
+    ended = run_with([late], resources={"reward": {"actors": 2}})
+    assert ended.facts() == undisturbed
+    first, *others = [(event["what"], event["seen"], event["done"]) for event in ended.events]
+    done = "reward actor 1 (chunk 1) was given to reward actor 0 too, the first answer counts"
+    assert first[0] == "reward actor 1 is late" and first[1].startswith("at work for ") and first[2] == done
+    # Each chunk that it was asked for later: two steps and two evaluations.
+    assert others == [("reward actor 1 is late", "still at reward actor 1 (chunk 1)", done)] * 4
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ class Member:
         self.weights: Call | None = None  # of a generator: the newest that it has taken
         self.process: ActorProcess | None = None  # None: not known yet
         self.peers: Sequence[Member] = ()  # those that it waits for in collective calls, itself included
+        self.unasked: list[Call] = []  # what it may be at beside `calls`, though nobody waits for it (`actors.stragglers`)
 
     @property
     def name(self) -> str:
@@ -39,12 +40,17 @@ class Member:
         if self.process is not None:
             end(self.process)
         self.actor, self.process = self._make(), None
+        self.unasked.clear()
         self.lives += 1
 
     def call(self, method: str, *args: Any, name: str, **options: Any) -> list[Handle]:
-        """Send a call -> its results. args: what a handle stands for goes in its place. options: see `Call`."""
+        """Send a call -> its results. args: what a handle stands for goes in its place. options: see `Call`.
+
+        One that needs the result of a movable call is sent when that is there (`actors.stragglers`), and so is what follows it.
+        """
         call = Call(self, method, args, name, **options)
-        call.send()
+        if call.due and all(each.sent or each.concurrency_group != call.concurrency_group for each in self.calls):
+            call.send()
         self.calls.append(call)
         return [Handle(call, number) for number in range(call.returns)]
 
@@ -73,13 +79,15 @@ class Call:
         account: str | None = None,
         concurrency_group: str | None = None,
         brings_weights: bool = False,
+        movable: bool = False,
     ):
         """name: "reward actor 1 (step 17, chunk 3)". returns: results, without the receipt that comes beside them if
         `receipt`. account: what the receipt's seconds and bytes are added to; None: the role. brings_weights: after it, its actor
-        computes with other weights than before."""
+        computes with other weights than before. movable: another actor of the role may answer it too."""
         self.member, self.method, self.args, self.name = member, method, args, name
         self.account, self.concurrency_group = account or member.role, concurrency_group
         self.returns, self.count, self.brings_weights = returns, returns + receipt, brings_weights
+        self.movable, self.copied = movable, False  # and whether it was given to another one
         self.refs: list[ray.ObjectRef] = []
         self.sent = 0  # how often
         self.life = 0  # that of the member to which it was sent
@@ -101,6 +109,16 @@ class Call:
         """It was answered, but what it returned is lost."""
         self.member.calls.append(self)
         self.send()
+
+    @property
+    def due(self) -> bool:
+        """Whether it can be sent: no other actor than the one that was asked will answer what it needs."""
+        return all(arg.call.settled for arg in self.args if isinstance(arg, Handle))
+
+    @property
+    def settled(self) -> bool:
+        """Whether its refs stay, unless its actor dies. Ray takes no call back that waits for an argument."""
+        return self.finished or (self.sent > 0 and not self.movable)
 
     @property
     def receipt(self) -> ray.ObjectRef:

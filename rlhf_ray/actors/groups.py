@@ -26,6 +26,7 @@ class GenerationGroup:
         """
         self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
         self.by_channel = False  # `actors.weight_meeting`
+        self.movable = False  # `actors.stragglers`
 
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
@@ -33,7 +34,7 @@ class GenerationGroup:
             member = self.members[i % len(self.members)]
             last = (True,) if self.sleeps and i + len(self.members) >= len(chunks) else ()
             name = f"{member.name} (step {chunk.step}, chunk {chunk.index})"
-            handles += member.call("generate", chunk, *last, name=name, receipt=True)
+            handles += member.call("generate", chunk, *last, name=name, receipt=True, movable=self.movable)
         return handles
 
     def load_weights(self, weights: Handles, policy_version: int) -> list[Handle]:
@@ -53,6 +54,8 @@ class GenerationGroup:
 class ChunkGroup:
     """Actors that turn each rollout into one small result: scores, reference log-probs, old log-probs, values."""
 
+    movable = False  # `actors.stragglers`
+
     def __init__(self, members: Sequence[Member]):
         self.members = members
 
@@ -60,7 +63,7 @@ class ChunkGroup:
         handles = []
         for i, rollout in enumerate(rollouts):
             member = self.members[i % len(self.members)]
-            handles += member.call(method, rollout, name=f"{member.name} (chunk {i})", receipt=True)
+            handles += member.call(method, rollout, name=f"{member.name} (chunk {i})", receipt=True, movable=self.movable)
         return handles
 
 
@@ -246,6 +249,19 @@ class RayRoles:
         stateless = [*self.generation.members, *self.reward.members, self.experience.member]
         reference = [] if isinstance(self.reference, AdapterOff) else self.reference.members
         return [*stateless, *reference, *(member for group in self.trained for member in group.members)]
+
+    def let_move(self) -> list[Sequence[Member]]:
+        """Calls of stateless roles with several actors are movable from now on -> those actors, by role.
+
+        Not of generators that take weights while they draw, or that free their GPU's memory after the last chunk that they know of.
+        """
+        stateless: list[GenerationGroup | ChunkGroup] = [self.reward]
+        stateless += [] if self.generation.in_flight or self.generation.sleeps else [self.generation]
+        stateless += [] if isinstance(self.reference, AdapterOff) else [self.reference]
+        several = [group for group in stateless if len(group.members) > 1]
+        for group in several:
+            group.movable = True
+        return [group.members for group in several]
 
     def start(self, members: Sequence[Member], groups: Sequence[TrainerGroup], deadline_s: float) -> None:
         """Until these are ready to work, and the ranks of these DeepSpeed groups have met."""

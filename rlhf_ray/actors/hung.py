@@ -138,6 +138,12 @@ class HungWatch:
                 return self.keeps(arg.call)
         return head
 
+    def busy_with(self, call: Call, now: float) -> tuple[Call, float]:
+        """The call that keeps this one, and since when as far as `hung` has seen."""
+        kept_by = self.keeps(call)
+        sent, silence = self._silent.get(kept_by, (0, None))
+        return kept_by, now - silence.since if silence is not None and sent == kept_by.sent else 0.0
+
     def hung(self, call: Call, now: float, what: str, remedy: str) -> Hung | None:
         """What is to be said of the actor that keeps this call and is hung; None: none is."""
         kept_by = self.keeps(call)

@@ -38,6 +38,7 @@ from rlhf_ray.actors.role_actors import (
     RewardActor,
 )
 from rlhf_ray.actors.session import worker_environment
+from rlhf_ray.actors.stragglers import Stragglers, tells_of_copy
 from rlhf_ray.actors.token_checks import check_tokens
 from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
@@ -174,6 +175,9 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
     ) as metrics:  # fmt: skip
         recovery = Recovery(recipe, roles, waiter, stage.checkpoints, budget=budget, events=events, progress=progress)
         waiter.mend = recovery.mend
+        waiter.stragglers = Stragglers(
+            roles.let_move(), lambda: roles.members, waiter.answered, waiter.failure_of, tells_of_copy(events, progress, "ppo")
+        )
         checkpoints = Checkpoints(recipe, folder, roles.trained, waiter.get, progress)
 
         def train(state: LoopState) -> PPOLoop:

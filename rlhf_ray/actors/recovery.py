@@ -172,12 +172,11 @@ class Recovery:
 
     def _unanswered(self, member: Member) -> list[Call]:
         """The calls that a dead actor has not answered, in order."""
-        receipts = [call.receipt for call in member.calls]
+        sent = [call for call in member.calls if call.sent]
+        receipts = [call.receipt for call in sent]
         if receipts:
             ray.wait(receipts, num_returns=len(receipts), timeout=FAIL_S, fetch_local=False)
-        return [
-            call for call in member.calls if self.waiter.failure_of(call) is not None or not self.waiter.there(call)
-        ]
+        return [call for call in sent if self.waiter.failure_of(call) is not None or not self.waiter.there(call)]
 
     def _head(self, member: Member, failure: Failure) -> Call | None:
         """The call at which it died: actors do what they are asked in order."""

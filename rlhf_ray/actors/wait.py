@@ -7,7 +7,7 @@ only, so it learns of a failure without ever fetching what it merely passes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, HungWatch
 from rlhf_ray.actors.receipt import CallReceipt
+from rlhf_ray.actors.stragglers import Stragglers
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
 
 POLL_S = 1.0
@@ -56,6 +57,7 @@ class Waiter:
     ):
         self.deadline_s, self.remedy, self.on_wait = deadline_s, remedy, on_wait
         self.mend: Mend | None = None  # `actors.recovery`; None: what fails is raised
+        self.stragglers: Stragglers | None = None  # None: no call is given to a second actor
         self.busy_s: dict[str, float] = {}  # account (a role, or its update) -> compute seconds since `take_totals`
         self.bytes: dict[str, int] = {}
         self.clock, self.watch = AwakeClock(time.monotonic), HungWatch(deadline_s, self.there)
@@ -81,25 +83,23 @@ class Waiter:
         waiting = self._waiting(handles)
         started = since = self.clock.tick()
         heard: dict[Member, float] = {}  # when an actor last answered
-        pending = list(waiting)
-        if pending:
-            self.on_wait(waiting[pending[0]].name, 0.0, what)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
+        if waiting:
+            self.on_wait(next(iter(waiting)).name, 0.0, what)
+        while waiting:
+            ended = self._wait_a_while(waiting)
             now = self.clock.tick()
-            for ref in done:
-                each = waiting.pop(ref)
-                again = self._look_at(ref, each, what, remedy)
-                if again is not None:
-                    waiting[again] = each
-                    pending.append(again)
+            for ref, each in ended:
+                if self._is_answered(ref, each, what, remedy):
+                    del waiting[each]
                 if isinstance(each, Call):
                     heard[each.member] = now
-            if pending:
-                self.on_wait(waiting[pending[0]].name, now - started, what)
-            for each in _first_of_each_actor([waiting[ref] for ref in pending]):
+            if waiting:
+                self.on_wait(next(iter(waiting)).name, now - started, what)
+            for each in _first_of_each_actor(waiting):
                 if isinstance(each, Call) and deadline_s is None:
                     late = self.watch.hung(each, now, what, remedy)
+                    if late is None and self.stragglers is not None:
+                        self.stragglers.look(*self.watch.busy_with(each, now), what)
                 else:
                     late = self._late(each, now - (heard.get(each.member, since) if isinstance(each, Call) else since),
                                       deadline_s or self.deadline_s, what, remedy)  # fmt: skip
@@ -117,7 +117,13 @@ class Waiter:
 
     def there(self, call: Call) -> bool:
         """Whether the call has ended, in whichever way."""
-        return bool(ray.wait([call.receipt], timeout=0, fetch_local=False)[0])
+        return call in self.answered([call])
+
+    def answered(self, calls: Iterable[Call]) -> set[Call]:
+        """Those of them that have ended, in whichever way."""
+        sent = {call.receipt: call for call in calls if call.sent}
+        there = ray.wait([*sent], num_returns=len(sent), timeout=0, fetch_local=False)[0] if sent else []
+        return {sent[ref] for ref in there}
 
     def failure_of(self, call: Call) -> RunFailed | RayTaskError | None:
         """What made the call fail, if it has; None: it has not, or is under way."""
@@ -144,34 +150,51 @@ class Waiter:
         self.busy_s, self.bytes = {}, {}
         return totals
 
-    def _waiting(self, handles: Sequence[Awaited]) -> dict[ray.ObjectRef, Tracked | Call]:
-        """What to look at -> what it is. What was waited for already is left out."""
-        waiting: dict[ray.ObjectRef, Tracked | Call] = {}
+    def _waiting(self, handles: Sequence[Awaited]) -> dict[Tracked | Call, None]:
+        """What they are, once each and in order. What was waited for already is left out."""
+        waiting: dict[Tracked | Call, None] = {}
         for handle in handles:
             if not isinstance(handle, Handle):
                 tracked = self._tracked.pop(handle, None)
-                waiting |= {} if tracked is None else {tracked.receipt: tracked}
+                waiting |= {} if tracked is None else {tracked: None}
                 continue
             for call in (handle.call, *(other.call for other in handle.call.beside)):
-                waiting |= {} if call.finished else {call.receipt: call}
+                waiting |= {} if call.finished else {call: None}
         return waiting
 
-    def _look_at(self, ref: ray.ObjectRef, each: Tracked | Call, what: str, remedy: str) -> ray.ObjectRef | None:
-        """Take in a finished ref. Returns another one where the call was sent again."""
-        if isinstance(each, Call) and each.receipt != ref:  # with others of its actor
-            return each.receipt
+    def _wait_a_while(self, waiting: Iterable[Tracked | Call]) -> list[tuple[ray.ObjectRef, Tracked | Call]]:
+        """Until all have ended, or something that others wait for -> (what to look at, what it is) of those that have."""
+        also: list[Call] = []
+        if self.stragglers is not None:
+            self.stragglers.take_answers()
+            also = self.stragglers.send_due()
+        pending = {each.receipt: each for each in waiting if isinstance(each, Tracked) or each.sent}
+        refs = [*(pending.keys() | {call.receipt for call in also})]
+        done, _ = ray.wait(refs, num_returns=1 if also else len(refs), timeout=POLL_S, fetch_local=False)
+        if also:
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        return [(ref, pending[ref]) for ref in done if ref in pending]
+
+    def _is_answered(self, ref: ray.ObjectRef, each: Tracked | Call, what: str, remedy: str) -> bool:
+        """Take in a finished ref. False where the call was sent again, now or with others of its actor."""
+        if each.receipt != ref:
+            return False
         try:
             value = _fetch(ref, each.name, remedy)
         except (RunFailed, RayTaskError) as failure:
             self._mend(each, failure, what)
             assert isinstance(each, Call) and each.receipt != ref, f"{each.name} is mended, so it was sent again"
-            return each.receipt
+            return False
+        seconds = 0.0
         if isinstance(value, CallReceipt):
             self._account(each, value)
+            seconds = value.seconds
         if isinstance(each, Call):
-            self.watch.ended(each, value.seconds if isinstance(value, CallReceipt) else 0.0, self.clock.now)
+            self.watch.ended(each, seconds, self.clock.now)
+            if self.stragglers is not None and each.movable:
+                self.stragglers.ended(each, seconds)
             each.finish()
-        return None
+        return True
 
     def _account(self, each: Tracked | Call, receipt: CallReceipt) -> None:
         self.busy_s[each.account] = self.busy_s.get(each.account, 0.0) + receipt.seconds
@@ -189,7 +212,7 @@ class Waiter:
         self.mend(each, failure, what)
 
 
-def _first_of_each_actor(pending: list[Tracked | Call]) -> list[Tracked | Call]:
+def _first_of_each_actor(pending: Iterable[Tracked | Call]) -> list[Tracked | Call]:
     first: dict[Member | Tracked, Tracked | Call] = {}
     for each in pending:
         first.setdefault(each.member if isinstance(each, Call) else each, each)
