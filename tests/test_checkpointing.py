@@ -12,12 +12,13 @@ import torch
 from loops import Diary, ScriptedRoles, scripted_loop
 from tiny import tiny_recipe
 
-from rlhf_ray.actors.checkpointing import Checkpoints, Writing
+from rlhf_ray.actors.checkpointing import Checkpoints
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs import disk
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.run_folder import RunFolder
+from rlhf_ray.runs.writing import Writing
 
 Usage = namedtuple("Usage", "total used free")
 

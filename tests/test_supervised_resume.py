@@ -1,15 +1,18 @@
 """A supervised stage that goes on from its checkpoint: the same bits, other numbers of ranks, damage, pickles, a full disk."""
 
 import builtins
+import math
 import os
 import pickle
 import shutil
+import signal
 from collections import namedtuple
 
 import pytest
 import torch
 from cats import STAGE, cats_folder, cats_tokenizer, plain_sft, recipe_of  # noqa: F401 - fixtures
-from ranks import train
+from processes import wait_for
+from ranks import on_ranks, train
 from safetensors.torch import load_file, save_file
 
 from rlhf_ray.models.load import load_causal_lm
@@ -113,6 +116,47 @@ def test_after_a_flipped_byte_it_goes_on_from_the_one_before_to_the_same_bits(fo
     assert all(torch.equal(weights(stage)[name], each) for name, each in weights(undisturbed).items())
 
 
+def _on_a_slow_disk(rank, world, values, path):
+    """On a rank: checkpoints of steps 1 and 5. The disk takes each two steps later, and the process is killed in the second."""
+    from rlhf_ray.config import Recipe
+    from rlhf_ray.supervised import resumable
+    from rlhf_ray.supervised.sft import train_sft
+    from rlhf_ray.supervised.stage_trainer import StageCallback
+
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    run, step_ends, writes = RunFolder(path), StageCallback.on_step_end, resumable.write_tensors
+
+    def on_step_end(callback, args, state, control, **more):
+        callback.saved_s = -math.inf if state.global_step in (1, 5) else math.inf
+        step_ends(callback, args, state, control, **more)
+
+    def write(file, tensors, metadata):
+        step = int(file.parent.name.removeprefix(".checkpoint-").removesuffix(".tmp"))
+        wait_for(lambda: len(read_metrics(run.stage("sft").metrics)) >= step + 2, seconds=60)
+        digest = writes(file, tensors, metadata)
+        if step == 5:
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return digest
+
+    StageCallback.on_step_end, resumable.write_tensors = on_step_end, write
+    return train_sft(Recipe.model_validate(values), run, "sft")
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_one_that_was_cut_off_is_not_used(folder, undisturbed, tmp_path):
+    run, recipe = new_run(folder, tmp_path / "a"), recipe_of(sft=SFT)
+    stage = run.stage("sft")
+    stage.path.mkdir()
+    with pytest.raises(Exception, match="SIGKILL"):
+        on_ranks(_on_a_slow_disk, 1, recipe.model_dump(mode="json"), run.path)
+    assert len(read_metrics(stage.metrics)) >= 7, "the steps after it did not wait for the disk"
+    assert (stage.checkpoints / ".checkpoint-5.tmp" / "trained-00-of-01.safetensors").exists()
+    assert newest_complete(stage.checkpoints)[1].step == 1
+    train((recipe, run, ("sft",)))  # so what was written late was the state of its step
+    assert [row["step"] for row in read_metrics(stage.metrics)] == list(range(1, STEPS + 1))
+    assert all(torch.equal(weights(stage)[name], each) for name, each in weights(undisturbed).items())
+
+
 def test_without_its_optimiser_part_it_is_refused(folder, tmp_path):
     """Sealed anew, so that only what is in it speaks against it."""
     run, recipe = new_run(folder, tmp_path / "a"), recipe_of(sft=SFT)
@@ -149,8 +193,6 @@ class shutil_with:
 
 
 def test_without_room_it_says_so_and_trains_on(folder, undisturbed, tmp_path):
-    from ranks import on_ranks
-
     run, recipe = new_run(folder, tmp_path / "a"), recipe_of(sft=SFT | {"checkpoint_minutes": 1e-6})
     stage = stopped(run, recipe)
     (summary,) = on_ranks(_full_disk, 1, recipe.model_dump(mode="json"), run.path, 10_000)

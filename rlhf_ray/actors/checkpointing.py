@@ -20,34 +20,11 @@ from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.disk import no_room
 from rlhf_ray.runs.elsewhere import take_in
 from rlhf_ray.runs.events import EventLog
-from rlhf_ray.runs.remote_store import StorageAway
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.runs.sealed import new_folder
 
 Progress = Callable[[dict], None]
 BYTES_PER_WEIGHT_BYTE = 3  # a weight and Adam's two moments, all float32
-
-
-class Writing:
-    """In a rank: files that a thread writes. One at a time."""
-
-    def __init__(self):
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._files: Future[dict[str, str]] | None = None
-
-    def begin(self, write: Callable[[], dict[str, str]]) -> None:
-        """write: -> {file: SHA-256}. What is still being written, of a step that was given up, is waited for."""
-        self.result(wait=True)
-        self._files = self._thread.submit(write)
-
-    def result(self, *, wait: bool) -> dict[str, str] | str | None:
-        """The digests; a sentence where the disk has refused; None where it is not done, or nothing was asked for."""
-        if self._files is None or not (wait or self._files.done()):
-            return None
-        try:
-            return self._files.result()
-        except (OSError, StorageAway) as error:
-            return str(error)
 
 
 class Ranks(Protocol):

@@ -86,7 +86,7 @@ class Stragglers:
     # -- what is late -----------------------------------------------------------------------------------------------------
 
     def look(self, head: Call, seconds: float, phase: str) -> None:
-        """head: what its actor has been at for so long. If that is late, the rest of what it was asked goes to idle ones, one each."""
+        """head: what its actor has been at for so long. If that is late, it and what follows go to idle actors, one each."""
         seen = self._late(head, seconds) if head.movable else None
         if seen is None:
             return

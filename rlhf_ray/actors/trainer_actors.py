@@ -14,12 +14,12 @@ with collector_paused():
     import torch
 
     from rlhf_ray.actors import faults
-    from rlhf_ray.actors.checkpointing import Writing
     from rlhf_ray.actors.receipt import with_receipt
     from rlhf_ray.actors.role_actors import RoleActor
     from rlhf_ray.actors.weight_transport import PolicyEnd
     from rlhf_ray.config import GroupConfig
     from rlhf_ray.runs.elsewhere import arrive_at, hand_in, is_elsewhere
+    from rlhf_ray.runs.writing import Writing
 
 
 class TrainerActor(RoleActor):

@@ -85,9 +85,9 @@ def _process(recipe: Recipe, name: str, config: TrainConfig, itemsize: int) -> P
     on_host = (0.0 if mapped else 4.0 * whole) + (held.frozen if itemsize == 2 else 0.0)  # while it loads
     part = config.lora is not None or config.freeze_layers > 0
     return PlannedProcess(
-        parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu, host=state.host,
+        parts=dict(state.parts) | reference | buffers | work, on_gpu=on_gpu,
+        host=dict(state.host) | {"copy for a checkpoint": 12.0 * held.trained / ranks},
         moments={
-            "copy for a checkpoint": 12.0 * held.trained / ranks if on_gpu or stage > 0 else 0.0,
             "model to be written": 4.0 * held.trained + 4.0 * whole if part else 4.0 * whole if on_gpu or stage == 3 else 0.0,
         },
         loading=(max(held.bytes if stage == 3 else 0.0, measuring), on_host) if on_gpu else (0.0, max(on_host, measuring)),

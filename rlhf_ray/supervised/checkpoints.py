@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.tensor_file import write_tensors
 from rlhf_ray.runs import sealed
 from rlhf_ray.runs.storage import write_atomically
 
 STATE, PATTERN = "state.json", "checkpoint-*"
+LEFT_OVER = ".checkpoint-*.tmp"  # of a process that died while it wrote
 FORMAT = 2  # 1: DeepSpeed's pickles
 REMEDY = "delete this folder to go on from the checkpoint before it, or the stage's folder to start the stage again"
 
@@ -123,8 +123,8 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
 # -- random numbers ---------------------------------------------------------------------------------------------------
 
 
-def write_random(path: Path) -> str:
-    """The states of this process's generators: torch's, numpy's, Python's, and those of GPUs -> the file's SHA-256."""
+def random_state() -> dict[str, torch.Tensor]:
+    """A copy of the states of this process's generators: torch's, numpy's, Python's, and those of GPUs."""
     version, words, gauss_next = random.getstate()
     name, keys, position, has_gauss, gauss = np.random.get_state()
     assert (version, name) == (3, "MT19937"), "as Python and numpy have had them for two decades"
@@ -137,7 +137,7 @@ def write_random(path: Path) -> str:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.random.get_rng_state()
-    return write_tensors(path, state, {})
+    return state
 
 
 def read_random(folder: Path, rank: int) -> None:

@@ -177,6 +177,7 @@ class StageCallback(TrainerCallback):
     writer: MetricsWriter | None  # rank 0 only
     device: torch.device
     begin: Callable[[], None]
+    look_at_checkpoint: Callable[[], None]
     started: float = field(default_factory=time.monotonic)
     resumed_s: float = 0.0
     saved_s: float = 0.0
@@ -198,6 +199,7 @@ class StageCallback(TrainerCallback):
         self.clock.elapsed_s, stop = from_rank_zero([elapsed, float(stop)], self.device)
         self.step_s = self.clock.elapsed_s - before
         self.stopped = bool(stop)
+        self.look_at_checkpoint()
         due = self.clock.elapsed_s - self.saved_s >= self.config.checkpoint_minutes * 60
         if self.stopped or due:
             what = f"no checkpoint is written after step {state.global_step}"
@@ -265,11 +267,17 @@ def run_training(
     trainer.stage, trainer.zero_stage, trainer.events, trainer.run = stage, config.zero_stage, folder.events, folder.run
     writer = _writer(folder, stage, tracking, found)
     callback = StageCallback(
-        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin
-    )
+        folder, config, clock, tokens_per_step, writer, device=trainer.args.device, begin=trainer.begin,
+        look_at_checkpoint=trainer.look_at_checkpoint,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
+    try:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
+    except NotFinite:  # of a later step than the one whose state is being written
+        trainer.finish_checkpoint()
+        raise
+    trainer.finish_checkpoint()
     if callback.writer is not None:
         callback.writer.close()
     ended_by = "stop" if callback.stopped else "max_minutes" if clock.time_is_up else "steps"
