@@ -59,7 +59,7 @@ def submit(
     run_dir: str,
     *,
     address: str | None = None,
-    data: Sequence[Path] = (),
+    data: Sequence[str | Path] = (),
     env: Mapping[str, str] | None = None,
     stop_wait_s: int = 600,
     echo: Echo = print,
@@ -70,6 +70,9 @@ def submit(
     env: environment variables of the job and its actors. stop_wait_s: how long a stopped run may take to finish its
     step and write a checkpoint before it is killed. UserError for what can't work, such as a run folder in use.
     """
+    for path in data:
+        if is_url(path):
+            raise UserError(f"--data '{path}' is a URL, and uploads are of this machine; name the URL in the recipe instead")
     run_dir = cluster_path(run_dir)
     run_folder_of(recipe, run_dir)  # what the run itself would refuse
     if is_url(run_dir):

@@ -27,7 +27,7 @@ def submit_until_done(
     *,
     retries: int,
     address: str | None = None,
-    data: Sequence[Path] = (),
+    data: Sequence[str | Path] = (),
     env: Mapping[str, str] | None = None,
     stop_wait_s: int = 600,
     echo: jobs.Echo = print,

@@ -38,7 +38,7 @@ class Item:
 
 
 def stage(
-    recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[Path] = (), here: Path | None = None
+    recipe: Recipe, folder: Path, *, run_dir: str, data: Sequence[str | Path] = (), here: Path | None = None
 ) -> list[Item]:
     """Fill the empty `folder` with what the job needs; return what is in it. `here` is where modules are looked for.
 

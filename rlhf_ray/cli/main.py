@@ -159,7 +159,7 @@ def submit(
     ],
     overrides: Overrides = None,
     address: ClusterAddress = None,
-    data: Annotated[list[Path] | None, typer.Option(help="small files or folders to upload with the job")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="small files or folders to upload with the job")] = None,
     env: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE in the job's environment; NAME alone: its value here (repeatable)")
     ] = None,
@@ -225,31 +225,35 @@ def export(
     source: Annotated[
         str, typer.Argument(help="a run folder, a PPO checkpoint (ppo/checkpoints/step_...) or a model folder; or a URL of one")
     ],
-    target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+    target: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
     stage: Annotated[str, typer.Option(help=f"of a run folder: {', '.join(model_names())}")] = "ppo",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     push_to_hub: Annotated[str | None, typer.Option(help="also upload to this hub repository")] = None,
 ):
     """Write a Hugging Face folder from any checkpoint."""
+    from rlhf_ray.config.user_paths import on_this_machine
     from rlhf_ray.ppo.export_model import export_model
     from rlhf_ray.runs.contents import to_export
     from rlhf_ray.runs.remote import local_copy
 
-    folder = export_model(local_copy(source, to_export(stage)), target, stage, dtype, push_to_hub)
+    written = on_this_machine(target, "the folder to write")
+    folder = export_model(local_copy(source, to_export(stage)), written, stage, dtype, push_to_hub)
     console.print(str(folder), highlight=False, soft_wrap=True)
 
 
 @app.command(name="import")
 @in_words
 def import_(
-    file: Annotated[Path, typer.Argument(help="a GGUF file of a causal language model")],
-    target: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+    file: Annotated[str, typer.Argument(help="a GGUF file of a causal language model")],
+    target: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
 ):
     """Write a Hugging Face folder from a GGUF file: config, dequantised weights, tokenizer, chat template."""
+    from rlhf_ray.config.user_paths import on_this_machine
     from rlhf_ray.models.import_gguf import import_gguf
 
-    console.print(str(import_gguf(file, target, dtype)), highlight=False, soft_wrap=True)
+    paths = on_this_machine(file, "the GGUF file"), on_this_machine(target, "the folder to write")
+    console.print(str(import_gguf(*paths, dtype)), highlight=False, soft_wrap=True)
 
 
 app.command()(in_words(status))

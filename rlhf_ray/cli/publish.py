@@ -16,11 +16,13 @@ from rlhf_ray.errors import UserError
 if TYPE_CHECKING:
     from rlhf_ray.publish.version import Version
 
+SHELF = "published"  # folder of the versions of a run
+
 
 @in_words
 def publish(
     source: Annotated[
-        Path | None, typer.Argument(help="a run folder (its policy), a PPO checkpoint, a model folder, or an adapter")
+        str | None, typer.Argument(help="a run folder (its policy), a PPO checkpoint, a model folder or an adapter; or its URL")
     ] = None,
     canary: Annotated[str, typer.Option(help="share of the requests that it takes, e.g. 10%")] = "100%",
     model: Annotated[str | None, typer.Option(help="its name at the server; default: the first one")] = None,
@@ -37,21 +39,26 @@ def publish(
     history: Annotated[bool, typer.Option("--history", help="print which versions there are and were")] = False,
 ):
     """Swap a new version into the running server: its replicas load it, check its log-probs, and it takes its share."""
+    from rlhf_ray.config.user_paths import expanded
     from rlhf_ray.publish import client
     from rlhf_ray.publish.servers import find_server
+    from rlhf_ray.runs.contents import to_export
+    from rlhf_ray.runs.remote import local_copy, reading_copy
 
+    here = None if source is None else reading_copy(source)
     if rollback or history:
-        note = find_server(port, source)
+        note = find_server(port, here)
         state = client.roll_back(note, model=model, why="asked for") if rollback else _state(note.url, model)
         _tell(state, entries=len(state["history"]) if history else 1)
         return
     if source is None:
         raise UserError("publish needs a version: rlhf-ray publish RUN; or --rollback, or --history")
     share = client.share_of(canary)
-    note = find_server(port, source)
+    note = find_server(port, here)
+    place = expanded(local_copy(source, to_export("ppo"))).resolve()
     console.print(f"Publishing {source} to {note.url} ...", highlight=False, soft_wrap=True)
     since = time.time() - 1  # file systems keep coarse times
-    version = _version(source, note.served)
+    version = _version(place, note.served, _shelf_of(source))
     with client.dropped_if_refused(Path(version.adapter or version.folder), since):
         state = client.publish(
             note, version, model=model, share=share, watch_s=watch_s,
@@ -60,30 +67,33 @@ def publish(
     _tell(state, entries=1)
 
 
-def _version(source: Path, served: dict[str, str]) -> Version:
-    """A copy of what `source` holds, beside its run."""
-    from rlhf_ray.config.user_paths import expanded
+def _version(place: Path, served: dict[str, str], shelf: Path | None) -> Version:
+    """A copy of what `place` holds, on the shelf; None: that beside its run."""
     from rlhf_ray.publish.client import kept_copy
     from rlhf_ray.serving.model_folder import find_model, is_adapter
 
-    place = expanded(source).resolve()
     if (place / "state.json").exists():
         from rlhf_ray.ppo.export_model import export_model
 
-        with tempfile.TemporaryDirectory(dir=_shelf(place.parents[2])) as folder:
-            return kept_copy(
-                export_model(place, Path(folder) / "model", "ppo", "float32", None), _shelf(place.parents[2])
-            )
+        shelf = _made(shelf or place.parents[2] / SHELF)
+        with tempfile.TemporaryDirectory(dir=shelf) as folder:
+            return kept_copy(export_model(place, Path(folder) / "model", "ppo", "float32", None), shelf)
     if is_adapter(place):
         base = find_model(next(iter(served.values())))
-        return kept_copy(place, _shelf(place.parent), base)
+        return kept_copy(place, _made(shelf or place.parent / SHELF), base)
     folder = find_model(place)
-    return kept_copy(folder, _shelf(place if folder != place else place.parent))
+    return kept_copy(folder, _made(shelf or (place if folder != place else place.parent) / SHELF))
 
 
-def _shelf(run: Path) -> Path:
-    """Where a run's published versions are."""
-    shelf = run / "published"
+def _shelf_of(source: str) -> Path | None:
+    """Where the versions of a run in a store are: not beside its copy here, which holds what the store holds and nothing else."""
+    from rlhf_ray.runs.remote_store import is_url
+    from rlhf_ray.runs.run_folder import working_copy
+
+    return working_copy(source, SHELF) if is_url(source) else None
+
+
+def _made(shelf: Path) -> Path:
     try:
         shelf.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @in_words
 def round_(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder; its rounds go to RUN/rounds/2, 3, ...")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="a finished run folder; its rounds go to RUN/rounds/2, 3, ...")],
     votes: Annotated[
         str | None, typer.Option(help="the database: a SQLite file, or postgresql://USER@HOST/NAME; default: data.votes")
     ] = None,

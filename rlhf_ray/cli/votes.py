@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,7 +30,7 @@ MinAgreement = Annotated[
 @in_words
 def votes_export(
     url: Url,
-    out: Annotated[Path, typer.Argument(help="the file of JSON lines to write")],
+    out: Annotated[str, typer.Argument(help="the file of JSON lines to write")],
     form: Annotated[
         str,
         typer.Option(
@@ -47,6 +46,7 @@ def votes_export(
     min_agreement: MinAgreement = 0.0,
 ):
     """Write TRL's preference rows, one per comparison that has a preferred answer; ties and "both bad" are counted."""
+    from rlhf_ray.config.user_paths import on_this_machine
     from rlhf_ray.votes.database import Database
     from rlhf_ray.votes.export import edit_rows, preference_rows, write_rows
     from rlhf_ray.votes.reading import pairs_of, read_judgements
@@ -55,6 +55,7 @@ def votes_export(
         raise UserError(f"--form {form!r} is none of explicit, implicit, edits")
     if part not in ("train", "held_out", "all"):
         raise UserError(f"--part {part!r} is none of train, held_out, all")
+    path = on_this_machine(out, "the file to write")
     filters = _filters(rater, version, since, until, min_agreement)
     database = Database(url)
     judgements = read_judgements(database, filters, part)
@@ -64,11 +65,11 @@ def votes_export(
         )
     if form == "edits":
         rows = edit_rows(judgements, messages=messages)
-        write_rows(rows, out)
+        write_rows(rows, path)
         return _say(f"{out}: {len(rows)} edited answers of {len(judgements)} votes")
     pairs = pairs_of(judgements, filters.min_agreement)
     rows = preference_rows(pairs.pairs, form, messages=messages)
-    write_rows(rows, out)
+    write_rows(rows, path)
     _say(f"{out}: {len(rows)} pairs of {len(judgements)} votes; left out: {pairs.left_out_in_words()}")
 
 

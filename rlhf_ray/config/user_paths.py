@@ -13,3 +13,10 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"'{path}' names the home folder of a user who is not known here; write the whole path") from error
+
+
+def on_this_machine(path: str | Path, what: str) -> Path:
+    """UserError for a URL (s3://...), which as a path would name a folder "s3:" here. what: what it is of, for the message."""
+    if "://" in str(path):
+        raise UserError(f"{what} is '{path}', a URL, and a path on this machine is needed; copy it with the store's own tool")
+    return Path(path)
