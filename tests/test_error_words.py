@@ -54,3 +54,14 @@ def test_a_failed_stage_tells_the_reason_and_the_remedy(tmp_path):
     error = WorkerGroupError(f"Training failed due to worker errors:\n{text}", {0: ValueError(text)})
     told = str(_explained(error, RunFolder(tmp_path), "sft", SftConfig(), 60.0))
     assert "with: ValueError: the reason - a detail the remedy; its log is" in told
+
+
+def test_a_stage_that_rays_memory_guard_ended_tells_the_host_and_the_memory(tmp_path):
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import WorkerGroupError
+
+    words = "1 worker(s) were killed. Memory on the node (IP: 10.0.0.7, ID: 82fa) was 22.88GB used / 23.59GB limit\nTop 10: ..."
+    error = WorkerGroupError("Training failed due to worker errors", {0: OutOfMemoryError(words)})
+    told = str(_explained(error, RunFolder(tmp_path), "sft", SftConfig(), 60.0))
+    assert "with: Ray's memory guard ended it: 22.9 of 23.6 GB were in use on the host 10.0.0.7; end what else runs" in told
+    assert "Top 10" not in told

@@ -4,15 +4,16 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from tiny import tiny_recipe
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
+from rlhf_ray.actors.low_memory import ended_by_guard
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
-from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
+from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter, _died
 from rlhf_ray.errors import RunFailed
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.loop import LoopState
@@ -96,6 +97,40 @@ def test_a_call_that_ends_two_actors_is_named_with_its_samples():
     with pytest.raises(RunFailed, match="reward actor 0 died 2 times at the same call, score of reward actor 0") as told:
         budget.charge(scorer, DIED, "scoring", score())
     assert "Its samples: step 3, prompt 7, sample 0; step 3, prompt 9, sample 2. " in str(told.value)
+
+
+#: Ray's own, of 2.60, where it had ended an actor; lines between are left out
+RAYS_WORDS = """2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 82faa69245) \
+was 22.88GB used / 23.59GB limit (0.969902)
+OOM kill reason: Memory usage 24567789824B exceeded threshold of 24059005542B (95.0% of 25325268992B limit)
+Object store memory usage: [- objects spillable: 0
+(global lru) bytes evicted: 0]
+Ray killed 2 worker(s) based on the killing policy
+Selected to kill: (Task: job ID=01000000, lease ID=0000000001, task name=A.__init__, required resources={}, pid=22750)
+To see more information about memory usage on this node, use `ray logs raylet.out -ip 10.0.0.7`
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+22500\t0.45\t/work/python -m rlhf_ray run demo
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/. Consider provisioning more memory."""
+
+
+def test_what_rays_memory_guard_ended_is_told_in_a_sentence_with_the_host_the_memory_and_the_remedy():
+    died = _died("reward actor 0 (chunk 1)", OutOfMemoryError(RAYS_WORDS))
+    why = "Ray's memory guard ended it: 22.9 of 23.6 GB were in use on the host 10.0.0.7"
+    assert str(died) == (
+        f"reward actor 0 (chunk 1) died ({why}); end what else runs on that host, or lower what `rlhf-ray doctor` shows as large "
+        "(microbatches, chunks, lengths, snapshots), then run the same command again to go on from the last checkpoint"
+    )
+    storm, blamed = Budget(1), Budget(5)
+    storm.charge(member(), died, "scoring")
+    with pytest.raises(RunFailed, match=r"restarts = 1; end what else runs on that host, .*\n  scoring: .*22.9 of 23.6 GB"):
+        storm.charge(member(), died, "scoring")
+    call = Call(member(), "score", (Chunk(step=3, index=1, prompt_indices=(7,), sample_indices=(0,)),), "reward actor 0 (chunk 1)")
+    blamed.charge(call.member, died, "scoring", call)
+    with pytest.raises(RunFailed, match="22.9 of 23.6 GB .*; end what else runs on that host"):
+        blamed.charge(call.member, died, "scoring", call)
+    wrapped = RuntimeError("a worker group failed")
+    wrapped.__cause__ = OutOfMemoryError(RAYS_WORDS)
+    assert ended_by_guard(wrapped) == why and ended_by_guard(RuntimeError("Memory on the node")) is None
 
 
 def test_no_sample_is_blamed_for_a_rank_that_dies_while_it_hands_out_its_state():

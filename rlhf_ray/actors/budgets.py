@@ -10,6 +10,7 @@ from typing import Any
 from ray.exceptions import RayTaskError
 
 from rlhf_ray.actors.calls import Call, Member
+from rlhf_ray.actors.low_memory import REMEDY
 from rlhf_ray.errors import RunFailed, whole_message
 from rlhf_ray.runs.events import EventLog
 
@@ -109,28 +110,33 @@ class Budget:
 
     def _blame(self, member: Member, failure: Failure, where: str, call: Call) -> None:
         samples = _samples_of(call)
+        remedy = _remedy(failure, "see the run folder's logs/, mend what ends it or take the sample out of the data")
         if isinstance(failure, RayTaskError):  # its traceback says more
             failure.add_note(f"{call.name} failed {DEATHS_OF_A_CALL} times, {where}, so no third try is made. {samples}")
             raise failure
         raise RunFailed(
-            f"{member.name} died {DEATHS_OF_A_CALL} times at the same call, {call.method} of {call.name}, {where}, so no "
-            f"third try is made. {samples}Last: {in_short(failure)}; see the run folder's logs/, mend what ends "
-            "it or take the sample out of the data, then run the same command again"
+            f"{member.name} died {DEATHS_OF_A_CALL} times at the same call, {call.method} of {call.name}, {where}, so no third try "
+            f"is made. {samples}Last: {in_short(failure)}; {remedy}, then run the same command again"
         ) from failure
 
     def _lose(self, failure: Failure, line: str) -> None:
         self._lost.append(line)
         if len(self._lost) > self.restarts:
             table = "\n".join(f"  {line}" for line in self._lost)
+            remedy = _remedy(failure, "look in the run folder's logs/")
             raise RunFailed(
                 f"{len(self._lost)} actors were lost without a finished step between, more than resources.restarts = "
-                f"{self.restarts}; look in the run folder's logs/, then run the same command again\n{table}"
+                f"{self.restarts}; {remedy}, then run the same command again\n{table}"
             ) from failure
 
 
 def in_short(failure: Failure) -> str:
     """How it was seen, without the remedy."""
     return whole_message(failure).partition("; ")[0]
+
+
+def _remedy(failure: Failure, otherwise: str) -> str:
+    return REMEDY if REMEDY in str(failure) else otherwise
 
 
 def counted(count: int, what: str) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
+from rlhf_ray.actors.low_memory import ended_by_guard
 from rlhf_ray.actors.ray_private import meeting_backend, unused_callbacks
 from rlhf_ray.errors import UserError, whole_message
 from rlhf_ray.runs.events import EventLog
@@ -53,9 +54,10 @@ class RecordFailures(UserCallback):
             done = f"the stage failed: that was failure {self.failures}, and {self.restarts} restarts are allowed"
         step, steps_lost, seconds = self._lost()
         for place, error in worker_exceptions.items():
+            seen = ended_by_guard(error) or whole_message(error)
             EventLog(self.folder.events).add(
-                f"{self.stage} worker {place} failed: {whole_message(error)}", done, seconds, stage=self.stage, step=step,
-                phase="training", seen=whole_message(error), steps_lost=steps_lost, **restarted,
+                f"{self.stage} worker {place} failed: {seen}", done, seconds, stage=self.stage, step=step,
+                phase="training", seen=seen, steps_lost=steps_lost, **restarted,
             )  # fmt: skip
 
     def _lost(self) -> tuple[int, int, float]:

@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.v2.api.config import LoggingConfig
 
+from rlhf_ray.actors.low_memory import REMEDY, ended_by_guard
 from rlhf_ray.actors.placement import nodes_alive
 from rlhf_ray.actors.ray_private import NO_ROOM
 from rlhf_ray.actors.ray_trainer import MeetingConfig, RecordFailures, StageTorchTrainer
@@ -294,9 +295,10 @@ def _explained(
         )
     else:
         times = "" if lost or isinstance(error, ControllerError) else f" {RESTARTS + 1} times, the last time"
+        guard = ended_by_guard(error)
+        what = whole_message(error) if guard is None else f"{guard}; {REMEDY}"
         explained = (ControllerLost if lost else RunFailed)(
-            f"{stage} failed{times} with: {whole_message(error)}; its log is {log}; "
-            "the same command goes on from the last checkpoint"
+            f"{stage} failed{times} with: {what}; its log is {log}; the same command goes on from the last checkpoint"
         )
     explained.__cause__ = error
     return explained

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.hung import AwakeClock, Deadline, Hung, HungWatch
+from rlhf_ray.actors.low_memory import REMEDY, ended_by_guard
 from rlhf_ray.actors.receipt import CallReceipt
 from rlhf_ray.actors.stragglers import Stragglers
 from rlhf_ray.errors import RunFailed, UserError, machine_failed, whole_message
@@ -245,10 +246,9 @@ def _died(name: str, error: RayError, kind: type[ActorDied] = ActorDied) -> Exce
     if told:
         # All of its lines, one per problem; a further traceback follows a blank one.
         return UserError(sentence.strip().partition("\n\n")[0])
-    return kind(
-        f"{name} died ({_cause(error)}); see the run folder's logs/, "
-        "then run the same command again to go on from the last checkpoint"
-    )
+    guard = ended_by_guard(error)
+    cause, remedy = (_cause(error), "see the run folder's logs/") if guard is None else (guard, REMEDY)
+    return kind(f"{name} died ({cause}); {remedy}, then run the same command again to go on from the last checkpoint")
 
 
 def _cause(error: RayError) -> str:
