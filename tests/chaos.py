@@ -2,6 +2,7 @@
 
     make chaos                                   all cells, and the table in results/chaos/
     python tests/chaos.py --only '*update*' [--write results/chaos]
+    python tests/chaos.py --only 'policy x update'    one role in one phase (`chaos_cells.single_cells`)
 
 A cell is a run of `tiny.tiny_recipe` with faults (`actors.faults`), each in another step. It is exact if its final
 tensors (the model; policy and critic with their optimisers) have the SHA-256 of the undisturbed run's, its metrics and closing
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401 - sets the environment before Ray is imported
 import pytest
-from chaos_cells import Cell, cells
+from chaos_cells import Cell, cells, single_cells
 from chaos_table import write_table
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
@@ -37,7 +39,8 @@ from tiny import tiny_recipe, write_start
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.session import ray_session
+from rlhf_ray.actors.ray_start import prepare_home
+from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.ppo.checkpoint import last_good, read_role
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import read_metrics
@@ -123,6 +126,38 @@ def session_with_faults(path: Path) -> Iterator[None]:
         patch.setenv(faults.VARIABLE, str(path))
         with ray_session(None, start_timeout_s=600):
             yield
+
+
+@contextmanager
+def hosts_with_faults(path: Path) -> Iterator[None]:
+    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    prepare_home(makes_token=True)
+    over, options = threading.Event(), {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
+
+    def keep_two() -> None:
+        while not over.wait(1.0):
+            if sum(node["Alive"] for node in ray.nodes()) < 3:
+                cluster.add_node(wait=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.VARIABLE, str(path))
+        cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0})
+        try:
+            for _ in range(2):
+                cluster.add_node(**options)
+            with ray_session(cluster.address, start_timeout_s=600):
+                keeper = threading.Thread(target=keep_two)
+                keeper.start()
+                try:
+                    yield
+                finally:
+                    over.set()
+                    keeper.join()
+        finally:
+            cluster.shutdown()
 
 
 def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
@@ -243,14 +278,20 @@ def main() -> None:
         drive(args.driver, json.loads(args.sections))
         return
     by_name = {cell.name: cell for pattern in args.only for cell in cells() if fnmatch(cell.name, pattern)}
+    by_name |= {cell.name: cell for cell in single_cells() if cell.name in args.only}
     chosen = list(by_name.values())
     with tempfile.TemporaryDirectory(prefix="chaos_") as scratch:
         matrix = Matrix(args.log or Path(scratch) / "cells.jsonl", Path(scratch))
-        with session_with_faults(matrix.faults):
-            for cell in (each for each in chosen if not each.driver):
-                matrix.run(cell)
+        here = [cell for cell in chosen if not (cell.driver or cell.hosts)]
+        if not all(cell.name in matrix.rows for cell in here):
+            with session_with_faults(matrix.faults):
+                for cell in here:
+                    matrix.run(cell)
         for cell in (each for each in chosen if each.driver):  # a process has one Ray at a time
             matrix.run(cell)
+        for cell in (each for each in chosen if each.hosts):
+            with hosts_with_faults(matrix.faults):
+                matrix.run(cell)
         rows = [row for row in matrix.rows.values() if "passed" in row]
         if args.write is not None:
             write_table(args.write, rows, [cell.name for cell in cells()])

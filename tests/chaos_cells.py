@@ -12,6 +12,7 @@ class Cell:
     sections: dict = field(default_factory=dict)  # of the recipe, laid over the tiny one's
     exact: bool = True  # False: each prompt once, not the same bits
     driver: bool = False  # the driver is a process of its own, started again until it ends well
+    hosts: bool = False  # on a Ray of several nodes, in place of one
 
 
 VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic")
@@ -36,6 +37,18 @@ def fault(
     return {"role": role, "rank": rank, "method": method, "step": step, "call": call, "when": when, "kind": kind, **more}
 
 
+def single_cells() -> list[Cell]:
+    """One role in one phase, "policy x update": what `cells` has as a part of a longer run. To look at one that fails."""
+    sections = {"ppo": EVERY_STEP | {"steps": 4}}
+    return [
+        Cell(name=f"{victim} x {phase}", sections=sections, faults=[
+            fault(role, method, 1 + place, call, when, victim=f"{victim}-0")
+            for place, (role, method, call, when) in enumerate(points)
+        ])
+        for phase, points in POINTS.items() for victim in VICTIMS
+    ]  # fmt: skip
+
+
 def cells() -> list[Cell]:
     found = [
         Cell(name=f"all x {phase}", sections={"ppo": EVERY_STEP | {"steps": 14}}, faults=[
@@ -46,6 +59,9 @@ def cells() -> list[Cell]:
     ]  # fmt: skip
     first = enumerate((points[0] for points in POINTS.values()), start=1)
     driver = [fault(*point[:2], step, *point[2:], victim="driver-0") for step, point in first]
+    hosts = [fault(*point[:2], step, *point[2:], kind="host", victim="policy-0") for step, point in
+             enumerate((points[0] for points in POINTS.values()), start=1)]  # fmt: skip
+    found.append(Cell(name="worker host x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, hosts=True, faults=hosts))
     found.append(Cell(name="driver x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, driver=True, faults=driver))
     for kind, more in (("stop", {}), ("exception", {}), ("slow", {"seconds": 5})):
         found += [

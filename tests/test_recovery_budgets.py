@@ -133,6 +133,15 @@ def test_what_rays_memory_guard_ended_is_told_in_a_sentence_with_the_host_the_me
     assert ended_by_guard(wrapped) == why and ended_by_guard(RuntimeError("Memory on the node")) is None
 
 
+def test_a_host_that_is_gone_is_one_loss_however_many_actors_it_had():
+    budget, call = Budget(1), Call(member(), "score", (Chunk(step=3, index=1, prompt_indices=(7,), sample_indices=(0,)),), "")
+    for role in ("generation", "reward", "reward", "reference", "policy"):
+        budget.charge(member(role), DIED, "scoring", call, host="a1")
+    assert budget.take_failures() == {"failures/generation": 1, "failures/reward": 2, "failures/reference": 1, "failures/policy": 1}
+    with pytest.raises(RunFailed, match=r"2 actors were lost .*\n  scoring: the host of .*\n  scoring: the host of critic"):
+        budget.charge(member("critic"), DIED, "scoring", call, host="b2")
+
+
 def test_no_sample_is_blamed_for_a_rank_that_dies_while_it_hands_out_its_state():
     budget, rank = Budget(3), Member("policy", 0, lambda: None, "rank")
     for _ in range(3):

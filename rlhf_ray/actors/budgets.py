@@ -57,6 +57,7 @@ class Budget:
         self.restarts, self.ended = restarts, ended
         self.failures: Counter[str] = Counter()  # role -> restarts since `take_failures`
         self._lost: list[str] = []
+        self._hosts: set[str] = set()  # that are gone
         self._deaths: Counter[Any] = Counter()  # what a call does -> actors that died at it
 
     def start_over(self) -> None:
@@ -85,21 +86,29 @@ class Budget:
         self.failures.clear()
         return counts
 
-    def charge(self, member: Member, failure: Failure, where: str, call: Call | None = None) -> None:
+    def charge(
+        self, member: Member, failure: Failure, where: str, call: Call | None = None, host: str | None = None
+    ) -> None:
         """Count an actor that is to be made again. RunFailed where there were too many, or one call has ended two.
 
-        where: "after step 3, scoring (step 3)". call: the one that the actor died at, if it is known.
+        where: "after step 3, scoring (step 3)". call: the one that the actor died at, if it is known. host: the actor's, if that is
+        gone; then it is one loss, however many actors were there, and no call is to blame.
         """
         try:
-            self._charge(member, failure, where, call)
+            self._charge(member, failure, where, call, host)
         except (RunFailed, RayTaskError) as why:
             self.ended(member, failure, where, why)
             raise
 
-    def _charge(self, member: Member, failure: Failure, where: str, call: Call | None) -> None:
+    def _charge(self, member: Member, failure: Failure, where: str, call: Call | None, host: str | None) -> None:
         if self.restarts == 0:
             raise failure
         self.failures[member.role] += 1
+        if host is not None:
+            if host not in self._hosts:
+                self._hosts.add(host)
+                self._lose(failure, f"{where}: the host of {member.name}: {in_short(failure)}")
+            return
         own = isinstance(failure, RayTaskError)
         if call is not None and (own or call.chunks()):  # else a rank that writes or sends its state: no sample is to blame
             work = member.role, call.method, *(call.chunks() or [call.name])

@@ -12,8 +12,9 @@ before or after it has worked. kind:
     stop       SIGSTOP: the process is there and never answers
     exception  RuntimeError
     slow       it sleeps for `seconds` (1)
+    host       SIGKILL to all processes of the Ray node that it is on
 
-victim: "reward-0", say: kill or stop that actor at this point instead, which must be on the same host.
+victim: "reward-0", say: kill or stop that actor (or its host) at this point instead, which must be on the same host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +103,30 @@ def _come(path: Path, faults: list[dict[str, Any]], when: str) -> None:
         else:
             victim = fault.get("victim")
             process = os.getpid() if victim is None else int(_beside(path, "processes", victim).read_text())
-            os.kill(process, SIGNALS[kind])
+            if kind == "host":
+                _end_host(process)
+            else:
+                os.kill(process, SIGNALS[kind])
+
+
+def _end_host(process: int) -> None:
+    """The raylet above the process, and all that it has started; this process last, if it is one of them."""
+    parents: dict[int, int] = {}
+    raylet = None
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    while process > 1 and raylet is None:
+        process = parents[process]
+        if Path(f"/proc/{process}/comm").read_text().strip() == "raylet":
+            raylet = process
+    assert raylet is not None, "an actor is below its node's raylet"
+    started = [raylet]
+    for each in started:
+        started += [child for child, parent in parents.items() if parent == each]
+    for each in sorted(started, key=lambda pid: pid == os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def _beside(path: Path, kind: str, name: str) -> Path:

@@ -100,3 +100,8 @@ def rented_nodes(words: str) -> list[Node]:
     count = int(found[2])
     amounts: Mapping[str, float] = {"CPU": float(cpus * count), "GPU": float(count)}
     return [Node(f"node {number}", amounts, memory * count, (float(gpu),) * count) for number in range(int(found[1]))]
+
+
+def is_there(node: str) -> bool:
+    """Whether the cluster still has it. node: Ray's id."""
+    return any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())

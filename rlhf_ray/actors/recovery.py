@@ -28,6 +28,7 @@ from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.faults import tell_step
 from rlhf_ray.actors.groups import RayRoles, TrainerGroup
 from rlhf_ray.actors.hung import Deadline, Hung
+from rlhf_ray.actors.nodes import is_there
 from rlhf_ray.actors.snapshots import Snapshot, Snapshots
 from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter
 from rlhf_ray.actors.weight_meeting import connect_weights
@@ -271,7 +272,8 @@ class Recovery:
         return GroupLost(failure, member, phase)
 
     def _charge(self, member: Member, failure: Failure, phase: str, call: Call | None = None) -> None:
-        self.budget.charge(member, failure, f"after step {self.step}, {phase}", call)
+        host = None if member.process is None or is_there(member.process.node) else member.process.node
+        self.budget.charge(member, failure, f"after step {self.step}, {phase}", call, host)
 
     def _tell(self, member: Member, failure: Failure, phase: str, since: float, done: str, *, steps_lost: int) -> None:
         """since: when what is lost was begun."""
