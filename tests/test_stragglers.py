@@ -176,6 +176,8 @@ def test_its_own_actor_is_first_or_the_second_one_fails_or_the_step_is_given_up(
         world.late.take_answers()
         assert call.refs == refs and call.member is world.reward[0], way
         assert world.reward[1].calls == [] and world.late.send_due() == [], way
+        world.late.look(call, 1000.0, "scoring")
+        assert len(world.told) == 1, f"no third time: {way}"
 
 
 def test_a_generator_with_other_weights_is_not_asked():
