@@ -31,15 +31,16 @@ from pathlib import Path
 
 import conftest  # noqa: F401 - sets the environment before Ray is imported
 import pytest
+import ray
 from chaos_cells import Cell, cells, single_cells
 from chaos_table import write_table
+from processes import wait_for
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.ray_start import prepare_home
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.ppo.checkpoint import last_good, read_role
 from rlhf_ray.runs.events import EventLog
@@ -131,33 +132,32 @@ def session_with_faults(path: Path) -> Iterator[None]:
 @contextmanager
 def hosts_with_faults(path: Path) -> Iterator[None]:
     """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    prepare_home(makes_token=True)
-    over, options = threading.Event(), {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
-
-    def keep_two() -> None:
-        while not over.wait(1.0):
-            if sum(node["Alive"] for node in ray.nodes()) < 3:
-                cluster.add_node(wait=True, **options)
-
+    over, hosts = threading.Event(), list[subprocess.Popen]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faults.VARIABLE, str(path))
-        cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0})
-        try:
-            for _ in range(2):
-                cluster.add_node(**options)
-            with ray_session(cluster.address, start_timeout_s=600):
-                keeper = threading.Thread(target=keep_two)
-                keeper.start()
-                try:
-                    yield
-                finally:
-                    over.set()
-                    keeper.join()
-        finally:
-            cluster.shutdown()
+        patch.setenv("RLHF_RAY_NUM_CPUS", "0")
+        with ray_session(None, start_timeout_s=600, stages=()):
+            keeper = threading.Thread(target=keep_two, args=(ray.get_runtime_context().gcs_address, hosts, over))
+            keeper.start()
+            try:
+                wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=600)
+                yield
+            finally:
+                over.set()
+                keeper.join()
+                for host in hosts:
+                    host.terminate()
+                for host in hosts:
+                    host.wait(60)
+
+
+def keep_two(address: str, hosts: list[subprocess.Popen], over: threading.Event) -> None:
+    """Two processes that start a host of one core, and end when it has ended."""
+    command = [Path(sys.executable).with_name("ray"), "start", "--block", f"--address={address}", "--num-cpus=1",
+               f"--node-ip-address={address.partition(':')[0]}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
+    while not over.wait(1.0):
+        if sum(host.poll() is None for host in hosts) < 2:
+            hosts.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
 
 def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--only", default=["*"], nargs="+", help="cells whose name fits one of these patterns")
     parser.add_argument("--log", type=Path, help="file of the cells that are done (default: of a temporary folder)")
     parser.add_argument("--write", type=Path, help="folder for the table")
+    parser.add_argument("--note", default="", help="a sentence on the machine and the commits, for the table")
     parser.add_argument("--driver", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sections", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -294,7 +295,7 @@ def main() -> None:
                 matrix.run(cell)
         rows = [row for row in matrix.rows.values() if "passed" in row]
         if args.write is not None:
-            write_table(args.write, rows, [cell.name for cell in cells()])
+            write_table(args.write, rows, [cell.name for cell in cells()], args.note)
         sys.exit(any(not row["passed"] for row in rows))
 
 

@@ -21,16 +21,19 @@ moment when all that was lost was under way again; for a rank of policy or criti
 ```bash
 make chaos                                    # all cells
 make chaos ARGS="--only 'all x update' LoRA"  # some of them
+make chaos ARGS="--only 'policy x update'"    # one role in one phase: a part of 'all x update', as a run of its own
+make chaos ARGS="--log cells.jsonl"           # notes each cell when it is done; the same command again runs the others
 ```
 """
 
 
-def write_table(folder: Path, rows: list[dict], names: list[str]) -> None:
-    """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not."""
+def write_table(folder: Path, rows: list[dict], names: list[str], note: str = "") -> None:
+    """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not. note: of the circumstances."""
     matrix = [row for row in rows if row["name"].startswith("all x ")]
     others = [row for row in rows if row not in matrix]
     machine = on_hardware({"hardware": hardware()})
     lines = [INTRODUCTION, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
+    lines += [f"{note}\n"] if note else []
     if matrix:
         lines += ["## Role by phase\n", *_matrix(matrix), ""]
     if others:
