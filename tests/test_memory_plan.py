@@ -81,8 +81,12 @@ def test_a_token_of_the_cache_takes_what_is_published():
 def test_the_plan_is_within_15_percent_of_what_was_measured(name):
     """results/bench/memory.json, of rlhf_ray/bench/memory_peaks.py. (Some trainers were measured without what they write.)"""
     phases = json.loads(RESULTS.read_text())[name]
-    written = "update" not in phases or WRITING in phases
-    assert planned(name, written=written) == pytest.approx(max(phases.values()) * 1e6, rel=0.15)
+    assert planned(name, written=wrote(phases)) == pytest.approx(max(phases.values()) * 1e6, rel=0.15)
+
+
+def wrote(phases):
+    """Whether what trainers write was there at a phase's peak. Of supervised stages it was not."""
+    return WRITING in phases or not phases.keys() & {"update", "training"}
 
 
 def test_what_trainers_write_was_measured_too():
@@ -97,7 +101,8 @@ def test_what_trainers_write_was_measured_too():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_plan_is_within_15_percent_of_what_a_process_takes_now(name):
-    assert planned(name) == pytest.approx(max(measured(name).values()), rel=0.15)
+    phases = measured(name)
+    assert planned(name, written=wrote(phases)) == pytest.approx(max(phases.values()), rel=0.15)
 
 
 # ---- per GPU and per node
