@@ -41,6 +41,7 @@ from tiny import tiny_recipe, write_start
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.ppo_stage import run_ppo
+from rlhf_ray.actors.ray_private import LOOPBACK_VARIABLE
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.ppo.checkpoint import last_good, read_role
 from rlhf_ray.runs.events import EventLog
@@ -155,9 +156,10 @@ def keep_two(address: str, hosts: list[subprocess.Popen], over: threading.Event)
     """Two processes that start a host of one core, and end when it has ended."""
     command = [Path(sys.executable).with_name("ray"), "start", "--block", f"--address={address}", "--num-cpus=1",
                f"--node-ip-address={address.partition(':')[0]}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
+    own = os.environ | {LOOPBACK_VARIABLE: "1"}  # a Ray on loopback takes itself for a desktop's, which has one host
     while not over.wait(1.0):
         if sum(host.poll() is None for host in hosts) < 2:
-            hosts.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            hosts.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
 
 def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:

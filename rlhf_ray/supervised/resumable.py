@@ -91,7 +91,7 @@ class ResumableTrainer(Trainer):
         scheduler: Any = self.lr_scheduler
         told = Checkpoint(step=step, elapsed_s=self.elapsed_s, rate_step=scheduler.last_epoch)
         self.pending = Pending(told=told, handed_in=self._on_other_disks())
-        files = dict(zip(KINDS, (self._share(), random_state()), strict=True))
+        files: dict[str, dict[str, torch.Tensor]] = {"trained": self._share(), "random": random_state()}
         counts = json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n" if rank() == 0 else None
         self._writing.begin(partial(self._write, temporary, files, counts, rank() in self.pending.handed_in))
 
