@@ -18,7 +18,7 @@ from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopState
 from rlhf_ray.runs.sealed import MANIFEST, new_folder, seal
 from rlhf_ray.supervised import checkpoints as supervised_checkpoints
-from rlhf_ray.supervised.checkpoints import Checkpoint, newest_complete, write_random
+from rlhf_ray.supervised.checkpoints import Checkpoint, newest_complete, random_state
 
 STATE = {"step": 4, "kl_coef": 0.1, "best_score": None, "best_step": -1, "worse_since": 0, "moved": True}
 
@@ -226,7 +226,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
         return [torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()]
 
     np.random.normal(), random.gauss(0, 1)  # each keeps a second number for the next draw
-    write_random(tmp_path / "random-00-of-01.safetensors")
+    write_tensors(tmp_path / "random-00-of-01.safetensors", random_state(), {})
     wanted = drawn()
     drawn()
     supervised_checkpoints.read_random(tmp_path, 0)
