@@ -99,7 +99,7 @@ class Waiter:
             for each in _first_of_each_actor(waiting):
                 if isinstance(each, Call) and deadline_s is None:
                     late = self.watch.hung(each, now, what, remedy)
-                    if late is None and self.stragglers is not None:
+                    if late is None and self.stragglers is not None and self.stragglers.groups:
                         self.stragglers.look(*self.watch.busy_with(each, now), what)
                 else:
                     late = self._late(each, now - (heard.get(each.member, since) if isinstance(each, Call) else since),
