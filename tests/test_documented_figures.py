@@ -48,13 +48,13 @@ def unbacked(tables: str, folder: Path) -> list[str]:
 def test_figures_of_the_demo_are_those_of_its_runs():
     _, _, rest = text_of("README.md").partition("<!-- results:demo -->")
     block, end, _ = rest.partition("<!-- /results:demo -->")
-    figures, _, samples = block.partition("\n| prompt |")
-    assert end and unbacked(figures, ROOT / "results/demo") == []
+    assert end and unbacked(block, ROOT / "results/demo") == []
+    _, _, rest = text_of("results/README.md").partition("<!-- samples:demo -->")
+    samples, end, _ = rest.partition("<!-- /samples:demo -->")
+    assert end
     kept = [json.loads(line) for file in (ROOT / "results/demo").glob("seed_*/samples.jsonl")
             for line in file.read_text().splitlines()]  # fmt: skip
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 3
     shown = [(row["prompt"], *(f"({row[model]['judge']:.1f}) {row[model]['response']}" for model in ("sft", "ppo")))
              for row in kept]  # fmt: skip
