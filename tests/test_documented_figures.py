@@ -35,9 +35,9 @@ def kept_numbers(folder: Path) -> set[tuple[float, float]]:
     return found
 
 
-def unbacked(tables: str, folder: Path) -> list[str]:
-    """Decimal numbers of the tables that no file of the folder has."""
-    kept = kept_numbers(folder)
+def unbacked(tables: str, *folders: Path) -> list[str]:
+    """Decimal numbers of the tables that no file of the folders has."""
+    kept = set.union(*map(kept_numbers, folders))
     cells = [cell for line in tables.splitlines() if line.startswith("|") for cell in line.split("|")[2:]]
     return [
         number for cell in cells for number in numbers(cell)
@@ -60,6 +60,13 @@ def test_figures_of_the_demo_are_those_of_its_runs():
              for row in kept]  # fmt: skip
     assert {tuple(row) for row in rows} <= {tuple(" ".join(text.split()) for text in row) for row in shown}
     assert ("(results/demo/curves.png)" in block) == (ROOT / "results/demo/curves.png").exists()
+
+
+def test_figures_of_rules_followed_are_those_of_their_runs():
+    folders = ROOT / "results/smollm2-instructions", ROOT / "results/smollm2-instructions-no-sft"
+    for document, least in (("README.md", 27), ("results/README.md", 48)):
+        (table,) = re.findall(r"^\| share of rules followed.*?(?=^$)", text_of(document), re.MULTILINE | re.DOTALL)
+        assert len(numbers(table)) >= least and unbacked(table, *folders) == []
 
 
 RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overoptimisation")
