@@ -63,7 +63,8 @@ def test_figures_of_the_demo_are_those_of_its_runs():
 
 
 RULES_FOLLOWED = {  # line of the table -> run, model
-    "the model as published": ("smollm2-instructions-no-sft", "sft"), "GRPO alone, 60 steps": ("smollm2-instructions-no-sft", "ppo"),
+    "the model as published": ("smollm2-instructions-no-sft", "sft"),
+    "GRPO alone, 60 steps": ("smollm2-instructions-no-sft", "ppo"),
     "SFT": ("smollm2-instructions", "sft"), "SFT, then GRPO": ("smollm2-instructions", "ppo"),
 }  # fmt: skip
 KINDS_OF_RULES = ("judge", "trait/trained_kinds", "trait/held_out_kinds", "trait/all_rules")
