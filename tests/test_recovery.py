@@ -85,7 +85,7 @@ def test_an_error_that_comes_twice_is_raised_with_its_samples(run_with):
 
 @pytest.mark.slow
 def test_a_late_scorers_chunk_is_scored_by_another_and_nothing_waits_for_the_late_one(run_with, undisturbed, monkeypatch):
-    monkeypatch.setattr(stragglers, "SHORTEST_LIMIT_S", 1.0)
+    monkeypatch.setattr(stragglers, "SHORTEST_LIMIT_S", 5.0)
     late = fault("reward", "score", 1, kind="slow", rank=1, seconds=600)
     ended = run_with([late], resources={"reward": {"actors": 2}})
     assert ended.facts() == undisturbed

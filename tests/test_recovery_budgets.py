@@ -10,6 +10,7 @@ from tiny import tiny_recipe
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
+from rlhf_ray.actors.groups import RayRoles
 from rlhf_ray.actors.low_memory import ended_by_guard
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
@@ -140,6 +141,17 @@ def test_a_host_that_is_gone_is_one_loss_however_many_actors_it_had():
     assert budget.take_failures() == {"failures/generation": 1, "failures/reward": 2, "failures/reference": 1, "failures/policy": 1}
     with pytest.raises(RunFailed, match=r"2 actors were lost .*\n  scoring: the host of .*\n  scoring: the host of critic"):
         budget.charge(member("critic"), DIED, "scoring", call, host="b2")
+
+
+def test_a_start_says_what_the_actor_needs():
+    """A host is gone, and no other has room: this is what the terminal shows while the run waits for one."""
+    names = []
+    waiter = SimpleNamespace(track=lambda ref, name: names.append(name), get=lambda refs, *_: refs)
+    actor = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
+    members = [Member("policy", 1, lambda: actor, "rank", "2 CPUs and 1 GPUs"), Member("experience", 0, lambda: actor)]
+    roles = SimpleNamespace(waiter=waiter, _join=lambda groups, deadline_s: None)
+    RayRoles.start(roles, members, [], 60.0)
+    assert names == ["policy rank 1 (start on 2 CPUs and 1 GPUs)", "experience actor 0 (start)"]
 
 
 def test_no_sample_is_blamed_for_a_rank_that_dies_while_it_hands_out_its_state():

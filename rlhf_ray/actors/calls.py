@@ -19,9 +19,10 @@ from rlhf_ray.messages import Chunk
 class Member:
     """One actor of a role: which one it is, how it is made, and what it was asked and has not been seen to answer."""
 
-    def __init__(self, role: str, number: int, make: Callable[[], Any], word: str = "actor"):
-        """make: starts the actor. word: "rank" for one of a DeepSpeed group."""
-        self.role, self.number, self.word = role, number, word
+    def __init__(self, role: str, number: int, make: Callable[[], Any], word: str = "actor", needs: str = ""):
+        """make: starts the actor. word: "rank" for one of a DeepSpeed group. needs: what it waits for until a host has it free, in
+        words."""
+        self.role, self.number, self.word, self.needs = role, number, word, needs
         self._make, self.actor = make, make()
         self.lives = 1  # how often it was made
         self.calls: list[Call] = []  # in the order in which they were sent

@@ -265,7 +265,8 @@ class RayRoles:
 
     def start(self, members: Sequence[Member], groups: Sequence[TrainerGroup], deadline_s: float) -> None:
         """Until these are ready to work, and the ranks of these DeepSpeed groups have met."""
-        starting = [self.waiter.track(member.actor.ready.remote(), f"{member.name} (start)") for member in members]
+        names = [f"{member.name} (start{member.needs and f' on {member.needs}'})" for member in members]
+        starting = [self.waiter.track(member.actor.ready.remote(), name) for member, name in zip(members, names, strict=True)]
         self._join(groups, deadline_s)
         processes = self.waiter.get(starting, "start of the actors", deadline_s, START_REMEDY)
         for member, process in zip(members, processes, strict=True):

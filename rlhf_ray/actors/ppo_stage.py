@@ -27,6 +27,7 @@ from rlhf_ray.actors.groups import (
     ReferenceGroup,
     RewardGroup,
 )
+from rlhf_ray.actors.layout import bundle_of, in_words
 from rlhf_ray.actors.placement import Placement
 from rlhf_ray.actors.publishing import Publishing
 from rlhf_ray.actors.recovery import Recovery, state_in
@@ -85,7 +86,7 @@ def ray_roles(
                 Member(role, number, partial(
                     kind.options(**placement.options(role, number)).remote, f"{role}-{number}", recipe, folder, config,
                     *(part(number) if callable(part) else part for part in args),
-                ), word)
+                ), word, in_words(bundle_of(config)))
                 for number in range(config.actors)
             ]  # fmt: skip
 
