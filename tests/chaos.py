@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,13 +36,14 @@ import ray
 from chaos_cells import Cell, cells, single_cells
 from chaos_table import write_table
 from processes import wait_for
+from ranks import free_port
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.ray_private import LOOPBACK_VARIABLE
+from rlhf_ray.actors.ray_start import prepare_home
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 from rlhf_ray.ppo.checkpoint import last_good, read_role
 from rlhf_ray.runs.events import EventLog
@@ -132,34 +134,47 @@ def session_with_faults(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hosts_with_faults(path: Path) -> Iterator[None]:
-    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes."""
-    over, hosts = threading.Event(), list[subprocess.Popen]()
+    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes. All are on
+    this machine's own address: a Ray on loopback has one host."""
+    over, started = threading.Event(), list[subprocess.Popen]()
+    prepare_home(makes_token=True)
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faults.VARIABLE, str(path))
-        patch.setenv("RLHF_RAY_NUM_CPUS", "0")
-        with ray_session(None, start_timeout_s=600, stages=()):
-            keeper = threading.Thread(target=keep_two, args=(ray.get_runtime_context().gcs_address, hosts, over))
+        started.append(start_host("--head", f"--port={address.partition(':')[2]}", "--num-cpus=0", "--include-dashboard=false"))
+        keeper = threading.Thread(target=keep_two, args=(address, started, over))
+        try:
+            wait_for(lambda: listens(address), seconds=600)
             keeper.start()
-            try:
+            with ray_session(address, start_timeout_s=600):
                 wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=600)
                 yield
-            finally:
-                over.set()
+        finally:
+            over.set()
+            if keeper.ident is not None:
                 keeper.join()
-                for host in hosts:
-                    host.terminate()
-                for host in hosts:
-                    host.wait(60)
+            for host in reversed(started):
+                host.terminate()
+                host.wait(60)
 
 
-def keep_two(address: str, hosts: list[subprocess.Popen], over: threading.Event) -> None:
-    """Two processes that start a host of one core, and end when it has ended."""
-    command = [Path(sys.executable).with_name("ray"), "start", "--block", f"--address={address}", "--num-cpus=1",
-               f"--node-ip-address={address.partition(':')[0]}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
-    own = os.environ | {LOOPBACK_VARIABLE: "1"}  # a Ray on loopback takes itself for a desktop's, which has one host
+def start_host(*options: str) -> subprocess.Popen:
+    """Ends when its Ray has ended."""
+    ray_command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    return subprocess.Popen([*ray_command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def keep_two(address: str, started: list[subprocess.Popen], over: threading.Event) -> None:
+    """started: the head, and then hosts of one core."""
     while not over.wait(1.0):
-        if sum(host.poll() is None for host in hosts) < 2:
-            hosts.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        if sum(host.poll() is None for host in started[1:]) < 2:
+            started.append(start_host(f"--address={address}", "--num-cpus=1"))
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
