@@ -203,6 +203,25 @@ def test_a_checkpoint_s_copy_stands_beside_the_next_update():
     assert policy.memory - policy.state - policy.host["copy for a checkpoint"] >= policy.work
 
 
+def test_weights_on_their_way_are_counted_where_they_stand():
+    """Policy and generators each on GPUs of their own, ahead: a 16-bit copy on the host of the policy's first rank, and where generators
+    take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, what is read."""
+    group = {"policy": {"gpus": 1, "actors": 2}, "generation": {"gpus": 1}}
+    staged, received, stored = [], [], []
+    for ahead, in_flight, way in ((0, False, "auto"), (2, False, "auto"), (2, True, "auto"), (3, False, "object_store")):
+        recipe = tiny_recipe(
+            ppo={"steps_ahead": ahead, "weights_in_flight": in_flight}, resources=group | {"weight_transport": way}
+        )
+        rows = {row.role: row.process for row in memory_plan(recipe)}
+        staged.append([rows["policy"].of_number(rank).host.get("staged weights", 0) for rank in (0, 1)])
+        received.append(rows["generation"].host.get("received weights", 0))
+        (phase,) = phases(recipe, rented_nodes("1x8xH100"))
+        store = sum(share.size for share in phase.hosts[0] if share.process == "object store")
+        stored.append(store - 2 * 12 * 2 * 37_120)  # without snapshots of policy and critic
+    assert staged == [[0, 0], [2 * 37_120, 0], [2 * 37_120, 0], [0, 0]] and received == [0, 0, 4 * 37_120, 0]
+    assert stored == [0, 0, 0, 5 * 2 * 37_120]
+
+
 def test_only_rank_0_loads_before_zero_3_cuts(tmp_path):
     """A model from elsewhere, whose file may be of another dtype: each process that reads it has its own 4 bytes of each weight."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.calls import Handle, Member
-from rlhf_ray.actors.role_actors import IN_FLIGHT
+from rlhf_ray.actors.role_actors import IN_FLIGHT, SENDING
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.weight_transport import Transport
 from rlhf_ray.messages import Chunk
@@ -26,6 +26,7 @@ class GenerationGroup:
         """
         self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
         self.by_channel = False  # `actors.weight_meeting`
+        self.staged_by: PolicyGroup | None = None  # the channel's sender, where it trains on while it sends
 
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
@@ -37,16 +38,17 @@ class GenerationGroup:
         return handles
 
     def load_weights(self, weights: Handles, policy_version: int) -> list[Handle]:
-        method, group = "load_weights", None
-        if self.by_channel:  # the actor receives while the policy sends; `weights` only tell that the sending has ended
-            method, weights = "receive_weights", ()
-        elif self.in_flight:
-            method, group = "update_weights_in_flight", IN_FLIGHT
+        methods = ("receive_weights", "receive_weights_in_flight") if self.by_channel else ("load_weights", "update_weights_in_flight")
+        group = IN_FLIGHT if self.in_flight else None
+        # By the channel an actor receives while the policy sends: `weights` only tell that those are sent, or staged.
+        parts = () if self.by_channel else weights
         handles = []
         for member in self.members:
             name = f"{member.name} (weights of version {policy_version})"
             options = {"concurrency_group": group, "brings_weights": True}
-            handles += member.call(method, policy_version, *weights, name=name, **options)
+            handles += member.call(methods[self.in_flight], policy_version, *parts, name=name, **options)
+        if self.staged_by is not None:
+            handles[0].call.beside = self.staged_by.send_staged(weights[0])
         return handles
 
 
@@ -131,6 +133,7 @@ class TrainerGroup(ChunkGroup):
 
 class PolicyGroup(TrainerGroup):
     transport: Transport = "object_store"  # `actors.weight_meeting`
+    stages = False  # over a channel: it copies its weights and trains on, and sends the copy meanwhile
 
     def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("logprobs", rollouts)
@@ -141,9 +144,9 @@ class PolicyGroup(TrainerGroup):
     def weights(self) -> list[Handle]:
         """Rank 0's parts, and one empty part of each other rank. All ranks make the call, because ZeRO-3 gathers from all.
 
-        Over a channel the parts are empty: the generators receive the weights while the policy sends them.
+        Over a channel the parts are empty: the generators receive the weights while the policy sends them (`send_staged`).
         """
-        method, args, parts = "send_weights", (), 1
+        method, args, parts = "stage_weights" if self.stages else "send_weights", (), 1
         if self.transport == "object_store":
             parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
             method, args = "weights", (parts,)
@@ -156,6 +159,14 @@ class PolicyGroup(TrainerGroup):
             for member in self.members
         ]
         return [*answers[0], *(others[0] for others in answers[1:])]
+
+    def send_staged(self, staged: Handle) -> list[Handle]:
+        """Rank 0 sends what it has staged, beside what else it is asked."""
+        first = self.members[0]
+        return first.call(
+            "send_staged", staged, name=f"{first.name} (sending weights)", receipt=True, account="policy_sync",
+            concurrency_group=SENDING,
+        )  # fmt: skip
 
 
 class AdapterOff:

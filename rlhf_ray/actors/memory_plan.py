@@ -12,13 +12,14 @@ from rlhf_ray.actors.layout import ActorLayout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import memory_plan, sends_by_store, snapshot_bytes, trained_by_role
+from rlhf_ray.models.memory import memory_plan, snapshot_bytes, trained_by_role
 from rlhf_ray.models.planned_process import CONTEXT, FORKED, GB, IMPORTED, PlannedProcess
+from rlhf_ray.models.sent_weights import sends_by_store, versions_in_store
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
 #: Parts that a process has in the host's memory because it trains.
-BESIDE = ("copy for a checkpoint", "snapshot", "model to be written", "weights to send")
+BESIDE = ("copy for a checkpoint", "snapshot", "model to be written", "weights to send", "staged weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +78,9 @@ def phases_of(
 
 
 def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
-    """Of three copies of new weights in the object store; none where they go from GPU to GPU."""
+    """Of new weights in the object store; none where they go from GPU to GPU."""
     itemsize = precisions.ppo_gpu if recipe.resources.generation.gpus > 0 else 4
-    return 3.0 * itemsize * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
+    return float(versions_in_store(recipe) * itemsize) * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
 
 
 def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> ActorLayout | None:
@@ -200,6 +201,8 @@ def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
         lower = {"cache": f"{rows} or generation.max_new_tokens", "logits": rows}
         if role == "generation" and part in lower:
             return f"lower {lower[part]}"
+        if part == "received weights":
+            return "set ppo.weights_in_flight to false, or resources.weight_transport to object_store"
         if part in ("weights", "copies"):
             return "use a smaller model or fewer actors, or give it a GPU of its own"
         return "lower ppo.microbatch_size"

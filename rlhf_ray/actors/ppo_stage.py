@@ -39,7 +39,7 @@ from rlhf_ray.actors.role_actors import (
 )
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.token_checks import check_tokens
-from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
+from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor, SendingPolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.actors.worker_start import forked_actors
@@ -100,7 +100,8 @@ def ray_roles(
         reference = []
         if "reference" in recipe.ppo_roles:
             reference = group(ReferenceActor, "reference", resources.reference, reference_of(recipe, folder))
-        policy = PolicyGroup(ranks(PolicyActor, "policy", resources.policy))
+        trainer = SendingPolicyActor if recipe.ppo.steps_ahead > 0 else PolicyActor
+        policy = PolicyGroup(ranks(trainer, "policy", resources.policy))
         policy.start, critic = Path(start), None
         if recipe.ppo.has_critic:
             critic = CriticGroup(ranks(CriticActor, "critic", resources.critic))

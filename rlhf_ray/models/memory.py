@@ -14,6 +14,7 @@ from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes, prefill_bytes
 from rlhf_ray.models.held_weights import HeldWeights, frozen_bytes, held_weights
 from rlhf_ray.models.planned_process import GB, PlannedProcess
+from rlhf_ray.models.sent_weights import received_bytes, sends_by_store, staged_bytes
 from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import (
     longest_of,
@@ -106,10 +107,13 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         work["logits"] = logits = count(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
         heap = max(heap - logits, 0.0) if in_pieces else heap  # the pieces are gone when other memory begins to come and go
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
+    beside = {"copy for a checkpoint": 12.0 * held.trained / role.actors}
+    if language and (staged := staged_bytes(recipe, held.trained, itemsize)):
+        beside["staged weights"] = staged
     own = 0.0 if recipe.sft is not None else 4.0 * whole  # what is read from a float32 file is mapped, not the process's own
     return PlannedProcess(
         parts=dict(state.parts) | work, on_gpu=on_gpu,
-        host=dict(state.host) | {"copy for a checkpoint": 12.0 * held.trained / role.actors},
+        host=dict(state.host) | beside,
         moments=_between(recipe, language, held, whole, role, itemsize),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
         stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if not own and itemsize == 2 and held.frozen else 0.0,
@@ -168,8 +172,9 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
         split = {name: parts.pop(name) for name in ("copies", "cache") if name in parts}
     if on_gpu and generation.engine == "vllm":
         parts["engine"] = VLLM_ELSE
+    received = received_bytes(recipe, trained_by_role(recipe)["policy"], itemsize)
     return PlannedProcess(
-        parts=parts, on_gpu=on_gpu, loading=(model, model if itemsize == 2 or recipe.sft is None else 0.0),
+        parts=parts, on_gpu=on_gpu, host={"received weights": received} if received else {}, loading=(model, model if itemsize == 2 or recipe.sft is None else 0.0),
         file=4.0 * shape.parameters if itemsize == 2 else 0.0, gpus=generation.tensor_parallel, split=split, heap=heap,
     )  # fmt: skip
 
@@ -219,13 +224,6 @@ def trained_by_role(recipe: Recipe) -> dict[str, int]:
         name: _held(recipe, name, 4).trained
         for name in (("policy", "critic") if recipe.ppo.has_critic else ("policy",))
     }
-
-
-def sends_by_store(recipe: Recipe) -> bool:
-    """Whether new weights go through the object store, not from GPU to GPU."""
-    resources = recipe.resources
-    on_gpus = resources.policy.gpus > 0 and resources.generation.gpus > 0
-    return not on_gpus or resources.weight_transport == "object_store" or recipe.ppo.steps_ahead > 0
 
 
 def snapshot_bytes(recipe: Recipe) -> float:

@@ -14,7 +14,7 @@ FIRST_USE = (
     0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 )
 STATE = ("weights", "copies", "gradients", "optimiser")
-OF_THE_FIRST = ("model to be written", "weights to send")  # moments of a group's first rank
+OF_THE_FIRST = ("model to be written", "weights to send", "staged weights")  # of a group's first rank alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,8 @@ class PlannedProcess:
         """The role's process of that number: not all do what the first one does."""
         if number == 0:
             return self
-        moments = {name: size for name, size in self.moments.items() if name not in OF_THE_FIRST}
+        host, moments = (
+            {name: size for name, size in each.items() if name not in OF_THE_FIRST} for each in (self.host, self.moments)
+        )
         loading = {"loading": (0.0, 0.0), "file": 0.0} if self.first_alone else {}
-        return replace(self, moments=moments, **loading)
+        return replace(self, host=host, moments=moments, **loading)

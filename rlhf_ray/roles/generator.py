@@ -110,7 +110,7 @@ class Generator:
     def load_weights(self, weights: Mapping[str, Weight], policy_version: int) -> int:
         """Copy in the trained weights (an adapter is merged). Returns the version that generates from now on."""
         if self.adapted is not None:
-            self.adapted.load(weights)
+            self.adapted.load(dict(weights))
             self.engine.model_changed()
         else:
             self.engine.load_weights(weights, self.kept)
