@@ -69,5 +69,5 @@ def test_who_rests_follows_from_the_placement(gpus, steps_ahead, rests):
     actor.role = SimpleNamespace(
         engine=SimpleNamespace(rest=lambda: called.append("rest")), update=lambda shard, rate: called.append("update")
     )
-    actor.update(None, 1e-5)
+    actor.update(None, (1e-5,))
     assert called == ["update", "rest"] if rests else called == ["update"]

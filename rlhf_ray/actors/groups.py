@@ -87,6 +87,8 @@ class TrainerGroup(ChunkGroup):
     """The ranks of a DeepSpeed group. A collective call goes to all of them."""
 
     weight_bytes = 0  # of what trains, in float32
+    turn_after: TrainerGroup | None = None  # the group whose update comes first, on the same GPUs
+    updating: Handles = ()  # the newest update
     start: Path  # the model that it is built from
 
     def __init__(self, members: Sequence[Member]):
@@ -111,11 +113,19 @@ class TrainerGroup(ChunkGroup):
         return results
 
     def update(self, shards: Handles, *rates: float) -> list[Handle]:
-        handles = []
+        handles, before = [], self._before()
         for member, shard in zip(self.members, shards, strict=True):
             name, account = f"{member.name} (update)", f"{member.role}_update"
-            handles += member.call("update", shard, *rates, name=name, receipt=True, account=account)
+            handles += member.call("update", shard, rates, *before, name=name, receipt=True, account=account)
+        self.updating = handles
         return handles
+
+    def _before(self) -> list[Handle]:
+        """What an update waits for: it is not begun before these are there."""
+        if self.turn_after is None:
+            return []
+        before, self.turn_after.updating = self.turn_after.updating, []
+        return before
 
     def call(self, method: str, *args: Any) -> list[Handle]:
         return [

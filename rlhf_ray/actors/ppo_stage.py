@@ -47,6 +47,7 @@ from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
+from rlhf_ray.models.turns import updates_in_turn
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
@@ -106,6 +107,7 @@ def ray_roles(
         if recipe.ppo.has_critic:
             critic = CriticGroup(ranks(CriticActor, "critic", resources.critic))
             critic.start = Path(critic_start)
+            critic.turn_after = policy if updates_in_turn(recipe) else None
         make_experience = ExperienceActor.options(num_cpus=0, runtime_env=runtime_env).remote
         experience = Member(
             "experience", 0, partial(make_experience, "experience-0", recipe, folder, RoleConfig(threads=1))

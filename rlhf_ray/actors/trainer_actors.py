@@ -79,7 +79,8 @@ class TrainerActor(RoleActor):
             torch.cuda.empty_cache()
 
     @with_receipt
-    def update(self, shard, *rates):
+    def update(self, shard, rates, *before):
+        """before: results of others, which had to come first."""
         figures = self.role.update(shard, *rates)
         self._rest()
         return figures

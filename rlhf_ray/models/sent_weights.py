@@ -40,6 +40,11 @@ def staged_bytes(recipe: Recipe, trained: int, itemsize: int) -> float:
     return float(itemsize) * trained if stages else 0.0
 
 
+def shared_bytes(recipe: Recipe, trained: int, itemsize: int) -> float:
+    """On the GPU of the policy's first rank, all the time: the copy that generators on it read."""
+    return float(itemsize) * trained if planned_way(recipe) == "ipc" else 0.0
+
+
 def received_bytes(recipe: Recipe, trained: int, itemsize: int) -> float:
     """In a generator's host memory, where weights arrive while it draws."""
     receives = planned_way(recipe) == "collective" and recipe.ppo.weights_in_flight

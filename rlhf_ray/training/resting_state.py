@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.models.host_memory import host_buffer
 from rlhf_ray.training.engine_state import ADAM_STATE, EngineState
-from rlhf_ray.training.host_memory import host_buffer
 
 BUFFERS = ("lp_grads", "contiguous_grad_buffer")  # as DeepSpeed calls them
 

@@ -16,7 +16,7 @@ from math import prod
 import torch
 
 from rlhf_ray.errors import RunFailed
-from rlhf_ray.training.host_memory import host_buffer
+from rlhf_ray.models.host_memory import host_buffer
 from rlhf_ray.training.weight_channel import Layout, cut
 
 
