@@ -15,8 +15,8 @@ from rlhf_ray.actors.memory_plan import Precisions, memory_problems, phases_of
 from rlhf_ray.actors.nodes import Node, local_memory, rented_nodes
 from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.generation.vllm_weights import copy_device, untied
+from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
 from rlhf_ray.models.held_weights import held_weights
 from rlhf_ray.models.host_memory import HostCopy
@@ -128,8 +128,8 @@ def test_what_shares_a_gpu_is_added_up_on_it_and_nowhere_else():
 
 
 def test_who_shares_a_gpu_takes_turns_on_it():
-    """1.27 B weights, all roles on one GPU, bf16: while the policy updates, the others have their weights there and no more; the critic
-    updates after it. Moments, 8 bytes per weight, are on the host all the time."""
+    """1.27 B weights, all roles on one GPU, bf16: while the policy updates, the others have their weights there and no more; the
+    critic updates after it. Moments, 8 bytes per weight, are on the host all the time."""
     model = {"from_scratch": SEVEN | {"layers": 24, "width": 2048, "heads": 16}}
     roles = {"policy": {"gpus": 0.2}} | {
         role: {"gpus": 0.2, "with": "policy"} for role in ("critic", "generation", "reward", "reference")
@@ -256,8 +256,8 @@ def test_a_checkpoint_s_copy_stands_beside_the_next_update():
 
 
 def test_weights_on_their_way_are_counted_where_they_stand():
-    """Policy and generators each on GPUs of their own, ahead: a 16-bit copy on the host of the policy's first rank, and where generators
-    take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, what is read."""
+    """Policy and generators each on GPUs of their own, ahead: a 16-bit copy on the host of the policy's first rank, and where
+    generators take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, what is read."""
     group = {"policy": {"gpus": 1, "actors": 2}, "generation": {"gpus": 1}}
     staged, received, stored = [], [], []
     for ahead, in_flight, way in ((0, False, "auto"), (2, False, "auto"), (2, True, "auto"), (3, False, "object_store")):

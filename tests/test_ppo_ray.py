@@ -248,7 +248,8 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
 def test_one_step_ahead_with_weights_in_flight(session, new_folder, way, in_flight):
     """Two generators: no sample is older than a version, generator and policy agree where both have the same weights."""
     recipe = tiny_recipe(
-        ppo={"steps_ahead": 1, "weights_in_flight": in_flight}, resources={"generation": {"actors": 2}, "weight_transport": way}
+        ppo={"steps_ahead": 1, "weights_in_flight": in_flight},
+        resources={"generation": {"actors": 2}, "weight_transport": way},
     )
     folder = new_folder(f"ahead-{way}-{in_flight}")
     run_ppo(recipe, folder, ignore)

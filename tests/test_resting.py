@@ -18,8 +18,8 @@ def moments_of(engine):
 
 
 def work(rank, world):
-    """Per stage: weights and state of an engine that rests after every update and before it is saved, and of one that never does; how
-    many of its moments, and bytes of ZeRO-3's buffers, were still there while it rested."""
+    """Per stage: weights and state of an engine that rests after every update and before it is saved, and of one that never does;
+    how many of its moments, and bytes of ZeRO-3's buffers, were still there while it rested."""
     results = {}
     for stage in STAGES:
         plain, resting = make_engine(stage), make_engine(stage, rests=True)
@@ -60,7 +60,9 @@ def test_moments_leave_the_device_and_no_bit_changes(results, stage):
         assert found["buffers"] == ([] if stage < 3 else [None] * len(found["buffers"])) and found["rests"]
 
 
-@pytest.mark.parametrize("gpus, steps_ahead, rests", [(0.5, 0, True), (0.5, 1, False), (1.0, 0, False), (0.0, 0, False)])
+@pytest.mark.parametrize(
+    "gpus, steps_ahead, rests", [(0.5, 0, True), (0.5, 1, False), (1.0, 0, False), (0.0, 0, False)]
+)
 def test_who_rests_follows_from_the_placement(gpus, steps_ahead, rests):
     actor = TrainerActor.__new__(TrainerActor)
     actor.shares_gpu = 0 < gpus < 1

@@ -223,9 +223,7 @@ def test_what_arrives_in_flight_waits_in_the_host_s_memory():
     end = End()
     end.channel = receiver
     weights = {"a": torch.tensor([0.1, 2.0]), "b": torch.ones(3)}
-    together(
-        lambda: sender.send(weights.items(), end.layout, torch.bfloat16), lambda: end.receive_weights_in_flight(7)
-    )
+    together(lambda: sender.send(weights.items(), end.layout, torch.bfloat16), lambda: end.receive_weights_in_flight(7))
     taken, version = end.role.taken
     assert version == 7 and taken["a"].tolist() == [0.10009765625, 2.0]  # 0.1 in 8 bits: 205 / 2048
 

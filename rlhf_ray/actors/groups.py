@@ -38,7 +38,11 @@ class GenerationGroup:
         return handles
 
     def load_weights(self, weights: Handles, policy_version: int) -> list[Handle]:
-        methods = ("receive_weights", "receive_weights_in_flight") if self.by_channel else ("load_weights", "update_weights_in_flight")
+        methods = (
+            ("receive_weights", "receive_weights_in_flight")
+            if self.by_channel
+            else ("load_weights", "update_weights_in_flight")
+        )
         group = IN_FLIGHT if self.in_flight else None
         # By the channel an actor receives while the policy sends: `weights` only tell that those are sent, or staged.
         parts = () if self.by_channel else weights
@@ -88,7 +92,7 @@ class TrainerGroup(ChunkGroup):
 
     weight_bytes = 0  # of what trains, in float32
     turn_after: TrainerGroup | None = None  # the group whose update comes first, on the same GPUs
-    updating: Handles = ()  # the newest update
+    updating: Handles = ()  # the newest update, until somebody has waited for its turn
     start: Path  # the model that it is built from
 
     def __init__(self, members: Sequence[Member]):
@@ -124,8 +128,8 @@ class TrainerGroup(ChunkGroup):
         """What an update waits for: it is not begun before these are there."""
         if self.turn_after is None:
             return []
-        before, self.turn_after.updating = self.turn_after.updating, []
-        return before
+        before, self.turn_after.updating = self.turn_after.updating, ()
+        return list(before)
 
     def call(self, method: str, *args: Any) -> list[Handle]:
         return [

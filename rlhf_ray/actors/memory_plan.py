@@ -61,8 +61,9 @@ def phases_of(
 ) -> list[Phase]:
     """Those of the stages that are to run and that the nodes have room for: another check tells of the others.
 
-    "evaluation" is one of them, and so is "serving": one replica of `rlhf-ray serve`. forked: the processes of PPO's actors are forks of one. Of what truncated sampling keeps, only what top_k bounds is counted: the
-    bound of top_p and min_p is the vocabulary, and trained models are far below it.
+    "evaluation" is one of them, and so is "serving": one replica of `rlhf-ray serve`. forked: the processes of PPO's actors are forks
+    of one. Of what truncated sampling keeps, only what top_k bounds is counted: the bound of top_p and min_p is the vocabulary, and
+    trained models are far below it.
     """
     amounts = [node.amounts for node in nodes]
     found: list[Phase] = []
@@ -144,9 +145,8 @@ def memory_problems(recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phas
     problems: list[str] = []
     for name in dict.fromkeys(phase.name for phase in phases):
         turns = [phase for phase in phases if phase.name == name]
-        over = [
-            (phase, place, shares) for phase in turns for place, shares in sorted(phase.gpus.items()) if _over(shares, _gpu(nodes, place))
-        ]
+        there_are = [(phase, *each) for phase in turns for each in sorted(phase.gpus.items())]
+        over = [(phase, place, shares) for phase, place, shares in there_are if _over(shares, _gpu(nodes, place))]
         if over:
             phase, place, shares = max(over, key=lambda each: _sum(each[2]))
             there = _gpu(nodes, place)
@@ -211,7 +211,7 @@ def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str)
     on_gpu = "GPU" in there
     of_turn = process.turns.get(phase.turn or "", {**process.parts, **process.split})
     parts = of_turn if process.on_gpu == on_gpu else {}
-    part = max((parts if on_gpu else parts | {**process.host, **process.moments}).items(), key=lambda each: each[1])
+    part = max((parts if on_gpu else {**parts, **process.host, **process.moments}).items(), key=lambda each: each[1])
     words = f"the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each"
     if phase.name in ("evaluation", "serving"):
         return f"{begin}{words}; {_remedy_alone(recipe, phase.name, part[0])}"

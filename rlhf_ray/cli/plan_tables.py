@@ -21,7 +21,8 @@ from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
 #: Column of the table of memory -> the parts of a process in it
 COLUMNS = {
-    "weights": ("weights", "copies", "shared weights"), "gradients": ("gradients",), "optimiser": ("optimiser",), "buffers": ("buckets", "gathered"),
+    "weights": ("weights", "copies", "shared weights"), "gradients": ("gradients",),
+    "optimiser": ("optimiser",), "buffers": ("buckets", "gathered"),
     "16 bit": ("16-bit copies",), "activ.": ("activations", "passing"), "logits": ("logits",), "cache": ("cache",),
     "else": ("sampling sets", "engine"),
 }  # fmt: skip

@@ -177,8 +177,8 @@ class Recipe(Section):
         if way == "ipc" and self.ppo.steps_ahead > 0:
             raise ValueError(
                 f"resources.weight_transport is ipc and ppo.steps_ahead is {self.ppo.steps_ahead}: generators take weights when "
-                "they have drawn what they were asked for, and the policy would wait for them; set it to collective, object_store or "
-                "auto"
+                "they have drawn what they were asked for, and the policy would wait for them; set it to collective, "
+                "object_store or auto"
             )
         if way == "ipc" and not all(0 < share < 1 for share in gpus):
             raise ValueError(

@@ -122,7 +122,7 @@ class _Evaluation:
             chunk_size=cfg.chunk_size,
             device=self.device,
             engine=cfg.engine,
-            rows=cfg.rows,
+            decodes=cfg.rows,
             tensor_parallel=cfg.tensor_parallel if self.device.type == "cuda" else 1,
             folder=model.folder,
             trust_remote_code=self.recipe.model.trust_remote_code,

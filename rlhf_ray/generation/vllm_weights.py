@@ -24,8 +24,8 @@ def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
 def copy_device(device: torch.device | str, tensor_parallel: int) -> torch.device:
     """Where the copy stands: on the engine's device, but in the host's memory where one GPU would not hold it, since the model is
     split over several."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "cuda" and tensor_parallel > 1 else device
+    own = torch.device(device)
+    return torch.device("cpu") if own.type == "cuda" and tensor_parallel > 1 else own
 
 
 def untied(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

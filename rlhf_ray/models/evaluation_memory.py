@@ -68,7 +68,7 @@ def _judge(recipe: Recipe) -> list[ModelShape]:
 
 
 def serving_process(recipe: Recipe, *, on_gpu: bool, itemsize: int, rows: int = SERVED_ROWS) -> PlannedProcess:
-    """One replica of `rlhf-ray serve`, `rows` choices as long as training's at once. (What half of its free memory does not hold waits.)"""
+    """One replica of `rlhf-ray serve`, `rows` choices as long as training's at once."""
     shape, engine = shape_of_model(recipe), ENGINES.named(recipe.generation.engine)
     model = float(itemsize) * shape.parameters
     parts: Mapping[str, float] = {

@@ -13,8 +13,8 @@ ALIGNED = 64  # bytes
 
 
 def pin(buffer: torch.Tensor) -> torch.Tensor:
-    """A GPU reads and writes it by itself from now on: for what is used again and again. As large as it is; torch's own pinned memory
-    comes in powers of two. To be unpinned before it goes, unless the process goes with it."""
+    """A GPU reads and writes it by itself from now on: for what is used again and again. As large as it is; torch's own pinned
+    memory comes in powers of two. To be unpinned before it goes, unless the process goes with it."""
     if buffer.numel():
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     return buffer
@@ -47,7 +47,7 @@ class HostWeights:
 
 
 class HostCopy:
-    """A model's weights moved into one piece of the host's memory, which has no name in a file system and goes with this process."""
+    """A model's weights moved into one piece of the host's memory, which has no name in a file system."""
 
     def __init__(self, model: nn.Module, *, pinned: bool):
         """All weights become parts of it, those that share memory (tied ones) once."""

@@ -14,7 +14,12 @@ FIRST_USE = (
     0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 )
 STATE = ("weights", "copies", "shared weights", "gradients", "optimiser")
-OF_THE_FIRST = ("model to be written", "weights to send", "staged weights", "shared weights")  # of a group's first rank alone
+OF_THE_FIRST = (
+    "model to be written",
+    "weights to send",
+    "staged weights",
+    "shared weights",
+)  # of a group's first rank alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,8 @@ class PlannedProcess:
 
     def gpu_in(self, turn: str | None) -> float:
         """The most on any of its GPUs in that turn, without CUDA's own."""
-        return sum(self.turns[turn].values()) if self.on_gpu and turn in self.turns else self.gpu
+        parts = None if turn is None else self.turns.get(turn)
+        return self.gpu if parts is None or not self.on_gpu else sum(parts.values())
 
     @property
     def memory(self) -> float:

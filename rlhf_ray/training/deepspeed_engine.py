@@ -99,7 +99,9 @@ class DeepSpeedEngine:
             optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._state = EngineState(module, self.optimizer, zero_stage=config.zero_stage, device=device)
         self._resting = RestingState(self._state, self.engine)
-        self._state.create(torch.device("cpu") if config.rests else None)  # so that they never stand on a GPU that others use
+        self._state.create(
+            torch.device("cpu") if config.rests else None
+        )  # so that they never stand on a GPU that others use
         if config.rests:
             self.rest()
 

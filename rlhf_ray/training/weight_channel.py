@@ -103,7 +103,9 @@ class WeightChannel:
             options.rootRank = 0
             self.group.broadcast([flat.view(torch.uint8)], options).wait()  # bits, which any backend moves
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # NCCL's wait is one of the stream, not of this process
+                torch.cuda.current_stream(
+                    self.device
+                ).synchronize()  # NCCL's wait is one of the stream, not of this process
 
     @contextmanager
     def _in_words(self, what: str) -> Iterator[None]:
