@@ -257,7 +257,8 @@ def test_a_checkpoint_s_copy_stands_beside_the_next_update():
 
 def test_weights_on_their_way_are_counted_where_they_stand():
     """Policy and generators each on GPUs of their own, ahead: a 16-bit copy on the host of the policy's first rank, and where
-    generators take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, what is read."""
+    generators take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, and
+    what is read."""
     group = {"policy": {"gpus": 1, "actors": 2}, "generation": {"gpus": 1}}
     staged, received, stored = [], [], []
     for ahead, in_flight, way in ((0, False, "auto"), (2, False, "auto"), (2, True, "auto"), (3, False, "object_store")):

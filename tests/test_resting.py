@@ -3,13 +3,17 @@
 import gc
 import weakref
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from ranks import clones, on_ranks
 from small_engines import RATES, STAGES, loss_of, make_engine, microbatches
+from tiny import tiny_recipe
 
+from rlhf_ray.actors.groups import TrainerGroup
 from rlhf_ray.actors.trainer_actors import TrainerActor
+from rlhf_ray.models.turns import updates_in_turn
 from rlhf_ray.training.engine_state import ADAM_STATE
 
 
@@ -73,3 +77,31 @@ def test_who_rests_follows_from_the_placement(gpus, steps_ahead, rests):
     )
     actor.update(None, (1e-5,))
     assert called == ["update", "rest"] if rests else called == ["update"]
+
+
+def test_the_critic_s_update_waits_for_the_policy_s_where_they_share_gpus():
+    """The policy's results are arguments of the critic's calls, which Ray begins when all arguments are there; once per update."""
+
+    class Member:
+        role, name = "critic", "critic rank 0"
+        calls: ClassVar[list] = []
+
+        def call(self, method, *args, **options):
+            self.calls.append(args)
+            return [f"result {len(self.calls)}"]
+
+    for turn in (True, False):
+        Member.calls = []
+        policy, critic = TrainerGroup([Member(), Member()]), TrainerGroup([Member()])
+        critic.turn_after = policy if turn else None
+        policy.update(["a", "b"], 0.1, 0.2)
+        critic.update(["c"], 0.3)
+        critic.update(["d"], 0.3)  # the policy is not trained in a critic's warm-up
+        waits = ("result 1", "result 2") if turn else ()
+        assert Member.calls == [("a", (0.1, 0.2)), ("b", (0.1, 0.2)), ("c", (0.3,), *waits), ("d", (0.3,))]
+
+
+@pytest.mark.parametrize("share, ahead, in_turn", [(0.5, 0, True), (0.5, 1, False), (1, 0, False)])
+def test_who_updates_in_turn_follows_from_the_placement(share, ahead, in_turn):
+    roles = {"policy": {"gpus": share}, "critic": {"gpus": share} | ({"with": "policy"} if share < 1 else {})}
+    assert updates_in_turn(tiny_recipe(resources=roles, ppo={"steps_ahead": ahead})) == in_turn

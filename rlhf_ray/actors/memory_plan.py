@@ -61,9 +61,9 @@ def phases_of(
 ) -> list[Phase]:
     """Those of the stages that are to run and that the nodes have room for: another check tells of the others.
 
-    "evaluation" is one of them, and so is "serving": one replica of `rlhf-ray serve`. forked: the processes of PPO's actors are forks
-    of one. Of what truncated sampling keeps, only what top_k bounds is counted: the bound of top_p and min_p is the vocabulary, and
-    trained models are far below it.
+    "evaluation" is one of them, and so is "serving": one replica of `rlhf-ray serve`. forked: the processes of PPO's actors are
+    forks of one. Of what truncated sampling keeps, only what top_k bounds is counted: the bound of top_p and min_p is the
+    vocabulary, and trained models are far below it.
     """
     amounts = [node.amounts for node in nodes]
     found: list[Phase] = []

@@ -70,8 +70,8 @@ def draw_responses(
 
     engine: a name of `tables.engines`; decodes: rows at a time, None: a chunk; tensor_parallel: GPUs that hold its model together;
     folder: where the model is from, for engines that read it themselves. The random numbers of a (seed, prompt) are the same for
-    every model, so two models are compared on the same draws. kept: of the chunk that begins at a row, what was drawn before, or what
-    the function draws.
+    every model, so two models are compared on the same draws. kept: of the chunk that begins at a row, what was drawn before, or
+    what the function draws.
     """
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
     setting = EngineSetting(

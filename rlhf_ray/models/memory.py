@@ -195,7 +195,8 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
         host["sleeping weights"] = own  # the engine's, while it sleeps
     return PlannedProcess(
         parts=parts, on_gpu=on_gpu, turns=turns,
-        host={name: size for name, size in host.items() if size}, loading=(0.0 if on_host else model, model if itemsize == 2 or recipe.sft is None else 0.0),
+        host={name: size for name, size in host.items() if size},
+        loading=(0.0 if on_host else model, model if itemsize == 2 or recipe.sft is None else 0.0),
         file=4.0 * shape.parameters if itemsize == 2 else 0.0, gpus=generation.tensor_parallel, split=split, heap=heap,
     )  # fmt: skip
 

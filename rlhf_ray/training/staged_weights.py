@@ -1,9 +1,9 @@
 """One version of the policy's weights in the host's memory, cut and cast for a `WeightChannel`, which sends it from there while the
 policy trains on.
 
-It is the same memory for every version, and pinned for a policy on a GPU. So one version is on its way at a time, and whoever stages
-the next one waits for it. That costs nothing with `ppo.steps_ahead` up to 2: generators take a version when they have drawn what the
-policy needs before it has the next one.
+It is the same memory for every version, and pinned for a policy on a GPU. So one version is on its way at a time, and whoever
+stages the next one waits for it. That costs nothing with `ppo.steps_ahead` up to 2: generators take a version when they have drawn
+what the policy needs before it has the next one.
 """
 
 from __future__ import annotations
