@@ -17,6 +17,7 @@ from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.models.planned_process import GB, PlannedProcess
 from rlhf_ray.models.size import parameters
+from rlhf_ray.models.turns import ROLLOUT
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 
 #: Column of the table of memory -> the parts of a process in it
@@ -132,7 +133,9 @@ def _table(*columns: str) -> Table:
 
 
 def _places(nodes: Sequence[Node], phases: Sequence[Phase], ppo: str) -> Iterable[str]:
-    """A line for all GPUs of a node that hold the same, and one for its memory."""
+    """A line for all GPUs of a node that hold the same, and one for its memory. Of PPO's later turns: for GPUs that hold something
+    else than in the first."""
+    before: dict[tuple[str, int, int], str] = {}  # stage, node, GPU
     for phase in phases:
         name = (ppo if phase.name == "ppo" else phase.name) + (f" ({phase.turn})" if phase.turn else "")
         for number, node in enumerate(nodes):
@@ -140,7 +143,9 @@ def _places(nodes: Sequence[Node], phases: Sequence[Phase], ppo: str) -> Iterabl
             for (at, gpu), shares in sorted(phase.gpus.items()):
                 if at == number:
                     there = node.gpu_memory[gpu] if gpu < len(node.gpu_memory) else None
-                    lines.setdefault(_sum(shares, there), []).append(gpu)
+                    line = _sum(shares, there)
+                    if before.setdefault((phase.name, at, gpu), line) != line or phase.turn in (None, ROLLOUT):
+                        lines.setdefault(line, []).append(gpu)
             for line, gpus in lines.items():
                 yield f"{name}, {node.name}, GPU {_range(gpus)}: {line}"
             if number in phase.hosts:

@@ -1,7 +1,7 @@
 """What roles that share a GPU hold of it while others work, turn by turn of a PPO step.   Bytes.
 
-Without `ppo.steps_ahead` the roles take turns: everything is drawn, and scored chunk by chunk meanwhile; then the policy is updated;
-then the critic, which waits for it where both share GPUs. Who shares one gives back what it needs for its own turn alone
+Without `ppo.steps_ahead` the roles take turns: everything is drawn, and scored chunk by chunk meanwhile; then the policy is
+updated; then the critic, which waits for it where both share GPUs. Who shares one gives back what it needs for its own turn alone
 (`training.resting_state`; an engine sleeps; torch's free memory goes back after each call).
 """
 
