@@ -186,6 +186,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             loop = PPOLoop(
                 roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
                 chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed, bfloat16=_in_bfloat16(recipe),
+                temperature=recipe.generation.temperature,
             )  # fmt: skip
             metrics.drop_after(state.step or -1)
             if state.step > 0 and checkpoint.step_folder(stage.checkpoints, state.step) not in checkpoint.complete(

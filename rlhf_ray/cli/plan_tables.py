@@ -17,8 +17,8 @@ from rlhf_ray.config.run_names import names_of
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.models.planned_process import GB, PlannedProcess
 from rlhf_ray.models.size import parameters
-from rlhf_ray.models.turns import ROLLOUT
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+from rlhf_ray.models.turns import ROLLOUT
 
 #: Column of the table of memory -> the parts of a process in it
 COLUMNS = {
