@@ -79,8 +79,8 @@ def test_how_far_a_policy_may_be_from_itself():
 
 @pytest.mark.parametrize("temperature, gap, kl", [(1.0, 0.35, 0.006), (0.7, 0.5, 0.0122449), (2.0, 0.175, 0.0015)])
 def test_a_gate_s_default_goes_with_the_temperature(temperature, gap, kl):
-    """The same rounded logits, divided: log-probs apart by 1/T, and a KL of small differences by 1/T squared. A number in the recipe
-    counts as it is."""
+    """The same rounded logits, divided: log-probs apart by 1/T, and a KL of small differences by 1/T squared. A number in the
+    recipe counts as it is."""
     assert PPOConfig().mismatch_limits(temperature) == pytest.approx((gap, kl), rel=1e-5)
     assert PPOConfig(max_mismatch=0.1, max_mismatch_kl=0.2).mismatch_limits(temperature) == (0.1, 0.2)
     logits = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 + 16

@@ -52,7 +52,8 @@ class GenerationGroup:
             options = {"concurrency_group": group, "brings_weights": True}
             handles += member.call(methods[self.in_flight], policy_version, *parts, name=name, **options)
         if self.staged_by is not None:
-            handles[0].call.beside = self.staged_by.send_staged(weights[0])
+            (sent,) = handles[0].call.beside = self.staged_by.send_staged(weights[0])
+            sent.call.meets = handles  # it waits until all generators receive: what they draw before keeps it
         return handles
 
 

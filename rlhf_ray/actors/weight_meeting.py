@@ -30,7 +30,8 @@ def connect_weights(
     if not generation.by_channel:
         return
     for member in generation.members:
-        member.peers = [member, *policy.members]
+        # With generation ahead of training one of them may still draw while another waits.
+        member.peers = [*(generation.members if policy.stages else [member]), *policy.members]
     layout, dtype = answers(policy.call("weight_layout"), "the names of the policy's weights")[0]
     address = policy.members[0].call("address", name="policy rank 0 (address)")
     (where,) = answers(address, "the policy's address")

@@ -41,7 +41,7 @@ def resting(trained: int, role: GroupConfig) -> dict[str, float]:
     if role.offload_optimizer:
         return {}
     share = role.actors if role.zero_stage >= 1 else 1
-    gradients = {"resting gradients": 4.0 * trained / share} if role.zero_stage == 3 else {}
+    gradients = {"resting gradients": 4.0 * trained / share} if role.zero_stage == 3 and not role.offload_param else {}
     return {"resting moments": MOMENTS * trained / share} | gradients
 
 

@@ -98,7 +98,7 @@ class DeepSpeedEngine:
             # Torch counts a weight's changes, but not those of the fused step; copies of weights are made again by that count.
             optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._state = EngineState(module, self.optimizer, zero_stage=config.zero_stage, device=device)
-        self._resting = RestingState(self._state, self.engine)
+        self._resting = RestingState(self._state, self.engine, buffers=not config.offload_param)
         self._state.create(
             torch.device("cpu") if config.rests else None
         )  # so that they never stand on a GPU that others use

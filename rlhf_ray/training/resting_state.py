@@ -19,9 +19,10 @@ BUFFERS = ("lp_grads", "contiguous_grad_buffer")  # as DeepSpeed calls them
 class RestingState:
     """Both ways take as long as 8 bytes per trained weight of this rank over the bus (at ZeRO-3: 12)."""
 
-    def __init__(self, state: EngineState, engine: Any):
-        """engine: DeepSpeed's, which has no annotations."""
-        self.state, self.engine = state, engine
+    def __init__(self, state: EngineState, engine: Any, *, buffers: bool):
+        """engine: DeepSpeed's, which has no annotations. buffers: whether it can move those of gradients, which it can't
+        beside weights that it offloads."""
+        self.state, self.engine, self.buffers = state, engine, buffers and state.zero_stage == 3
         self.pinned = state.device.type == "cuda"
         self.rests = False
         self._host: dict[tuple[torch.Tensor, str], torch.Tensor] = {}  # the same at every rest
@@ -39,7 +40,7 @@ class RestingState:
                 if kept is None:
                     kept = self._host[part, key] = host_buffer(part.shape, moments[key].dtype, pinned=self.pinned)
                 moments[key] = kept.copy_(moments[key], non_blocking=True)
-        if self.state.zero_stage == 3:
+        if self.buffers:
             self.engine.offload_states(include=BUFFERS, pin_memory=self.pinned)
         if self.pinned:
             torch.cuda.current_stream().synchronize()
@@ -52,7 +53,7 @@ class RestingState:
         for moments in self.state.adam().state.values():
             for key in ADAM_STATE:
                 moments[key] = moments[key].to(self.state.device, non_blocking=True, copy=True)
-        if self.state.zero_stage == 3:
+        if self.buffers:
             self.engine.reload_states()
         self.state.link()
 
