@@ -88,7 +88,7 @@ def test_a_gate_s_default_goes_with_the_temperature(temperature, gap, kl):
         (logits.bfloat16().double() / t).log_softmax(-1)[:, 0] - (logits / t).log_softmax(-1)[:, 0] for t in (1.0, temperature)
     ]
     ratio = [float(each.abs().quantile(0.99)) for each in found]
-    assert ratio[1] / ratio[0] == pytest.approx(1 / temperature, rel=0.1)
+    assert ratio[1] / ratio[0] == pytest.approx(1 / temperature, rel=0.2)
 
 
 @pytest.mark.parametrize("temperature, stops", [(1.0, True), (0.7, False)])
