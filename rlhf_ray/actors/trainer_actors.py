@@ -148,7 +148,7 @@ class TrainerActor(RoleActor):
         return steps
 
 
-class Policy(TrainerActor, PolicyEnd):
+class PolicyRank(TrainerActor, PolicyEnd):
     """Not an actor itself: there are two kinds, below."""
 
     role_name = "policy"
@@ -234,10 +234,10 @@ class Policy(TrainerActor, PolicyEnd):
             save_model(model, load_tokenizer(self.start, trust), folder, card)
 
 
-Policy = faults.with_points(Policy)
-PolicyActor = ray.remote(Policy)
+PolicyRank = faults.with_points(PolicyRank)
+PolicyActor = ray.remote(PolicyRank)
 #: Sends its weights in a thread of its own, for generators that draw ahead.
-SendingPolicyActor = ray.remote(concurrency_groups={SENDING: 1})(Policy)  # pyright: ignore[reportCallIssue] - not in Ray's annotation
+SendingPolicyActor = ray.remote(concurrency_groups={SENDING: 1})(PolicyRank)  # pyright: ignore[reportCallIssue] - not in Ray's annotation
 
 
 @ray.remote
