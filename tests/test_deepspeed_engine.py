@@ -115,6 +115,7 @@ def rank_of(engine, rank, world):
     actor = TrainerActor.__new__(TrainerActor)
     actor.role_name, actor.role = "policy", SimpleNamespace(engine=engine)
     actor.folder = RunFolder(Path("run"))  # on this host's disk
+    actor.shares_gpu = False
     actor.build(rank, world)
     return actor
 

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loops import Diary, ScriptedRoles
 
 from rlhf_ray.actors.receipt import with_receipt
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.ppo.gates import MismatchError, check_mismatch
+from rlhf_ray.ppo.loop import LoopState, PPOLoop
 from rlhf_ray.serving.loading import available_memory
 from rlhf_ray.training.deepspeed_config import deepspeed_config
 from rlhf_ray.training.deepspeed_engine import DeepSpeedEngine, OptimiserConfig
@@ -70,7 +73,36 @@ def test_how_far_a_policy_may_be_from_itself():
     """In bfloat16 as far as two passes of one model that batch their rows otherwise; a number in the recipe counts always."""
     assert PPOConfig().first_approx_kl_limit(bfloat16=False) == 1e-3
     assert PPOConfig(max_mismatch_kl=0.02).first_approx_kl_limit(bfloat16=True) == 0.02
+    assert PPOConfig().first_approx_kl_limit(bfloat16=True, temperature=0.5) == pytest.approx(0.024)
     assert PPOConfig(max_first_approx_kl=0.5).first_approx_kl_limit(bfloat16=True) == 0.5
+
+
+@pytest.mark.parametrize("temperature, gap, kl", [(1.0, 0.35, 0.006), (0.7, 0.5, 0.0122449), (2.0, 0.175, 0.0015)])
+def test_a_gate_s_default_goes_with_the_temperature(temperature, gap, kl):
+    """The same rounded logits, divided: log-probs apart by 1/T, and a KL of small differences by 1/T squared. A number in the
+    recipe counts as it is."""
+    assert PPOConfig().mismatch_limits(temperature) == pytest.approx((gap, kl), rel=1e-5)
+    assert PPOConfig(max_mismatch=0.1, max_mismatch_kl=0.2).mismatch_limits(temperature) == (0.1, 0.2)
+    logits = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 + 16
+    found = [
+        (logits.bfloat16().double() / t).log_softmax(-1)[:, 0] - (logits / t).log_softmax(-1)[:, 0] for t in (1.0, temperature)
+    ]
+    ratio = [float(each.abs().quantile(0.99)) for each in found]
+    assert ratio[1] / ratio[0] == pytest.approx(1 / temperature, rel=0.2)
+
+
+@pytest.mark.parametrize("temperature, stops", [(1.0, True), (0.7, False)])
+def test_the_loop_s_gate_has_the_temperature(temperature, stops):
+    loop = PPOLoop(
+        ScriptedRoles(), PPOConfig(), Diary().hooks(), LoopState(kl_coef=0.1), prompts=8, eval_prompts=3, chunk_size=2, seed=0,
+        temperature=temperature,
+    )  # fmt: skip
+    gap = {"policy/mismatch_p99": 0.4, "policy/mismatch_kl": 0.01}
+    if stops:
+        with pytest.raises(MismatchError, match=r"above ppo.max_mismatch = 0.35;"):
+            check_mismatch(gap, loop.limits)
+    else:
+        check_mismatch(gap, loop.limits)
 
 
 def test_memory_that_is_available(tmp_path):

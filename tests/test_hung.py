@@ -133,6 +133,23 @@ def test_weights_in_flight_do_not_wait_for_what_is_drawn_beside_them():
     assert world.watch.keeps(weights.call) is weights.call and world.watch.keeps(drawn.call) is drawn.call
 
 
+def test_a_policy_that_sends_waits_for_what_generators_still_draw():
+    """Idle for an hour, and not hung: the generator is at work on a chunk before it receives. Where that one is stopped, it is
+    told."""
+    world, policy, generator = World(deadline_s=4000.0), member("policy", word="rank"), member("generation")
+    world.watch.ended(sent(policy, "update").call, 0.1, 0.0)
+    policy.calls.clear()
+    drawn, received = sent(generator, "generate"), sent(generator, "load_weights")
+    sending = sent(policy, "update", concurrency_group="sending")
+    sending.call.meets = [received]
+    assert world.watch.keeps(sending.call) is drawn.call
+    world.pulses[generator.process] = BUSY
+    assert world.seconds_until_hung(sending.call, most=3600) == (None, None)
+    world.pulses[generator.process] = STOPPED
+    _, told = world.seconds_until_hung(sending.call)
+    assert told.member is generator
+
+
 def test_ranks_wait_for_each_other():
     """One is idle as long as the other works; where one is stopped, that one is hung, not the one that waits for it."""
     world, ranks = World(), [member("policy", number, "rank") for number in range(2)]

@@ -1,6 +1,10 @@
 """The memory plan per GPU and per node: against published figures, against processes that were measured, and what it refuses."""
 
+import ast
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from rlhf_ray.actors.memory_plan import Precisions, memory_problems, phases_of
 from rlhf_ray.actors.nodes import Node, local_memory, rented_nodes
 from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
 from rlhf_ray.errors import UserError
+from rlhf_ray.generation.vllm_weights import copy_device, untied
 from rlhf_ray.models.activations import block_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, gpu_memory_utilization
 from rlhf_ray.models.held_weights import held_weights
+from rlhf_ray.models.host_memory import HostCopy
 from rlhf_ray.models.memory import memory_plan
 from rlhf_ray.models.planned_process import CONTEXT
-from rlhf_ray.models.shared_gpu import SharedWeights
 from rlhf_ray.models.size import ModelShape, shape_of_model
 from rlhf_ray.models.training_state import BUCKET, MIXED, buffer_bytes, model_state
 
@@ -114,7 +119,7 @@ SEVEN = {"layers": 32, "width": 4096, "heads": 32, "positions": 512, "vocab_size
 def test_what_shares_a_gpu_is_added_up_on_it_and_nowhere_else():
     """Two ranks, each with a generator: each GPU has one of both, whatever all GPUs have in sum."""
     shared = {"policy": {"actors": 2, "gpus": 0.5}, "generation": {"actors": 2, "gpus": 0.5, "with": "policy"}}
-    recipe, nodes = tiny_recipe(resources=shared), rented_nodes("1x2xH100")
+    recipe, nodes = tiny_recipe(resources=shared, ppo={"steps_ahead": 1}), rented_nodes("1x2xH100")
     (phase,) = phases(recipe, nodes)
     rows = {row.role: row.process for row in memory_plan(recipe)}
     needed = 2 * CONTEXT + rows["policy"].gpu + rows["generation"].gpu
@@ -127,13 +132,60 @@ def test_what_shares_a_gpu_is_added_up_on_it_and_nowhere_else():
     assert "of small has" in problem and "(2 GPUs like it)" in problem
 
 
+def test_who_shares_a_gpu_takes_turns_on_it():
+    """1.27 B weights, all roles on one GPU, bf16: while the policy updates, the others have their weights there and no more; the
+    critic updates after it. Moments, 8 bytes per weight, are on the host all the time."""
+    model = {"from_scratch": SEVEN | {"layers": 24, "width": 2048, "heads": 16}}
+    roles = {"policy": {"gpus": 0.2}} | {
+        role: {"gpus": 0.2, "with": "policy"} for role in ("critic", "generation", "reward", "reference")
+    }
+    recipe, nodes = tiny_recipe(model=model, resources=roles), rented_nodes("1x1xH100")
+    rows = {row.role: row.process for row in memory_plan(recipe)}
+    found = phases(recipe, nodes)
+    assert [phase.turn for phase in found] == ["rollout", "policy update", "critic update"]
+    sizes = [{share.process: share.size - CONTEXT for share in phase.gpus[0, 0]} for phase in found]
+    shape = shape_of_model(recipe)
+    weights, body = 4.0 * shape.parameters, 4.0 * shape.body
+    drawn_with = rows["generation"].parts["weights"]
+    shared = 2.0 * shape.parameters  # what generators on the same GPU copy from (IPC)
+    assert drawn_with == 2.0 * shape.parameters
+    assert sizes[1]["generation 0"] == sizes[2]["generation 0"] == drawn_with < sizes[0]["generation 0"]
+    assert sizes[1]["critic 0"] == body and sizes[2]["policy 0"] == weights + shared
+    assert sizes[1]["policy 0"] == rows["policy"].gpu > 4 * weights  # gradients and two moments beside them
+    assert weights + shared < sizes[0]["policy 0"] < 2 * weights + shared
+    assert rows["policy"].host["resting moments"] == 2 * weights and rows["critic"].host["resting moments"] == 2 * body
+    assert [bool(phase.hosts) for phase in found] == [True, False, False]
+    in_sum = sum(process.gpu for process in rows.values())
+    assert max(sum(each.values()) for each in sizes) < 0.7 * in_sum
+
+
+def test_the_evaluation_and_a_server_are_planned_too():
+    """Two models of 8.6 MB that draw one after the other, the second in a copy of its own on CPUs; then the reward model beside the
+    first. A server: one model and the cache of 32 rows of 26 tokens, 2 layers of 2 x 32 floats."""
+    recipe = tiny_recipe()
+    nodes = [Node("here", {"CPU": 8.0}, 4e9)]
+    evaluation, serving = phases(recipe, nodes, stages=("evaluation", "serving"))
+    assert (evaluation.name, serving.name) == ("evaluation", "serving")
+    model = 4 * 37_120
+    process = evaluation.processes["evaluation"]
+    assert process.parts["weights"] == 2 * model and process.parts["copies"] == model
+    assert serving.processes["serving"].parts["cache"] == 32 * 26 * 2 * 2 * 32 * 4
+    large = tiny_recipe(
+        model={"from_scratch": SEVEN}, generation={"precision": "bfloat16"}, resources={"generation": {"gpus": 1}}
+    )
+    rented = [Node("node", {"CPU": 8.0, "GPU": 1.0}, 1e12, (24e9,))]
+    told = memory_problems(large, rented, phases(large, rented, stages=("evaluation", "serving")))
+    assert len(told) == 1 and told[0].startswith("the evaluation needs about 2") and "evaluate the run's models where" in told[0]
+
+
 def test_a_generator_split_over_gpus_takes_a_part_of_each():
     recipe = tiny_recipe(
         model={"from_scratch": SEVEN}, generation={"engine": "vllm", "tensor_parallel": 4, "precision": "bfloat16", "stop": ()},
         resources={"generation": {"gpus": 4}},
     )  # fmt: skip
     whole = {row.role: row.process for row in memory_plan(recipe)}["generation"]
-    assert whole.split["copies"] == whole.parts["weights"] and whole.gpus == 4
+    assert whole.split["copies"] == whole.host["copy beside the engine"] == 2 * shape_of_model(recipe).parameters
+    assert "weights" not in whole.parts and whole.gpus == 4
     assert whole.gpu == whole.state + whole.work + (whole.split["copies"] + whole.split["cache"]) / 4
     (phase,) = phases(recipe, rented_nodes("1x8xH100"))
     assert [place for place, shares in phase.gpus.items() if shares[0].process == "generation 0"] == [(0, gpu) for gpu in range(4)]
@@ -206,6 +258,26 @@ def test_a_checkpoint_s_copy_stands_beside_the_next_update():
     assert policy.moments == {"snapshot": 12 * trained / 2, "model to be written": 8 * trained}
     assert policy.of_number(1).moments == {"snapshot": 12 * trained / 2}  # rank 0 writes
     assert policy.memory - policy.state - policy.host["copy for a checkpoint"] >= policy.work
+
+
+def test_weights_on_their_way_are_counted_where_they_stand():
+    """Policy and generators each on GPUs of their own, ahead: a 16-bit copy on the host of the policy's first rank, and where
+    generators take weights while they draw, two on theirs. Through the store: what is put, what nobody has waited for yet, and
+    what is read."""
+    group = {"policy": {"gpus": 1, "actors": 2}, "generation": {"gpus": 1}}
+    staged, received, stored = [], [], []
+    for ahead, in_flight, way in ((0, False, "auto"), (2, False, "auto"), (2, True, "auto"), (3, False, "object_store")):
+        recipe = tiny_recipe(
+            ppo={"steps_ahead": ahead, "weights_in_flight": in_flight}, resources=group | {"weight_transport": way}
+        )
+        rows = {row.role: row.process for row in memory_plan(recipe)}
+        staged.append([rows["policy"].of_number(rank).host.get("staged weights", 0) for rank in (0, 1)])
+        received.append(rows["generation"].host.get("received weights", 0))
+        (phase,) = phases(recipe, rented_nodes("1x8xH100"))
+        store = sum(share.size for share in phase.hosts[0] if share.process == "object store")
+        stored.append(store - 2 * 12 * 2 * 37_120)  # without snapshots of policy and critic
+    assert staged == [[0, 0], [2 * 37_120, 0], [2 * 37_120, 0], [0, 0]] and received == [0, 0, 4 * 37_120, 0]
+    assert stored == [0, 0, 0, 5 * 2 * 37_120]
 
 
 def test_only_rank_0_loads_before_zero_3_cuts(tmp_path):
@@ -306,10 +378,29 @@ def test_the_share_of_a_gpu_that_vllm_asks_for():
     assert gpu_memory_utilization(weights=200e9, cache=0, tensor_parallel=1, gpu=80e9) == 0.95
 
 
-def test_shared_weights_are_read_where_they_are():
-    weight = torch.arange(6.0).view(2, 3)
-    ((name, read),) = SharedWeights.of([("w", weight)])
-    assert name == "w" and read.data_ptr() == weight.data_ptr()
+def test_a_copy_on_the_host_is_read_by_other_processes_where_it_is():
+    """Tied weights once; what the other process reads follows what this one writes, though only names and places travel."""
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(3, 2), "two": torch.nn.Linear(3, 2, dtype=torch.bfloat16)})
+    model["two"].bias = torch.nn.Parameter(torch.tensor([0.5, -2.0], dtype=torch.bfloat16))
+    model["tied"] = model["one"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copy = HostCopy(model, pinned=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    weights = pickle.dumps(copy.named(untied(model)))
+    assert len(weights) < 1000 and model["tied"].weight.data_ptr() == model["one"].weight.data_ptr()
+    with torch.no_grad():
+        model["one"].weight.fill_(0.25)
+    read = "import pickle, sys; print({name: tensor.float().tolist() for name, tensor in pickle.load(sys.stdin.buffer)})"
+    told = subprocess.run([sys.executable, "-c", read], input=weights, capture_output=True, check=True, timeout=120)
+    found = ast.literal_eval(told.stdout.decode())
+    assert found.keys() == {"one.weight", "one.bias", "two.weight", "two.bias"}
+    assert found["one.weight"] == [[0.25] * 3] * 2 and found["two.bias"] == [0.5, -2.0]
+    copy.close()
+
+
+def test_the_copy_beside_an_engine_that_is_split_stands_on_the_host():
+    assert [copy_device("cuda", gpus) for gpus in (1, 2)] == [torch.device("cuda"), torch.device("cpu")]
+    assert copy_device("cpu", 2) == torch.device("cpu")
 
 
 def test_max_num_seqs_bounds_the_cache_and_not_the_chunk():

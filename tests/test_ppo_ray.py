@@ -243,10 +243,15 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
     assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
-def test_one_step_ahead_with_weights_in_flight(session, new_folder):
+@pytest.mark.parametrize("way", ["object_store", pytest.param("collective", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("in_flight", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_step_ahead_with_weights_in_flight(session, new_folder, way, in_flight):
     """Two generators: no sample is older than a version, generator and policy agree where both have the same weights."""
-    recipe = tiny_recipe(ppo={"steps_ahead": 1, "weights_in_flight": True}, resources={"generation": {"actors": 2}})
-    folder = new_folder("ahead")
+    recipe = tiny_recipe(
+        ppo={"steps_ahead": 1, "weights_in_flight": in_flight},
+        resources={"generation": {"actors": 2}, "weight_transport": way},
+    )
+    folder = new_folder(f"ahead-{way}-{in_flight}")
     run_ppo(recipe, folder, ignore)
     rows = read_metrics(folder.stage("ppo").metrics)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]

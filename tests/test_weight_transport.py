@@ -1,6 +1,7 @@
 """How new weights reach the generators: the choice of the way, the broadcast, and that every way moves the same bits."""
 
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf_ray.actors.weight_transport import Place, choose_transport
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.training import weight_channel
+from rlhf_ray.training.staged_weights import StagedWeights
 from rlhf_ray.training.weight_channel import WeightChannel, cut
 
 CPU, OTHER_CPU = Place("a", None), Place("b", None)
@@ -27,8 +29,9 @@ GPU, SECOND, THIRD = Place("a", "gpu-1"), Place("a", "gpu-2"), Place("b", "gpu-3
         ("auto", GPU, [GPU, SECOND], True, "object_store"),  # NCCL wants a GPU for each, handles want one for all
         ("auto", GPU, [SECOND, SECOND], True, "object_store"),
         ("auto", GPU, [CPU], True, "object_store"),
-        ("auto", GPU, [GPU], False, "object_store"),
-        ("auto", GPU, [SECOND], False, "object_store"),
+        ("auto", GPU, [GPU], False, "object_store"),  # handles are of memory that the policy must not change meanwhile
+        ("auto", GPU, [SECOND], False, "collective"),
+        ("auto", CPU, [CPU], False, "object_store"),
         ("object_store", GPU, [GPU], True, "object_store"),
     ],
 )
@@ -53,7 +56,7 @@ def test_a_way_that_places_do_not_allow_is_told(setting, policy, generators, say
 @pytest.mark.parametrize(
     "resources, ppo, says",
     [
-        ({"weight_transport": "collective"}, {"steps_ahead": 1}, "the policy would wait for them"),
+        ({"weight_transport": "ipc"}, {"steps_ahead": 1}, "the policy would wait for them; set it to collective"),
         ({"weight_transport": "ipc"}, {}, "policy.gpus is 0 and generation.gpus is 0; give each a share"),
         ({"weight_transport": "collective", "policy": {"gpus": 1}}, {}, "reaches either GPUs or CPUs"),
         ({"weight_transport": "pigeon"}, {}, "object_store"),
@@ -99,6 +102,16 @@ def together(*calls):
         assert not thread.is_alive()
 
 
+def together_or_raise(first, other):
+    """What the first raises."""
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        first()
+    finally:
+        thread.join(30)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_broadcast_moves_every_bit_to_all(dtype, monkeypatch):
     monkeypatch.setattr(weight_channel, "BUCKET_BYTES", 64)
@@ -128,10 +141,100 @@ def test_a_broadcast_moves_every_bit_to_all(dtype, monkeypatch):
         weights = {name: tensor + 1 for name, tensor in weights.items()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_staged_weights_arrive_as_they_were_while_training_goes_on(dtype, monkeypatch):
+    """The policy stages, trains and stages again before a receiver has come: it waits then, for the first version to be taken."""
+    monkeypatch.setattr(weight_channel, "BUCKET_BYTES", 64)
+    shapes = {"a": (3, 5), "b": (), "c": (40,), "d": (0,), "e": (2, 2, 2)}
+    live = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in shapes.items()}
+    layout = [(name, tuple(tensor.shape)) for name, tensor in live.items()]
+    sender, *receivers = members(3)
+    staged = StagedWeights(layout, dtype, pinned=False)
+    wanted, got, order, places = [], {}, [], {each.data_ptr() for each in staged.buckets}
+
+    def train():
+        for version in range(3):
+            if version:
+                order.append(f"stages {version}")
+            assert staged.fill(live.items(), 20) == sum(map(torch.Tensor.numel, live.values())) * dtype.itemsize
+            wanted.append({name: tensor.to(dtype, copy=True) for name, tensor in live.items()})
+            for tensor in live.values():
+                tensor += 1
+            sending = threading.Thread(target=lambda: order.append(sender.send_staged(staged)))
+            sending.start()
+        sending.join(20)
+
+    def receive(one):
+        got[one.rank] = []
+        for _ in range(3):
+            arrived = {name: tensor.clone() for name, tensor in one.receive(layout, dtype)}
+            got[one.rank].append(arrived)
+
+    training = threading.Thread(target=train)
+    training.start()
+    while "stages 1" not in order:
+        time.sleep(0.01)
+    with pytest.raises(RunFailed, match="not sent to the generators within 0.01 s"):
+        staged.fill(live.items(), 0.01)
+    assert len(wanted) == 1, "the next version waits for this one"
+    together(*(partial(receive, one) for one in receivers))
+    training.join(20)
+    assert {each.data_ptr() for each in staged.buckets} == places and len(wanted) == 3
+    for one in receivers:
+        for found, version in zip(got[one.rank], wanted, strict=True):
+            assert list(found) == list(shapes)
+            assert all(torch.equal(found[name], tensor) for name, tensor in version.items())
+
+
+def test_weights_that_are_coming_are_copied_one_at_a_time():
+    """The next weight is not asked for before the one before it is in the model; another model's are refused before any is."""
+    from rlhf_ray.models.wire import WeightsInTurn, copy_weights
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    names = list(model.state_dict())
+
+    def coming():
+        for number, name in enumerate(names):
+            yield name, torch.full_like(model.state_dict()[name], number)
+            assert float(model.state_dict()[name].sum()) == number * model.state_dict()[name].numel()
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    copy_weights(model, WeightsInTurn(shapes, coming()))
+    assert [float(tensor.flatten()[0]) for tensor in model.state_dict().values()] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="0.weight has shape"):
+        copy_weights(model, WeightsInTurn(shapes | {"0.weight": (2, 3)}, iter(())))
+    with pytest.raises(AssertionError, match="0.weight comes next, not 0.bias"):
+        WeightsInTurn(shapes, coming())["0.bias"]
+
+
+def test_what_arrives_in_flight_waits_in_the_host_s_memory():
+    """Not in the channel's buffers: the generator copies it in when it begins its next chunk."""
+    from rlhf_ray.actors.weight_transport import GenerationEnd
+
+    class Role:
+        def update_weights_in_flight(self, weights, version):
+            self.taken = weights, version
+            return version
+
+    class End(GenerationEnd):
+        layout, sent_as, role = [("a", (2,)), ("b", (3,))], torch.bfloat16, Role()
+
+    sender, receiver = members(2)
+    end = End()
+    end.channel = receiver
+    weights = {"a": torch.tensor([0.1, 2.0]), "b": torch.ones(3)}
+    together(lambda: sender.send(weights.items(), end.layout, torch.bfloat16), lambda: end.receive_weights_in_flight(7))
+    taken, version = end.role.taken
+    assert version == 7 and taken["a"].tolist() == [0.10009765625, 2.0]  # 0.1 in 8 bits: 205 / 2048
+
+
 def test_other_weights_than_agreed_are_not_sent():
     sender, receiver = members(2)
+    layout = [("a", (2,))]
     with pytest.raises(AssertionError, match="not the weights of the layout"):
-        sender.send({"b": torch.zeros(2)}.items(), [("a", (2,))], torch.float32)
+        together_or_raise(lambda: sender.send({"b": torch.zeros(2)}.items(), layout, torch.float32), receiver._meet)
+    with pytest.raises(AssertionError, match="not the weights of the layout"):
+        StagedWeights(layout, torch.float32, pinned=False).fill({"a": torch.zeros(1)}.items(), 1)
 
 
 def test_a_sender_that_does_not_come_is_told_in_words():

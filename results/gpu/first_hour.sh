@@ -63,14 +63,17 @@ check 08 "ZeRO-3"                 600 rlhf-ray run demo --run-dir "$out/runs/zer
 check 08 "ZeRO-3, SFT"            600 rlhf-ray sft demo --run-dir "$out/runs/sft3" --set sft.gpus_per_worker=1 --set sft.workers="$((gpus < 2 ? 1 : 2))" --set sft.zero_stage=3 --set sft.microbatch_size=16
 check 09 "weights to the host"    300 python -m rlhf_ray.bench.first_hour wire
 check 09 "a step ahead"           600 rlhf-ray run demo --run-dir "$out/runs/ahead" "${stages[@]}" "${own[@]}" --set ppo.steps_ahead=1 --set ppo.steps=10
+check 09 "weights in flight"      600 rlhf-ray run demo --run-dir "$out/runs/flight" "${stages[@]}" "${own[@]}" --set ppo.steps_ahead=2 --set ppo.weights_in_flight=true --set ppo.steps=10
+check 09 "ahead, by the store"    600 rlhf-ray run demo --run-dir "$out/runs/store" "${stages[@]}" "${own[@]}" --set ppo.steps_ahead=1 --set ppo.steps=10 --set resources.weight_transport=object_store
 check 10 "all on one GPU"         600 rlhf-ray run demo --run-dir "$out/runs/shared" "${stages[@]}" "${shared[@]}" --set ppo.steps=5
+check 10 "nobody rests there"     600 rlhf-ray run demo --run-dir "$out/runs/awake" "${stages[@]}" "${shared[@]}" --set ppo.steps=5 --set ppo.steps_ahead=1
 check 11 "evaluation"             600 rlhf-ray evaluate demo --run-dir "$out/runs/own"
 check 12 "entropy bonus"          300 python -m rlhf_ray.bench.first_hour head
 check 13 "long prompts"           300 python -m rlhf_ray.bench.first_hour prefill
 check 14 "approx_kl to itself"    300 python -m rlhf_ray.bench.first_hour first_kl
 check 14 "NCCL variables"         600 env NCCL_DEBUG=INFO rlhf-ray run demo --run-dir "$out/runs/nccl" "${stages[@]}" "${own[@]}" --set resources.policy.actors=2 --set ppo.steps=2
-# Not written, since nothing without a GPU could test it: a broadcast of new weights to generators that are between two chunks
-# (ppo.steps_ahead > 0 goes through the object store, cast on the GPU, in pinned memory); states that leave a shared GPU at the
-# end of a phase (DeepSpeed's offload_states). What the two would save is in the rows 09 "a step ahead" and 10 "all on one GPU".
+# Rows 09: weights go by NCCL from a pinned copy on the host, beside the next update; through the store for comparison (time/sync_s
+# and busy/policy_sync_s in metrics.jsonl). Rows 10: in the first one Adam's moments leave the GPU between updates, as the lower
+# memory has to show; the plan of both is `rlhf-ray doctor`'s.
 
 { printf 'item\tcheck\tresult\ttook\tmost memory of a GPU\tlast line\n'; cat "$table"; } | column -t -s $'\t' | tee "$out/table.aligned.txt"

@@ -94,6 +94,7 @@ class Call:
         self.life = 0  # that of the member to which it was sent
         self.tries = 0  # how often it was sent again for the sake of an argument
         self.beside: list[Handle] = []  # who waits for this call waits for these too; no caller has them
+        self.meets: list[Handle] = []  # calls of others without which it does not end, though it has no results of theirs
         self.finished = False  # and was looked at
 
     def send(self) -> None:
@@ -128,7 +129,7 @@ class Call:
 
     def finish(self) -> None:
         """It was looked at, and has not failed."""
-        self.finished = True
+        self.finished, self.meets = True, []
         if self.brings_weights:
             self.member.weights = self
         if self in self.member.calls:

@@ -96,6 +96,7 @@ def precisions_of(recipe: Recipe) -> Precisions:
     """As far as this machine can say; of GPUs elsewhere it is assumed that they multiply in bfloat16."""
     return Precisions(
         ppo=_itemsize(recipe.ppo.precision, "cpu"), ppo_gpu=_itemsize(recipe.ppo.precision, "cuda"),
+        evaluation=2 if recipe.ppo.precision == "bfloat16" else 4, serving=_itemsize("auto", "cpu"),
         stages={name: _itemsize(stage.precision, "cuda" if stage.gpus_per_worker else "cpu")
                 for name, stage in recipe.trained.items()},
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.calls import Handle, Member
-from rlhf_ray.actors.role_actors import IN_FLIGHT
+from rlhf_ray.actors.role_actors import IN_FLIGHT, SENDING
 from rlhf_ray.actors.wait import START_REMEDY, Waiter
 from rlhf_ray.actors.weight_transport import Transport
 from rlhf_ray.messages import Chunk
@@ -27,6 +27,7 @@ class GenerationGroup:
         self.members, self.in_flight, self.sleeps = members, in_flight, sleeps
         self.by_channel = False  # `actors.weight_meeting`
         self.movable = False  # `actors.stragglers`
+        self.staged_by: PolicyGroup | None = None  # the channel's sender, where it trains on while it sends
 
     def generate(self, chunks: Sequence[Chunk]) -> list[Handle]:
         handles = []
@@ -38,16 +39,22 @@ class GenerationGroup:
         return handles
 
     def load_weights(self, weights: Handles, policy_version: int) -> list[Handle]:
-        method, group = "load_weights", None
-        if self.by_channel:  # the actor receives while the policy sends; `weights` only tell that the sending has ended
-            method, weights = "receive_weights", ()
-        elif self.in_flight:
-            method, group = "update_weights_in_flight", IN_FLIGHT
+        methods = (
+            ("receive_weights", "receive_weights_in_flight")
+            if self.by_channel
+            else ("load_weights", "update_weights_in_flight")
+        )
+        group = IN_FLIGHT if self.in_flight else None
+        # By the channel an actor receives while the policy sends: `weights` only tell that those are sent, or staged.
+        parts = () if self.by_channel else weights
         handles = []
         for member in self.members:
             name = f"{member.name} (weights of version {policy_version})"
             options = {"concurrency_group": group, "brings_weights": True}
-            handles += member.call(method, policy_version, *weights, name=name, **options)
+            handles += member.call(methods[self.in_flight], policy_version, *parts, name=name, **options)
+        if self.staged_by is not None:
+            (sent,) = handles[0].call.beside = self.staged_by.send_staged(weights[0])
+            sent.call.meets = handles  # it waits until all generators receive: what they draw before keeps it
         return handles
 
 
@@ -88,6 +95,8 @@ class TrainerGroup(ChunkGroup):
     """The ranks of a DeepSpeed group. A collective call goes to all of them."""
 
     weight_bytes = 0  # of what trains, in float32
+    turn_after: TrainerGroup | None = None  # the group whose update comes first, on the same GPUs
+    updating: Handles = ()  # the newest update, until somebody has waited for its turn
     start: Path  # the model that it is built from
 
     def __init__(self, members: Sequence[Member]):
@@ -112,11 +121,19 @@ class TrainerGroup(ChunkGroup):
         return results
 
     def update(self, shards: Handles, *rates: float) -> list[Handle]:
-        handles = []
+        handles, before = [], self._before()
         for member, shard in zip(self.members, shards, strict=True):
             name, account = f"{member.name} (update)", f"{member.role}_update"
-            handles += member.call("update", shard, *rates, name=name, receipt=True, account=account)
+            handles += member.call("update", shard, rates, *before, name=name, receipt=True, account=account)
+        self.updating = handles
         return handles
+
+    def _before(self) -> list[Handle]:
+        """What an update waits for: it is not begun before these are there."""
+        if self.turn_after is None:
+            return []
+        before, self.turn_after.updating = self.turn_after.updating, ()
+        return list(before)
 
     def call(self, method: str, *args: Any) -> list[Handle]:
         return [
@@ -134,6 +151,7 @@ class TrainerGroup(ChunkGroup):
 
 class PolicyGroup(TrainerGroup):
     transport: Transport = "object_store"  # `actors.weight_meeting`
+    stages = False  # over a channel: it copies its weights and trains on, and sends the copy meanwhile
 
     def logprobs(self, rollouts: Handles) -> list[Handle]:
         return self._forward("logprobs", rollouts)
@@ -144,9 +162,9 @@ class PolicyGroup(TrainerGroup):
     def weights(self) -> list[Handle]:
         """Rank 0's parts, and one empty part of each other rank. All ranks make the call, because ZeRO-3 gathers from all.
 
-        Over a channel the parts are empty: the generators receive the weights while the policy sends them.
+        Over a channel the parts are empty: the generators receive the weights while the policy sends them (`send_staged`).
         """
-        method, args, parts = "send_weights", (), 1
+        method, args, parts = "stage_weights" if self.stages else "send_weights", (), 1
         if self.transport == "object_store":
             parts = max(1, -(-self.weight_bytes // WEIGHT_PART_BYTES))
             method, args = "weights", (parts,)
@@ -159,6 +177,14 @@ class PolicyGroup(TrainerGroup):
             for member in self.members
         ]
         return [*answers[0], *(others[0] for others in answers[1:])]
+
+    def send_staged(self, staged: Handle) -> list[Handle]:
+        """Rank 0 sends what it has staged, beside what else it is asked."""
+        first = self.members[0]
+        return first.call(
+            "send_staged", staged, name=f"{first.name} (sending weights)", receipt=True, account="policy_sync",
+            concurrency_group=SENDING,
+        )  # fmt: skip
 
 
 class AdapterOff:

@@ -127,13 +127,13 @@ class HungWatch:
         return self.deadline_s if longest is None else min(self.deadline_s, max(SHORTEST_LIMIT_S, TIMES_AS_LONG * longest))
 
     def keeps(self, call: Call) -> Call:
-        """The call that keeps this one: an earlier one of its actor, one whose result it needs, or itself.
+        """The call that keeps this one: an earlier one of its actor, one whose result it needs or that it meets, or itself.
 
         An actor does what it is asked in order, and calls of another concurrency group beside that.
         """
         queue = [each for each in call.member.calls if each.concurrency_group == call.concurrency_group]
         head = next((each for each in queue if not self._there(each)), call)
-        for arg in head.args:
+        for arg in (*head.args, *head.meets):
             if isinstance(arg, Handle) and not self._there(arg.call):
                 return self.keeps(arg.call)
         return head

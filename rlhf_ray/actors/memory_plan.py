@@ -1,24 +1,29 @@
 """What a run needs of each GPU and of each node's memory, phase by phase, against what the nodes have.   Bytes.
 
-A phase is a supervised stage or PPO: one ends before the next begins. What shares a GPU is added up on that GPU.
+A phase is a supervised stage, a turn of PPO's step, or the evaluation: one ends before the next begins. What shares a GPU is added
+up on that GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rlhf_ray.actors.layout import ActorLayout, lay_out
 from rlhf_ray.actors.nodes import Node
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.memory import memory_plan, sends_by_store, snapshot_bytes, trained_by_role
+from rlhf_ray.models.evaluation_memory import evaluation_process, serving_process
+from rlhf_ray.models.memory import memory_plan, snapshot_bytes, trained_by_role
 from rlhf_ray.models.planned_process import CONTEXT, FORKED, GB, IMPORTED, PlannedProcess
+from rlhf_ray.models.sent_weights import sends_by_store, versions_in_store
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+from rlhf_ray.models.turns import turns_of
 
 #: Parts that a process has in the host's memory because it trains.
-BESIDE = ("copy for a checkpoint", "snapshot", "model to be written", "weights to send")
+BESIDE = ("copy for a checkpoint", "snapshot", "model to be written", "weights to send", "staged weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    name: str  # "ppo", or the supervised stage
+    name: str  # "ppo", "evaluation", "serving", or the supervised stage
+    turn: str | None  # of PPO's step, where roles take turns on their GPUs (`models.turns`); the host's memory is the first one's
     processes: Mapping[str, PlannedProcess]  # "policy" -> one of them
     layout: ActorLayout
     gpus: Mapping[tuple[int, int], Sequence[Share]]  # (node, GPU) -> its processes
@@ -45,6 +51,8 @@ class Precisions:
 
     ppo: int = 4  # of roles on CPUs
     ppo_gpu: int = 2
+    evaluation: int = 4  # on a CPU; on a GPU it is PPO's
+    serving: int = 4  # on a CPU; on a GPU 2
     stages: Mapping[str, int]
 
 
@@ -53,8 +61,9 @@ def phases_of(
 ) -> list[Phase]:
     """Those of the stages that are to run and that the nodes have room for: another check tells of the others.
 
-    forked: the processes of PPO's actors are forks of one. Of what truncated sampling keeps, only what top_k bounds is counted: the
-    bound of top_p and min_p is the vocabulary, and trained models are far below it.
+    "evaluation" is one of them, and so is "serving": one replica of `rlhf-ray serve`. forked: the processes of PPO's actors are
+    forks of one. Of what truncated sampling keeps, only what top_k bounds is counted: the bound of top_p and min_p is the
+    vocabulary, and trained models are far below it.
     """
     amounts = [node.amounts for node in nodes]
     found: list[Phase] = []
@@ -72,14 +81,25 @@ def phases_of(
         }
         processes = {row.role: row.process for row in rows}
         imported, once = (FORKED, IMPORTED) if forked else (IMPORTED, 0.0)
-        found.append(_phase("ppo", processes, layout, imported=imported, once=once, shared=shared))
+        options: dict[str, Any] = {"imported": imported, "once": once, "shared": shared}
+        first, *rest = turns_of(recipe) or (None,)
+        found.append(_phase("ppo", processes, layout, turn=first, **options))
+        found += [replace(_phase("ppo", processes, layout, turn=turn, **options), hosts={}) for turn in rest]
+    alone = {"evaluation": (recipe.resources.generation.gpus, evaluation_process, (precisions.evaluation, precisions.ppo_gpu))}
+    gpu = float(any(each.get("GPU", 0.0) >= 1 for each in amounts))
+    alone["serving"] = (gpu, serving_process, (precisions.serving, 2))
+    for name, (gpus, process_of, itemsizes) in alone.items():
+        place = {"generation": RoleConfig(actors=1, cpus=1, gpus=gpus)}
+        if name in stages and (layout := _fits(place, amounts, "PACK")) is not None:
+            process = process_of(recipe, on_gpu=gpus > 0, itemsize=itemsizes[gpus > 0])
+            found.append(_phase(name, {"generation": process}, layout, names={"generation": name}, imported=IMPORTED))
     return found
 
 
 def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
-    """Of three copies of new weights in the object store; none where they go from GPU to GPU."""
+    """Of new weights in the object store; none where they go from GPU to GPU."""
     itemsize = precisions.ppo_gpu if recipe.resources.generation.gpus > 0 else 4
-    return 3.0 * itemsize * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
+    return float(versions_in_store(recipe) * itemsize) * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
 
 
 def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> ActorLayout | None:
@@ -96,6 +116,7 @@ def _phase(
     *,
     imported: float,
     names: Mapping[str, str] | None = None,
+    turn: str | None = None,
     once: float = 0.0,
     shared: Mapping[str, float] | None = None,
 ) -> Phase:
@@ -106,29 +127,34 @@ def _phase(
     for (role, number), seat in layout.seats.items():
         process = processes[role].of_number(number)
         words = f"{called.get(role, role)} {number}"
-        loads = process.on_gpu and process.loading[0] > process.gpu - 1
+        there = process.gpu_in(turn)
+        loads = process.on_gpu and process.loading[0] > there - 1
         for gpu in seat.gpus:
-            gpus.setdefault((seat.node, gpu), []).append(Share(process=words, size=CONTEXT + process.gpu, loads=loads))
+            gpus.setdefault((seat.node, gpu), []).append(Share(process=words, size=CONTEXT + there, loads=loads))
         loads = 0 < process.memory <= process.loading[1]
         hosts.setdefault(seat.node, []).append(Share(process=words, size=imported + process.memory, loads=loads))
     for beside in hosts.values():
         beside += [Share(process=words, size=size, loads=False) for words, size in (shared or {}).items() if size]
         beside += [Share(process="what all import", size=once, loads=False)] if once else []
     called_processes = {called.get(role, role): process for role, process in processes.items()}
-    return Phase(name=name, processes=called_processes, layout=layout, gpus=gpus, hosts=hosts)
+    return Phase(name=name, turn=turn, processes=called_processes, layout=layout, gpus=gpus, hosts=hosts)
 
 
 def memory_problems(recipe: Recipe, nodes: Sequence[Node], phases: Sequence[Phase]) -> list[str]:
-    """What does not fit, one sentence per phase and kind of memory, with the remedy."""
+    """What does not fit, one sentence per stage and kind of memory, with the remedy. Of PPO's turns the one that takes most."""
     problems: list[str] = []
-    for phase in phases:
-        over = [(place, shares) for place, shares in sorted(phase.gpus.items()) if _over(shares, _gpu(nodes, place))]
+    for name in dict.fromkeys(phase.name for phase in phases):
+        turns = [phase for phase in phases if phase.name == name]
+        there_are = [(phase, *each) for phase in turns for each in sorted(phase.gpus.items())]
+        over = [(phase, place, shares) for phase, place, shares in there_are if _over(shares, _gpu(nodes, place))]
         if over:
-            place, shares = max(over, key=lambda each: _sum(each[1]))
+            phase, place, shares = max(over, key=lambda each: _sum(each[2]))
             there = _gpu(nodes, place)
             assert there is not None
-            words = f"GPU {place[1]} of {nodes[place[0]].name} has {there / GB:.1f} GB" + _others(len(over), "GPU")
+            others = _others(sum(each[0] is phase for each in over), "GPU")
+            words = f"GPU {place[1]} of {nodes[place[0]].name} has {there / GB:.1f} GB" + others
             problems.append(_sentence(recipe, phase, shares, words))
+        phase = turns[0]
         full = [(node, shares) for node, shares in sorted(phase.hosts.items()) if _over(shares, nodes[node].memory)]
         if full:
             node, shares = max(full, key=lambda each: _sum(each[1]))
@@ -157,7 +183,9 @@ def _others(count: int, what: str) -> str:
 
 
 def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str) -> str:
-    whole, total = ("PPO" if phase.name == "ppo" else f"the stage {phase.name}"), _sum(shares)
+    words = {"ppo": "PPO", "evaluation": "the evaluation", "serving": "a server"}
+    whole, total = words.get(phase.name, f"the stage {phase.name}"), _sum(shares)
+    whole += f" ({phase.turn})" if phase.turn else ""
     by_name: dict[str, list[Share]] = {}
     for share in shares:
         by_name.setdefault(_name(share, phase), []).append(share)
@@ -181,10 +209,22 @@ def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str)
         weights = f"{process.loading[1] / GB:.1f} GB of weights that each {name} process loads"
         return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
     on_gpu = "GPU" in there
-    parts = {**process.parts, **process.split} if process.on_gpu == on_gpu else {}
-    part = max((parts if on_gpu else parts | {**process.host, **process.moments}).items(), key=lambda each: each[1])
+    of_turn = process.turns.get(phase.turn or "", {**process.parts, **process.split})
+    parts = of_turn if process.on_gpu == on_gpu else {}
+    part = max((parts if on_gpu else {**parts, **process.host, **process.moments}).items(), key=lambda each: each[1])
     words = f"the largest part is the {part[0]} of {name}, {part[1] / GB:.1f} GB in each"
+    if phase.name in ("evaluation", "serving"):
+        return f"{begin}{words}; {_remedy_alone(recipe, phase.name, part[0])}"
     return f"{begin}{words}; {_remedy(recipe, phase.name, name, part[0])}"
+
+
+def _remedy_alone(recipe: Recipe, phase: str, part: str) -> str:
+    if part in ("cache", "logits", "passing"):
+        return "serve with a lower --max-cache-tokens" if phase == "serving" else "lower generation.chunk_size"
+    if phase == "serving":
+        return "use a smaller model, or serve its folder where there is more room"
+    alone = "set resources.generation.gpus to 1" if 0 < recipe.resources.generation.gpus < 1 else "use a smaller model"
+    return f"{alone}, or leave the stage out and evaluate the run's models where there is more room"
 
 
 def _name(share: Share, phase: Phase) -> str:
@@ -200,17 +240,21 @@ def _remedy(recipe: Recipe, phase: str, role: str, part: str) -> str:
         lower = {"cache": f"{rows} or generation.max_new_tokens", "logits": rows}
         if role == "generation" and part in lower:
             return f"lower {lower[part]}"
-        if part in ("weights", "copies"):
+        if part == "received weights":
+            return "set ppo.weights_in_flight to false, or resources.weight_transport to object_store"
+        if part in ("weights", "copies", "sleeping weights", "copy beside the engine"):
             return "use a smaller model or fewer actors, or give it a GPU of its own"
         return "lower ppo.microbatch_size"
     where, group = (f"resources.{role}", recipe.resources.roles[role]) if phase == "ppo" else (phase, recipe.trained[phase])
     section, train = ("ppo", recipe.ppo) if phase == "ppo" else (phase, recipe.trained[phase])
     stage = vars(group)["zero_stage"]
-    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies"):
+    if part in ("weights", "gradients", "optimiser", "gathered", "buckets", "copies", "shared weights"):
         ways = [f"set {where}.zero_stage to 3 with more ranks"] if stage < 3 else []
         ways += [] if vars(group)["offload_optimizer"] else [f"set {where}.offload_optimizer to true"]
         return ", ".join([*ways, f"set {section}.lora" if role != "critic" else "set ppo.critic_lora", "or use a smaller model"])
     adapters = "set ppo.critic_lora" if role == "critic" else f"set {section}.lora"
+    if part in ("resting moments", "resting gradients"):
+        return f"set {where}.zero_stage to 3 with more ranks, {adapters}, or use a smaller model"
     if part in BESIDE:
         ranks = f"{where}.actors" if phase == "ppo" else f"{where}.workers"
         return f"raise {ranks}, over nodes, {adapters}, or use a smaller model"

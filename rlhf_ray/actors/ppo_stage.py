@@ -41,7 +41,7 @@ from rlhf_ray.actors.role_actors import (
 from rlhf_ray.actors.session import worker_environment
 from rlhf_ray.actors.stragglers import Stragglers, tells_of_copy
 from rlhf_ray.actors.token_checks import check_tokens
-from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor
+from rlhf_ray.actors.trainer_actors import CriticActor, PolicyActor, SendingPolicyActor
 from rlhf_ray.actors.wait import ActorDied, Deadline, Waiter
 from rlhf_ray.actors.weight_meeting import connect_weights
 from rlhf_ray.actors.worker_start import forked_actors
@@ -49,6 +49,7 @@ from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.data.role_files import check_columns, count_rows
 from rlhf_ray.errors import NotFinite, RunFailed, UserError
 from rlhf_ray.models.card import model_card
+from rlhf_ray.models.turns import updates_in_turn
 from rlhf_ray.ppo import checkpoint
 from rlhf_ray.ppo.loop import LoopHooks, LoopState, PPOLoop
 from rlhf_ray.ppo.stage_end import closing_figures, rolls_back
@@ -102,11 +103,13 @@ def ray_roles(
         reference = []
         if "reference" in recipe.ppo_roles:
             reference = group(ReferenceActor, "reference", resources.reference, reference_of(recipe, folder))
-        policy = PolicyGroup(ranks(PolicyActor, "policy", resources.policy))
+        trainer = SendingPolicyActor if recipe.ppo.steps_ahead > 0 else PolicyActor
+        policy = PolicyGroup(ranks(trainer, "policy", resources.policy))
         policy.start, critic = Path(start), None
         if recipe.ppo.has_critic:
             critic = CriticGroup(ranks(CriticActor, "critic", resources.critic))
             critic.start = Path(critic_start)
+            critic.turn_after = policy if updates_in_turn(recipe) else None
         make_experience = ExperienceActor.options(num_cpus=0, runtime_env=runtime_env).remote
         experience = Member(
             "experience", 0, partial(make_experience, "experience-0", recipe, folder, RoleConfig(threads=1))
@@ -188,6 +191,7 @@ def run_ppo(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
             loop = PPOLoop(
                 roles, ppo, hooks, state, prompts=prompts, eval_prompts=min(ppo.eval_prompts, eval_prompts),
                 chunk_size=recipe.generation.chunk_size, seed=recipe.ppo_seed, bfloat16=_in_bfloat16(recipe),
+                temperature=recipe.generation.temperature,
             )  # fmt: skip
             metrics.drop_after(state.step or -1)
             if state.step > 0 and checkpoint.step_folder(stage.checkpoints, state.step) not in checkpoint.complete(

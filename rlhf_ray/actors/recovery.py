@@ -133,8 +133,12 @@ class Recovery:
         call.send()
 
     def _refuse(self, call: Call, failure: Failure, phase: str) -> None:
-        """An actor's own error is no death. But a rank whose peer has died fails in its own way: a connection is gone."""
+        """An actor's own error is no death. But a rank whose peer has died fails in its own way: a connection is gone; and so does
+        who moves weights with it."""
         peers = self._group_of(call.member)
+        generation = self.roles.generation
+        if generation.by_channel and call.member in (*self.roles.policy.members, *generation.members):
+            peers = [*self.roles.policy.members, *generation.members]
         if len(peers) > 1 and not isinstance(failure, NotFinite):
             pings = {member.actor.ready.remote(): member for member in peers}
             for ping in ray.wait(list(pings), num_returns=len(pings), timeout=FAIL_S / 2)[0]:
@@ -242,7 +246,8 @@ class Recovery:
             member.make_again()
         self.roles.start(everyone, groups, self.resources.start_timeout_s)
         if channel:
-            connect_weights(self.roles.policy, generation, self.waiter, self.resources, waits=True)
+            waits = self.recipe.ppo.steps_ahead == 0
+            connect_weights(self.roles.policy, generation, self.waiter, self.resources, waits=waits)
 
     def _load(self, snapshot: Snapshot | None, folder: Path | None) -> tuple[LoopState, str]:
         """Give policy and critic the newest state -> it, and where it was."""

@@ -86,6 +86,7 @@ Generation = faults.with_points(Generation)
 GenerationActor = ray.remote(Generation)
 #: Calls of this concurrency group run in a thread of their own, so weights arrive while the actor generates.
 IN_FLIGHT = "in_flight"
+SENDING = "sending"  # the same for the policy's, which is sent while it trains
 InFlightGenerationActor = ray.remote(concurrency_groups={IN_FLIGHT: 1})(Generation)  # pyright: ignore[reportCallIssue] - not in Ray's annotation
 
 

@@ -25,6 +25,7 @@ from rlhf_ray.config.threads import settle_threads
 from rlhf_ray.data.paths import absolute_paths
 from rlhf_ray.errors import RunFailed, StageStopped, UserError, machine_failed, whole_message
 from rlhf_ray.models.memory import snapshot_bytes
+from rlhf_ray.models.sent_weights import versions_in_store
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.runs.contents import before_ppo
@@ -206,13 +207,13 @@ def failures_recorded(folder: RunFolder, current_stage: Callable[[], str | None]
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Bytes for three copies of the policy's weights in float32, for snapshots, for rollouts, and for the tokens that truncated
+    """Bytes for versions of the policy's weights in float32, for snapshots, for rollouts, and for the tokens that truncated
     sampling keeps.
 
     The last are as many as there can be (`models.memory.support_tokens`), as far as half of what shared memory has left holds
     them beside the rest: Ray would put a larger store on a disk. Of this one only what overflows goes there.
     """
-    base = OBJECT_STORE_BYTES + 3 * 4 * parameters(recipe) + int(snapshot_bytes(recipe))
+    base = OBJECT_STORE_BYTES + versions_in_store(recipe) * 4 * parameters(recipe) + int(snapshot_bytes(recipe))
     kept = support_store_bytes(recipe, support_tokens(recipe))
     return base + int(min(kept, max(0, shared_memory_bytes() // 2 - base)))
 

@@ -15,7 +15,7 @@ with collector_paused():
 
     from rlhf_ray.actors import faults
     from rlhf_ray.actors.receipt import with_receipt
-    from rlhf_ray.actors.role_actors import RoleActor
+    from rlhf_ray.actors.role_actors import SENDING, RoleActor
     from rlhf_ray.actors.weight_transport import PolicyEnd
     from rlhf_ray.config import GroupConfig
     from rlhf_ray.runs.elsewhere import arrive_at, hand_in, is_elsewhere
@@ -64,13 +64,26 @@ class TrainerActor(RoleActor):
         settings = OptimiserConfig(
             adam_eps=ppo.adam_eps, adam_form=ppo.adam_form, max_grad_norm=ppo.max_grad_norm,
             zero_stage=self.settings.zero_stage, offload_optimizer=self.settings.offload_optimizer,
-            offload_param=self.settings.offload_param, compute_dtype=module.compute_dtype,
+            offload_param=self.settings.offload_param, compute_dtype=module.compute_dtype, rests=self.rests,
         )  # fmt: skip
         return DeepSpeedEngine(module, settings, device=self.device)
 
+    @property
+    def rests(self) -> bool:
+        """Whether other roles have this rank's GPU while it does not train: then it leaves to them what it needs for that alone."""
+        return self.shares_gpu and self.recipe.ppo.steps_ahead == 0
+
+    def _rest(self) -> None:
+        if self.rests:
+            self.role.engine.rest()
+            torch.cuda.empty_cache()
+
     @with_receipt
-    def update(self, shard, *rates):
-        return self.role.update(shard, *rates)
+    def update(self, shard, rates, *before):
+        """before: results of others, which had to come first."""
+        figures = self.role.update(shard, *rates)
+        self._rest()
+        return figures
 
     def save(self, folder: Path) -> int:
         """Copy this rank's share of the state, and begin to write it into the folder. Training goes on meanwhile."""
@@ -78,6 +91,7 @@ class TrainerActor(RoleActor):
 
         engine, which = self.role.engine, (self.role_name, self.rank, self.ranks)
         share = share_of_rank(*which, engine.state())
+        self._rest()
         self.writing.begin(partial(self._write, folder, *which, share, engine.steps_taken))
         return self.rank
 
@@ -109,6 +123,7 @@ class TrainerActor(RoleActor):
             for number, (name, tensor) in state
             if number % self.ranks == self.rank
         }
+        self._rest()
         return share, engine.steps_taken
 
     def restore(self, *parts: Any) -> int:
@@ -119,6 +134,7 @@ class TrainerActor(RoleActor):
         state = {name: as_tensor(array) for share in shares for name, array in share.items()}
         self.role.forget()
         self.role.engine.load_state(state, steps, f"the snapshot of the {self.role_name}")
+        self._rest()
         return steps
 
     def load(self, folder: Path) -> int:
@@ -128,12 +144,13 @@ class TrainerActor(RoleActor):
         state, steps = read_role(folder, self.role_name)
         self.role.forget()
         self.role.engine.load_state(state, steps, f"the checkpoint {folder} ({self.role_name})")
+        self._rest()
         return steps
 
 
-@ray.remote
-@faults.with_points
-class PolicyActor(TrainerActor, PolicyEnd):
+class PolicyRank(TrainerActor, PolicyEnd):
+    """Not an actor itself: there are two kinds, below."""
+
     role_name = "policy"
 
     def join(self, start: Path, address: str, port: int) -> int:
@@ -215,6 +232,12 @@ class PolicyActor(TrainerActor, PolicyEnd):
             model.config.response_stops = list(self.recipe.generation.stop)
             folder.parent.mkdir(parents=True, exist_ok=True)
             save_model(model, load_tokenizer(self.start, trust), folder, card)
+
+
+PolicyRank = faults.with_points(PolicyRank)
+PolicyActor = ray.remote(PolicyRank)
+#: Sends its weights in a thread of its own, for generators that draw ahead.
+SendingPolicyActor = ray.remote(concurrency_groups={SENDING: 1})(PolicyRank)  # pyright: ignore[reportCallIssue] - not in Ray's annotation
 
 
 @ray.remote

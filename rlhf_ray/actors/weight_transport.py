@@ -1,7 +1,8 @@
 """How new weights get from the policy's rank 0 to the generation actors, and both ends of the way.
 
 - object_store: numpy arrays through Ray's object store; everywhere.
-- collective: one broadcast (`training.weight_channel`), each on a GPU of its own, or all on CPUs.
+- collective: one broadcast (`training.weight_channel`), each on a GPU of its own, or all on CPUs. With generation ahead of training
+  the policy copies its weights to pinned memory of the host, trains on, and a second thread broadcasts the copy.
 - ipc: handles of one GPU's memory, which policy and generation share (`models.shared_gpu`).
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_ray.models.wire import Weight
     from rlhf_ray.roles.generator import Generator
     from rlhf_ray.roles.policy_trainer import PolicyTrainer
+    from rlhf_ray.training.staged_weights import StagedWeights
     from rlhf_ray.training.weight_channel import Layout, WeightChannel
 
 Transport = Literal["object_store", "collective", "ipc"]
@@ -44,7 +46,7 @@ def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *
     on_gpus = all(place.gpu is not None for place in places)
     on_cpus = all(place.gpu is None for place in places)
     possible: list[Transport] = ["object_store"]
-    if waits and (on_cpus or (on_gpus and len({place.gpu for place in places}) == len(places))):
+    if on_cpus or (on_gpus and len({place.gpu for place in places}) == len(places)):
         possible.insert(0, "collective")
     if waits and on_gpus and len(set(places)) == 1:
         possible.insert(0, "ipc")
@@ -64,6 +66,7 @@ class PolicyEnd:
     """The policy actor's end. Every rank makes these calls, because ZeRO-3 gathers from all; rank 0 sends."""
 
     channel: WeightChannel | None = None
+    staged: StagedWeights | None = None
 
     # Of the actor that this is a part of:
     recipe: Recipe
@@ -104,7 +107,9 @@ class PolicyEnd:
         self.kept, handles = share_weights(mine, self.weight_dtype())
         return [handles, *({} for _ in range(parts - 1))]
 
-    def open_channel(self, size: int, address: str, port: int, layout: Layout, timeout_s: float) -> None:
+    def open_channel(self, size: int, address: str, port: int, layout: Layout, timeout_s: float, staged: bool) -> None:
+        """staged: weights are sent by `stage_weights` and `send_staged`, else by `send_weights`."""
+        from rlhf_ray.training.staged_weights import StagedWeights
         from rlhf_ray.training.weight_channel import WeightChannel
 
         self.layout = layout
@@ -112,6 +117,8 @@ class PolicyEnd:
             self.channel = WeightChannel(
                 rank=0, size=size, address=address, port=port, device=self.device, timeout_s=timeout_s
             )
+            if staged:
+                self.staged = StagedWeights(layout, self.weight_dtype(), pinned=self.device.type == "cuda")
 
     def send_weights(self) -> tuple[None, CallReceipt]:
         """Send the trained weights to all members of the channel."""
@@ -120,9 +127,27 @@ class PolicyEnd:
         if self.channel is not None:
             sent = self.channel.send(self.role.weights(), self.layout, self.weight_dtype())
         else:
-            for _ in self.role.weights():
-                pass  # rank 0 gathers with us
+            self._gather()
         return None, CallReceipt(time.perf_counter() - started, sent)
+
+    @with_receipt
+    def stage_weights(self) -> None:
+        """Copy the trained weights to where `send_staged` takes them. Training may go on then."""
+        self.check_weights()
+        if self.staged is not None and self.channel is not None:
+            self.staged.fill(self.role.weights(), self.channel.timeout_s)
+        else:
+            self._gather()
+
+    def send_staged(self, staged: None) -> tuple[None, CallReceipt]:
+        """To all members of the channel, in a thread of its own. staged: what `stage_weights` returned, which comes before."""
+        assert self.channel is not None and self.staged is not None, "open_channel comes first"
+        started = time.perf_counter()
+        return None, CallReceipt(time.perf_counter() - started, self.channel.send_staged(self.staged))
+
+    def _gather(self) -> None:
+        for _ in self.role.weights():
+            pass  # rank 0 gathers with us
 
 
 class GenerationEnd:
@@ -132,14 +157,17 @@ class GenerationEnd:
 
     # Of the actor that this is a part of:
     device: torch.device
+    shares_gpu: bool
     role: Generator
 
     def load_weights(self, policy_version: int, *parts: Mapping[str, Weight]) -> int:
         """parts: name -> weight. Together they are all trained weights. They are copied in place, before the next chunk."""
-        weights = {name: weight for part in parts for name, weight in part.items()}
+        weights = parts[0] if len(parts) == 1 else {name: weight for part in parts for name, weight in part.items()}
         version = self.role.load_weights(weights, policy_version)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the policy may overwrite what it shared once this returns
+        if self.shares_gpu:
+            torch.cuda.empty_cache()
         return version
 
     def update_weights_in_flight(self, policy_version: int, *parts: Mapping[str, Weight]) -> int:
@@ -160,4 +188,17 @@ class GenerationEnd:
     def receive_weights(self, policy_version: int) -> int:
         """Like `load_weights`, from the channel."""
         assert self.channel is not None, "open_channel comes first"
-        return self.load_weights(policy_version, dict(self.channel.receive(self.layout, self.sent_as)))
+        from rlhf_ray.models.wire import WeightsInTurn
+
+        coming = self.channel.receive(self.layout, self.sent_as)
+        return self.load_weights(policy_version, WeightsInTurn(dict(self.layout), coming))
+
+    def receive_weights_in_flight(self, policy_version: int) -> int:
+        """Like `receive_weights`, while the generator draws: into the host's memory, and from there between two chunks."""
+        from rlhf_ray.models.wire import to_host
+
+        assert self.channel is not None, "open_channel comes first"
+        with self.channel.aside():
+            received = self.channel.receive(self.layout, self.sent_as)
+            weights = {name: to_host(tensor, self.sent_as, copy=False) for name, tensor in received}
+        return self.role.update_weights_in_flight(weights, policy_version)

@@ -112,13 +112,25 @@ def frozen(bench: Bench) -> None:
 
 
 def wire(bench: Bench) -> None:
-    """Item 9: the weights to the host in bfloat16, cast on the device (pinned memory on GPUs) or on the host."""
+    """Item 9: the weights to the host in bfloat16, cast on the device (pinned memory on GPUs) or on the host; and to where they are
+    broadcast from while training goes on."""
     from rlhf_ray.models.wire import pack_weights
+    from rlhf_ray.training.staged_weights import StagedWeights
 
     model = bench.model()
+    layout = [(name, tuple(each.shape)) for name, each in model.named_parameters()]
+    staged = StagedWeights(layout, bench.dtype, pinned=bench.device.type == "cuda")
+
+    def stage() -> None:
+        staged.fill(model.named_parameters(), 60)
+        with staged.being_sent():
+            pass
+
+    stage()
     pack_weights(model.named_parameters(), 1, bench.dtype)
     for name, work in (
         ("cast first", lambda: pack_weights(model.named_parameters(), 1, bench.dtype)),
+        ("staged", stage),
         ("cast on the host", lambda: [each.detach().to("cpu", bench.dtype) for each in model.parameters()]),
     ):
         with bench.measured(name):

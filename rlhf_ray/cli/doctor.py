@@ -72,9 +72,11 @@ def examine(
     cores = [int(node["CPU"]) for node in amounts if node.get("CPU", 0.0) >= 1.0]
     share = min(cores, default=1), max(1, len(cores))
     if parameters(recipe) > 0:  # else the model can't be read, and a plan of zeros would follow
-        phases = memory_phases(recipe, there, here=here, stages=left)
+        phases = memory_phases(recipe, there, here=here, stages=[*left, "serving"])
         print_plan(recipe, there, phases, (stage_shares(recipe, *share), role_shares(recipe, *share)), console)
-        problems += memory_problems(recipe, there, phases)
+        problems += memory_problems(recipe, there, [phase for phase in phases if phase.name != "serving"])
+        for words in memory_problems(recipe, there, [phase for phase in phases if phase.name == "serving"]):
+            console.print(f"[yellow]warning[/]: {words}")  # no part of the run
     for warning in left_on_cpus(recipe, there):
         console.print(f"[yellow]warning[/]: {warning}")
     if here and (words := hindrance()) is not None:

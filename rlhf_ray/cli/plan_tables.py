@@ -18,10 +18,12 @@ from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.models.planned_process import GB, PlannedProcess
 from rlhf_ray.models.size import parameters
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
+from rlhf_ray.models.turns import ROLLOUT
 
 #: Column of the table of memory -> the parts of a process in it
 COLUMNS = {
-    "weights": ("weights", "copies"), "gradients": ("gradients",), "optimiser": ("optimiser",), "buffers": ("buckets", "gathered"),
+    "weights": ("weights", "copies", "shared weights"), "gradients": ("gradients",),
+    "optimiser": ("optimiser",), "buffers": ("buckets", "gathered"),
     "16 bit": ("16-bit copies",), "activ.": ("activations", "passing"), "logits": ("logits",), "cache": ("cache",),
     "else": ("sampling sets", "engine"),
 }  # fmt: skip
@@ -53,7 +55,7 @@ def print_plan(
         console.print(_parts(phases, names.told("PPO")))
         for line in _places(nodes, phases, names.told("PPO")):
             console.print(line, highlight=False, soft_wrap=True)
-    for phase in phases:
+    for phase in {each.name: each for each in phases}.values():
         for words in layout_words(recipe.ppo_roles if phase.name == "ppo" else {}, phase.layout):
             console.print(f"[yellow]warning[/]: {words}")
     if support := support_tokens(recipe):
@@ -68,20 +70,31 @@ def _processes(
     recipe: Recipe, phases: Sequence[Phase], threads: tuple[Mapping[str, int], Mapping[str, int]], ppo: str
 ) -> Table:
     table = _table("stage or role", "processes", "CPUs each", "GPUs each", "threads each", "memory, about")
-    needed = {(phase.name, name): _memory_of(phase, name) for phase in phases for name in phase.processes}
+    needed: dict[tuple[str, str], float] = {}
+    for phase in phases:
+        for name in phase.processes:
+            needed[phase.name, name] = max(needed.get((phase.name, name), 0.0), _memory_of(phase, name))
     for name, stage in recipe.trained.items():
         numbers = f"{stage.cpus_per_worker:g}", f"{stage.gpus_per_worker:g}", str(stage.threads or threads[0][name])
-        table.add_row(name, str(stage.workers), *numbers, needed.get((name, name), ""))
+        table.add_row(name, str(stage.workers), *numbers, _told(needed.get((name, name))))
+    for phase in phases:
+        if phase.name in ("evaluation", "serving"):
+            gpus = str(sum(len(seat.gpus) for seat in phase.layout.seats.values()))
+            table.add_row(phase.name, "1", "1", gpus, "", _told(needed[phase.name, phase.name]))
     for name, role in recipe.ppo_roles.items():
         numbers = f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads or threads[1][name])
-        table.add_row(f"{ppo}: {name}", str(role.actors), *numbers, needed.get(("ppo", name), ""))
+        table.add_row(f"{ppo}: {name}", str(role.actors), *numbers, _told(needed.get(("ppo", name))))
     return table
 
 
-def _memory_of(phase: Phase, name: str) -> str:
+def _told(size: float | None) -> str:
+    return "" if size is None else f"{size / GB:.1f} GB"
+
+
+def _memory_of(phase: Phase, name: str) -> float:
     """Of all processes of a role or stage together, in the memory that they compute in."""
     places = phase.gpus if phase.processes[name].on_gpu else phase.hosts
-    return f"{sum(share.size for shares in places.values() for share in shares if _name(share) == name) / GB:.1f} GB"
+    return sum(share.size for shares in places.values() for share in shares if _name(share) == name)
 
 
 def _name(share: Share) -> str:
@@ -90,7 +103,7 @@ def _name(share: Share) -> str:
 
 def _parts(phases: Sequence[Phase], ppo: str) -> Table:
     rows: list[tuple[str, PlannedProcess]] = []
-    for phase in phases:
+    for phase in {each.name: each for each in phases}.values():  # of PPO's turns one
         for name, process in phase.processes.items():
             rows.append((f"{ppo}: {name}" if phase.name == "ppo" else name, process))
     parts = [_columns(process) for _, process in rows]
@@ -120,15 +133,19 @@ def _table(*columns: str) -> Table:
 
 
 def _places(nodes: Sequence[Node], phases: Sequence[Phase], ppo: str) -> Iterable[str]:
-    """A line for all GPUs of a node that hold the same, and one for its memory."""
+    """A line for all GPUs of a node that hold the same, and one for its memory. Of PPO's later turns: for GPUs that hold something
+    else than in the first."""
+    before: dict[tuple[str, int, int], str] = {}  # stage, node, GPU
     for phase in phases:
-        name = ppo if phase.name == "ppo" else phase.name
+        name = (ppo if phase.name == "ppo" else phase.name) + (f" ({phase.turn})" if phase.turn else "")
         for number, node in enumerate(nodes):
             lines: dict[str, list[int]] = {}
             for (at, gpu), shares in sorted(phase.gpus.items()):
                 if at == number:
                     there = node.gpu_memory[gpu] if gpu < len(node.gpu_memory) else None
-                    lines.setdefault(_sum(shares, there), []).append(gpu)
+                    line = _sum(shares, there)
+                    if before.setdefault((phase.name, at, gpu), line) != line or phase.turn in (None, ROLLOUT):
+                        lines.setdefault(line, []).append(gpu)
             for line, gpus in lines.items():
                 yield f"{name}, {node.name}, GPU {_range(gpus)}: {line}"
             if number in phase.hosts:

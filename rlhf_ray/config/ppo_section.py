@@ -20,6 +20,10 @@ class Microbatches(TypedDict):
     microbatch_tokens: int | None
 
 
+#: Between the rounding of 16 bits and real faults, at temperature 1 (results/bench/README.md, "Rounding and faults").
+MISMATCH, MISMATCH_KL = 0.35, 0.006
+
+
 class PPOConfig(Section):
     """Proximal policy optimisation with a KL penalty to the SFT model."""
 
@@ -148,11 +152,17 @@ class PPOConfig(Section):
     publish_every: int | None = option(None, "steps between versions for the run's server (`rlhf-ray serve`); null: none", gt=0)
     publish_share: float = option(1.0, "share of the server's requests that a published version takes", gt=0, le=1)
     keep_checkpoints: int = option(2, "last good checkpoints kept", gt=0)
-    max_mismatch: float = option(
-        0.35, "stop if log-probs differ by more than this between generator and policy in 1 of 100 sampled tokens", gt=0
+    max_mismatch: float | None = option(
+        None,
+        "stop if log-probs differ by more than this between generator and policy in 1 of 100 sampled tokens; null: 0.35 / "
+        "generation.temperature, which divides the rounding of logits too",
+        gt=0,
     )
-    max_mismatch_kl: float = option(
-        0.006, "stop if the KL (k3) of generator and policy exceeds this many nats per sampled token", gt=0
+    max_mismatch_kl: float | None = option(
+        None,
+        "stop if the KL (k3) of generator and policy exceeds this many nats per sampled token; null: 0.006 / "
+        "generation.temperature squared",
+        gt=0,
     )
     max_first_approx_kl: float | None = option(
         None,
@@ -161,9 +171,13 @@ class PPOConfig(Section):
         gt=0,
     )
 
-    def first_approx_kl_limit(self, *, bfloat16: bool) -> float:
+    def mismatch_limits(self, temperature: float) -> tuple[float, float]:
+        """(max_mismatch, max_mismatch_kl), their defaults written out. A KL of small differences goes with their squares."""
+        return self.max_mismatch or MISMATCH / temperature, self.max_mismatch_kl or MISMATCH_KL / temperature**2
+
+    def first_approx_kl_limit(self, *, bfloat16: bool, temperature: float = 1.0) -> float:
         """max_first_approx_kl, its default written out. bfloat16: what the policy computes in."""
-        return self.max_first_approx_kl or (self.max_mismatch_kl if bfloat16 else 1e-3)
+        return self.max_first_approx_kl or (self.mismatch_limits(temperature)[1] if bfloat16 else 1e-3)
 
     @property
     def estimator(self) -> Advantage:

@@ -174,10 +174,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _weights_can_travel_so(self):
         way, gpus = self.resources.weight_transport, (self.resources.policy.gpus, self.resources.generation.gpus)
-        if way in ("collective", "ipc") and self.ppo.steps_ahead > 0:
+        if way == "ipc" and self.ppo.steps_ahead > 0:
             raise ValueError(
-                f"resources.weight_transport is {way} and ppo.steps_ahead is {self.ppo.steps_ahead}: generators take weights when "
-                "they have drawn what they were asked for, and the policy would wait for them; set it to object_store or auto"
+                f"resources.weight_transport is ipc and ppo.steps_ahead is {self.ppo.steps_ahead}: generators take weights when "
+                "they have drawn what they were asked for, and the policy would wait for them; set it to collective, "
+                "object_store or auto"
             )
         if way == "ipc" and not all(0 < share < 1 for share in gpus):
             raise ValueError(

@@ -97,7 +97,8 @@ class ResourcesConfig(Section):
     weight_transport: Literal["auto", "object_store", "collective", "ipc"] = option(
         "auto",
         "how new weights reach the generation actors: through Ray's object store; by one broadcast, each on a GPU of its own (or "
-        "all on CPUs); as handles of one GPU's memory, which policy and generation share; auto: the latter two where GPUs allow",
+        "all on CPUs); as handles of one GPU's memory, which policy and generation share (without ppo.steps_ahead); auto: the "
+        "latter two where GPUs allow",
     )
     start_timeout_s: float = option(300.0, "longest wait for actors or workers to start", gt=0, le=LONGEST_S)
     call_timeout_s: float = option(

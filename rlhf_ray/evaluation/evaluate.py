@@ -122,11 +122,14 @@ class _Evaluation:
             chunk_size=cfg.chunk_size,
             device=self.device,
             engine=cfg.engine,
+            decodes=cfg.rows,
+            tensor_parallel=cfg.tensor_parallel if self.device.type == "cuda" else 1,
             folder=model.folder,
             trust_remote_code=self.recipe.model.trust_remote_code,
             progress=lambda drawn: self._report(f"{name.upper()} samples", drawn, len(self.repeated)),
             kept=lambda start, make: self.kept.completions(f"drawn-{name}-{start:06d}", make),
         )
+        to_device(model.model, self.device)  # from where an engine that is split over several GPUs had it
         self.evidence[name] = Evidence(
             recipe=self.recipe, resampler=self.resampler, prompts=self.repeated, columns=self.columns, responses=drawn,
             tokenizer=model.tokenizer,

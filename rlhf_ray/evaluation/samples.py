@@ -60,20 +60,23 @@ def draw_responses(
     device: torch.device | str,
     progress: Callable[[int], None],
     engine: str = "torch",
+    decodes: int | None = None,
+    tensor_parallel: int = 1,
     folder: str | Path = "",
     trust_remote_code: bool = False,
     kept: Kept = lambda start, make: make(),
 ) -> Responses:
     """One response to every prompt for every seed. A response depends on (weights, chunk, seed) and on nothing else.
 
-    engine: a name of `tables.engines`; folder: where the model is from, for engines that read it themselves. The random
-    numbers of a (seed, prompt) are the same for every model, so two models are compared on the same draws. kept: of the chunk
-    that begins at a row, what was drawn before, or what the function draws.
+    engine: a name of `tables.engines`; decodes: rows at a time, None: a chunk; tensor_parallel: GPUs that hold its model together;
+    folder: where the model is from, for engines that read it themselves. The random numbers of a (seed, prompt) are the same for
+    every model, so two models are compared on the same draws. kept: of the chunk that begins at a row, what was drawn before, or
+    what the function draws.
     """
     ids = [np.array(one, np.int32) for one in encode_prompts(tokenizer, prompts)]
     setting = EngineSetting(
-        folder=folder, model=model, tokenizer=tokenizer, device=device, rows=chunk_size, probes=ids,
-        longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
+        folder=folder, model=model, tokenizer=tokenizer, device=device, rows=decodes or chunk_size, probes=ids,
+        tensor_parallel=tensor_parallel, longest=max(map(len, ids)) + params.max_new_tokens, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     # Even if all is drawn already: it changes the model's layers, and with them the last bits of what the model rates later.
     drawing = ENGINES.named(engine).engine(setting)

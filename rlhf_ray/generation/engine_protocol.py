@@ -35,7 +35,8 @@ class BatchEngine(Protocol):
 
     def load_weights(self, state: Mapping[str, Weight], kept: Set[str] = frozenset()) -> None:
         """Copy new weights in, by their names in the Hugging Face model; nothing of state is kept, and it may be read-only.
-        Every weight but those in `kept`, which stay, must be there. Not while it generates."""
+        Every weight but those in `kept`, which stay, must be there. Not while it generates. state may be a
+        `models.wire.WeightsInTurn`, whose items are read once and in order."""
         ...
 
     def model_changed(self) -> None:

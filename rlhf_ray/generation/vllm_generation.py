@@ -22,14 +22,15 @@ from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.vllm_start import check_vllm, start_vllm
-from rlhf_ray.generation.vllm_weights import cache_bytes, pack_embeddings_again, untied
+from rlhf_ray.generation.vllm_weights import cache_bytes, copy_device, pack_embeddings_again, untied
 from rlhf_ray.models.chat_shape import end_ids
+from rlhf_ray.models.host_memory import HostCopy
 from rlhf_ray.models.load import to_device
-from rlhf_ray.models.shared_gpu import SharedWeights
 from rlhf_ray.models.wire import Weight, copy_weights
 from rlhf_ray.tables.engines import ENGINES
 
 PROBES, PROBE_TOKENS = 4, 8  # the gate draws this many responses of this many tokens
+PROBE_PROMPT = 32  # tokens of each prompt at most: the copy may compute on CPUs
 #: Largest difference in a token's log-prob between vLLM and the copy. Measured on models of 0.1 M parameters: up to 2e-6 in
 #: float32 and 0.05 in bfloat16, where the two round in other places; 1.5 to 2.5 under an output layer of old weights.
 GATE = {torch.float32: 0.01, torch.bfloat16: 0.2}
@@ -50,7 +51,7 @@ class VllmEngine:
     """Draws responses with vLLM.
 
     folder: the Hugging Face folder (or hub name) of `model`, for vLLM to build its own from. model: the copy, in the dtype
-    that vLLM computes in; taken over, kept on `device`. longest: tokens of the longest prompt with its response; rows: how
+    that vLLM computes in; taken over, kept on `copy_device`. longest: tokens of the longest prompt with its response; rows: how
     many decode at a time (the cache holds that many of the longest). probes: prompts that the gate draws from.
     """
 
@@ -74,9 +75,12 @@ class VllmEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = end_ids(tokenizer)
-        self.model, self.eos_token_ids, self.longest = to_device(model, self.device).eval(), tuple(eos_token_ids), longest
+        there = copy_device(self.device, tensor_parallel)
+        self.model, self.eos_token_ids, self.longest = to_device(model, there).eval(), tuple(eos_token_ids), longest
+        self.on_host = HostCopy(self.model, pinned=True) if there != self.device else None
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
-        self.probes = [np.asarray(ids)[-(longest - self.probe_tokens) :].tolist() for ids in probes[:PROBES]]
+        last = min(PROBE_PROMPT, longest - self.probe_tokens)
+        self.probes = [np.asarray(ids)[-last:].tolist() for ids in probes[:PROBES]]
         self.tensor_parallel = tensor_parallel
         # Log-probs of the distribution that a token is drawn from.
         self.llm, self.asleep = start_vllm(
@@ -195,7 +199,7 @@ class VllmEngine:
 
     def _weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """For vLLM's model in this process, or for those parts of it that are in processes of their own."""
-        return untied(self.model) if self.tensor_parallel == 1 else SharedWeights.of(untied(self.model))
+        return untied(self.model) if self.on_host is None else self.on_host.named(untied(self.model))
 
     @torch.no_grad()
     def gap(self) -> float:
@@ -203,7 +207,7 @@ class VllmEngine:
         params, largest = SamplingParams(max_new_tokens=self.probe_tokens), 0.0
         for ids, drawn in zip(self.probes, self.generate(self.probes, range(len(self.probes)), params), strict=True):
             response = torch.from_numpy(drawn.response_ids).long()
-            sequence = torch.cat([torch.tensor(ids), response]).to(self.device)
+            sequence = torch.cat([torch.tensor(ids), response]).to(self.model.device)
             logits = self.model(sequence[None, :-1]).logits[0, len(ids) - 1 :].float().cpu()
             expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
             # Not max(): Python's drops a NaN.
@@ -234,6 +238,8 @@ class VllmEngine:
     def close(self) -> None:
         """vLLM's weights and cache go; it is not asked again."""
         del self.llm
+        if self.on_host is not None:
+            self.on_host.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -21,6 +21,13 @@ def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
     return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
 
 
+def copy_device(device: torch.device | str, tensor_parallel: int) -> torch.device:
+    """Where the copy stands: on the engine's device, but in the host's memory where one GPU would not hold it, since the model is
+    split over several."""
+    own = torch.device(device)
+    return torch.device("cpu") if own.type == "cuda" and tensor_parallel > 1 else own
+
+
 def untied(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's weights by name, a tied one once, as a saved checkpoint has them."""
     seen = set()

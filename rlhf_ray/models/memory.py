@@ -14,6 +14,7 @@ from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes, prefill_bytes
 from rlhf_ray.models.held_weights import HeldWeights, frozen_bytes, held_weights
 from rlhf_ray.models.planned_process import GB, PlannedProcess
+from rlhf_ray.models.sent_weights import received_bytes, sends_by_store, shared_bytes, staged_bytes
 from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import (
     longest_of,
@@ -23,6 +24,7 @@ from rlhf_ray.models.support_memory import (
     support_tokens,
 )
 from rlhf_ray.models.training_state import buffer_bytes, model_state
+from rlhf_ray.models.turns import idle_in_updates, resting, takes_turns, trainer_turns
 from rlhf_ray.tables.engines import ENGINES
 from rlhf_ray.tables.families import is_tested
 
@@ -99,6 +101,8 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
     }
     if ppo.lora is None and language:  # of the output layer, beside the sum that it is added to
         work["buckets"] += 4.0 * shape.head
+    if language and (shared := shared_bytes(recipe, held.trained, itemsize)):
+        work["shared weights"] = shared
     heap = heap_bytes(shape, held.trained, kept)
     if language:
         in_pieces = ppo.entropy_coef > 0 and stage < 3 and is_tested(shape.family)
@@ -106,10 +110,21 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         work["logits"] = logits = count(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
         heap = max(heap - logits, 0.0) if in_pieces else heap  # the pieces are gone when other memory begins to come and go
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
+    beside = {"copy for a checkpoint": 12.0 * held.trained / role.actors}
+    if language and (staged := staged_bytes(recipe, held.trained, itemsize)):
+        beside["staged weights"] = staged
+    parts, turns = dict(state.parts) | work, {}
+    if on_gpu and takes_turns(recipe, role):
+        beside |= resting(held.trained, role)
+        forward = {"passing": passing_bytes(shape, tokens=pass_tokens(recipe), itemsize=itemsize)} | {
+            part: work[part] for part in ("16-bit copies", "gathered", "sampling sets") if part in work
+        }
+        if language:
+            forward["logits"] = scored_logits(recipe, tokens=pass_tokens(recipe), itemsize=itemsize, on_gpu=True)
+        turns = trainer_turns(recipe, name, role, held.trained, parts, forward)
     own = 0.0 if recipe.sft is not None else 4.0 * whole  # what is read from a float32 file is mapped, not the process's own
     return PlannedProcess(
-        parts=dict(state.parts) | work, on_gpu=on_gpu,
-        host=dict(state.host) | {"copy for a checkpoint": 12.0 * held.trained / role.actors},
+        parts=parts, on_gpu=on_gpu, turns=turns, host=dict(state.host) | beside,
         moments=_between(recipe, language, held, whole, role, itemsize),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
         stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if not own and itemsize == 2 and held.frozen else 0.0,
@@ -151,7 +166,9 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     engine = ENGINES.named(generation.engine)
     own, batch = engine.copies[on_gpu] * model, generation_bytes(recipe, itemsize=itemsize)
     before = 4.0 * (shape.body - shape.embeddings) if recipe.ppo.lora is not None else 0.0  # what merged weights are of
-    parts = {"weights": model + before}
+    copy = {"weights": model + before}
+    on_host = on_gpu and generation.tensor_parallel > 1  # `generation.vllm_weights.copy_device`
+    parts = {} if on_host else dict(copy)
     if own:
         parts["copies"] = own
     parts |= batch
@@ -168,8 +185,18 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
         split = {name: parts.pop(name) for name in ("copies", "cache") if name in parts}
     if on_gpu and generation.engine == "vllm":
         parts["engine"] = VLLM_ELSE
+    host = {
+        "copy beside the engine": copy["weights"] if on_host else 0.0,
+        "received weights": received_bytes(recipe, trained_by_role(recipe)["policy"], itemsize),
+    }
+    turns: dict[str, dict[str, float]] = {}
+    if on_gpu and takes_turns(recipe, role):
+        turns = idle_in_updates(recipe, {part: parts[part] for part in ("weights", "engine") if part in parts})
+        host["sleeping weights"] = own  # the engine's, while it sleeps
     return PlannedProcess(
-        parts=parts, on_gpu=on_gpu, loading=(model, model if itemsize == 2 or recipe.sft is None else 0.0),
+        parts=parts, on_gpu=on_gpu, turns=turns,
+        host={name: size for name, size in host.items() if size},
+        loading=(0.0 if on_host else model, model if itemsize == 2 or recipe.sft is None else 0.0),
         file=4.0 * shape.parameters if itemsize == 2 else 0.0, gpus=generation.tensor_parallel, split=split, heap=heap,
     )  # fmt: skip
 
@@ -187,8 +214,7 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
             "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output else 0.0,
         }
     if name == "reference":
-        logits = response_share(recipe) * tokens * shape.vocabulary
-        parts["logits"] = logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
+        parts["logits"] = scored_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
         parts["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     mapped = recipe.sft is not None or not reads  # a stage's float32 file
     loading = [  # of one model after the other
@@ -198,6 +224,7 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
         parts=parts, on_gpu=on_gpu, loading=(0.0, max(loading, default=0.0)), file=4.0 * max(counts, default=0) if mapped else 0.0,
         stays_mapped=sum(2.0 * (held - 4.0 * each.embeddings) for held, each in zip(each_held, models, strict=True))
         if mapped and itemsize == 2 else 0.0,
+        turns=idle_in_updates(recipe, {"weights": parts["weights"]}) if takes_turns(recipe, role) else {},
     )  # fmt: skip
 
 
@@ -221,13 +248,6 @@ def trained_by_role(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def sends_by_store(recipe: Recipe) -> bool:
-    """Whether new weights go through the object store, not from GPU to GPU."""
-    resources = recipe.resources
-    on_gpus = resources.policy.gpus > 0 and resources.generation.gpus > 0
-    return not on_gpus or resources.weight_transport == "object_store" or recipe.ppo.steps_ahead > 0
-
-
 def snapshot_bytes(recipe: Recipe) -> float:
     """Of the two snapshots of all that trains, weights and two moments, in the object store; 0 where the recipe has none."""
     needed = 2 * 12.0 * sum(trained_by_role(recipe).values())
@@ -238,6 +258,12 @@ def trained_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool =
     """Logits of the responses' tokens, and their gradient."""
     logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
     return 2 * logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
+
+
+def scored_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
+    """Of a pass that only tells log-probs."""
+    logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
+    return logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
 
 
 def head_pieces(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:

@@ -13,8 +13,13 @@ CONTEXT = 0.8e9
 FIRST_USE = (
     0.06e9  # kernels and work spaces that libraries make in a CPU process when it first computes; measured there too
 )
-STATE = ("weights", "copies", "gradients", "optimiser")
-OF_THE_FIRST = ("model to be written", "weights to send")  # moments of a group's first rank
+STATE = ("weights", "copies", "shared weights", "gradients", "optimiser")
+OF_THE_FIRST = (
+    "model to be written",
+    "weights to send",
+    "staged weights",
+    "shared weights",
+)  # of a group's first rank alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ class PlannedProcess:
     gpus: int = 1  # that hold the parts in `split` together
     split: Mapping[str, float] = field(default_factory=dict)
     heap: float = 0.0  # on a CPU: what the C library keeps of memory that came and went
+    #: turn of a step -> parts on its GPU then, where those are fewer (`models.turns`)
+    turns: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def state(self) -> float:
@@ -53,6 +60,11 @@ class PlannedProcess:
             max(self.loading[0], self.state + self.work + sum(self.split.values()) / self.gpus) if self.on_gpu else 0.0
         )
 
+    def gpu_in(self, turn: str | None) -> float:
+        """The most on any of its GPUs in that turn, without CUDA's own."""
+        parts = None if turn is None else self.turns.get(turn)
+        return self.gpu if parts is None or not self.on_gpu else sum(parts.values())
+
     @property
     def memory(self) -> float:
         """The most in the host's memory, without what it imports and without mapped files."""
@@ -70,6 +82,12 @@ class PlannedProcess:
         """The role's process of that number: not all do what the first one does."""
         if number == 0:
             return self
-        moments = {name: size for name, size in self.moments.items() if name not in OF_THE_FIRST}
+
+        def without(sizes: Mapping[str, float]) -> dict[str, float]:
+            return {name: size for name, size in sizes.items() if name not in OF_THE_FIRST}
+
         loading = {"loading": (0.0, 0.0), "file": 0.0} if self.first_alone else {}
-        return replace(self, moments=moments, **loading)
+        return replace(
+            self, parts=without(self.parts), host=without(self.host), moments=without(self.moments),
+            turns={turn: without(parts) for turn, parts in self.turns.items()}, **loading,
+        )  # fmt: skip

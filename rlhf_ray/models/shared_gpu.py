@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,23 +30,6 @@ class SharedTensor:
         assert gpu_id(device) == self.gpu, f"shared on GPU {self.gpu}, opened on {gpu_id(device)}"
         function, arguments = self.rebuild
         return function(*arguments[:DEVICE_ARGUMENT], device, *arguments[DEVICE_ARGUMENT + 1 :])
-
-
-@dataclass(frozen=True, slots=True)
-class SharedWeights:
-    """Named tensors for processes that see the same GPUs by the same numbers, each of which reads them where they are."""
-
-    tensors: tuple[tuple[str, tuple[Any, tuple]], ...]  # as torch.multiprocessing sends them
-
-    @classmethod
-    def of(cls, named: Iterable[tuple[str, torch.Tensor]]) -> SharedWeights:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        return cls(tuple((name, reduce_tensor(tensor)) for name, tensor in named))
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, (function, arguments) in self.tensors:
-            yield name, function(*arguments)
 
 
 def gpu_id(device: torch.device | int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import numpy as np
 import torch
@@ -13,6 +13,29 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.models.shared_gpu import SharedTensor
 
 Weight = torch.Tensor | np.ndarray | SharedTensor
+
+
+class WeightsInTurn(Mapping[str, Weight]):
+    """Weights that are still coming: names and shapes are known, and each weight is read once, in their order."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[tuple[str, Weight]]):
+        self.shapes, self._weights = shapes, iter(weights)
+
+    def __getitem__(self, name: str) -> Weight:
+        if name not in self.shapes:
+            raise KeyError(name)
+        came, weight = next(self._weights)
+        assert came == name, f"{came} comes next, not {name}: weights that are still coming are read in their order"
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # without reading it
 
 
 def pack_weights(
@@ -60,26 +83,25 @@ def copy_weights(model: nn.Module, state: Mapping[str, Weight], kept: Set[str] =
 
     Every weight must be there under its name in state_dict (tied weights: under one of their names) and with its shape,
     except those in `kept`, which stay. All is checked before anything is copied. Values take the model's dtype. An
-    int16 array is the bits of bfloat16, which numpy doesn't have.
+    int16 array is the bits of bfloat16, which numpy doesn't have. Of weights in turn there is one at a time.
     """
     targets = model.state_dict()
+    shapes = state.shapes if isinstance(state, WeightsInTurn) else {name: tuple(given.shape) for name, given in state.items()}
     names_of: dict[tuple, list[str]] = {}
     for name, target in targets.items():
         storage = (target.data_ptr(), target.shape, target.stride())
         names_of.setdefault(storage if target.numel() else (name,), []).append(name)
-    known = state.keys() | kept
+    known = shapes.keys() | kept
     missing = [names[0] for names in names_of.values() if known.isdisjoint(names)]
-    if missing or not state.keys() <= targets.keys():
-        unknown = sorted(state.keys() - targets.keys())
+    if missing or not shapes.keys() <= targets.keys():
+        unknown = sorted(shapes.keys() - targets.keys())
         raise ValueError(f"weights do not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
-    for name, given in state.items():
-        given_shape, shape = tuple(given.shape), tuple(targets[name].shape)
+    for name, given_shape in shapes.items():
+        shape = tuple(targets[name].shape)
         if given_shape != shape:
             raise ValueError(f"weight {name} has shape {given_shape}, the model's has {shape}")
-    for names in names_of.values():
-        name = next((name for name in names if name in state), None)
-        if name is not None:
-            targets[name].copy_(as_tensor(state[name]))
+    for name, given in state.items():
+        targets[name].copy_(as_tensor(given))
 
 
 def _to_array(tensor: torch.Tensor, dtype: torch.dtype, copy: bool) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf_ray.errors import RunFailed
@@ -13,12 +14,20 @@ class MismatchError(RunFailed):
 
 
 class MismatchLimits(Protocol):
-    """StepConfig and PPOConfig have them."""
+    """StepConfig has them, too."""
 
     @property
     def max_mismatch(self) -> float: ...
     @property
     def max_mismatch_kl(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnLimits:
+    """For samples of an evaluation."""
+
+    max_mismatch: float
+    max_mismatch_kl: float
 
 
 def check_mismatch(metrics: dict[str, float], limits: MismatchLimits) -> None:
@@ -32,12 +41,12 @@ def check_mismatch(metrics: dict[str, float], limits: MismatchLimits) -> None:
     if not gap <= limits.max_mismatch:  # NaN is not
         raise MismatchError(
             f"generator and policy differ by {gap:.3f} or more in the log-probs of 1 of 100 sampled tokens, above "
-            f"ppo.max_mismatch = {limits.max_mismatch}; {remedy} ppo.max_mismatch"
+            f"ppo.max_mismatch = {limits.max_mismatch:.6g}; {remedy} ppo.max_mismatch"
         )
     if not kl <= limits.max_mismatch_kl:
         raise MismatchError(
             f"the KL of generator and policy is {kl:.4f} nats per sampled token, above ppo.max_mismatch_kl = "
-            f"{limits.max_mismatch_kl}; {remedy} ppo.max_mismatch_kl"
+            f"{limits.max_mismatch_kl:.6g}; {remedy} ppo.max_mismatch_kl"
         )
 
 

@@ -14,7 +14,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.messages import Chunk
 from rlhf_ray.ppo.ahead import Ahead
-from rlhf_ray.ppo.gates import check_mismatch
+from rlhf_ray.ppo.gates import OwnLimits, check_mismatch
 from rlhf_ray.ppo.step import (
     PhaseTimer,
     Redraw,
@@ -112,11 +112,15 @@ class PPOLoop:
         chunk_size: int,
         seed: int,
         bfloat16: bool = False,
+        temperature: float = 1.0,
     ):
-        """bfloat16: what the policy computes in."""
+        """bfloat16: what the policy computes in. temperature: that responses are drawn at."""
         self.roles, self.config, self.hooks, self.state = roles, config, hooks, state
         self.prompts, self.eval_prompts = prompts, eval_prompts
         self.chunk_size, self.seed, self.bfloat16 = chunk_size, seed, bfloat16
+        self.temperature = temperature
+        gap, kl = config.mismatch_limits(temperature)
+        self.limits = OwnLimits(max_mismatch=gap, max_mismatch_kl=kl)
         self.ahead: Ahead | None = None
         if config.steps_ahead > 0:
             self.ahead = Ahead(
@@ -145,10 +149,10 @@ class PPOLoop:
         config, step = self.config, self.state.step
         anneal = linear_anneal(1.0, step, config.steps) if config.anneal else 1.0
         step_config = StepConfig(
-            step=step, kl_coef=self.state.kl_coef, max_mismatch=config.max_mismatch,
-            max_mismatch_kl=config.max_mismatch_kl,
+            step=step, kl_coef=self.state.kl_coef, max_mismatch=self.limits.max_mismatch,
+            max_mismatch_kl=self.limits.max_mismatch_kl,
             learning_rate=config.learning_rate * anneal, critic_learning_rate=config.critic_learning_rate * anneal,
-            max_first_approx_kl=config.first_approx_kl_limit(bfloat16=self.bfloat16),
+            max_first_approx_kl=config.first_approx_kl_limit(bfloat16=self.bfloat16, temperature=self.temperature),
             trains_policy=step >= config.critic_warmup_steps, steps_ahead=config.steps_ahead,
         )  # fmt: skip
         started = time.perf_counter()
@@ -229,7 +233,7 @@ class PPOLoop:
         self.roles.wait([*scores, *judged, *ref_logprobs, *own], what)
         figures, texts, first_scores, *gaps = self.roles.get([figures, texts, scores[0], *gaps], what)
         for gap in gaps:
-            check_mismatch(gap, config)
+            check_mismatch(gap, self.limits)
             figures = figures | gap
         clock.lap("evaluate")
         self.state = judged_best(self.state, figures[f"eval/{config.best_by}"])

@@ -16,6 +16,7 @@ from rlhf_ray.config.sampling_params import Completion, SamplingParams
 from rlhf_ray.data.tokens import encode_prompts
 from rlhf_ray.errors import NotFinite
 from rlhf_ray.generation.engine_protocol import EngineSetting
+from rlhf_ray.generation.vllm_weights import copy_device
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, Support, flatten
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -60,7 +61,8 @@ class Generator:
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            self.adapted = MergedLayers(to_device(model, device), lora, start)
+            held = copy_device(device, tensor_parallel) if ENGINES.named(engine).schedules else device
+            self.adapted = MergedLayers(to_device(model, held), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
         everything = [*self.prompt_ids, *self.eval_prompt_ids]
@@ -110,7 +112,7 @@ class Generator:
     def load_weights(self, weights: Mapping[str, Weight], policy_version: int) -> int:
         """Copy in the trained weights (an adapter is merged). Returns the version that generates from now on."""
         if self.adapted is not None:
-            self.adapted.load(weights)
+            self.adapted.load(dict(weights))
             self.engine.model_changed()
         else:
             self.engine.load_weights(weights, self.kept)

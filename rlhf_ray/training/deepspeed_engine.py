@@ -22,6 +22,7 @@ from rlhf_ray.training.distributed import prepare_deepspeed
 from rlhf_ray.training.embedding_gradient import add_to_looked_up_rows
 from rlhf_ray.training.engine_state import EngineState
 from rlhf_ray.training.finite_ranks import check_losses, check_weights
+from rlhf_ray.training.resting_state import RestingState
 from rlhf_ray.training.shards import cut_into_shards, gather_in
 
 
@@ -36,6 +37,7 @@ class OptimiserConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     offload_optimizer: bool = False
     offload_param: bool = False
+    rests: bool = False  # between updates: `DeepSpeedEngine.rest`
     compute_dtype: torch.dtype = torch.float32  # that the module's products run in, under autocast
 
 
@@ -96,7 +98,12 @@ class DeepSpeedEngine:
             # Torch counts a weight's changes, but not those of the fused step; copies of weights are made again by that count.
             optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
         self._state = EngineState(module, self.optimizer, zero_stage=config.zero_stage, device=device)
-        self._state.create()
+        self._resting = RestingState(self._state, self.engine, buffers=not config.offload_param)
+        self._state.create(
+            torch.device("cpu") if config.rests else None
+        )  # so that they never stand on a GPU that others use
+        if config.rests:
+            self.rest()
 
     def _deepspeed_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -134,6 +141,7 @@ class DeepSpeedEngine:
         """
         for group in self.optimizer.param_groups:
             group["lr"], group["eps"] = learning_rate, self._adam_eps()
+        self._resting.wake()
         self.engine.train()
         losses: list[torch.Tensor] = []
         for inputs, rest in microbatches:
@@ -172,6 +180,7 @@ class DeepSpeedEngine:
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything that training changes, by name: float32 weights and Adam moments, whole (`EngineState`)."""
+        self._resting.wake()
         return self._state.read()
 
     def load_state(self, state: dict[str, torch.Tensor], steps_taken: int, where: str = "the state") -> None:
@@ -179,8 +188,15 @@ class DeepSpeedEngine:
 
         UserError, and nothing is loaded, where a tensor of this model is missing or has another shape. where: what it is.
         """
+        self._resting.wake()
         self._state.load(state, steps_taken, where)
         self.steps_taken = steps_taken
+
+    def rest(self) -> None:
+        """Move to the host's memory what only updates need (`RestingState`), until the next call that needs it. Not where DeepSpeed
+        keeps it there anyway."""
+        if not self.config.offload_optimizer:
+            self._resting.rest()
 
     def _adam_eps(self) -> float:
         """Adam's epsilon for the coming step.

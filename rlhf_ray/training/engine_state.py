@@ -31,9 +31,9 @@ class EngineState:
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, float32 tensor). All ranks iterate together."""
-        if not any(ADAM_STATE[0] in kept for kept in self._adam().state.values()):
+        if not any(ADAM_STATE[0] in kept for kept in self.adam().state.values()):
             self.create()  # no step yet: DeepSpeed skips one whose gradient is not finite
-        self._link()
+        self.link()
         for name, parameter in self.trained():
             for key in ("weight", *ADAM_STATE):
                 yield f"{key}/{name}", self._whole(parameter, key)
@@ -49,19 +49,22 @@ class EngineState:
                 self._set_whole(parameter, key, state[f"{key}/{name}"].to(self.device))
         self.set_adam_steps(steps_taken)
 
-    def create(self) -> None:
-        """Moments of zero. Left to Adam's first step, they could be neither saved nor loaded before it: no resume."""
-        adam, stage = self._adam(), self.zero_stage
+    def create(self, device: torch.device | None = None) -> None:
+        """Moments of zero. Left to Adam's first step, they could be neither saved nor loaded before it: no resume.
+
+        device: None: where the weights are.
+        """
+        adam, stage = self.adam(), self.zero_stage
         if stage == 3:
             parts = self.optimizer.fp32_partitioned_groups_flat  # this rank's slices, in groups
         else:
             parts = [part for group in adam.param_groups for part in group["params"]]  # at 1 and 2 one slice of all
         for part in parts:
-            adam.state[part] = {key: torch.zeros_like(part) for key in ADAM_STATE}
+            adam.state[part] = {key: torch.zeros_like(part, device=device) for key in ADAM_STATE}
         self.set_adam_steps(0)
-        self._link()
+        self.link()
 
-    def _link(self) -> None:
+    def link(self) -> None:
         """Tell safe_get/set_full_optimizer_state of stages 1 and 2 where the moments are.
 
         DeepSpeed does it once, after its first step, also if that was one that it skipped: then there were none.
@@ -72,7 +75,7 @@ class EngineState:
 
     def set_adam_steps(self, steps_taken: int) -> None:
         """Adam's own step count, which bias correction uses."""
-        for part, state in self._adam().state.items():
+        for part, state in self.adam().state.items():
             state["step"] = torch.tensor(float(steps_taken), device=part.device)  # where the fused step wants it
 
     def gathered(self, parameter: nn.Parameter, write: bool = False) -> AbstractContextManager[None]:
@@ -110,7 +113,7 @@ class EngineState:
         if self.zero_stage == 0:
             if key == "weight":
                 return parameter.detach()
-            return self._adam().state[parameter][key]
+            return self.adam().state[parameter][key]
         whole = safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
         assert whole is not None, f"DeepSpeed has no {key} of a trained parameter"
         return whole
@@ -119,7 +122,7 @@ class EngineState:
         import deepspeed.utils as ds
 
         if self.zero_stage == 0 and key != "weight":
-            self._adam().state[parameter][key].copy_(value)
+            self.adam().state[parameter][key].copy_(value)
         elif self.zero_stage == 3:
             part = _own_part(value)
             if key == "weight":
@@ -137,7 +140,7 @@ class EngineState:
             if self.zero_stage < 3 or torch.distributed.get_rank() == 0:
                 parameter.copy_(value)
 
-    def _adam(self) -> torch.optim.AdamW:
+    def adam(self) -> torch.optim.AdamW:
         """The plain optimizer, which DeepSpeed has wrapped at stages 1 to 3."""
         return self.optimizer.optimizer if self.zero_stage > 0 else self.optimizer
 
