@@ -100,6 +100,7 @@ print("after", file=sys.stderr)
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_session_of_ray(tmp_path):
     log = tmp_path / "logs" / "ray.log"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RLHF_RAY_NUM_CPUS": "1"}

@@ -28,10 +28,9 @@ def run_with(faults_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_with):
-    ended = run_with([])
-    assert not ended.events and ended.each_once()
-    return ended.facts()
+def undisturbed(undisturbed_run):
+    assert not undisturbed_run.events and undisturbed_run.each_once()
+    return undisturbed_run.facts()
 
 
 STATELESS = [
@@ -68,6 +67,7 @@ def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
         assert event["done"].endswith(f"{event['step'] - event['steps_lost']} (snapshot)")
 
 
+@pytest.mark.thorough
 def test_a_call_that_ends_two_actors_stops_the_run_and_names_its_samples(run_with):
     with pytest.raises(RunFailed, match="reward actor 0 died 2 times at the same call, score .*no third try") as told:
         run_with([fault("reward", "score", 0, call) for call in (3, 4)])

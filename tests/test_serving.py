@@ -155,7 +155,7 @@ def test_concurrent_requests_share_steps(server):
 
     def one(index):
         return server.client().completions.create(
-            model="tiny-run", prompt="the mat", max_tokens=200, seed=index, temperature=0.7 + index / 20)  # fmt: skip
+            model="tiny-run", prompt="the mat", max_tokens=80, seed=index, temperature=0.7 + index / 20)  # fmt: skip
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         results = list(pool.map(one, range(16)))
@@ -229,7 +229,8 @@ def test_ctrl_c_releases_everything_and_exits_130(server):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", timeout=5)
     said = server.log.read_text()
-    assert "Traceback" not in said and len(said.splitlines()) == 4, said
+    lines = [line for line in said.splitlines() if not line.startswith("  waiting")]  # which a slow machine is told
+    assert "Traceback" not in said and len(lines) == 4, said
     assert KEY not in said
 
 

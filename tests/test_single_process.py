@@ -183,6 +183,7 @@ def test_a_key_that_it_acts_on_changes_the_weights(folder, unchanged, key):
     assert not same(weights_after_two_steps(folder, **CHANGES[key]), unchanged)
 
 
+@pytest.mark.thorough
 def test_keys_that_need_others_change_the_weights_too(folder):
     """Against the same recipe without them."""
     few = {"rollout_batch_size": 2, "minibatch_size": 2}

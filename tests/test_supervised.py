@@ -205,6 +205,7 @@ def plugin():
     sys.modules.pop("toy_plugin", None)
 
 
+@pytest.mark.thorough
 def test_a_users_mistake_comes_out_of_a_plugin_s_worker_as_one_sentence(session, plugin, tmp_path):
     """The worker imports the plugin; what its function raises is not retried as if a machine had failed."""
     run = RunFolder(tmp_path)

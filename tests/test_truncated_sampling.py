@@ -246,7 +246,9 @@ def test_the_kl_is_that_of_the_renormalised_distributions_and_not_negative(folde
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-@each_cut
+@pytest.mark.parametrize("cut", [
+    pytest.param(cut, id=name, marks=() if name == "all three" else pytest.mark.thorough) for name, cut in CUTS.items()
+])  # fmt: skip
 def test_a_run_passes_the_gates_and_one_process_takes_the_same_steps(folder, cut):
     recipe = tiny_recipe(generation=cut, ppo={"max_mismatch": 1e-3})
     roles, diary = run_real(recipe, folder)

@@ -223,7 +223,9 @@ EXTRAS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS.keys())
+@pytest.mark.parametrize("extra", [
+    pytest.param(extra, id=name, marks=pytest.mark.thorough if name.startswith("kl in") else ()) for name, extra in EXTRAS.items()
+])  # fmt: skip
 def test_one_update_is_that_of_the_formulas(extra):
     policy, reference, critic = models()
     options = AdvantageConfig(
