@@ -151,6 +151,8 @@ GROUPS = {
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
               "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),
+    # One PostgreSQL.
+    "postgresql": ("test_votes.py", "test_votes_schema.py", "test_votes_raters.py"),
 }  # fmt: skip
 ORDER = [file for files in GROUPS.values() for file in files]
 

@@ -10,7 +10,8 @@ def crossed(names, *axes, indirect=False):
     """`pytest.mark.parametrize` over all combinations of the axes. By default run so many of them that each value of each axis is
     in one at least; the others are `thorough`. Not for what a contract promises of every combination.
 
-    names, indirect: as for parametrize. axes: the values of each name, or {label: value}. A value that is a tuple stands for several names.
+    names, indirect: as for parametrize. axes: the values of each name, or {label: value}. A value that is a tuple stands for
+    several names.
     """
     axes = [axis if isinstance(axis, dict) else {_label(value, place): value for place, value in enumerate(axis)} for axis in axes]
     count = max(map(len, axes))

@@ -43,7 +43,8 @@ class Cluster:
         run = {"user": self.user, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}, "cwd": self.folder}
         initdb = [program("initdb"), "-D", f"{self.folder}/data", "-A", "trust", "-U", "votes", "-E", "UTF8", "--no-sync"]
         subprocess.run(initdb, check=True, capture_output=True, **run)
-        command = [program("postgres"), "-D", f"{self.folder}/data", "-k", self.folder, "-c", "listen_addresses=", "-c", "fsync=off"]
+        command = [program("postgres"), "-D", f"{self.folder}/data", "-k", self.folder, "-c", "listen_addresses=", "-c",
+                   "fsync=off"]  # fmt: skip
         with open(f"{self.folder}/log", "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, **run)
         deadline = time.monotonic() + 30

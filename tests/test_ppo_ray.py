@@ -240,6 +240,7 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
     assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
+@pytest.mark.thorough
 def test_one_step_ahead_with_weights_in_flight(session, new_folder):
     """Two generators: no sample is older than a version, generator and policy agree where both have the same weights."""
     recipe = tiny_recipe(ppo={"steps_ahead": 1, "weights_in_flight": True}, resources={"generation": {"actors": 2}})
@@ -452,7 +453,7 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
         waiting.wait(results, "log-probs")
 
 
-@pytest.mark.parametrize("in_flight", [True, False])
+@pytest.mark.parametrize("in_flight", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session, in_flight):
     actor, waiting = SlowGenerator.remote(), waiter()
     group = GenerationGroup(members("generation", [actor]), in_flight)

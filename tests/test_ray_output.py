@@ -67,6 +67,11 @@ def test_the_end_of_the_process_is_told_to_both(tmp_path):
     assert filtered(tmp_path / "..", signal)[1] == signal
 
 
+def without_waiting(said):
+    """Its lines but for those that a slow start of Ray adds."""
+    return [line for line in said.splitlines() if not line.strip().startswith("waiting ")]
+
+
 RUN = """
 import logging, os, subprocess, sys, time
 from pathlib import Path
@@ -108,7 +113,7 @@ def test_a_session_of_ray(tmp_path):
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["caught", "stdout of ours"]
-    said = done.stderr.replace("no line end", "no line end\n").splitlines()
+    said = without_waiting(done.stderr.replace("no line end", "no line end\n"))
     assert sorted(said) == ["a child of ours", "a logger of ours", "after", "no line end", "stderr of ours"]
     written = log.read_text()
     for words in ("A worker died or was killed", "said by ray", "said by the core"):
@@ -145,6 +150,6 @@ def test_a_server_keeps_rays_lines_out_of_the_terminal_too():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
         left = list(Path(short).glob("rlhf_ray_serve_*"))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["stderr of ours", "after"] and left == []
+    assert without_waiting(done.stderr) == ["stderr of ours", "after"] and left == []
     for words in ("said by the core", "said by ray", "said by serve"):
         assert done.stdout.count(words) == 1, done.stdout

@@ -23,7 +23,8 @@ from rlhf_ray.runs.run_folder import RunFolder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("single")))
+    small = tiny_recipe(model={"from_scratch": {"layers": 1}})
+    return write_start(small, RunFolder(tmp_path_factory.mktemp("single")))
 
 
 def test_it_takes_the_same_steps_as_the_loop(folder):
