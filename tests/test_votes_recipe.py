@@ -101,7 +101,6 @@ def test_votes_alone_are_the_reward_models_pairs(folder, store):
     assert source["note"].startswith("left out: ") and " ties" in source["note"]
 
 
-@pytest.mark.thorough
 def test_who_is_held_out_does_not_depend_on_the_seed_of_the_run(folder):
     held = []
     for seed in (0, 1):
@@ -111,7 +110,6 @@ def test_who_is_held_out_does_not_depend_on_the_seed_of_the_run(folder):
     assert held[0] == held[1] != set()
 
 
-@pytest.mark.thorough
 def test_votes_beside_a_file_by_weight(folder, store):
     recipe = recipe_of(folder, {"url": "votes.db", "weight": 1.0}, preferences=[{"path": "pairs.jsonl", "weight": 1.0}])
     assert check_data(recipe) == []
@@ -153,7 +151,6 @@ def build(root, seed):
 """
 
 
-@pytest.mark.thorough
 def test_votes_beside_a_builder(folder, store, monkeypatch):
     (folder / "voted_builder.py").write_text(BUILDER)
     monkeypatch.syspath_prepend(folder)
