@@ -154,7 +154,10 @@ GROUPS = {
     # One PostgreSQL.
     "postgresql": ("test_votes.py", "test_votes_schema.py", "test_votes_raters.py"),
 }  # fmt: skip
-ORDER = [file for files in GROUPS.values() for file in files]
+#: Each takes tens of seconds: none of them begins when the others are done.
+LONG = ("test_single_process.py", "test_truncated_sampling.py", "test_update.py", "test_trained_updates.py", "test_forking.py",
+        "test_generation.py", "test_invariance.py", "test_run_in_store.py")  # fmt: skip
+ORDER = [*(file for files in GROUPS.values() for file in files), *LONG]
 
 
 def file_of(nodeid: str) -> str:
