@@ -40,10 +40,11 @@ STATELESS = [
 TRAINED = [fault("policy", "update", 1, when="after"), fault("critic", "update", 2), fault("policy", "save", 2)]
 
 
-@pytest.mark.parametrize("faults", [
-    pytest.param(STATELESS[::2], id="some"), pytest.param(STATELESS, id="all", marks=pytest.mark.thorough),
+@pytest.mark.parametrize(("faults", "wanted"), [
+    pytest.param(STATELESS[::2], {("generation", 0, "generation (step 0)"), ("experience", 2, "assembling (step 2)")}, id="some"),
+    pytest.param(STATELESS[1::2], set(), id="others", marks=pytest.mark.thorough),
 ])  # fmt: skip
-def test_actors_of_stateless_roles_die(run_with, undisturbed, faults):
+def test_actors_of_stateless_roles_die(run_with, undisturbed, faults, wanted):
     ended = run_with(faults)
     assert ended.facts() == undisturbed
     roles = [event["role"] for event in ended.events]
@@ -53,7 +54,7 @@ def test_actors_of_stateless_roles_die(run_with, undisturbed, faults):
         assert event["steps_lost"] == 0 and event["cost_s"] > 0
         assert ("is stopped" if event["role"] == "experience" else "died") in event["seen"]
     where = {(event["role"], event["step"], event["phase"]) for event in ended.events}
-    assert {("generation", 0, "generation (step 0)"), ("experience", 2, "assembling (step 2)")} <= where
+    assert wanted <= where
     assert sum("actor 0 was lost after step" in line for line in ended.said) == len(faults)
 
 
