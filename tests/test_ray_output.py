@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from processes import without_waiting
 
 from rlhf_ray.actors import ray_lines
 from rlhf_ray.actors.ray_lines import parted
@@ -65,11 +66,6 @@ def test_the_end_of_the_process_is_told_to_both(tmp_path):
     assert terminal == FATAL + trace and log == CORE + FATAL + trace
     signal = b"[2026-11-30 01:56:22,123 E 4711 4712] logging.cc:440: *** SIGSEGV received at time=1 on cpu 1 ***\n"
     assert filtered(tmp_path / "..", signal)[1] == signal
-
-
-def without_waiting(said):
-    """Its lines but for those that a slow start of Ray adds."""
-    return [line for line in said.splitlines() if not line.strip().startswith("waiting ")]
 
 
 RUN = """
