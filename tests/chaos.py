@@ -58,10 +58,10 @@ LIMIT_S = 1500  # of a cell
 
 
 class Ended:
-    """A run's events, its words, its tensors, and which samples each step trained on."""
+    """A run's events, what it told of its progress, its tensors, and which samples each step trained on."""
 
     def __init__(self, folder: RunFolder):
-        self.folder, self.said = folder, []
+        self.folder, self.progress = folder, []
 
     def run(self, recipe) -> None:
         update, audit = PolicyGroup.update, self.folder.path / "audit.jsonl"
@@ -75,7 +75,11 @@ class Ended:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PolicyGroup, "update", audited)
-            run_ppo(recipe, self.folder, lambda progress: self.said.append(progress.get("say", "")))
+            run_ppo(recipe, self.folder, self.progress.append)
+
+    @property
+    def said(self) -> list[str]:
+        return [each.get("say", "") for each in self.progress]
 
     @property
     def steps(self) -> int:

@@ -1,8 +1,11 @@
 """What every test needs before torch, Ray or Hugging Face are imported. None of them is imported here: of the processes of
 `pytest -n 2`, the first only hands tests out."""
 
+import functools
 import gc
+import json
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,10 +41,45 @@ def pytest_collection(session):
         torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """No test takes the power away, which is all that a flush is against: what is written stays when a process is killed. Of SQLite
+    databases this is said where they are opened; processes that a test starts wait as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        if (database := sys.modules.get("rlhf_ray.votes.database")) is not None:
+            prepare = database._prepare_sqlite
+
+            @functools.wraps(prepare)
+            def without_flush(connection, record):
+                prepare(connection, record)
+                connection.execute("PRAGMA synchronous = OFF")
+
+            patch.setattr(database, "_prepare_sqlite", without_flush)
+        yield
+
+
 @pytest.fixture(scope="module")
 def session():
     """A Ray that runs: the one that several files share."""
     shared_ray.start()
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory):
+    """`chaos.Ended` of a tiny run of PPO on the shared Ray, which several files compare theirs with."""
+    from chaos import Ended
+    from tiny import tiny_recipe, write_start
+
+    from rlhf_ray.runs.run_folder import RunFolder
+
+    shared_ray.start()
+    ended = Ended(write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("undisturbed"))))
+    stage = ended.folder.stage("ppo")
+    stage.path.mkdir()
+    stage.metrics.write_text(json.dumps({"step": 0, "eval/score": 99.0}) + "\n")  # of one that died before its first checkpoint
+    ended.run(tiny_recipe())
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +151,13 @@ GROUPS = {
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
               "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),
+    # One PostgreSQL.
+    "postgresql": ("test_votes.py", "test_votes_schema.py", "test_votes_raters.py"),
 }  # fmt: skip
-ORDER = [file for files in GROUPS.values() for file in files]
+#: Each takes tens of seconds: none of them begins when the others are done.
+LONG = ("test_single_process.py", "test_truncated_sampling.py", "test_update.py", "test_trained_updates.py", "test_forking.py",
+        "test_generation.py", "test_invariance.py", "test_run_in_store.py")  # fmt: skip
+ORDER = [*(file for files in GROUPS.values() for file in files), *LONG]
 
 
 def file_of(nodeid: str) -> str:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 
-def crossed(names, *axes):
+def crossed(names, *axes, indirect=False):
     """`pytest.mark.parametrize` over all combinations of the axes. By default run so many of them that each value of each axis is
     in one at least; the others are `thorough`. Not for what a contract promises of every combination.
 
-    names: as for parametrize. axes: the values of each name, or {label: value}. A value that is a tuple stands for several names.
+    names, indirect: as for parametrize. axes: the values of each name, or {label: value}. A value that is a tuple stands for
+    several names.
     """
     axes = [axis if isinstance(axis, dict) else {_label(value, place): value for place, value in enumerate(axis)} for axis in axes]
     count = max(map(len, axes))
@@ -20,7 +21,7 @@ def crossed(names, *axes):
         values = [axis[label] for axis, label in zip(axes, labels, strict=True)]
         flat = [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
         cases.append(pytest.param(*flat, id="-".join(labels), marks=() if labels in usual else pytest.mark.thorough))
-    return pytest.mark.parametrize(names, cases)
+    return pytest.mark.parametrize(names, cases, indirect=indirect)
 
 
 def _label(value, place) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import socket
+import ssl
 import time
 
 import httpx
@@ -31,6 +32,7 @@ from rlhf_ray.serving.runner import EngineRunner
 from rlhf_ray.serving.versions import VersionTable
 
 POSITIONS = 4000
+WITHOUT_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else each request reads all certificates of this machine, for 50 ms
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ROSES = (
     "Roses want sun, water and patience. Plant them where they get six hours of light, dig in compost, and water at the root, "
@@ -158,7 +160,8 @@ class Paged:
 
     def send(self, method, path, token=None, **more):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.request(method, self.url + path, timeout=60, headers=headers | more.pop("headers", {}), **more)
+        headers |= more.pop("headers", {})
+        return httpx.request(method, self.url + path, timeout=60, headers=headers, verify=WITHOUT_TLS, **more)
 
     def ask(self, rater="ann", token=None, **body):
         body = body if rater is None else {"rater": rater} | body

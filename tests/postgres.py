@@ -14,6 +14,9 @@ import pytest
 
 NUMBERS = itertools.count()
 
+#: `params` where PostgreSQL is to say what SQLite says, and what counts once is tested on both elsewhere
+USUALLY_SQLITE = ["sqlite", pytest.param("postgresql", marks=pytest.mark.thorough)]
+
 
 def program(name):
     """The newest that Debian installed, or the one on the path; None without PostgreSQL."""
@@ -40,7 +43,8 @@ class Cluster:
         run = {"user": self.user, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}, "cwd": self.folder}
         initdb = [program("initdb"), "-D", f"{self.folder}/data", "-A", "trust", "-U", "votes", "-E", "UTF8", "--no-sync"]
         subprocess.run(initdb, check=True, capture_output=True, **run)
-        command = [program("postgres"), "-D", f"{self.folder}/data", "-k", self.folder, "-c", "listen_addresses="]
+        command = [program("postgres"), "-D", f"{self.folder}/data", "-k", self.folder, "-c", "listen_addresses=", "-c",
+                   "fsync=off"]  # fmt: skip
         with open(f"{self.folder}/log", "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, **run)
         deadline = time.monotonic() + 30

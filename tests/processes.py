@@ -24,6 +24,11 @@ def wait_for(what, seconds=20.0):
         time.sleep(0.02)
 
 
+def without_waiting(said):
+    """Its lines but for those that a slow start of Ray adds."""
+    return [line for line in said.splitlines() if not line.strip().startswith("waiting ")]
+
+
 def server_of(worker):
     with open(f"/proc/{worker}/stat") as stat:
         return int(stat.read().rpartition(")")[2].split()[1])

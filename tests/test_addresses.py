@@ -151,12 +151,13 @@ def test_a_head_whose_processes_were_too_late_for_each_other_is_started_again(tm
 @pytest.mark.parametrize(
     ("cards", "options", "address", "device", "says"),
     [
-        (TWO_CARDS, "", "10.1.0.2", "eth0", "another of: eth0 10.1.0.2, eth1 10.2.0.2"),
+        pytest.param(TWO_CARDS, "", "10.1.0.2", "eth0", "another of: eth0 10.1.0.2, eth1 10.2.0.2", marks=pytest.mark.thorough),
         ([*TWO_CARDS, "ip route add default via 10.2.0.1"], "", "10.2.0.2", "eth1", "another of: eth1 10.2.0.2, eth0 10.1.0.2"),
-        (TWO_CARDS, "--node-ip-address=10.2.0.2 --num-cpus 1", "10.2.0.2", "eth1", "cluster/worker.sh 10.2.0.2:6379"),
+        pytest.param(TWO_CARDS, "--node-ip-address=10.2.0.2 --num-cpus 1", "10.2.0.2", "eth1", "cluster/worker.sh 10.2.0.2:6379",
+                     marks=pytest.mark.thorough),
         (TWO_CARDS, "--node-ip-address 127.0.0.1", "127.0.0.1", "lo", "only this machine: 127.0.0.1 is loopback; for several, "
          "--node-ip-address and one of: eth0 10.1.0.2, eth1 10.2.0.2"),
-        ([], "--node-ip-address=127.0.0.1", "127.0.0.1", "lo", "only this machine"),
+        pytest.param([], "--node-ip-address=127.0.0.1", "127.0.0.1", "lo", "only this machine", marks=pytest.mark.thorough),
     ],
 )  # fmt: skip
 def test_what_head_sh_makes_of_the_interfaces_that_are_there(tmp_path, cards, options, address, device, says):

@@ -236,8 +236,9 @@ def test_the_one_file_loop_refuses(folder):
 
 
 @pytest.mark.parametrize("algorithm", [
-    pytest.param({}, id="ppo"), pytest.param({"advantage": "grpo"}, id="grpo", marks=pytest.mark.thorough),
+    pytest.param({}, id="ppo"), pytest.param({"advantage": "grpo"}, id="grpo"),
 ])  # fmt: skip
+@pytest.mark.thorough
 def test_the_score_rises_ahead_too(folder, algorithm):
     recipe = tiny_recipe(
         generation={"stop": (), "chunk_size": 16},

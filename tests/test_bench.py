@@ -50,6 +50,7 @@ def test_bench_scale_prints_a_row_a_size():
     assert refused.returncode == 2 and "'k80' is none of h100, h200" in refused.stderr
 
 
+@pytest.mark.thorough
 def test_bench_generate_compares_ways_on_the_same_work():
     found = answered("generate", *MODEL, *LENGTHS, "--batch", "40", "--repeats", "1", "--precision", "float32")
     ways = {way["way"]: way for way in found["ways"]}

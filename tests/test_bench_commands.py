@@ -79,6 +79,7 @@ def on_the_shared_ray(session, monkeypatch):
     monkeypatch.setattr("rlhf_ray.actors.session.ray_session", instead)
 
 
+@pytest.mark.thorough
 def test_bench_ppo_holds_its_phases_against_their_arithmetic(on_the_shared_ray):
     found = answered("ppo", *MODEL, *LENGTHS, "--batch", "4", "--epochs", "1", "--iterations", "1", "--precision",
                      "float32", "--threads", "1")  # fmt: skip

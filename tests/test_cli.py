@@ -124,6 +124,7 @@ def test_doctor_prints_the_plan_of_a_good_recipe(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_the_installed_command_finds_a_builder_in_the_working_directory(tmp_path):
     """Its sys.path starts with the folder of the script, where `python -m` has the working directory."""
     (tmp_path / "own_data.py").write_text("def build(root, seed): ...\n")

@@ -148,7 +148,7 @@ def test_plain_pieces_are_those_of_split_special_tokens():
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_text_at_all(data):
     name = data.draw(st.sampled_from(WITH_TEMPLATE))

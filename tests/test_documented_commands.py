@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
+from command import command_of
 from documents import DOCUMENTS, FENCE, LINK, ROOT, blocks, in_every_document, text_of
 
 from rlhf_ray.cli.main import app
@@ -36,7 +36,7 @@ def commands(document: str) -> list[str]:
 
 def parse(command: str) -> tuple[list[str], dict]:
     """(command's path, its parameters), as click parses them; raises click's UsageError."""
-    node, path, words = typer.main.get_command(app), [], shlex.split(command)
+    node, path, words = command_of(app), [], shlex.split(command)
     while hasattr(node, "commands") and words and words[0] in node.commands:
         path.append(words[0])
         node, words = node.commands[words[0]], words[1:]
@@ -55,12 +55,12 @@ def test_every_command_exists_with_these_options(document):
             known_override(override)
     if document == "README.md":
         shown = {parse(command)[0][0] for command in found if parse(command)[0]}
-        assert shown == set(typer.main.get_command(app).commands), "a command is not shown in the README"
+        assert shown == set(command_of(app).commands), "a command is not shown in the README"
 
 
 def test_every_benchmark_is_shown():
     shown = {tuple(parse(command)[0]) for command in commands("results/bench/README.md")}
-    assert {path[1] for path in shown} == set(typer.main.get_command(app).commands["bench"].commands)
+    assert {path[1] for path in shown} == set(command_of(app).commands["bench"].commands)
 
 
 def known_override(override: str) -> None:
@@ -75,7 +75,7 @@ def known_override(override: str) -> None:
 def test_commands_named_in_a_sentence_exist(document):
     for words in re.findall(r"`rlhf-ray ([^`]+)`", FENCE.sub("", text_of(document))):
         words = words.split()
-        node = typer.main.get_command(app)
+        node = command_of(app)
         while hasattr(node, "commands"):
             if not words or words == ["--help"]:
                 break
@@ -90,7 +90,7 @@ def test_commands_named_in_a_sentence_exist(document):
 @in_every_document
 def test_options_and_make_targets_that_are_named_exist(document):
     text = FENCE.sub("", text_of(document))
-    tree = typer.main.get_command(app)
+    tree = command_of(app)
     leaves = [leaf for node in tree.commands.values() for leaf in getattr(node, "commands", {"": node}).values()]
     options = {name for leaf in leaves for parameter in leaf.params for name in parameter.opts}
     assert set(re.findall(r"`(--[\w-]+)`", text)) <= options | OTHERS_OPTIONS

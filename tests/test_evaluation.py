@@ -103,6 +103,7 @@ def test_perplexity_is_of_all_tokens_together():
     assert Resampler(2, 10).perplexity(sums, tokens).point == pytest.approx(2**2.5)
 
 
+@pytest.mark.thorough
 def test_distinct_interval_is_as_wide_as_fresh_corpora_differ():
     rng = np.random.default_rng(0)
 

@@ -41,7 +41,9 @@ def dies_at(doing, step):
 TRUNCATED = recipe(generation={"max_new_tokens": 8, "chunk_size": 4, "temperature": 0.8, "top_k": 50})
 
 
-@pytest.mark.parametrize("made", [recipe(), TRUNCATED], ids=["all tokens", "top_k"])
+@pytest.mark.parametrize("made", [
+    pytest.param(recipe(), id="all tokens"), pytest.param(TRUNCATED, id="top_k", marks=pytest.mark.thorough),
+])  # fmt: skip
 def test_it_goes_on_at_its_chunk(folder, made, monkeypatch):
     undisturbed = figures(folder, made)
     shutil.rmtree(folder.path / "evaluation")

@@ -56,6 +56,7 @@ def test_it_is_clean():
     subprocess.run(["shellcheck", SCRIPT], check=True)
 
 
+@pytest.mark.thorough
 def test_its_measurements_run():
     """On this machine's CPU, with a tiny model: figures of no interest, but for what must be equal anywhere."""
     as_set = ragged_decoder.PREFILL_TOKENS

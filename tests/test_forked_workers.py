@@ -21,6 +21,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.thorough
 def test_forked_and_plain_workers_are_alike():
     """What a worker computes may depend on: threads, folder, paths, environment; and seeds that nobody set are its own."""
 

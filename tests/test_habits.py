@@ -18,8 +18,9 @@ def lines_of(path):
     return path.read_text().splitlines()
 
 
+@cache
 def nodes_of(path):
-    return ast.walk(ast.parse(path.read_text()))
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def where(path, node):

@@ -143,7 +143,7 @@ def same(one, other, what):
         assert other[1][name] == pytest.approx(value, abs=2e-5, rel=1e-4, nan_ok=True), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=batches(), microbatch_size=st.integers(1, 8), aggregation=st.sampled_from(AGGREGATIONS))
 def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregation):
     """Rows alone have no padding at all, rows together have that of the longest."""
@@ -153,13 +153,13 @@ def test_how_a_minibatch_is_cut_changes_nothing(batch, microbatch_size, aggregat
     same(whole, padded, "padded or packed")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(batch=batches(), tokens=st.integers(8, 40), ranks=st.integers(1, 2))
 def test_a_token_budget_changes_nothing(batch, tokens, ranks):
     same(gradients(batch), gradients(batch, tokens=tokens, ranks=min(ranks, len(batch[0]))), "token budget")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=batches(), ranks=st.integers(2, 4), aggregation=st.sampled_from(AGGREGATIONS))
 def test_how_many_ranks_share_it_changes_nothing(batch, ranks, aggregation):
     """Ranks hold different numbers of rows and tokens here; their gradients and statistics add up to the whole's."""
@@ -168,7 +168,7 @@ def test_how_many_ranks_share_it_changes_nothing(batch, ranks, aggregation):
     same(gradients(batch, aggregation=aggregation), shared, "ranks that share a minibatch")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=batches(), data=st.data(), advantage=st.sampled_from(["gae", "reinforce_pp", "rloo", "grpo", "dr_grpo"]))
 def test_the_order_of_prompts_and_units_changes_nothing(batch, data, advantage):
     """Groups of two samples stay together and change places; chunks end anywhere, within groups too."""

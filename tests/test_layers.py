@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def type_checking_only(tree):
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
+@cache
 def imports_of(source):
     """Dotted names of everything that the source imports, wherever in it; `from a import b` is a.b."""
     tree = ast.parse(source)

@@ -153,7 +153,8 @@ def test_log_probs_that_do_not_repeat_stop_the_run(folder):
 
 @pytest.mark.parametrize("algorithm", [
     pytest.param({}, id="ppo"), pytest.param({"advantage": "rloo"}, id="rloo", marks=pytest.mark.thorough),
-    pytest.param({"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3", "loss_aggregation": "sequence_mean"}, id="grpo"),
+    pytest.param({"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3", "loss_aggregation": "sequence_mean"}, id="grpo",
+                 marks=pytest.mark.thorough),
     pytest.param({"advantage": "reinforce_pp"}, id="reinforce_pp", marks=pytest.mark.thorough),
 ])  # fmt: skip
 def test_the_score_rises(folder, algorithm):

@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 import torch
 from cats import STAGE, cats_folder, cats_tokenizer, recipe_of  # noqa: F401 - fixtures
 from ranks import on_ranks
@@ -56,6 +57,7 @@ def work(rank, world, values, path):
     return results
 
 
+@pytest.mark.thorough
 def test_moments_gradients_and_the_trained_copy_are_gone(folder, tmp_path):
     """Weights and two moments stand until the end of the training (gradients go with each step), and one copy of the weights is
     left; of a run before, nothing may be left either. (Of DPO the reference stands beside the model.)"""

@@ -32,6 +32,7 @@ def all_finite(path):
     return bool(files) and all(torch.isfinite(tensor).all() for file in files for tensor in load_file(file).values())
 
 
+@pytest.mark.thorough
 def test_ppo_stops_before_the_update_and_goes_on_from_a_finite_checkpoint(session, tmp_path):
     recipe = tiny_recipe(ppo={"reward_function": "test_not_finite_ray:late", "checkpoint_every": 1, "critic_init": "sft"})
     run = write_start(recipe, RunFolder(tmp_path / "run"))
@@ -57,7 +58,9 @@ def test_ppo_stops_before_the_update_and_goes_on_from_a_finite_checkpoint(sessio
 TWO_RANKS = {"workers": 2, "microbatch_size": 4, "zero_stage": 2, "threads": 1}
 
 
-@pytest.mark.parametrize("options", [{}, TWO_RANKS], ids=["one rank", "two ranks, ZeRO-2"])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, id="one rank", marks=pytest.mark.thorough), pytest.param(TWO_RANKS, id="two ranks, ZeRO-2"),
+])  # fmt: skip
 def test_sft_that_blows_up_fails_at_once_and_leaves_no_file(session, folder, tmp_path, options):
     run = RunFolder(tmp_path)
     os.symlink(folder.path / "data", run.path / "data")

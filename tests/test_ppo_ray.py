@@ -78,14 +78,8 @@ def largest_gap(one, other):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(session, new_folder):
-    folder = new_folder("undisturbed")
-    stale = {"step": 0, "eval/score": 99.0}
-    folder.stage("ppo").path.mkdir()
-    folder.stage("ppo").metrics.write_text(json.dumps(stale) + "\n")  # of a run that died before its first checkpoint
-    events = []
-    run_ppo(tiny_recipe(), folder, events.append)
-    return folder, events
+def undisturbed(session, undisturbed_run):
+    return undisturbed_run.folder, undisturbed_run.progress
 
 
 def test_a_run_leaves_metrics_of_every_step(undisturbed):
@@ -140,6 +134,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, new_folder
     assert stage.summary() == undisturbed[0].stage("ppo").summary()
 
 
+@pytest.mark.thorough
 def test_a_run_in_a_store_whose_copy_is_deleted_ends_in_the_same_bits(undisturbed, tmp_path, monkeypatch):
     """On this host nothing is left of it; the store has the checkpoint of the step at which it stopped."""
     monkeypatch.setenv(COPIES, str(tmp_path / "copies"))
@@ -188,6 +183,7 @@ def additions():
     sys.modules.pop("toy_additions")
 
 
+@pytest.mark.thorough
 def test_additions_of_a_plugin_without_a_critic_and_with_dynamic_sampling(session, new_folder, additions):
     """No critic's actors, shards or checkpoints; rejected rollouts are let go. The actors import the plugin."""
     rewards = {"trained": {"model": "reward"}, "toy": {"kind": "toy", "weight": 3.0}}
@@ -208,6 +204,7 @@ def test_additions_of_a_plugin_without_a_critic_and_with_dynamic_sampling(sessio
     assert not any("critic" in name for name in files)
 
 
+@pytest.mark.thorough
 def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, new_folder):
     """A learning rate that spoils the policy: the judge likes an early one best, and that is what is left."""
     folder = new_folder("rewards")
@@ -243,6 +240,7 @@ def test_an_ensemble_a_slow_function_and_a_judge_end_in_the_best_model(session, 
     assert not list(folder.stage("ppo").path.glob(".best_*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["object_store", pytest.param("collective", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("in_flight", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_step_ahead_with_weights_in_flight(session, new_folder, way, in_flight):
@@ -332,9 +330,10 @@ class Toy:
 
     def live(self, size, value):
         """An array that the next call writes over."""
-        self.kept = getattr(self, "kept", np.zeros(size))
-        self.kept[:] = value
-        return self.kept
+        self.kept = getattr(self, "kept", {})
+        array = self.kept.setdefault(size, np.zeros(size))
+        array[:] = value
+        return array
 
     def user_error(self):
         raise UserError("that won't do")
@@ -374,8 +373,9 @@ def dying_task():
     os._exit(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def toy(session):
+    """For tests that neither end it nor keep it busy."""
     actor = Toy.remote()
     yield actor
     ray.kill(actor)
@@ -458,7 +458,7 @@ def test_a_rank_that_only_fills_up_is_waited_for_too(toy):
         waiting.wait(results, "log-probs")
 
 
-@pytest.mark.parametrize("in_flight", [True, False])
+@pytest.mark.parametrize("in_flight", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_weights_in_flight_pass_what_is_queued_and_others_wait_behind_it(session, in_flight):
     actor, waiting = SlowGenerator.remote(), waiter()
     group = GenerationGroup(members("generation", [actor]), in_flight)
@@ -522,13 +522,14 @@ def test_a_dead_actor_is_named(session):
     ray.kill(other)
 
 
-def test_a_wait_has_a_name_and_a_deadline(toy):
-    heard = []
+def test_a_wait_has_a_name_and_a_deadline(session):
+    heard, actor = [], Toy.remote()
     waiting = waiter(deadline_s=1.5, on_wait=lambda name, seconds, what: heard.append((name, what)))
-    slow = waiting.track(toy.answer.remote(1, 60.0), "reward actor 1 (step 17, chunk 3)")
+    slow = waiting.track(actor.answer.remote(1, 60.0), "reward actor 1 (step 17, chunk 3)")
     with pytest.raises(Deadline, match=r"for reward actor 1 \(step 17, chunk 3\) during scoring.*raise the limit"):
         waiting.wait([slow], "scoring")
     assert heard and set(heard) == {("reward actor 1 (step 17, chunk 3)", "scoring")}
+    ray.kill(actor)
 
 
 def test_what_was_waited_for_is_let_go(toy):

@@ -97,6 +97,7 @@ def cats(folder, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_stages_on_this_machine_listen_on_loopback_and_keep_their_secrets(cats, tmp_path, monkeypatch):
     values = {name: f"{name.lower()}{'0123456789abcdef' * 4}"[-64:] for name in SECRETS}
     values.pop("RAY_AUTH_TOKEN", None)  # Ray reads it once per process: another one would shut out the Rays of later tests

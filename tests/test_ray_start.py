@@ -56,6 +56,7 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.thorough
 def test_in_another_thread_where_a_run_is_refused_and_the_token_is_its_owners_alone(tmp_path):
     """A run is one Ray's: it is refused in a process that has one, whoever started that, and that one goes on."""
     (tmp_path / "home").mkdir()
@@ -170,7 +171,8 @@ app([])
 """
 
 
-@pytest.mark.parametrize("process", ["raylet", pytest.param("gcs_server", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+@pytest.mark.thorough
 def test_a_ray_that_hangs_ends_in_words(tmp_path, process):
     (tmp_path / "home").mkdir()
     started = time.monotonic()

@@ -26,6 +26,7 @@ def named_actors(part):
     return [each for each in ray.util.list_named_actors(all_namespaces=True) if part in each["name"].lower()]
 
 
+@pytest.mark.thorough
 def test_an_evaluation_that_dies_and_hangs_ends_in_the_same_figures(faults_file, run_folder, tmp_path):  # noqa: F811
     def copy(name):
         shutil.copytree(run_folder.path, tmp_path / name, ignore=shutil.ignore_patterns("evaluation"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -42,10 +43,17 @@ def run(tmp_path):
     return finished_run(tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def voted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("voted") / "votes.db"
+    new_votes(path, 40)
+    return path
+
+
 @pytest.fixture
-def votes(tmp_path):
-    new_votes(tmp_path / "votes.db", 40)
-    return str(tmp_path / "votes.db")
+def votes(tmp_path, voted):
+    """A database with 40 votes."""
+    return str(shutil.copy(voted, tmp_path))
 
 
 def make(run, votes=None, *overrides, train=None, **further):

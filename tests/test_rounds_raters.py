@@ -36,6 +36,7 @@ def test_they_prefer_by_true_utility_and_their_bias(raters):
     assert raters.Taste("likes length", 50.0, 1).choice("c", prompt, short, long) == "right"
 
 
+@pytest.mark.thorough
 def test_they_vote_over_http_until_there_are_enough(raters, tmp_path):
     told = []
     with paged(tmp_path, votes_per_minute=1_000_000) as served:

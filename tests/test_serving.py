@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 import torch
+from processes import without_waiting
 
 from rlhf_ray.config import FromScratch, ModelConfig
 from rlhf_ray.models.load import build_causal_lm, load_causal_lm
@@ -70,7 +71,8 @@ class ServerProcess:
         self.url, self.port = found[1], int(found[2])
 
     def client(self, key=KEY):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        without_tls = httpx.Client(verify=False)  # else it reads all certificates of this machine, for 50 ms
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=without_tls)
 
     def http(self, method, path, **kwargs):
         return httpx.request(method, self.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=60, **kwargs)
@@ -155,7 +157,7 @@ def test_concurrent_requests_share_steps(server):
 
     def one(index):
         return server.client().completions.create(
-            model="tiny-run", prompt="the mat", max_tokens=200, seed=index, temperature=0.7 + index / 20)  # fmt: skip
+            model="tiny-run", prompt="the mat", max_tokens=80, seed=index, temperature=0.7 + index / 20)  # fmt: skip
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         results = list(pool.map(one, range(16)))
@@ -229,7 +231,7 @@ def test_ctrl_c_releases_everything_and_exits_130(server):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", timeout=5)
     said = server.log.read_text()
-    assert "Traceback" not in said and len(said.splitlines()) == 4, said
+    assert "Traceback" not in said and len(without_waiting(said)) == 4, said
     assert KEY not in said
 
 

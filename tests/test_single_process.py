@@ -23,7 +23,8 @@ from rlhf_ray.runs.run_folder import RunFolder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_start(tiny_recipe(), RunFolder(tmp_path_factory.mktemp("single")))
+    small = tiny_recipe(model={"from_scratch": {"layers": 1}})
+    return write_start(small, RunFolder(tmp_path_factory.mktemp("single")))
 
 
 def test_it_takes_the_same_steps_as_the_loop(folder):
@@ -183,6 +184,7 @@ def test_a_key_that_it_acts_on_changes_the_weights(folder, unchanged, key):
     assert not same(weights_after_two_steps(folder, **CHANGES[key]), unchanged)
 
 
+@pytest.mark.thorough
 def test_keys_that_need_others_change_the_weights_too(folder):
     """Against the same recipe without them."""
     few = {"rollout_batch_size": 2, "minibatch_size": 2}

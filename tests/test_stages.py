@@ -262,6 +262,7 @@ def test_a_stage_by_its_name_and_one_taken_over(table, workplace):
     assert refused.returncode == 2 and "toy.start (16.0 -> 1.0)" in refused.stderr
 
 
+@pytest.mark.thorough
 def test_a_run_in_a_store_by_the_command_line(table, workplace, monkeypatch):
     """Its copy on this host deleted in between. tests/test_run_in_store.py has what the store holds, and when."""
     monkeypatch.setenv(COPIES, str(workplace / "copies"))

@@ -33,6 +33,7 @@ def sft(session, folder) -> dict:
     return run_supervised(recipe_of(sft=STAGE | {"epochs": 4}), folder, "sft")
 
 
+@pytest.mark.thorough
 def test_sft_trains_as_a_plain_loop_does(sft, folder):
     stage = folder.stage("sft")
     assert stage.summary() == sft and sft["steps"] == 40 and sft["ended_by"] == "steps"
@@ -45,6 +46,7 @@ def test_sft_trains_as_a_plain_loop_does(sft, folder):
     assert sft["eval_loss"] < losses[0] and sft["eval_perplexity"] == pytest.approx(math.exp(sft["eval_loss"]))
 
 
+@pytest.mark.thorough
 def test_a_saved_model_has_no_pickle_and_a_finished_stage_is_left_alone(sft, folder):
     stage = folder.stage("sft")
     names = {file.name for file in stage.model.iterdir()}
@@ -205,6 +207,7 @@ def plugin():
     sys.modules.pop("toy_plugin", None)
 
 
+@pytest.mark.thorough
 def test_a_users_mistake_comes_out_of_a_plugin_s_worker_as_one_sentence(session, plugin, tmp_path):
     """The worker imports the plugin; what its function raises is not retried as if a machine had failed."""
     run = RunFolder(tmp_path)

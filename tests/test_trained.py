@@ -215,6 +215,7 @@ def test_checkpointed_gradients_are_the_same(start, options):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.thorough)], indirect=True)
 def test_a_checkpointed_run_ends_in_the_same_weights(folder, family):
     """Policy and critic, adapters in both."""
     ends = [

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from crossed import crossed
 from in_process import LocalRoles, TorchEngine
 from loops import Diary, real_loop
 from trained_models import (  # noqa: F401 - fixtures
@@ -79,9 +80,12 @@ def test_a_lora_update_is_that_of_the_chain_rule_in_float64():
     assert frozen and all(torch.equal(now[name], tensor) for name, tensor in frozen.items())
 
 
-@pytest.fixture(scope="module", params=PARTS)
+@pytest.fixture(scope="module")
 def part(request):
     return request.param
+
+
+each_part = crossed("family, part", ["gpt2", "llama"], list(PARTS), indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,7 @@ def trained(family, folder, part):
     return recipe, *run_real(recipe, folder)
 
 
+@each_part
 def test_generator_policy_and_reference_agree(trained, part):
     _, _, diary = trained
     assert "reference" in trained[0].ppo_roles or part == "lora"
@@ -101,6 +106,7 @@ def test_generator_policy_and_reference_agree(trained, part):
     assert abs(kl[0]) < 1e-6 and abs(kl[-1]) > 1e-4, "the policy starts at the reference and leaves it"
 
 
+@each_part
 def test_what_is_frozen_stays_bit_for_bit_and_all_the_rest_moves(trained, folder):
     recipe, roles, _ = trained
     fresh = LocalRoles(recipe, folder)
@@ -110,7 +116,9 @@ def test_what_is_frozen_stays_bit_for_bit_and_all_the_rest_moves(trained, folder
             assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("part", ["lora"], indirect=True)
+@pytest.mark.parametrize("family, part", [
+    ("gpt2", "lora"), pytest.param("llama", "lora", marks=pytest.mark.thorough),
+], indirect=True)  # fmt: skip
 def test_the_policy_with_its_adapter_off_answers_as_a_reference_does(trained, start, part):
     recipe, roles, _ = trained
     (rollout,) = roles.generation.generate(cut_chunks(9, range(8), 1, 8))
@@ -125,6 +133,7 @@ def test_the_policy_with_its_adapter_off_answers_as_a_reference_does(trained, st
     assert np.abs(moved.values - expected).max() > 1e-3
 
 
+@each_part
 def test_only_what_trains_is_sent(trained, part, family):
     recipe, roles, _ = trained
     sent = {name: array.shape for shard in roles.policy.weights() for name, array in shard.items()}
@@ -139,6 +148,7 @@ def test_only_what_trains_is_sent(trained, part, family):
         assert sent and not any(".0." in name or "wte" in name or "embed" in name for name in sent)
 
 
+@each_part
 def test_the_saved_model_is_plain_and_says_what_the_policy_says(trained, start, tmp_path):
     recipe, roles, _ = trained
     model = load_causal_lm(start)
@@ -156,6 +166,7 @@ def test_the_saved_model_is_plain_and_says_what_the_policy_says(trained, start, 
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
+@each_part
 def test_a_run_resumed_from_what_trains_ends_in_the_same_bits(trained, folder):
     """A checkpoint holds the trained weights, their moments and the controller's state; all else is made anew."""
     recipe, whole, _ = trained
@@ -170,6 +181,7 @@ def test_a_run_resumed_from_what_trains_ends_in_the_same_bits(trained, folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in after.weights().items())
 
 
+@each_part
 def test_a_generator_refuses_half_an_update(start, part, trained):
     recipe, roles, _ = trained
     generator = Generator(

@@ -246,7 +246,9 @@ def test_the_kl_is_that_of_the_renormalised_distributions_and_not_negative(folde
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-@each_cut
+@pytest.mark.parametrize("cut", [
+    pytest.param(cut, id=name, marks=() if name == "all three" else pytest.mark.thorough) for name, cut in CUTS.items()
+])  # fmt: skip
 def test_a_run_passes_the_gates_and_one_process_takes_the_same_steps(folder, cut):
     recipe = tiny_recipe(generation=cut, ppo={"max_mismatch": 1e-3})
     roles, diary = run_real(recipe, folder)
@@ -266,7 +268,7 @@ def test_a_run_passes_the_gates_and_one_process_takes_the_same_steps(folder, cut
 ])  # fmt: skip
 def test_other_ways_through_the_update_know_the_support_too(folder, ppo):
     """In each of them the first ratio and the importance of the policy's own samples are 1."""
-    recipe = tiny_recipe(generation={"top_p": 0.6}, ppo={"steps": 3, **ppo})
+    recipe = tiny_recipe(generation={"top_p": 0.6}, ppo={"steps": 2, **ppo})
     _, diary = run_real(recipe, folder)
     for _, metrics in diary.records[1:]:
         assert metrics["first_policy/ratio"] == pytest.approx(1.0, abs=1e-4)

@@ -1,5 +1,6 @@
 """The store of votes, on real SQLite and real PostgreSQL: what is stored, and that each vote counts once whatever happens."""
 
+import inspect
 import re
 import select
 import sqlite3
@@ -8,10 +9,12 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from postgres import USUALLY_SQLITE
 from processes import wait_for
 from voted import PROMPT, answer, compare, shown, vote
 
 from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.votes import database
 from rlhf_ray.votes.reading import read_judgements
 from rlhf_ray.votes.records import Answer, Vote, VoteRefused, prompt_key
 from rlhf_ray.votes.store import VoteStore
@@ -22,6 +25,9 @@ def url(request, tmp_path):
     if request.param == "sqlite":
         return str(tmp_path / "votes.db")
     return request.getfixturevalue("cluster").new_database()
+
+
+usually_sqlite = pytest.mark.parametrize("url", USUALLY_SQLITE, indirect=True)
 
 
 @pytest.fixture
@@ -56,6 +62,7 @@ def test_what_was_stored_is_read_back(store):
     assert found.judged == showing.left_name and found.comparison.answer(found.judged) == showing.left
 
 
+@usually_sqlite
 def test_times_are_those_of_the_clock(url):
     now = [1000.0]
     store = VoteStore(url, create=True, clock=lambda: now[0])
@@ -72,6 +79,7 @@ def test_times_are_those_of_the_clock(url):
     store.close()
 
 
+@usually_sqlite
 def test_sides_are_random_and_stay(store):
     ids = [compare(store) for _ in range(60)]
     first = [store.show(id, "ann") for id in ids]
@@ -81,6 +89,7 @@ def test_sides_are_random_and_stay(store):
     assert [store.show(id, "bob").left_name for id in ids] != [showing.left_name for showing in first]
 
 
+@usually_sqlite
 def test_a_comparison_may_be_added_again_and_no_other_takes_its_id(store):
     for stop in (["\n"], ("\n",)):  # one in JSON
         assert store.add(PROMPT, answer(sampling={"stop": stop}), answer("x"), id="one") == "one"
@@ -136,6 +145,7 @@ def test_a_vote_is_replaced_by_an_explicit_call_only(store):
     assert sorted(row["choice"] for row in rows(store, "replaced_votes")) == ["left", "right"]
 
 
+@usually_sqlite
 def test_a_key_of_another_comparison_replaces_nothing(store):
     one, two = shown(store), shown(store)
     store.vote(vote(one, "left", key="1"))
@@ -144,6 +154,7 @@ def test_a_key_of_another_comparison_replaces_nothing(store):
         store.replace(vote(two, "right", key="1"))
 
 
+@usually_sqlite
 def test_raters_vote_each_for_themselves(store):
     id = shown(store)
     store.show(id, "bob")
@@ -272,6 +283,7 @@ def test_a_database_that_stays_busy_fails_in_words_and_the_vote_can_come_again(t
     assert store.vote(vote(id)).new
 
 
+@usually_sqlite
 def test_a_write_that_fails_leaves_nothing(store):
     with pytest.raises(RuntimeError), store.database.writing() as connection:
         connection.execute(sa.text("INSERT INTO comparisons VALUES ('x', '\"p\"', 1, 'k')"))
@@ -279,7 +291,8 @@ def test_a_write_that_fails_leaves_nothing(store):
     assert rows(store, "comparisons") == []
 
 
-def test_sqlite_is_set_as_documented(tmp_path):
+def test_sqlite_is_set_as_documented(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "_prepare_sqlite", inspect.unwrap(database._prepare_sqlite))
     store = VoteStore(str(tmp_path / "votes.db"), create=True)
     with store.database.reading() as connection:
         found = {name: connection.execute(sa.text(f"PRAGMA {name}")).scalar()

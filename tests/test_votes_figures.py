@@ -1,5 +1,6 @@
 """What votes say: scores and agreement against published tables, pairs, exported rows, and the commands."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -334,19 +335,22 @@ def test_edits_are_rows_to_imitate(store):
 # -- the commands
 
 
-@pytest.fixture
-def voted_on(store, tmp_path):
-    """The path of a database with 40 prompts, an edited answer, and a tie."""
+@pytest.fixture(scope="module")
+def voted_on(tmp_path_factory):
+    """The path of a database with 40 prompts, an edited answer, and a tie; it is only read."""
+    path = str(tmp_path_factory.mktemp("voted") / "votes.db")
+    store = VoteStore(path, create=True, held_out_share=0.3, clock=Clock())
     for place in range(40):
         id = compare(store, prompt=f"Question {place}? ¿Sí? \u2028")
         prefer(store, id, "ann", "a" if place % 4 else "b")
         prefer(store, id, "bob", "a" if place % 3 else "tie")
     showing = store.show(compare(store), "cy")
     store.vote(vote(showing.comparison.id, "tie", "cy", edit_of="left", edit=" Green."))
-    return str(tmp_path / "votes.db")
+    store.close()
+    return path
 
 
-def test_export_writes_what_may_be_trained_on_unless_asked(voted_on, store, tmp_path):
+def test_export_writes_what_may_be_trained_on_unless_asked(voted_on, tmp_path):
     out, rows = tmp_path / "pairs.jsonl", {}
     for part in ("train", "held_out", "all"):
         answer = rlhf_ray("votes", "export", voted_on, str(out), "--part", part)
@@ -355,7 +359,8 @@ def test_export_writes_what_may_be_trained_on_unless_asked(voted_on, store, tmp_
         assert f"{out}: {len(rows[part])} pairs of " in answer.stdout and "left out: " in answer.stdout
     prompts = {part: {row["prompt"] for row in each} for part, each in rows.items()}
     assert prompts["train"] and prompts["held_out"] and not prompts["train"] & prompts["held_out"]
-    assert len(rows["train"]) + len(rows["held_out"]) == len(rows["all"]) == len(pairs_of(everything(store)).pairs)
+    with contextlib.closing(VoteStore(voted_on)) as store:
+        assert len(rows["train"]) + len(rows["held_out"]) == len(rows["all"]) == len(pairs_of(everything(store)).pairs)
     for options in (["--form", "implicit"], ["--messages"], ["--min-agreement", "1", "--rater", "ann", "--since", "2026-11-01"]):
         assert rlhf_ray("votes", "export", voted_on, str(out), *options).returncode == 0
     assert rlhf_ray("votes", "export", voted_on, str(out), "--form", "edits", "--part", "all").stdout.startswith(f"{out}: 1 edited")

@@ -2,6 +2,7 @@
 
 import pytest
 from command import rlhf_ray
+from postgres import USUALLY_SQLITE
 from voted import answer, compare, prefer, shown, vote
 
 from rlhf_ray.errors import UserError
@@ -11,7 +12,7 @@ from rlhf_ray.votes.records import UnknownComparison, VoteRefused, prompt_key
 from rlhf_ray.votes.store import VoteStore
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=USUALLY_SQLITE)
 def store(request, tmp_path):
     now = iter(range(1000, 100_000))
     url = str(tmp_path / "votes.db") if request.param == "sqlite" else request.getfixturevalue("cluster").new_database()

@@ -1,6 +1,7 @@
 """`data.votes` of a recipe: pairs for the reward model, held-out prompts that train nothing, and mistakes in words."""
 
 import json
+import shutil
 import sqlite3
 import sys
 
@@ -35,28 +36,36 @@ def recipe_of(folder, votes="votes.db", **data):
     })  # fmt: skip
 
 
-@pytest.fixture
-def store(tmp_path):
-    opened = VoteStore(str(tmp_path / "votes.db"), create=True, held_out_share=0.3)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def folder(tmp_path, store):
-    """40 prompts with a vote each, every second one as messages; and files with the same prompts."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    store = VoteStore(str(folder / "votes.db"), create=True, held_out_share=0.3)
     for place, question in enumerate(QUESTIONS):
         prompt = question if place % 2 else [{"role": "user", "content": question}]
         id = compare(store, prompt, answer(f" good {place}"), answer(f" bad {place}", "sft", "1"))
         prefer(store, id, "ann", "a")
         prefer(store, id, "bob", "a" if place % 4 else "tie")
-    with open(tmp_path / "sft.jsonl", "w") as file:
+    store.close()
+    with open(folder / "sft.jsonl", "w") as file:
         for question in [*QUESTIONS, *(f"Other {number}?" for number in range(20))]:
             file.write(json.dumps({"prompt": question, "response": " an answer"}) + "\n")
-    with open(tmp_path / "pairs.jsonl", "w") as file:
+    with open(folder / "pairs.jsonl", "w") as file:
         for question in [*QUESTIONS[:20], *(f"Other {number}?" for number in range(20))]:
             file.write(json.dumps({"prompt": question, "chosen": " from a file", "rejected": " no"}) + "\n")
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """40 prompts with two votes each, every second one as messages; and files with the same prompts."""
+    return shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def store(folder):
+    opened = VoteStore(str(folder / "votes.db"))
+    yield opened
+    opened.close()
 
 
 def words_of(prompt):
@@ -201,6 +210,7 @@ def test_each_mistake_is_a_sentence_before_anything_starts(folder):
     assert "data.votes: these are rows for the objective 'pairs'" in problem
 
 
+@pytest.mark.thorough
 def test_a_run_without_its_database_ends_with_2(folder):
     path = folder / "t.yaml"
     path.write_text(yaml.safe_dump(recipe_of(folder, "nowhere.db").model_dump(mode="json")))

@@ -8,6 +8,7 @@ import threading
 import pytest
 import sqlalchemy as sa
 from command import rlhf_ray
+from postgres import USUALLY_SQLITE
 from voted import shown, vote
 
 from rlhf_ray.errors import UserError
@@ -114,6 +115,7 @@ def test_version_1_becomes_this_one_with_all_that_it_held(old, tmp_path, request
     assert shape(old) == shape(fresh)
 
 
+@pytest.mark.parametrize("old", USUALLY_SQLITE, indirect=True)
 def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
     def breaks(connection):
         schema._to_2(connection)
