@@ -197,12 +197,12 @@ class _Endpoints:
         drop_first_space: bool = False,
     ) -> Response:
         """Draw the rows and write them as OpenAI does: one body, or a stream of chunks."""
-        choices = [self._choice(row, drop_first_space) for row in rows]
+        choices = [self._choice(row, body, drop_first_space) for row in rows]
         if not rows:  # nothing but the echo is asked for
             texts = [ResponseText(self.reader.tokenizer, [], ()) for _ in range(len(prompts) * body.choices)]
             choices = [Choice(text, finish_reason="length") for text in texts]
         with _refusals():
-            ticket = self.runner.submit(rows)
+            ticket = self.runner.submit(rows, streams=body.stream)
         if body.stream:
             chunks = stream_of(body, prompts, choices, ticket, writer)
             return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
@@ -236,11 +236,12 @@ class _Endpoints:
             asked = [self.reader.text(row.prompt_ids) for row in ticket.rows]
             told[TEXTS] = [[prompt, choice.text.text] for prompt, choice in zip(asked, choices, strict=False)]
 
-    def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
+    def _choice(self, row: RowRequest, body: GenerationRequest, drop_first_space: bool) -> Choice:
         rules = row.rules or TokenRules()
         text = ResponseText(
             self.reader.tokenizer, row.prompt_ids, row.params.stop,
             min_tokens=rules.min_tokens, drop_first_space=drop_first_space,
+            tells_tokens=body.alternatives is not None, in_pieces=body.stream,
         )  # fmt: skip
         return Choice(text, rules.stop_token_ids)
 

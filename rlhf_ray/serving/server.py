@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,12 +39,12 @@ from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.serve import RunTarget
-    from ray.serve.handle import DeploymentHandle
 
     from rlhf_ray.publish.version import Version
     from rlhf_ray.serving.deployment import Bound
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
+    from rlhf_ray.serving.links import SocketLink
 
 
 class Server:
@@ -161,6 +162,7 @@ class Server:
         deployed = Deployed(
             models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,
             environment=self._environment, stage=self.stage,
+            sockets=self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf_ray_", ignore_cleanup_errors=True)),
         )  # fmt: skip
 
         def targets(bound: Mapping[str, Bound]) -> list[RunTarget]:
@@ -178,24 +180,28 @@ class Server:
             handles = ray_serve.run_many(targets(found))
         except RuntimeError as error:
             raise start_failure(ray_serve.status(), error) from None
-        replicas = [(name, handle, each.models) for (name, each), handle in zip(found.items(), handles, strict=True)]
-        self._open_front(replicas, versions, deploy)
+        from rlhf_ray.serving.links import SocketLink
+
+        links = [
+            SocketLink(name, handle, each.models, each.socket or "")
+            for (name, each), handle in zip(found.items(), handles, strict=True)
+        ]
+        self._open_front(links, versions, deploy)
 
     def _open_front(
         self,
-        replicas: Sequence[tuple[str, DeploymentHandle, Sequence[str]]],
+        links: Sequence[SocketLink],
         versions: Mapping[str, Version],
         deploy: Callable[[Mapping[str, Sequence[Version]]], None],
     ) -> None:
-        """replicas: (name, handle, ids of the models). versions: of each model, the one that it starts with."""
+        """versions: of each model, the one that it starts with."""
         from rlhf_ray.serving.front_parts import whole_front
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
-        from rlhf_ray.serving.links import ReplicaLink
 
         note = self._write_note()
         self._front, app = whole_front(
-            [ReplicaLink(*each) for each in replicas], self.config, versions, self.notes,
+            links, self.config, versions, self.notes,
             deploy=deploy if self.stage == "policy" else None, token=note.token,
             history=servers_folder() / f"{self.port}.versions.jsonl", page=self._page,
         )  # fmt: skip
