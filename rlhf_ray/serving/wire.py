@@ -36,12 +36,11 @@ class _End(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._unpacker = msgpack.Unpacker(max_buffer_size=_LARGEST_BYTES, unicode_errors="surrogatepass")
-        self._transport: asyncio.Transport | None = None
+        self._transport: Any = None
         self._ready: dict[int, Any] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport  # of asyncio or of uvloop, which share no class
 
     def data_received(self, data: bytes) -> None:
         self._unpacker.feed(data)
