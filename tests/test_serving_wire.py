@@ -7,7 +7,14 @@ import pytest
 from rlhf_ray.serving.relay import Relayed, merged, told
 from rlhf_ray.serving.wire import Listening, WireLost, connect
 
-SCOPE = {"type": "http", "method": "POST", "path": "/v1/x", "raw_path": b"/v1/x", "query_string": b"", "headers": [(b"a", b"\xff")]}
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/x",
+    "raw_path": b"/v1/x",
+    "query_string": b"",
+    "headers": [(b"a", b"\xff")],
+}
 
 
 def request(body=b"?", **named):

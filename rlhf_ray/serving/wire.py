@@ -86,7 +86,7 @@ class _ReplicaEnd(_End):
 
         def put(piece: Piece) -> None:
             nonlocal complete
-            complete = not (piece[-1] is True)
+            complete = piece[-1] is not True
             self.say(number, piece)
 
         try:
