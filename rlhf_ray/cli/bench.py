@@ -223,7 +223,7 @@ def bench_load(
     json_output: Json = False,
 ):
     """Many clients for minutes while replicas are killed and versions published: what fails, what is mixed, how long it takes."""
-    from rlhf_ray.bench.load import Load, measure_load, show_load
+    from rlhf_ray.bench.under_load import Load, measure_load, show_load
 
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     if shape.gated:

@@ -30,9 +30,9 @@ from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.links import ReplicaLink, watch
 from rlhf_ray.serving.relay import NOT_HERE, Piece, Put, Relayed, is_opening, pieces_of, write_answer
+from rlhf_ray.serving.replica_socket import Listening
 from rlhf_ray.serving.served import ServedModel, groups_of, served_models
 from rlhf_ray.serving.versions import VersionTable
-from rlhf_ray.serving.wire import Listening
 
 # The app refuses what is too much (429), never Serve.
 _NO_LIMIT = 100_000
@@ -53,7 +53,7 @@ class Replica:
     """Versions of one model, and of the adapters on it, each with an engine in its own thread and its app in the event loop."""
 
     def __init__(self, options: EngineOptions, configs: dict[str, AppConfig], socket: str | None = None):
-        """socket: where it also answers, for a front on this machine (`serving.wire`)."""
+        """socket: where it also answers, for a front on this machine (`serving.replica_socket`)."""
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.held import HeldVersions
 
@@ -191,7 +191,10 @@ class Deployed:
         names = tuple(model.name for model in self.models)
         found: dict[str, Bound] = {}
         for group in groups_of(self.models):
-            own = replace(self.options, engine=group[0].engine.name, plugins=group[0].engine.plugins)
+            own = replace(
+                self.options, engine=group[0].engine.name, plugins=group[0].engine.plugins,
+                critic=self.options.critic if group[0] is self.models[0] else None,  # the other models are not its run's
+            )  # fmt: skip
             # The front checks the key.
             apps = {
                 model.name: replace(

@@ -20,7 +20,7 @@ from ray.serve.schema import DeploymentStatusOverview
 
 from rlhf_ray.serving.front import ReplicaLost
 from rlhf_ray.serving.relay import Piece, Relayed
-from rlhf_ray.serving.wire import FrontEnd, WireLost, connect
+from rlhf_ray.serving.replica_socket import FrontEnd, WireLost, connect
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from rlhf_ray.serving.config import (
     resolve_allowed_hosts,
     resolve_api_key,
 )
+from rlhf_ray.serving.critic_values import keeps_critic
 from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
 from rlhf_ray.serving.page.build import PageParts
 from rlhf_ray.serving.page.options import PageOptions
@@ -158,6 +159,7 @@ class Server:
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             allow_special_tokens=self.allow_special_tokens,
+            critic=self.models[0].given if self.stage == "policy" and keeps_critic(Path(self.models[0].given)) else None,
         )
         deployed = Deployed(
             models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from rlhf_ray.serving.relay import Relayed, merged, told
-from rlhf_ray.serving.wire import Listening, WireLost, connect
+from rlhf_ray.serving.replica_socket import Listening, WireLost, connect
 
 SCOPE = {
     "type": "http",
