@@ -1,4 +1,4 @@
-"""What `bench load` counts: requests that OpenAI's library would send again, those it would give up, and mixed answers. No server."""
+"""What `bench load` counts: requests that OpenAI's library would send again or give up, and mixed answers."""
 
 import asyncio
 import json
