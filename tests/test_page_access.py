@@ -118,7 +118,7 @@ def test_every_control_has_a_role_and_a_name_in_the_accessibility_tree(served, t
 
 def test_tab_walks_from_the_skip_link_through_head_and_view_in_the_order_that_is_seen(served, tab):
     page = tab("desk").open("#chat")
-    page.wait_for_selector("#chat-model option")
+    page.wait_for_selector("#chat-model option", state="attached")
     walked = []
     for _ in range(11):
         page.keyboard.press("Tab")
@@ -130,7 +130,7 @@ def test_tab_walks_from_the_skip_link_through_head_and_view_in_the_order_that_is
 def test_a_streamed_answer_is_read_out_by_whole_sentences_each_once(chromium, tmp_path):  # noqa: F811
     with paged(tmp_path, names=("ppo",), step_s=0.02) as served:
         page = Tab(context_of(chromium, "desk"), served.url).open("#chat")
-        page.wait_for_selector("#chat-model option")
+        page.wait_for_selector("#chat-model option", state="attached")
         page.evaluate("""() => {
             window.heard = [];
             new MutationObserver((changes) => changes.forEach((each) =>
