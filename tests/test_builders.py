@@ -202,6 +202,19 @@ def test_hh_questions_stay_in_one_part(dialogues):
     assert sum(row["chosen"] == row["rejected"] for row in pairs) == 1  # a tie is for the data stage to drop
 
 
+def test_hh_held_out_pairs_by_subset(dialogues):
+    """Row i is of subset i mod 4 and says "Yes i."."""
+    roles = hh.build(str(dialogues), subsets=hh.SUBSETS)
+    found = {}
+    for number, subset in enumerate(("helpful_base", "helpful_online", "helpful_rejection_sampled", "harmless_base")):
+        said = [int(row["chosen"][4:-1]) for row in roles[f"preferences_eval_{subset}"]]
+        assert said and {i % 4 for i in said} == {number}
+        found[subset] = said
+    assert sorted(sum(found.values(), [])) == sorted(int(row["chosen"][4:-1]) for row in roles["preferences_eval"])
+    one = hh.build(str(dialogues), subsets=["helpful-base"])
+    assert not any(role.startswith("preferences_eval_") for role in one)  # they would say the same twice
+
+
 @pytest.mark.parametrize(("max_rows", "expected"), [(100, 100), (799, 799), (5000, 800), (None, 800)])
 def test_hh_takes_no_row_twice(dialogues, max_rows, expected):
     roles = hh.build(str(dialogues), subsets=hh.SUBSETS, max_rows=max_rows)

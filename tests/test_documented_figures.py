@@ -48,18 +48,38 @@ def unbacked(tables: str, folder: Path) -> list[str]:
 def test_figures_of_the_demo_are_those_of_its_runs():
     _, _, rest = text_of("README.md").partition("<!-- results:demo -->")
     block, end, _ = rest.partition("<!-- /results:demo -->")
-    figures, _, samples = block.partition("\n| prompt |")
-    assert end and unbacked(figures, ROOT / "results/demo") == []
+    assert end and unbacked(block, ROOT / "results/demo") == []
+    _, _, rest = text_of("results/README.md").partition("<!-- samples:demo -->")
+    samples, end, _ = rest.partition("<!-- /samples:demo -->")
+    assert end
     kept = [json.loads(line) for file in (ROOT / "results/demo").glob("seed_*/samples.jsonl")
             for line in file.read_text().splitlines()]  # fmt: skip
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines()[2:] if line.startswith("|")
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in samples.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 3
     shown = [(row["prompt"], *(f"({row[model]['judge']:.1f}) {row[model]['response']}" for model in ("sft", "ppo")))
              for row in kept]  # fmt: skip
     assert {tuple(row) for row in rows} <= {tuple(" ".join(text.split()) for text in row) for row in shown}
     assert ("(results/demo/curves.png)" in block) == (ROOT / "results/demo/curves.png").exists()
+
+
+RULES_FOLLOWED = {  # line of the table -> run, model
+    "the model as published": ("smollm2-instructions-no-sft", "sft"),
+    "GRPO alone, 60 steps": ("smollm2-instructions-no-sft", "ppo"),
+    "SFT": ("smollm2-instructions", "sft"), "SFT, then GRPO": ("smollm2-instructions", "ppo"),
+}  # fmt: skip
+KINDS_OF_RULES = ("judge", "trait/trained_kinds", "trait/held_out_kinds", "trait/all_rules")
+
+
+@pytest.mark.parametrize(("document", "lines"), [("README.md", 3), ("results/README.md", 4)])
+def test_figures_of_rules_followed_are_those_of_their_runs(document, lines):
+    (table,) = re.findall(r"^\| share of rules followed.*?(?=^$)", text_of(document), re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == lines
+    for model, *cells in rows:
+        run, key = RULES_FOLLOWED[model]
+        figures = json.loads((ROOT / "results" / run / "seed_0/summary.json").read_text())[key]
+        expected = [figures[kind] for kind in KINDS_OF_RULES[: len(cells)]]
+        assert cells == [f"{each['mean']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in expected]
 
 
 RESULTS = ("imdb", "hh", "arithmetic", "algorithms", "overlap", "curves", "overoptimisation")

@@ -7,7 +7,7 @@ part only:
     share   part         role
     0.60    train        sft (chosen replies), preferences, prompts
     0.25    judge        judge, judge_eval (a fifth of it)
-    0.15    held out     sft_eval, preferences_eval, eval_prompts
+    0.15    held out     sft_eval, preferences_eval, eval_prompts; preferences_eval_SUBSET where there are several subsets
 
 Ties and empty replies are left in: the data stage drops and counts them.
 """
@@ -103,18 +103,23 @@ def build(
     if max_rows is not None:
         rows = random.Random(seed).sample(rows, min(max_rows, len(rows)))
     parts: dict[str, list[dict]] = {"train": [], "judge": [], "judge_eval": [], "held_out": []}
+    by_subset: dict[str, list[dict]] = {}
     for row in rows:
         messages = messages_of(row["prompt"])
         if messages:
-            parts[part_of(messages[0]["content"], seed)].append(
-                {"prompt": messages, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()}
-            )
+            pair = {"prompt": messages, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()}
+            part = part_of(messages[0]["content"], seed)
+            parts[part].append(pair)
+            if part == "held_out":
+                by_subset.setdefault(row["subset"].replace("-", "_"), []).append(pair)
     built = {
         "sft": _imitate(parts["train"]), "sft_eval": _imitate(parts["held_out"]),
         "preferences": parts["train"], "preferences_eval": parts["held_out"],
         "judge": parts["judge"], "judge_eval": parts["judge_eval"],
         "prompts": _prompts(parts["train"])[:max_prompts], "eval_prompts": _prompts(parts["held_out"]),
     }  # fmt: skip
+    if len(by_subset) > 1:
+        built |= {f"preferences_eval_{subset}": pairs for subset, pairs in by_subset.items()}
     return {role: datasets.Dataset.from_list(found) for role, found in built.items()}
 
 

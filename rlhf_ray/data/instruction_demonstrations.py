@@ -1,7 +1,8 @@
 """People's answers, rewritten by code until they follow rules of the training kinds (`instruction_rules`): rows for SFT.
 
-GRPO raises what the model does sometimes. Of most kinds of rule a small model's own replies follow none, so all replies of a
-prompt score alike and there is nothing to learn from. SFT on these rows is the start; what they say matters less than their form.
+GRPO raises what the model does sometimes. Rules of some kinds (JSON, quotation marks, two paragraphs) a small model hardly ever
+follows, so all replies of such a prompt score alike and there is nothing to learn from. SFT on these rows is the start; what they
+say matters less than their form.
 """
 
 from __future__ import annotations

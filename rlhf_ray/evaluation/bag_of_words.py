@@ -26,8 +26,6 @@ from rlhf_ray.models.control_tokens import shown
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.supervised.reward_metrics import pair_figures, score_figures
 
-OPENINGS = "eval_openings"  # held-out rows that hold only the beginning of a text, where the builder makes such rows
-
 
 def _rows(folder: RunFolder, role: str) -> pd.DataFrame:
     path = folder.data(role)
@@ -104,9 +102,7 @@ def run(folder: RunFolder, stage: str = "reward", train_rows: int | None = None)
         train = train.sample(train_rows, random_state=0)
     # The rows that the reward model's own figures are taken on.
     rows = load_recipe(str(folder.recipe)).trained[stage].eval_rows
-    held_out = {"eval": _rows(folder, f"{stage}_eval").head(rows)}
-    if folder.data(f"{stage}_{OPENINGS}").exists():
-        held_out[OPENINGS] = _rows(folder, f"{stage}_{OPENINGS}").head(rows)
+    held_out = {part: _rows(folder, f"{stage}_{part}").head(rows) for part in folder.heldout_parts(stage)}
     return {"train_rows": len(train), **compare(train, held_out)}
 
 

@@ -221,6 +221,11 @@ class RunFolder:
         """Prepared rows of one role, e.g. data('reward_train'): a Parquet file."""
         return self.path / "data" / f"{role}.parquet"
 
+    def heldout_parts(self, stage: str) -> list[str]:
+        """'eval', and any further held-out set that a builder made, e.g. 'eval_openings'."""
+        files = sorted((self.path / "data").glob(f"{stage}_eval*.parquet"))
+        return [file.stem.removeprefix(f"{stage}_") for file in files]
+
 
 def start_model(recipe: Recipe, folder: RunFolder) -> str:
     """What PPO and DPO start from and stay close to: the SFT model, or the recipe's model where there is no SFT stage."""

@@ -68,7 +68,7 @@ def train_reward(recipe: Recipe, folder: RunFolder, stage: str, member: int = 0)
 
     def measure(trained: PreTrainedModel, dtype: torch.dtype) -> dict:
         figures: dict = {}
-        for part in _heldout_parts(folder, stage):
+        for part in folder.heldout_parts(stage):
             held_out = _heldout(folder, stage, part, config)
             scores = heldout_scores(trained, tokenizer, held_out, config, dtype=dtype)
             found = heldout_figures(scores, seed=figures_seed, middle=middle)
@@ -111,7 +111,7 @@ def _training(
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     rows = ROW_MAKERS[config.objective](tokenizer, train, max_length=config.max_length)
-    for part in _heldout_parts(folder, stage):  # what can't be measured is told of before the training
+    for part in folder.heldout_parts(stage):  # what can't be measured is told of before the training
         ROW_MAKERS[config.objective](tokenizer, _heldout(folder, stage, part, config), max_length=config.max_length)
     if device_of(config).type == "cpu":
         classify_lines(model)
@@ -134,12 +134,6 @@ def _training(
         recipe=recipe, stage=stage, target=target, config=config, seed=seed, tokenizer=tokenizer, rows=rows,
         trainer=trainer, start=start,
     )  # fmt: skip
-
-
-def _heldout_parts(folder: RunFolder, stage: str) -> list[str]:
-    """'eval', and any further held-out set a builder made, e.g. 'eval_openings'."""
-    files = sorted(folder.data(f"{stage}_eval").parent.glob(f"{stage}_eval*.parquet"))
-    return [file.stem.removeprefix(f"{stage}_") for file in files]
 
 
 class ScoreCollator:
