@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from rlhf_ray.bench import load_client
-from rlhf_ray.bench.load_client import Asked, failures, retries
+from rlhf_ray.bench.load_client import LoadRequest, failures, retries
 from rlhf_ray.bench.under_load import is_mixed, mark, summary
 
 BODY = {"choices": [{"text": "t1 t4 t7"}], "system_fingerprint": "one"}
@@ -78,13 +78,13 @@ def test_a_stream_that_has_begun_is_not_sent_again():
 def test_an_answer_of_two_versions_is_seen_by_name_and_by_words():
     two_names = asked([httpx.Response(200, text=event("t1") + event("t4", "two") + DONE)], streams=True)
     assert is_mixed(two_names, 3)
-    assert is_mixed(Asked(streams=False, versions={"one"}, words=[1, 4, 5]), 3)  # 1, 1 and 2 modulo 3
-    assert not is_mixed(Asked(streams=False, versions={"one"}, words=[1, 4, 7]), 3)
+    assert is_mixed(LoadRequest(streams=False, versions={"one"}, words=[1, 4, 5]), 3)  # 1, 1 and 2 modulo 3
+    assert not is_mixed(LoadRequest(streams=False, versions={"one"}, words=[1, 4, 7]), 3)
 
 
 def test_quantiles_are_of_what_was_answered():
-    found = [Asked(streams=False, seconds=float(number), tokens=2) for number in range(1, 101)]
-    found.append(Asked(streams=True, seconds=1e6, failed="cut off in a stream"))
+    found = [LoadRequest(streams=False, seconds=float(number), tokens=2) for number in range(1, 101)]
+    found.append(LoadRequest(streams=True, seconds=1e6, failed="cut off in a stream"))
     row = summary("x", found, 10.0, versions=3)
     assert (row["requests"], row["answered"], row["p50_s"], row["p99_s"]) == (101, 100, 50.0, 99.0)
     assert row["tokens_per_s"] == 20.0 and row["failed"] == {"cut off in a stream": 1} and row["mixed"] == 0

@@ -26,7 +26,7 @@ _WORDS = re.compile(r"t(\d+)")
 
 
 @dataclass(slots=True)
-class Asked:
+class LoadRequest:
     """One request. Times in seconds."""
 
     streams: bool
@@ -50,11 +50,11 @@ def is_retried(status: int) -> bool:
 
 async def load(
     url: str, prompts: Sequence[Sequence[int]], *, clients: int, response: int, until: Callable[[], bool]
-) -> list[Asked]:
+) -> list[LoadRequest]:
     """Each client sends its next request when the last one is answered, until `until`; every other one streams."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as http:
-        found: list[Asked] = []
+        found: list[LoadRequest] = []
 
         async def client(number: int) -> None:
             draws = random.Random(number)
@@ -69,9 +69,9 @@ async def load(
     return found
 
 
-async def ask(http: httpx.AsyncClient, body: dict, draws: random.Random) -> Asked:
+async def ask(http: httpx.AsyncClient, body: dict, draws: random.Random) -> LoadRequest:
     """One request to its end, as the library would have it."""
-    asked = Asked(streams=body["stream"])
+    asked = LoadRequest(streams=body["stream"])
     started = time.perf_counter()
     while True:
         wait_s = 0.5 * 2 ** len(asked.tries) * (1 - 0.25 * draws.random())
@@ -88,7 +88,7 @@ async def ask(http: httpx.AsyncClient, body: dict, draws: random.Random) -> Aske
     return asked
 
 
-async def _once(http: httpx.AsyncClient, body: dict, asked: Asked) -> tuple[str | None, dict]:
+async def _once(http: httpx.AsyncClient, body: dict, asked: LoadRequest) -> tuple[str | None, dict]:
     """-> what went wrong, None for nothing; and whether it is sent again, and after how long."""
     begun = False
     try:
@@ -112,7 +112,7 @@ async def _once(http: httpx.AsyncClient, body: dict, asked: Asked) -> tuple[str 
         return ("cut off in a stream" if begun else type(error).__name__), {"retried": not begun}
 
 
-async def _stream(answer: httpx.Response, asked: Asked) -> str | None:
+async def _stream(answer: httpx.Response, asked: LoadRequest) -> str | None:
     async for line in answer.aiter_lines():
         if line == "data: [DONE]":
             return None
@@ -124,7 +124,7 @@ async def _stream(answer: httpx.Response, asked: Asked) -> str | None:
     return "cut off in a stream"
 
 
-def _note(body: dict, asked: Asked) -> None:
+def _note(body: dict, asked: LoadRequest) -> None:
     if body.get("system_fingerprint"):
         asked.versions.add(body["system_fingerprint"])
     for choice in body["choices"]:
@@ -132,9 +132,9 @@ def _note(body: dict, asked: Asked) -> None:
     asked.tokens = len(asked.words)
 
 
-def failures(found: Sequence[Asked]) -> Counter[str]:
+def failures(found: Sequence[LoadRequest]) -> Counter[str]:
     return Counter(asked.failed for asked in found if asked.failed is not None)
 
 
-def retries(found: Sequence[Asked]) -> Counter[str]:
+def retries(found: Sequence[LoadRequest]) -> Counter[str]:
     return Counter(status for asked in found for status in asked.tries)

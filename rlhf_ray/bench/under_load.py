@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf_ray.bench.flops import Shape, Work
-from rlhf_ray.bench.load_client import Asked, failures, load, retries
+from rlhf_ray.bench.load_client import LoadRequest, failures, load, retries
 from rlhf_ray.bench.random_run import bench_recipe, random_prompts, torch_that_spins, write_random_run
 from rlhf_ray.bench.results import hardware, on_hardware, show
 from rlhf_ray.bench.serve import quantile
@@ -134,7 +134,7 @@ def _disturbed(
             if process.returncode != 0:
                 say(f"publish failed: {said.decode(errors='replace')[-500:]}")
 
-    async def run() -> list[Asked]:
+    async def run() -> list[LoadRequest]:
         killing, publishing = asyncio.ensure_future(kill()), asyncio.ensure_future(publish())
 
         def until() -> bool:
@@ -151,7 +151,7 @@ def _disturbed(
     return row | {"killed": killed[0], "published": published[0]}
 
 
-def summary(name: str, found: Sequence[Asked], seconds: float, *, versions: int) -> dict:
+def summary(name: str, found: Sequence[LoadRequest], seconds: float, *, versions: int) -> dict:
     """The figures of a measurement. Latencies are of what was answered."""
     answered = [asked for asked in found if asked.failed is None]
     taken = sorted(asked.seconds for asked in answered) or [float("nan")]
@@ -170,7 +170,7 @@ def summary(name: str, found: Sequence[Asked], seconds: float, *, versions: int)
     }
 
 
-def is_mixed(asked: Asked, versions: int) -> bool:
+def is_mixed(asked: LoadRequest, versions: int) -> bool:
     """Whether two versions have written it: it names two, or its words are of two classes."""
     return len(asked.versions) > 1 or len({word % versions for word in asked.words}) > 1
 
