@@ -61,9 +61,11 @@ def measure_load(
         with own_server(versions[0], *options) as server:
             say(f"{given.clients} clients for {given.seconds:.0f} s, replicas killed and versions published")
             rows = [_disturbed(server, prompts, versions, given, say)]
+            say(_in_words(rows[-1]))
         with own_server(versions[0], *options) as server:
             say(f"{given.clients} clients for {given.seconds:.0f} s, undisturbed")
             rows.append(_quiet("rlhf-ray serve, undisturbed", server, prompts, given))
+            say(_in_words(rows[-1]))
         if vllm_python is not None:
             chosen = "bfloat16" if precision == "bfloat16" else "float32" if precision == "float32" else "auto"
             positions = max(512, work.prompt + work.response)
@@ -175,12 +177,22 @@ def is_mixed(asked: LoadRequest, versions: int) -> bool:
     return len(asked.versions) > 1 or len({word % versions for word in asked.words}) > 1
 
 
-def show_load(result: dict, *, as_json: bool) -> None:
-    def counts(found: dict[str, int]) -> str:
-        return ", ".join(f"{status}: {number}" for status, number in sorted(found.items())) or "none"
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{status}: {number}" for status, number in sorted(found.items())) or "none"
 
+
+def _in_words(row: dict) -> str:
+    """A row as soon as it is there: what comes after it may fail."""
+    return (
+        f"  {row['answered']} of {row['requests']} answered, sent again {_counts(row['retried'])}, "
+        f"failed {_counts(row['failed'])}, by two versions {row['mixed']}, p50 {row['p50_s']:.2f} s, p99 {row['p99_s']:.2f} s"
+    )
+
+
+def show_load(result: dict, *, as_json: bool) -> None:
     rows = [
-        (row["name"], str(row["requests"]), str(row["answered"]), counts(row["retried"]), counts(row["failed"]), str(row["mixed"]),
+        (row["name"], str(row["requests"]), str(row["answered"]), _counts(row["retried"]), _counts(row["failed"]),
+         str(row["mixed"]),
          f"{row['p50_s']:.2f}", f"{row['p99_s']:.2f}", f"{row['tokens_per_s']:,.0f}")
         for row in result["rows"]
     ]  # fmt: skip
