@@ -78,7 +78,7 @@ def assemble(
     advantage = config.advantage
     kl = torch.where(action_mask, kl_k1(old_logprobs, ref_logprobs), 0.0)
     penalised = penalise(scores, ended, action_mask, config)
-    baseline = advantage.score_baseline
+    baseline = advantage.score_baseline  # None: scores as they are, as for PPO
     compared = penalised if baseline is None else baseline(penalised, group_size=config.group_size)
     estimated_kl = kl  # counts nothing where the KL is in the loss, whose estimator may overflow
     if config.kl_in_reward:

@@ -51,8 +51,8 @@ def token_rewards(
 ) -> torch.Tensor:
     """Rewards [B, T]: -kl_coef * kl on every action token, and the score on the last one (EOS where there is one).
 
-    N+ and TRL place the score one position later, on the padding after EOS; here, as in OpenRLHF, it is on the token
-    whose choice ended the response.
+    The N+ implementation details (arXiv 2403.17031) and TRL place the score one position later, on the padding after EOS;
+    here, as in OpenRLHF, it is on the token whose choice ended the response.
     """
     rewards = torch.where(action_mask, -kl_coef * kl, 0.0)
     return rewards.scatter_add(1, last_action_index(action_mask)[:, None], scores[:, None].to(rewards.dtype))

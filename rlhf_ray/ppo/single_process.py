@@ -137,8 +137,9 @@ class SingleProcessPPO:
     def assemble(self, rollout: RolloutBatch, scores: torch.Tensor, before: BeforeUpdate) -> Assembled:
         """4. Rewards, then advantages and returns.
 
-        The reward of a token is -kl_coef * (old_logprob - ref_logprob). The last token of a response gets the score too.
-        GAE makes advantages and returns from rewards and values. The advantages are whitened over the batch.
+        The reward of a token is -kl_coef * (old_logprob - ref_logprob). The last token of a response gets the score too, clipped
+        and less the penalty for a response that did not end (`experience.penalise`). GAE makes advantages and returns from
+        rewards and values. The advantages are whitened over the batch.
         """
         rollout_logprobs = unflatten(rollout.rollout_logprobs, rollout.sequences.response_lengths)
         try:

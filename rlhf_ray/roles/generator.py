@@ -25,7 +25,7 @@ from rlhf_ray.tables.engines import ENGINES
 
 
 def supports_of(completions: Sequence[Completion]) -> list[Support] | None:
-    """What the tokens of each were drawn among; None where that is everything."""
+    """The token ids left after top_k, top_p and min_p for each token, among which it was drawn; None where that is all."""
     told = [(one.support, one.log_mass) for one in completions if one.support is not None and one.log_mass is not None]
     return [Support.of(*each) for each in told] if len(told) == len(completions) else None
 

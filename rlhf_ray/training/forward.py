@@ -41,7 +41,7 @@ class TokenBatch:
     states: torch.Tensor  # [A] where the state before each response token stands, in order of rows, on the flat inputs
     targets: torch.Tensor  # [A] int64, the response tokens
     response_lengths: torch.Tensor  # [B]
-    #: [M] places in the order of `states`, and [M] token ids: what the response tokens were drawn among; None: all
+    #: what each response token was drawn among after top_k, top_p and min_p: [M] places in `states`, [M] token ids; None: all
     support: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def support_mask(self, logits: torch.Tensor) -> torch.Tensor | None:
