@@ -95,6 +95,13 @@ class ScriptedEngine:
         return self.rows.pop(number, None) is not None
 
 
+class ScriptedCritic:
+    """Expects a tenth more of the whole with each token that it has read, from -1 on."""
+
+    async def values(self, ids):
+        return [place / 10 - 1 for place in range(1, len(ids) + 1)], 12
+
+
 class ScriptedLink:
     """A replica's app, without Ray between. versions: id -> the name whose script that version writes."""
 
@@ -107,7 +114,7 @@ class ScriptedLink:
         for version, script in (versions or {"": name}).items():
             self.runners.append(EngineRunner(ScriptedEngine(script, tokenizer, step_s), max_rows=16, max_waiting_rows=16))
             config = AppConfig(name=name, limits=limits, version=version or None)
-            self.apps[version] = build_routes(self.runners[-1], reader, config)
+            self.apps[version] = build_routes(self.runners[-1], reader, config, ScriptedCritic() if name == "ppo" else None)
 
     async def answer(self, request):
         app = self.apps.get(request.version) or next(iter(self.apps.values()))

@@ -463,6 +463,16 @@ def test_the_playground_tells_log_probs_of_the_very_tokens_under_both_models(ser
     assert served.send("POST", "/page/playground", json=body).json()["answers"][0] == ppo
 
 
+def test_the_playground_tells_the_critics_value_before_each_token(served):
+    body = {"prompt": "piano", "models": ["ppo", "sft"], "max_tokens": 6, "temperature": 0}
+    ppo, sft = served.send("POST", "/page/playground", json=body).json()["answers"]
+    asked = {"model": "ppo", "messages": [{"role": "user", "content": "piano"}], "max_tokens": 1}
+    prompt = served.send("POST", "/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"]
+    # Before the first token the critic has read the prompt, and one token more before each further one.
+    assert [token["value"] for token in ppo["tokens"]] == pytest.approx([(prompt + read) / 10 - 1 for read in range(6)])
+    assert not any("value" in token for token in sft["tokens"])  # a model without a critic
+
+
 def test_the_playground_asks_a_reward_server_and_a_failure_is_no_reward(tmp_path):
     import socket
 

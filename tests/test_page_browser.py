@@ -327,9 +327,12 @@ def test_the_playground_colours_tokens(served, tab, size):
     by_logprob = page.evaluate(paints)
     page.check("[value=kl]")
     assert len(set(by_logprob)) > 3 and len(set(page.evaluate(paints))) == 1  # its own reference
+    page.check("[value=value]")  # of the first model alone there is a critic
+    assert len(set(page.evaluate(paints.replace("[1]", "[0]")))) > 3 and len(set(page.evaluate(paints))) == 1
     page.focus(".tokens >> nth=0")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
+    assert "value before it" in page.locator(".figures").first.inner_text()
     assert re.search(r"log-prob −\d.*reference −\d", page.locator(".figures").first.inner_text())
     shoot(page, f"playground-{size}")
     assert not opened.faults

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from rlhf_ray.bench.flops import Shape, Work
 from rlhf_ray.bench.random_run import bench_recipe, cores, random_prompts, torch_that_spins, write_random_run
 from rlhf_ray.bench.results import hardware, in_brackets, on_hardware, ratios, show, spread
+from rlhf_ray.bench.served_process import NAME, own_server
 from rlhf_ray.config import Precision
 from rlhf_ray.runs.run_folder import RunFolder
 
@@ -36,8 +37,6 @@ def measure_serve(
 ) -> dict:
     """work.rows requests per round; a row of the result for each number of clients."""
     torch = torch_that_spins()
-    from rlhf_ray.serving.launch import serve
-
     threads, before = threads or cores(), torch.get_num_threads()
     torch.set_num_threads(threads)
     recipe = bench_recipe(shape, work, microbatch=work.rows, precision=precision, resources={})
@@ -47,11 +46,10 @@ def measure_serve(
         model = folder.stage("sft").model
         engine = _load_engine(model, precision)
         prompts = random_prompts(shape.vocabulary, work.rows, work.prompt, recipe.seed)
-        server = serve(model, port=0, name="bench", threads=threads, precision=precision, block=False)
         try:
-            rows = [_one_number(server.url, engine, prompts, work.response, number, repeats) for number in clients]
+            with own_server(model, "--threads", str(threads), "--precision", precision) as server:
+                rows = [_one_number(server.url, engine, prompts, work.response, number, repeats) for number in clients]
         finally:
-            server.close()
             torch.set_num_threads(before)
     return {
         "clients": rows,
@@ -105,7 +103,7 @@ def _client(url: str, prompts: list[list[int]], response: int, first: int, clien
     assert place.hostname is not None  # a server's own URL
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=600)
     for number in range(first, len(prompts), clients):
-        body = {"model": "bench", "prompt": prompts[number], "max_tokens": response, "temperature": 1.0, "seed": number}
+        body = {"model": NAME, "prompt": prompts[number], "max_tokens": response, "temperature": 1.0, "seed": number}
         sent = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()

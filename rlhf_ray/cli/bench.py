@@ -18,7 +18,9 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks, as ratios measur
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Size = Annotated[
     str,
-    typer.Option(help="4m, 14m, 124m (GPT-2), smollm2 or 1b (Llama's blocks); --layers, --width, --heads, --vocab override it"),
+    typer.Option(
+        help="4m, 14m, 124m (GPT-2), smollm2 or 1b (Llama's blocks); --layers, --width, --heads, --vocab override it"
+    ),
 ]
 Layers = Annotated[int | None, typer.Option(help="transformer blocks", min=1)]
 Width = Annotated[int | None, typer.Option(help="hidden size", min=1)]
@@ -62,7 +64,8 @@ def bench_ppo(
     response: Response = 48,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 4,
     lora: Annotated[
-        int | None, typer.Option(help="rank of adapters at policy and critic, which alone train; default: all weights do", min=1)
+        int | None,
+        typer.Option(help="rank of adapters at policy and critic, which alone train; default: all weights do", min=1),
     ] = None,
     microbatch: Annotated[
         int, typer.Option(help="rollouts per forward pass, TRL's too; lowered to a divisor of --batch", min=1)
@@ -178,7 +181,7 @@ def bench_serve(
     width: Width = None,
     heads: Heads = None,
     vocab: Vocab = None,
-    clients: Annotated[list[int] | None, typer.Option(help="at a time (repeatable); 1 and 16", min=1)] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="at a time (repeatable); 1, 16 and 64", min=1)] = None,
     requests: Annotated[int, typer.Option(help="a round", min=1)] = 64,
     prompt: Prompt = 32,
     response: Response = 48,
@@ -193,9 +196,51 @@ def bench_serve(
     shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
     work = Work(rows=requests, prompt=prompt, response=response, epochs=1)
     result = measure_serve(
-        shape, work, clients=clients or [1, 16], repeats=repeats, threads=threads, precision=_precision(precision)
+        shape, work, clients=clients or [1, 16, 64], repeats=repeats, threads=threads, precision=_precision(precision)
     )
     show_serve(result, as_json=json_output)
+
+
+@bench_app.command("load")
+@in_words
+def bench_load(
+    size: Size = "4m",
+    layers: Layers = None,
+    width: Width = None,
+    heads: Heads = None,
+    vocab: Vocab = None,
+    clients: Annotated[int, typer.Option(help="at a time", min=1)] = 64,
+    minutes: Annotated[float, typer.Option(help="of each measurement", min=0.05)] = 10.0,
+    kill_every: Annotated[float, typer.Option(help="seconds between two kills of a replica", min=1)] = 30.0,
+    swaps: Annotated[int, typer.Option(help="versions that are published meanwhile", min=0, max=7)] = 3,
+    replicas: Annotated[int, typer.Option(help="of the server", min=1)] = 2,
+    prompt: Prompt = 32,
+    response: Response = 48,
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm-python", help="an interpreter with vLLM, whose own server is measured too")
+    ] = None,
+    precision: Precision = "auto",
+    json_output: Json = False,
+):
+    """Many clients for minutes while replicas are killed and versions published: what fails, what is mixed, how long it takes."""
+    from rlhf_ray.bench.under_load import Load, measure_load, show_load
+
+    shape = shape_of(size, layers=layers, width=width, heads=heads, vocabulary=vocab)
+    if shape.gated:
+        raise UserError(
+            f"--size {size} is no GPT-2, and versions are marked in a GPT-2's weights; take 4m, 14m or 124m"
+        )
+    given = Load(
+        clients=clients,
+        seconds=60 * minutes,
+        kill_every_s=kill_every,
+        swaps=swaps,
+        replicas=replicas,
+        response=response,
+    )
+    work = Work(rows=clients, prompt=prompt, response=response, epochs=1)
+    result = measure_load(shape, work, given, precision=_precision(precision), vllm_python=vllm_python, say=_say)
+    show_load(result, as_json=json_output)
 
 
 @bench_app.command("scale")

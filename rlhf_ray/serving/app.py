@@ -21,6 +21,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, install_error_handlers
 from rlhf_ray.serving.config import AppConfig
+from rlhf_ray.serving.critic_values import VALUES, CriticRunner, ValuesRequest, body_of, no_critic
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.openapi import BODIES, describe_bodies
 from rlhf_ray.serving.progress import Writer, finish, stream_of
@@ -32,7 +33,7 @@ from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowR
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/stats", "/version", "/openapi.json")
+PATHS = ("/v1/completions", "/v1/chat/completions", VALUES, "/v1/models", "/health", "/stats", "/version", "/openapi.json")
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -42,21 +43,23 @@ def build_app(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> 
     return guarded(build_routes(runner, reader, config), config)
 
 
-def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) -> FastAPI:
-    """The app for a caller that has checked key, host and size: no guard."""
+def build_routes(
+    runner: EngineRunner, reader: PromptReader, config: AppConfig, critic: CriticRunner | None = None
+) -> FastAPI:
+    """The app for a caller that has checked key, host and size: no guard. critic: of the run that the model is of."""
     app = FastAPI(
         title="rlhf_ray", description="OpenAI's completions and chat over one model.", version=version("rlhf_ray"),
         docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
     install_error_handlers(app, PATHS)
-    describe_bodies(app, BODIES, streams=BODIES)
+    describe_bodies(app, BODIES | {VALUES: ValuesRequest}, streams=BODIES)
 
     @app.exception_handler(EngineFailed)
     async def engine_failed(request: Request, error: EngineFailed) -> JSONResponse:
         body = error_body(503, f"The server can't answer now: {error}.", code="unavailable")
         return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
 
-    endpoints = _Endpoints(runner, reader, config)
+    endpoints = _Endpoints(runner, reader, config, critic)
     app.get("/health")(endpoints.health)
     app.get("/stats")(endpoints.stats)
     app.get("/version")(endpoints.version)
@@ -64,14 +67,15 @@ def build_routes(runner: EngineRunner, reader: PromptReader, config: AppConfig) 
     app.get("/v1/models/{model_id:path}")(endpoints.model)
     app.post("/v1/completions")(endpoints.completions)
     app.post("/v1/chat/completions")(endpoints.chat)
+    app.post(VALUES)(endpoints.values)
     return app
 
 
 class _Endpoints:
     """One method per route, then the steps that completions and chat share."""
 
-    def __init__(self, runner: EngineRunner, reader: PromptReader, config: AppConfig):
-        self.runner, self.reader, self.config = runner, reader, config
+    def __init__(self, runner: EngineRunner, reader: PromptReader, config: AppConfig, critic: CriticRunner | None):
+        self.runner, self.reader, self.config, self.critic = runner, reader, config, critic
         self.names = (config.name, *config.others)
         self.card = {
             "id": config.name,
@@ -138,6 +142,15 @@ class _Endpoints:
         rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
         return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
 
+    async def values(self, request: Request) -> dict[str, Any]:
+        """After each token of a text: the reward of the whole that the critic of the served run expects."""
+        body = parse(ValuesRequest, request.headers.get("content-type", ""), await request.body())
+        self._check_model(body.model)
+        if self.critic is None:
+            raise no_critic()
+        found, step = await while_connected(request.receive, self.critic.values(body.prompt))
+        return body_of(self.config.name, found, step)
+
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         """The parsed body of a request, for this model and within this server's limits."""
         body = parse(kind, request.headers.get("content-type", ""), await request.body())
@@ -197,12 +210,12 @@ class _Endpoints:
         drop_first_space: bool = False,
     ) -> Response:
         """Draw the rows and write them as OpenAI does: one body, or a stream of chunks."""
-        choices = [self._choice(row, drop_first_space) for row in rows]
+        choices = [self._choice(row, body, drop_first_space) for row in rows]
         if not rows:  # nothing but the echo is asked for
             texts = [ResponseText(self.reader.tokenizer, [], ()) for _ in range(len(prompts) * body.choices)]
             choices = [Choice(text, finish_reason="length") for text in texts]
         with _refusals():
-            ticket = self.runner.submit(rows)
+            ticket = self.runner.submit(rows, streams=body.stream)
         if body.stream:
             chunks = stream_of(body, prompts, choices, ticket, writer)
             return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
@@ -236,11 +249,12 @@ class _Endpoints:
             asked = [self.reader.text(row.prompt_ids) for row in ticket.rows]
             told[TEXTS] = [[prompt, choice.text.text] for prompt, choice in zip(asked, choices, strict=False)]
 
-    def _choice(self, row: RowRequest, drop_first_space: bool) -> Choice:
+    def _choice(self, row: RowRequest, body: GenerationRequest, drop_first_space: bool) -> Choice:
         rules = row.rules or TokenRules()
         text = ResponseText(
             self.reader.tokenizer, row.prompt_ids, row.params.stop,
             min_tokens=rules.min_tokens, drop_first_space=drop_first_space,
+            tells_tokens=body.alternatives is not None, in_pieces=body.stream,
         )  # fmt: skip
         return Choice(text, rules.stop_token_ids)
 

@@ -89,6 +89,8 @@ class EngineOptions:
     """Whether clients may write special tokens by their names; else these names are plain text, as they are in training."""
     engine: str = "torch"
     """A name of `tables.engines` that is continuous."""
+    critic: str | None = None
+    """Absolute path of a run folder whose PPO has left a critic, for /v1/values."""
     plugins: tuple[str, ...] = ()
     """Modules that are imported first, of which one may have registered it."""
 

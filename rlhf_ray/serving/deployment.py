@@ -29,7 +29,8 @@ from rlhf_ray.serving.config import (
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.links import ReplicaLink, watch
-from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, pieces
+from rlhf_ray.serving.relay import NOT_HERE, Piece, Put, Relayed, is_opening, pieces_of, write_answer
+from rlhf_ray.serving.replica_socket import Listening
 from rlhf_ray.serving.served import ServedModel, groups_of, served_models
 from rlhf_ray.serving.versions import VersionTable
 
@@ -51,11 +52,13 @@ _REPLICA: dict[str, Any] = {
 class Replica:
     """Versions of one model, and of the adapters on it, each with an engine in its own thread and its app in the event loop."""
 
-    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig]):
+    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig], socket: str | None = None):
+        """socket: where it also answers, for a front on this machine (`serving.replica_socket`)."""
         # Imported here: a process that only deploys this class (the command's) needs neither torch nor transformers.
         from rlhf_ray.serving.held import HeldVersions
 
         self.held = HeldVersions(options, configs)
+        self._listening = Listening(socket, self.write)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's: at the start, and when the versions to hold have changed, while requests are answered."""
@@ -63,14 +66,17 @@ class Replica:
         await self.held.hold(
             {model: [Version.from_json(one) for one in versions] for model, versions in wanted.items()}
         )
+        await self._listening.begin()
 
-    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+    async def write(self, request: Relayed, put: Put) -> None:
         found = self.held.app(request.model, request.version)
         if found is None:
-            yield [NOT_HERE, [], b"", False]
-            return
-        app, version = found
-        async with aclosing(_named(pieces(app, request), version)) as answer:
+            put([NOT_HERE, [], b"", False])
+        else:
+            await _write_named(*found, request, put)
+
+    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+        async with aclosing(pieces_of(lambda put: self.write(request, put))) as answer:
             async for piece in answer:
                 yield piece
 
@@ -89,9 +95,10 @@ class Replica:
 class RewardReplica:
     """One reward model, or an ensemble, which scores in a thread of its own."""
 
-    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig]):
+    def __init__(self, options: EngineOptions, configs: dict[str, AppConfig], socket: str | None = None):
         (self.config,), self.options = configs.values(), options
         self.app: ASGIApp | None = None
+        self._listening = Listening(socket, self.write)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's, at the start: which version to load. A reward model stays for as long as its server."""
@@ -103,10 +110,14 @@ class RewardReplica:
         version.check()
         self.runner = await asyncio.to_thread(load_reward, replace(self.options, model=version.folder), self.config.limits)
         self.version, self.app = version.id, build_reward_routes(self.runner, self.config.name)
+        await self._listening.begin()
+
+    async def write(self, request: Relayed, put: Put) -> None:
+        assert self.app is not None
+        await _write_named(self.app, self.version, request, put)
 
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
-        assert self.app is not None
-        async with aclosing(_named(pieces(self.app, request), self.version)) as answer:
+        async with aclosing(pieces_of(lambda put: self.write(request, put))) as answer:
             async for piece in answer:
                 yield piece
 
@@ -114,13 +125,15 @@ class RewardReplica:
         return asdict(self.runner.stats)
 
 
-async def _named(answer: AsyncGenerator[Piece], version: str) -> AsyncGenerator[Piece]:
-    """The answer, with the version that wrote it in its headers."""
-    async with aclosing(answer):
-        async for piece in answer:
-            if len(piece) > 3:  # the first one
-                piece[1].append([b"x-model-version", version.encode()])
-            yield piece
+async def _write_named(app: ASGIApp, version: str, request: Relayed, put: Put) -> None:
+    """The app's answer, with the version that wrote it in its headers."""
+
+    def put_named(piece: Piece) -> None:
+        if is_opening(piece):
+            piece[1].append([b"x-model-version", version.encode()])
+        put(piece)
+
+    await write_answer(app, request, put_named)
 
 
 @serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
@@ -150,6 +163,7 @@ class Bound:
 
     models: list[str]  # the ids of those that it has
     target: Application
+    socket: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +178,8 @@ class Deployed:
     gpus: float
     environment: Mapping[str, str]
     stage: ServedStage = "policy"
+    sockets: str | None = None
+    """A folder of this machine, for those of the replicas; None: they are reached by Serve's handles."""
 
     def bound(self, held: Mapping[str, Sequence[Version]]) -> dict[str, Bound]:
         """Name -> each replica's deployment, which reserves `cpus` and `gpus` and has these variables in its process.
@@ -175,7 +191,10 @@ class Deployed:
         names = tuple(model.name for model in self.models)
         found: dict[str, Bound] = {}
         for group in groups_of(self.models):
-            own = replace(self.options, engine=group[0].engine.name, plugins=group[0].engine.plugins)
+            own = replace(
+                self.options, engine=group[0].engine.name, plugins=group[0].engine.plugins,
+                critic=self.options.critic if group[0] is self.models[0] else None,  # the other models are not its run's
+            )  # fmt: skip
             # The front checks the key.
             apps = {
                 model.name: replace(
@@ -193,7 +212,8 @@ class Deployed:
                 deployment = (RewardReplica if self.stage == "reward" else Replica).options(
                     name=name, ray_actor_options=resources, user_config=wanted, version="1", _internal=True
                 )
-                found[name] = Bound([model.name for model in group], deployment.bind(own, apps))
+                socket = None if self.sockets is None else f"{self.sockets}/{name}"
+                found[name] = Bound([model.name for model in group], deployment.bind(own, apps, socket), socket)
         return found
 
 

@@ -25,6 +25,7 @@ from rlhf_ray.serving.versions import NoSuchVersion, VersionTable
 
 _EVENT_STREAM = b"text/event-stream"
 _STATS_WAIT_S = 5.0
+_RESTART_S = 15  # Serve needs about so long for a new replica; OpenAI's clients ask twice again, each time after Retry-After
 
 
 class ReplicaLost(Exception):
@@ -179,7 +180,7 @@ class Front:
         model = request.model
         tried: list[Link] = []
         lost = 0
-        error = _unavailable(f"No replica of the model {model} is running.", 5)
+        error = _unavailable(f"No replica of the model {model} is running.", _RESTART_S)
         full: list[Piece] = []  # the answer of a replica that is full
         while (link := self._least_busy(model, tried)) is not None:
             tried.append(link)

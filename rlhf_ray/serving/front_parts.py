@@ -17,7 +17,7 @@ from rlhf_ray.serving.control import VERSIONS, Control, versions_page
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.judge import Judge
-from rlhf_ray.serving.links import ReplicaLink, watch
+from rlhf_ray.serving.links import ReplicaLink, reconnect, watch
 from rlhf_ray.serving.page.build import PageParts, build_page, is_of_page
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.request_log import RequestLog
@@ -44,7 +44,7 @@ def whole_front(
     page: to chat, compare and vote; None: none is there.
     """
     tables = {model: VersionTable(version) for model, version in versions.items()}
-    tasks: list[Callable] = [lambda: watch(links)]
+    tasks: list[Callable] = [lambda: watch(links), lambda: reconnect(links)]
     stack = ExitStack()
 
     async def beside() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,14 +20,13 @@ from rlhf_ray.publish.checked_rows import check_rows, read_rows
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig, EngineOptions
-from rlhf_ray.serving.loading import Bases, load
+from rlhf_ray.serving.critic_values import CriticRunner
+from rlhf_ray.serving.loading import LOADING, Bases, load
 from rlhf_ray.serving.runner import EngineRunner, RunnerStats
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.2
-# One model at a time in a process: transformers changes torch's classes while it loads one.
-_LOADING = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -51,6 +49,7 @@ class HeldVersions:
         self._held: dict[str, dict[str, _Held]] = {model: {} for model in configs}
         self._stable: dict[str, str] = {}
         self._bases: Bases = Bases()
+        self._critic = None if options.critic is None else CriticRunner(options.critic)
         self._tasks: set[asyncio.Task] = set()
         self._ended: Counter[str] = Counter()  # what the engines that are gone have counted
 
@@ -112,7 +111,7 @@ class HeldVersions:
     def _load(self, model: str, held: _Held) -> None:
         """In a thread. What goes wrong is held's state, for the publisher to read."""
         version, config = held.version, self.configs[model]
-        with _LOADING:
+        with LOADING:
             try:
                 version.check()
                 options = replace(self.options, model=version.folder, adapter=version.adapter)
@@ -123,7 +122,7 @@ class HeldVersions:
                 except BaseException:  # fault boundary: whatever it was, the engine's thread ends
                     runner.close()
                     raise
-                held.app = build_routes(runner, reader, replace(config, version=version.id))
+                held.app = build_routes(runner, reader, replace(config, version=version.id), self._critic)
                 held.runner, held.state = runner, "ready"
             except UserError as error:
                 held.state, held.why = "failed", str(error)

@@ -1,4 +1,4 @@
-"""The front's way to the replicas, by Serve's handles, and a watch over them.
+"""The front's way to the replicas, by Serve's handles or by their sockets, and a watch over them.
 
 Each replica is a deployment of its own, so that a request goes to the one that was chosen.
 """
@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -19,10 +20,12 @@ from ray.serve.schema import DeploymentStatusOverview
 
 from rlhf_ray.serving.front import ReplicaLost
 from rlhf_ray.serving.relay import Piece, Relayed
+from rlhf_ray.serving.replica_socket import FrontEnd, WireLost, connect
 
 logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S = 2.0
+_RECONNECT_EVERY_S = 0.2
 # Serve's controller, which looks every two seconds, may call a replica running for so long after it has ended.
 _STALE_S = 10.0
 _ANSWERING = frozenset({"RUNNING", "UPDATING"})  # updating: it takes a new user_config while it answers
@@ -108,6 +111,70 @@ class ReplicaLink:
             self._down.clear()
         else:
             self._down.set()
+
+
+class SocketLink(ReplicaLink):
+    """One replica of this machine, whose socket the requests pass; Serve's handle is left to what is not urgent.
+
+    The connection ends with the replica, and one that listens again answers, so Serve's word on either is not waited for.
+    """
+
+    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str], socket: str):
+        super().__init__(name, handle, models)
+        self._socket = socket
+        self._wire: FrontEnd | None = None
+        self._connecting = asyncio.Lock()
+
+    async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
+        self.ongoing += 1
+        try:
+            if self._wire is None and not await self.connect():
+                self._ended()
+                raise ReplicaLost(self.name)
+            assert self._wire is not None
+            async with aclosing(self._wire.answer(request)) as answer:
+                async for piece in answer:
+                    yield piece
+        except WireLost as error:
+            raise ReplicaLost(self.name) from error
+        finally:
+            self.ongoing -= 1
+
+    async def connect(self) -> bool:
+        """Whether there is a connection now."""
+        async with self._connecting:
+            if self._wire is None:
+                self._wire = await connect(self._socket, self._lost)
+            if self._wire is not None and self._ended_at is not None:
+                self._ended_at = None
+                self._set(True)
+            return self._wire is not None
+
+    def _lost(self) -> None:
+        self._wire = None
+        self._ended()
+
+    @property
+    def waits_for_its_replica(self) -> bool:
+        return self._ended_at is not None
+
+    def note(self, up: bool) -> None:
+        if not self.waits_for_its_replica:
+            self._set(up)
+
+    def _set(self, up: bool) -> None:
+        super()._set(up)
+        if not up and self._wire is not None:
+            self._wire.end_unanswered()  # Serve has found that it hangs
+
+
+async def reconnect(links: Sequence[ReplicaLink]) -> None:
+    """Look again and again whether replicas that have ended are back, until cancelled."""
+    while True:
+        for link in links:
+            if isinstance(link, SocketLink) and link.waits_for_its_replica:
+                await link.connect()
+        await asyncio.sleep(_RECONNECT_EVERY_S)
 
 
 async def watch(links: Sequence[ReplicaLink]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from weakref import WeakValueDictionary
@@ -25,6 +26,10 @@ from rlhf_ray.training.precision import resolve_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# One model at a time in a process: transformers changes torch's classes while it loads one.
+LOADING = threading.Lock()
 
 
 class Bases(WeakValueDictionary[str, "PreTrainedModel"]):

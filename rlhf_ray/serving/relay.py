@@ -7,13 +7,14 @@ the app said of the answer behind it (a dict, `told`), which is for the front al
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Piece = list[Any]
+Put = Callable[[Piece], None]
 
 NOT_HERE = 421
 """Misdirected request: the replica has no such version. It stays between front and replica."""
@@ -44,57 +45,92 @@ async def relayed(scope: Scope, receive: Receive) -> Relayed | None:
     return Relayed(scope=kept, body=message.get("body", b""))
 
 
-async def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
-    """The app's answer, all that is ready at a time. Closing the generator cancels the app's work."""
-    ready: list[Message] = []
-    arrived = asyncio.Event()
-    sent = False
+async def write_answer(app: ASGIApp, request: Relayed, put: Put) -> None:
+    """Hand the app's answer to `put` as it comes. Cancelling this cancels the app's work."""
+    asked = False
+    last: Piece | None = None  # nobody listens behind an answer's end, so what the app says of it has to be there before
 
     async def receive() -> Message:
-        nonlocal sent
-        if sent:
+        nonlocal asked
+        if asked:
             await asyncio.Event().wait()  # a client that leaves cancels the whole task instead
-        sent = True
+        asked = True
         return {"type": "http.request", "body": request.body, "more_body": False}
 
     async def send(message: Message) -> None:
-        ready.append(message)
-        arrived.set()
+        nonlocal last
+        if message["type"] == "http.response.start":
+            put([message["status"], [list(pair) for pair in message.get("headers", [])], b"", True])
+        elif message.get("more_body", False):
+            put([message.get("body", b""), True])
+        else:
+            last = [message.get("body", b""), False]
 
     state: dict[str, Any] = {}
-    working = asyncio.ensure_future(app({**request.scope, "state": state}, receive, send))
-    working.add_done_callback(lambda _: arrived.set())
+    await app({**request.scope, "state": state}, receive, send)
+    if last is not None:
+        put([*last, state])
+
+
+def merged(first: Piece, then: Piece) -> Piece:
+    """Two pieces of one answer that follow each other."""
+    if is_opening(first):
+        return [first[0], first[1], first[2] + then[0], *then[1:]]
+    return [first[0] + then[0], *then[1:]]
+
+
+def is_opening(piece: Piece) -> bool:
+    """Whether it is the first of an answer."""
+    return isinstance(piece[0], int)
+
+
+class Pieces:
+    """Those of one answer, from whoever puts them to whoever reads them; what waits together is read as one piece."""
+
+    def __init__(self) -> None:
+        self._ready: Piece | None = None
+        self._ended = False
+        self.begun = False
+        self._arrived = asyncio.Event()
+
+    def put(self, piece: Piece) -> None:
+        self.begun = True
+        self._ready = piece if self._ready is None else merged(self._ready, piece)
+        self._arrived.set()
+
+    def end(self) -> None:
+        """None comes any more."""
+        self._ended = True
+        self._arrived.set()
+
+    async def next(self) -> Piece | None:
+        """Waits for one; None: it has ended."""
+        while self._ready is None:
+            if self._ended:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        piece, self._ready = self._ready, None
+        return piece
+
+
+def pieces(app: ASGIApp, request: Relayed) -> AsyncGenerator[Piece]:
+    """The app's answer, all that is ready at a time. Closing the generator cancels the app's work."""
+    return pieces_of(lambda put: write_answer(app, request, put))
+
+
+async def pieces_of(writing: Callable[[Put], Coroutine[Any, Any, None]]) -> AsyncGenerator[Piece]:
+    """What `writing` puts, all that is ready at a time. Closing the generator cancels it."""
+    found = Pieces()
+    working = asyncio.ensure_future(writing(found.put))
+    working.add_done_callback(lambda _: found.end())
     try:
-        while True:
-            await arrived.wait()
-            arrived.clear()
-            done = working.done()
-            messages, ready[:] = list(ready), []
-            piece = _joined(messages)
-            if piece is not None and not piece[-1]:
-                # Nobody listens behind an answer's end, so what the app says of it has to be there before.
-                await asyncio.wait({working})
-                piece.append(state)
-            if piece is not None:
-                yield piece
-            if done:
-                working.result()
-                return
+        while (piece := await found.next()) is not None:
+            yield piece
+        working.result()
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
-
-
-def _joined(messages: list[Message]) -> Piece | None:
-    """Messages of one answer as one piece."""
-    if not messages:
-        return None
-    bodies = [message for message in messages if message["type"] == "http.response.body"]
-    body = b"".join(message.get("body", b"") for message in bodies)
-    more = not bodies or bodies[-1].get("more_body", False)
-    if messages[0]["type"] == "http.response.start":
-        return [messages[0]["status"], [list(pair) for pair in messages[0].get("headers", [])], body, more]
-    return [body, more]
 
 
 def told(piece: Piece) -> tuple[Piece, dict[str, Any]]:
@@ -103,7 +139,7 @@ def told(piece: Piece) -> tuple[Piece, dict[str, Any]]:
 
 
 async def send_piece(piece: Piece, send: Send) -> None:
-    if len(piece) == 4:
+    if is_opening(piece):
         status, headers, body, more = piece
         await send({"type": "http.response.start", "status": status, "headers": [tuple(pair) for pair in headers]})
     else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Prompt tokens decoded in front of the response: some tokenizers drop the space of a text's first word.
 _CONTEXT_TOKENS = 5
+_WINDOW_TOKENS = 16  # decoded anew with each token, at most: so often is a new window begun, which costs a decoding of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,22 @@ class ResponseText:
         *,
         min_tokens: int = 0,
         drop_first_space: bool = False,
+        tells_tokens: bool = True,
+        in_pieces: bool = True,
     ):
-        """min_tokens: the text of fewer tokens holds no stop string."""
+        """min_tokens: the text of fewer tokens holds no stop string. tells_tokens: whether `take` gives any.
+
+        in_pieces: `take` is called before the end.
+        """
         self._tokenizer = tokenizer
         self._stop = stop
         self._drop_first_space = drop_first_space
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._window = 0  # decoding starts here: earlier tokens no longer change the text of later ones
         self._read = len(self._ids)  # tokens whose text is in self.text
+        self._known: str | None = None  # text of the window's tokens that are read; None: not decoded yet
+        self._pushed, self._tells_tokens = 0, tells_tokens
+        self._decodes_each = in_pieces or tells_tokens or bool(stop)
         self._tokens: list[TokenText] = []
         self._sent_tokens = 0
         self._sent = 0
@@ -65,12 +74,15 @@ class ResponseText:
         """silent: the token is reported and has no text (a stop token)."""
         if self.stopped:
             return
-        alternatives = tuple((self._token(each), one) for each, one in top)
-        self._tokens.append(TokenText(self._token(token_id), logprob, len(self.text), alternatives))
+        self._pushed += 1
+        if self._tells_tokens:
+            alternatives = tuple((self._token(each), one) for each, one in top)
+            self._tokens.append(TokenText(self._token(token_id), logprob, len(self.text), alternatives))
         if not silent:
             self._ids.append(token_id)
-            self._decode(final=False)
-        if len(self._tokens) <= self._min_tokens:
+            if self._decodes_each:
+                self._decode(final=False)
+        if self._pushed <= self._min_tokens:
             self._stops_from = len(self.text)
 
     def _token(self, token_id: int) -> str:
@@ -90,23 +102,28 @@ class ResponseText:
         return piece, tokens
 
     def _decode(self, *, final: bool) -> None:
-        known = self._words(self._ids[self._window : self._read])
+        if self._known is None:
+            self._known = self._words(self._ids[self._window : self._read])
         now = self._words(self._ids[self._window :])
         if final:
             now = now.rstrip("\N{REPLACEMENT CHARACTER}")  # the answer was cut inside a character
-        if len(now) <= len(known) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+        if len(now) <= len(self._known) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return  # nothing new, or the token ends inside a character
         before = len(self.text)
-        self.text += now[len(known) :].removeprefix(" " if self._drop_first_space else "")
+        self.text += now[len(self._known) :].removeprefix(" " if self._drop_first_space else "")
         self._drop_first_space = False
-        self._window, self._read = self._read, len(self._ids)
+        if len(self._ids) - self._window > _WINDOW_TOKENS:
+            self._window, self._known = self._read, None
+        else:
+            self._known = now
+        self._read = len(self._ids)
         self._find_stop(before)
 
     def _words(self, ids: list[int]) -> str:
         return decode(self._tokenizer, ids, special_tokens=False)
 
     def _find_stop(self, before: int) -> None:
-        if len(self._tokens) <= self._min_tokens:
+        if self._pushed <= self._min_tokens:
             return
         starts = {stop: max(self._stops_from, before - len(stop) + 1) for stop in self._stop}
         found = [at for stop, start in starts.items() if (at := self.text.find(stop, start)) >= 0]

@@ -1,7 +1,8 @@
 """One engine, one thread, many requests: rows join and leave the batch between two steps.
 
 The event loop never runs the model (it has health checks to answer) and the engine's thread never waits for a client:
-requests go in through a queue, tokens come out through one `call_soon_threadsafe` per step.
+requests go in through a queue, tokens come out through one `call_soon_threadsafe` per step that has some to hand over: those of
+a stream at once, those of a whole answer when it ends.
 """
 
 from __future__ import annotations
@@ -73,11 +74,14 @@ class EngineRunner:
             waiting_rows=max(0, self._outstanding - len(self._running)),
         )
 
-    def submit(self, rows: list[RowRequest]) -> Ticket:
-        """Queue all rows of one request, or raise Overloaded or EngineFailed. Called from the event loop."""
+    def submit(self, rows: list[RowRequest], *, streams: bool = True) -> Ticket:
+        """Queue all rows of one request, or raise Overloaded or EngineFailed. Called from the event loop.
+
+        streams: see `Ticket`.
+        """
         with self._lock:
             self._take_places(len(rows))
-            ticket = Ticket(self._cancel, rows, asyncio.get_running_loop())
+            ticket = Ticket(self._cancel, rows, asyncio.get_running_loop(), streams=streams)
             # Inside the lock: nothing is queued after the failure or the close that empties the queue.
             self._commands.put(("submit", ticket, range(len(rows))))
         return ticket
@@ -203,7 +207,12 @@ class EngineRunner:
         per_ticket: dict[Ticket, list[tuple[int, TokenEvent]]] = {}
         for event in events:
             ticket, row = self._running[event.request_id]
-            per_ticket.setdefault(ticket, []).append((row, event))
+            if ticket.streams:
+                per_ticket.setdefault(ticket, []).append((row, event))
+            else:
+                ticket.kept.setdefault(row, []).append((row, event))
+                if event.completion is not None:
+                    per_ticket.setdefault(ticket, []).extend(ticket.kept.pop(row))
             if event.completion is not None:
                 del self._running[event.request_id]
                 self._release(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from rlhf_ray.serving.config import (
     resolve_allowed_hosts,
     resolve_api_key,
 )
+from rlhf_ray.serving.critic_values import keeps_critic
 from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
 from rlhf_ray.serving.page.build import PageParts
 from rlhf_ray.serving.page.options import PageOptions
@@ -38,12 +40,12 @@ from rlhf_ray.serving.server_ray import check_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.serve import RunTarget
-    from ray.serve.handle import DeploymentHandle
 
     from rlhf_ray.publish.version import Version
     from rlhf_ray.serving.deployment import Bound
     from rlhf_ray.serving.front import Front
     from rlhf_ray.serving.http_server import HttpServer
+    from rlhf_ray.serving.links import SocketLink
 
 
 class Server:
@@ -157,10 +159,12 @@ class Server:
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             allow_special_tokens=self.allow_special_tokens,
+            critic=self.models[0].given if self.stage == "policy" and keeps_critic(Path(self.models[0].given)) else None,
         )
         deployed = Deployed(
             models=self.models, options=options, config=self.config, replicas=self._replicas_each, cpus=1, gpus=gpus,
             environment=self._environment, stage=self.stage,
+            sockets=self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf_ray_", ignore_cleanup_errors=True)),
         )  # fmt: skip
 
         def targets(bound: Mapping[str, Bound]) -> list[RunTarget]:
@@ -178,24 +182,28 @@ class Server:
             handles = ray_serve.run_many(targets(found))
         except RuntimeError as error:
             raise start_failure(ray_serve.status(), error) from None
-        replicas = [(name, handle, each.models) for (name, each), handle in zip(found.items(), handles, strict=True)]
-        self._open_front(replicas, versions, deploy)
+        from rlhf_ray.serving.links import SocketLink
+
+        links = [
+            SocketLink(name, handle, each.models, each.socket or "")
+            for (name, each), handle in zip(found.items(), handles, strict=True)
+        ]
+        self._open_front(links, versions, deploy)
 
     def _open_front(
         self,
-        replicas: Sequence[tuple[str, DeploymentHandle, Sequence[str]]],
+        links: Sequence[SocketLink],
         versions: Mapping[str, Version],
         deploy: Callable[[Mapping[str, Sequence[Version]]], None],
     ) -> None:
-        """replicas: (name, handle, ids of the models). versions: of each model, the one that it starts with."""
+        """versions: of each model, the one that it starts with."""
         from rlhf_ray.serving.front_parts import whole_front
         from rlhf_ray.serving.http_limits import HttpLimits
         from rlhf_ray.serving.http_server import HttpServer
-        from rlhf_ray.serving.links import ReplicaLink
 
         note = self._write_note()
         self._front, app = whole_front(
-            [ReplicaLink(*each) for each in replicas], self.config, versions, self.notes,
+            links, self.config, versions, self.notes,
             deploy=deploy if self.stage == "policy" else None, token=note.token,
             history=servers_folder() / f"{self.port}.versions.jsonl", page=self._page,
         )  # fmt: skip

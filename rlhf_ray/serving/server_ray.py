@@ -29,12 +29,15 @@ _FOREIGN_SETTINGS = (
 # replicas have on every interface, behind the token). Nobody reads the metrics.
 _LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
 
+# Ray makes its workers give way to all other processes (nice 15); a server's replicas are its work.
+_NICENESS = {"RAY_worker_niceness": "0"}
+
 
 def check_ray() -> None:
     """Import Ray with the settings that it reads then. UserError if this process uses a cluster already."""
     for variable in _FOREIGN_SETTINGS:
         os.environ.pop(variable, None)
-    os.environ |= _LOOPBACK_SETTINGS
+    os.environ |= _LOOPBACK_SETTINGS | _NICENESS
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 

@@ -52,8 +52,13 @@ class Ticket:
         cancel: Callable[[Ticket, set[int]], None],
         rows: list[RowRequest],
         loop: asyncio.AbstractEventLoop,
+        *,
+        streams: bool = True,
     ):
-        self.rows, self.loop = rows, loop
+        """streams: its tokens are handed over as they are drawn; else those of a row together, when it ends."""
+        self.rows, self.loop, self.streams = rows, loop, streams
+        self.kept: dict[int, list[tuple[int, TokenEvent]]] = {}
+        """By row, what is not handed over yet; the engine's thread alone touches it."""
         self._cancel = cancel
         self._inbox: deque[tuple[int, TokenEvent]] = deque()
         self._arrived = asyncio.Event()

@@ -1,4 +1,4 @@
-"""An answer token by token: its log-probs under the model and under a reference, and its reward.
+"""An answer token by token: its log-probs under the model and under a reference, the critic's values, and its reward.
 
 Both models read the very tokens that were drawn (`return_token_ids`), so that a token's log-ratio is that of the draw. Log-probs
 are those before temperature. KL: the sum over the answer of log-prob minus reference log-prob (k1, nats), as PPO measures it.
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from rlhf_ray.serving.api_errors import ApiError
+from rlhf_ray.serving.critic_values import VALUES
 from rlhf_ray.serving.page.bodies import PlaygroundBody
 from rlhf_ray.serving.page.served_answers import COMPLETIONS, Card, Models, request_for, too_long, version_of
 
@@ -36,12 +37,14 @@ async def _answer(
     scoring = [_scored(models, card, ids, found.get("system_fingerprint"))]
     if reference is not None:
         scoring.append(_scored(models, reference, ids, reference.version))
-    own, *others = await asyncio.gather(*scoring)
+    (own, *others), values = await asyncio.gather(asyncio.gather(*scoring), _values(models, card, ids, drawn))
     reference_scores = others[0] if others else None
     if reference_scores is not None and reference_scores["tokens"] != own["tokens"]:
         told = f"{body.reference} reads other tokens than {card.name}, so it can't be its reference."
         raise ApiError(400, told, param="reference")
     tokens = [{"token": token, "logprob": logprob} for token, logprob in _pairs(own, drawn)]
+    for token, value in zip(tokens, values, strict=True) if values else ():
+        token["value"] = value
     kl = None
     if reference_scores is not None:
         for token, (_, logprob) in zip(tokens, _pairs(reference_scores, drawn), strict=True):
@@ -76,6 +79,17 @@ async def _scored(models: Models, card: Card, ids: list[int], version: str | Non
     """{tokens, token_logprobs, ...} of the ids under a model. version: that must say so, of a model that has several."""
     asked = {"model": card.name, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
     return (await models.ask("POST", COMPLETIONS, asked, version))["choices"][0]["logprobs"]
+
+
+async def _values(models: Models, card: Card, ids: list[int], drawn: int) -> list[float]:
+    """Before each of the last `drawn` tokens, what the critic expects of the whole; [] where the model has none."""
+    try:
+        found = await models.ask("POST", VALUES, {"model": card.name, "prompt": ids}, card.version)
+    except ApiError as error:
+        if error.status == 404:
+            return []
+        raise
+    return found["values"][len(ids) - drawn - 1 : len(ids) - 1]
 
 
 def _pairs(scores: dict[str, Any], last: int) -> list[tuple[str, float]]:

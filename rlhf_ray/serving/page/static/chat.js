@@ -21,6 +21,7 @@ byId("chat-new").addEventListener("click", () => {
   stop?.abort();
   messages = [];
   byId("chat-log").replaceChildren();
+  byId("chat-heard").replaceChildren();
   byId("chat-text").focus();
 });
 byId("chat-text").addEventListener("keydown", (event) => {
@@ -31,9 +32,19 @@ byId("chat-text").addEventListener("keydown", (event) => {
 });
 
 function turn(role, text) {
-  const node = make("div", { class: `turn ${role}`, dir: "auto" }, text);
+  const who = role === "user" ? "You" : byId("chat-model").value;
+  const node = make("div", { class: `turn ${role}`, dir: "auto", role: "article", "aria-label": who }, text);
   byId("chat-log").append(node);
   return node;
+}
+
+// What a screen reader says of an answer: each sentence once, when it is whole. The log itself changes with every token.
+let heard = 0;
+function hear(text, whole) {
+  const rest = text.slice(heard);
+  const found = whole ? rest : (rest.match(/^[^]*(?:[.!?]\s|\n)/)?.[0] ?? "");
+  heard += found.length;
+  if (found.trim()) byId("chat-heard").append(make("p", {}, found.trim()));
 }
 
 byId("chat-form").addEventListener("submit", async (event) => {
@@ -51,11 +62,14 @@ byId("chat-form").addEventListener("submit", async (event) => {
   byId("chat-send").textContent = "Stop";
   byId("chat-status").textContent = "";
   let said = "";
+  heard = 0;
+  byId("chat-heard").replaceChildren();
   try {
     for await (const piece of pieces({ model: byId("chat-model").value, messages }, stop.signal)) {
       said += piece;
       node.classList.remove("busy");
       node.textContent = said;
+      hear(said, false);
       byId("chat-form").scrollIntoView({ block: "nearest" });
     }
     if (!said) node.textContent = "(nothing)";
@@ -65,6 +79,7 @@ byId("chat-form").addEventListener("submit", async (event) => {
       node.textContent = `${said}${said ? "\n\n" : ""}${error instanceof TypeError ? "The server can't be reached." : error.message}`;
     } else if (!said) node.textContent = "(stopped)";
   }
+  hear(node.textContent, true);
   // What a model takes: turns that alternate. A question without an answer is asked again, not kept.
   if (said) messages.push({ role: "assistant", content: said });
   else messages.pop();

@@ -151,10 +151,10 @@ async function sendPending() {
 function done(body, receipt, text) {
   if (localStorage.getItem("pending") === JSON.stringify(body)) localStorage.removeItem("pending");
   last = { comparison: body.comparison, receipt };
+  byId("compare-last").hidden = false; // before its text: what changes in what is hidden is not read out
   byId("last-text").textContent = text;
   byId("last-change").hidden = false;
   byId("last-who").hidden = receipt === null;
-  byId("compare-last").hidden = false;
 }
 
 byId("last-who").addEventListener("click", () => {

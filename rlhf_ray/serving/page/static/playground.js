@@ -31,6 +31,9 @@ byId("playground-form").addEventListener("submit", async (event) => {
   try {
     ({ answers } = await call("/page/playground", { body }));
     fill(byId("playground-answers"), ...answers.map(show));
+    const valued = answers.some((answer) => answer.tokens.some((token) => token.value !== undefined));
+    byId("by-value").hidden = !valued;
+    if (!valued && colour() === "value") document.querySelector("[name=colour][value=logprob]").checked = true;
     paint();
     status.textContent = "Click a token, or walk through them with ← and →.";
   } catch (error) {
@@ -74,15 +77,23 @@ function show(answer, place) {
 
 function words(token) {
   const found = [`“${token.token}”: log-prob ${number(token.logprob)} (${number(100 * Math.exp(token.logprob), 1)} %)`];
+  if (token.value !== undefined) found.push(`value before it ${number(token.value)}`);
   if (gap(token) !== null) found.push(`reference ${number(token.reference_logprob)}, difference ${number(gap(token))}`);
   return found.join("; ");
 }
 
-// 0 to 1: 5 nats and more are full colour, as is a difference of 2.
+// 0 to 1: 5 nats and more are full colour, as are a difference of 2 and the value that is farthest from 0 in what is shown.
 function paint() {
+  const values = answers.flatMap((answer) => answer.tokens.map((token) => Math.abs(token.value ?? 0)));
+  const farthest = Math.max(...values, 1e-9);
+  const shades = {
+    logprob: (token) => -token.logprob / 5,
+    kl: (token) => (gap(token) ?? 0) / 2,
+    value: (token) => (token.value ?? 0) / farthest,
+  };
   document.querySelectorAll(".tokens").forEach((tokens, place) => {
     answers[place].tokens.forEach((token, index) => {
-      const by = colour() === "kl" ? (gap(token) ?? 0) / 2 : -token.logprob / 5;
+      const by = shades[colour()](token);
       const node = tokens.children[index];
       node.classList.toggle("less", by < 0);
       node.style.setProperty("--at", String(Math.min(Math.abs(by), 1)));

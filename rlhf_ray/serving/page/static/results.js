@@ -24,7 +24,7 @@ export async function open() {
   try {
     const [figures, page] = await Promise.all([call(`/page/results${query(filters())}`), readVotes()]);
     showFigures(figures);
-    fill(byId("results-votes"), make("h3", {}, "Votes"), ...page);
+    fill(byId("results-votes"), make("h2", { class: "part" }, "Votes"), ...page);
     byId("results-status").textContent = figures.votes ? "" : "No votes yet.";
   } catch (error) {
     byId("results-status").textContent = error.message;
@@ -52,10 +52,10 @@ const tile = (value, name) => make("div", { class: "tile" }, make("b", {}, value
 const between = (figure, say) => make("small", {}, ` ${say(figure.low)} to ${say(figure.high)}`);
 
 function table(caption, heads, rows) {
-  const head = make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text))));
+  const head = make("thead", {}, make("tr", {}, ...heads.map((text) => (text ? make("th", { scope: "col" }, text) : make("td")))));
   const body = rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name),
     ...cells.map((cell) => make("td", {}, ...(Array.isArray(cell) ? cell : [cell])))));
-  return [make("h3", {}, caption), make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": caption },
+  return [make("h2", { class: "part" }, caption), make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": caption },
     make("table", {}, head, make("tbody", {}, ...body)))];
 }
 
@@ -114,7 +114,7 @@ function showVote(vote) {
   const prompt = make("div", { class: "prompt" });
   showPrompt(prompt, vote.prompt);
   const answer = (side, name) => make("article", { class: vote.choice === side ? "chosen" : "" },
-    make("h2", {}, `${name}: ${vote[side].model}@${vote[side].version}`), make("div", { class: "text", dir: "auto" }, vote[side].text.trim()));
+    make("h3", {}, `${name}: ${vote[side].model}@${vote[side].version}`), make("div", { class: "text", dir: "auto" }, vote[side].text.trim()));
   const asked = typeof vote.prompt === "string" ? vote.prompt : vote.prompt.at(-1).content;
   const short = asked.trim().length > 80 ? `${asked.trim().slice(0, 80)} …` : asked.trim();
   const when = new Date(1000 * vote.voted_at).toLocaleString();
