@@ -54,6 +54,7 @@ def results():
     return on_ranks(work, 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", STAGES)
 def test_moments_leave_the_device_and_no_bit_changes(results, stage):
     for rank in results:
