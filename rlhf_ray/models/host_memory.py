@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,13 +17,17 @@ def pin(buffer: torch.Tensor) -> torch.Tensor:
     """A GPU reads and writes it by itself from now on: for what is used again and again. As large as it is; torch's own pinned
     memory comes in powers of two. To be unpinned before it goes, unless the process goes with it."""
     if buffer.numel():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        torch.cuda.check_error(_runtime().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     return buffer
 
 
 def unpin(buffer: torch.Tensor) -> None:
     if buffer.numel():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+        torch.cuda.check_error(_runtime().cudaHostUnregister(buffer.data_ptr()))
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # annotated as None where torch was built without CUDA
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
@@ -79,8 +84,9 @@ class HostCopy:
 
 
 def _mapped(process: int, file: int, size: int) -> torch.UntypedStorage:
-    return torch.UntypedStorage.from_file(f"/proc/{process}/fd/{file}", True, size)
+    return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(f"/proc/{process}/fd/{file}", True, size))
 
 
 def _tensor(memory: torch.UntypedStorage, dtype: torch.dtype, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(memory, first // dtype.itemsize, shape)
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(memory, first // dtype.itemsize, shape, strides)

@@ -215,7 +215,7 @@ class _Endpoints:
             texts = [ResponseText(self.reader.tokenizer, [], ()) for _ in range(len(prompts) * body.choices)]
             choices = [Choice(text, finish_reason="length") for text in texts]
         with _refusals():
-            ticket = self.runner.submit(rows, streams=body.stream)
+            ticket = self.runner.submit(rows, streams=bool(body.stream))
         if body.stream:
             chunks = stream_of(body, prompts, choices, ticket, writer)
             return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
@@ -254,7 +254,7 @@ class _Endpoints:
         text = ResponseText(
             self.reader.tokenizer, row.prompt_ids, row.params.stop,
             min_tokens=rules.min_tokens, drop_first_space=drop_first_space,
-            tells_tokens=body.alternatives is not None, in_pieces=body.stream,
+            tells_tokens=body.alternatives is not None, in_pieces=bool(body.stream),
         )  # fmt: skip
         return Choice(text, rules.stop_token_ids)
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class WireLost(Exception):
     """The other end is gone, or could not complete the answer."""
 
 
-class _End(asyncio.Protocol):
+class _End(asyncio.Protocol, ABC):
     """What both ends share: frames that are written in one iteration of the event loop go out together."""
 
     def __init__(self) -> None:
@@ -54,13 +55,15 @@ class _End(asyncio.Protocol):
         self._ready[number] = what if before is None or what is None else merged(before, what)
 
     def _flush(self) -> None:
-        frames = [msgpack.packb([number, what], unicode_errors="surrogatepass") for number, what in self._ready.items()]
+        packer = msgpack.Packer(unicode_errors="surrogatepass")
+        frames = [packer.pack([number, what]) for number, what in self._ready.items()]
         self._ready.clear()
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(frames))
 
+    @abstractmethod
     def said(self, number: int, what: Any) -> None:
-        raise NotImplementedError
+        """What the other end said of this request."""
 
 
 class _ReplicaEnd(_End):

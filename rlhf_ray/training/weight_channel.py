@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import distributed
@@ -45,7 +45,8 @@ class WeightChannel:
                 self.group = distributed.ProcessGroupNCCL(store, rank, size, options)
             else:
                 self.group = distributed.ProcessGroupGloo(store, rank, size, timeout)
-            self.store = store.clone()  # a connection of its own: one that waits is closed to others
+            # A connection of its own: one that waits is closed to others. torch's annotations do not have it.
+            self.store = cast(Any, store).clone()
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, torch.Tensor]], layout: Layout, dtype: torch.dtype) -> int:
