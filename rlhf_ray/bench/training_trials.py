@@ -61,7 +61,7 @@ def entropy_beside_logprobs() -> None:
     def apart():
         selected_logprobs(logits, ids, temperature=1.0)
         for some in logits.float().split(max(1, 2**18 // VOCABULARY)):
-            some.logsumexp(-1) - (some.softmax(-1) * some).sum(-1)
+            _ = some.logsumexp(-1) - (some.softmax(-1) * some).sum(-1)
 
     trial("entropy in the log-probs' reading of the logits", "kept", apart,
           lambda: selected_logprobs_and_entropy(logits, ids, temperature=1.0))  # fmt: skip
