@@ -110,7 +110,7 @@ Ray killed 2 worker(s) based on the killing policy
 Selected to kill: (Task: job ID=01000000, lease ID=0000000001, task name=A.__init__, required resources={}, pid=22750)
 To see more information about memory usage on this node, use `ray logs raylet.out -ip 10.0.0.7`
 Top 10 memory users: PID\tMEM(GB)\tCOMMAND
-22500\t0.45\t/work/python -m rlhf_ray run demo
+22500\t0.45\t/opt/python -m rlhf_ray run demo
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/. Consider provisioning more memory."""
 
 
