@@ -17,41 +17,39 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import conftest  # noqa: F401 - sets the environment before Ray is imported
 import pytest
-import ray
 from chaos_cells import Cell, cells, single_cells
+from chaos_hosts import Network, hosts_with_faults, session_with_faults
+from chaos_store import Storage, as_stored, kept_in_store, storage_with_faults, stored_folder
+from chaos_store import refused as no_store
 from chaos_table import write_table
-from processes import wait_for
-from ranks import free_port
 from safetensors.torch import load_file
 from tiny import tiny_recipe, write_start
 
 from rlhf_ray.actors import faults
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.ppo_stage import run_ppo
-from rlhf_ray.actors.ray_start import prepare_home
-from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
+from rlhf_ray.actors.session import ray_session
 from rlhf_ray.ppo.checkpoint import last_good, read_role
 from rlhf_ray.runs.events import EventLog
 from rlhf_ray.runs.metrics import read_metrics
+from rlhf_ray.runs.remote_store import is_url
 from rlhf_ray.runs.run_folder import RunFolder
 
 PROMPTS, BATCH = 16, 8  # of tiny_recipe
-LIMIT_S = 1500  # of a cell
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -73,9 +71,9 @@ class Ended:
                 file.write(json.dumps([chunks[0].step, samples]) + "\n")
             return update(group, shards, *rates)
 
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, kept_in_store(self.folder) as folder:
             patch.setattr(PolicyGroup, "update", audited)
-            run_ppo(recipe, self.folder, self.progress.append)
+            run_ppo(recipe, folder, self.progress.append)
 
     @property
     def said(self) -> list[str]:
@@ -127,84 +125,35 @@ class Ended:
         return all(Counter(each for step in steps for each in trained[step]) == every for steps in epochs)
 
 
-@contextmanager
-def session_with_faults(path: Path) -> Iterator[None]:
-    """A Ray whose actors read their faults from a file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults.VARIABLE, str(path))
-        with ray_session(None, start_timeout_s=600):
-            yield
-
-
-@contextmanager
-def hosts_with_faults(path: Path) -> Iterator[None]:
-    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes. All are on
-    this machine's own address: a Ray on loopback has one host."""
-    over, started = threading.Event(), list[subprocess.Popen]()
-    prepare_home(makes_token=True)
-    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults.VARIABLE, str(path))
-        started.append(start_host("--head", f"--port={address.partition(':')[2]}", "--num-cpus=0", "--include-dashboard=false"))
-        keeper = threading.Thread(target=keep_two, args=(address, started, over))
-        try:
-            wait_for(lambda: listens(address), seconds=600)
-            keeper.start()
-            with ray_session(address, start_timeout_s=600):
-                wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=600)
-                yield
-        finally:
-            over.set()
-            if keeper.ident is not None:
-                keeper.join()
-            for host in reversed(started):
-                host.terminate()
-                host.wait(60)
-
-
-def start_host(*options: str) -> subprocess.Popen:
-    """Ends when its Ray has ended."""
-    ray_command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    return subprocess.Popen([*ray_command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def keep_two(address: str, started: list[subprocess.Popen], over: threading.Event) -> None:
-    """started: the head, and then hosts of one core."""
-    while not over.wait(1.0):
-        if sum(host.poll() is None for host in started[1:]) < 2:
-            started.append(start_host(f"--address={address}", "--num-cpus=1"))
-
-
-def listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
-
-
-def prepare(path: Path, folder: Path, listed: list[dict]) -> RunFolder:
-    """A run folder at the start of PPO, and the faults of the run."""
-    for kind in ("calls", "processes"):
+def prepare(path: Path, folder: RunFolder, listed: list[dict]) -> RunFolder:
+    """The run folder at the start of PPO, and the faults of the run."""
+    for kind in ("calls", "processes", "signs"):
         shutil.rmtree(path.with_name(f"{path.name}.{kind}"), ignore_errors=True)
     path.write_text(json.dumps(listed))
-    return write_start(tiny_recipe(), RunFolder(folder))
+    return write_start(tiny_recipe(), folder)
 
 
 def run_driver(cell: Cell, path: Path, folder: RunFolder) -> int:
-    """The run in processes of its own, one after the other until one ends well -> how many there were."""
+    """The run in processes of its own, one after the other until one ends well -> how many there were. Of a run in a store each
+    begins without the working copy of the one before."""
+    where = folder.url or str(folder.path)
     for number in range(1, 12):
-        command = [sys.executable, __file__, "--driver", str(folder.path), "--sections", json.dumps(cell.sections)]
+        command = [sys.executable, __file__, "--driver", where, "--sections", json.dumps(cell.sections)]
         ended = subprocess.run(command, env=os.environ | {faults.VARIABLE: str(path)}, capture_output=True, text=True)
         if ended.returncode == 0:
             return number
         assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+        if folder.url is not None:
+            shutil.rmtree(folder.path)
     raise AssertionError("the driver never ended well")
 
 
-def drive(folder: Path, sections: dict) -> None:
+def drive(where: str, sections: dict) -> None:
     """What such a process does."""
+    folder = stored_folder(where) if is_url(where) else RunFolder(Path(where))
     with ray_session(None, start_timeout_s=600):
         faults.tell_process("driver-0")
-        Ended(RunFolder(folder)).run(tiny_recipe(**sections))
+        Ended(folder).run(tiny_recipe(**sections))
 
 
 # -- the matrix -------------------------------------------------------------------------------------------------------
@@ -213,6 +162,7 @@ def drive(folder: Path, sections: dict) -> None:
 class Matrix:
     def __init__(self, log: Path, scratch: Path):
         self.log, self.scratch, self.faults = log, scratch, scratch / "faults.json"
+        self.storage: Storage | None = None
         self.rows: dict[str, dict] = {}
         if log.exists():
             self.rows = {row["name"]: row for row in map(json.loads, log.read_text().splitlines())}
@@ -222,15 +172,12 @@ class Matrix:
         if cell.name in self.rows:
             return self.rows[cell.name]
         wanted = self._undisturbed(cell)
-        folder = prepare(self.faults, self.scratch / cell.name.replace(" ", "_"), cell.faults)
+        folder = prepare(self.faults, self._folder(cell), cell.faults)
         ended, started, drivers = Ended(folder), time.monotonic(), 1
         row: dict = {"name": cell.name, "faults": len(cell.faults), "kind": cell.faults[0]["kind"], "error": None}
         try:
-            with time_limit(LIMIT_S):
-                if cell.driver:
-                    drivers = run_driver(cell, self.faults, folder)
-                else:
-                    ended.run(tiny_recipe(**cell.sections))
+            with time_limit(cell.limit_s):
+                ended, drivers = self._run(cell, ended)
             facts = ended.facts()
             differs = [name for name in facts if facts[name] != wanted["facts"][name]]
             once = ended.each_once(cell.sections.get("ppo", {}).get("samples_per_prompt", 1))
@@ -240,7 +187,12 @@ class Matrix:
         except BaseException as error:  # fault boundary: a cell that fails is a row of the table
             if isinstance(error, KeyboardInterrupt):
                 raise
-            row |= {"exact": False, "each_once": False, "passed": False, "error": f"{type(error).__name__}: {error}"[:600]}
+            row |= {
+                "exact": False,
+                "each_once": False,
+                "passed": False,
+                "error": f"{type(error).__name__}: {error}"[:600],
+            }
             traceback.print_exc()
         events = ended.events
         row |= {
@@ -248,23 +200,36 @@ class Matrix:
             "undisturbed_s": wanted["seconds"], "lost_s": [event["cost_s"] for event in events],
             "steps_lost": [event.get("steps_lost") for event in events], "roles": [event.get("role") for event in events],
             "at": [event.get("step") for event in events], "wanted": cell.faults,
+            "met": self.storage.take_met() if cell.store and self.storage else [],
             "what": [f"{event['what']}, {event.get('phase')}: {event.get('seen')}; {event['done']}" for event in events],
         }  # fmt: skip
         return self._keep(row)
 
     def _undisturbed(self, cell: Cell) -> dict:
         """The run of the same recipe without a fault."""
-        name = f"undisturbed {json.dumps(cell.sections, sort_keys=True)}"
+        name = f"undisturbed {json.dumps(without_placement(cell.sections), sort_keys=True)}"
         if name not in self.rows:
-            folder = prepare(self.faults, Path(tempfile.mkdtemp(dir=self.scratch)), [])
-            ended, started = Ended(folder), time.monotonic()
-            if cell.driver:
-                run_driver(cell, self.faults, folder)
-            else:
-                ended.run(tiny_recipe(**cell.sections))
+            plain = replace(cell, store=False)
+            ended, started = Ended(prepare(self.faults, self._folder(plain), [])), time.monotonic()
+            ended, _ = self._run(plain, ended)
             assert not ended.events, ended.events
             self._keep({"name": name, "facts": ended.facts(), "seconds": round(time.monotonic() - started, 1)})
         return self.rows[name]
+
+    def _folder(self, cell: Cell) -> RunFolder:
+        if cell.store:
+            assert self.storage is not None
+            return stored_folder(self.storage.bucket())
+        return RunFolder(Path(tempfile.mkdtemp(dir=self.scratch)) / "run")
+
+    def _run(self, cell: Cell, ended: Ended) -> tuple[Ended, int]:
+        """(what is left of the run, how many drivers there were). Of a run in a store that is what the store has."""
+        drivers = 1
+        if cell.driver:
+            drivers = run_driver(cell, self.faults, ended.folder)
+        else:
+            ended.run(tiny_recipe(**cell.sections))
+        return (Ended(as_stored(ended.folder, self.scratch)) if cell.store else ended), drivers
 
     def _keep(self, row: dict) -> dict:
         self.rows[row["name"]] = row = json.loads(json.dumps(row))
@@ -287,13 +252,26 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def without_placement(sections: dict) -> dict:
+    """Where actors stand changes no result."""
+    resources = {name: value for name, value in sections.get("resources", {}).items() if name != "placement"}
+    return {name: value for name, value in (sections | {"resources": resources}).items() if value}
+
+
+def possible(cells: list[Cell], why_not: str | None) -> list[Cell]:
+    """Those cells, or none, which is told."""
+    if cells and why_not is not None:
+        print(f"not run: {', '.join(cell.name for cell in cells)}: {why_not}")
+    return [] if why_not is not None else cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=["*"], nargs="+", help="cells whose name fits one of these patterns")
     parser.add_argument("--log", type=Path, help="file of the cells that are done (default: of a temporary folder)")
     parser.add_argument("--write", type=Path, help="folder for the table")
     parser.add_argument("--note", default="", help="a sentence on the machine and the commits, for the table")
-    parser.add_argument("--driver", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--driver", help=argparse.SUPPRESS)
     parser.add_argument("--sections", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.driver is not None:
@@ -304,15 +282,28 @@ def main() -> None:
     chosen = list(by_name.values())
     with tempfile.TemporaryDirectory(prefix="chaos_") as scratch:
         matrix = Matrix(args.log or Path(scratch) / "cells.jsonl", Path(scratch))
-        here = [cell for cell in chosen if not (cell.driver or cell.hosts)]
-        if not all(cell.name in matrix.rows for cell in here):
+
+        def left(cells: Iterable[Cell]) -> list[Cell]:
+            return [cell for cell in cells if cell.name not in matrix.rows]
+
+        if here := left(cell for cell in chosen if not (cell.driver or cell.hosts != "none" or cell.store)):
             with session_with_faults(matrix.faults):
                 for cell in here:
                     matrix.run(cell)
-        for cell in (each for each in chosen if each.driver):  # a process has one Ray at a time
+        for cell in left(cell for cell in chosen if cell.driver and not cell.store):  # a process has one Ray at a time
             matrix.run(cell)
-        for cell in (each for each in chosen if each.hosts):
-            with hosts_with_faults(matrix.faults):
+        if stored := possible(left(cell for cell in chosen if cell.store), no_store()):
+            with storage_with_faults(Path(scratch), matrix.faults) as matrix.storage:
+                for cell in (each for each in stored if each.driver):
+                    matrix.run(cell)
+                if here := [each for each in stored if not each.driver]:
+                    with session_with_faults(matrix.faults):
+                        for cell in here:
+                            matrix.run(cell)
+        nodes = left(cell for cell in chosen if cell.hosts == "nodes")
+        nodes += possible(left(cell for cell in chosen if cell.hosts == "network"), Network.refused())
+        for cell in nodes:
+            with hosts_with_faults(matrix.faults, network=cell.hosts == "network"):
                 matrix.run(cell)
         rows = [row for row in matrix.rows.values() if "passed" in row]
         if args.write is not None:

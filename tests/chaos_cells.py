@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,9 @@ class Cell:
     sections: dict = field(default_factory=dict)  # of the recipe, laid over the tiny one's
     exact: bool = True  # False: each prompt once, not the same bits
     driver: bool = False  # the driver is a process of its own, started again until it ends well
-    hosts: bool = False  # on a Ray of several nodes, in place of one
+    hosts: Literal["none", "nodes", "network"] = "none"  # several nodes of Ray in place of one; each in a network of its own
+    store: bool = False  # the run folder is in S3, and what is compared is what S3 has in the end
+    limit_s: int = 1500
 
 
 VICTIMS = ("generation", "reward", "reference", "experience", "policy", "critic")
@@ -26,7 +29,33 @@ POINTS = {
     "evaluate": [("reward", "score", 3, "before"), ("experience", "evaluate", 1, "after")],
     "checkpoint": [("policy", "save", 1, "before"), ("critic", "save", 1, "after")],
 }
+#: Phase -> role -> a point in the middle of its work: (method, which call of the step, what has been used by then, how often). A
+#: chunk is drawn or scored in part; one optimiser step of four is taken; some weights are packed, copied, saved.
+MIDDLES = {
+    "generate": {"generation": ("generate", 1, "role.engine.decoder.decode", 3)},
+    "score": {
+        "reward": ("score", 2, "role.scorer.score", 1),
+        "reference": ("logprobs", 1, "role.module.forward", 1),
+        "policy": ("logprobs", 2, "role.engine.forward", 1),
+        "critic": ("values", 1, "role.engine.forward", 1),
+    },
+    "assemble": {"experience": ("assemble", 1, "rlhf_ray.roles.experience_maker.assemble", 1)},
+    "update": {"policy": ("update", 1, "role.engine.step", 1), "critic": ("update", 1, "role.engine.step", 2)},
+    "sync": {
+        "policy": ("weights", 1, "role.weights", 2),
+        "generation": ("load_weights", 1, "rlhf_ray.models.wire.as_tensor", 2),
+    },
+    "evaluate": {
+        "generation": ("generate", 3, "role.engine.decoder.decode", 2),
+        "reward": ("score", 4, "role.scorer.score", 1),
+        "reference": ("logprobs", 3, "role.module.forward", 1),
+        "experience": ("evaluate", 1, "rlhf_ray.roles.experience_maker.score_stats", 1),
+    },
+    "checkpoint": {"policy": ("save", 1, "role.engine.state", 3), "critic": ("save", 1, "role.engine.state", 3)},
+}  # fmt: skip
 EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
+CARD = "chaos0"  # of a host; no interface of this machine itself, which a fault may not take down
+SIGN = {"kind": "sign", "name": "storage"}
 OWN = {"generation": "generate", "reward": "score", "reference": "logprobs", "experience": "assemble",
        "policy": "update", "critic": "update"}  # fmt: skip
 
@@ -35,6 +64,17 @@ def fault(
     role: str, method: str, step: int | None, call: int = 1, when: str = "before", kind: str = "kill", rank: int = 0, **more
 ) -> dict:
     return {"role": role, "rank": rank, "method": method, "step": step, "call": call, "when": when, "kind": kind, **more}
+
+
+def middle_faults(phase: str) -> list[dict]:
+    """Each role dies once, in the middle of its own work in the phase; one that has none, in the middle of another's."""
+    middles = MIDDLES[phase]
+    found = []
+    for step, victim in enumerate(VICTIMS, start=1):
+        at = victim if victim in middles else list(middles)[step % len(middles)]
+        method, call, when, times = middles[at]
+        found.append(fault(at, method, step, call, when, victim=f"{victim}-0", times=times))
+    return found
 
 
 def single_cells() -> list[Cell]:
@@ -57,12 +97,45 @@ def cells() -> list[Cell]:
         ])
         for phase, points in POINTS.items()
     ]  # fmt: skip
-    first = enumerate((points[0] for points in POINTS.values()), start=1)
-    driver = [fault(*point[:2], step, *point[2:], victim="driver-0") for step, point in first]
-    hosts = [fault(*point[:2], step, *point[2:], kind="host", victim="policy-0") for step, point in
-             enumerate((points[0] for points in POINTS.values()), start=1)]  # fmt: skip
-    found.append(Cell(name="worker host x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, hosts=True, faults=hosts))
-    found.append(Cell(name="driver x all", sections={"ppo": EVERY_STEP | {"steps": 8}}, driver=True, faults=driver))
+    found += [
+        Cell(name=f"middle of {phase}", sections={"ppo": EVERY_STEP | {"steps": 8}}, faults=middle_faults(phase))
+        for phase in MIDDLES
+    ]  # fmt: skip
+
+    def in_each_phase(**more) -> list[dict]:
+        """One fault per phase, each in another step, at the phase's first point."""
+        first = enumerate((points[0] for points in POINTS.values()), start=1)
+        return [fault(*point[:2], step, *point[2:], **more) for step, point in first]
+
+    eight = {"ppo": EVERY_STEP | {"steps": 8}}
+    spread = {"placement": "SPREAD"}
+    link = {"kind": "link", "interface": CARD, "victim": "policy-0"}
+    found += [
+        Cell(name="worker host x all", sections=eight, hosts="nodes", limit_s=3000,
+             faults=in_each_phase(kind="host", victim="policy-0")),
+        Cell(name="link away x all", sections=eight | {"resources": spread}, hosts="network", limit_s=3000,
+             faults=in_each_phase(**link, seconds=3)),
+        Cell(name="link down x all", sections=eight | {"resources": spread}, hosts="network", limit_s=3000,
+             faults=in_each_phase(**link)),
+        Cell(name="link between two ranks down in an update", hosts="network", limit_s=3000,
+             sections={"resources": spread | {role: {"actors": 2, "zero_stage": 2} for role in ("policy", "critic")}},
+             faults=[fault("policy", "update", 1, when="role.engine.step", kind="link", interface=CARD, rank=1)]),
+        Cell(name="driver x all", sections=eight, driver=True, limit_s=3000, faults=in_each_phase(victim="driver-0")),
+        Cell(name="S3 dies x all", sections=eight, store=True, faults=in_each_phase(**SIGN, do="die")),
+        Cell(name="driver and its disk lost, run in S3", sections={"ppo": EVERY_STEP}, store=True, driver=True,
+             faults=[fault("policy", "update", 2, victim="driver-0"), fault("critic", "save", 3, victim="driver-0")]),
+    ]  # fmt: skip
+    found += [
+        Cell(name=f"S3 {words} in the middle of an upload", sections=eight, store=True, faults=[
+            fault("policy", "save", 1, **SIGN, do=do, of="ppo/checkpoints/"),
+            fault("critic", "update", 2, **SIGN, do=do, of="ppo/metrics.jsonl"),
+            fault("policy", "save_model", 3, **SIGN, do=do, of="ppo/best/"),
+            fault("reward", "score", 4, **SIGN, do=do, of="CONTENTS.json"),
+            fault("policy", "save", 5, **SIGN, do=do, of="critic-00"),
+            fault("policy", "save_model", 8, **SIGN, do=do, of="ppo/model/"),
+        ])
+        for do, words in (("die", "dies"), ("slow", "slows down"), ("error", "answers errors"))
+    ]  # fmt: skip
     for kind, more in (("stop", {}), ("exception", {}), ("slow", {"seconds": 5})):
         found += [
             Cell(name=f"{victim} {kind}", faults=[fault(victim, method, step, kind=kind, **more) for step in (1, 3)])

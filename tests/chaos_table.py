@@ -27,9 +27,12 @@ make chaos ARGS="--log cells.jsonl"           # notes each cell when it is done;
 """
 
 
+PHASE, MIDDLE = "all x ", "middle of "
+
+
 def write_table(folder: Path, rows: list[dict], names: list[str], note: str = "") -> None:
     """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not. note: of the circumstances."""
-    matrix = [row for row in rows if row["name"].startswith("all x ")]
+    matrix = [row for row in rows if row["name"].startswith((PHASE, MIDDLE))]
     others = [row for row in rows if row not in matrix]
     machine = on_hardware({"hardware": hardware()})
     lines = [INTRODUCTION, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
@@ -51,32 +54,47 @@ def _matrix(rows: list[dict]) -> list[str]:
     """One row per phase, one column per role: losses seen of faults, and their seconds."""
     roles = list(dict.fromkeys(fault["victim"].partition("-")[0] for row in rows for fault in row["wanted"]))
     lines = [
-        "A run per phase, of 14 steps; every role dies twice in it, each time in another step, before or after the work of the\n"
-        "phase. A cell: losses that were seen of those that there were, and the seconds that each cost. One that is not seen is\n"
-        "of an actor that nobody asked anything any more.\n",
-        f"| phase | exact | {' | '.join(roles)} |", f"|---|---|{'---|' * len(roles)}",
+        "Two runs per phase. In one, of 14 steps, every role dies twice, each time in another step, before or after the work of a\n"
+        "call. In the other, of 8 steps, every role dies once, in the middle of a call: a chunk is drawn in part or scored and not\n"
+        "yet handed in, one optimiser step of four is taken, some of the weights are packed, loaded or copied. A role that has work\n"
+        "of its own in the phase dies in that. A cell: losses that were seen of those that there were, and the seconds that each\n"
+        "cost. One that is not seen is of an actor that nobody asked anything any more.\n",
+        f"| phase | point | exact | {' | '.join(roles)} |", f"|---|---|---|{'---|' * len(roles)}",
     ]  # fmt: skip
-    for row in rows:
+    phases = list(dict.fromkeys(row["name"].removeprefix(PHASE).removeprefix(MIDDLE) for row in rows))
+    for row in sorted(rows, key=lambda row: phases.index(row["name"].removeprefix(PHASE).removeprefix(MIDDLE))):
         cells = []
         for role in roles:
             lost = [seconds for seconds, of in zip(row["lost_s"], row["roles"], strict=True) if of == role]
             wanted = sum(fault["victim"].startswith(role) for fault in row["wanted"])
             told = ", ".join(f"{seconds:.0f}" for seconds in lost)
             cells.append(f"{len(lost)} of {wanted}" + (f": {told} s" if lost else ""))
-        lines.append(f"| {row['name'].removeprefix('all x ')} | {_verdict(row)} | {' | '.join(cells)} |")
+        point = "before, after" if row["name"].startswith(PHASE) else "in the middle"
+        phase = row["name"].removeprefix(PHASE).removeprefix(MIDDLE)
+        lines.append(f"| {phase} | {point} | {_verdict(row)} | {' | '.join(cells)} |")
     return lines
 
 
 def _others(rows: list[dict]) -> list[str]:
     lines = ["| run | faults | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|"]
     for row in rows:
-        lost = ", ".join(f"{seconds:.0f}" for seconds in row["lost_s"] if seconds is not None) or "0"
+        losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
+        lost = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None) or "0"
         if row["restarts"]:
             lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
         again = sum(steps or 0 for steps in row["steps_lost"])
-        faults = ", ".join(f"{fault['kind']} at {fault['role']}.{fault['method']}" for fault in row["wanted"])
+        faults = ", ".join(map(_in_words, row["wanted"]))
         lines.append(f"| {row['name']} | {faults} | {_verdict(row)} | {'yes' if row['each_once'] else 'no'} | {lost} | {again} |")
     return lines
+
+
+def _in_words(fault: dict) -> str:
+    at = f"{fault['role']}.{fault['method']}"
+    if fault["kind"] == "sign":  # of the storage
+        return f"{fault['do']} {fault['of'] + ' ' if fault.get('of') else ''}at {at}"
+    if fault["kind"] == "link":
+        return f"link down {'for ' + str(fault['seconds']) + ' s ' if 'seconds' in fault else ''}at {at}"
+    return f"{fault['kind']} at {at}"
 
 
 def _by_role(rows: list[dict]) -> list[str]:

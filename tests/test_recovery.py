@@ -12,6 +12,7 @@ from tiny import tiny_recipe
 
 from rlhf_ray.actors import stragglers
 from rlhf_ray.errors import RunFailed
+from rlhf_ray.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
 
@@ -21,7 +22,7 @@ def run_with(faults_file, tmp_path_factory):
     """Run the tiny recipe with faults -> what there is to look at."""
 
     def run(listed, **sections):
-        ended = Ended(prepare(faults_file, tmp_path_factory.mktemp("run"), listed))
+        ended = Ended(prepare(faults_file, RunFolder(tmp_path_factory.mktemp("run")), listed))
         ended.run(tiny_recipe(**sections))
         return ended
 

@@ -5,16 +5,24 @@ The environment variable RLHF_RAY_FAULTS names a JSON file, which is read at eac
     [{"role": "policy", "rank": 0, "method": "update", "call": 2, "when": "before", "kind": "kill"}]
 
 role, rank: the actor; method: of its class in `actors.role_actors` or `trainer_actors`; call: which one of those, from 1, counted
-over restarts in a folder beside the file; step: only of those while so many steps are finished, counted apart (None: of all); when:
-before or after it has worked. kind:
+over restarts in a folder beside the file; step: only of those while so many steps are finished, counted apart (None: of all).
+
+when: before or after the call has worked, or in the middle of its work: the dotted name, from the actor on, of what the work calls
+or iterates over, such as "role.engine.step" (of a function of the package: its full name). The fault comes when that has been
+called, or has yielded an item, once, or `times` times.
+
+kind:
 
     kill       SIGKILL
     stop       SIGSTOP: the process is there and never answers
     exception  RuntimeError
     slow       it sleeps for `seconds` (1)
     host       SIGKILL to all processes of the Ray node that it is on
+    link       the interface `interface` of the network that it is in goes down: for `seconds`, or for good where none are given
+    sign       a file `name`.json, with the fault in it, appears in the folder "signs" beside this one: for whoever makes the fault
+               outside of the run
 
-victim: "reward-0", say: kill or stop that actor (or its host) at this point instead, which must be on the same host.
+victim: "reward-0", say: that actor (its host, its network) meets it at this point instead; it must be on the same machine.
 """
 
 from __future__ import annotations
@@ -22,12 +30,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial, wraps
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
+
+import rlhf_ray
+from rlhf_ray.runs.storage import write_atomically
 
 VARIABLE = "RLHF_RAY_FAULTS"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -52,11 +66,50 @@ def _at_point(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         faults = _faults_of(Path(path), self.name, name)
         _come(Path(path), faults, "before")
-        result = method(self, *args, **kwargs)
+        with ExitStack() as put_in:
+            for fault in (each for each in faults if each["when"] not in ("before", "after")):
+                put_in.callback(_put_in_the_middle(self, fault, partial(_happen, Path(path), fault)))
+            result = method(self, *args, **kwargs)
         _come(Path(path), faults, "after")
         return result
 
     return at_point
+
+
+def _put_in_the_middle(actor: Any, fault: dict[str, Any], happen: Callable[[], None]) -> Callable[[], None]:
+    """Let it happen after what the fault names has been used -> what takes it out again."""
+    place, _, name = fault["when"].rpartition(".")
+    owner = import_module(place) if place.startswith(f"{rlhf_ray.__name__}.") else attrgetter(place)(actor)
+    own = vars(owner).get(name)  # None: it is its class's
+    # getattr: the name is the fault's, and there is no other way from there to what it names.
+    setattr(owner, name, _followed_by(getattr(owner, name), happen, fault.get("times", 1)))
+    return partial(delattr, owner, name) if own is None else partial(setattr, owner, name, own)
+
+
+def _followed_by(used: Callable[..., Any], happen: Callable[[], None], times: int) -> Callable[..., Any]:
+    """The same function, or the same iterator, and `happen` after so many calls or items."""
+    left = times
+
+    def one_more() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            happen()
+
+    def items(found: Iterator[Any]) -> Iterator[Any]:
+        for item in found:
+            yield item
+            one_more()
+
+    @wraps(used)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        found = used(*args, **kwargs)
+        if isinstance(found, Iterator):
+            return items(found)
+        one_more()
+        return found
+
+    return followed
 
 
 def tell_process(actor: str) -> None:
@@ -95,18 +148,26 @@ def _count(path: Path, name: str) -> int:
 
 def _come(path: Path, faults: list[dict[str, Any]], when: str) -> None:
     for fault in (each for each in faults if each["when"] == when):
-        kind = fault["kind"]
-        if kind == "exception":
-            raise RuntimeError(f"a fault for tests: {fault}")
-        if kind == "slow":
-            time.sleep(fault.get("seconds", 1))
+        _happen(path, fault)
+
+
+def _happen(path: Path, fault: dict[str, Any]) -> None:
+    kind = fault["kind"]
+    if kind == "exception":
+        raise RuntimeError(f"a fault for tests: {fault}")
+    if kind == "slow":
+        time.sleep(fault.get("seconds", 1))
+    elif kind == "sign":
+        write_atomically(_beside(path, "signs", f"{fault['name']}.json"), json.dumps(fault))
+    else:
+        victim = fault.get("victim")
+        process = os.getpid() if victim is None else int(_beside(path, "processes", victim).read_text())
+        if kind == "host":
+            _end_host(process)
+        elif kind == "link":
+            _take_down(process, fault["interface"], fault.get("seconds"))
         else:
-            victim = fault.get("victim")
-            process = os.getpid() if victim is None else int(_beside(path, "processes", victim).read_text())
-            if kind == "host":
-                _end_host(process)
-            else:
-                os.kill(process, SIGNALS[kind])
+            os.kill(process, SIGNALS[kind])
 
 
 def _end_host(process: int) -> None:
@@ -127,6 +188,15 @@ def _end_host(process: int) -> None:
     for each in sorted(started, key=lambda pid: pid == os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
+
+
+def _take_down(process: int, interface: str, seconds: float | None) -> None:
+    """In the network (namespace) that the process is in; and up again by a process that nobody waits for."""
+    network = f"nsenter --net=/proc/{process}/ns/net"
+    if seconds is not None:  # it enters the network before that can be gone
+        back = f"sleep {seconds}; ip link set dev {interface} up"
+        subprocess.Popen([*network.split(), "sh", "-c", back], start_new_session=True)
+    subprocess.run(f"{network} ip link set dev {interface} down".split(), check=True, capture_output=True, timeout=60)
 
 
 def _beside(path: Path, kind: str, name: str) -> Path:
