@@ -177,8 +177,8 @@ def cells() -> list[Cell]:
         Cell(name="a snapshot every 3 steps", sections={"resources": {"snapshot_every": 3}, "ppo": {"checkpoint_every": 4}},
              faults=[fault("policy", "update", 2)]),
         Cell(name="policy and critic at once", faults=[fault("policy", "update", 1), fault("critic", "update", 1)]),
-        Cell(name="policy and generation at once", faults=[fault("policy", "weights", 1), fault("policy", "weights", 1,
-                                                                                            victim="generation-0")]),
+        Cell(name="policy and generation at once",  # in this order: the policy can end nobody any more
+             faults=[fault("policy", "weights", 1, victim="generation-0"), fault("policy", "weights", 1)]),
         Cell(name="at the start", faults=[fault("policy", "join", None), fault("reward", "ready", None)]),
     ]  # fmt: skip
     return found

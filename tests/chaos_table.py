@@ -54,11 +54,11 @@ def _matrix(rows: list[dict]) -> list[str]:
     """One row per phase, one column per role: losses seen of faults, and their seconds."""
     roles = list(dict.fromkeys(fault["victim"].partition("-")[0] for row in rows for fault in row["wanted"]))
     lines = [
-        "Two runs per phase. In one, of 14 steps, every role dies twice, each time in another step, before or after the work of a\n"
-        "call. In the other, of 8 steps, every role dies once, in the middle of a call: a chunk is drawn in part or scored and not\n"
-        "yet handed in, one optimiser step of four is taken, some of the weights are packed, loaded or copied. A role that has work\n"
-        "of its own in the phase dies in that. A cell: losses that were seen of those that there were, and the seconds that each\n"
-        "cost. One that is not seen is of an actor that nobody asked anything any more.\n",
+        "Two runs per phase. In one, of 14 steps, every role dies twice, each time in another step, before or after the work of\n"
+        "a call. In the other, of 8 steps, every role dies once, in the middle of a call: a chunk is drawn in part or scored and\n"
+        "not yet handed in, one optimiser step of four is taken, some of the weights are packed, loaded or copied. A role that has\n"
+        "work of its own in the phase dies in that. A cell: losses that were seen of those that there were, and the seconds that\n"
+        "each cost. One that is not seen is of an actor that nobody asked anything any more.\n",
         f"| phase | point | exact | {' | '.join(roles)} |", f"|---|---|---|{'---|' * len(roles)}",
     ]  # fmt: skip
     phases = list(dict.fromkeys(row["name"].removeprefix(PHASE).removeprefix(MIDDLE) for row in rows))
@@ -76,7 +76,9 @@ def _matrix(rows: list[dict]) -> list[str]:
 
 
 def _others(rows: list[dict]) -> list[str]:
-    lines = ["| run | faults | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| run | faults | came | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     for row in rows:
         losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
         lost = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None) or "0"
@@ -84,7 +86,11 @@ def _others(rows: list[dict]) -> list[str]:
             lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
         again = sum(steps or 0 for steps in row["steps_lost"])
         faults = ", ".join(map(_in_words, row["wanted"]))
-        lines.append(f"| {row['name']} | {faults} | {_verdict(row)} | {'yes' if row['each_once'] else 'no'} | {lost} | {again} |")
+        came = row.get("happened", row["seen"])  # older rows: losses that were seen
+        once = "yes" if row["each_once"] else "no"
+        lines.append(
+            f"| {row['name']} | {faults} | {came} of {row['faults']} | {_verdict(row)} | {once} | {lost} | {again} |"
+        )
     return lines
 
 

@@ -63,7 +63,7 @@ def at(tmp_path, monkeypatch):
     ("save", "role.engine.items", {}, ["a"]),
     ("save", "role.engine.items", {"times": 2}, ["a", "b"]),
 ])  # fmt: skip
-def test_where_in_a_call_a_fault_happens(at, method, when, more, done):
+def test_where_in_a_call_a_fault_happens(at, tmp_path, method, when, more, done):
     actor = at(method, when, **more)
     with pytest.raises(RuntimeError, match="a fault for tests"):
         getattr(actor, method)()
@@ -71,6 +71,7 @@ def test_where_in_a_call_a_fault_happens(at, method, when, more, done):
     assert "step" not in vars(actor.role.engine) and "items" not in vars(actor.role.engine)
     getattr(actor, method)()  # another call of it: nothing is left in place
     assert len(actor.done) == len(done) + (4 if method == "update" else 3)
+    assert faults.happened(tmp_path / "faults.json") == 1
 
 
 def test_a_function_of_the_package_is_followed_and_left_as_it_was(at, monkeypatch):
@@ -98,3 +99,42 @@ def test_a_link_goes_down_and_comes_up_again(at, tmp_path, monkeypatch):
     network = ["nsenter", f"--net=/proc/{os.getpid()}/ns/net"]
     down = [*network, "ip", "link", "set", "dev", "eth0", "down"]
     assert told == [down, [*network, "sh", "-c", "sleep 3; ip link set dev eth0 up"], down]
+
+
+@faults.with_points
+class Scorer:
+    def __init__(self, name):
+        self.name = name
+        faults.tell_process(name)
+
+    def score(self, value):
+        return value
+
+
+def test_a_fault_comes_at_its_call_counted_over_restarts(tmp_path, monkeypatch):
+    path = tmp_path / "faults.json"
+    fault = {"role": "reward", "rank": 1, "method": "score", "call": 3, "when": "before", "kind": "exception"}
+    path.write_text(json.dumps([fault]))
+    assert Scorer("reward-1").score(5) == 5  # not asked for
+    monkeypatch.setenv(faults.VARIABLE, str(path))
+    assert [Scorer("reward-0").score(5) for _ in range(5)] == [5] * 5  # another rank
+    first = Scorer("reward-1")
+    assert (first.score(1), first.score(2)) == (1, 2)
+    with pytest.raises(RuntimeError, match="a fault for tests"):
+        Scorer("reward-1").score(3)  # the third, of an actor that was made again
+    assert first.score(4) == 4
+
+
+def test_a_fault_of_a_step_counts_the_calls_of_that_step(tmp_path, monkeypatch):
+    path = tmp_path / "faults.json"
+    fault = {"role": "reward", "rank": 0, "method": "score", "step": 1, "call": 2, "when": "after", "kind": "exception"}
+    path.write_text(json.dumps([fault]))
+    monkeypatch.setenv(faults.VARIABLE, str(path))
+    role = Scorer("reward-0")
+    for step, calls in ((0, 3), (1, 1), (2, 3)):
+        faults.tell_step(step)
+        assert [role.score(5) for _ in range(calls)] == [5] * calls
+    faults.tell_step(1)  # the step is taken again
+    with pytest.raises(RuntimeError, match="a fault for tests"):
+        role.score(5)
+    assert role.score(5) == 5

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from chaos import Ended, prepare
-from chaos_cells import cells, fault
+from chaos_cells import VICTIMS, cells, fault
 from tiny import tiny_recipe
 
 from rlhf_ray.actors import stragglers
@@ -39,7 +39,8 @@ STATELESS = [
     fault("generation", "generate", 0, 3), fault("generation", "load_weights", 2, when="after"),
     fault("reward", "score", 1, 2, "after"), fault("reference", "logprobs", 0, 1), fault("experience", "assemble", 2, kind="stop"),
 ]  # fmt: skip
-TRAINED = [fault("policy", "update", 1, when="after"), fault("critic", "update", 2), fault("policy", "save", 2)]
+TRAINED = [fault("policy", "update", 1, when="role.engine.step"), fault("critic", "update", 2, when="after"),
+           fault("policy", "save", 2, when="role.engine.state")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("faults", "wanted"), [
@@ -61,7 +62,7 @@ def test_actors_of_stateless_roles_die(run_with, undisturbed, faults, wanted):
 
 
 def test_ranks_of_policy_and_critic_die(run_with, undisturbed):
-    """After an update, in an update, in a checkpoint: only what came after the newest snapshot is done again."""
+    """In the middle of an update, after one, in a checkpoint: only what came after the newest snapshot is done again."""
     ended = run_with(TRAINED)
     assert ended.facts() == undisturbed
     # Step 2's checkpoint comes before its updates.
@@ -118,3 +119,16 @@ def test_the_matrix_names_every_role_in_every_phase_twice():
         assert len(victims) == 12 and all(victims.count(victim) == 2 for victim in victims)
         assert [each["step"] for each in faults] == list(range(1, 13))  # one per step, so that none hides another
         assert {each["when"] for each in faults} == {"before", "after"}
+
+
+def test_every_role_dies_in_the_middle_of_its_own_work_in_each_phase():
+    middles = {cell.name.removeprefix("middle of "): cell.faults for cell in cells() if cell.name.startswith("middle of ")}
+    own = {"generate": {"generation"}, "score": {"reward", "reference", "policy", "critic"}, "assemble": {"experience"},
+           "update": {"policy", "critic"}, "sync": {"policy", "generation"}, "checkpoint": {"policy", "critic"},
+           "evaluate": {"generation", "reward", "reference", "experience"}}  # fmt: skip
+    assert middles.keys() == own.keys()
+    for phase, faults in middles.items():
+        assert [each["victim"] for each in faults] == [f"{role}-0" for role in VICTIMS]
+        assert [each["step"] for each in faults] == list(range(1, 7))
+        assert {each["role"] for each in faults if each["victim"] == f"{each['role']}-0"} == own[phase]
+        assert not {each["when"] for each in faults} & {"before", "after"}

@@ -1,13 +1,11 @@
-"""How often actors are made again, what is blamed, how long one may be silent; and the faults for tests themselves. No Ray."""
+"""How often actors are made again, what is blamed, how long one may be silent. No Ray."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from tiny import tiny_recipe
 
-from rlhf_ray.actors import faults
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.groups import RayRoles
@@ -258,43 +256,7 @@ def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_pa
 
     assert recovery.run(train, LoopState(step=4, kl_coef=0.1)).kl_coef == 0.25  # there is no checkpoint: from the start
     assert begun == [4, 0] and recovery.snapshots.kept == []
-    assert "the start" in events.read()[-1]["done"]
-
-
-@faults.with_points
-class Role:
-    def __init__(self, name):
-        self.name = name
-        faults.tell_process(name)
-
-    def score(self, value):
-        return value
-
-
-def test_a_fault_comes_at_its_call_counted_over_restarts(tmp_path, monkeypatch):
-    path = tmp_path / "faults.json"
-    fault = {"role": "reward", "rank": 1, "method": "score", "call": 3, "when": "before", "kind": "exception"}
-    path.write_text(json.dumps([fault]))
-    assert Role("reward-1").score(5) == 5  # not asked for
-    monkeypatch.setenv(faults.VARIABLE, str(path))
-    assert [Role("reward-0").score(5) for _ in range(5)] == [5] * 5  # another rank
-    first = Role("reward-1")
-    assert (first.score(1), first.score(2)) == (1, 2)
-    with pytest.raises(RuntimeError, match="a fault for tests"):
-        Role("reward-1").score(3)  # the third, of an actor that was made again
-    assert first.score(4) == 4
-
-
-def test_a_fault_of_a_step_counts_the_calls_of_that_step(tmp_path, monkeypatch):
-    path = tmp_path / "faults.json"
-    fault = {"role": "reward", "rank": 0, "method": "score", "step": 1, "call": 2, "when": "after", "kind": "exception"}
-    path.write_text(json.dumps([fault]))
-    monkeypatch.setenv(faults.VARIABLE, str(path))
-    role = Role("reward-0")
-    for step, calls in ((0, 3), (1, 1), (2, 3)):
-        faults.tell_step(step)
-        assert [role.score(5) for _ in range(calls)] == [5] * calls
-    faults.tell_step(1)  # the step is taken again
-    with pytest.raises(RuntimeError, match="a fault for tests"):
-        role.score(5)
-    assert role.score(5) == 5
+    one, other = events.read()  # each loss is told, also the one that was being mended when the other came
+    assert (one["what"], one["phase"]) == ("policy rank 0 was lost", "value update (step 4)")
+    assert one["done"] == "its group was made again, and meanwhile policy rank 1 was lost"
+    assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"] and len(said) == 2

@@ -44,6 +44,7 @@ import rlhf_ray
 from rlhf_ray.runs.storage import write_atomically
 
 VARIABLE = "RLHF_RAY_FAULTS"
+HAPPENED = "happened"  # the file beside the calls' with as many bytes as faults that came
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 Role = TypeVar("Role", bound=type)
 
@@ -112,6 +113,12 @@ def _followed_by(used: Callable[..., Any], happen: Callable[[], None], times: in
     return followed
 
 
+def happened(path: Path) -> int:
+    """How many faults of the file came."""
+    counted = _beside(path, "calls", HAPPENED)
+    return counted.stat().st_size if counted.exists() else 0
+
+
 def tell_process(actor: str) -> None:
     """Note which process this actor is, for faults that end it from elsewhere."""
     path = os.environ.get(VARIABLE)
@@ -153,6 +160,7 @@ def _come(path: Path, faults: list[dict[str, Any]], when: str) -> None:
 
 def _happen(path: Path, fault: dict[str, Any]) -> None:
     kind = fault["kind"]
+    _count(path, HAPPENED)
     if kind == "exception":
         raise RuntimeError(f"a fault for tests: {fault}")
     if kind == "slow":

@@ -206,6 +206,9 @@ class Recovery:
                 folder = None
                 return train(state)
             except GroupLost as again:
+                if lost is not None:
+                    done = f"its group was made again, and meanwhile {again.member.name} was lost"
+                    self._tell(lost.member, lost, lost.phase, lost.seen, done, steps_lost=0)
                 lost = again
 
     def _go_back(self, lost: GroupLost) -> LoopState:
