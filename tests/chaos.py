@@ -196,7 +196,8 @@ class Matrix:
             traceback.print_exc()
         events = ended.events
         row |= {
-            "happened": faults.happened(self.faults), "seen": len(events) + drivers - 1, "restarts": drivers - 1, "seconds": round(time.monotonic() - started, 1),
+            "happened": faults.happened(self.faults), "seen": len(events) + drivers - 1, "restarts": drivers - 1,
+            "seconds": round(time.monotonic() - started, 1),
             "undisturbed_s": wanted["seconds"], "lost_s": [event["cost_s"] for event in events],
             "steps_lost": [event.get("steps_lost") for event in events], "roles": [event.get("role") for event in events],
             "at": [event.get("step") for event in events], "wanted": cell.faults,

@@ -102,12 +102,8 @@ def ip(command: str) -> None:
 def start_node(
     *options: str, inside: list[str] | None = None, environment: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    ray_command = [
-        str(Path(sys.executable).with_name("ray")),
-        "start",
-        "--block",
-        f"--object-store-memory={OBJECT_STORE_BYTES}",
-    ]
+    ray_command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+    options = (f"--object-store-memory={OBJECT_STORE_BYTES}", *options)
     command = [*(inside or []), *ray_command, *options]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | (environment or {})

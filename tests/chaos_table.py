@@ -56,9 +56,9 @@ def _matrix(rows: list[dict]) -> list[str]:
     lines = [
         "Two runs per phase. In one, of 14 steps, every role dies twice, each time in another step, before or after the work of\n"
         "a call. In the other, of 8 steps, every role dies once, in the middle of a call: a chunk is drawn in part or scored and\n"
-        "not yet handed in, one optimiser step of four is taken, some of the weights are packed, loaded or copied. A role that has\n"
-        "work of its own in the phase dies in that. A cell: losses that were seen of those that there were, and the seconds that\n"
-        "each cost. One that is not seen is of an actor that nobody asked anything any more.\n",
+        "not yet handed in, one optimiser step of four is taken, some of the weights are packed, loaded or copied. A role that\n"
+        "has work of its own in the phase dies in that. A cell: losses that were seen of those that there were, and the seconds\n"
+        "that each cost. One that is not seen is of an actor that nobody asked anything any more.\n",
         f"| phase | point | exact | {' | '.join(roles)} |", f"|---|---|---|{'---|' * len(roles)}",
     ]  # fmt: skip
     phases = list(dict.fromkeys(row["name"].removeprefix(PHASE).removeprefix(MIDDLE) for row in rows))

@@ -235,10 +235,14 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     load = [os.getloadavg()[1]]
     run = Run(scratch, "soaked")
-    run.start()
-    samples, kills = soak(run, args.minutes, args.seed, scratch / "samples.jsonl")
-    load.append(os.getloadavg()[2])
-    run.stop()
+    try:
+        run.start()
+        samples, kills = soak(run, args.minutes, args.seed, scratch / "samples.jsonl")
+        load.append(os.getloadavg()[2])
+        run.stop()
+    except BaseException:  # fault boundary: the soak; its run does not outlive it
+        run.driver.kill()
+        raise
     steps, digest = run.digest()
     found = {
         "minutes": args.minutes, "seed": args.seed, "steps": steps, "kills": kills, "load": load, "command": " ".join(sys.argv[1:]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ class Usage:
     shared: int = 0  # the part of pss that is shared memory: the object store above all
     descriptors: int = 0
     threads: int = 0
-    pss_of: Counter[str] = field(default_factory=Counter)  # kind -> bytes
+    pss_of: dict[str, int] = field(default_factory=dict)  # kind -> bytes
 
 
 def processes_of(variable: str, value: str) -> list[int]:
@@ -44,7 +43,8 @@ def usage(pids: Iterable[int]) -> Usage:
         place = Path(f"/proc/{pid}")
         with suppress(OSError):  # it has ended meanwhile
             memory = _memory(place / "smaps_rollup")
-            total.pss_of[kind_of(place)] += memory["Pss"]
+            kind = kind_of(place)
+            total.pss_of[kind] = total.pss_of.get(kind, 0) + memory["Pss"]
             total.rss += memory["Rss"]
             total.pss += memory["Pss"]
             total.shared += memory.get("Pss_Shmem", 0)
