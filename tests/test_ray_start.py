@@ -5,12 +5,13 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 
-from rlhf_ray.actors import ray_start
+from rlhf_ray.actors import ray_folder, ray_start
 from rlhf_ray.actors.ray_start import prepare_home, protect, start_own_ray, start_ray
-from rlhf_ray.errors import RunFailed
+from rlhf_ray.errors import RunFailed, StageStopped
 
 pytestmark = pytest.mark.ray
 
@@ -180,6 +181,36 @@ def test_a_ray_that_hangs_ends_in_words(tmp_path, process):
     assert f"stopped {process}" in answer.stdout and "started" not in answer.stdout
     assert answer.returncode == 1 and time.monotonic() - started < 300
     assert "rlhf-ray: Ray did not start" in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
+
+
+def test_folders_of_killed_runs_go_and_no_others(tmp_path):
+    """tests/soak.py has the whole of it: a run that ends, and one that is killed."""
+    gone, kept = subprocess.Popen(["true"]), tmp_path / "session_2026-01-01_x_1"
+    who = ray_folder._who(gone.pid)  # it is a zombie until it is waited for
+    gone.wait()
+    elsewhere = who.rpartition(" ")[0] + " pid:[1]"
+    again = f"{os.getpid()} 1 {who.rpartition(' ')[2]}"  # a process has got the number since
+    words = {"gone": who, "again": again, "mine": ray_folder._who(os.getpid()), "elsewhere": elsewhere, "torn": ""}
+    for name, text in words.items():
+        (tmp_path / f"session_2026_{name}" / "logs").mkdir(parents=True)
+        (tmp_path / f"session_2026_{name}" / ray_folder.OWNER).write_text(text)
+    kept.mkdir()  # of another Ray, or of a run that failed
+    (tmp_path / "session_latest").symlink_to(tmp_path / "session_2026_gone")
+    assert {path.name for path in ray_folder.remove_left(tmp_path)} == {"session_2026_gone", "session_2026_again"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"session_2026_mine", "session_2026_elsewhere", "session_2026_torn", kept.name}
+
+
+@pytest.mark.parametrize(("error", "stays"), [(None, False), (StageStopped("asked to"), False), (ValueError("a bug"), True)])
+def test_the_folder_of_a_run_stays_where_it_failed(tmp_path, monkeypatch, error, stays):
+    session = tmp_path / "session_2026_1"
+    (session / "sockets").mkdir(parents=True)
+    monkeypatch.setattr(ray_folder.ray, "nodes", lambda: [{"RayletSocketName": str(session / "sockets" / "raylet")}])
+    with pytest.raises(type(error)) if error else nullcontext(), ray_folder.session_cleared():
+        assert ray_folder.remove_left(tmp_path) == [] and session.exists()
+        if error:
+            raise error
+    assert session.exists() == stays and not (session / ray_folder.OWNER).exists()
 
 
 def test_a_folder_that_ray_cannot_make_is_told(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.actors import faults
+from rlhf_ray.actors.ray_folder import session_cleared
 from rlhf_ray.actors.ray_output import ray_output_in
 from rlhf_ray.actors.ray_private import on_loopback
 from rlhf_ray.actors.ray_start import START_S, prepare_home, refuse_second_ray, start_own_ray, start_ray
@@ -91,10 +92,11 @@ def ray_session(
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         start = start_own_ray if address is None else partial(_connect, address)
         shut_down = start(options, start_timeout_s, " (resources.start_timeout_s)")
-        try:
-            yield
-        finally:
-            shut_down()
+        with session_cleared() if address is None else nullcontext():
+            try:
+                yield
+            finally:
+                shut_down()
 
 
 def _connect(address: str, options: dict, deadline_s: float, remedy: str) -> Callable[[], None]:
