@@ -24,7 +24,15 @@ make chaos ARGS="--only 'all x update' LoRA"  # some of them
 make chaos ARGS="--only 'policy x update'"    # one role in one phase: a part of 'all x update', as a run of its own
 make chaos ARGS="--log cells.jsonl"           # notes each cell when it is done; the same command again runs the others
 ```
+
+How the faults are made, all at named points of the run ([rlhf_ray/actors/faults.py](../../rlhf_ray/actors/faults.py)), none by
+a clock: a process is killed or stopped by a signal, or raises, or sleeps. A worker host is a node of Ray on this machine, all of
+whose processes are killed. A link is a real one, between network namespaces on a bridge, one host of Ray in each; its interface
+goes down, for seconds or for good (as root on Linux; elsewhere these rows are left out). S3 is moto's server on this machine behind
+a proxy: it "dies" in the middle of an upload, when all connections end and the next ones are refused, with what it has stored still
+there afterwards; or it goes on slowly, or answers errors. What is compared then is what S3 holds in the end, fetched anew.
 """
+SOAK = "\n[soak](soak.md): an hour of such a run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
 
 
 PHASE, MIDDLE = "all x ", "middle of "
@@ -35,7 +43,8 @@ def write_table(folder: Path, rows: list[dict], names: list[str], note: str = ""
     matrix = [row for row in rows if row["name"].startswith((PHASE, MIDDLE))]
     others = [row for row in rows if row not in matrix]
     machine = on_hardware({"hardware": hardware()})
-    lines = [INTRODUCTION, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
+    introduction = INTRODUCTION + (SOAK if (folder / "soak.md").exists() else "")
+    lines = [introduction, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
     lines += [f"{note}\n"] if note else []
     if matrix:
         lines += ["## Role by phase\n", *_matrix(matrix), ""]
