@@ -9,6 +9,7 @@ from tiny import tiny_recipe
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.groups import RayRoles
+from rlhf_ray.actors.hung import Deadline
 from rlhf_ray.actors.low_memory import ended_by_guard
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
@@ -236,8 +237,14 @@ class OverFakes(Waiter):
 def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_path):
     """Several ranks: that of an argument which was lost is the group's loss, too."""
     policy, waiter = Policy(), OverFakes(60, "wait")
+    starts = [None, Deadline("the start took too long; see the logs"), None]
+
+    def start(members, groups, seconds):
+        if failure := starts.pop(0):
+            raise failure
+
     roles = SimpleNamespace(
-        trained=[policy], policy=policy, members=policy.members, start=lambda members, groups, seconds: None,
+        trained=[policy], policy=policy, members=policy.members, start=start,
         generation=SimpleNamespace(by_channel=False, members=[]),
     )  # fmt: skip
     events, said = EventLog(tmp_path / "events.jsonl"), []
@@ -256,7 +263,8 @@ def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_pa
 
     assert recovery.run(train, LoopState(step=4, kl_coef=0.1)).kl_coef == 0.25  # there is no checkpoint: from the start
     assert begun == [4, 0] and recovery.snapshots.kept == []
-    one, other = events.read()  # each loss is told, also the one that was being mended when the other came
+    one, late, other = events.read()  # each loss is told, also the one that was being mended when the other came
     assert (one["what"], one["phase"]) == ("policy rank 0 was lost", "value update (step 4)")
     assert one["done"] == "its group was made again, and meanwhile policy rank 1 was lost"
-    assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"] and len(said) == 2
+    assert (late["phase"], late["seen"], late["done"]) == ("start", "the start took too long", "started once more")
+    assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"] and len(said) == 3

@@ -170,10 +170,14 @@ class Recovery:
                     self.waiter.wait([Handle(member.weights, 0)], f"weights of {member.name}")
                 break
             except (ActorDied, Deadline) as again:
-                self.budget.charge_start(again, f"start of {member.name}")
+                self._start_failed(member, again, seen)
         for call in lost:
             call.send()
         self._tell(member, failure, phase, seen, f"made again, {counted(len(lost), 'call')} sent again", steps_lost=0)
+
+    def _start_failed(self, member: Member, failure: ActorDied | Deadline, began: float) -> None:
+        self.budget.charge_start(failure, f"start of {member.name}")
+        self._tell(member, failure, "start", began, "started once more", steps_lost=0)
 
     def _unanswered(self, member: Member) -> list[Call]:
         """The calls that a dead actor has not answered, in order."""
@@ -208,16 +212,17 @@ class Recovery:
             except GroupLost as again:
                 if lost is not None:
                     done = f"its group was made again, and meanwhile {again.member.name} was lost"
-                    self._tell(lost.member, lost, lost.phase, lost.seen, done, steps_lost=0)
+                    self._tell(lost.member, lost.failure, lost.phase, lost.seen, done, steps_lost=0)
                 lost = again
 
     def _go_back(self, lost: GroupLost) -> LoopState:
         """Groups of ranks with the newest state there is -> that state."""
         while True:
+            began = time.monotonic()
             try:
                 return self._try_to_go_back(lost)
             except (ActorDied, Deadline) as again:
-                self.budget.charge_start(again, f"start of the group of {lost.member.name}")
+                self._start_failed(lost.member, again, began)
 
     def _try_to_go_back(self, lost: GroupLost) -> LoopState:
         for member in self.roles.members:
