@@ -129,7 +129,6 @@ def cells() -> list[Cell]:
         Cell(name=f"S3 {words} in the middle of an upload", sections=eight, store=True, faults=[
             fault("policy", "save", 1, **SIGN, do=do, of="ppo/checkpoints/"),
             fault("critic", "update", 2, **SIGN, do=do, of="ppo/metrics.jsonl"),
-            fault("policy", "save_model", 3, **SIGN, do=do, of="ppo/best/"),
             fault("reward", "score", 4, **SIGN, do=do, of="CONTENTS.json"),
             fault("policy", "save", 5, **SIGN, do=do, of="critic-00"),
             fault("policy", "save_model", 8, **SIGN, do=do, of="ppo/model/"),
