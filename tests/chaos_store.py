@@ -31,7 +31,7 @@ def refused() -> str | None:
 
 
 class Storage:
-    """A server that meets one fault at a time: what a sign says (`do`) of the next upload with a part of its name (`of`)."""
+    """A server whose uploads meet faults: what a sign says (`do`) of the next one with such a part in its name (`of`)."""
 
     def __init__(self, scratch: Path, signs: Path):
         from moto.server import ThreadedMotoServer
@@ -73,7 +73,7 @@ class Storage:
             for sign in sorted(self.signs.glob("*.json")):
                 fault = json.loads(sign.read_text())
                 sign.unlink()
-                self.proxy.meet = (fault["do"], fault.get("of", ""))
+                self.proxy.meet.append((fault["do"], fault.get("of", "")))
 
 
 @contextmanager

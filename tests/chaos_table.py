@@ -95,7 +95,7 @@ def _others(rows: list[dict]) -> list[str]:
             lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
         again = sum(steps or 0 for steps in row["steps_lost"])
         faults = ", ".join(map(_in_words, row["wanted"]))
-        came = row.get("happened", row["seen"])  # older rows: losses that were seen
+        came = len(row.get("met", [])) or row.get("happened", row["seen"])  # older rows: losses that were seen
         once = "yes" if row["each_once"] else "no"
         lines.append(
             f"| {row['name']} | {faults} | {came} of {row['faults']} | {_verdict(row)} | {once} | {lost} | {again} |"

@@ -16,7 +16,7 @@ class FaultyProxy:
     cut_after: bytes towards the server, then every connection ends and none is taken until `mend`
     bytes_per_s: towards the server
     errors: so many requests get this status instead of the server's answer, a connection each
-    meet: (what, part of a name): the next upload to such a name meets it, and `met` notes which that was. "die": all connections
+    meet: of (what, part of a name): the next upload to such a name meets it, and `met` notes which that was. "die": all connections
         end in the middle of it, and the next BACK_AFTER are refused; "slow": it goes at SLOW bytes per second; "error": it and the
         next ERRORS get `status`
     """
@@ -38,7 +38,7 @@ class FaultyProxy:
             self.cut_after, self.bytes_per_s, self.errors, self.status = None, None, 0, 503
             self.cut_answer_after = None
             self.dead, self.back_after = False, None
-            self.meet, self.slow_bytes = None, None
+            self.meet, self.slow_bytes = [], None
 
     def kill(self):
         self.dead = True
@@ -115,9 +115,11 @@ class FaultyProxy:
                 if self.slow_bytes <= 0:
                     self.slow_bytes, self.bytes_per_s = None, None
             found = UPLOAD.match(part)
-            if found is None or self.meet is None or self.meet[1] not in found[1].decode():
+            faults = [each for each in self.meet if found is not None and each[1] in found[1].decode()]
+            if found is None or not faults:
                 return None
-            (what, _), self.meet = self.meet, None
+            self.meet.remove(faults[0])
+            what = faults[0][0]
             self.met.append(found[1].decode())
             length = re.search(rb"content-length: *(\d+)", found[2], re.IGNORECASE)
             size = len(found[0]) + (int(length[1]) if length else 0)
