@@ -56,6 +56,17 @@ MIDDLES = {
 EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
 CARD = "chaos0"  # of a host; no interface of this machine itself, which a fault may not take down
 SIGN = {"kind": "sign", "name": "storage"}
+SPREAD = {"placement": "SPREAD"}  # over two hosts
+FOUR_STEPS = {"ppo": EVERY_STEP | {"steps": 4}}
+ACROSS = {"hosts": "network", "sections": FOUR_STEPS | {"resources": SPREAD}}
+LINK = {"kind": "link", "interface": CARD, "victim": "policy-0"}
+#: what dies outside of the roles -> (of its faults, of its cells)
+OUTSIDE = {
+    "driver": ({"victim": "driver-0"}, {"driver": True}),
+    "worker host": ({"kind": "host", "victim": "policy-0"}, {"hosts": "nodes"}),
+    "link away": (LINK | {"seconds": 3}, ACROSS),
+    "link down": (LINK, ACROSS),
+}
 OWN = {"generation": "generate", "reward": "score", "reference": "logprobs", "experience": "assemble",
        "policy": "update", "critic": "update"}  # fmt: skip
 
@@ -78,15 +89,20 @@ def middle_faults(phase: str) -> list[dict]:
 
 
 def single_cells() -> list[Cell]:
-    """One role in one phase, "policy x update": what `cells` has as a part of a longer run. To look at one that fails."""
-    sections = {"ppo": EVERY_STEP | {"steps": 4}}
-    return [
-        Cell(name=f"{victim} x {phase}", sections=sections, faults=[
+    """One role in one phase, "policy x update", and so the driver, a host and a link: what `cells` has as a part of a longer run. To
+    look at one that fails, or where there is little time."""
+    found = [
+        Cell(name=f"{victim} x {phase}", sections=FOUR_STEPS, faults=[
             fault(role, method, 1 + place, call, when, victim=f"{victim}-0")
             for place, (role, method, call, when) in enumerate(points)
         ])
         for phase, points in POINTS.items() for victim in VICTIMS
     ]  # fmt: skip
+    for phase, ((role, method, call, when), *_) in POINTS.items():
+        for name, (more, options) in OUTSIDE.items():
+            found.append(Cell(name=f"{name} x {phase}", faults=[fault(role, method, 1, call, when, **more)],
+                              **{"sections": FOUR_STEPS} | options))  # fmt: skip
+    return found
 
 
 def cells() -> list[Cell]:
@@ -108,19 +124,13 @@ def cells() -> list[Cell]:
         return [fault(*point[:2], step, *point[2:], **more) for step, point in first]
 
     eight = {"ppo": EVERY_STEP | {"steps": 8}}
-    spread = {"placement": "SPREAD"}
-    link = {"kind": "link", "interface": CARD, "victim": "policy-0"}
+    for name, (more, options) in OUTSIDE.items():
+        sections = options.get("sections", {}) | eight
+        found.append(Cell(name=f"{name} x all", faults=in_each_phase(**more), **options | {"sections": sections, "limit_s": 3000}))
     found += [
-        Cell(name="worker host x all", sections=eight, hosts="nodes", limit_s=3000,
-             faults=in_each_phase(kind="host", victim="policy-0")),
-        Cell(name="link away x all", sections=eight | {"resources": spread}, hosts="network", limit_s=3000,
-             faults=in_each_phase(**link, seconds=3)),
-        Cell(name="link down x all", sections=eight | {"resources": spread}, hosts="network", limit_s=3000,
-             faults=in_each_phase(**link)),
         Cell(name="link between two ranks down in an update", hosts="network", limit_s=3000,
-             sections={"resources": spread | {role: {"actors": 2, "zero_stage": 2} for role in ("policy", "critic")}},
+             sections={"resources": SPREAD | {role: {"actors": 2, "zero_stage": 2} for role in ("policy", "critic")}},
              faults=[fault("policy", "update", 1, when="role.engine.step", kind="link", interface=CARD, rank=1)]),
-        Cell(name="driver x all", sections=eight, driver=True, limit_s=3000, faults=in_each_phase(victim="driver-0")),
         Cell(name="S3 dies x all", sections=eight, store=True, faults=in_each_phase(**SIGN, do="die")),
         Cell(name="driver and its disk lost, run in S3", sections={"ppo": EVERY_STEP}, store=True, driver=True,
              faults=[fault("policy", "update", 2, victim="driver-0"), fault("critic", "save", 3, victim="driver-0")]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,8 @@ from rlhf_ray.actors.ray_start import prepare_home
 from rlhf_ray.actors.session import OBJECT_STORE_BYTES, ray_session
 
 START_S = 600
+STARTS = 5
+SETTLED_S = 20  # of a head whose processes have started: one may end for want of another
 
 
 @contextmanager
@@ -99,15 +100,29 @@ def ip(command: str) -> None:
     subprocess.run(["ip", *command.split()], check=True, capture_output=True, timeout=60)
 
 
-def start_node(
-    *options: str, inside: list[str] | None = None, environment: dict[str, str] | None = None
-) -> subprocess.Popen:
+def start_node(*options: str, inside: list[str] | None = None, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """What it says goes to its `stdout`."""
     ray_command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     options = (f"--object-store-memory={OBJECT_STORE_BYTES}", *options)
     command = [*(inside or []), *ray_command, *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | (environment or {})
-    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+def start_head(place: SameAddress | Network) -> tuple[subprocess.Popen, str]:
+    """(its process, its address). On a busy machine Ray's own processes may not find each other in time: then once more."""
+    for _ in range(STARTS):
+        address = f"{place.address}:{free_port()}"
+        port = address.partition(":")[2]
+        head = place.start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+        assert head.stdout is not None
+        if any("Ray runtime started" in line for line in head.stdout):
+            with suppress(subprocess.TimeoutExpired):
+                head.wait(SETTLED_S)
+            if head.poll() is None:
+                return head, address
+        end_node(head)
+    raise AssertionError(f"no head of Ray has started in {STARTS} tries")
 
 
 @contextmanager
@@ -119,21 +134,20 @@ def hosts_with_faults(path: Path, *, network: bool) -> Iterator[None]:
     over, started = threading.Event(), list[subprocess.Popen]()
     prepare_home(makes_token=True)
     place = Network() if network else SameAddress()
-    address = f"{place.address}:{free_port()}"
-    keeper = threading.Thread(target=keep_two, args=(place, address, started, over))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faults.VARIABLE, str(path))
+        keeper = None
         try:
-            port = address.partition(":")[2]
-            started.append(place.start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"))
-            wait_for(lambda: listens(address), seconds=START_S)
+            head, address = start_head(place)
+            started.append(head)
+            keeper = threading.Thread(target=keep_two, args=(place, address, started, over))
             keeper.start()
             with ray_session(address, start_timeout_s=START_S):
                 wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=START_S)
                 yield
         finally:
             over.set()
-            if keeper.ident is not None:
+            if keeper is not None:
                 keeper.join()
             for host in reversed(started):
                 end_node(host)
@@ -156,9 +170,3 @@ def keep_two(
     while not over.wait(1.0):
         if sum(host.poll() is None for host in started[1:]) < 2:
             started.append(place.start(f"--address={address}", "--num-cpus=1"))
-
-
-def listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
