@@ -57,8 +57,8 @@ EVERY_STEP = {"eval_every": 1, "checkpoint_every": 1}
 CARD = "chaos0"  # of a host; no interface of this machine itself, which a fault may not take down
 SIGN = {"kind": "sign", "name": "storage"}
 SPREAD = {"placement": "SPREAD"}  # over two hosts
-FOUR_STEPS = {"ppo": EVERY_STEP | {"steps": 4}}
-ACROSS = {"hosts": "network", "sections": FOUR_STEPS | {"resources": SPREAD}}
+EIGHT_STEPS = {"ppo": EVERY_STEP | {"steps": 8}}
+ACROSS = {"hosts": "network", "sections": EIGHT_STEPS | {"resources": SPREAD}}
 LINK = {"kind": "link", "interface": CARD, "victim": "policy-0"}
 #: what dies outside of the roles -> (of its faults, of its cells)
 OUTSIDE = {
@@ -89,10 +89,10 @@ def middle_faults(phase: str) -> list[dict]:
 
 
 def single_cells() -> list[Cell]:
-    """One role in one phase, "policy x update", and so the driver, a host and a link: what `cells` has as a part of a longer run. To
-    look at one that fails, or where there is little time."""
+    """One role in one phase, "policy x update", and so the driver, a host and a link: what `cells` has as a part of a longer run.
+    To look at one that fails, or where there is little time."""
     found = [
-        Cell(name=f"{victim} x {phase}", sections=FOUR_STEPS, faults=[
+        Cell(name=f"{victim} x {phase}", sections={"ppo": EVERY_STEP | {"steps": 4}}, faults=[
             fault(role, method, 1 + place, call, when, victim=f"{victim}-0")
             for place, (role, method, call, when) in enumerate(points)
         ])
@@ -101,7 +101,7 @@ def single_cells() -> list[Cell]:
     for phase, ((role, method, call, when), *_) in POINTS.items():
         for name, (more, options) in OUTSIDE.items():
             found.append(Cell(name=f"{name} x {phase}", faults=[fault(role, method, 1, call, when, **more)],
-                              **{"sections": FOUR_STEPS} | options))  # fmt: skip
+                              **{"sections": EIGHT_STEPS} | options))  # fmt: skip
     return found
 
 
@@ -114,7 +114,7 @@ def cells() -> list[Cell]:
         for phase, points in POINTS.items()
     ]  # fmt: skip
     found += [
-        Cell(name=f"middle of {phase}", sections={"ppo": EVERY_STEP | {"steps": 8}}, faults=middle_faults(phase))
+        Cell(name=f"middle of {phase}", sections=EIGHT_STEPS, faults=middle_faults(phase))
         for phase in MIDDLES
     ]  # fmt: skip
 
@@ -123,20 +123,18 @@ def cells() -> list[Cell]:
         first = enumerate((points[0] for points in POINTS.values()), start=1)
         return [fault(*point[:2], step, *point[2:], **more) for step, point in first]
 
-    eight = {"ppo": EVERY_STEP | {"steps": 8}}
     for name, (more, options) in OUTSIDE.items():
-        sections = options.get("sections", {}) | eight
-        found.append(Cell(name=f"{name} x all", faults=in_each_phase(**more), **options | {"sections": sections, "limit_s": 3000}))
+        found.append(Cell(name=f"{name} x all", limit_s=3000, faults=in_each_phase(**more), **{"sections": EIGHT_STEPS} | options))
     found += [
         Cell(name="link between two ranks down in an update", hosts="network", limit_s=3000,
              sections={"resources": SPREAD | {role: {"actors": 2, "zero_stage": 2} for role in ("policy", "critic")}},
              faults=[fault("policy", "update", 1, when="role.engine.step", kind="link", interface=CARD, rank=1)]),
-        Cell(name="S3 dies x all", sections=eight, store=True, faults=in_each_phase(**SIGN, do="die")),
+        Cell(name="S3 dies x all", sections=EIGHT_STEPS, store=True, faults=in_each_phase(**SIGN, do="die")),
         Cell(name="driver and its disk lost, run in S3", sections={"ppo": EVERY_STEP}, store=True, driver=True,
              faults=[fault("policy", "update", 2, victim="driver-0"), fault("critic", "save", 3, victim="driver-0")]),
     ]  # fmt: skip
     found += [
-        Cell(name=f"S3 {words} in the middle of an upload", sections=eight, store=True, faults=[
+        Cell(name=f"S3 {words} in the middle of an upload", sections=EIGHT_STEPS, store=True, faults=[
             fault("policy", "save", 1, **SIGN, do=do, of="ppo/checkpoints/"),
             fault("critic", "update", 2, **SIGN, do=do, of="ppo/metrics.jsonl"),
             fault("reward", "score", 4, **SIGN, do=do, of="CONTENTS.json"),
