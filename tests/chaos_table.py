@@ -21,7 +21,7 @@ moment when all that was lost was under way again; for a rank of policy or criti
 ```bash
 make chaos                                    # all cells
 make chaos ARGS="--only 'all x update' LoRA"  # some of them
-make chaos ARGS="--only 'policy x update'"    # one role in one phase: a part of 'all x update', as a run of its own
+make chaos ARGS="--only 'policy x update'"    # one role (or: driver, worker host, link away, link down) in one phase, by itself
 make chaos ARGS="--log cells.jsonl"           # notes each cell when it is done; the same command again runs the others
 ```
 
