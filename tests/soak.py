@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,8 +59,10 @@ def drive(folder: Path, steps: int | None) -> None:
     recipe = tiny_recipe(**RECIPE) if steps is None else tiny_recipe(ppo=RECIPE["ppo"] | {"steps": steps})
     with ray_session(None, start_timeout_s=START_S):
         threading.Thread(target=tell_of_store, args=(folder / "store",), daemon=True).start()
+        ended = Ended(RunFolder(folder))
+        ended.progress = deque(maxlen=1)  # else all that an hour tells would be kept
         with suppress(StageStopped):
-            Ended(RunFolder(folder)).run(recipe)
+            ended.run(recipe)
 
 
 def tell_of_store(told: Path) -> None:

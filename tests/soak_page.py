@@ -30,16 +30,17 @@ QUANTITIES = {
 
 
 def slopes(samples: list[dict]) -> dict[str, Slope]:
-    """Per quantity, and "pss of KIND" of each kind of process."""
+    """Per quantity, and "pss_of KIND", "descriptors_of KIND" of each kind of process."""
     settled = [sample for sample in samples if sample["seconds"] >= SETTLED_S]
     hours = np.array([sample["seconds"] / 3600 for sample in settled])
     lag = round(LAG_S / (3600 * float(np.median(np.diff(hours)))))
-    kinds = sorted({kind for sample in settled for kind in sample["pss_of"]})
+    parts = {"pss_of": MIB, "descriptors_of": 1}  # those of each kind of process
+    kinds = sorted({(part, kind) for sample in settled for part in parts for kind in sample.get(part, {})}, reverse=True)
     found = {name: slope(hours, np.array([sample[name] / unit for sample in settled]), lag=lag)
              for name, (_, unit, _) in QUANTITIES.items()}  # fmt: skip
     return found | {
-        f"pss of {kind}": slope(hours, np.array([sample["pss_of"].get(kind, 0) / MIB for sample in settled]), lag=lag)
-        for kind in kinds
+        f"{part} {kind}": slope(hours, np.array([sample[part].get(kind, 0) / parts[part] for sample in settled]), lag=lag)
+        for part, kind in kinds
     }
 
 
@@ -63,18 +64,21 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         f"- Left behind by the undisturbed run: {_left(found['after_undisturbed'])}.",
         f"- Left behind {found['after_sigkill']['seconds']:.0f} s after SIGKILL of a driver: {_left(found['after_sigkill'])}.\n",
         "Slopes are of least squares over the samples from the fifth minute on, one every ten seconds, with the 95 % interval of",
-        f"Newey and West ({LAG_S:.0f} s of autocorrelation). A kill takes memory away for some seconds, so values scatter.\n",
+        f"Newey and West ({LAG_S:.0f} s of autocorrelation). A kill takes memory away for some seconds, so values scatter. Ray keeps a",
+        "log of each process that ever was, and its log monitor holds them open until there are 200: two files per process killed.\n",
         "| | mean | per hour | 95 % | per kill |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, rate in rates.items():
-        words, _, unit = QUANTITIES.get(name, (f"PSS of {name.removeprefix('pss of ')}", MIB, "MiB"))
+        part, _, kind = name.partition(" ")
+        words, unit = ("PSS", "MiB") if part == "pss_of" else ("file descriptors", "")
+        words, _, unit = QUANTITIES.get(name, (f"{words} of {kind}", None, unit))
         per_kill = rate.per_hour * hours / max(len(kills), 1)
         lines.append(
             f"| {words} | {rate.mean:.1f} {unit} | {rate.per_hour:+.2f} | {rate.low:+.2f} to {rate.high:+.2f} | {per_kill:+.3f} |"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "soak.md").write_text("\n".join(lines) + "\n")
-    kept = [{name: value for name, value in sample.items() if name != "pss_of"} for sample in samples]
+    kept = [{name: value for name, value in sample.items() if not name.endswith("_of")} for sample in samples]
     (folder / "soak.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"found": found}, *kept]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 #: how a process's command line begins or what it holds -> what it is called in the samples
-KINDS = {"ray::IDLE": "idle workers", "ray::": "actors", "gcs_server": "gcs_server", "raylet/raylet": "raylet",
+KINDS = {"ray::IDLE": "idle workers", "Agent": "agents", "ray::": "actors", "gcs_server": "gcs_server", "raylet/raylet": "raylet",
          "fork_server": "fork server", "log_monitor": "log monitor", "soak.py": "driver"}  # fmt: skip
 
 
@@ -25,6 +25,7 @@ class Usage:
     descriptors: int = 0
     threads: int = 0
     pss_of: dict[str, int] = field(default_factory=dict)  # kind -> bytes
+    descriptors_of: dict[str, int] = field(default_factory=dict)  # kind -> how many
 
 
 def processes_of(variable: str, value: str) -> list[int]:
@@ -48,7 +49,9 @@ def usage(pids: Iterable[int]) -> Usage:
             total.rss += memory["Rss"]
             total.pss += memory["Pss"]
             total.shared += memory.get("Pss_Shmem", 0)
-            total.descriptors += len(os.listdir(place / "fd"))
+            descriptors = len(os.listdir(place / "fd"))
+            total.descriptors += descriptors
+            total.descriptors_of[kind] = total.descriptors_of.get(kind, 0) + descriptors
             total.threads += len(os.listdir(place / "task"))
             total.processes += 1
     return total

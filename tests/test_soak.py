@@ -44,7 +44,8 @@ def test_the_processes_of_a_run_are_found_by_their_environment_and_summed(tmp_pa
         assert len(pids) == 2 and process.pid in pids
         both, one = usage(pids), usage([process.pid])
         assert both.processes == both.threads == 2
-        assert both.descriptors == 2 * one.descriptors - 1
+        assert both.descriptors == 2 * one.descriptors - 1 == sum(both.descriptors_of.values())
+        assert sum(both.pss_of.values()) == both.pss
         assert both.shared == pytest.approx(8 << 20, rel=0.05) and one.shared == pytest.approx(4 << 20, rel=0.05)
         assert both.rss > both.pss + (7 << 20)
     finally:
