@@ -64,9 +64,9 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         f"- Left behind by the undisturbed run: {_left(found['after_undisturbed'])}.",
         f"- Left behind {found['after_sigkill']['seconds']:.0f} s after SIGKILL of a driver: {_left(found['after_sigkill'])}.\n",
         "Slopes are of least squares over the samples from the fifth minute on, one every ten seconds, with the 95 % interval of",
-        f"Newey and West ({LAG_S:.0f} s of autocorrelation). A kill takes memory away for some seconds, so values scatter. Ray",
-        "keeps a log of each process that ever was, and its log monitor holds them open until there are 200: two files per process that",
-        "was killed.\n",
+        f"Newey and West ({LAG_S:.0f} s of autocorrelation). A kill takes memory away for some seconds, so values scatter.",
+        "Ray keeps a log of each process that ever was, and its log monitor holds them open until there are 200: two files per",
+        "process that was killed.\n",
         "| | mean | per hour | 95 % | per kill |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, rate in rates.items():
