@@ -95,11 +95,9 @@ def _others(rows: list[dict]) -> list[str]:
             lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
         again = sum(steps or 0 for steps in row["steps_lost"])
         faults = ", ".join(map(_in_words, row["wanted"]))
-        came = len(row.get("met", [])) or row.get("happened", row["seen"])  # older rows: losses that were seen
+        came = f"{len(row.get('met', [])) or row['happened']} of {row['faults']}" if "happened" in row else "not counted"
         once = "yes" if row["each_once"] else "no"
-        lines.append(
-            f"| {row['name']} | {faults} | {came} of {row['faults']} | {_verdict(row)} | {once} | {lost} | {again} |"
-        )
+        lines.append(f"| {row['name']} | {faults} | {came} | {_verdict(row)} | {once} | {lost} | {again} |")
     return lines
 
 

@@ -29,6 +29,12 @@ QUANTITIES = {
 }
 
 
+ENDS = {
+    "after_end": "when the run was stopped", "after_undisturbed": "by the undisturbed run",
+    "after_sigkill": "after SIGKILL of a driver",
+}  # fmt: skip
+
+
 def slopes(samples: list[dict]) -> dict[str, Slope]:
     """Per quantity, and "pss_of KIND", "descriptors_of KIND" of each kind of process."""
     settled = [sample for sample in samples if sample["seconds"] >= SETTLED_S]
@@ -60,9 +66,7 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         f" {', '.join(f'{role} {count}' for role, count in by_role.most_common())}; {found['events']} events.",
         f"- Weights and optimisers at the end equal to an undisturbed run's of as many steps (SHA-256): {_yes(found['exact'])}.",
         f"- Each prompt trained on once per epoch: {_yes(found['each_once'])}.",
-        f"- Left behind when the run was stopped: {_left(found['after_end'])}.",
-        f"- Left behind by the undisturbed run: {_left(found['after_undisturbed'])}.",
-        f"- Left behind {found['after_sigkill']['seconds']:.0f} s after SIGKILL of a driver: {_left(found['after_sigkill'])}.\n",
+        *(f"- Left behind {when}: {_left(found[name])}." for name, when in ENDS.items() if name in found), "",
         "Slopes are of least squares over the samples from the fifth minute on, one every ten seconds, with the 95 % interval of",
         f"Newey and West ({LAG_S:.0f} s of autocorrelation). A kill takes memory away for some seconds, so values scatter.",
         "Ray keeps a log of each process that ever was, and its log monitor holds them open until there are 200: two files per",
@@ -89,5 +93,5 @@ def _yes(value: bool) -> str:
 
 def _left(found: dict) -> str:
     parts = [f"{found['processes']} processes", f"{len(found['shared memory'])} files in /dev/shm"]
-    parts.append(f"{len(found['temporary files'])} files in the temporary folder besides {found['of Ray']} of Ray's session")
-    return ", ".join(parts)
+    parts.append(f"{len(found['temporary files'])} temporary files, {found['of Ray']} of Ray's session")
+    return ", ".join(parts) + (f" ({found['seconds']:.0f} s later)" if "seconds" in found else "")
