@@ -246,9 +246,11 @@ def main() -> None:
         run.driver.kill()
         raise
     steps, digest = run.digest()
+    events = Ended(run.folder).events
     found = {
         "minutes": args.minutes, "seed": args.seed, "steps": steps, "kills": kills, "load": load, "command": " ".join(sys.argv[1:]),
-        "events": len(Ended(run.folder).events), "each_once": run.each_once(steps), "after_end": run.left_behind(),
+        "lost_s": [event["cost_s"] for event in events], "again": sum(event.get("steps_lost") or 0 for event in events),
+        "each_once": run.each_once(steps), "after_end": run.left_behind(),
     }  # fmt: skip
     write_atomically(scratch / "found.json", json.dumps(found))
     undisturbed = Run(scratch, "calm", steps)

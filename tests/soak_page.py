@@ -61,9 +61,11 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         "random role is killed, or stopped (one time in eight), but none before the run has finished a step since the last one.\n",
         "```bash", f"make soak ARGS=\"{found['command']}\"", "```\n",
         f"Measured on {on_hardware({'hardware': hardware()})}; load averages {found['load'][0]:.1f} at the start and"
-        f" {found['load'][1]:.1f} at the end.{' ' + note if note else ''}\n",
+        f" {found['load'][1]:.1f} at the end.\n", *([f"{note}\n"] if note else []),
         f"- {found['minutes']:g} minutes, {found['steps']} steps, {len(kills)} processes killed ({stopped} of them stopped):"
-        f" {', '.join(f'{role} {count}' for role, count in by_role.most_common())}; {found['events']} events.",
+        f" {', '.join(f'{role} {count}' for role, count in by_role.most_common())}.",
+        f"- {len(found['lost_s'])} losses told in events.jsonl; a recovery took {np.median(found['lost_s']):.0f} s (median), at"
+        f" most {max(found['lost_s']):.0f} s; {found['again']} finished steps were trained again.",
         f"- Weights and optimisers at the end equal to an undisturbed run's of as many steps (SHA-256): {_yes(found['exact'])}.",
         f"- Each prompt trained on once per epoch: {_yes(found['each_once'])}.",
         *(f"- Left behind {when}: {_left(found[name])}." for name, when in ENDS.items() if name in found), "",
@@ -87,8 +89,9 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
     (folder / "soak.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"found": found}, *kept]))
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "**no**"
+def _yes(value: bool | None) -> str:
+    """None: nobody has looked."""
+    return "**not compared**" if value is None else "yes" if value else "**no**"
 
 
 def _left(found: dict) -> str:
