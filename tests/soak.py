@@ -142,15 +142,10 @@ class Run:
         }  # fmt: skip
 
     def digest(self) -> tuple[int, str]:
-        """(step, SHA-256 of policy and critic with their optimisers) of the last checkpoint."""
-        folder, found = last_good(self.folder.stage("ppo").checkpoints), hashlib.sha256()
+        """(step, `digest_of`) of the last checkpoint."""
+        folder = last_good(self.folder.stage("ppo").checkpoints)
         assert folder is not None
-        for role in ("policy", "critic"):
-            state, taken = read_role(folder, role)
-            found.update(f"{role} {taken}".encode())
-            for name in sorted(state):
-                found.update(name.encode() + state[name].contiguous().numpy().tobytes())
-        return read_state(folder)["step"], found.hexdigest()
+        return read_state(folder)["step"], digest_of_checkpoint(folder)
 
     def each_once(self, steps: int) -> bool:
         """Whether each of the steps trained on the prompts of its turn, and each epoch on every prompt once."""
@@ -161,6 +156,20 @@ class Run:
         return sorted(trained) == list(range(steps)) and all(
             Counter(each for step in steps for each in trained[step]) == every for steps in epochs
         )
+
+
+def digest_of_checkpoint(folder: Path) -> str:
+    return digest_of({role: read_role(folder, role) for role in ("policy", "critic")})
+
+
+def digest_of(states: dict[str, tuple[dict, int]]) -> str:
+    """SHA-256 of each role's tensors by name, weights and optimiser, and its optimiser steps."""
+    found = hashlib.sha256()
+    for role, (state, taken) in states.items():
+        found.update(f"{role} {taken}".encode())
+        for name in sorted(state):
+            found.update(name.encode() + state[name].detach().float().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 # -- what is done to it ---------------------------------------------------------------------------------------------------
