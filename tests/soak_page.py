@@ -29,10 +29,7 @@ QUANTITIES = {
 }
 
 
-ENDS = {
-    "after_end": "when the run was stopped", "after_undisturbed": "by the undisturbed run",
-    "after_sigkill": "after SIGKILL of a driver",
-}  # fmt: skip
+ENDS = {"after_end": "when the run was stopped", "after_sigkill": "after SIGKILL of a driver"}
 
 
 def slopes(samples: list[dict]) -> dict[str, Slope]:
@@ -66,7 +63,8 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         f" {', '.join(f'{role} {count}' for role, count in by_role.most_common())}.",
         f"- {len(found['lost_s'])} losses told in events.jsonl; a recovery took {np.median(found['lost_s']):.0f} s (median), at"
         f" most {max(found['lost_s']):.0f} s; {found['again']} finished steps were trained again.",
-        f"- Weights and optimisers at the end equal to an undisturbed run's of as many steps (SHA-256): {_yes(found['exact'])}.",
+        f"- Weights and optimisers at the end equal to those of as many undisturbed steps in one process (SHA-256):"
+        f" {_yes(found['exact'])}.",
         f"- Each prompt trained on once per epoch: {_yes(found['each_once'])}.",
         *(f"- Left behind {when}: {_left(found[name])}." for name, when in ENDS.items() if name in found), "",
         "Slopes are of least squares over the samples from the fifth minute on, one every ten seconds, with the 95 % interval of",
