@@ -13,8 +13,9 @@ from starlette.responses import JSONResponse
 
 from rlhf_ray.serving.api_errors import error_body
 from rlhf_ray.serving.config import AppConfig
-from rlhf_ray.serving.front import Front, ReplicaLost
+from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.streaming import EventStream
 

@@ -28,8 +28,9 @@ from rlhf_ray.publish.servers import (
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.answered import TEXTS, USAGE
 from rlhf_ray.serving.config import Notes
-from rlhf_ray.serving.front import Front, ReplicaLost
+from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.judge import Judge
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.request_log import RequestLog

@@ -63,8 +63,15 @@ class ContinuousEngine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def submit(self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None) -> int:
-        """Queue a request -> its id, which its events carry. UserError for one that it can't take."""
+    def submit(
+        self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None, *, begun: Tokens = ()
+    ) -> int:
+        """Queue a request -> its id, which its events carry. UserError for one that it can't take.
+
+        begun: the first tokens of its response, which are there already and count as drawn: no event tells of them, their
+        log-probs are NaN in the completion, and the next token is drawn as it would be after them. Given only to an engine
+        that `continues` (`tables.engines`).
+        """
         ...
 
     def check_schema(self, schema: str) -> None:

@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
-from rlhf_ray.serving.front import ReplicaLost
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.relay import Piece, Relayed
 from rlhf_ray.serving.replica_socket import FrontEnd, WireLost, connect
 
