@@ -26,7 +26,7 @@ from rlhf_ray.publish.servers import (
     write_note,
 )
 from rlhf_ray.publish.version import Version
-from rlhf_ray.serving.answered import TEXTS, USAGE
+from rlhf_ray.serving.answered import TEXTS, USAGE, Answered
 from rlhf_ray.serving.config import Notes
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.judge import Judge
@@ -132,6 +132,7 @@ def test_metrics_are_prometheus_text_with_the_counts():
             await post(client)
         await post(client, "/v1/chat/completions")
         await post(client, "/nothing/of/ours")
+        metrics.ended(Answered(method="POST", path="/v1/x", request_id="", status=503, taken_over=2))
         return await client.get("/metrics")
 
     answer = served(talk)
@@ -142,7 +143,7 @@ def test_metrics_are_prometheus_text_with_the_counts():
     }  # fmt: skip
     assert found["rlhf_ray_requests_total", "path=/v1/completions", "status=200"] == 3
     assert found["rlhf_ray_requests_total", "path=other", "status=404"] == 1
-    assert found["rlhf_ray_failed_answers_total",] == 1
+    assert found["rlhf_ray_failed_answers_total",] == found["rlhf_ray_taken_over_answers_total",] == 1
     assert (found["rlhf_ray_tokens_total", "kind=prompt"], found["rlhf_ray_tokens_total", "kind=completion"]) == (9, 15)
     assert found["rlhf_ray_request_seconds_count", "path=/v1/completions"] == 3
     assert (found["rlhf_ray_engine_tokens_total",], found["rlhf_ray_engine_running_rows",]) == (20, 2)

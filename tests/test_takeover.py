@@ -194,7 +194,8 @@ def test_a_request_costs_so_many_replicas_and_no_more(app):
             assert response.status_code == 503 and response.headers["retry-after"] == "1", "another replica runs"
 
 
-def test_a_request_that_no_other_replica_can_take_over_is_asked_to_wait_for_a_new_one(app):
+def test_a_request_that_no_other_replica_can_take_over_is_asked_to_wait_for_a_new_one(app, monkeypatch):
+    monkeypatch.setattr(passing, "WHOLE_WAIT_S", 0.2)
     response, _ = ask([Replica(app, "a", -1)], COMPLETIONS, LONG)
     assert response.status_code == 503 and int(response.headers["retry-after"]) == passing.RESTART_S
 
@@ -210,7 +211,8 @@ def test_what_has_begun_ends_on_its_version(app):
 
 
 def test_where_nobody_has_the_version_any_more_the_request_ends_in_an_error(app, monkeypatch):
-    monkeypatch.setattr(passing, "WAIT_S", 0.3)
+    monkeypatch.setattr(passing, "STREAM_WAIT_S", 0.3)
+    monkeypatch.setattr(passing, "WHOLE_WAIT_S", 0.3)
     table = VersionTable(Version(id="old", folder="nowhere"))
     table.admit(Version(id="new", folder="nowhere"), 1.0)
     for lost_after in (-1, 2):
@@ -224,9 +226,10 @@ def test_where_nobody_has_the_version_any_more_the_request_ends_in_an_error(app,
     assert table.ongoing["new"] == 0
 
 
-def test_a_stream_waits_for_a_replica_that_starts_again_or_has_room_again(app):
-    lost, full = Replica(app, "a", 3), Replica(app, "b", -1)
-    full.up = False
+@pytest.mark.parametrize("streams", [True, False])
+def test_what_has_begun_waits_for_a_replica_that_starts_again(app, streams):
+    body = LONG if streams else LONG | {"stream": False, "stream_options": None}
+    lost = Replica(app, "a", 3 if streams else 0)
 
     async def start_again():
         while lost.up:
@@ -234,9 +237,31 @@ def test_a_stream_waits_for_a_replica_that_starts_again_or_has_room_again(app):
         await asyncio.sleep(0.2)
         lost.lost_after, lost.up = None, True
 
-    response, noted = ask([lost, full], COMPLETIONS, LONG, meanwhile=start_again)
-    same(read(response), read(ask([Replica(app)], COMPLETIONS, LONG | {"seed": lost.asked[0].fixed.seed})[0]))
+    response, noted = ask([lost], COMPLETIONS, body, meanwhile=start_again)
+    again = ask([Replica(app)], COMPLETIONS, body | {"seed": lost.asked[0].fixed.seed})[0]
+    if streams:
+        same(read(response), read(again))
+    else:
+        assert response.json()["choices"] == again.json()["choices"]
     assert (noted.taken_over, noted.replica, len(lost.asked)) == (1, "a", 2)
+
+
+def test_a_stream_waits_for_a_replica_that_has_room_again(app):
+    full = Replica(app, "b")
+    room, answer = [], full.answer
+
+    async def answers(request):
+        if len(full.asked) < 3:
+            full.asked.append(request)
+            yield [429, [], b"", False]
+            return
+        room.append(request)
+        async for piece in answer(request):
+            yield piece
+
+    full.answer = answers
+    response, noted = ask([Replica(app, "a", 3), full], COMPLETIONS, LONG)
+    assert "error" not in events(response)[-1] and (noted.taken_over, noted.replica, len(room)) == (1, "b", 1)
 
 
 def test_an_engine_that_goes_on_with_no_others_rows_says_so_before(served, app, monkeypatch):

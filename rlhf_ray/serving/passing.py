@@ -21,9 +21,10 @@ from rlhf_ray.serving.streaming import server_sent
 
 MOST_LOST = 3
 """Replicas that one request may lose: it may be what ends them."""
-WAIT_S = 60.0
-"""For a replica that goes on with a stream. No client library sends a stream again that has begun."""
+STREAM_WAIT_S, WHOLE_WAIT_S = 60.0, 15.0
+"""That a request whose replica has ended waits for another. No client library sends a stream again that has begun."""
 RESTART_S = 15  # Serve needs about so long for a new replica; OpenAI's clients ask twice again, each time after Retry-After
+LOAD_S = 1  # a replica that has started with the stable version loads the others
 _LOOK_EVERY_S = 0.1
 _EVENT_STREAM = b"text/event-stream"
 
@@ -71,43 +72,44 @@ class Passing:
         error = unavailable(f"No replica of the model {self._request.model} is running.", RESTART_S)
         full: list[Piece] = []  # the answer of a replica that is full
         tried: list[Link] = []
-        while self.lost < MOST_LOST and (link := self._next(tried)) is not None:
+        clock = asyncio.get_running_loop().time
+        until = clock()  # what no replica has had in hand does not wait
+        while self.lost < MOST_LOST:
+            link = self._next(tried)
+            if link is None:
+                if clock() >= until:
+                    break
+                tried.clear()
+                await asyncio.sleep(_LOOK_EVERY_S)
+                continue
             try:
                 refused = await self._ask(link)
             except ReplicaLost:
-                if self._streams:
-                    await self._go_on()
-                    return None
-                again_s = RESTART_S if least_busy(self._links, self._request.model) is None else 1
-                error = unavailable("The replica that had the request has ended.", again_s)
+                if self._streams and self._journal is None:
+                    break
+                until = clock() + (STREAM_WAIT_S if self._streams else WHOLE_WAIT_S)
+                full, error = [], self._lost_error()
                 continue
             if not refused:
                 return None
             if refused[0][0] == NOT_HERE:
-                error = unavailable(f"No replica has version {self._request.version} yet.", 1)
-            else:
+                error = unavailable(f"No replica has version {self._request.version} yet.", LOAD_S)
+            elif refused[0][0] in (429, 503):
                 full = refused
+            else:  # of a stream that has begun: another time it would say the same
+                break
+        if self._streams:
+            await self._cut_off()
+            return None
         for piece in full:
             await send_piece(piece, self._send)
         return None if full else error
 
-    async def _go_on(self) -> None:
-        """With a stream whose replica has ended, by others that run or will. Where none can, it ends with an error event."""
-        clock = asyncio.get_running_loop().time
-        until = clock() + WAIT_S
-        while self._journal is not None and self.lost < MOST_LOST and clock() < until:
-            tried: list[Link] = []
-            while self.lost < MOST_LOST and (link := self._next(tried)) is not None:
-                try:
-                    refused = await self._ask(link)
-                except ReplicaLost:
-                    until = clock() + WAIT_S
-                    continue
-                if not refused:
-                    return
-                if refused[0][0] not in (429, 503, NOT_HERE):  # another time it would say the same
-                    until = clock()
-            await asyncio.sleep(_LOOK_EVERY_S)
+    def _lost_error(self) -> ApiError:
+        none_runs = least_busy(self._links, self._request.model) is None
+        return unavailable("The replica that had the request has ended.", RESTART_S if none_runs else 1)
+
+    async def _cut_off(self) -> None:
         self._answered.failed = True
         failure = error_body(503, "The replica that was writing the response has ended.", code="unavailable")
         await send_piece([server_sent(failure) + server_sent("[DONE]"), False], self._send)
