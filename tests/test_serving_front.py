@@ -23,6 +23,8 @@ from rlhf_ray.serving.streaming import EventStream
 class AppLink:
     """A replica in this process that holds `room` requests, and is lost, with an error or without, after `pieces_left` pieces."""
 
+    back_in_s = 3.0
+
     def __init__(self, name, room=100, pieces_left=1_000_000, says_so=True):
         self.name, self.models, self.up, self.ongoing = name, ("m",), True, 0
         self.says_so = says_so

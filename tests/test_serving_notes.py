@@ -44,6 +44,8 @@ A = Version(id="a", folder="/a")
 class Link:
     """A replica in this process, whose app tells what ours tells."""
 
+    back_in_s = 0.0
+
     def __init__(self):
         self.name, self.models, self.up, self.ongoing, self.lost = "replica-1", ("m",), True, 0, False
         self.app = FastAPI()

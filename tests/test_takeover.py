@@ -19,6 +19,7 @@ from rlhf_ray.config.sampling_params import SamplingParams
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving import passing
+from rlhf_ray.serving.absence import Absence
 from rlhf_ray.serving.app import build_routes
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.front import Front
@@ -52,6 +53,8 @@ END = 1_000_000
 class Replica:
     """Over an app of this process. It is lost when the front has so many tokens of its answer (more, where several were put at
     once): -1, before it has the head; END, when only the last piece is missing; None, never."""
+
+    back_in_s = 7.2
 
     def __init__(self, app, name="replica", lost_after=None, versions=("",)):
         self.app, self.name, self.models, self.up, self.ongoing = app, name, ("tiny",), True, 0
@@ -186,6 +189,7 @@ def test_a_whole_answer_that_was_lost_is_asked_for_again_with_the_same_seed(app,
 def test_a_request_costs_so_many_replicas_and_no_more(app):
     for body in (LONG, LONG | {"stream": False, "stream_options": None}):
         links = [Replica(app, str(number), 2 if body["stream"] else -1) for number in range(MOST_LOST + 1)]
+        links[-1].back_in_s = 0.0
         response, noted = ask(links, COMPLETIONS, body)
         assert [len(link.asked) for link in links] == [1] * MOST_LOST + [0] and noted.failed
         if body["stream"]:
@@ -196,8 +200,26 @@ def test_a_request_costs_so_many_replicas_and_no_more(app):
 
 def test_a_request_that_no_other_replica_can_take_over_is_asked_to_wait_for_a_new_one(app, monkeypatch):
     monkeypatch.setattr(passing, "WHOLE_WAIT_S", 0.2)
-    response, _ = ask([Replica(app, "a", -1)], COMPLETIONS, LONG)
-    assert response.status_code == 503 and int(response.headers["retry-after"]) == passing.RESTART_S
+    links = [Replica(app, "a", -1), Replica(app, "b")]
+    links[1].up, links[1].back_in_s = False, 100.0
+    response, _ = ask(links, COMPLETIONS, LONG)
+    assert response.status_code == 503 and response.headers["retry-after"] == "8", "the first that comes back"
+    links[0].back_in_s = 90.0
+    response, _ = ask(links, COMPLETIONS, LONG)
+    assert response.status_code == 503 and response.headers["retry-after"] == "60", "no client waits longer"
+
+
+def test_a_replica_is_expected_back_after_as_long_as_its_last_start_took():
+    absence = Absence(start_s=15.0)
+    assert absence.left_s(now=99.0) == 0.0
+    absence.note(False, 100.0)
+    absence.note(False, 104.0)  # what is known already
+    assert [absence.left_s(now) for now in (104.0, 114.0, 120.0, 130.0)] == [11.0, 1.0, 20.0, 30.0]
+    absence.note(True, 140.0)
+    absence.note(True, 150.0)
+    assert absence.left_s(150.0) == 0.0
+    absence.note(False, 200.0)
+    assert absence.left_s(210.0) == 30.0, "of the 40 that the last one took"
 
 
 def test_what_has_begun_ends_on_its_version(app):

@@ -8,6 +8,7 @@ the client has. It does not draw these again: in another batch the last digits o
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -23,8 +24,7 @@ MOST_LOST = 3
 """Replicas that one request may lose: it may be what ends them."""
 STREAM_WAIT_S, WHOLE_WAIT_S = 60.0, 15.0
 """That a request whose replica has ended waits for another. No client library sends a stream again that has begun."""
-RESTART_S = 15  # Serve needs about so long for a new replica; OpenAI's clients ask twice again, each time after Retry-After
-LOAD_S = 1  # a replica that has started with the stable version loads the others
+LONGEST_RETRY_AFTER_S = 60  # OpenAI's library passes over a longer one. It asks twice again, each time after Retry-After
 _LOOK_EVERY_S = 0.1
 _EVENT_STREAM = b"text/event-stream"
 
@@ -43,6 +43,11 @@ class Link(Protocol):
     """Whether it is known to run."""
     ongoing: int
     """Requests that are with it."""
+
+    @property
+    def back_in_s(self) -> float:
+        """Until it is expected to run; 0: it does."""
+        ...
 
     def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
         """Its answer. ReplicaLost where it can't be had, or ends early."""
@@ -69,7 +74,7 @@ class Passing:
 
     async def pass_on(self) -> ApiError | None:
         """-> None, or why there is no answer; nothing has been sent then."""
-        error = unavailable(f"No replica of the model {self._request.model} is running.", RESTART_S)
+        error: ApiError | None = None
         full: list[Piece] = []  # the answer of a replica that is full
         tried: list[Link] = []
         clock = asyncio.get_running_loop().time
@@ -88,12 +93,12 @@ class Passing:
                 if self._streams and self._journal is None:
                     break
                 until = clock() + (STREAM_WAIT_S if self._streams else WHOLE_WAIT_S)
-                full, error = [], self._lost_error()
+                full = []
                 continue
             if not refused:
                 return None
             if refused[0][0] == NOT_HERE:
-                error = unavailable(f"No replica has version {self._request.version} yet.", LOAD_S)
+                error = unavailable(f"No replica has version {self._request.version} yet.", 1)
             elif refused[0][0] in (429, 503):
                 full = refused
             else:  # of a stream that has begun: another time it would say the same
@@ -103,11 +108,16 @@ class Passing:
             return None
         for piece in full:
             await send_piece(piece, self._send)
-        return None if full else error
+        if full:
+            return None
+        if self.lost:
+            return unavailable("The replica that had the request has ended.", self._back_in_s())
+        return error or unavailable(f"No replica of the model {self._request.model} is running.", self._back_in_s())
 
-    def _lost_error(self) -> ApiError:
-        none_runs = least_busy(self._links, self._request.model) is None
-        return unavailable("The replica that had the request has ended.", RESTART_S if none_runs else 1)
+    def _back_in_s(self) -> int:
+        """Until a replica of the model runs, in whole seconds, 1 at least."""
+        each = [link.back_in_s for link in self._links if self._request.model in link.models]
+        return max(1, min(math.ceil(min(each)), LONGEST_RETRY_AFTER_S))
 
     async def _cut_off(self) -> None:
         self._answered.failed = True
