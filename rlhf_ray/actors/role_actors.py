@@ -75,6 +75,7 @@ class Generation(RoleActor, GenerationEnd):
             engine=generation.engine,
             rows=generation.rows,
             tensor_parallel=generation.tensor_parallel,
+            shares_gpu=self.shares_gpu,
         )  # fmt: skip
 
     @with_receipt

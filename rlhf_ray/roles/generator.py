@@ -53,15 +53,18 @@ class Generator:
         engine: str = "torch",
         rows: int = 32,
         tensor_parallel: int = 1,
+        shares_gpu: bool = False,
     ):
         """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name in
-        `tables.engines`. rows: that decode at a time. tensor_parallel: GPUs that hold the engine's model."""
+        `tables.engines`. rows: that decode at a time. tensor_parallel: GPUs that hold the engine's model. shares_gpu: other
+        processes have memory on it, too."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            held = copy_device(device, tensor_parallel) if ENGINES.named(engine).schedules else device
+            there = copy_device(device, tensor_parallel, shares_gpu=shares_gpu)
+            held = there if ENGINES.named(engine).schedules else device
             self.adapted = MergedLayers(to_device(model, held), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
@@ -69,7 +72,7 @@ class Generator:
         self.engine = ENGINES.named(engine).engine(
             EngineSetting(
                 folder=folder, model=model, tokenizer=self.tokenizer, device=device, rows=rows, probes=everything,
-                tensor_parallel=tensor_parallel,
+                tensor_parallel=tensor_parallel, shares_gpu=shares_gpu,
                 longest=max(map(len, everything), default=0) + sampling.max_new_tokens, trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip
