@@ -24,6 +24,7 @@ from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation import vllm_generation
 from rlhf_ray.generation.vllm_build import vllm_problem
 from rlhf_ray.generation.vllm_generation import GATE, VllmEngine
+from rlhf_ray.models.host_memory import HostCopy
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights
@@ -209,6 +210,21 @@ def test_weights_are_loaded_in_place(case):
         after = engine.generate(prompts, seeds, params)
         assert largest_gap(model, prompts, after, params) < TOLERANCE[dtype]
     assert engine.llm is inner, "no engine was built anew"
+
+
+@needs_vllm
+def test_weights_arrive_from_a_copy_in_the_host_s_memory(case, monkeypatch):
+    """As on a shared GPU: vLLM's model is in this process, and reads the copy where it is."""
+    engine, start, dtype = case
+    params, copy = SamplingParams(max_new_tokens=8), HostCopy(engine.model, pinned=False)
+    monkeypatch.setattr(engine, "on_host", copy)
+    for seed in (4, None):
+        model = load_causal_lm(start, dtype)
+        if seed is not None:
+            change(model, seed)
+        engine.load_weights(dict(model.named_parameters()))
+        assert largest_gap(model, PROMPTS, engine.generate(PROMPTS, SEEDS, params), params) < TOLERANCE[dtype]
+    copy.close()
 
 
 @needs_vllm
