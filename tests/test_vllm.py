@@ -24,6 +24,7 @@ from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation import vllm_generation
 from rlhf_ray.generation.vllm_build import vllm_problem
 from rlhf_ray.generation.vllm_generation import GATE, VllmEngine
+from rlhf_ray.models.float_head import logits_in_float32
 from rlhf_ray.models.host_memory import HostCopy
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -331,6 +332,17 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_for_work(tmp_path):
     assert [each.response_ids.tolist() for each in after] == [each.response_ids.tolist() for each in before]
     engine.sleep()
     engine.load_weights(dict(load_causal_lm(start, torch.bfloat16).named_parameters()))  # wakes it, and holds the gate
+
+
+@needs_vllm
+def test_logits_in_float32_where_the_rest_is_in_16_bits(tmp_path):
+    """`ppo.float32_head`: vLLM's log-probs are nearer to those of its own states than bfloat16 logits could be."""
+    _, _, start = start_of("llama", tmp_path / "run")
+    model = logits_in_float32(load_causal_lm(start, torch.bfloat16))
+    engine = VllmEngine(start, model, load_tokenizer(start), longest=64, rows=8, probes=PROMPTS, eos_token_ids=())
+    assert engine.llm.llm_engine.model_config.head_dtype == torch.float32
+    assert engine.gap() < GATE[torch.bfloat16]
+    engine.close()
 
 
 # -- without a fitting vLLM -------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class Generation(RoleActor, GenerationEnd):
             rows=generation.rows,
             tensor_parallel=generation.tensor_parallel,
             shares_gpu=self.shares_gpu,
+            float32_head=recipe.ppo.float32_head,
         )  # fmt: skip
 
     @with_receipt
@@ -129,7 +130,7 @@ class ReferenceActor(RoleActor):
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
             device=self.device, **recipe.ppo.microbatches,
-            trust_remote_code=recipe.model.trust_remote_code,
+            trust_remote_code=recipe.model.trust_remote_code, float32_head=recipe.ppo.float32_head,
         )  # fmt: skip
 
     @with_receipt

@@ -7,18 +7,18 @@ draws among. `actors.memory_plan` adds them up per GPU and per node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, copy_on_host, generation_bytes, prefill_bytes
 from rlhf_ray.models.held_weights import HeldWeights, frozen_bytes, held_weights
+from rlhf_ray.models.logit_memory import head_copy, head_pieces, scored_logits, trained_logits
 from rlhf_ray.models.planned_process import GB, PlannedProcess
 from rlhf_ray.models.sent_weights import Transport, received_bytes, shared_bytes, staged_bytes
 from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import (
     longest_of,
-    response_share,
     support_bytes,
     support_mask_bytes,
     support_tokens,
@@ -32,10 +32,6 @@ from rlhf_ray.tables.families import is_tested
 #: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory_peaks.py).
 HEAP_GRADIENTS = 1.3
 HEAP_PROMPTS = 0.55  # of what a pass over prompts takes. Measured there
-GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
-#: Numbers that are worked on at a time where the head is read in pieces (`algorithms.logprobs.PIECE`), but at least so many rows.
-PIECE, PIECE_ROWS = {False: 2**18, True: 2**27}, 1024
-PIECE_BYTES = 8  # of float32 tensors of a piece, beside its logits and their gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +90,11 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         on_gpu=on_gpu,
     )  # fmt: skip
     gathered, cast = held.bytes, cast_bytes(held, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing)
+    whole_head = shape.head if language and recipe.ppo.float32_head and itemsize == 2 else 0  # in float32: no copy
+    cast -= 2.0 * whole_head
     if stage == 3 and itemsize == 2:  # linear layers arrive in 16 bits (`training.shards.gather_in`), tied embeddings are copied
-        tied = shape.head if language and not shape.output else 0
-        gathered, cast = gathered - 2.0 * (held.cast - tied), 2.0 * tied
+        tied = shape.head if language and not shape.output and not whole_head else 0
+        gathered, cast = gathered - 2.0 * (held.cast - tied - whole_head), 2.0 * tied
     work = buffer_bytes(
         held.trained, weights=whole, held=gathered, zero_stage=stage, ranks=role.actors, on_gpu=on_gpu
     ) | {
@@ -155,7 +153,10 @@ def _held(recipe: Recipe, role: str, itemsize: int) -> HeldWeights:
     ppo, language = recipe.ppo, role == "policy"
     lora, freeze = (ppo.lora, ppo.freeze_layers) if language else (ppo.critic_lora, ppo.critic_freeze_layers)
     shape = shape_of_model(recipe)
-    return held_weights(shape, recipe.model, lora=lora, freeze_layers=freeze, language=language, itemsize=itemsize)
+    held = held_weights(shape, recipe.model, lora=lora, freeze_layers=freeze, language=language, itemsize=itemsize)
+    if lora is not None and language and recipe.ppo.float32_head and itemsize == 2:
+        return replace(held, frozen=held.frozen + 2.0 * shape.output)
+    return held
 
 
 def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
@@ -177,6 +178,7 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int, wa
     if own:
         parts["copies"] = own
     parts |= batch
+    parts["logits"] += head_copy(recipe, shape, itemsize)
     heap = 0.0
     if not vllm:
         parts["passing"] = prefill_bytes(
@@ -212,11 +214,13 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
     reads = name == "reference"  # and tells log-probs: tied embeddings are copied for the product that gives logits
     counts = [each.parameters if reads else each.body for each in models]
     each_held = [frozen_bytes(each, count, itemsize=itemsize) for each, count in zip(models, counts, strict=True)]
+    in_float32 = reads and recipe.ppo.float32_head and itemsize == 2
+    each_held = [held + (2.0 * shape.output if in_float32 else 0.0) for held in each_held]
     parts = {"weights": sum(each_held)}
     if models:
         parts |= {
             "passing": passing_bytes(shape, tokens=tokens, itemsize=itemsize),
-            "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output else 0.0,
+            "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output and not in_float32 else 0.0,
         }
     if name == "reference":
         parts["logits"] = scored_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
@@ -257,27 +261,6 @@ def snapshot_bytes(recipe: Recipe) -> float:
     """Of the two snapshots of all that trains, weights and two moments, in the object store; 0 where the recipe has none."""
     needed = 2 * 12.0 * sum(trained_by_role(recipe).values())
     return needed if needed <= recipe.resources.snapshot_gb * GB else 0.0
-
-
-def trained_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool = False) -> float:
-    """Logits of the responses' tokens, and their gradient."""
-    logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
-    return 2 * logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
-
-
-def scored_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
-    """Of a pass that only tells log-probs."""
-    logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
-    return logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
-
-
-def head_pieces(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
-    """Of the head read in pieces (`algorithms.chunked_head`): a piece's logits and what is made of them, and the gradient of its
-    weight, once for a piece and once for all."""
-    shape = shape_of_model(recipe)
-    rows = max(PIECE[on_gpu] // max(shape.vocabulary, 1), min(shape.width, PIECE_ROWS))
-    piece = min(rows, response_share(recipe) * tokens) * shape.vocabulary
-    return piece * (2 * itemsize + PIECE_BYTES) + float(itemsize) * shape.head
 
 
 def pass_tokens(recipe: Recipe, *, ranks: int | None = None) -> int:
