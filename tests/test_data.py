@@ -225,8 +225,10 @@ def test_check_model_compares_lengths_with_positions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "heads, keys, channels, gpus, says",
     [
-        (28, 4, 18944, 4, None), (28, 4, 18944, 14, "to 1 or 2 or 4"), (28, 4, 18944, 3, "28 heads, 4 of keys"),
-        (14, 2, 4864, 2, None), (32, 8, 11008, 16, None), (24, 8, 4096, 12, "to 1 or 2 or 4 or 8"),
+        (28, 4, 18944, 4, None), (32, 8, 11008, 16, None),  # Qwen2.5-7B; two GPUs have a head of keys and values together
+        (28, 4, 18944, 3, "28 heads, 4 of keys"), (6, 2, 4096, 4, "to 1 or 2"),  # heads
+        (24, 6, 12288, 4, "to 1 or 2 or 3"),  # heads of keys and values
+        (12, 4, 4096, 12, "to 1 or 2 or 4"),  # channels
     ],
 )  # fmt: skip
 def test_a_model_is_split_over_whole_heads(heads, keys, channels, gpus, says, tmp_path, tokenizer):
