@@ -3,6 +3,7 @@ receipt."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from rlhf_ray.actors.garbage_collection import collector_paused
@@ -21,7 +22,7 @@ with collector_paused():
     from rlhf_ray.runs.run_folder import RunFolder
 
 
-class RoleActor:
+class RoleActor(ABC):
     """Set-up that all actors share. Not an actor itself."""
 
     def __init__(self, name: str, recipe: Recipe, folder: RunFolder, settings: RoleConfig, *args):
@@ -33,9 +34,9 @@ class RoleActor:
         with collector_paused():
             self.build(*args)
 
+    @abstractmethod
     def build(self, *args) -> None:
         """Import and make the plain role, as far as the actor can alone."""
-        raise NotImplementedError
 
     def compute_dtype(self, setting: Precision) -> torch.dtype:
         from rlhf_ray.training.precision import resolve_precision

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar
@@ -30,7 +31,7 @@ class Forwards(TypedDict):
     reuse_forward: NotRequired[bool]
 
 
-class Trainer(Generic[Shard]):
+class Trainer(ABC, Generic[Shard]):
     """What policy and critic share: forward over a chunk, and one update over a shard."""
 
     def __init__(
@@ -55,13 +56,13 @@ class Trainer(Generic[Shard]):
         """The weights are others from now on: outputs of the old ones are of no use."""
         self._kept, self._kept_step = {}, -1
 
+    @abstractmethod
     def _loss(self, output, floats: Sequence[torch.Tensor], mask, step: OptimiserStep) -> tuple[torch.Tensor, Stats]:
         """floats: the arrays of `_floats`, each padded to [b, T]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _floats(self, shard: Shard) -> list[np.ndarray]:
         """What the loss needs of the shard, each float32 [N]."""
-        raise NotImplementedError
 
     def _is_enough(self, stats: dict[str, float]) -> bool:
         """Whether to skip the update's remaining steps; the same answer on every rank."""

@@ -170,18 +170,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Tracker:
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        raise NotImplementedError
+class _Tracker(Protocol):
+    def write(self, step: int, numbers: dict[str, float]) -> None: ...
 
-    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        raise NotImplementedError
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    def close(self) -> None: ...
 
 
-class _TensorBoardTracker(_Tracker):
+class _TensorBoardTracker:
     def __init__(self, folder: Path, resume_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -208,7 +205,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
-class _WandbTracker(_Tracker):
+class _WandbTracker:
     def __init__(self, project: str, run_name: str | None):
         try:
             wandb: Any = importlib.import_module("wandb")  # not in the environment in which types are checked
@@ -231,7 +228,7 @@ class _WandbTracker(_Tracker):
         self._run.finish()
 
 
-class _MlflowTracker(_Tracker):
+class _MlflowTracker:
     def __init__(self, experiment: str, run_name: str | None):
         try:
             mlflow: Any = importlib.import_module("mlflow")

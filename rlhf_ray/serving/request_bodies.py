@@ -7,6 +7,7 @@ extensions (the openai client sends them by `extra_body`).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -140,9 +141,9 @@ class GenerationRequest(StrictBody):
         )
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many of the likeliest tokens are wanted beside each token's log-prob; None: no log-probs."""
-        raise NotImplementedError
 
     def rules(self) -> TokenRules | None:
         """What the request asks for beside `sampling`; None: nothing."""

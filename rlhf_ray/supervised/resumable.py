@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,7 +52,7 @@ class Pending:
     published: bool = False  # rank 0 was asked to make it appear
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(Trainer, ABC):
     """Mixin before a TRL trainer on DeepSpeed. Its private methods are those by which Trainer saves and goes on.
 
     Checkpoints are written beside training. Between two steps each rank copies its share of the state; a thread writes and hashes
@@ -66,9 +67,9 @@ class ResumableTrainer(Trainer):
     pending: Pending | None = None
 
     @property
+    @abstractmethod
     def elapsed_s(self) -> float:
         """Seconds of training, over all resumes."""
-        raise NotImplementedError
 
     @property
     def _checkpoints(self) -> Path:
