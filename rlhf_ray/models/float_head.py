@@ -31,7 +31,7 @@ def score_in_float32(model: PreTrainedModel) -> PreTrainedModel:
 def logits_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """The same of a language model, for `ppo.float32_head`. UserError where its output layer is of a class of its own."""
     head = model.get_output_embeddings()
-    if type(head) not in (nn.Linear, Float32Linear):
+    if head is None or type(head) not in (nn.Linear, Float32Linear):
         raise UserError(
             f"ppo.float32_head is true, but the output layer of a {type(model).__name__} is a {type(head).__name__}, which may "
             "do more than multiply; set it to false"
