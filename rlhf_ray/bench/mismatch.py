@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+MOVED = 7  # seed of the digits that bfloat16 weights lack
 QUESTIONS = (
     "What is the capital of France?", "How do I bake bread?", "Tell me a short story about a dog.",
     "Why is the sky blue?", "Write a poem about rain.", "How can I sleep better?", "What is a good first bicycle?",
@@ -71,11 +72,11 @@ def measure_heads(folder: Path, samples: int, tokens: int, seed: int) -> dict[st
     heads = {"plain head": lambda model: model, "float32 head": logits_in_float32}
     found: dict[str, dict[str, float]] = {}
     for name, headed in heads.items():
-        engine = GenerationEngine(headed(_moved(load_causal_lm(folder), 0.001).to(torch.bfloat16)), tokenizer)
+        engine = GenerationEngine(headed(_moved(load_causal_lm(folder), 0.001, MOVED).to(torch.bfloat16)), tokenizer)
         drawn = engine.generate(prompts, list(range(seed, seed + len(prompts))), SamplingParams(max_new_tokens=tokens))
         answers, logprobs = [np.array(each.response_ids) for each in drawn], np.concatenate([each.logprobs for each in drawn])
         for other, their_head in heads.items():
-            policy = their_head(_moved(load_causal_lm(folder), 0.001))
+            policy = their_head(_moved(load_causal_lm(folder), 0.001, MOVED))
             rows = response_logprobs(policy, prompts, answers, compute_dtype=torch.bfloat16, microbatch_size=16)
             found[f"generator {name}, policy {other}"] = gap(logprobs, np.concatenate(rows))
     return found
@@ -86,9 +87,9 @@ def _prompts(tokenizer, samples: int) -> list[np.ndarray]:
     return [np.array(tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)) for one in asked]
 
 
-def _moved(model: torch.nn.Module, share: float):
-    """Weights changed by this share of each tensor's deviation, always alike."""
-    torch.manual_seed(0)
+def _moved(model: torch.nn.Module, share: float, seed: int = 0):
+    """Weights changed by this share of each tensor's deviation."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std(correction=0) * share)
