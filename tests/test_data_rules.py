@@ -59,6 +59,12 @@ def test_the_side_of_a_long_prompt_that_is_cut_is_a_setting(tokenizer, side, exp
     assert (tally.cut, tally.dropped) == (({"prompt": 1}, {}) if expected else ({}, {"over_long": 1}))
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(6, 1), (5, 0)])
+def test_a_prompt_of_just_as_many_tokens_as_the_limit_stays(tokenizer, limit, kept):
+    tally, rows = Tally(), [{"prompt": "the cat sat on the mat", "messages": None, "key": "k"}]  # six tokens
+    assert len(apply_rules(rows, "prompts", limits_of(tokenizer, max_prompt_tokens=limit, truncate_prompt="drop"), tally)) == kept
+
+
 def test_a_long_row_loses_prompt_before_reply_and_fits(tokenizer):
     limits = limits_of(tokenizer, max_prompt_tokens=5, max_length=20, truncate_reply="left")
     rows = [

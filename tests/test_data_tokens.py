@@ -88,8 +88,10 @@ def test_a_long_conversation_loses_its_oldest_turns(chat_tokenizer):
     ]
     rows = normalise([{"prompt": turns}], {"prompt": "prompt"}, "prompts", ChatFormat(chat_tokenizer))
     full = len(encode_prompt(chat_tokenizer, rows[0]["prompt"]))
-    tally = Tally()
-    kept = apply_rules(rows, "prompts", limits_of(chat_tokenizer, max_prompt_tokens=full - 1), tally)
-    assert kept[0]["prompt"] == "<|system|>Be kind.<|eos|>\n<|user|>the cat<|eos|>\n<|assistant|>"
-    assert tally.cut == {"prompt": 1}
+    short = "<|system|>Be kind.<|eos|>\n<|user|>the cat<|eos|>\n<|assistant|>"
+    for limit in (full - 1, len(encode_prompt(chat_tokenizer, short))):  # the second: what is left just fits
+        tally = Tally()
+        kept = apply_rules([dict(row) for row in rows], "prompts", limits_of(chat_tokenizer, max_prompt_tokens=limit), tally)
+        assert kept[0]["prompt"] == short
+        assert tally.cut == {"prompt": 1}
     assert drop_oldest_turn([system, USER]) is None

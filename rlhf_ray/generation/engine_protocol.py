@@ -102,6 +102,7 @@ class EngineSetting:
     rows: int = 32  # that decode at a time
     max_cache_tokens: int | None = None  # of an open batch: rows times tokens of the longest; None: as many as there are
     tensor_parallel: int = 1  # GPUs that hold the engine's model together
+    shares_gpu: bool = False  # other processes have memory on it, too
     longest: int | None = None  # tokens of the longest prompt with its response; None: what the model has positions for
     probes: Sequence[Tokens] = ()  # some prompts, to try new weights on
     eos_token_ids: Sequence[int] | None = None  # tokens that end a response; None: those of the tokenizer
