@@ -105,6 +105,8 @@ class ScriptedCritic:
 class ScriptedLink:
     """A replica's app, without Ray between. versions: id -> the name whose script that version writes."""
 
+    back_in_s = 5.0
+
     def __init__(self, name, tokenizer, step_s, versions=None):
         self.name, self.models = name, (name,)
         self.up, self.ongoing = True, 0

@@ -12,12 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ray.bench import flops, scale
+from rlhf_ray.bench import flops
 from rlhf_ray.bench.controller import Crowd
 from rlhf_ray.bench.flops import SIZES, Shape, Work
 from rlhf_ray.bench.ppo import _waiting
 from rlhf_ray.bench.random_run import bench_recipe
 from rlhf_ray.bench.results import ratios
+from rlhf_ray.bench.scale_plan import MODELS
 from rlhf_ray.bench.serve import quantile
 from rlhf_ray.bench.sync import shape_of_weights
 from rlhf_ray.bench.trend import slope
@@ -111,8 +112,8 @@ def test_flop_of_a_forward_pass_against_torchs_own_counter():
     ("shape", "published"),
     [
         (SIZES["124m"], 124_439_808),  # GPT-2, with positions, biases and norms
-        (scale.MODELS["7B"], 6_738_415_616),  # Llama 2, with a head of its own
-        (scale.MODELS["70B"], 68_976_648_192),
+        (MODELS["7B"], 6_738_415_616),  # Llama 2, with a head of its own
+        (MODELS["70B"], 68_976_648_192),
     ],
 )
 def test_weights_are_those_of_the_published_models(shape, published):
@@ -206,88 +207,3 @@ def test_calls_of_a_step_by_hand():
     crowd = Crowd(generators=3, processes=1, rows=4, work=Work(rows=10, prompt=1, response=1, epochs=1), weight_bytes=8,
                   ranks=2)  # fmt: skip
     assert crowd.calls == 15 + 1 + 4 + 2 + 3
-
-
-ONE = Shape(layers=1, width=2, heads=1, vocabulary=3)  # 12 x 4 + 3 x 2 = 54 weights, 108 bytes
-GPU = scale.Gpu(flop_per_s=1000, memory=1000, memory_per_s=100, link_per_s=54, network_per_s=27)
-RATES = scale.Rates(
-    training=0.5, forward=0.5, decode=0.5, launch_s=0.0, step_s=0.0, all_reduce_s=0.0, host_copy_per_s=27, store_per_s=12,
-    pull_per_s=18, call_s=0.5, assemble_token_s=0.25, microbatch_tokens=6,
-)  # fmt: skip
-
-
-def test_seconds_of_generation_by_hand():
-    """A token caches 2 x 2 x 1 x 2 = 8 bytes. Two rows a replica: a step reads 108 + 2 x 8 x (1 + 1) = 140 bytes at 50 a
-    second, 2.8 s; its arithmetic, 2 rows x 120 FLOP at 500 a second, hides behind that."""
-    work = Work(rows=4, prompt=1, response=2, epochs=1)
-    assert scale.split_of(ONE, GPU) == 1
-    assert scale.generate_seconds(ONE, work, 2, GPU, RATES) == pytest.approx(2 * 2.8)
-    small = scale.Gpu(flop_per_s=1000, memory=181, memory_per_s=100)  # 0.9 x 181 - 108 = 54.9 bytes: two rows of 24
-    assert scale.generate_seconds(ONE, work, 1, small, RATES) == pytest.approx(2 * 2 * 2.8)
-    slow = scale.Gpu(flop_per_s=100, memory=1000, memory_per_s=100)  # 240 FLOP a step at 50 a second
-    assert scale.generate_seconds(ONE, work, 2, slow, RATES) == pytest.approx(2 * 4.8)
-    late = scale.Rates(decode=0.5, forward=0.5, launch_s=0.1, kernels=4, step_s=0.25)
-    assert scale.generate_seconds(ONE, work, 2, GPU, late) == pytest.approx(2 * (2.8 + 0.4 + 0.25))
-
-
-def test_seconds_of_scoring_and_update_by_hand():
-    """Three tokens: 2 x 48 x 3 + 4 x 2 x 6 = 336 FLOP; two logits more: 24. Four rows: 1,344 and 1,440."""
-    work = Work(rows=4, prompt=1, response=2, epochs=2)
-    gpus = {"reward": 1, "reference": 2, "policy": 2, "critic": 4}
-    assert scale.score_seconds(ONE, work, gpus, GPU, RATES) == pytest.approx(1344 / 500)  # the reward model's
-    # arithmetic 4 x 2 x 1440 / (2 x 500) = 11.52; wire: 2 epochs x 12 / 2 / 6 passes x 4 x 108 x 1/2 / 54 = 8
-    assert scale.update_seconds(ONE, work, 2, GPU, RATES) == pytest.approx(11.52)
-    # on 16 ranks: 0.72 < one pass an epoch at least, 2 x (2 + 2 + 4) x 54 weights x 15/16 over 27
-    assert scale.update_seconds(ONE, work, 16, GPU, RATES) == pytest.approx(2 * 8 * 54 * 15 / 16 / 27)
-
-
-def test_seconds_of_a_sync_by_hand():
-    """Gathering in float32 216/54, to the host 108/27, into the store 108/12, into the generator 108/27."""
-    assert scale.store_seconds(ONE, {"policy": 2, "generation": 2}, GPU, RATES) == pytest.approx(4 + 4 + 9 + 4)
-    # two nodes of generators: over the network 216/27, and two rounds of pulls 108/18
-    assert scale.store_seconds(ONE, {"policy": 16, "generation": 16}, GPU, RATES) == pytest.approx(8 + 4 + 9 + 12 + 4)
-
-
-def test_seconds_of_a_broadcast_by_hand():
-    """Gathered in float32, 216, sent in bfloat16, 108: over links at 54, over the network at 27."""
-    assert scale.sync_seconds(ONE, {"policy": 2, "generation": 2}, GPU) == pytest.approx(4 + 2)
-    assert scale.sync_seconds(ONE, {"policy": 8, "generation": 8}, GPU) == pytest.approx(4 + 4)
-    assert scale.sync_seconds(ONE, {"policy": 16, "generation": 99}, GPU) == pytest.approx(8 + 4)
-
-
-def test_a_training_rank_is_counted_by_the_memory_plan():
-    """70 B on 16 ranks: 16 bytes each, 68.7 GB; a bucket of 2 GB and the share of a gradient, 4; gathered weights, 4; 16,384 tokens
-    with checkpoints at 80 blocks of width 8,192, 43 GB, and what one block and the end keep."""
-    work, rates = Work(rows=8, prompt=512, response=512, epochs=1), scale.Rates()
-    found = scale.training_bytes(scale.MODELS["70B"], work, 16, rates)
-    block = 16384 * (30 * 8192 + 2 * 2 * 1024 + 8 * 28672)
-    kept = 16384 * 8192 * (80 * 4 + 10) + block
-    state = 16 * scale.MODELS["70B"].weights / 16
-    copies = 2 * (32000 * 8192 + scale.MODELS["70B"].block_weights)
-    assert found == pytest.approx(0.8e9 + state + 2e9 + 4e9 + 4e9 + kept + 2 * 16384 * 32000 + copies, rel=1e-6)
-
-
-def test_where_it_bends_is_the_first_phase_that_stops_shrinking():
-    def row(**phases):
-        return scale.Iteration(phases, "", 1, 0.5, 0.0)
-
-    found = [(8, scale.Iteration({}, "too large", 1, 0.0, 0.0)), (16, row(update=8.0, sync=1.0)), (32, row(update=4.0, sync=1.0))]
-    assert scale.bend_of(found).startswith("sync first, at 32 GPUs: 1.0 s where half of them take 1.0 (20%")
-    assert scale.bend_of(found[:2]) == "nowhere up to here"
-    few = [(16, row(update=80.0, sync=1.0)), (32, row(update=40.0, sync=1.0))]  # a fortieth
-    assert scale.bend_of(few) == "nowhere up to here"
-
-
-def test_what_does_not_fit_is_named():
-    work = Work(rows=8, prompt=1, response=1, epochs=1)
-    h100 = scale.GPUS["h100"]
-    found = scale.iteration(scale.MODELS["70B"], work, 8, h100, scale.Rates(), chunk_size=8)
-    assert found.misfit == "generation does not fit" and found.phases == {}  # on 2 GPUs of 80 GB, 140 GB and a cache
-    small = scale.Rates(microbatch_tokens=1024)
-    for count, misfit in ((64, "training state does not fit"), (72, "")):  # 16 bytes x 68.7e9 over 16, over 18 GPUs
-        found = scale.iteration(scale.MODELS["70B"], work, count, h100, small, chunk_size=8)
-        assert found.misfit == misfit  # 68.7 and 61.1 GB each, beside 16
-    assert "137 GB on one GPU" in scale.copy_misfit(scale.MODELS["70B"], h100)
-    assert scale.copy_misfit(scale.MODELS["7B"], h100) == ""
-    found = scale.iteration(scale.MODELS["7B"], work, 8, h100, scale.Rates(), chunk_size=8)
-    assert found.misfit == "" and found.split == 1

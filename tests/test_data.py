@@ -222,6 +222,29 @@ def test_check_model_compares_lengths_with_positions(tmp_path, tokenizer):
         update={"name_or_path": "nobody/nothing"})}))[-1]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "heads, keys, channels, gpus, says",
+    [
+        (28, 4, 18944, 4, None), (32, 8, 11008, 16, None),  # Qwen2.5-7B; two GPUs have a head of keys and values together
+        (28, 4, 18944, 3, "28 heads, 4 of keys"), (6, 2, 4096, 4, "to 1 or 2"),  # heads
+        (24, 6, 12288, 4, "to 1 or 2 or 3"),  # heads of keys and values
+        (12, 4, 4096, 12, "to 1 or 2 or 4"),  # channels
+    ],
+)  # fmt: skip
+def test_a_model_is_split_over_whole_heads(heads, keys, channels, gpus, says, tmp_path, tokenizer):
+    """vLLM: heads and channels of the feed-forward divide by the GPUs; heads of keys and values by them, or they by these."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
+              "hidden_size": 64 * heads, "intermediate_size": channels,
+              "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": 300}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(tmp_path)
+    recipe = Recipe(name="t", model={"name_or_path": str(tmp_path)}, resources={"generation": {"gpus": gpus}},
+                    generation={"engine": "vllm", "tensor_parallel": gpus})  # fmt: skip
+    problems = check_model(recipe)
+    assert bool(problems) == (says is not None)
+    assert says is None or (f"tensor_parallel = {gpus} can't split" in problems[0] and says in problems[0])
+
+
 def test_rows_read_back_are_the_rows_written(tmp_path, pairs_file):
     recipe = recipe_of(tmp_path, sft=[{"path": "pairs.jsonl.gz"}], preferences=[{"path": "pairs.jsonl.gz"}])
     prepare(recipe, RunFolder(tmp_path / "run"))

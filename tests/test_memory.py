@@ -19,7 +19,8 @@ from rlhf_ray.models.activations import block_bytes, cast_bytes, kept_bytes
 from rlhf_ray.models.generation_memory import cache_of, prefill_bytes
 from rlhf_ray.models.held_weights import held_weights
 from rlhf_ray.models.load import build_causal_lm, disable_dropout, fast_attention
-from rlhf_ray.models.memory import head_pieces, memory_plan, pass_tokens
+from rlhf_ray.models.logit_memory import head_pieces
+from rlhf_ray.models.memory import memory_plan, pass_tokens
 from rlhf_ray.models.size import shape_of_model
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.models.tokenizer import word_tokenizer

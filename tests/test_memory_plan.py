@@ -13,6 +13,8 @@ from tiny import tiny_recipe
 from rlhf_ray.actors.checks import left_on_cpus
 from rlhf_ray.actors.memory_plan import Precisions, memory_problems, phases_of
 from rlhf_ray.actors.nodes import Node, local_memory, rented_nodes
+from rlhf_ray.actors.ray_stages import cluster_problems
+from rlhf_ray.actors.weight_transport import planned_transport
 from rlhf_ray.bench.memory_peaks import RESULTS, SETUPS, measured, planned
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.vllm_weights import copy_device, untied
@@ -140,7 +142,7 @@ def test_who_shares_a_gpu_takes_turns_on_it():
         role: {"gpus": 0.2, "with": "policy"} for role in ("critic", "generation", "reward", "reference")
     }
     recipe, nodes = tiny_recipe(model=model, resources=roles), rented_nodes("1x1xH100")
-    rows = {row.role: row.process for row in memory_plan(recipe)}
+    rows = {row.role: row.process for row in memory_plan(recipe, way="ipc")}
     found = phases(recipe, nodes)
     assert [phase.turn for phase in found] == ["rollout", "policy update", "critic update"]
     sizes = [{share.process: share.size - CONTEXT for share in phase.gpus[0, 0]} for phase in found]
@@ -270,14 +272,35 @@ def test_weights_on_their_way_are_counted_where_they_stand():
         recipe = tiny_recipe(
             ppo={"steps_ahead": ahead, "weights_in_flight": in_flight}, resources=group | {"weight_transport": way}
         )
-        rows = {row.role: row.process for row in memory_plan(recipe)}
+        (phase,) = phases(recipe, rented_nodes("1x8xH100"))
+        rows = phase.processes
         staged.append([rows["policy"].of_number(rank).host.get("staged weights", 0) for rank in (0, 1)])
         received.append(rows["generation"].host.get("received weights", 0))
-        (phase,) = phases(recipe, rented_nodes("1x8xH100"))
         store = sum(share.size for share in phase.hosts[0] if share.process == "object store")
         stored.append(store - 2 * 12 * 2 * 37_120)  # without snapshots of policy and critic
     assert staged == [[0, 0], [2 * 37_120, 0], [2 * 37_120, 0], [0, 0]] and received == [0, 0, 4 * 37_120, 0]
     assert stored == [0, 0, 0, 5 * 2 * 37_120]
+
+
+def test_the_way_of_new_weights_is_the_one_that_their_places_allow():
+    """Two ranks on two GPUs. Handles reach the generator beside rank 0; two generators, one of them beside it, neither handles
+    nor a broadcast; generators on GPUs that others share, a broadcast. Only handles take a copy on rank 0's GPU."""
+    group = {"actors": 2, "gpus": 0.4}
+    reference = {"gpus": 0.3, "with": "generation"}
+    ways = {
+        "ipc": {"generation": {"gpus": 0.4, "with": "policy"}},
+        "object_store": {"generation": {"actors": 2, "gpus": 0.4, "with": "policy"}},
+        "collective": {"generation": {"actors": 2, "gpus": 0.6}, "reference": reference, "critic": {"gpus": 0.4, "with": "policy"}},
+    }
+    for way, roles in ways.items():
+        recipe, nodes = tiny_recipe(resources={"policy": group} | roles), rented_nodes("1x8xH100")
+        first, *_ = phases(recipe, nodes)
+        assert planned_transport(recipe, first.layout) == way
+        assert ("shared weights" in first.processes["policy"].parts) == (way == "ipc")
+        assert ("weights to send" in first.processes["policy"].moments) == (way == "object_store")
+    told = tiny_recipe(resources={"policy": group, "weight_transport": "ipc"} | ways["object_store"])
+    (problem,) = cluster_problems(told, ["ppo"], [node.amounts for node in rented_nodes("1x8xH100")])
+    assert "weight_transport is ipc" in problem and "GPU 0 of node 0, GPU 1 of node 0, which allows object_store" in problem
 
 
 def test_only_rank_0_loads_before_zero_3_cuts(tmp_path):
@@ -362,6 +385,14 @@ def test_a_stage_that_does_not_fit_is_told_with_what_to_lower():
     assert len(on_gpu) == 1 and "GPU 0 of this machine" in on_gpu[0]  # not this memory
 
 
+def test_a_stage_whose_measuring_does_not_fit_is_told_so():
+    """A reward model of 6.7 B, its state over eight ranks: measured in float32 it takes 27 GB of one GPU."""
+    recipe = tiny_recipe(model={"from_scratch": SEVEN}, reward={"workers": 8, "gpus_per_worker": 1, "zero_stage": 3,
+                         "offload_optimizer": True, "microbatch_size": 1})  # fmt: skip
+    (problem,) = problems(recipe, 2e12, [24e9] * 8, stages=("reward",))
+    assert "the model in float32, as it is measured on one GPU when the stage has trained, 2" in problem
+
+
 def test_gpus_whose_memory_nobody_knows_are_not_judged():
     recipe = tiny_recipe(model={"from_scratch": SEVEN}, resources={"policy": {"gpus": 1}})
     nodes = [Node("node", {"CPU": 8.0, "GPU": 1.0}, None)]
@@ -398,9 +429,36 @@ def test_a_copy_on_the_host_is_read_by_other_processes_where_it_is():
     copy.close()
 
 
-def test_the_copy_beside_an_engine_that_is_split_stands_on_the_host():
-    assert [copy_device("cuda", gpus) for gpus in (1, 2)] == [torch.device("cuda"), torch.device("cpu")]
-    assert copy_device("cpu", 2) == torch.device("cpu")
+def test_the_copy_beside_an_engine_that_is_split_or_shares_its_gpu_stands_on_the_host():
+    found = [str(copy_device("cuda", gpus, shares_gpu=shares)) for gpus, shares in ((1, False), (2, False), (1, True))]
+    assert found == ["cuda", "cpu", "cpu"]
+    assert copy_device("cpu", 2, shares_gpu=True) == torch.device("cpu")
+
+
+def test_an_engine_that_shares_its_gpu_has_its_own_weights_there_once():
+    """7 B in 16 bits: vLLM's own while it draws, none while others update; the plain copy is in the host's memory."""
+    shares = {role: {"gpus": 0.2, "with": "policy"} for role in ("generation", "critic", "reward", "reference")}
+    generation = {"engine": "vllm", "precision": "bfloat16", "stop": ()}
+    recipe = tiny_recipe(model={"from_scratch": SEVEN}, generation=generation, resources={"policy": {"gpus": 0.2}} | shares)
+    weights = 2 * shape_of_model(recipe).parameters
+    drawing, updating, _ = phases(recipe, rented_nodes("1x1xH200"))
+    process = drawing.processes["generation"]
+    assert process.parts["copies"] == process.host["copy beside the engine"] == weights and "weights" not in process.parts
+    there = [{share.process: share.size for share in phase.gpus[0, 0]}["generation 0"] for phase in (drawing, updating)]
+    assert weights < there[0] < 1.5 * weights and there[1] == CONTEXT + VLLM_ELSE
+
+
+def test_what_zero_3_gathers_has_two_bytes_per_weight_of_a_linear_layer():
+    """A Llama of 1 block with tied embeddings: the block's matrices arrive in 16 bits, and are not cast again; embeddings arrive in
+    float32, and their product is with a copy."""
+    scratch = {"architecture": "llama", "layers": 1, "width": 64, "heads": 4, "positions": 64, "vocab_size": 1000}
+    policy = {"gpus": 1, "actors": 2, "zero_stage": 3}
+    recipe = tiny_recipe(model={"from_scratch": scratch}, resources={"policy": policy})
+    parts = {row.role: row.process.parts for row in memory_plan(recipe)}["policy"]
+    inner = 192  # 8/3 of the width, a multiple of 32
+    linear, embeddings = 4 * 64 * 64 + 3 * 64 * inner, 1000 * 64
+    assert parts["gathered"] == pytest.approx(2 * linear + 4 * embeddings, rel=0.01)  # norms: 3 x 64
+    assert parts["16-bit copies"] == 2 * embeddings
 
 
 def test_max_num_seqs_bounds_the_cache_and_not_the_chunk():

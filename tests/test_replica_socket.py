@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from rlhf_ray.serving.relay import Relayed, merged, told
+from rlhf_ray.serving.handover import Fixed
+from rlhf_ray.serving.relay import JOURNAL, Relayed, merged, told
 from rlhf_ray.serving.replica_socket import Listening, WireLost, connect
 
 SCOPE = {
@@ -18,7 +19,7 @@ SCOPE = {
 
 
 def request(body=b"?", **named):
-    return Relayed(scope=dict(SCOPE), body=body, **named)
+    return Relayed(scope=dict(SCOPE), body=body, fixed=Fixed(id="f", created=1, seed=2**63 - 1), **named)
 
 
 def talked(tmp_path, answering, talk):
@@ -42,15 +43,16 @@ def test_an_answer_comes_with_its_head_its_bytes_and_what_is_told_of_it(tmp_path
 
     async def answering(asked, put):
         seen.append(asked)
-        put([200, [[b"x", b"\xe9"]], b"", True])
-        put([b"\x00one", True])
+        put([200, [[b"x", b"\xe9"]], b"", True, {JOURNAL: b"\x01"}])
+        put([b"\x00one", True, {JOURNAL: b"\xff"}])
         await asyncio.sleep(0.05)
         put([b"two", False, {"usage": {"prompt_tokens": 3}, "texts": [["p", "é\ud800"]]}])
 
-    pieces, _ = talked(tmp_path, answering, lambda end: read(end, request(model="m", version="v")))
-    assert seen == [request(model="m", version="v")]
+    asked = request(model="m", version="v", begun=b"\x00\xfe")
+    pieces, _ = talked(tmp_path, answering, lambda end: read(end, asked))
+    assert seen == [asked]
     # What one iteration of the event loop puts is one piece.
-    assert pieces[0] == [200, [[b"x", b"\xe9"]], b"\x00one", True]
+    assert pieces[0] == [200, [[b"x", b"\xe9"]], b"\x00one", True, {JOURNAL: b"\x01\xff"}]
     assert told(pieces[1]) == ([b"two", False], {"usage": {"prompt_tokens": 3}, "texts": [["p", "é\ud800"]]})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -91,10 +92,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
+    requests = tmp_path_factory.mktemp("requests") / "requests.jsonl"
     served = Served(
         folder, tmp_path_factory.mktemp("log") / "log", "--replicas", 2, "--max-rows", 8, "--max-waiting-rows", 8,
-        "--max-connections", 200,
+        "--max-connections", 200, "--request-log", requests,
     )  # fmt: skip
+    served.requests = requests
     yield served
     served.end()
 
@@ -165,23 +168,59 @@ def test_a_client_that_leaves_frees_its_row(served):
     assert after["cancelled_rows"] - before["cancelled_rows"] == 1 and after["tokens"] - before["tokens"] < 2000
 
 
-def test_a_killed_replica_costs_its_streams_an_error_event_and_nobody_else_anything(served):
-    def stream(_):
-        with httpx.stream("POST", f"{served.url}/v1/completions", json=BODY | {"stream": True}, timeout=60) as response:
-            return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+TAKEN_OVER = {  # top_k of 1 draws the likeliest
+    "greedy stream": {"stream": True},
+    "sampled stream": {"stream": True, "top_k": 0, "seed": 7, "stream_options": {"include_usage": True}},
+    "sampled whole": {"top_k": 0, "seed": 8, "n": 2},
+}
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        streams = [pool.submit(stream, number) for number in range(4)]
-        served.wait_for(lambda: served.get("/stats").json()["running_rows"] == 4)
-        os.kill(served.replicas()[0], signal.SIGKILL)
-        responses = [served.post(max_tokens=3) for _ in range(5)]
-        ends = [each.result()[-2:] for each in streams]
-    for response in responses:
-        assert response.status_code == 200 or is_unavailable(response) is None
-    assert responses[-1].status_code == 200 and served.get("/health").status_code == 200
-    assert all(end[-1] == "[DONE]" for end in ends)
-    failed = [json.loads(end[0])["error"] for end in ends if "error" in json.loads(end[0])]
-    assert len(failed) == 2 and all(error["code"] == "unavailable" for error in failed)
+
+async def text_of(client, way, on_chunk=None):
+    """-> the text, or the texts, and what the answer says of itself."""
+    body = BODY | {"max_tokens": 800} | TAKEN_OVER[way]
+    if not body.get("stream"):
+        whole = (await client.post("/v1/completions", json=body)).json()
+        return [choice["text"] for choice in whole["choices"]], whole["usage"]["completion_tokens"]
+    parts, reasons = [], []
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                assert "error" not in chunk, chunk
+                parts += [choice["text"] for choice in chunk["choices"]]
+                reasons += [choice["finish_reason"] for choice in chunk["choices"] if choice["finish_reason"]]
+                reasons += [chunk["usage"]["completion_tokens"]] if chunk.get("usage") else []
+                if on_chunk is not None:
+                    on_chunk(len(parts))
+    assert line == "" or line == "data: [DONE]"
+    return "".join(parts), reasons
+
+
+def test_what_a_killed_replica_had_in_hand_is_answered_as_if_nothing_had_happened(served):
+    async def talk():
+        async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+            expected = {way: await text_of(client, way) for way in TAKEN_OVER}
+            victim, killed = served.replicas()[0], []
+
+            def kill(chunks):
+                if chunks >= 5 and not killed:
+                    killed.append(os.kill(victim, signal.SIGKILL))
+
+            asking = []
+            for way in ("sampled whole", "greedy stream", "sampled stream"):
+                for _ in range(2):  # one goes to each replica
+                    on_chunk = kill if len(asking) == 5 else None
+                    asking.append((way, asyncio.ensure_future(text_of(client, way, on_chunk))))
+                    await asyncio.sleep(0.02)
+            return expected, [(way, await one) for way, one in asking], len(killed)
+
+    expected, answers, killed = asyncio.run(talk())
+    assert killed == 1
+    for way, answer in answers:
+        assert answer == expected[way], way
+    lines = [json.loads(line) for line in served.requests.read_text().splitlines()]
+    assert [line["taken_over"] for line in lines[-6:]].count(1) == 3 and not any(line["failed"] for line in lines)
+    assert 'rlhf_ray_taken_over_answers_total{model="model"' in served.get("/metrics").text
     served.wait_for(lambda: all(each["up"] for each in served.get("/stats").json()["replicas"]))
 
 

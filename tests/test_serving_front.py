@@ -13,14 +13,17 @@ from starlette.responses import JSONResponse
 
 from rlhf_ray.serving.api_errors import error_body
 from rlhf_ray.serving.config import AppConfig
-from rlhf_ray.serving.front import Front, ReplicaLost
+from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.streaming import EventStream
 
 
 class AppLink:
     """A replica in this process that holds `room` requests, and is lost, with an error or without, after `pieces_left` pieces."""
+
+    back_in_s = 3.0
 
     def __init__(self, name, room=100, pieces_left=1_000_000, says_so=True):
         self.name, self.models, self.up, self.ongoing = name, ("m",), True, 0

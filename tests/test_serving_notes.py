@@ -26,10 +26,11 @@ from rlhf_ray.publish.servers import (
     write_note,
 )
 from rlhf_ray.publish.version import Version
-from rlhf_ray.serving.answered import TEXTS, USAGE
+from rlhf_ray.serving.answered import TEXTS, USAGE, Answered
 from rlhf_ray.serving.config import Notes
-from rlhf_ray.serving.front import Front, ReplicaLost
+from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.judge import Judge
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import pieces
 from rlhf_ray.serving.request_log import RequestLog
@@ -42,6 +43,8 @@ A = Version(id="a", folder="/a")
 
 class Link:
     """A replica in this process, whose app tells what ours tells."""
+
+    back_in_s = 0.0
 
     def __init__(self):
         self.name, self.models, self.up, self.ongoing, self.lost = "replica-1", ("m",), True, 0, False
@@ -131,6 +134,7 @@ def test_metrics_are_prometheus_text_with_the_counts():
             await post(client)
         await post(client, "/v1/chat/completions")
         await post(client, "/nothing/of/ours")
+        metrics.ended(Answered(method="POST", path="/v1/x", request_id="", status=503, taken_over=2))
         return await client.get("/metrics")
 
     answer = served(talk)
@@ -141,7 +145,7 @@ def test_metrics_are_prometheus_text_with_the_counts():
     }  # fmt: skip
     assert found["rlhf_ray_requests_total", "path=/v1/completions", "status=200"] == 3
     assert found["rlhf_ray_requests_total", "path=other", "status=404"] == 1
-    assert found["rlhf_ray_failed_answers_total",] == 1
+    assert found["rlhf_ray_failed_answers_total",] == found["rlhf_ray_taken_over_answers_total",] == 1
     assert (found["rlhf_ray_tokens_total", "kind=prompt"], found["rlhf_ray_tokens_total", "kind=completion"]) == (9, 15)
     assert found["rlhf_ray_request_seconds_count", "path=/v1/completions"] == 3
     assert (found["rlhf_ray_engine_tokens_total",], found["rlhf_ray_engine_running_rows",]) == (20, 2)

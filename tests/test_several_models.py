@@ -63,6 +63,8 @@ def expected(folders):
 class AppLink:
     """A replica's app, without Ray between."""
 
+    back_in_s = 5.0
+
     def __init__(self, model, options, others, bases):
         self.name, self.models, self.up, self.ongoing = f"replica-{model}", (model,), True, 0
         self.runner, reader = load(options, LIMITS, bases)

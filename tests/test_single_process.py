@@ -104,6 +104,7 @@ NEUTRAL = {
     "ppo.microbatch_tokens": 64,
     "ppo.gradient_checkpointing": True,
     "ppo.precision": "bfloat16",
+    "ppo.float32_head": True,
     "ppo.importance_cap": 1.5,
     "ppo.eval_every": 3,
     "ppo.eval_prompts": 5,

@@ -152,6 +152,8 @@ class Replicas:
 
 
 class _Link:
+    back_in_s = 5.0
+
     def __init__(self, replicas, name):
         self.replicas, self.name, self.models, self.up, self.ongoing = replicas, name, ("m",), True, 0
         self.lacks = set()  # as a replica that has just started

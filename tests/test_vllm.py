@@ -24,6 +24,8 @@ from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.generation import vllm_generation
 from rlhf_ray.generation.vllm_build import vllm_problem
 from rlhf_ray.generation.vllm_generation import GATE, VllmEngine
+from rlhf_ray.models.float_head import logits_in_float32
+from rlhf_ray.models.host_memory import HostCopy
 from rlhf_ray.models.load import load_causal_lm
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.wire import pack_weights
@@ -212,6 +214,21 @@ def test_weights_are_loaded_in_place(case):
 
 
 @needs_vllm
+def test_weights_arrive_from_a_copy_in_the_host_s_memory(case, monkeypatch):
+    """As on a shared GPU: vLLM's model is in this process, and reads the copy where it is."""
+    engine, start, dtype = case
+    params, copy = SamplingParams(max_new_tokens=8), HostCopy(engine.model, pinned=False)
+    monkeypatch.setattr(engine, "on_host", copy)
+    for seed in (4, None):
+        model = load_causal_lm(start, dtype)
+        if seed is not None:
+            change(model, seed)
+        engine.load_weights(dict(model.named_parameters()))
+        assert largest_gap(model, PROMPTS, engine.generate(PROMPTS, SEEDS, params), params) < TOLERANCE[dtype]
+    copy.close()
+
+
+@needs_vllm
 def test_weights_that_do_not_fit_change_nothing(case):
     engine, start, dtype = case
     model = load_causal_lm(start, dtype)
@@ -315,6 +332,17 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_for_work(tmp_path):
     assert [each.response_ids.tolist() for each in after] == [each.response_ids.tolist() for each in before]
     engine.sleep()
     engine.load_weights(dict(load_causal_lm(start, torch.bfloat16).named_parameters()))  # wakes it, and holds the gate
+
+
+@needs_vllm
+def test_logits_in_float32_where_the_rest_is_in_16_bits(tmp_path):
+    """`ppo.float32_head`: vLLM's log-probs are nearer to those of its own states than bfloat16 logits could be."""
+    _, _, start = start_of("llama", tmp_path / "run")
+    model = logits_in_float32(load_causal_lm(start, torch.bfloat16))
+    engine = VllmEngine(start, model, load_tokenizer(start), longest=64, rows=8, probes=PROMPTS, eos_token_ids=())
+    assert engine.llm.llm_engine.model_config.head_dtype == torch.float32
+    assert engine.gap() < GATE[torch.bfloat16]
+    engine.close()
 
 
 # -- without a fitting vLLM -------------------------------------------------------------------------------------------

@@ -33,4 +33,5 @@ plan qwen2.5-0.5b-on-1 1x1xH100 > results/gpu/qwen2.5-0.5b-on-1.txt
 plan qwen2.5-7b-on-8 1x8xH100 > results/gpu/qwen2.5-7b-on-8.txt
 { echo; plan qwen2.5-7b-on-8 1x8xH100 --set resources.policy.offload_optimizer=false --set resources.critic.offload_optimizer=false; } \
     >> results/gpu/qwen2.5-7b-on-8.txt
+plan qwen2.5-7b-all-on-8 1x8xH100 > results/gpu/qwen2.5-7b-all-on-8.txt
 plan qwen2.5-7b-on-2x8 2x8xH100 > results/gpu/qwen2.5-7b-on-2x8.txt

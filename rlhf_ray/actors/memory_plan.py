@@ -12,12 +12,13 @@ from typing import Any
 
 from rlhf_ray.actors.layout import ActorLayout, lay_out
 from rlhf_ray.actors.nodes import Node
+from rlhf_ray.actors.weight_transport import planned_transport
 from rlhf_ray.config import Recipe, RoleConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.evaluation_memory import evaluation_process, serving_process
 from rlhf_ray.models.memory import memory_plan, snapshot_bytes, trained_by_role
 from rlhf_ray.models.planned_process import CONTEXT, FORKED, GB, IMPORTED, PlannedProcess
-from rlhf_ray.models.sent_weights import sends_by_store, versions_in_store
+from rlhf_ray.models.sent_weights import Transport, versions_in_store
 from rlhf_ray.models.stage_memory import stage_memory_plan
 from rlhf_ray.models.support_memory import support_store_bytes, support_tokens
 from rlhf_ray.models.turns import turns_of
@@ -74,9 +75,10 @@ def phases_of(
             found.append(_phase(row.stage, {"policy": row.process}, layout, names={"policy": row.stage}, imported=IMPORTED))
     if "ppo" in stages and (layout := _fits(recipe.ppo_roles, amounts, recipe.resources.placement)) is not None:
         support = support_tokens(recipe) if recipe.generation.top_k else 0
-        rows = memory_plan(recipe, itemsize=precisions.ppo, gpu_itemsize=precisions.ppo_gpu, support=support)
+        way = _way_of(recipe, layout)
+        rows = memory_plan(recipe, itemsize=precisions.ppo, gpu_itemsize=precisions.ppo_gpu, support=support, way=way)
         shared = {
-            "object store": _sent_bytes(recipe, precisions) + snapshot_bytes(recipe),
+            "object store": (_sent_bytes(recipe, precisions) if way == "object_store" else 0.0) + snapshot_bytes(recipe),
             "tokens drawn among": 2 * support_store_bytes(recipe, support),
         }
         processes = {row.role: row.process for row in rows}
@@ -96,10 +98,17 @@ def phases_of(
     return found
 
 
+def _way_of(recipe: Recipe, layout: ActorLayout) -> Transport:
+    try:
+        return planned_transport(recipe, layout)
+    except UserError:  # another check tells of it
+        return "object_store"
+
+
 def _sent_bytes(recipe: Recipe, precisions: Precisions) -> float:
-    """Of new weights in the object store; none where they go from GPU to GPU."""
+    """Of new weights in the object store."""
     itemsize = precisions.ppo_gpu if recipe.resources.generation.gpus > 0 else 4
-    return float(versions_in_store(recipe) * itemsize) * trained_by_role(recipe)["policy"] if sends_by_store(recipe) else 0.0
+    return float(versions_in_store(recipe) * itemsize) * trained_by_role(recipe)["policy"]
 
 
 def _fits(roles: Mapping[str, RoleConfig], amounts: Sequence[Mapping[str, float]], strategy: str) -> ActorLayout | None:
@@ -205,10 +214,13 @@ def _sentence(recipe: Recipe, phase: Phase, shares: Sequence[Share], there: str)
     if largest.size < 2 * IMPORTED and len(processes) > 1:
         return f"{begin}most of it is what {len(processes)} processes take before they load a model; use fewer actors"
     process = phase.processes[name]
-    if largest.loads:
-        weights = f"{process.loading[1] / GB:.1f} GB of weights that each {name} process loads"
-        return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
     on_gpu = "GPU" in there
+    if largest.loads and on_gpu and phase.name != "ppo":
+        weights = f"the model in float32, as it is measured on one GPU when the stage has trained, {process.loading[0] / GB:.1f} GB"
+        return f"{begin}most of it is {weights}; use a smaller model, or GPUs with more memory"
+    if largest.loads:
+        weights = f"{process.loading[0 if on_gpu else 1] / GB:.1f} GB of weights that each {name} process loads"
+        return f"{begin}most of it is {weights}; use a smaller model, fewer processes, or more nodes"
     of_turn = process.turns.get(phase.turn or "", {**process.parts, **process.split})
     parts = of_turn if process.on_gpu == on_gpu else {}
     part = max((parts if on_gpu else {**parts, **process.host, **process.moments}).items(), key=lambda each: each[1])

@@ -7,6 +7,7 @@ from functools import partial
 
 from rlhf_ray.actors.layout import Amounts
 from rlhf_ray.actors.placement import altogether, check_fits, nodes_alive
+from rlhf_ray.actors.weight_transport import planned_transport
 from rlhf_ray.config import Recipe
 from rlhf_ray.config.stage_table import STAGES
 from rlhf_ray.config.user_functions import import_function
@@ -86,7 +87,7 @@ def cluster_problems(recipe: Recipe, stages: list[str], nodes: Sequence[Amounts]
                 )
     if "ppo" in stages:
         try:
-            check_fits(recipe.ppo_roles, nodes, recipe.resources.placement)
+            planned_transport(recipe, check_fits(recipe.ppo_roles, nodes, recipe.resources.placement))
         except UserError as error:
             problems.append(str(error))
     return problems

@@ -76,6 +76,8 @@ class Generation(RoleActor, GenerationEnd):
             engine=generation.engine,
             rows=generation.rows,
             tensor_parallel=generation.tensor_parallel,
+            shares_gpu=self.shares_gpu,
+            float32_head=recipe.ppo.float32_head,
         )  # fmt: skip
 
     @with_receipt
@@ -129,7 +131,7 @@ class ReferenceActor(RoleActor):
         self.role = Reference(
             start, temperature=recipe.generation.temperature, compute_dtype=self.compute_dtype(recipe.ppo.precision),
             device=self.device, **recipe.ppo.microbatches,
-            trust_remote_code=recipe.model.trust_remote_code,
+            trust_remote_code=recipe.model.trust_remote_code, float32_head=recipe.ppo.float32_head,
         )  # fmt: skip
 
     @with_receipt

@@ -156,6 +156,7 @@ class PolicyRank(TrainerActor, PolicyEnd):
     def join(self, start: Path, address: str, port: int) -> int:
         """Build the policy and meet the other ranks. Returns the bytes of its weights, as far as they train."""
         with collector_paused():
+            from rlhf_ray.models.float_head import logits_in_float32
             from rlhf_ray.models.frozen import hold_frozen
             from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
             from rlhf_ray.models.trained_part import train_only_part
@@ -166,6 +167,8 @@ class PolicyRank(TrainerActor, PolicyEnd):
         ppo, self.start = self.recipe.ppo, start
         model = load_causal_lm(start, None, self.recipe.model.trust_remote_code, weights=self.reads_weights)
         disable_dropout(fast_attention(model, self.device))
+        if self.recipe.ppo.float32_head:
+            logits_in_float32(model)
         train_only_part(
             model, lora=ppo.lora, freeze_layers=ppo.freeze_layers, gradient_checkpointing=ppo.gradient_checkpointing,
             seed=self.recipe.seed,

@@ -11,23 +11,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf_ray.actors.receipt import CallReceipt, with_receipt
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.sent_weights import Transport
 
 if TYPE_CHECKING:
+    from rlhf_ray.actors.layout import Actor, ActorLayout
     from rlhf_ray.config import GroupConfig, Recipe
     from rlhf_ray.models.wire import Weight
     from rlhf_ray.roles.generator import Generator
     from rlhf_ray.roles.policy_trainer import PolicyTrainer
     from rlhf_ray.training.staged_weights import StagedWeights
     from rlhf_ray.training.weight_channel import Layout, WeightChannel
-
-Transport = Literal["object_store", "collective", "ipc"]
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -60,6 +59,18 @@ def choose_transport(setting: str, policy: Place, generators: Sequence[Place], *
             f"{' or '.join(possible)}; set it to auto"
         )
     return chosen
+
+
+def planned_transport(recipe: Recipe, layout: ActorLayout) -> Transport:
+    """The way between places where nobody stands yet."""
+
+    def place(actor: Actor) -> Place:
+        seat = layout.seats[actor]
+        return Place(node=str(seat.node), gpu=f"GPU {seat.gpus[0]} of node {seat.node}" if seat.gpus else None)
+
+    generators = [place(actor) for actor in sorted(layout.seats) if actor[0] == "generation"]
+    waits = recipe.ppo.steps_ahead == 0
+    return choose_transport(recipe.resources.weight_transport, place(("policy", 0)), generators, waits=waits)
 
 
 class PolicyEnd:

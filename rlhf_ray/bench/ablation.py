@@ -28,6 +28,7 @@ from rlhf_ray.bench.flops import Work, shape_of
 from rlhf_ray.bench.random_run import bench_recipe, write_random_run
 from rlhf_ray.config import Recipe
 from rlhf_ray.data.role_files import read_prompts
+from rlhf_ray.generation.acceleration import hindrance
 from rlhf_ray.models.critic import build_critic
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm
 from rlhf_ray.models.wire import pack_weights
@@ -153,6 +154,12 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--generation", action="store_true")
     given = parser.parse_args()
+    for name in given.names:
+        os.environ["RLHF_RAY_CPU"] = name
+        try:
+            hindrance()
+        except ValueError as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+MOVED = 7  # seed of the digits that bfloat16 weights lack
 QUESTIONS = (
     "What is the capital of France?", "How do I bake bread?", "Tell me a short story about a dog.",
     "Why is the sky blue?", "Write a poem about rain.", "How can I sleep better?", "What is a good first bicycle?",
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers to each of 16 questions")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--float32-head", action="store_true", help="in bfloat16 only, with and without ppo.float32_head")
     given = parser.parse_args(arguments)
-    for name, figures in measure(given.model, given.samples, given.tokens, given.seed).items():
+    found = (measure_heads if given.float32_head else measure)(given.model, given.samples, given.tokens, given.seed)
+    for name, figures in found.items():
         print(f"{name:<68}" + "".join(f"{figure:>10.5f}" for figure in figures.values()))
 
 
@@ -41,8 +44,7 @@ def measure(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dic
     from rlhf_ray.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS for _ in range(samples)]
-    prompts = [np.array(tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)) for one in asked]
+    prompts = _prompts(tokenizer, samples)
     found: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
@@ -53,6 +55,45 @@ def measure(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dic
         for name, theirs in _policies(folder, prompts, answers):
             found[f"generator {word}, {name}"] = gap(logprobs, theirs)
     return found
+
+
+def measure_heads(folder: Path, samples: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
+    """The same of a bfloat16 generator and policy, each with plain logits and in float32. The policy's weights are moved by a
+    thousandth of each tensor's scale: those of a file in bfloat16 have no digits that rounding could lose."""
+    from rlhf_ray.config.sampling_params import SamplingParams
+    from rlhf_ray.generation.engine import GenerationEngine
+    from rlhf_ray.models.float_head import logits_in_float32
+    from rlhf_ray.models.load import load_causal_lm
+    from rlhf_ray.models.tokenizer import load_tokenizer
+    from rlhf_ray.training.forward import response_logprobs
+
+    tokenizer = load_tokenizer(folder)
+    prompts = _prompts(tokenizer, samples)
+    heads = {"plain head": lambda model: model, "float32 head": logits_in_float32}
+    found: dict[str, dict[str, float]] = {}
+    for name, headed in heads.items():
+        engine = GenerationEngine(headed(_moved(load_causal_lm(folder), 0.001, MOVED).to(torch.bfloat16)), tokenizer)
+        drawn = engine.generate(prompts, list(range(seed, seed + len(prompts))), SamplingParams(max_new_tokens=tokens))
+        answers, logprobs = [np.array(each.response_ids) for each in drawn], np.concatenate([each.logprobs for each in drawn])
+        for other, their_head in heads.items():
+            policy = their_head(_moved(load_causal_lm(folder), 0.001, MOVED))
+            rows = response_logprobs(policy, prompts, answers, compute_dtype=torch.bfloat16, microbatch_size=16)
+            found[f"generator {name}, policy {other}"] = gap(logprobs, np.concatenate(rows))
+    return found
+
+
+def _prompts(tokenizer, samples: int) -> list[np.ndarray]:
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS for _ in range(samples)]
+    return [np.array(tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)) for one in asked]
+
+
+def _moved(model: torch.nn.Module, share: float, seed: int = 0):
+    """Weights changed by this share of each tensor's deviation."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std(correction=0) * share)
+    return model
 
 
 def _policies(folder: Path, prompts: list[np.ndarray], answers: list[np.ndarray]):
@@ -71,11 +112,7 @@ def _policies(folder: Path, prompts: list[np.ndarray], answers: list[np.ndarray]
     yield "fault: the prompt's first token twice", policy(model, given=[np.concatenate([one[:1], one]) for one in prompts])
     yield "fault: the prompt's last token is missing", policy(model, given=[one[:-1] for one in prompts])
     for share in (0.01, 0.03, 0.1):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            changed = load_causal_lm(folder)
-            for parameter in changed.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.std(correction=0) * share)
+        changed = _moved(load_causal_lm(folder), share)
         yield f"fault: other weights, {share:.0%} of each tensor's scale", policy(changed)
 
 

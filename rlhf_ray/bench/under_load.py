@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
+
 from rlhf_ray.bench.flops import Shape, Work
 from rlhf_ray.bench.load_client import LoadRequest, failures, load, retries
 from rlhf_ray.bench.random_run import bench_recipe, random_prompts, torch_that_spins, write_random_run
@@ -150,7 +152,13 @@ def _disturbed(
 
     found = asyncio.run(run())
     row = summary("rlhf-ray serve, kills and swaps", found, time.monotonic() - started, versions=given.swaps + 1)
-    return row | {"killed": killed[0], "published": published[0]}
+    return row | {"killed": killed[0], "published": published[0], "taken_over": taken_over(server.url)}
+
+
+def taken_over(url: str) -> int:
+    """Answers of a server whose replica ended, and that another one took over."""
+    page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    return round(sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("rlhf_ray_taken_over_answers_total")))
 
 
 def summary(name: str, found: Sequence[LoadRequest], seconds: float, *, versions: int) -> dict:
@@ -183,8 +191,9 @@ def _counts(found: dict[str, int]) -> str:
 
 def _in_words(row: dict) -> str:
     """A row as soon as it is there: what comes after it may fail."""
+    over = f", {row['taken_over']} taken over by another replica" if "taken_over" in row else ""
     return (
-        f"  {row['answered']} of {row['requests']} answered, sent again {_counts(row['retried'])}, "
+        f"  {row['answered']} of {row['requests']} answered{over}, sent again {_counts(row['retried'])}, "
         f"failed {_counts(row['failed'])}, by two versions {row['mixed']}, p50 {row['p50_s']:.2f} s, p99 {row['p99_s']:.2f} s"
     )
 
@@ -197,11 +206,11 @@ def show_load(result: dict, *, as_json: bool) -> None:
         for row in result["rows"]
     ]  # fmt: skip
     first, given = result["rows"][0], result["load"]
-    did = f"{first['killed']} replicas killed, {first['published']} versions published"
+    did = f"{first['killed']} replicas killed, {first['published']} versions published, {first['taken_over']} answers taken over"
     lines = [
         f"{given['clients']} clients, every other one streaming; {given['seconds']:.0f} s for each row; "
         f"{given['replicas']} replicas ({on_hardware(result)})",
-        f"First row: {did}, {first['versions']} in the answers.",
+        f"First row: {did} by another replica, {first['versions']} versions in the answers.",
         "sent again: what OpenAI's library would send again, by status or what the connection did; failed: what it would give up.",
     ]
     columns = (

@@ -251,11 +251,10 @@ def bench_scale(
     prompt: Prompt = 512,
     response: Response = 512,
     epochs: Annotated[int, typer.Option(help="PPO epochs", min=1)] = 1,
-    chunk: Annotated[int, typer.Option(help="prompts per chunk", min=1)] = 8,
     json_output: Json = False,
 ):
-    """On paper: seconds of an iteration for models of 7 and 70 billion parameters on 8 to 512 GPUs."""
+    """On paper: seconds and memory of an iteration for models of 7 and 70 billion parameters on 8 to 512 GPUs."""
     from rlhf_ray.bench.scale_model import compute_scale, show_scale
 
     work = Work(rows=batch, prompt=prompt, response=response, epochs=epochs)
-    show_scale(compute_scale(work, gpu=gpu, chunk_size=chunk), as_json=json_output)
+    show_scale(compute_scale(work, gpu=gpu), as_json=json_output)

@@ -130,6 +130,11 @@ class PPOConfig(Section):
         "torch", "whether adam_eps stands outside or inside the bias correction"
     )
     precision: Precision = option("auto", "auto: bfloat16 where the hardware computes in it, else float32")
+    float32_head: bool = option(
+        False,
+        "logits are computed in float32 where the rest is in bfloat16, by policy, reference and generation alike, in the "
+        "evaluation too: they differ less, for more time and memory per logit",
+    )
     lora: LoraConfig | None = option(
         None, "train low-rank adapters of the policy; without them it is the reference. null: all weights"
     )

@@ -31,6 +31,7 @@ from rlhf_ray.evaluation.traits import all_trait_scores
 from rlhf_ray.evaluation.wins import wins_over
 from rlhf_ray.messages import Scores
 from rlhf_ray.models.control_tokens import shown
+from rlhf_ray.models.float_head import logits_in_float32
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.rewards.answers import score_answers
@@ -109,6 +110,8 @@ class _Evaluation:
         trust = self.recipe.model.trust_remote_code
         tokenizer = load_tokenizer(path, trust)
         model = to_device(load_causal_lm(path, self.dtype, trust), self.device)
+        if self.recipe.ppo.float32_head:
+            logits_in_float32(model)
         return LanguageModel(model, tokenizer, self.dtype, path, self.recipe.ppo.microbatches)
 
     def _draw(self, name: str, model: LanguageModel) -> None:

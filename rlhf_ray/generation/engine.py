@@ -105,9 +105,14 @@ class GenerationEngine:
         seed: int,
         params: SamplingParams,
         rules: TokenRules | None = None,
+        *,
+        begun: Sequence[int] | np.ndarray = (),
     ) -> int:
-        """Queue a request; it joins at the next step with a free row. -> its id, which its events carry."""
-        request = self._request(self._next_id, prompt_ids, seed, params, rules)
+        """Queue a request; it joins at the next step with a free row. -> its id, which its events carry.
+
+        begun: the first tokens of its response, which are there already.
+        """
+        request = self._request(self._next_id, prompt_ids, seed, params, rules, begun)
         if self.max_cache_tokens is not None and request.most_slots > self.max_cache_tokens:
             raise UserError(
                 f"a prompt of {len(request.prompt_ids)} tokens and max_new_tokens = {params.max_new_tokens} need a cache of "
@@ -228,9 +233,9 @@ class GenerationEngine:
         return self._open.requests if self._open is not None else []
 
     def _request(
-        self, request_id: int, prompt_ids, seed: int, params: SamplingParams, rules: TokenRules | None = None
+        self, request_id: int, prompt_ids, seed: int, params: SamplingParams, rules: TokenRules | None = None, begun=()
     ) -> Request:
-        ids = np.asarray(prompt_ids, np.int64)
+        ids, begun = np.asarray(prompt_ids, np.int64), np.asarray(begun, np.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UserError(f"prompt {request_id} has no tokens; give it at least one (for example BOS or EOS)")
         if ids.min() < 0 or ids.max() >= self.decoder.vocab_size:
@@ -238,10 +243,13 @@ class GenerationEngine:
                 f"prompt {request_id} has token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has "
                 f"{self.decoder.vocab_size} entries; encode it with the model's own tokenizer"
             )
+        if len(begun) >= params.max_new_tokens:
+            raise UserError(f"response {request_id} has its max_new_tokens = {params.max_new_tokens} tokens already; it is whole")
         self.decoder.check_length(len(ids), params.max_new_tokens)
         return Request(
-            request_id=request_id, prompt_ids=ids, seed=int(seed), params=params,
+            request_id=request_id, prompt_ids=ids, seed=int(seed), params=params, begun=begun,
             rules=None if rules is None else RequestRules(
-                rules, ids, self.eos_token_ids, vocab_size=self.vocab_size, device=self.decoder.device, grammars=self._grammars
+                rules, ids, self.eos_token_ids, vocab_size=self.vocab_size, device=self.decoder.device, grammars=self._grammars,
+                begun=begun,
             ),
         )  # fmt: skip

@@ -63,8 +63,15 @@ class ContinuousEngine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def submit(self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None) -> int:
-        """Queue a request -> its id, which its events carry. UserError for one that it can't take."""
+    def submit(
+        self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None, *, begun: Tokens = ()
+    ) -> int:
+        """Queue a request -> its id, which its events carry. UserError for one that it can't take.
+
+        begun: the first tokens of its response, which are there already and count as drawn: no event tells of them, their
+        log-probs are NaN in the completion, and the next token is drawn as it would be after them. Given only to an engine
+        that `continues` (`tables.engines`).
+        """
         ...
 
     def check_schema(self, schema: str) -> None:
@@ -95,6 +102,7 @@ class EngineSetting:
     rows: int = 32  # that decode at a time
     max_cache_tokens: int | None = None  # of an open batch: rows times tokens of the longest; None: as many as there are
     tensor_parallel: int = 1  # GPUs that hold the engine's model together
+    shares_gpu: bool = False  # other processes have memory on it, too
     longest: int | None = None  # tokens of the longest prompt with its response; None: what the model has positions for
     probes: Sequence[Tokens] = ()  # some prompts, to try new weights on
     eos_token_ids: Sequence[int] | None = None  # tokens that end a response; None: those of the tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -26,6 +28,7 @@ class RequestRules:
         vocab_size: int,
         device: torch.device,
         grammars: JsonGrammars,
+        begun: Iterable[int] = (),  # the response's first tokens, which are there already
     ):
         named = [token for token, _ in rules.logit_bias] + list(rules.stop_token_ids)
         beyond = [token for token in named if not 0 <= token < vocab_size]
@@ -39,6 +42,9 @@ class RequestRules:
         self._bias = torch.tensor([change for _, change in rules.logit_bias], dtype=torch.float32, device=device)
         self._end_ids = torch.tensor(sorted(self._eos | self._stops), dtype=torch.int64, device=device)
         self._json = None if rules.json_schema is None else grammars.text(rules.json_schema)
+        if self._json is not None:
+            for token in begun:
+                self._json.take(int(token))
         if rules.min_tokens > 0 and len(self._end_ids) >= vocab_size:
             raise UserError(f"min_tokens is {rules.min_tokens}, but every token ends a response; leave some out of stop_token_ids")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -24,6 +24,13 @@ class Request:
     seed: int
     params: SamplingParams
     rules: RequestRules | None = None
+    begun: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[k]: the first tokens of the response, drawn by another engine; k < T."""
+
+    @property
+    def read_ids(self) -> np.ndarray:
+        """[P + k]: what there is before the next token."""
+        return np.concatenate([self.prompt_ids, self.begun])
 
     @property
     def most_slots(self) -> int:
@@ -94,16 +101,22 @@ class RowBatch:
         return len(self.requests)
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Prefill the requests' prompts together, as the last rows of the batch."""
+        """Prefill the requests' prompts together, and what there is of their responses, as the last rows of the batch."""
         n, arrays = len(self), self.arrays
         arrays.grow(n + len(requests), max(request.params.max_new_tokens for request in requests))
-        slots = max(len(request.prompt_ids) + min(request.params.max_new_tokens, MORE_SLOTS) for request in requests)
+        read = [request.read_ids for request in requests]
+        slots = max(
+            len(ids) + min(request.params.max_new_tokens - len(request.begun), MORE_SLOTS)
+            for ids, request in zip(read, requests, strict=True)
+        )
         self.cache.reserve(n + len(requests), slots, used=int(arrays.positions[:n].max(initial=-1)) + 1)
-        self.decoder.prefill(self.cache, n, [request.prompt_ids for request in requests])
-        for row, request in enumerate(requests, start=n):
-            arrays.positions[row] = len(request.prompt_ids) - 1
-            arrays.next_tokens[row] = request.prompt_ids[-1]
-            arrays.counts[row] = 0
+        self.decoder.prefill(self.cache, n, read)
+        for row, (ids, request) in enumerate(zip(read, requests, strict=True), start=n):
+            count = len(request.begun)
+            arrays.positions[row] = len(ids) - 1
+            arrays.next_tokens[row] = ids[-1]
+            arrays.counts[row] = count
+            arrays.tokens[row, :count], arrays.logprobs[row, :count] = request.begun, np.nan  # who drew them knows those
             arrays.budgets[row] = request.params.max_new_tokens
             arrays.minima[row] = request.params.min_new_tokens
             arrays.uniforms[row, : arrays.budgets[row]] = row_uniforms(request.seed, request.params.max_new_tokens)

@@ -43,7 +43,7 @@ def vllm_engine(setting: EngineSetting) -> VllmEngine:
     return VllmEngine(
         setting.folder, setting.model, setting.tokenizer, longest=setting.longest, rows=setting.rows, probes=setting.probes,
         device=setting.device, eos_token_ids=setting.eos_token_ids, trust_remote_code=setting.trust_remote_code,
-        tensor_parallel=setting.tensor_parallel,
+        tensor_parallel=setting.tensor_parallel, shares_gpu=setting.shares_gpu,
     )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class VllmEngine:
         eos_token_ids: Sequence[int] | None = None,
         trust_remote_code: bool = False,
         tensor_parallel: int = 1,
+        shares_gpu: bool = False,
     ):
         self.device = torch.device(device)
         check_vllm(self.device)
@@ -75,7 +76,7 @@ class VllmEngine:
             if tokenizer.eos_token_id is None:
                 raise UserError("the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token")
             eos_token_ids = end_ids(tokenizer)
-        there = copy_device(self.device, tensor_parallel)
+        there = copy_device(self.device, tensor_parallel, shares_gpu=shares_gpu)
         self.model, self.eos_token_ids, self.longest = to_device(model, there).eval(), tuple(eos_token_ids), longest
         self.on_host = HostCopy(self.model, pinned=True) if there != self.device else None
         self.probe_tokens = min(PROBE_TOKENS, longest - 1)
@@ -198,7 +199,7 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
     def _weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """For vLLM's model in this process, or for those parts of it that are in processes of their own."""
+        """For vLLM's model in this process, or, where the copy is on the host, for parts of it in processes of their own too."""
         return untied(self.model) if self.on_host is None else self.on_host.named(untied(self.model))
 
     @torch.no_grad()

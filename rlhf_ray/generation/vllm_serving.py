@@ -76,8 +76,12 @@ class VllmServing:
 
     # ---- the open batch
 
-    def submit(self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None) -> int:
+    def submit(
+        self, prompt_ids: Tokens, seed: int, params: SamplingParams, rules: TokenRules | None = None, *, begun: Tokens = ()
+    ) -> int:
         """Queue a request -> its id, which its events carry. UserError for one that it can't take."""
+        if len(begun) > 0:  # vLLM's random numbers of a request begin anew, and so do its penalties
+            raise UserError("the engine vllm can't go on with a response that another one has begun; ask for the whole")
         ids = self._checked(prompt_ids, params, rules)
         number, self._next_id = self._next_id, self._next_id + 1
         self._engine.add_request(str(number), {"prompt_token_ids": ids}, self._vllm_params(params, seed, rules))

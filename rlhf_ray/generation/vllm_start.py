@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.generation.vllm_build import vllm_problem
+from rlhf_ray.models.float_head import has_float32_head
 from rlhf_ray.models.generation_memory import gpu_memory_utilization
 
 #: Read by vLLM when it is imported or started.
@@ -58,6 +59,7 @@ def start_vllm(
         # Said in bytes, since a share of the memory would be one of what the other roles need, too.
         kv_cache_memory_bytes=cache // tensor_parallel,
         **(_on_gpus(model, device, cache, tensor_parallel) if on_gpu else {}),
+        hf_overrides={"head_dtype": "float32"} if has_float32_head(model) else {},
         generation_config="vllm",  # not the model folder's: the recipe says how responses are drawn
         trust_remote_code=trust_remote_code,
         enforce_eager=not on_gpu,  # on CPUs compiling takes a compiler, and longer than a small run

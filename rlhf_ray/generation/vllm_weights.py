@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_ray.models.generation_memory import copy_on_host
+
 CACHE_BLOCK = 128  # tokens; vLLM's on CPUs, and a multiple of what it takes on GPUs
 
 
@@ -21,11 +23,11 @@ def cache_bytes(model: PreTrainedModel, longest: int, rows: int) -> int:
     return 2 * config.num_hidden_layers * heads * width * slots * model.dtype.itemsize
 
 
-def copy_device(device: torch.device | str, tensor_parallel: int) -> torch.device:
+def copy_device(device: torch.device | str, tensor_parallel: int, *, shares_gpu: bool) -> torch.device:
     """Where the copy stands: on the engine's device, but in the host's memory where one GPU would not hold it, since the model is
-    split over several."""
+    split over several, and where others have memory on that GPU, too."""
     own = torch.device(device)
-    return torch.device("cpu") if own.type == "cuda" and tensor_parallel > 1 else own
+    return torch.device("cpu") if own.type == "cuda" and copy_on_host(tensor_parallel, shares_gpu=shares_gpu) else own
 
 
 def untied(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,7 +12,8 @@ from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.models.activations import passing_bytes
 from rlhf_ray.models.generation_memory import VLLM_ELSE, cache_of, generation_bytes, prefill_bytes
 from rlhf_ray.models.held_weights import frozen_bytes
-from rlhf_ray.models.memory import pass_tokens, scored_logits, scorer_shapes
+from rlhf_ray.models.logit_memory import head_copy, scored_logits
+from rlhf_ray.models.memory import pass_tokens, scorer_shapes
 from rlhf_ray.models.planned_process import PlannedProcess
 from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import longest_of
@@ -27,7 +28,7 @@ def evaluation_process(recipe: Recipe, *, on_gpu: bool, itemsize: int) -> Planne
     model = float(itemsize) * shape.parameters
     passing = passing_bytes(shape, tokens=tokens, itemsize=itemsize)
     moments: list[tuple[dict[str, float], dict[str, float]]] = [_drawing(recipe, shape, model, on_gpu, itemsize)]
-    logits = scored_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
+    logits = scored_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu) + head_copy(recipe, shape, itemsize)
     moments.append(({"weights": 2 * model, "passing": passing, "logits": logits}, {}))
     rewards = scorer_shapes(recipe)
     for models in (rewards, _judge(recipe), [*rewards, *_judge(recipe)] if recipe.judge is not None else []):
@@ -47,7 +48,7 @@ def _drawing(
     """(parts of the first GPU, what all GPUs of an engine hold together): a tuned model draws, the first stands beside it."""
     engine = ENGINES.named(recipe.generation.engine)
     own = {"copies": engine.copies[on_gpu] * model} | generation_bytes(recipe, itemsize=itemsize)
-    parts = {"weights": 2 * model, "logits": own.pop("logits")}
+    parts = {"weights": 2 * model, "logits": own.pop("logits") + head_copy(recipe, shape, itemsize)}
     if recipe.generation.engine == "vllm":
         parts["engine"] = VLLM_ELSE if on_gpu else 0.0
     else:

@@ -44,6 +44,11 @@ def prefill_bytes(shape: ModelShape, *, rows: int, longest: int, itemsize: int, 
     return max(passing, scores)
 
 
+def copy_on_host(tensor_parallel: int, *, shares_gpu: bool) -> bool:
+    """Whether the plain copy of the model that an actor keeps beside vLLM's is in the host's memory and not on its GPU."""
+    return tensor_parallel > 1 or shares_gpu
+
+
 def gpu_memory_utilization(*, weights: float, cache: float, tensor_parallel: int, gpu: float) -> float:
     """vLLM's argument of that name: the share of a GPU of `gpu` bytes that has to be free for it when it starts.
 

@@ -7,18 +7,18 @@ draws among. `actors.memory_plan` adds them up per GPU and per node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_ray.config import GroupConfig, Recipe, RoleConfig
 from rlhf_ray.models.activations import cast_bytes, kept_bytes, passing_bytes
-from rlhf_ray.models.generation_memory import VLLM_ELSE, generation_bytes, prefill_bytes
+from rlhf_ray.models.generation_memory import VLLM_ELSE, copy_on_host, generation_bytes, prefill_bytes
 from rlhf_ray.models.held_weights import HeldWeights, frozen_bytes, held_weights
+from rlhf_ray.models.logit_memory import head_copy, head_pieces, scored_logits, trained_logits
 from rlhf_ray.models.planned_process import GB, PlannedProcess
-from rlhf_ray.models.sent_weights import received_bytes, sends_by_store, shared_bytes, staged_bytes
+from rlhf_ray.models.sent_weights import Transport, received_bytes, shared_bytes, staged_bytes
 from rlhf_ray.models.size import ModelShape, shape_of_model, shape_of_other
 from rlhf_ray.models.support_memory import (
     longest_of,
-    response_share,
     support_bytes,
     support_mask_bytes,
     support_tokens,
@@ -32,10 +32,6 @@ from rlhf_ray.tables.families import is_tested
 #: share of the gradients if that is more; an embedding's is mapped by itself. Measured (rlhf_ray/bench/memory_peaks.py).
 HEAP_GRADIENTS = 1.3
 HEAP_PROMPTS = 0.55  # of what a pass over prompts takes. Measured there
-GPU_PIECE = 2.0 * 4 * 2**27  # float32 logits that a GPU works on at a time, twice (`algorithms.logprobs.PIECE`)
-#: Numbers that are worked on at a time where the head is read in pieces (`algorithms.logprobs.PIECE`), but at least so many rows.
-PIECE, PIECE_ROWS = {False: 2**18, True: 2**27}, 1024
-PIECE_BYTES = 8  # of float32 tensors of a piece, beside its logits and their gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +57,26 @@ class RoleMemory:
 
 
 def memory_plan(
-    recipe: Recipe, *, itemsize: int = 4, gpu_itemsize: int = 2, support: int | None = None
+    recipe: Recipe, *, itemsize: int = 4, gpu_itemsize: int = 2, support: int | None = None, way: Transport = "object_store"
 ) -> list[RoleMemory]:
     """One row per role of the PPO stage. itemsize, gpu_itemsize: bytes of the dtype that roles compute in on CPUs and on GPUs.
-    support: tokens that each token is drawn among; None: the most that there can be (`support_tokens`)."""
+    support: tokens that each token is drawn among; None: the most that there can be (`support_tokens`). way: new weights'."""
     support = support_tokens(recipe) if support is None else support
     rows = []
     for name, role in recipe.ppo_roles.items():
         bytes_each = gpu_itemsize if role.gpus > 0 else itemsize
         if isinstance(role, GroupConfig):
-            process = _trainer(recipe, name, role, bytes_each, support)
+            process = _trainer(recipe, name, role, bytes_each, support, way)
         elif name == "generation":
             given = {"float32": 4, "bfloat16": 2}.get(recipe.generation.precision, bytes_each)
-            process = _generator(recipe, role, given, support)
+            process = _generator(recipe, role, given, support, way)
         else:
             process = _scorer(recipe, name, role, bytes_each, support)
         rows.append(RoleMemory(name, role, process))
     return rows
 
 
-def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, support: int) -> PlannedProcess:
+def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, support: int, way: Transport) -> PlannedProcess:
     shape, ppo, on_gpu, language = shape_of_model(recipe), recipe.ppo, role.gpus > 0, name == "policy"
     held, stage = _held(recipe, name, itemsize), role.zero_stage
     whole = shape.parameters if language else shape.body
@@ -93,15 +89,21 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         shape, tokens=tokens, longest=longest_of(recipe), itemsize=itemsize, checkpointing=ppo.gradient_checkpointing,
         on_gpu=on_gpu,
     )  # fmt: skip
+    gathered, cast = held.bytes, cast_bytes(held, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing)
+    whole_head = shape.head if language and recipe.ppo.float32_head and itemsize == 2 else 0  # in float32: no copy
+    cast -= 2.0 * whole_head
+    if stage == 3 and itemsize == 2:  # linear layers arrive in 16 bits (`training.shards.gather_in`), tied embeddings are copied
+        tied = shape.head if language and not shape.output and not whole_head else 0
+        gathered, cast = gathered - 2.0 * (held.cast - tied - whole_head), 2.0 * tied
     work = buffer_bytes(
-        held.trained, weights=whole, held=held.bytes, zero_stage=stage, ranks=role.actors, on_gpu=on_gpu
+        held.trained, weights=whole, held=gathered, zero_stage=stage, ranks=role.actors, on_gpu=on_gpu
     ) | {
-        "16-bit copies": cast_bytes(held, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing),
+        "16-bit copies": cast,
         "activations": kept,
     }
     if ppo.lora is None and language:  # of the output layer, beside the sum that it is added to
         work["buckets"] += 4.0 * shape.head
-    if language and (shared := shared_bytes(recipe, held.trained, itemsize)):
+    if language and (shared := shared_bytes(way, held.trained, itemsize)):
         work["shared weights"] = shared
     heap = heap_bytes(shape, held.trained, kept)
     if language:
@@ -111,7 +113,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         heap = max(heap - logits, 0.0) if in_pieces else heap  # the pieces are gone when other memory begins to come and go
         work["sampling sets"] = support_mask_bytes(recipe, support, tokens=tokens)
     beside = {"copy for a checkpoint": 12.0 * held.trained / role.actors}
-    if language and (staged := staged_bytes(recipe, held.trained, itemsize)):
+    if language and (staged := staged_bytes(recipe, way, held.trained, itemsize)):
         beside["staged weights"] = staged
     parts, turns = dict(state.parts) | work, {}
     if on_gpu and takes_turns(recipe, role):
@@ -125,7 +127,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
     own = 0.0 if recipe.sft is not None else 4.0 * whole  # what is read from a float32 file is mapped, not the process's own
     return PlannedProcess(
         parts=parts, on_gpu=on_gpu, turns=turns, host=dict(state.host) | beside,
-        moments=_between(recipe, language, held, whole, role, itemsize),
+        moments=_between(recipe, language, held, whole, role, itemsize, way),
         loading=(0.0, own + (held.frozen if itemsize == 2 else 0.0)), file=4.0 * whole if recipe.sft is not None else 0.0,
         stays_mapped=2.0 * (held.frozen - 4.0 * shape.embeddings) if not own and itemsize == 2 and held.frozen else 0.0,
         first_alone=stage == 3, heap=heap,
@@ -133,7 +135,7 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
 
 
 def _between(
-    recipe: Recipe, language: bool, held: HeldWeights, whole: int, role: GroupConfig, itemsize: int
+    recipe: Recipe, language: bool, held: HeldWeights, whole: int, role: GroupConfig, itemsize: int, way: Transport
 ) -> dict[str, float]:
     """What stands in the host's memory between two updates, one after the other."""
     on_gpu, moments = role.gpus > 0, {}
@@ -141,7 +143,7 @@ def _between(
         moments["snapshot"] = 12.0 * held.trained / role.actors
     if language:
         moments["model to be written"] = 4.0 * (held.trained + whole)
-        if sends_by_store(recipe) and (on_gpu or role.zero_stage == 3 or itemsize == 2):
+        if way == "object_store" and (on_gpu or role.zero_stage == 3 or itemsize == 2):
             moments["weights to send"] = float(itemsize) * held.trained
     return moments
 
@@ -151,7 +153,10 @@ def _held(recipe: Recipe, role: str, itemsize: int) -> HeldWeights:
     ppo, language = recipe.ppo, role == "policy"
     lora, freeze = (ppo.lora, ppo.freeze_layers) if language else (ppo.critic_lora, ppo.critic_freeze_layers)
     shape = shape_of_model(recipe)
-    return held_weights(shape, recipe.model, lora=lora, freeze_layers=freeze, language=language, itemsize=itemsize)
+    held = held_weights(shape, recipe.model, lora=lora, freeze_layers=freeze, language=language, itemsize=itemsize)
+    if lora is not None and language and recipe.ppo.float32_head and itemsize == 2:
+        return replace(held, frozen=held.frozen + 2.0 * shape.output)
+    return held
 
 
 def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
@@ -159,7 +164,7 @@ def heap_bytes(shape: ModelShape, trained: int, activations: float) -> float:
     return max(activations, HEAP_GRADIENTS * 4.0 * (trained - shape.embeddings))
 
 
-def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) -> PlannedProcess:
+def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int, way: Transport) -> PlannedProcess:
     generation, on_gpu = recipe.generation, role.gpus > 0
     shape = shape_of_model(recipe)
     model = float(itemsize) * shape.parameters
@@ -167,13 +172,15 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     own, batch = engine.copies[on_gpu] * model, generation_bytes(recipe, itemsize=itemsize)
     before = 4.0 * (shape.body - shape.embeddings) if recipe.ppo.lora is not None else 0.0  # what merged weights are of
     copy = {"weights": model + before}
-    on_host = on_gpu and generation.tensor_parallel > 1  # `generation.vllm_weights.copy_device`
+    vllm = generation.engine == "vllm"
+    on_host = on_gpu and vllm and copy_on_host(generation.tensor_parallel, shares_gpu=role.gpus < 1)
     parts = {} if on_host else dict(copy)
     if own:
         parts["copies"] = own
     parts |= batch
+    parts["logits"] += head_copy(recipe, shape, itemsize)
     heap = 0.0
-    if generation.engine != "vllm":
+    if not vllm:
         parts["passing"] = prefill_bytes(
             shape, rows=generation.rows, longest=recipe.data.max_prompt_tokens, itemsize=itemsize, on_gpu=on_gpu
         )
@@ -183,11 +190,11 @@ def _generator(recipe: Recipe, role: RoleConfig, itemsize: int, support: int) ->
     split: dict[str, float] = {}
     if generation.tensor_parallel > 1:
         split = {name: parts.pop(name) for name in ("copies", "cache") if name in parts}
-    if on_gpu and generation.engine == "vllm":
+    if on_gpu and vllm:
         parts["engine"] = VLLM_ELSE
     host = {
         "copy beside the engine": copy["weights"] if on_host else 0.0,
-        "received weights": received_bytes(recipe, trained_by_role(recipe)["policy"], itemsize),
+        "received weights": received_bytes(recipe, way, trained_by_role(recipe)["policy"], itemsize),
     }
     turns: dict[str, dict[str, float]] = {}
     if on_gpu and takes_turns(recipe, role):
@@ -207,11 +214,13 @@ def _scorer(recipe: Recipe, name: str, role: RoleConfig, itemsize: int, support:
     reads = name == "reference"  # and tells log-probs: tied embeddings are copied for the product that gives logits
     counts = [each.parameters if reads else each.body for each in models]
     each_held = [frozen_bytes(each, count, itemsize=itemsize) for each, count in zip(models, counts, strict=True)]
+    in_float32 = reads and recipe.ppo.float32_head and itemsize == 2
+    each_held = [held + (2.0 * shape.output if in_float32 else 0.0) for held in each_held]
     parts = {"weights": sum(each_held)}
     if models:
         parts |= {
             "passing": passing_bytes(shape, tokens=tokens, itemsize=itemsize),
-            "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output else 0.0,
+            "16-bit copies": 2.0 * shape.head if itemsize == 2 and reads and not shape.output and not in_float32 else 0.0,
         }
     if name == "reference":
         parts["logits"] = scored_logits(recipe, tokens=tokens, itemsize=itemsize, on_gpu=on_gpu)
@@ -252,27 +261,6 @@ def snapshot_bytes(recipe: Recipe) -> float:
     """Of the two snapshots of all that trains, weights and two moments, in the object store; 0 where the recipe has none."""
     needed = 2 * 12.0 * sum(trained_by_role(recipe).values())
     return needed if needed <= recipe.resources.snapshot_gb * GB else 0.0
-
-
-def trained_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool = False) -> float:
-    """Logits of the responses' tokens, and their gradient."""
-    logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
-    return 2 * logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
-
-
-def scored_logits(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
-    """Of a pass that only tells log-probs."""
-    logits = response_share(recipe) * tokens * shape_of_model(recipe).vocabulary
-    return logits * itemsize + (min(GPU_PIECE, 8.0 * logits) if on_gpu else 0.0)
-
-
-def head_pieces(recipe: Recipe, *, tokens: int, itemsize: int, on_gpu: bool) -> float:
-    """Of the head read in pieces (`algorithms.chunked_head`): a piece's logits and what is made of them, and the gradient of its
-    weight, once for a piece and once for all."""
-    shape = shape_of_model(recipe)
-    rows = max(PIECE[on_gpu] // max(shape.vocabulary, 1), min(shape.width, PIECE_ROWS))
-    piece = min(rows, response_share(recipe) * tokens) * shape.vocabulary
-    return piece * (2 * itemsize + PIECE_BYTES) + float(itemsize) * shape.head
 
 
 def pass_tokens(recipe: Recipe, *, ranks: int | None = None) -> int:

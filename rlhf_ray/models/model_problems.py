@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rlhf_ray.config import Recipe, RewardConfig
 from rlhf_ray.errors import UserError
+from rlhf_ray.models.size import shape_of_model
 
 
 def check_model(recipe: Recipe) -> list[str]:
@@ -15,7 +16,9 @@ def check_model(recipe: Recipe) -> list[str]:
     model = recipe.model
     found = _base_problems(recipe)
     if model.is_from_scratch:
-        return found + _adapter_problems(recipe)  # its sizes are checked when the recipe is read
+        scratch = model.from_scratch  # whose sizes are checked when the recipe is read
+        split = _split_problems(recipe, scratch.heads, scratch.key_value_heads or scratch.heads)
+        return found + _adapter_problems(recipe) + split
     from rlhf_ray.models.hub import look_up
     from rlhf_ray.models.load import load_config
     from rlhf_ray.models.positions import check_positions
@@ -52,7 +55,27 @@ def check_model(recipe: Recipe) -> list[str]:
             check_freeze(count, config.get_text_config().num_hidden_layers, key)
         except UserError as error:
             problems.append(str(error))
-    return problems + _adapter_problems(recipe)
+    options = config.get_text_config().to_dict()
+    heads = options.get("num_attention_heads") or options.get("n_head") or 1
+    split = _split_problems(recipe, heads, options.get("num_key_value_heads") or heads)
+    return problems + _adapter_problems(recipe) + split
+
+
+def _split_problems(recipe: Recipe, heads: int, key_value_heads: int) -> list[str]:
+    """Why an engine can't split the model over so many GPUs: each takes whole heads, of keys and values too (or one that several
+    have), and as many channels of a feed-forward layer as the others."""
+    parts, channels = recipe.generation.tensor_parallel, shape_of_model(recipe).feed_forward
+
+    def fits(count: int) -> bool:
+        return heads % count == channels % count == 0 and 0 in (key_value_heads % count, count % key_value_heads)
+
+    if fits(parts):
+        return []
+    able = [str(count) for count in range(1, parts) if fits(count)]
+    return [
+        f"generation.tensor_parallel = {parts} can't split a model of {heads} heads, {key_value_heads} of keys and values, and "
+        f"feed-forward layers of {channels} channels; set it, and resources.generation.gpus, to {' or '.join(able)}"
+    ]
 
 
 def _base_problems(recipe: Recipe) -> list[str]:

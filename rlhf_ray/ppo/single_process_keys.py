@@ -37,7 +37,7 @@ NO_INFLUENCE: dict[str, dict[str, str]] = {
     "ppo": {
         "microbatch_size": _MEMORY, "microbatch_tokens": _MEMORY, "reuse_forward": _MEMORY,
         "gradient_checkpointing": _MEMORY,
-        "precision": _FLOAT32,
+        "precision": _FLOAT32, "float32_head": _FLOAT32,
         "accept_weak_reward": "it lets PPO begin, here too, and changes no step",
         "importance_cap": "it counts with importance_correction or steps_ahead only, and both are refused",
         "eval_every": _EVALUATIONS, "eval_prompts": _EVALUATIONS, "judge_evaluations": _EVALUATIONS,

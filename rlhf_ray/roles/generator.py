@@ -18,6 +18,7 @@ from rlhf_ray.errors import NotFinite
 from rlhf_ray.generation.engine_protocol import EngineSetting
 from rlhf_ray.generation.vllm_weights import copy_device
 from rlhf_ray.messages import Chunk, RolloutBatch, Sequences, Support, flatten
+from rlhf_ray.models.float_head import logits_in_float32
 from rlhf_ray.models.load import load_causal_lm, to_device
 from rlhf_ray.models.tokenizer import load_tokenizer
 from rlhf_ray.models.trained_part import MergedLayers, frozen_names
@@ -53,15 +54,21 @@ class Generator:
         engine: str = "torch",
         rows: int = 32,
         tensor_parallel: int = 1,
+        shares_gpu: bool = False,
+        float32_head: bool = False,
     ):
         """lora, freeze_layers: which part of the policy trains, and so comes with `load_weights`. engine: a name in
-        `tables.engines`. rows: that decode at a time. tensor_parallel: GPUs that hold the engine's model."""
+        `tables.engines`. rows: that decode at a time. tensor_parallel: GPUs that hold the engine's model. shares_gpu: other
+        processes have memory on it, too. float32_head: logits are float32, whatever dtype is."""
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
+        if float32_head:
+            logits_in_float32(model)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)
-            held = copy_device(device, tensor_parallel) if ENGINES.named(engine).schedules else device
+            there = copy_device(device, tensor_parallel, shares_gpu=shares_gpu)
+            held = there if ENGINES.named(engine).schedules else device
             self.adapted = MergedLayers(to_device(model, held), lora, start)
         self.prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, prompts)]
         self.eval_prompt_ids = [np.array(ids, np.int32) for ids in encode_prompts(self.tokenizer, eval_prompts)]
@@ -69,7 +76,7 @@ class Generator:
         self.engine = ENGINES.named(engine).engine(
             EngineSetting(
                 folder=folder, model=model, tokenizer=self.tokenizer, device=device, rows=rows, probes=everything,
-                tensor_parallel=tensor_parallel,
+                tensor_parallel=tensor_parallel, shares_gpu=shares_gpu,
                 longest=max(map(len, everything), default=0) + sampling.max_new_tokens, trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ray.messages import RolloutBatch, TokenValues, flatten
+from rlhf_ray.models.float_head import logits_in_float32
 from rlhf_ray.models.frozen import hold_frozen
 from rlhf_ray.models.load import disable_dropout, fast_attention, load_causal_lm, to_device
 from rlhf_ray.training.forward import LogprobModel, module_logprobs
@@ -25,8 +26,11 @@ class Reference:
         microbatch_size: int = 32,
         microbatch_tokens: int | None = None,
         trust_remote_code: bool = False,
+        float32_head: bool = False,
     ):
         model = fast_attention(load_causal_lm(folder, None, trust_remote_code), device)
+        if float32_head:
+            logits_in_float32(model)
         disable_dropout(model)
         model.requires_grad_(False)
         self.module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)

@@ -29,6 +29,8 @@ class Answered:
     status: int = CLIENT_LEFT
     failed: bool = False
     """The answer is an error of the server's, or was cut off."""
+    taken_over: int = 0
+    """Replicas that ended with it in hand, before the one that answered."""
     seconds: float = 0.0
     first_s: float | None = None
     """Until its first part was sent."""

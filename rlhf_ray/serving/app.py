@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -23,13 +22,14 @@ from rlhf_ray.serving.api_errors import ApiError, bad_request, error_body, insta
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.critic_values import VALUES, CriticRunner, ValuesRequest, body_of, no_critic
 from rlhf_ray.serving.guard import guarded
+from rlhf_ray.serving.handover import Begun, Journal, handover_of
 from rlhf_ray.serving.openapi import BODIES, describe_bodies
 from rlhf_ray.serving.progress import Writer, finish, stream_of
 from rlhf_ray.serving.prompts import PLAIN_CHAT_STOPS, PromptReader
 from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, GenerationRequest, parse
 from rlhf_ray.serving.response_text import ResponseText, TokenText, prompt_tokens
 from rlhf_ray.serving.responses import ChatWriter, Choice, CompletionWriter, Echo, usage, with_token_ids
-from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest, Ticket
+from rlhf_ray.serving.runner import EngineFailed, EngineRunner, Overloaded, RowRequest
 from rlhf_ray.serving.streaming import ClientLeft, EventStream, while_connected
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions; chat has none
@@ -111,12 +111,13 @@ class _Endpoints:
         prompts = await asyncio.to_thread(self.reader.completion, body)
         self._check_count(len(prompts) * body.choices)
         echoes = await self._echoes(request, body, prompts) if body.echo else None
+        fixed = handover_of(request.scope).fixed
         writer = CompletionWriter(
-            self.config.name, alternatives=body.alternatives, echoes=echoes, version=self.config.version
+            self.config.name, fixed, alternatives=body.alternatives, echoes=echoes, version=self.config.version
         )
         if body.token_limit == 0:
             return await self._answer(request, body, prompts, [], writer)
-        rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops)
+        rows = self._rows(body, prompts, DEFAULT_COMPLETION_TOKENS, self.reader.stops, fixed.seed)
         return await self._answer(request, body, prompts, rows, writer)
 
     async def _echoes(self, request: Request, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
@@ -137,9 +138,10 @@ class _Endpoints:
         body = await self._read(request, ChatRequest)
         prompts = await asyncio.to_thread(self.reader.chat, body)
         self._check_count(body.choices)
-        writer = ChatWriter(self.config.name, logprobs=body.alternatives is not None, version=self.config.version)
+        fixed, logprobs = handover_of(request.scope).fixed, body.alternatives is not None
+        writer = ChatWriter(self.config.name, fixed, logprobs=logprobs, version=self.config.version)
         plain = self.reader.chat_is_plain
-        rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())))
+        rows = self._rows(body, prompts, None, (*self.reader.stops, *(PLAIN_CHAT_STOPS if plain else ())), fixed.seed)
         return await self._answer(request, body, prompts, rows, writer, drop_first_space=plain)
 
     async def values(self, request: Request) -> dict[str, Any]:
@@ -180,12 +182,13 @@ class _Endpoints:
         prompts: list[list[int]],
         default_tokens: int | None,
         stops: tuple[str, ...],
+        own_seed: int,
     ) -> list[RowRequest]:
-        """The responses to draw: `body.choices` for each prompt, each with a seed of its own."""
+        """The responses to draw: `body.choices` for each prompt, each with a seed of its own (of own_seed if the body has none)."""
         rows: list[RowRequest] = []
         self.reader.check_ids(body)
         rules = body.rules()
-        seed = secrets.randbits(63) if body.seed is None else body.seed
+        seed = own_seed if body.seed is None else body.seed
         for prompt_ids in prompts:
             longest = self.reader.max_new_tokens(prompt_ids, body.token_limit, default_tokens)
             if rules is not None and rules.min_tokens > longest:
@@ -214,15 +217,24 @@ class _Endpoints:
         if not rows:  # nothing but the echo is asked for
             texts = [ResponseText(self.reader.tokenizer, [], ()) for _ in range(len(prompts) * body.choices)]
             choices = [Choice(text, finish_reason="length") for text in texts]
+        handover = handover_of(request.scope)
+        begun = Begun(handover.begun)
+        for index, tokens in begun.drawn.items():
+            choices[index].go_on_after(tokens)
+        there = [(row, choice) for row, choice in zip(rows, choices, strict=False) if choice.finish_reason is None]
+        left = [replace(row, begun=tuple(choice.token_ids)) for row, choice in there]
         with _refusals():
-            ticket = self.runner.submit(rows, streams=bool(body.stream))
+            ticket = self.runner.submit(left, streams=bool(body.stream))
         if body.stream:
-            chunks = stream_of(body, prompts, choices, ticket, writer)
-            return EventStream(self._told(chunks, request, prompts, choices, ticket), ticket.cancel)
+            journal = Journal(logprobs=body.alternatives is not None)
+            if rows and self.runner.continues:
+                handover.journal = journal
+            chunks = stream_of(body, prompts, choices, ticket, writer, journal, begun)
+            return EventStream(self._told(chunks, request, prompts, choices, rows), ticket.cancel)
         with _refusals():
             await while_connected(request.receive, finish(choices, ticket))
         pieces = [(*choice.take(), choice.finish_reason) for choice in choices]
-        self._tell(request, prompts, choices, ticket)
+        self._tell(request, prompts, choices, rows)
         whole = writer.whole(pieces, usage(prompts, choices))
         return JSONResponse(with_token_ids(whole, prompts, choices) if body.return_token_ids else whole)
 
@@ -232,7 +244,7 @@ class _Endpoints:
         request: Request,
         prompts: list[list[int]],
         choices: list[Choice],
-        ticket: Ticket,
+        rows: list[RowRequest],
     ) -> AsyncGenerator[Any]:
         """The chunks; after the last one, or the last one that was read, the front is told of the answer."""
         try:
@@ -240,13 +252,13 @@ class _Endpoints:
                 yield chunk
         finally:
             await chunks.aclose()
-            self._tell(request, prompts, choices, ticket)
+            self._tell(request, prompts, choices, rows)
 
-    def _tell(self, request: Request, prompts: list[list[int]], choices: list[Choice], ticket: Ticket) -> None:
+    def _tell(self, request: Request, prompts: list[list[int]], choices: list[Choice], rows: list[RowRequest]) -> None:
         told = request.scope.setdefault("state", {})
         told[USAGE] = usage(prompts, choices)
         if self.config.keep_texts:
-            asked = [self.reader.text(row.prompt_ids) for row in ticket.rows]
+            asked = [self.reader.text(row.prompt_ids) for row in rows]
             told[TEXTS] = [[prompt, choice.text.text] for prompt, choice in zip(asked, choices, strict=False)]
 
     def _choice(self, row: RowRequest, body: GenerationRequest, drop_first_space: bool) -> Choice:

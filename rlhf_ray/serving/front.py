@@ -8,46 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.answered import Answered, Listener, Watched
-from rlhf_ray.serving.api_errors import ApiError, error_body
-from rlhf_ray.serving.relay import NOT_HERE, Piece, Relayed, relayed, send_piece, told
-from rlhf_ray.serving.streaming import ClientLeft, server_sent, while_connected
+from rlhf_ray.serving.api_errors import ApiError
+from rlhf_ray.serving.passing import Link, Passing, ReplicaLost, least_busy, unavailable
+from rlhf_ray.serving.relay import Relayed, relayed, told
+from rlhf_ray.serving.streaming import ClientLeft, while_connected
 from rlhf_ray.serving.versions import NoSuchVersion, VersionTable
 
-_EVENT_STREAM = b"text/event-stream"
 _STATS_WAIT_S = 5.0
-_RESTART_S = 15  # Serve needs about so long for a new replica; OpenAI's clients ask twice again, each time after Retry-After
-
-
-class ReplicaLost(Exception):
-    """A replica ended, or there is none, before the answer was complete."""
-
-
-class Link(Protocol):
-    """The way to one replica."""
-
-    name: str
-    models: Sequence[str]
-    """The ids of the models that it has."""
-    up: bool
-    """Whether it is known to run."""
-    ongoing: int
-    """Requests that are with it."""
-
-    def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
-        """Its answer. ReplicaLost where it can't be had, or ends early."""
-        ...
-
-    async def stats(self) -> dict[str, Any]: ...
 
 
 class Front:
@@ -86,7 +63,7 @@ class Front:
         elif scope["path"] in self.pages and scope["method"] == "GET":
             await self.pages[scope["path"]](scope, receive, send)
         elif self.draining:
-            await _unavailable("The server is shutting down.", 5).response()(scope, receive, send)
+            await unavailable("The server is shutting down.", 5).response()(scope, receive, send)
         else:
             await self._watched(scope, receive, send)
 
@@ -115,10 +92,10 @@ class Front:
 
     def _health(self) -> JSONResponse:
         if self.draining:
-            return _unavailable("The server is shutting down.", 5).response()
+            return unavailable("The server is shutting down.", 5).response()
         if any(link.up for link in self.links):
             return JSONResponse({"status": "ok"})
-        return _unavailable("No replica is running.", 5).response()
+        return unavailable("No replica is running.", 5).response()
 
     async def stats(self) -> dict[str, Any]:
         """The sums over the replicas, and each one's own."""
@@ -160,9 +137,12 @@ class Front:
                     stack.enter_context(self.tables[model].serving(version))
                     asked = replace(asked, version=version.id)
                     answer.version = version.id
-                error = await self._try_replicas(asked, send, answer)
+                passing = Passing(self.links, asked, send, answer)
+                error = await passing.pass_on()
             if error is None:
                 return
+            if passing.lost:  # a request that has begun ends on its version
+                break
         await error.response()(scope, receive, send)
 
     def _versions(self, model: str, request: Relayed) -> list[Version | None]:
@@ -174,34 +154,6 @@ class Front:
         given = next((value for name, value in request.scope["headers"] if name == b"x-model-version"), None)
         chosen = table.choose(None if given is None else given.decode("latin-1"))
         return [chosen] if given is not None or chosen == table.stable else [chosen, table.stable]
-
-    async def _try_replicas(self, request: Relayed, send: Send, answer: Answered) -> ApiError | None:
-        """Pass the answer of one on. -> why there was none to pass on."""
-        model = request.model
-        tried: list[Link] = []
-        lost = 0
-        error = _unavailable(f"No replica of the model {model} is running.", _RESTART_S)
-        full: list[Piece] = []  # the answer of a replica that is full
-        while (link := self._least_busy(model, tried)) is not None:
-            tried.append(link)
-            answer.replica = link.name
-            try:
-                refused = await self._pass_to(link, request, send, answer)
-            except ReplicaLost:
-                error = _unavailable("The replica that had the request has ended.", 1)
-                lost += 1
-                if lost == 2:  # the request may be what ends them
-                    break
-            else:
-                if not refused:
-                    return None
-                if refused[0][0] == NOT_HERE:
-                    error = _unavailable(f"No replica has version {request.version} yet.", 1)
-                else:
-                    full = refused
-        for piece in full:
-            await send_piece(piece, send)
-        return None if full else error
 
     def _model_of(self, request: Relayed) -> str:
         """The model that a request names. Where that is none of ours, or it names none, a replica that runs says so."""
@@ -221,7 +173,7 @@ class Front:
         """What a replica of each model that runs says of it."""
         data: list[Any] = []
         for model in self.models:
-            link = self._least_busy(model, ())
+            link = least_busy(self.links, model)
             if link is None:
                 continue
             try:
@@ -231,49 +183,6 @@ class Front:
             if answer and answer[0][0] == 200:
                 data += json.loads(b"".join(piece[-2] for piece in answer))["data"]
         return {"object": "list", "data": data}
-
-    def _least_busy(self, model: str, tried: Collection[Link]) -> Link | None:
-        left = [link for link in self.links if link.up and model in link.models and link not in tried]
-        return min(left, key=lambda link: link.ongoing, default=None)
-
-    async def _pass_to(self, link: Link, request: Relayed, send: Send, answered: Answered) -> list[Piece]:
-        """Pass one replica's answer on -> [], or the whole answer, unsent, if it is that the replica is full or has no such
-        version.
-
-        ReplicaLost where it ended before anything was sent.
-        """
-        answer = link.answer(request)
-        started, is_stream, more, full = False, False, True, []
-        try:
-            async for piece in answer:
-                piece, state = told(piece)  # noqa: PLW2901
-                answered.told(state)
-                if not started and (full or piece[0] in (429, NOT_HERE)):
-                    full.append(piece)
-                    continue
-                if not started:
-                    is_stream = any(name == b"content-type" and _EVENT_STREAM in value for name, value in piece[1])
-                started, more = True, piece[-1]
-                await send_piece(piece, send)
-            if not full and more:
-                raise ReplicaLost(link.name)
-        except ReplicaLost:
-            if not started:
-                raise
-            answered.failed = True
-            if not is_stream:
-                raise OSError("the replica ended in its answer") from None  # the connection ends with it
-            failure = error_body(503, "The replica that was writing the response has ended.", code="unavailable")
-            await send_piece([server_sent(failure) + server_sent("[DONE]"), False], send)
-        finally:
-            await answer.aclose()
-        return full
-
-
-def _unavailable(message: str, retry_after_s: int) -> ApiError:
-    return ApiError(
-        503, f"{message} Please retry shortly.", code="unavailable", headers={"Retry-After": str(retry_after_s)}
-    )
 
 
 def _no_such_version(error: NoSuchVersion, table: VersionTable) -> ApiError:

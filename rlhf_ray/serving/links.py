@@ -18,13 +18,15 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
-from rlhf_ray.serving.front import ReplicaLost
+from rlhf_ray.serving.absence import Absence
+from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.relay import Piece, Relayed
 from rlhf_ray.serving.replica_socket import FrontEnd, WireLost, connect
 
 logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S = 2.0
+START_S = 15.0
 _RECONNECT_EVERY_S = 0.2
 # Serve's controller, which looks every two seconds, may call a replica running for so long after it has ended.
 _STALE_S = 10.0
@@ -32,9 +34,9 @@ _ANSWERING = frozenset({"RUNNING", "UPDATING"})  # updating: it takes a new user
 
 
 class ReplicaLink:
-    """One replica."""
+    """One replica. start_s: about how long it takes to start, until it has started again once."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str]):
+    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str], *, start_s: float = START_S):
         self.name, self.models = name, models
         self.place = (handle.app_name, name)  # in Serve: another application has replicas of the same names
         self.up = True
@@ -45,6 +47,11 @@ class ReplicaLink:
         self._down = asyncio.Event()
         self._ended_at: float | None = None
         """When a request has found out that the replica has ended, until Serve knows it too."""
+        self._absence = Absence(start_s)
+
+    @property
+    def back_in_s(self) -> float:
+        return self._absence.left_s(time.monotonic())
 
     async def answer(self, request: Relayed) -> AsyncGenerator[Piece]:
         self.ongoing += 1
@@ -107,6 +114,7 @@ class ReplicaLink:
 
     def _set(self, up: bool) -> None:
         self.up = up
+        self._absence.note(up, time.monotonic())
         if up:
             self._down.clear()
         else:
@@ -119,8 +127,8 @@ class SocketLink(ReplicaLink):
     The connection ends with the replica, and one that listens again answers, so Serve's word on either is not waited for.
     """
 
-    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str], socket: str):
-        super().__init__(name, handle, models)
+    def __init__(self, name: str, handle: DeploymentHandle, models: Sequence[str], socket: str, *, start_s: float = START_S):
+        super().__init__(name, handle, models, start_s=start_s)
         self._socket = socket
         self._wire: FrontEnd | None = None
         self._connecting = asyncio.Lock()

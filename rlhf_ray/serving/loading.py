@@ -83,6 +83,7 @@ def load(
     )  # fmt: skip
     runner = EngineRunner(engine, max_rows=limits.max_rows, max_waiting_rows=limits.max_waiting_rows)
     runner.precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    runner.continues = entry.continues
     return runner, reader
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rlhf_ray.errors import UserError
 from rlhf_ray.publish.version import Version
 from rlhf_ray.serving.answered import Answered
-from rlhf_ray.serving.front import Link, ReplicaLost
+from rlhf_ray.serving.passing import Link, ReplicaLost
 from rlhf_ray.serving.rollback import Record, Thresholds, reason_to_roll_back
 from rlhf_ray.serving.versions import VersionTable
 

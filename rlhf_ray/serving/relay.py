@@ -1,23 +1,29 @@
 """An ASGI answer as pieces that cross processes: the replica's app talks to the front's client through them.
 
-The first piece of an answer is [status, headers, body, more], each later one [body, more]. The last one has what
-the app said of the answer behind it (a dict, `told`), which is for the front alone.
+The first piece of an answer is [status, headers, body, more], each later one [body, more]. What is for the front alone stands
+behind that (a dict, `told`): the journal of a stream, and with the last piece what the app said of the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rlhf_ray.serving.answered import FAILED, TEXTS, USAGE
+from rlhf_ray.serving.handover import HANDOVER, Fixed, Handover
 
 Piece = list[Any]
 Put = Callable[[Piece], None]
 
 NOT_HERE = 421
 """Misdirected request: the replica has no such version. It stays between front and replica."""
+
+JOURNAL = "journal"
+"""Said with the pieces of a stream that another replica can go on with, from the first one on (`serving.handover`)."""
 
 # What of a request's scope an app reads, and all of it that can cross.
 _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
@@ -32,6 +38,9 @@ class Relayed:
     model: str = ""
     version: str = ""
     """The one that has to answer; "": the stable one."""
+    fixed: Fixed = field(default_factory=Fixed)
+    begun: bytes = b""
+    """The journal of a stream that is to be gone on with; b"": from the start."""
 
 
 async def relayed(scope: Scope, receive: Receive) -> Relayed | None:
@@ -47,7 +56,7 @@ async def relayed(scope: Scope, receive: Receive) -> Relayed | None:
 
 async def write_answer(app: ASGIApp, request: Relayed, put: Put) -> None:
     """Hand the app's answer to `put` as it comes. Cancelling this cancels the app's work."""
-    asked = False
+    asked, handover = False, Handover(request.fixed, request.begun)
     last: Piece | None = None  # nobody listens behind an answer's end, so what the app says of it has to be there before
 
     async def receive() -> Message:
@@ -60,23 +69,34 @@ async def write_answer(app: ASGIApp, request: Relayed, put: Put) -> None:
     async def send(message: Message) -> None:
         nonlocal last
         if message["type"] == "http.response.start":
-            put([message["status"], [list(pair) for pair in message.get("headers", [])], b"", True])
+            put([message["status"], [list(pair) for pair in message.get("headers", [])], b"", True, *journal()])
         elif message.get("more_body", False):
-            put([message.get("body", b""), True])
+            put([message.get("body", b""), True, *journal()])
         else:
             last = [message.get("body", b""), False]
 
-    state: dict[str, Any] = {}
+    def journal() -> list[dict[str, Any]]:
+        return [] if handover.journal is None else [{JOURNAL: handover.journal.take()}]
+
+    state: dict[str, Any] = {HANDOVER: handover}
     await app({**request.scope, "state": state}, receive, send)
     if last is not None:
-        put([*last, state])
+        put([*last, {name: state[name] for name in (USAGE, FAILED, TEXTS) if name in state}])
 
 
 def merged(first: Piece, then: Piece) -> Piece:
     """Two pieces of one answer that follow each other."""
-    if is_opening(first):
-        return [first[0], first[1], first[2] + then[0], *then[1:]]
-    return [first[0] + then[0], *then[1:]]
+    says = any(isinstance(each[-1], dict) for each in (first, then))
+    (first, said), (then, said_then) = told(first), told(then)
+    both = said | said_then
+    if JOURNAL in said and JOURNAL in said_then:
+        both[JOURNAL] = said[JOURNAL] + said_then[JOURNAL]
+    return [*first[:-2], first[-2] + then[0], then[1], *([both] if says else [])]
+
+
+def goes_on(piece: Piece) -> bool:
+    """Whether more of the answer follows."""
+    return told(piece)[0][-1]
 
 
 def is_opening(piece: Piece) -> bool:

@@ -13,12 +13,14 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from rlhf_ray.serving.relay import Piece, Pieces, Put, Relayed, merged
+from rlhf_ray.serving.handover import Fixed
+from rlhf_ray.serving.relay import Piece, Pieces, Put, Relayed, goes_on, merged
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,9 @@ class _ReplicaEnd(_End):
             if number in self._tasks:
                 self._tasks.pop(number).cancel()
             return
-        scope, body, model, version = what
+        scope, body, model, version, fixed, begun = what
         scope["headers"] = [tuple(pair) for pair in scope["headers"]]
-        request = Relayed(scope=scope, body=body, model=model, version=version)
+        request = Relayed(scope=scope, body=body, model=model, version=version, fixed=Fixed(**fixed), begun=begun)
         self._tasks[number] = asyncio.get_running_loop().create_task(self._answer(number, request))
 
     async def _answer(self, number: int, request: Relayed) -> None:
@@ -89,7 +91,7 @@ class _ReplicaEnd(_End):
 
         def put(piece: Piece) -> None:
             nonlocal complete
-            complete = piece[-1] is not True
+            complete = not goes_on(piece)
             self.say(number, piece)
 
         try:
@@ -141,17 +143,17 @@ class FrontEnd(_End):
             raise WireLost
         number, found = next(self._numbers), Pieces()
         self._answers[number] = found
-        self.say(number, [request.scope, request.body, request.model, request.version])
+        self.say(number, [request.scope, request.body, request.model, request.version, asdict(request.fixed), request.begun])
         try:
-            more: Any = True
-            while more is True:
+            more = True
+            while more:
                 piece = await found.next()
                 if piece is None:
                     raise WireLost
-                more = piece[-1]
+                more = goes_on(piece)
                 yield piece
         finally:
-            if self._answers.pop(number, None) is not None and self._transport is not None and more is True:
+            if self._answers.pop(number, None) is not None and self._transport is not None and more:
                 self.say(number, None)
 
     def said(self, number: int, what: Any) -> None:

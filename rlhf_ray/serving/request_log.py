@@ -38,6 +38,7 @@ class RequestLog:
             "model": answer.model,
             "version": answer.version,
             "replica": answer.replica,
+            "taken_over": answer.taken_over,
             "seconds": round(answer.seconds, 4),
             "first_s": None if answer.first_s is None else round(answer.first_s, 4),
             "prompt_tokens": answer.prompt_tokens,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from rlhf_ray.config.sampling_params import TokenEvent
+from rlhf_ray.serving.handover import Drawn, Fixed
 from rlhf_ray.serving.response_text import ResponseText, TokenText
 
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -21,20 +20,22 @@ class Choice:
         self.token_ids: list[int] = []
         self.finish_reason = finish_reason
 
-    def push(self, event: TokenEvent) -> None:
+    def push(self, drawn: Drawn) -> None:
         if self.finish_reason is not None:
             return
-        self.token_ids.append(event.token_id)
-        ended = event.completion is not None and event.completion.finish_reason == "eos"
-        silent = ended and event.token_id in self._stop_token_ids
-        if event.raw is None:
-            self.text.push(event.token_id, event.logprob, silent=silent)
-        else:
-            self.text.push(event.token_id, event.raw.logprob, event.raw.top, silent=silent)
+        self.token_ids.append(drawn.token_id)
+        silent = drawn.reason == "eos" and drawn.token_id in self._stop_token_ids
+        self.text.push(drawn.token_id, drawn.logprob, tuple(drawn.top), silent=silent)
         if self.text.stopped:
             self.finish_reason = "stop"
-        elif event.completion is not None:
-            self.finish_reason = _FINISH_REASONS[event.completion.finish_reason]
+        elif drawn.reason is not None:
+            self.finish_reason = _FINISH_REASONS[drawn.reason]
+
+    def go_on_after(self, tokens: Iterable[Drawn]) -> None:
+        """As after these tokens, whose text has been taken: what may be sent of a response follows from its tokens alone."""
+        for drawn in tokens:
+            self.push(drawn)
+        self.take()
 
     def take(self) -> tuple[str, list[TokenText]]:
         return self.text.take(final=self.finish_reason is not None)
@@ -63,10 +64,10 @@ class CompletionWriter:
     """/v1/completions"""
 
     def __init__(
-        self, model: str, *, alternatives: int | None, echoes: list[Echo] | None = None, version: str | None = None
+        self, model: str, fixed: Fixed, *, alternatives: int | None, echoes: list[Echo] | None = None, version: str | None = None
     ):
         """alternatives: tokens shown beside each token's log-prob; None: no log-probs. echoes: of each choice."""
-        self._head = _head("cmpl", "text_completion", model, version)
+        self._head = _head("cmpl", "text_completion", model, fixed, version)
         self._alternatives, self._echoes = alternatives, echoes
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
@@ -116,8 +117,8 @@ def _by_token(token: TokenText) -> dict[str, float] | None:
 class ChatWriter:
     """/v1/chat/completions"""
 
-    def __init__(self, model: str, *, logprobs: bool, version: str | None = None):
-        self._head = _head("chatcmpl", "chat.completion", model, version)
+    def __init__(self, model: str, fixed: Fixed, *, logprobs: bool, version: str | None = None):
+        self._head = _head("chatcmpl", "chat.completion", model, fixed, version)
         self._logprobs = logprobs
 
     def whole(self, pieces: list[tuple[str, list[TokenText], str | None]], usage: dict[str, int]) -> dict:
@@ -161,8 +162,8 @@ def with_token_ids(whole: dict, prompts: list[list[int]], choices: list[Choice])
     return whole if "text" in whole["choices"][0] else whole | {"prompt_token_ids": prompts[0]}
 
 
-def _head(prefix: str, kind: str, model: str, version: str | None) -> dict:
-    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def _head(prefix: str, kind: str, model: str, fixed: Fixed, version: str | None) -> dict:
+    head = {"id": f"{prefix}-{fixed.id}", "object": kind, "created": fixed.created, "model": model}
     return head if version is None else head | {"system_fingerprint": version}
 
 

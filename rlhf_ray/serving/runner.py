@@ -47,6 +47,8 @@ class EngineRunner:
         self.engine, self.max_rows, self.max_waiting_rows = engine, max_rows, max_waiting_rows
         self.precision = "float32"
         """That the engine computes in, of `publish.rows.TOLERANCE`."""
+        self.continues = False
+        """Whether the engine goes on with rows that another one has begun (`tables.engines`)."""
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0  # rows accepted and not yet finished or cancelled; under the lock
@@ -195,7 +197,8 @@ class EngineRunner:
             ticket, row = self._waiting.popleft()
             request = ticket.rows[row]
             try:
-                number = self.engine.submit(request.prompt_ids, request.seed, request.params, request.rules)
+                begun = {"begun": request.begun} if request.begun else {}
+                number = self.engine.submit(request.prompt_ids, request.seed, request.params, request.rules, **begun)
             except UserError as error:  # a request that the engine refuses is its sender's problem alone
                 self._drop(ticket, set(range(len(ticket.rows))))
                 self._release(1)

@@ -176,7 +176,7 @@ class Server:
         def deploy(held: Mapping[str, Sequence[Version]]) -> None:
             ray_serve.run_many(targets(deployed.bound(held)), wait_for_applications_running=False)
 
-        versions = {model.name: model.version() for model in self.models}
+        versions, began = {model.name: model.version() for model in self.models}, time.monotonic()
         found = deployed.bound({name: [version] for name, version in versions.items()})
         try:
             handles = ray_serve.run_many(targets(found))
@@ -184,8 +184,9 @@ class Server:
             raise start_failure(ray_serve.status(), error) from None
         from rlhf_ray.serving.links import SocketLink
 
+        took_s = time.monotonic() - began
         links = [
-            SocketLink(name, handle, each.models, each.socket or "")
+            SocketLink(name, handle, each.models, each.socket or "", start_s=took_s)
             for (name, each), handle in zip(found.items(), handles, strict=True)
         ]
         self._open_front(links, versions, deploy)

@@ -40,6 +40,9 @@ class Metrics:
         self._failed = Counter(
             "rlhf_ray_failed_answers", "Status 5xx, or cut off.", ["model", "version"], registry=registry
         )
+        self._taken_over = Counter(
+            "rlhf_ray_taken_over_answers", "Whose replica ended, and another took over.", ["model", "version"], registry=registry
+        )
         self._tokens = Counter(
             "rlhf_ray_tokens", "Tokens of answered requests.", ["kind", "model", "version"], registry=registry
         )
@@ -55,6 +58,8 @@ class Metrics:
             self._first.labels(path).observe(answer.first_s)
         if answer.failed:
             self._failed.labels(*whose).inc()
+        if answer.taken_over:
+            self._taken_over.labels(*whose).inc()
         for kind, number in (("prompt", answer.prompt_tokens), ("completion", answer.completion_tokens)):
             if number:
                 self._tokens.labels(kind, *whose).inc(number)

@@ -26,6 +26,8 @@ class RowRequest:
     seed: int
     params: SamplingParams
     rules: TokenRules | None = None
+    begun: tuple[int, ...] = ()
+    """Its tokens so far, which another replica has drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,8 @@ class Engine:
     #: makes the one for serving, where that is another object
     serve: Callable[[EngineSetting], ContinuousEngine] | str | None = None
     alone: bool = False  # a process has one of them when it serves: no second version or model, no adapter on shared weights
+    #: it goes on with responses that another one has begun (`submit` takes `begun`): a server's streams outlive their replica
+    continues: bool = False
     tells_support: bool = False  # it answers `SamplingParams.tells_support`, which PPO needs where sampling truncates
     coldest: float = 0.0  # the lowest temperature that it draws at, except 0
     #: copies of the model's weights beside the Hugging Face model that it is given, on CPUs and on GPUs (the memory plan)
@@ -48,12 +50,12 @@ _HERE = "rlhf_ray.generation"
 ENGINES: Table[Engine] = Table(
     "a generation engine",
     Engine(
-        name="torch", make=f"{_HERE}.engine:torch_engine", words="plain torch, in this package", continuous=True,
+        name="torch", make=f"{_HERE}.engine:torch_engine", words="plain torch, in this package", continuous=True, continues=True,
         tells_support=True, copies=(1, 0),
     ),
     Engine(
         name="graphs", make=f"{_HERE}.engine:graphs_engine", words="the same, each decode step a CUDA graph; not yet measured",
-        problem=f"{_HERE}.graph_step:graphs_problem", continuous=True, tells_support=True,
+        problem=f"{_HERE}.graph_step:graphs_problem", continuous=True, continues=True, tells_support=True,
     ),
     Engine(
         name="vllm", make=f"{_HERE}.vllm_generation:vllm_engine", words="vLLM; needs the extra of that name",

@@ -23,6 +23,7 @@ from rlhf_ray.algorithms.logprobs import selected_logprobs, selected_logprobs_an
 from rlhf_ray.algorithms.schedule import cut_microbatches
 from rlhf_ray.messages import Support
 from rlhf_ray.models.critic import Critic
+from rlhf_ray.models.float_head import has_float32_head
 from rlhf_ray.models.last_block import last_feed_forward, only_at
 from rlhf_ray.models.load import body_of
 from rlhf_ray.tables.families import is_tested
@@ -144,9 +145,10 @@ class LogprobModel(nn.Module):
     def _from_states(self, batch: TokenBatch) -> tuple[torch.Tensor, ...]:
         with self._computing(batch):
             states = body_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+        dtype = torch.float32 if has_float32_head(self.model) else self.compute_dtype
         both = head_logprobs_and_entropy(
             states.flatten(0, 1)[batch.states], cast(nn.Linear, self.model.get_output_embeddings()).weight, batch.targets,
-            temperature=self.temperature, compute_dtype=self.compute_dtype, support=batch.support,
+            temperature=self.temperature, compute_dtype=dtype, support=batch.support,
         )  # fmt: skip
         return tuple(batch.in_rows(each) for each in both)
 
