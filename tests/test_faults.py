@@ -87,6 +87,7 @@ def test_a_sign_is_for_whoever_makes_the_fault(at, tmp_path):
     at("update", "role.engine.step", kind="sign", name="storage", do="die").update()
     told = json.loads((tmp_path / "faults.json.signs" / "storage.json").read_text())
     assert told["when"] == "role.engine.step" and told["do"] == "die"
+    assert faults.happened(tmp_path / "faults.json") == 1  # after the first of four steps, and no more
 
 
 def test_a_link_goes_down_and_comes_up_again(at, tmp_path, monkeypatch):
