@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import msgpack
 
@@ -77,7 +77,7 @@ class Journal:
         return taken
 
     def _note(self, entry: list[Any]) -> None:
-        self._entries += msgpack.packb(entry)
+        self._entries += cast(bytes, msgpack.packb(entry))  # None only where a packer keeps what it packs
 
 
 class Begun:
