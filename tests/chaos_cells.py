@@ -34,7 +34,7 @@ POINTS = {
 MIDDLES = {
     "generate": {"generation": ("generate", 1, "role.engine.decoder.decode", 3)},
     "score": {
-        "reward": ("score", 2, "role.scorer.score", 1),
+        "reward": ("score", 2, "rlhf_ray.roles.reward.score_answers", 1),
         "reference": ("logprobs", 1, "role.module.forward", 1),
         "policy": ("logprobs", 2, "role.engine.forward", 1),
         "critic": ("values", 1, "role.engine.forward", 1),
@@ -47,7 +47,7 @@ MIDDLES = {
     },
     "evaluate": {
         "generation": ("generate", 3, "role.engine.decoder.decode", 2),
-        "reward": ("score", 4, "role.scorer.score", 1),
+        "reward": ("score", 4, "rlhf_ray.roles.reward.score_answers", 1),
         "reference": ("logprobs", 3, "role.module.forward", 1),
         "experience": ("evaluate", 1, "rlhf_ray.roles.experience_maker.score_stats", 1),
     },
