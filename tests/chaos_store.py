@@ -101,7 +101,7 @@ def kept_in_store(folder: RunFolder) -> Iterator[RunFolder]:
 
 
 def as_stored(folder: RunFolder, scratch: Path) -> RunFolder:
-    """What the store has of the run: fetched anew, without the working copy."""
+    """What the store has of the run: fetched again, without the working copy."""
     assert folder.url is not None
     copy = scratch / f"fetched_{uuid.uuid4().hex[:8]}"
     fetch_run(Store(folder.url), copy)

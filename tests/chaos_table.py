@@ -30,7 +30,7 @@ a clock: a process is killed or stopped by a signal, or raises, or sleeps. A wor
 whose processes are killed. A link is a real one, between network namespaces on a bridge, one host of Ray in each; its interface
 goes down, for seconds or for good (as root on Linux; elsewhere these rows are left out). S3 is moto's server on this machine behind
 a proxy: it "dies" in the middle of an upload, when all connections end and the next ones are refused, with what it has stored still
-there afterwards; or it goes on slowly, or answers errors. What is compared then is what S3 holds in the end, fetched anew.
+there afterwards; or it goes on slowly, or answers errors. What is compared then is what S3 holds in the end, fetched again.
 """
 SOAK = "\n[soak](soak.md): an hour of such a run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
 

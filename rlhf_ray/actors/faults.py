@@ -40,7 +40,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-import rlhf_ray
 from rlhf_ray.runs.storage import write_atomically
 
 VARIABLE = "RLHF_RAY_FAULTS"
@@ -80,7 +79,7 @@ def _at_point(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def _put_in_the_middle(actor: Any, fault: dict[str, Any], happen: Callable[[], None]) -> Callable[[], None]:
     """Let it happen after what the fault names has been used -> what takes it out again."""
     place, _, name = fault["when"].rpartition(".")
-    owner = import_module(place) if place.startswith(f"{rlhf_ray.__name__}.") else attrgetter(place)(actor)
+    owner = import_module(place) if place.startswith("rlhf_ray.") else attrgetter(place)(actor)
     own = vars(owner).get(name)  # None: it is its class's
     # getattr: the name is the fault's, and there is no other way from there to what it names.
     setattr(owner, name, _followed_by(getattr(owner, name), happen, fault.get("times", 1)))
