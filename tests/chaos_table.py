@@ -92,7 +92,7 @@ def _others(rows: list[dict]) -> list[str]:
         losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
         lost = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None) or "0"
         if row["restarts"]:
-            lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restarts"
+            lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restart{'s' * (row['restarts'] > 1)}"
         again = sum(steps or 0 for steps in row["steps_lost"])
         faults = ", ".join(map(_in_words, row["wanted"]))
         came = f"{len(row.get('met', [])) or row['happened']} of {row['faults']}" if "happened" in row else "not counted"
