@@ -12,7 +12,11 @@ class Server(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_PUT(self):
-        self.server.stored[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        content = self.rfile.read(length := int(self.headers["Content-Length"]))
+        if len(content) < length:  # cut off
+            self.close_connection = True
+            return
+        self.server.stored[self.path] = content
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
