@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -29,6 +31,7 @@ class ServedProcess:
         self._environment = {**os.environ, **(environment or {})}
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - it ends with the process's output
         self._process: subprocess.Popen | None = None
+        self._before: Any = None  # what SIGTERM did
 
     @property
     def pid(self) -> int:
@@ -37,6 +40,8 @@ class ServedProcess:
 
     def __enter__(self) -> ServedProcess:
         """RunFailed where it does not answer in time."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
         self._process = subprocess.Popen(
             self.command, stdout=self._log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
         )
@@ -59,6 +64,8 @@ class ServedProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._log.close()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _answers(self) -> bool:
         try:
