@@ -97,7 +97,6 @@ def vllm_server(python: Path, model: Path, *, positions: int, precision: str) ->
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", NAME,
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(positions), "--dtype", precision,
-        "--disable-log-requests",
     ]  # fmt: skip
     return ServedProcess(command, port, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
 
