@@ -46,6 +46,7 @@ class Front:
         self.listeners: list[Listener] = []
         """Called with each answer that has ended."""
         self.draining = False
+        self.ending = False
         """Refuse what is new."""
         self.ongoing = 0
         """Requests that are being answered."""
@@ -137,7 +138,7 @@ class Front:
                     stack.enter_context(self.tables[model].serving(version))
                     asked = replace(asked, version=version.id)
                     answer.version = version.id
-                passing = Passing(self.links, asked, send, answer)
+                passing = Passing(self.links, asked, send, answer, lambda: self.ending)
                 error = await passing.pass_on()
             if error is None:
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ MOST_LOST = 3
 STREAM_WAIT_S, WHOLE_WAIT_S = 60.0, 15.0
 """That a request whose replica has ended waits for another. No client library sends a stream again that has begun."""
 LONGEST_RETRY_AFTER_S = 60  # OpenAI's library passes over a longer one. It asks twice again, each time after Retry-After
-_LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.1
 _EVENT_STREAM = b"text/event-stream"
 
 
@@ -65,10 +65,15 @@ def least_busy(links: Sequence[Link], model: str, tried: Collection[Link] = ()) 
 class Passing:
     """Of one request to one version of one model."""
 
-    def __init__(self, links: Sequence[Link], request: Relayed, send: Send, answered: Answered):
+    def __init__(
+        self, links: Sequence[Link], request: Relayed, send: Send, answered: Answered,
+        ending: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
+        """ending: whether the server ends, so that no other replica is to be waited for."""
         self.lost = 0
         """Replicas that have ended with the request in hand."""
         self._links, self._request, self._send, self._answered = links, request, send, answered
+        self._ending = ending
         self._streams = False  # the client has the head of a stream
         self._journal: bytearray | None = None  # of what it has of it; None: no other replica can go on with it
 
@@ -82,10 +87,10 @@ class Passing:
         while self.lost < MOST_LOST:
             link = self._next(tried)
             if link is None:
-                if clock() >= until:
+                if clock() >= until or self._ending():
                     break
                 tried.clear()
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(LOOK_EVERY_S)
                 continue
             try:
                 refused = await self._ask(link)

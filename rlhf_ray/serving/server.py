@@ -35,6 +35,7 @@ from rlhf_ray.serving.critic_values import keeps_critic
 from rlhf_ray.serving.listening import announced, listening, start_failure, url_of
 from rlhf_ray.serving.page.build import PageParts
 from rlhf_ray.serving.page.options import PageOptions
+from rlhf_ray.serving.passing import LOOK_EVERY_S
 from rlhf_ray.serving.served import ServedModel, groups_of, served_models, served_reward_model
 from rlhf_ray.serving.server_ray import check_ray, start_ray
 
@@ -268,6 +269,9 @@ class Server:
 
     def close(self) -> None:
         """Stop the replicas, Serve and Ray; safe to call twice."""
+        if self._front is not None and self._http is not None and self._front.ongoing:
+            self._front.ending = True  # who waits for another replica is told so before the connection ends
+            time.sleep(3 * LOOK_EVERY_S)
         if self._http is not None:
             self._http.close()
             self._http = None
