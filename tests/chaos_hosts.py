@@ -115,8 +115,7 @@ def start_head(place: SameAddress | Network) -> tuple[subprocess.Popen, str]:
         address = f"{place.address}:{free_port()}"
         port = address.partition(":")[2]
         head = place.start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
-        assert head.stdout is not None
-        if any("Ray runtime started" in line for line in head.stdout):
+        if has_started(head):
             with suppress(subprocess.TimeoutExpired):
                 head.wait(SETTLED_S)
             if head.poll() is None:
@@ -166,7 +165,15 @@ def end_node(host: subprocess.Popen) -> None:
 def keep_two(
     place: SameAddress | Network, address: str, started: list[subprocess.Popen], over: threading.Event
 ) -> None:
-    """started: the head, and then hosts of one core."""
+    """started: the head, and then hosts of one core. One after the other: two that start at once may choose the same socket in the
+    session's folder, and then one of their raylets ends."""
     while not over.wait(1.0):
         if sum(host.poll() is None for host in started[1:]) < 2:
             started.append(place.start(f"--address={address}", "--num-cpus=1"))
+            has_started(started[-1])
+
+
+def has_started(node: subprocess.Popen) -> bool:
+    """Once it says so, or has ended."""
+    assert node.stdout is not None
+    return any("Ray runtime started" in line for line in node.stdout)
