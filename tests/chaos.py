@@ -302,10 +302,13 @@ def main() -> None:
                         for cell in here:
                             matrix.run(cell)
         nodes = left(cell for cell in chosen if cell.hosts == "nodes")
-        nodes += possible(left(cell for cell in chosen if cell.hosts == "network"), Network.refused())
-        for cell in nodes:
-            with hosts_with_faults(matrix.faults, network=cell.hosts == "network"):
-                matrix.run(cell)
+        networks = possible(left(cell for cell in chosen if cell.hosts == "network"), Network.refused())
+        for here in (nodes, networks):
+            if here:
+                with hosts_with_faults(matrix.faults, network=here is networks) as both_there:
+                    for cell in here:
+                        both_there()
+                        matrix.run(cell)
         rows = [row for row in matrix.rows.values() if "passed" in row]
         if args.write is not None:
             write_table(args.write, rows, [cell.name for cell in cells()], args.note)

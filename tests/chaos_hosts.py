@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -125,8 +125,9 @@ def start_head(place: SameAddress | Network) -> tuple[subprocess.Popen, str]:
 
 
 @contextmanager
-def hosts_with_faults(path: Path, *, network: bool) -> Iterator[None]:
-    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes.
+def hosts_with_faults(path: Path, *, network: bool) -> Iterator[Callable[[], None]]:
+    """A Ray of a head, which runs no rank, and two hosts, of which one would do; for each that dies another one comes -> what waits
+    for both to be there.
 
     network: each host has a network of its own.
     """
@@ -142,8 +143,7 @@ def hosts_with_faults(path: Path, *, network: bool) -> Iterator[None]:
             keeper = threading.Thread(target=keep_two, args=(place, address, started, over))
             keeper.start()
             with ray_session(address, start_timeout_s=START_S):
-                wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=START_S)
-                yield
+                yield lambda: wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3, seconds=START_S)
         finally:
             over.set()
             if keeper is not None:
