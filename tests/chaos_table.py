@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+from chaos_cells import OUTSIDE, POINTS
+
 from rlhf_ray.bench.results import hardware, on_hardware
 from rlhf_ray.config import Recipe
 
@@ -41,13 +43,16 @@ PHASE, MIDDLE = "all x ", "middle of "
 def write_table(folder: Path, rows: list[dict], names: list[str], note: str = "") -> None:
     """rows: of `chaos.Matrix`. names: of all cells, whether they were run or not. note: of the circumstances."""
     matrix = [row for row in rows if row["name"].startswith((PHASE, MIDDLE))]
-    others = [row for row in rows if row not in matrix]
+    outside = {name: row for row in rows if (name := _outside_of(row["name"])) is not None}
+    others = [row for row in rows if row not in matrix and row not in outside.values()]
     machine = on_hardware({"hardware": hardware()})
     introduction = INTRODUCTION + (SOAK if (folder / "soak.md").exists() else "")
     lines = [introduction, f"Measured on {machine}. Every draw is of the recipe's seed, {Recipe.model_fields['seed'].default}.\n"]
     lines += [f"{note}\n"] if note else []
     if matrix:
         lines += ["## Role by phase\n", *_matrix(matrix), ""]
+    if outside:
+        lines += ["## Driver, host and link by phase\n", *_outside(outside), ""]
     if others:
         lines += ["## Other faults and set-ups\n", *_others(others), ""]
     lines += ["## Seconds lost, by role\n", *_by_role(rows)]
@@ -84,20 +89,49 @@ def _matrix(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _outside_of(name: str) -> tuple[str, str] | None:
+    """(what dies outside of the roles, phase) of a cell of one such fault."""
+    what, _, phase = name.partition(" x ")
+    return (what, phase) if what in OUTSIDE and phase in POINTS else None
+
+
+def _outside(rows: dict[tuple[str, str], dict]) -> list[str]:
+    """One row per phase, one column per what dies."""
+    lines = [
+        "One run of 8 steps per cell. In the second step the driver is killed, or all processes of one of two hosts (the\n"
+        "policy's), or the link to that host goes down, for 3 s (away) or for good. A cell: whether the run is exact, and the\n"
+        "seconds of each loss that was seen: a host has several actors. A rank's count from the state that it went back to.\n",
+        f"| phase | {' | '.join(OUTSIDE)} |", f"|---|{'---|' * len(OUTSIDE)}",
+    ]  # fmt: skip
+    for phase in POINTS:
+        cells = []
+        for what in OUTSIDE:
+            row = rows.get((what, phase))
+            cells.append("not run" if row is None else f"{_verdict(row)}: {_lost(row) or 'nothing'}")
+        lines.append(f"| {phase} | {' | '.join(cells)} |")
+    return lines
+
+
+def _lost(row: dict) -> str:
+    """In words; "" for nothing."""
+    if row["restarts"]:
+        seconds = row["seconds"] - row["undisturbed_s"]
+        return f"{seconds:.0f} s with {row['restarts']} restart{'s' * (row['restarts'] > 1)}"
+    losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
+    seconds = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None)
+    return f"{seconds} s" if seconds else ""
+
+
 def _others(rows: list[dict]) -> list[str]:
     lines = [
         "| run | faults | came | exact | each prompt once | seconds lost | steps trained again |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
-        lost = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None) or "0"
-        if row["restarts"]:
-            lost = f"{row['seconds'] - row['undisturbed_s']:.0f} with {row['restarts']} restart{'s' * (row['restarts'] > 1)}"
         again = sum(steps or 0 for steps in row["steps_lost"])
         faults = ", ".join(map(_in_words, row["wanted"]))
         came = f"{len(row.get('met', [])) or row['happened']} of {row['faults']}" if "happened" in row else "not counted"
         once = "yes" if row["each_once"] else "no"
-        lines.append(f"| {row['name']} | {faults} | {came} | {_verdict(row)} | {once} | {lost} | {again} |")
+        lines.append(f"| {row['name']} | {faults} | {came} | {_verdict(row)} | {once} | {_lost(row) or 0} | {again} |")
     return lines
 
 
