@@ -6,11 +6,14 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from tiny import tiny_recipe
 
+from rlhf_ray.actors import recovery as recovery_module
+from rlhf_ray.actors import snapshots as snapshots_module
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
 from rlhf_ray.actors.groups import RayRoles
 from rlhf_ray.actors.hung import Deadline
 from rlhf_ray.actors.low_memory import ended_by_guard
+from rlhf_ray.actors.pulse import ActorProcess
 from rlhf_ray.actors.recovery import GroupLost, Recovery
 from rlhf_ray.actors.snapshots import Snapshot
 from rlhf_ray.actors.wait import ActorDied, ArgumentLost, Waiter, _died
@@ -198,22 +201,23 @@ def test_with_no_restarts_the_first_death_stops_the_run():
         Budget(0).charge(member(), DIED, "scoring")
 
 
-class Rank(Member):
-    def __init__(self, number):
-        ready = SimpleNamespace(remote=lambda: f"rank {number}")
-        super().__init__("policy", number, lambda: SimpleNamespace(ready=ready), "rank")
+class Fake(Member):
+    def __init__(self, role, number=0, host="a", word="actor"):
+        super().__init__(role, number, lambda: None, word)
+        self.process = ActorProcess(host, 0, 0)
 
     def make_again(self):
         self.lives += 1
+        self.process = None
 
 
-class Policy:
-    """A group of two ranks, whose snapshot has lost a share with its node."""
+class Group:
+    """A rank on each of these hosts."""
 
-    role, weight_bytes = "policy", 0
+    weight_bytes = 0
 
-    def __init__(self):
-        self.members = [Rank(0), Rank(1)]
+    def __init__(self, role, *hosts):
+        self.role, self.members = role, [Fake(role, number, host, "rank") for number, host in enumerate(hosts)]
 
     def call(self, method, *args):
         return [method]
@@ -223,48 +227,101 @@ class Policy:
 
 
 class OverFakes(Waiter):
+    """A restored snapshot has lost a share with its node."""
+
     recovery: Recovery
 
     def track(self, ref, *_):
         return ref
 
     def wait(self, handles, what, *_):
-        if handles == ["restore"]:
-            rank = self.recovery.roles.trained[0].members[1]
-            self.recovery.mend(Call(rank, "restore", (), "policy rank 1 (restore)"), ArgumentLost("its node died"), what)
+        if "restore" in handles:
+            rank = self.recovery.roles.trained[0].members[-1]
+            self.recovery.mend(Call(rank, "restore", (), f"{rank.name} (restore)"), ArgumentLost("its node died"), what)
 
 
-def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_path):
-    """Several ranks: that of an argument which was lost is the group's loss, too."""
-    policy, waiter = Policy(), OverFakes(60, "wait")
-    starts = [None, Deadline("the start took too long; see the logs"), None]
+@pytest.fixture
+def recovery_over(tmp_path, monkeypatch):
+    """Makes a Recovery of fake groups and actors -> (it, the sets of members that it has started, its events). starts: what each
+    start raises, or the host that is found gone while it waits for another one."""
 
-    def start(members, groups, seconds):
-        if failure := starts.pop(0):
-            raise failure
+    def made(groups, others, starts, snapshot, gone=()):
+        started, gone, starts = [], set(gone), [*starts]
+        for module in (recovery_module, snapshots_module):
+            monkeypatch.setattr(module, "is_there", lambda host: host not in gone)
 
-    roles = SimpleNamespace(
-        trained=[policy], policy=policy, members=policy.members, start=start,
-        generation=SimpleNamespace(by_channel=False, members=[]),
-    )  # fmt: skip
-    events, said = EventLog(tmp_path / "events.jsonl"), []
-    recipe = tiny_recipe(resources={"restarts": 3}, ppo={"kl_coef": 0.25})
-    waiter.recovery = recovery = Recovery(
-        recipe, roles, waiter, tmp_path, budget=Budget(recipe.resources.restarts), events=events, progress=said.append
-    )
-    recovery.snapshots.kept = [Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []})]
+        def start(members, groups, seconds):
+            event = starts.pop(0) if starts else None
+            if isinstance(event, Exception):
+                raise event
+            gone.update(event or ())
+            started.append({member.name for member in members})
+            for each in members:
+                each.process = ActorProcess("b", 1, 1)
+
+        generation = SimpleNamespace(by_channel=False, members=[each for each in others if each.role == "generation"])
+        members = [*others, *(member for group in groups for member in group.members)]
+        roles = SimpleNamespace(trained=groups, policy=groups[0], members=members, start=start, generation=generation)
+        events, recipe = EventLog(tmp_path / "events.jsonl"), tiny_recipe(resources={"restarts": 3}, ppo={"kl_coef": 0.25})
+        waiter = OverFakes(60, "wait")
+        waiter.recovery = recovery = Recovery(
+            recipe, roles, waiter, tmp_path, budget=Budget(3), events=events, progress=lambda event: None
+        )
+        recovery.snapshots.kept = [snapshot]
+        return recovery, started, events
+
+    return made
+
+
+def lost_once(member):
+    """A training whose first try ends with the loss of a rank -> (it, the steps that its tries begin with)."""
     begun = []
 
     def train(state):
         begun.append(state.step)
         if len(begun) == 1:
-            raise GroupLost(DIED, policy.members[0], "value update (step 4)")
+            raise GroupLost(DIED, member, "value update (step 4)")
         return state
 
+    return train, begun
+
+
+def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(recovery_over):
+    """Several ranks: that of an argument which was lost is the group's loss, too."""
+    policy = Group("policy", "a", "a")
+    starts = [None, Deadline("the start took too long; see the logs"), None]
+    recovery, _, events = recovery_over([policy], [], starts, Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []}))
+    train, begun = lost_once(policy.members[0])
     assert recovery.run(train, LoopState(step=4, kl_coef=0.1)).kl_coef == 0.25  # there is no checkpoint: from the start
     assert begun == [4, 0] and recovery.snapshots.kept == []
     one, late, other = events.read()  # each loss is told, also the one that was being mended when the other came
     assert (one["what"], one["phase"]) == ("policy rank 0 was lost", "value update (step 4)")
     assert one["done"] == "its group was made again, and meanwhile policy rank 1 was lost"
     assert (late["phase"], late["seen"], late["done"]) == ("start", "the start took too long", "started once more")
-    assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"] and len(said) == 3
+    assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"]
+
+
+ALL_OF_HOST = {"policy rank 0", "critic rank 0", "reward actor 0"}
+
+
+@pytest.mark.parametrize(
+    ("gone", "starts", "wanted"),
+    [
+        (["a"], [], [ALL_OF_HOST]),
+        ([], ["a"], [{"policy rank 0"}, ALL_OF_HOST - {"policy rank 0"}]),  # found gone while the policy waits for room
+        (["a"], [Deadline("too long")], [ALL_OF_HOST]),
+    ],
+)
+def test_all_that_a_lost_host_had_is_made_again_with_the_rank_that_was_missed_first(recovery_over, gone, starts, wanted):
+    """Otherwise each is found out by itself, one start after the other; and what lay there is not asked for: the snapshot, or the
+    weights that a generator had."""
+    groups, others = [Group("policy", "a"), Group("critic", "a")], [Fake("reward"), Fake("generation", host="b")]
+    others[1].weights = Call(others[1], "load_weights", (), "")
+    snapshot = Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": [], "critic": []}, frozenset({"a"}))
+    recovery, started, events = recovery_over(groups, others, starts, snapshot, gone)
+    train, begun = lost_once(groups[0].members[0])
+    recovery.run(train, LoopState(step=4, kl_coef=0.1))
+    assert begun == [4, 0] and started == wanted and others[1].weights is None
+    told = [event for event in events.read() if event["phase"] != "start"]
+    assert {event["what"].removesuffix(" was lost") for event in told} == ALL_OF_HOST and len(told) == 3
+    assert told[-1]["what"] == "policy rank 0 was lost" and "the start" in told[-1]["done"]

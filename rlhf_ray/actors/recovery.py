@@ -2,9 +2,9 @@
 
 - A stateless role (generation, reward, reference, experience): the actor is made again, a generator gets the weights that it had,
   and the calls that were lost with it are sent again. What was finished stays, as results lie in the object store.
-- A rank of policy or critic: its whole group is made again (ranks that wait for a dead one in a collective are ended), policy
-  and critic get the newest state that there is (`actors.snapshots`, a checkpoint, or the models that PPO starts from), and the
-  loop runs again from that step.
+- A rank of policy or critic: its whole group is made again (ranks that wait for a dead one in a collective are ended), and with
+  it all that a host took along which is gone; policy and critic get the newest state that there is (`actors.snapshots`, a
+  checkpoint, or the models that PPO starts from), and the loop runs again from that step.
 
 Why the loop runs again, and updates are not replayed from kept inputs: all that a step does follows from the step's number and the
 state that it begins with (contract 1), which is how a stopped run already goes on from its checkpoint. So going back needs no
@@ -227,14 +227,16 @@ class Recovery:
     def _try_to_go_back(self, lost: GroupLost) -> LoopState:
         for member in self.roles.members:
             member.calls.clear()  # of the step that is given up
-        snapshot, folder = self.snapshots.newest(), checkpoint.last_good(self.checkpoints)
-        if snapshot is not None and folder is not None and state_in(folder, self.recipe.ppo).step > snapshot.state.step:
-            snapshot = None
+            member.weights = None  # the loop begins with giving generators theirs
         groups = [group for group in self.roles.trained if lost.member in group.members]
         groups = groups or [self.roles.policy]  # a generator's, which shares a channel for weights with the policy
+        snapshot, folder = self.snapshots.newest(), checkpoint.last_good(self.checkpoints)
+        made = self._make_again(groups if snapshot or folder else self.roles.trained, lost)
+        snapshot = self.snapshots.newest()  # its host may have been found gone meanwhile
+        if snapshot is not None and folder is not None and state_in(folder, self.recipe.ppo).step > snapshot.state.step:
+            snapshot = None
         if snapshot is None and folder is None:
-            groups = self.roles.trained
-        self._make_again(groups)
+            self._make_again([group for group in self.roles.trained if group not in made], lost)
         state, source = self._load(snapshot, folder)
         again = self.step - state.step
         self.step = state.step
@@ -245,17 +247,36 @@ class Recovery:
         self._tell(lost.member, lost, lost.phase, since, done, steps_lost=again)
         return state
 
-    def _make_again(self, groups: list[TrainerGroup]) -> None:
-        generation = self.roles.generation
-        everyone = [member for group in groups for member in group.members]
-        channel = generation.by_channel and self.roles.policy in groups
-        everyone += generation.members if channel else []
-        for member in everyone:
-            member.make_again()
-        self.roles.start(everyone, groups, self.resources.start_timeout_s)
+    def _make_again(self, groups: list[TrainerGroup], lost: GroupLost) -> list[TrainerGroup]:
+        """And all whose host is gone: none of them is left to be found out later -> the groups that were."""
+        generation, policy, made, channel = self.roles.generation, self.roles.policy, list[TrainerGroup](), False
+        gone = self._without_host()
+        while groups or gone:
+            groups = [group for group in self.roles.trained if group in groups or any(each in gone for each in group.members)]
+            if generation.by_channel and any(each in gone for each in generation.members) and policy not in (*groups, *made):
+                groups.append(policy)
+            members = [member for group in groups for member in group.members]
+            if generation.by_channel and policy in groups:
+                channel, members = True, members + list(generation.members)
+            members += [member for member in gone if member not in members]
+            for member in gone:
+                if member is not lost.member and member.process is not None:
+                    self._charge(member, lost.failure, lost.phase)
+                    done = f"its host is gone; it is made again with {lost.member.name}"
+                    self._tell(member, lost.failure, lost.phase, lost.seen, done, steps_lost=0)
+            for member in members:
+                member.make_again()
+            self.roles.start(members, groups, self.resources.start_timeout_s)
+            # Ray may have found out about a host only while these waited for room on another one.
+            made, groups, gone = made + groups, [], self._without_host()
         if channel:
             waits = self.recipe.ppo.steps_ahead == 0
-            connect_weights(self.roles.policy, generation, self.waiter, self.resources, waits=waits)
+            connect_weights(policy, generation, self.waiter, self.resources, waits=waits)
+        return made
+
+    def _without_host(self) -> list[Member]:
+        """Those whose host is gone, or that were made again and have not started."""
+        return [each for each in self.roles.members if each.process is None or not is_there(each.process.node)]
 
     def _load(self, snapshot: Snapshot | None, folder: Path | None) -> tuple[LoopState, str]:
         """Give policy and critic the newest state -> it, and where it was."""

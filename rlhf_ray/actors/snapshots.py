@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.actors.calls import Handle
 from rlhf_ray.actors.groups import TrainerGroup
+from rlhf_ray.actors.nodes import is_there
 from rlhf_ray.actors.wait import Waiter
 from rlhf_ray.ppo.loop import LoopState
 
@@ -26,6 +27,7 @@ class Snapshot:
 
     state: LoopState
     parts: dict[str, list[Handle]]  # role -> each rank's share of its state, beside the number of optimiser steps
+    nodes: frozenset[str] = frozenset()  # of the cluster, where they lie
     taken: float = field(default_factory=time.monotonic)
 
     def whole(self, waiter: Waiter) -> bool:
@@ -57,11 +59,13 @@ class Snapshots:
         if not self.fits or state.step % self.every != 0:
             return
         self.kept = [each for each in self.kept if each.whole(self.waiter)][1 - KEPT :]
-        self.kept.append(Snapshot(state, {group.role: group.snapshot() for group in self.groups}))
+        members = [member for group in self.groups for member in group.members]
+        nodes = frozenset(member.process.node for member in members if member.process is not None)
+        self.kept.append(Snapshot(state, {group.role: group.snapshot() for group in self.groups}, nodes))
 
     def newest(self) -> Snapshot | None:
-        """The newest whole one. Those that are not whole go: their ranks are gone."""
-        self.kept = [each for each in self.kept if each.whole(self.waiter)]
+        """The newest whole one. Those that are not whole go, or whose node is gone."""
+        self.kept = [each for each in self.kept if all(map(is_there, each.nodes)) and each.whole(self.waiter)]
         return self.kept[-1] if self.kept else None
 
     def drop(self, snapshot: Snapshot) -> None:
