@@ -227,15 +227,16 @@ class Group:
 
 
 class OverFakes(Waiter):
-    """A restored snapshot has lost a share with its node."""
+    """torn: a snapshot that is restored has lost a share with its node."""
 
     recovery: Recovery
+    torn: bool
 
     def track(self, ref, *_):
         return ref
 
     def wait(self, handles, what, *_):
-        if "restore" in handles:
+        if self.torn and "restore" in handles:
             rank = self.recovery.roles.trained[0].members[-1]
             self.recovery.mend(Call(rank, "restore", (), f"{rank.name} (restore)"), ArgumentLost("its node died"), what)
 
@@ -245,7 +246,7 @@ def recovery_over(tmp_path, monkeypatch):
     """Makes a Recovery of fake groups and actors -> (it, the sets of members that it has started, its events). starts: what each
     start raises, or the host that is found gone while it waits for another one."""
 
-    def made(groups, others, starts, snapshot, gone=()):
+    def made(groups, others, starts, snapshot, gone=(), torn=False):
         started, gone, starts = [], set(gone), [*starts]
         for module in (recovery_module, snapshots_module):
             monkeypatch.setattr(module, "is_there", lambda host: host not in gone)
@@ -264,6 +265,7 @@ def recovery_over(tmp_path, monkeypatch):
         roles = SimpleNamespace(trained=groups, policy=groups[0], members=members, start=start, generation=generation)
         events, recipe = EventLog(tmp_path / "events.jsonl"), tiny_recipe(resources={"restarts": 3}, ppo={"kl_coef": 0.25})
         waiter = OverFakes(60, "wait")
+        waiter.torn = torn
         waiter.recovery = recovery = Recovery(
             recipe, roles, waiter, tmp_path, budget=Budget(3), events=events, progress=lambda event: None
         )
@@ -290,7 +292,8 @@ def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(recove
     """Several ranks: that of an argument which was lost is the group's loss, too."""
     policy = Group("policy", "a", "a")
     starts = [None, Deadline("the start took too long; see the logs"), None]
-    recovery, _, events = recovery_over([policy], [], starts, Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []}))
+    snapshot = Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": []})
+    recovery, _, events = recovery_over([policy], [], starts, snapshot, torn=True)
     train, begun = lost_once(policy.members[0])
     assert recovery.run(train, LoopState(step=4, kl_coef=0.1)).kl_coef == 0.25  # there is no checkpoint: from the start
     assert begun == [4, 0] and recovery.snapshots.kept == []
@@ -305,23 +308,25 @@ ALL_OF_HOST = {"policy rank 0", "critic rank 0", "reward actor 0"}
 
 
 @pytest.mark.parametrize(
-    ("gone", "starts", "wanted"),
+    ("gone", "starts", "lies_on", "wanted"),
     [
-        (["a"], [], [ALL_OF_HOST]),
-        ([], ["a"], [{"policy rank 0"}, ALL_OF_HOST - {"policy rank 0"}]),  # found gone while the policy waits for room
-        (["a"], [Deadline("too long")], [ALL_OF_HOST]),
+        (["a"], [], "a", [ALL_OF_HOST]),
+        ([], ["a"], "b", [{"policy rank 0"}, ALL_OF_HOST - {"policy rank 0"}]),  # found gone while the policy waits for room
+        (["a"], [Deadline("too long")], "a", [ALL_OF_HOST]),
     ],
 )
-def test_all_that_a_lost_host_had_is_made_again_with_the_rank_that_was_missed_first(recovery_over, gone, starts, wanted):
+def test_all_that_a_lost_host_had_is_made_again_with_the_rank_that_was_missed_first(
+    recovery_over, gone, starts, lies_on, wanted
+):
     """Otherwise each is found out by itself, one start after the other; and what lay there is not asked for: the snapshot, or the
     weights that a generator had."""
     groups, others = [Group("policy", "a"), Group("critic", "a")], [Fake("reward"), Fake("generation", host="b")]
     others[1].weights = Call(others[1], "load_weights", (), "")
-    snapshot = Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": [], "critic": []}, frozenset({"a"}))
+    snapshot = Snapshot(LoopState(step=3, kl_coef=0.1), {"policy": [], "critic": []}, frozenset({lies_on}))
     recovery, started, events = recovery_over(groups, others, starts, snapshot, gone)
     train, begun = lost_once(groups[0].members[0])
     recovery.run(train, LoopState(step=4, kl_coef=0.1))
-    assert begun == [4, 0] and started == wanted and others[1].weights is None
+    assert begun == [4, {"a": 0, "b": 3}[lies_on]] and started == wanted and others[1].weights is None
     told = [event for event in events.read() if event["phase"] != "start"]
     assert {event["what"].removesuffix(" was lost") for event in told} == ALL_OF_HOST and len(told) == 3
-    assert told[-1]["what"] == "policy rank 0 was lost" and "the start" in told[-1]["done"]
+    assert told[-1]["what"] == "policy rank 0 was lost" and "with the state of step" in told[-1]["done"]
