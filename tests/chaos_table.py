@@ -38,6 +38,7 @@ SOAK = "\n[soak](soak.md): an hour of such a run in which a process is killed ev
 
 
 PHASE, MIDDLE = "all x ", "middle of "
+TOGETHER = ("host", "link")  # kinds of faults that take several actors at once
 
 
 def write_table(folder: Path, rows: list[dict], names: list[str], note: str = "") -> None:
@@ -55,7 +56,7 @@ def write_table(folder: Path, rows: list[dict], names: list[str], note: str = ""
         lines += ["## Driver, host and link by phase\n", *_outside(outside), ""]
     if others:
         lines += ["## Other faults and set-ups\n", *_others(others), ""]
-    lines += ["## Seconds lost, by role\n", *_by_role(rows)]
+    lines += ["## Seconds lost, by role\n", *_by_role([row for row in rows if row["kind"] not in TOGETHER])]
     left = [name for name in names if name not in {row["name"] for row in rows}]
     if left:
         lines += ["", "## Not run here\n", f"{', '.join(left)}."]
@@ -99,17 +100,25 @@ def _outside(rows: dict[tuple[str, str], dict]) -> list[str]:
     """One row per phase, one column per what dies."""
     lines = [
         "One run of 8 steps per cell. In the second step the driver is killed, or all processes of one of two hosts (the\n"
-        "policy's), or the link to that host goes down, for 3 s (away) or for good. A cell: whether the run is exact, and the\n"
-        "seconds of each loss that was seen: a host has several actors. A rank's count from the state that it went back to.\n",
+        "policy's), or the link to that host goes down, for 3 s (away) or for good. A cell: whether the run is exact, how many\n"
+        "actors were seen to be lost, and the seconds from the state that the run went back to until all were at work again.\n",
         f"| phase | {' | '.join(OUTSIDE)} |", f"|---|{'---|' * len(OUTSIDE)}",
     ]  # fmt: skip
     for phase in POINTS:
         cells = []
         for what in OUTSIDE:
             row = rows.get((what, phase))
-            cells.append("not run" if row is None else f"{_verdict(row)}: {_lost(row) or 'nothing'}")
+            cells.append("not run" if row is None else f"{_verdict(row)}: {_lost_together(row)}")
         lines.append(f"| {phase} | {' | '.join(cells)} |")
     return lines
+
+
+def _lost_together(row: dict) -> str:
+    """Of losses that one fault caused: the longest began with the first and ended with the last."""
+    lost = [seconds for seconds, role in zip(row["lost_s"], row["roles"], strict=True) if seconds is not None and role is not None]
+    if row["restarts"] or not lost:
+        return _lost(row) or "nothing lost"
+    return f"{len(lost)} lost, {max(lost):.0f} s"
 
 
 def _lost(row: dict) -> str:
@@ -131,7 +140,8 @@ def _others(rows: list[dict]) -> list[str]:
         faults = ", ".join(map(_in_words, row["wanted"]))
         came = f"{len(row.get('met', [])) or row['happened']} of {row['faults']}" if "happened" in row else "not counted"
         once = "yes" if row["each_once"] else "no"
-        lines.append(f"| {row['name']} | {faults} | {came} | {_verdict(row)} | {once} | {_lost(row) or 0} | {again} |")
+        lost = _lost_together(row) if row["kind"] in TOGETHER else _lost(row) or 0
+        lines.append(f"| {row['name']} | {faults} | {came} | {_verdict(row)} | {once} | {lost} | {again} |")
     return lines
 
 
