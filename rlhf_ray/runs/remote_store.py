@@ -9,6 +9,7 @@ from __future__ import annotations
 # fsspec comes without types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -271,3 +272,4 @@ def _without_its_own_tries(fs: Any) -> None:
             raise
 
     fs._request = request
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails is told once, by our own tries
