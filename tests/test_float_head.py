@@ -146,3 +146,26 @@ def test_the_plan_counts_four_bytes_per_logit():
     for role in ("policy", "reference"):
         assert plans[0][role]["16-bit copies"] - plans[1][role]["16-bit copies"] == 2 * head
     assert plans[1]["generation"]["logits"] - plans[0]["generation"]["logits"] == 4 * head
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_the_plan_of_adapters_holds_a_frozen_head_in_four_bytes_instead_of_two(tmp_path, zero_stage):
+    """An output layer of its own, that no copy was ever made of. Beside its weights nothing grows but the logits, and what ZeRO-3
+    gathers, by the same share as in the plan without."""
+    model_of("llama").config.save_pretrained(tmp_path)
+    plans = []
+    for on in (False, True):
+        recipe = tiny_recipe(
+            model={"name_or_path": str(tmp_path)}, ppo={"float32_head": on, "lora": {"rank": 2}},
+            resources={"policy": {"actors": 2, "zero_stage": zero_stage}},
+        )  # fmt: skip
+        plans.append({row.role: row.process.parts for row in memory_plan(recipe, itemsize=2)}["policy"])
+    head, ranks = 331 * 24, 2 if zero_stage == 3 else 1
+    assert shape_of_model(recipe).output == head
+    off, on = plans
+    assert on["weights"] - off["weights"] == 2 * head / ranks
+    assert on["16-bit copies"] == off["16-bit copies"] >= 0
+    # Llama's block: 4 x 24 x 24 + 3 x 24 x 40 weights in 16 bits, as is its head without the option; embeddings in 32
+    linear, embeddings = 2 * (4 * 24 * 24 + 3 * 24 * 40), 331 * 24
+    grows = (2 * linear + 8 * embeddings) / (2 * linear + 6 * embeddings)
+    assert zero_stage == 0 or on["gathered"] / off["gathered"] == pytest.approx(grows, rel=0.03)  # norms, adapters
