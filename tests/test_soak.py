@@ -24,6 +24,7 @@ def test_a_slope_has_the_interval_of_newey_and_west():
     assert not found.grows and slope(HOURS, values + 40 * HOURS, lag=6).grows
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs /proc/PID/smaps_rollup (Linux 4.14)")
 def test_the_processes_of_a_run_are_found_by_their_environment_and_summed(tmp_path):
     """Of two processes that share 8 MiB of memory each counts half."""
     work = (
