@@ -61,7 +61,7 @@ def test_a_policys_and_references_log_probs(family, with_entropy):
     for kind in ("plain", "float32", "frozen"):
         model = model_of(family)
         if kind != "plain":
-            logits_in_float32(model)
+            logits_in_float32(model, BF16)
         module = LogprobModel(model, temperature=1.0, compute_dtype=BF16, entropy_gradient=True)
         if kind == "frozen":
             module.requires_grad_(False)
@@ -83,7 +83,7 @@ def test_a_generators_log_probs(family):
     gaps = {}
     for kind in ("plain", "float32"):
         model = model_of(family).to(BF16)
-        engine = GenerationEngine(logits_in_float32(model) if kind == "float32" else model, NoEnd(), eos_token_ids=(0,))
+        engine = GenerationEngine(logits_in_float32(model, BF16) if kind == "float32" else model, NoEnd(), eos_token_ids=(0,))
         seen: list[torch.Tensor] = []  # states [4, D] of each pass
 
         def look(_, inputs, into=seen):
@@ -104,7 +104,7 @@ def test_a_generators_log_probs(family):
 
 def test_gradients_are_those_of_float64():
     """Of a frozen body: the output layer's own, and what the body would get."""
-    model = logits_in_float32(model_of("llama"))
+    model = logits_in_float32(model_of("llama"), BF16)
     module = LogprobModel(model, temperature=1.0, compute_dtype=BF16)
     batch = token_batch(PROMPTS, RESPONSES, packed=True)
     with torch.autocast("cpu", BF16):
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_float64():
 
 
 def test_adapters_leave_the_head_as_it_is():
-    model = logits_in_float32(model_of("llama"))
+    model = logits_in_float32(model_of("llama"), BF16)
     train_only_part(model, lora=LoraConfig(rank=2), freeze_layers=0, gradient_checkpointing=False, seed=0)
     module = LogprobModel(model, temperature=1.0, compute_dtype=BF16)
     hold_frozen(module, BF16)
@@ -129,7 +129,14 @@ def test_an_output_layer_of_a_class_of_its_own_is_refused():
     model = model_of("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UserError, match="output layer of a LlamaForCausalLM is a Sequential"):
-        logits_in_float32(model)
+        logits_in_float32(model, BF16)
+
+
+def test_in_float32_the_output_layer_stays_as_it_is():
+    """A decode step on a CPU packs plain linear layers alone, and is recorded only where all of them are."""
+    model = model_of("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)  # and so nothing is refused
+    assert logits_in_float32(model, torch.float32) is model and type(model.lm_head) is torch.nn.Sequential
 
 
 def test_the_plan_counts_four_bytes_per_logit():
