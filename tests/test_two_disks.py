@@ -14,6 +14,8 @@ import yaml
 from processes import wait_for
 from test_cluster import CLUSTER, bare_env
 
+from rlhf_ray.runs.sealed import MANIFEST
+
 pytest.importorskip("moto.server", reason="needs moto's S3 server: pip install 'moto[server]'")
 pytest.importorskip("s3fs", reason="needs the extra 's3': pip install s3fs")
 pytestmark = [
@@ -30,7 +32,8 @@ SECTIONS = {
     "name": "two",
     "model": {"from_scratch": {"layers": 2, "width": 64, "heads": 4, "positions": 128, "vocab_size": 600}},
     "data": {
-        "builder": "rlhf_ray.data.world:build", "builder_args": {"sft_rows": 300, "pairs": 120, "prompts": 64, "eval_prompts": 16, "eval_rows": 40},
+        "builder": "rlhf_ray.data.world:build",
+        "builder_args": {"sft_rows": 300, "pairs": 120, "prompts": 64, "eval_prompts": 16, "eval_rows": 40},
         "max_prompt_tokens": 64,
     },
     "sft": {"max_steps": 6, "max_length": 128, "eval_rows": 16, "workers": 2, "microbatch_size": 16},
@@ -126,7 +129,7 @@ def test_a_run_of_two_hosts_without_a_shared_disk_is_whole_in_the_store():
         files = [set(host.does(by_path).split()) for host in (first, second)]
     assert {f"runs/two/{each}" for each in (
         "sft/model/model.safetensors", "reward/model/model.safetensors", "ppo/model/model.safetensors", "report.html",
-        "evaluation/summary.json", "ppo/checkpoints/step_000003/manifest.json",
+        "evaluation/summary.json", f"ppo/checkpoints/step_000003/{MANIFEST}",
     )} <= set(stored), log[-6000:]  # fmt: skip
     assert "model.safetensors" in copy and "evaluation" in status
     assert any(name.endswith("report.html") for name in files[0]), "the driver was on the first host"
