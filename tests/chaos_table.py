@@ -34,7 +34,7 @@ goes down, for seconds or for good (as root on Linux; elsewhere these rows are l
 a proxy: it "dies" in the middle of an upload, when all connections end and the next ones are refused, with what it has stored still
 there afterwards; or it goes on slowly, or answers errors. What is compared then is what S3 holds in the end, fetched again.
 """
-SOAK = "\n[soak](soak.md): an hour of such a run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
+SOAK = "\n[soak](soak.md): a longer such run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
 
 
 PHASE, MIDDLE = "all x ", "middle of "
@@ -124,8 +124,8 @@ def _lost_together(row: dict) -> str:
 def _lost(row: dict) -> str:
     """In words; "" for nothing."""
     if row["restarts"]:
-        seconds = row["seconds"] - row["undisturbed_s"]
-        return f"{seconds:.0f} s with {row['restarts']} restart{'s' * (row['restarts'] > 1)}"
+        again = f"{row['restarts']} restart{'s' * (row['restarts'] > 1)}"
+        return f"took {row['seconds']:.0f} s with {again}, {row['undisturbed_s']:.0f} s undisturbed"
     losses = zip(row["lost_s"], row["roles"], strict=True)  # a storage that was away has none, and cost the run nothing
     seconds = ", ".join(f"{seconds:.0f}" for seconds, role in losses if seconds is not None and role is not None)
     return f"{seconds} s" if seconds else ""

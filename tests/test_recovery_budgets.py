@@ -1,5 +1,6 @@
 """How often actors are made again, what is blamed, how long one may be silent. No Ray."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -330,3 +331,49 @@ def test_all_that_a_lost_host_had_is_made_again_with_the_rank_that_was_missed_fi
     told = [event for event in events.read() if event["phase"] != "start"]
     assert {event["what"].removesuffix(" was lost") for event in told} == ALL_OF_HOST and len(told) == 3
     assert told[-1]["what"] == "policy rank 0 was lost" and "with the state of step" in told[-1]["done"]
+
+
+class Sent(Call):
+    def send(self):
+        """To nobody."""
+        self.life = self.member.lives
+
+
+def test_each_start_that_fails_is_told_with_its_own_seconds_and_the_loss_with_all(tmp_path):
+    starts = [Deadline("the first start took too long"), Deadline("the second start took too long"), None]
+
+    def start(members, groups, seconds):
+        failure = starts.pop(0)
+        if failure is not None:
+            time.sleep(0.05)
+            raise failure
+
+    scorer = member()
+    scorer.make_again = lambda: None
+    roles = SimpleNamespace(trained=[], members=[scorer], start=start, generation=SimpleNamespace(by_channel=False, members=[]))
+    events, recipe = EventLog(tmp_path / "events.jsonl"), tiny_recipe(resources={"restarts": 3})
+    recovery = Recovery(recipe, roles, Waiter(60, "wait"), tmp_path, budget=Budget(3), events=events, progress=lambda _: None)
+    call = Sent(scorer, "score", (), "reward actor 0 (chunk 1)")
+    call.send()
+    recovery.mend(call, DIED, "scoring (step 3)")
+    first, second, mended = events.read()
+    assert [each["done"] for each in (first, second)] == ["started once more"] * 2 and "made again" in mended["done"]
+    assert first["cost_s"] >= 0.05 and first["cost_s"] + second["cost_s"] <= mended["cost_s"] + 0.002  # each is rounded
+
+
+def test_who_was_made_again_is_told_also_where_what_it_needs_is_lost(recovery_over):
+    """A generator's weights lay on its host too: then the policy has to make them again."""
+    policy, generator = Group("policy", "a"), Fake("generation")
+    recovery, _, events = recovery_over([policy], [generator], [], Snapshot(LoopState(step=3, kl_coef=0.1), {}))
+    generator.weights = Sent(generator, "load_weights", (), "generation actor 0 (weights of version 2)")
+
+    def lost(handles, what):
+        raise GroupLost(DIED, policy.members[0], what)
+
+    recovery.waiter.wait = lost
+    draw = Sent(generator, "generate", (), "generation actor 0 (chunk 1)")
+    draw.send()
+    with pytest.raises(GroupLost):
+        recovery.mend(draw, DIED, "generation (step 3)")
+    (told,) = events.read()
+    assert told["what"] == "generation actor 0 was lost" and told["done"] == "made again, and meanwhile policy rank 0 was lost"
