@@ -377,3 +377,37 @@ def test_who_was_made_again_is_told_also_where_what_it_needs_is_lost(recovery_ov
         recovery.mend(draw, DIED, "generation (step 3)")
     (told,) = events.read()
     assert told["what"] == "generation actor 0 was lost" and told["done"] == "made again, and meanwhile policy rank 0 was lost"
+
+
+class Anything:
+    """An actor whose every method answers with refs that stand for what never comes."""
+
+    def __getattr__(self, method):
+        return self
+
+    def options(self, num_returns, **_):
+        return SimpleNamespace(remote=lambda *_: object() if num_returns == 1 else [object() for _ in range(num_returns)])
+
+
+def test_the_error_of_a_call_is_not_blamed_on_those_that_need_its_result(recovery_over):
+    """Ray raises it as theirs too: they are sent again, and their actors live on."""
+    policy = Group("policy", "a")
+    scorer, maker, rank = Fake("reward"), Fake("experience"), policy.members[0]
+    for each in (scorer, maker, rank):
+        each.actor = Anything()
+    recovery, started, events = recovery_over([policy], [scorer, maker], [], Snapshot(LoopState(step=3, kl_coef=0.1), {}))
+    (scores,) = scorer.call("score", name="reward actor 0 (chunk 1)")
+    stats, shard = maker.call("assemble", scores, name="experience", returns=2)
+    (update,) = rank.call("update", shard, name="policy rank 0 (update)")
+    error = RayTaskError("score", "Traceback ...", RuntimeError("out of luck"))
+    failing = {scores.call, stats.call, update.call}  # and looked at from the last one on
+    recovery.waiter.there = lambda call: True
+    recovery.waiter.readable = lambda handle: True
+    recovery.waiter.failure_of = lambda call: error if call in failing and call.sent == 1 else None
+    recovery._unanswered = lambda member: [each for each in member.calls if recovery.waiter.failure_of(each) is not None]
+    recovery.mend(update.call, error, "policy update (step 3)")
+    assert [each.call.sent for each in (scores, stats, update)] == [2, 2, 2] and started == [{"reward actor 0"}]
+    recovery.waiter.failure_of = lambda call: error if call is stats.call else None
+    recovery.mend(stats.call, error, "assembling (step 3)")  # its own, now: what it needs is there
+    assert started == [{"reward actor 0"}, {"experience actor 0"}] and rank.lives == 1
+    assert [event["role"] for event in events.read()] == ["reward", "experience"]

@@ -91,6 +91,7 @@ class Call:
         self.movable, self.copied = movable, False  # and whether it was given to another one
         self.refs: list[ray.ObjectRef] = []
         self.sent = 0  # how often
+        self.sent_with: list[int] = []  # how often those had been sent whose results it was sent with
         self.life = 0  # that of the member to which it was sent
         self.tries = 0  # how often it was sent again for the sake of an argument
         self.beside: list[Handle] = []  # who waits for this call waits for these too; no caller has them
@@ -105,6 +106,7 @@ class Call:
         refs = remote.options(num_returns=self.count, **group).remote(*given)
         self.refs = [refs] if self.count == 1 else refs
         self.sent += 1
+        self.sent_with = [call.sent for call in self.needed]
         self.life, self.finished = self.member.lives, False
 
     def send_again(self) -> None:
@@ -113,9 +115,19 @@ class Call:
         self.send()
 
     @property
+    def needed(self) -> list[Call]:
+        """Those whose results are its arguments."""
+        return [arg.call for arg in self.args if isinstance(arg, Handle)]
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether one of those was sent again since this call was sent, so that it has the results of the one before."""
+        return self.sent_with != [call.sent for call in self.needed]
+
+    @property
     def due(self) -> bool:
         """Whether it can be sent: no other actor than the one that was asked will answer what it needs."""
-        return all(arg.call.settled for arg in self.args if isinstance(arg, Handle))
+        return all(call.settled for call in self.needed)
 
     @property
     def settled(self) -> bool:

@@ -100,7 +100,7 @@ class Recovery:
 
     def mend(self, call: Call, failure: Failure, phase: str) -> None:
         """After this the call is under way again. GroupLost for a rank; RunFailed or the failure where nothing helps."""
-        if isinstance(failure, ArgumentLost):
+        if isinstance(failure, ArgumentLost) or (isinstance(failure, RayTaskError) and self._handed_on(call)):
             self._mend_arguments(call, failure, phase)
         elif isinstance(failure, Hung):
             self._replace(failure.member, failure, phase)
@@ -113,7 +113,11 @@ class Recovery:
         else:
             self._refuse(call, failure, phase)
 
-    def _mend_arguments(self, call: Call, failure: ArgumentLost, phase: str) -> None:
+    def _handed_on(self, call: Call) -> bool:
+        """Whether an error is that of a call whose result this one needs: Ray raises it as this one's, too."""
+        return call.overtaken or any(self.waiter.failure_of(needed) is not None for needed in call.needed)
+
+    def _mend_arguments(self, call: Call, failure: ArgumentLost | RayTaskError, phase: str) -> None:
         """Make the lost arguments again, then send the call again. It was never begun."""
         if len(self._group_of(call.member)) > 1:  # the other ranks have begun it, and wait for this one
             raise self._lost(call.member, failure, phase)
