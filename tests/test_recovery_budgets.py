@@ -389,7 +389,8 @@ class Anything:
         return SimpleNamespace(remote=lambda *_: object() if num_returns == 1 else [object() for _ in range(num_returns)])
 
 
-def test_the_error_of_a_call_is_not_blamed_on_those_that_need_its_result(recovery_over):
+@pytest.mark.parametrize("first", ["score", "update"])  # looked at
+def test_the_error_of_a_call_is_not_blamed_on_those_that_need_its_result(recovery_over, first):
     """Ray raises it as theirs too: they are sent again, and their actors live on."""
     policy = Group("policy", "a")
     scorer, maker, rank = Fake("reward"), Fake("experience"), policy.members[0]
@@ -400,13 +401,15 @@ def test_the_error_of_a_call_is_not_blamed_on_those_that_need_its_result(recover
     stats, shard = maker.call("assemble", scores, name="experience", returns=2)
     (update,) = rank.call("update", shard, name="policy rank 0 (update)")
     error = RayTaskError("score", "Traceback ...", RuntimeError("out of luck"))
-    failing = {scores.call, stats.call, update.call}  # and looked at from the last one on
+    calls = (scores.call, stats.call, update.call)
     recovery.waiter.there = lambda call: True
     recovery.waiter.readable = lambda handle: True
-    recovery.waiter.failure_of = lambda call: error if call in failing and call.sent == 1 else None
+    recovery.waiter.failure_of = lambda call: error if call.sent == 1 else None
     recovery._unanswered = lambda member: [each for each in member.calls if recovery.waiter.failure_of(each) is not None]
-    recovery.mend(update.call, error, "policy update (step 3)")
-    assert [each.call.sent for each in (scores, stats, update)] == [2, 2, 2] and started == [{"reward actor 0"}]
+    for each in calls if first == "score" else calls[::-1]:
+        if each.sent == 1:
+            recovery.mend(each, error, "policy update (step 3)")
+    assert [each.sent for each in calls] == [2, 2, 2] and started == [{"reward actor 0"}]
     recovery.waiter.failure_of = lambda call: error if call is stats.call else None
     recovery.mend(stats.call, error, "assembling (step 3)")  # its own, now: what it needs is there
     assert started == [{"reward actor 0"}, {"experience actor 0"}] and rank.lives == 1
