@@ -184,8 +184,8 @@ def table(seeds: list[dict], coefficient: float) -> str:
         rows[f"round {number} was taken for better"] = [
             "yes" if found["rounds"][number]["verdict"]["better"] else "no" for found in seeds
         ]
-    header = f"| true utility, 0 to 10; `kl_coef` {coefficient:g} | " + " | ".join(f"seed {found['seed']}" for found in seeds) + " |"
-    lines = [header, "|---|" + "---|" * len(seeds), *(f"| {name} | " + " | ".join(row) + " |" for name, row in rows.items())]
+    columns = " | ".join(f"seed {found['seed']}" for found in seeds)
+    lines = [f"| true utility, 0 to 10; `kl_coef` {coefficient:g} | {columns} |", "|---|" + "---|" * len(seeds), *(f"| {name} | " + " | ".join(row) + " |" for name, row in rows.items())]
     return "\n".join(lines)
 
 
