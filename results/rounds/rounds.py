@@ -185,7 +185,8 @@ def table(seeds: list[dict], coefficient: float) -> str:
             "yes" if found["rounds"][number]["verdict"]["better"] else "no" for found in seeds
         ]
     columns = " | ".join(f"seed {found['seed']}" for found in seeds)
-    lines = [f"| true utility, 0 to 10; `kl_coef` {coefficient:g} | {columns} |", "|---|" + "---|" * len(seeds), *(f"| {name} | " + " | ".join(row) + " |" for name, row in rows.items())]
+    lines = [f"| true utility, 0 to 10; `kl_coef` {coefficient:g} | {columns} |", "|---|" + "---|" * len(seeds)]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in rows.items()]
     return "\n".join(lines)
 
 
