@@ -151,10 +151,10 @@ class Gateway:
         """handles, models: by the replica's name, its handle and the ids of the models that it has. versions: of the models."""
         links = [ReplicaLink(name, handle, models[name]) for name, handle in handles.items()]
         tables = {model: VersionTable(version) for model, version in versions.items()}
-        self.app = guarded(Front(links, lambda: watch(links), tables), config)
+        self._guarded = guarded(Front(links, lambda: watch(links), tables), config)  # Serve's wrapper has an `app` of its own
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self.app
+        return self._guarded
 
 
 @dataclass(frozen=True, slots=True)
