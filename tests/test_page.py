@@ -8,8 +8,10 @@ import threading
 import httpx
 import jsonschema
 import pytest
+import yaml
 from fastapi import FastAPI
 from paged import PROMPTS, SCRIPT, paged
+from tiny import tiny_recipe
 
 from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
@@ -95,6 +97,20 @@ def test_the_runs_own_prompts_are_asked_in_the_form_that_it_trained_on(tmp_path)
         told = served.ask().json()
         assert told["prompt"] in asked and told["left"]["text"] in [*SCRIPT["sft"].values(), *SCRIPT["ppo"].values()]
         assert served.ask("bob", prompt="And roses?").json()["prompt"] == [{"role": "user", "content": "And roses?"}]
+
+
+def test_answers_of_a_run_are_as_long_as_its_training_lets_them_be(tmp_path):
+    def longest(rater, **body):
+        stored = served.store.comparison(served.ask(rater, fresh=True, **body).json()["comparison"])
+        return {stored.a.sampling["max_tokens"], stored.b.sampling["max_tokens"]}
+
+    recipe = tiny_recipe(generation={"max_new_tokens": 10})
+    RunFolder(tmp_path).recipe.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    with paged(tmp_path) as served:
+        assert longest("ann") == {10} and longest("ann", max_tokens=9) == {9}
+    RunFolder(tmp_path).recipe.write_text("of: another version")
+    with paged(tmp_path) as served:
+        assert longest("bob") == {256}
 
 
 def test_one_model_is_compared_with_itself(tmp_path):
@@ -207,6 +223,7 @@ def test_results_are_what_the_command_prints_and_votes_can_be_read_again(tmp_pat
         page = served.send("GET", "/page/votes?limit=4").json()
         rest = served.send("GET", f"/page/votes?limit=4&before={page['next']}").json()
         assert (len(page["votes"]), len(rest["votes"]), rest["next"]) == (4, 2, None)
+        assert served.send("GET", "/page/votes?limit=6").json() == {"votes": page["votes"] + rest["votes"], "next": None}
         assert {each["left"]["model"] for each in page["votes"]} <= {"sft", "ppo"} and page["votes"][0][
             "rater"
         ] == "bob"

@@ -61,7 +61,9 @@ class ComparisonRequest(StrictBody):
     fresh: bool = Field(False, description="a new comparison, also where others wait for this rater")
     skip: list[Id] = Field([], max_length=100, description="ids of comparisons that are not wanted now")
     temperature: Temperature = 1.0
-    max_tokens: MaxTokens = 256
+    max_tokens: MaxTokens | None = Field(
+        None, description="longest answer; default: as in the training of the run that is served, else 256"
+    )
 
 
 class ShownAnswer(BaseModel):

@@ -48,11 +48,11 @@ class Routes:
     """One method per route. store: None where the server keeps no votes."""
 
     def __init__(
-        self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions
+        self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions, longest: int
     ):  # fmt: skip
         self.models, self.store, self.raters, self.prompts, self.options = models, store, raters, prompts, options
         self.comparing = store and Comparing(
-            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None
+            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None, longest=longest
         )
         self.found = store and Results(store.database)
         self.voting, self.asking = (RateLimit(options.votes_per_minute) for _ in range(2))

@@ -45,9 +45,10 @@ class Results:
     def votes(self, asked: VoteList) -> dict[str, Any]:
         """{votes, next}: the newest first; `next` asks for those after them, None at the end."""
         found = read_newest(
-            self.database, filters_of(asked), limit=asked.limit, before=_place(asked.before), open_to=asked.open_to
+            self.database, filters_of(asked), limit=asked.limit + 1, before=_place(asked.before), open_to=asked.open_to
         )
-        following = _token(found[-1]) if len(found) == asked.limit else None
+        following = _token(found[asked.limit - 1]) if len(found) > asked.limit else None
+        found = found[: asked.limit]
         return {"votes": [as_told(each) for each in found], "next": following}
 
     def _state(self) -> tuple[Any, ...]:
