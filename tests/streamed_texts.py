@@ -19,9 +19,11 @@ async def text_of(client, way, once=None):
         whole = (await client.post("/v1/completions", json=body)).json()
         assert "choices" in whole, whole
         return [choice["text"] for choice in whole["choices"]], whole["usage"]["completion_tokens"]
-    parts, reasons, line = [], [], ""
+    parts, reasons, lines = [], [], []
     async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
+            lines.append(line)
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
@@ -31,5 +33,5 @@ async def text_of(client, way, once=None):
                 if once is not None and len(parts) >= AT_CHUNK:
                     await once()
                     once = None
-    assert line in ("", "data: [DONE]")
+    assert [line for line in lines if line][-1] == "data: [DONE]"
     return "".join(parts), reasons

@@ -42,6 +42,7 @@ class Gateway:
             )  # fmt: skip
         try:
             self.wait_for(lambda: "\nready 2" in "\n" + log.read_text(), START_S)
+            self.wait_for(self.is_whole, BACK_S)
         except BaseException:
             self.end()
             raise
@@ -65,6 +66,10 @@ class Gateway:
         """Of each replica, by its name."""
         found = httpx.get(f"{self.url}/stats", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).json()
         return {each["name"]: each for each in found["replicas"]}
+
+    def is_whole(self) -> bool:
+        """Whether the gateway, too, knows that both replicas run."""
+        return len(self.replicas()) == 2 and all(each["up"] for each in self.stats().values())
 
     def wait_for(self, condition, seconds):
         deadline = time.monotonic() + seconds
@@ -125,9 +130,8 @@ def test_what_a_killed_replica_had_in_hand_is_answered_as_if_nothing_had_happene
 
 
 def test_who_asks_before_serve_knows_that_a_replica_has_ended_is_answered_by_the_other(gateway, expected):
-    gateway.wait_for(
-        lambda: all(each["up"] for each in gateway.stats().values()) and len(gateway.replicas()) == 2, BACK_S
-    )
+    gateway.wait_for(gateway.is_whole, BACK_S)
+    before = gateway.stats()["replica-1"]["requests"]
     os.kill(gateway.replicas()["replica-2"], signal.SIGKILL)
 
     async def talk():
@@ -135,3 +139,4 @@ def test_who_asks_before_serve_knows_that_a_replica_has_ended_is_answered_by_the
             return await asyncio.gather(*(text_of(client, way) for way in [*TAKEN_OVER] * 2))
 
     assert asyncio.run(talk()) == [*expected.values()] * 2
+    assert gateway.stats()["replica-1"]["requests"] == before + 6, "none has waited for the other to start again"
