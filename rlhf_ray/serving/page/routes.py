@@ -151,14 +151,14 @@ class Routes:
         rater = await self.raters.check(request)
         if rater is not None:
             asked = asked.model_copy(update={"open_to": rater})
-        return await asyncio.to_thread(self.found.votes, asked)
+        return await self.found.read(self.found.votes, asked)
 
     async def results(self, request: Request, asked: Annotated[ResultFilters, Query()]) -> dict[str, Any]:
         """Counts, agreement, scores and win rates with 95 % intervals, as `rlhf-ray votes summary --json` prints them."""
         self._has_votes()
         assert self.found is not None
         await self.raters.check(request)
-        return await asyncio.to_thread(self.found.summary, asked)
+        return await self.found.read(self.found.summary, asked)
 
     async def playground(self, request: Request) -> dict[str, Any]:
         """Answers token by token: log-probs, those of a reference, and rewards where the server knows a reward model."""
