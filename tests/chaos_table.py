@@ -32,7 +32,7 @@ goes down, for seconds or for good (as root on Linux; elsewhere these rows are l
 a proxy: it "dies" in the middle of an upload, when all connections end and the next ones are refused, with what it has stored still
 there afterwards; or it goes on slowly, or answers errors. What is compared then is what S3 holds in the end, fetched again.
 """
-SOAK = "\n[soak](soak.md): an hour of such a run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
+SOAK = "\n[soak](soak.md): a longer such run in which a process is killed every 20 to 60 s, and whether anything grows.\n"
 
 
 PHASE, MIDDLE = "all x ", "middle of "

@@ -49,7 +49,7 @@ class FaultyProxy:
 
     def close(self):
         self.kill()
-        self._listening.close()
+        _shut(self._listening)  # closed alone, it would go on waiting for a connection
 
     def _accept(self):
         while True:

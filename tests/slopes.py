@@ -19,10 +19,6 @@ class Slope:
     low: float  # 95 %
     high: float
 
-    @property
-    def grows(self) -> bool:
-        return self.low > 0
-
 
 def slope(hours: np.ndarray, values: np.ndarray, *, lag: int, confidence: float = 0.95) -> Slope:
     """hours, values: [N], in order of time."""

@@ -98,8 +98,12 @@ class Run:
         command = [sys.executable, __file__, "--driver", str(self.folder.path)]
         with open(self.scratch / f"{self.name}.log", "ab") as log:
             self.driver = subprocess.Popen(command, env=os.environ | self.environment, stdout=log, stderr=log)
-        wait_for(lambda: self.step() > 0 or self.driver.poll() is not None, seconds=START_S)
-        assert self.driver.poll() is None, f"the run ended: see {self.scratch / self.name}.log"
+        try:
+            wait_for(lambda: self.step() > 0 or self.driver.poll() is not None, seconds=START_S)
+            assert self.driver.poll() is None, f"the run ended: see {self.scratch / self.name}.log"
+        except BaseException:  # fault boundary: the start; the run does not outlive it
+            self.driver.kill()
+            raise
 
     def processes(self) -> list[int]:
         return processes_of(faults.VARIABLE, str(self.faults))
@@ -217,9 +221,11 @@ def soak(run: Run, minutes: float, seed: int, log: Path) -> tuple[list[dict], li
 def ended_by_sigkill(run: Run) -> dict:
     """The driver dies in the midst of it."""
     run.start()
-    wait_for(lambda: run.step() > 1, seconds=START_S)
-    run.driver.send_signal(signal.SIGKILL)
-    run.driver.wait()
+    try:
+        wait_for(lambda: run.step() > 1, seconds=START_S)
+    finally:
+        run.driver.send_signal(signal.SIGKILL)
+        run.driver.wait()
     died = time.monotonic()
     with suppress(AssertionError):
         wait_for(lambda: not run.processes(), seconds=KILLED_S)
@@ -242,8 +248,8 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     load = [os.getloadavg()[1]]
     run = Run(scratch, "soaked")
+    run.start()
     try:
-        run.start()
         samples, kills = soak(run, args.minutes, args.seed, scratch / "samples.jsonl")
         load.append(os.getloadavg()[2])
         run.stop()
@@ -253,7 +259,7 @@ def main() -> None:
     steps = run.last_step()
     events = Ended(run.folder).events
     found = {
-        "minutes": args.minutes, "seed": args.seed, "steps": steps, "kills": kills, "load": load, "command": " ".join(sys.argv[1:]),
+        "minutes": args.minutes, "seed": args.seed, "steps": steps, "kills": kills, "load": load,
         "lost_s": [event["cost_s"] for event in events], "again": sum(event.get("steps_lost") or 0 for event in events),
         "each_once": run.each_once(steps), "after_end": run.left_behind(),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def write_page(folder: Path, found: dict, samples: list[dict], note: str = "") -
         "# soak: PPO while its processes are killed, one after the other\n",
         "What `make soak` measured, the second half of [chaos](README.md). A tiny PPO run; every 20 to 60 s a random process of a",
         "random role is killed, or stopped (one time in eight), but none before the run has finished a step since the last one.\n",
-        "```bash", f"make soak ARGS=\"{found['command']}\"", "```\n",
+        "```bash", f"make soak ARGS=\"--minutes {found['minutes']:g} --seed {found['seed']}\"", "```\n",
         f"Measured on {on_hardware({'hardware': hardware()})}; load averages {found['load'][0]:.1f} at the start and"
         f" {found['load'][1]:.1f} at the end.\n", *([f"{note}\n"] if note else []),
         f"- {found['minutes']:g} minutes, {found['steps']} steps, {len(kills)} processes killed ({stopped} of them stopped):"

@@ -61,7 +61,7 @@ def test_a_policys_and_references_log_probs(family, with_entropy):
     for kind in ("plain", "float32", "frozen"):
         model = model_of(family)
         if kind != "plain":
-            logits_in_float32(model)
+            logits_in_float32(model, BF16)
         module = LogprobModel(model, temperature=1.0, compute_dtype=BF16, entropy_gradient=True)
         if kind == "frozen":
             module.requires_grad_(False)
@@ -83,7 +83,7 @@ def test_a_generators_log_probs(family):
     gaps = {}
     for kind in ("plain", "float32"):
         model = model_of(family).to(BF16)
-        engine = GenerationEngine(logits_in_float32(model) if kind == "float32" else model, NoEnd(), eos_token_ids=(0,))
+        engine = GenerationEngine(logits_in_float32(model, BF16) if kind == "float32" else model, NoEnd(), eos_token_ids=(0,))
         seen: list[torch.Tensor] = []  # states [4, D] of each pass
 
         def look(_, inputs, into=seen):
@@ -104,7 +104,7 @@ def test_a_generators_log_probs(family):
 
 def test_gradients_are_those_of_float64():
     """Of a frozen body: the output layer's own, and what the body would get."""
-    model = logits_in_float32(model_of("llama"))
+    model = logits_in_float32(model_of("llama"), BF16)
     module = LogprobModel(model, temperature=1.0, compute_dtype=BF16)
     batch = token_batch(PROMPTS, RESPONSES, packed=True)
     with torch.autocast("cpu", BF16):
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_float64():
 
 
 def test_adapters_leave_the_head_as_it_is():
-    model = logits_in_float32(model_of("llama"))
+    model = logits_in_float32(model_of("llama"), BF16)
     train_only_part(model, lora=LoraConfig(rank=2), freeze_layers=0, gradient_checkpointing=False, seed=0)
     module = LogprobModel(model, temperature=1.0, compute_dtype=BF16)
     hold_frozen(module, BF16)
@@ -129,7 +129,14 @@ def test_an_output_layer_of_a_class_of_its_own_is_refused():
     model = model_of("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UserError, match="output layer of a LlamaForCausalLM is a Sequential"):
-        logits_in_float32(model)
+        logits_in_float32(model, BF16)
+
+
+def test_in_float32_the_output_layer_stays_as_it_is():
+    """A decode step on a CPU packs plain linear layers alone, and is recorded only where all of them are."""
+    model = model_of("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)  # and so nothing is refused
+    assert logits_in_float32(model, torch.float32) is model and type(model.lm_head) is torch.nn.Sequential
 
 
 def test_the_plan_counts_four_bytes_per_logit():
@@ -146,3 +153,26 @@ def test_the_plan_counts_four_bytes_per_logit():
     for role in ("policy", "reference"):
         assert plans[0][role]["16-bit copies"] - plans[1][role]["16-bit copies"] == 2 * head
     assert plans[1]["generation"]["logits"] - plans[0]["generation"]["logits"] == 4 * head
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_the_plan_of_adapters_holds_a_frozen_head_in_four_bytes_instead_of_two(tmp_path, zero_stage):
+    """An output layer of its own, that no copy was ever made of. Beside its weights nothing grows but the logits, and what ZeRO-3
+    gathers, by the same share as in the plan without."""
+    model_of("llama").config.save_pretrained(tmp_path)
+    plans = []
+    for on in (False, True):
+        recipe = tiny_recipe(
+            model={"name_or_path": str(tmp_path)}, ppo={"float32_head": on, "lora": {"rank": 2}},
+            resources={"policy": {"actors": 2, "zero_stage": zero_stage}},
+        )  # fmt: skip
+        plans.append({row.role: row.process.parts for row in memory_plan(recipe, itemsize=2)}["policy"])
+    head, ranks = 331 * 24, 2 if zero_stage == 3 else 1
+    assert shape_of_model(recipe).output == head
+    off, on = plans
+    assert on["weights"] - off["weights"] == 2 * head / ranks
+    assert on["16-bit copies"] == off["16-bit copies"] >= 0
+    # Llama's block: 4 x 24 x 24 + 3 x 24 x 40 weights in 16 bits, as is its head without the option; embeddings in 32
+    linear, embeddings = 2 * (4 * 24 * 24 + 3 * 24 * 40), 331 * 24
+    grows = (2 * linear + 8 * embeddings) / (2 * linear + 6 * embeddings)
+    assert zero_stage == 0 or on["gathered"] / off["gathered"] == pytest.approx(grows, rel=0.03)  # norms, adapters

@@ -111,6 +111,30 @@ def test_after_three_crashes_workers_start_as_ever(python, script):
     assert not forked()
 
 
+@pytest.mark.thorough
+def test_the_server_does_not_grow_with_the_workers_that_it_has_forked(python, script):
+    def worker():
+        client = start(python, script, "stay")
+        number = int(client.stdout.readline().split()[1])
+        server = server_of(number)
+        os.kill(number, signal.SIGKILL)
+        client.communicate(timeout=60)
+        return server
+
+    def held(server):
+        with open(f"/proc/{server}/smaps_rollup") as file:
+            memory = next(int(line.split()[1]) for line in file if line.startswith("Rss:"))
+        return memory, len(os.listdir(f"/proc/{server}/fd"))
+
+    for _ in range(5):
+        server = worker()
+    memory, files = held(server)
+    for _ in range(40):
+        assert worker() == server
+    now, open_now = held(server)
+    assert open_now <= files + 1 and now < memory + 256  # KiB; one descriptor: the last client's end may not be seen yet
+
+
 @pytest.mark.parametrize("other", [{"GOMP_SPINCOUNT": "5"}, {"PYTHONPATH": "/elsewhere"}])
 def test_a_worker_whose_libraries_would_load_otherwise_starts_as_ever(python, script, other):
     client = start(python, script, "0", **other, OMP_NUM_THREADS="7")

@@ -188,9 +188,12 @@ def test_folders_of_killed_runs_go_and_no_others(tmp_path):
     gone, kept = subprocess.Popen(["true"]), tmp_path / "session_2026-01-01_x_1"
     who = ray_folder._who(gone.pid)  # it is a zombie until it is waited for
     gone.wait()
-    elsewhere = who.rpartition(" ")[0] + " pid:[1]"
-    again = f"{os.getpid()} 1 {who.rpartition(' ')[2]}"  # a process has got the number since
-    words = {"gone": who, "again": again, "mine": ray_folder._who(os.getpid()), "elsewhere": elsewhere, "torn": ""}
+    pid, start, host, container = who.split()
+    words = {
+        "gone": who, "again": f"{os.getpid()} 1 {host} {container}",  # a process has got the number since
+        "mine": ray_folder._who(os.getpid()), "host": f"{pid} {start} 00000000 {container}",  # initial namespaces have one number
+        "container": f"{pid} {start} {host} pid:[1]", "torn": "", "short": f"{pid} {start}",
+    }  # fmt: skip
     for name, text in words.items():
         (tmp_path / f"session_2026_{name}" / "logs").mkdir(parents=True)
         (tmp_path / f"session_2026_{name}" / ray_folder.OWNER).write_text(text)
@@ -198,7 +201,7 @@ def test_folders_of_killed_runs_go_and_no_others(tmp_path):
     (tmp_path / "session_latest").symlink_to(tmp_path / "session_2026_gone")
     assert {path.name for path in ray_folder.remove_left(tmp_path)} == {"session_2026_gone", "session_2026_again"}
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"session_2026_mine", "session_2026_elsewhere", "session_2026_torn", kept.name}
+    assert left == {f"session_2026_{name}" for name in ("mine", "host", "container", "torn", "short")} | {kept.name}
 
 
 @pytest.mark.parametrize(("error", "stays"), [(None, False), (StageStopped("asked to"), False), (ValueError("a bug"), True)])
@@ -206,11 +209,22 @@ def test_the_folder_of_a_run_stays_where_it_failed(tmp_path, monkeypatch, error,
     session = tmp_path / "session_2026_1"
     (session / "sockets").mkdir(parents=True)
     monkeypatch.setattr(ray_folder.ray, "nodes", lambda: [{"RayletSocketName": str(session / "sockets" / "raylet")}])
-    with pytest.raises(type(error)) if error else nullcontext(), ray_folder.session_cleared():
-        assert ray_folder.remove_left(tmp_path) == [] and session.exists()
+    ended = []
+    with pytest.raises(type(error)) if error else nullcontext(), ray_folder.session_cleared(lambda: ended.append(session.exists())):
+        assert ray_folder.remove_left(tmp_path) == [] and session.exists() and not ended
         if error:
             raise error
     assert session.exists() == stays and not (session / ray_folder.OWNER).exists()
+    assert ended == [True]  # before its folder goes
+
+
+def test_a_ray_whose_folder_is_not_found_is_shut_down(monkeypatch):
+    """Or whose run is interrupted before it begins: the next run of this process would be refused."""
+    monkeypatch.setattr(ray_folder.ray, "nodes", lambda: [][0])
+    ended = []
+    with pytest.raises(IndexError), ray_folder.session_cleared(lambda: ended.append(True)):
+        ended.append("begun")
+    assert ended == [True]
 
 
 def test_a_folder_that_ray_cannot_make_is_told(tmp_path):

@@ -1,5 +1,6 @@
 """How often actors are made again, what is blamed, how long one may be silent. No Ray."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -268,3 +269,30 @@ def test_a_snapshot_that_has_lost_a_share_is_given_up_and_not_tried_again(tmp_pa
     assert one["done"] == "its group was made again, and meanwhile policy rank 1 was lost"
     assert (late["phase"], late["seen"], late["done"]) == ("start", "the start took too long", "started once more")
     assert other["what"] == "policy rank 1 was lost" and "the start" in other["done"] and len(said) == 3
+
+
+def test_each_start_that_fails_is_told_with_its_own_seconds_and_the_loss_with_all(tmp_path):
+    starts = [Deadline("the first start took too long"), Deadline("the second start took too long"), None]
+
+    def start(members, groups, seconds):
+        failure = starts.pop(0)
+        if failure is not None:
+            time.sleep(0.05)
+            raise failure
+
+    class Sent(Call):
+        def send(self):
+            """To nobody."""
+            self.life = self.member.lives
+
+    scorer = member()
+    scorer.make_again = lambda: None
+    roles = SimpleNamespace(trained=[], members=[scorer], start=start, generation=SimpleNamespace(by_channel=False, members=[]))
+    events, recipe = EventLog(tmp_path / "events.jsonl"), tiny_recipe(resources={"restarts": 3})
+    recovery = Recovery(recipe, roles, Waiter(60, "wait"), tmp_path, budget=Budget(3), events=events, progress=lambda _: None)
+    call = Sent(scorer, "score", (), "reward actor 0 (chunk 1)")
+    call.send()
+    recovery.mend(call, DIED, "scoring (step 3)")
+    first, second, mended = events.read()
+    assert [each["done"] for each in (first, second)] == ["started once more"] * 2 and "made again" in mended["done"]
+    assert first["cost_s"] >= 0.05 and first["cost_s"] + second["cost_s"] <= mended["cost_s"] + 0.002  # each is rounded

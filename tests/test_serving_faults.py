@@ -192,7 +192,7 @@ def test_what_a_killed_replica_had_in_hand_is_answered_as_if_nothing_had_happene
     for way, answer in answers:
         assert answer == expected[way], way
     lines = [json.loads(line) for line in served.requests.read_text().splitlines()]
-    assert [line["taken_over"] for line in lines[-6:]].count(1) == 3 and not any(line["failed"] for line in lines)
+    assert [line["taken_over"] for line in lines[-6:]].count(1) == 3 and not any(line["failed"] for line in lines[-6:])
     assert 'rlhf_ray_taken_over_answers_total{model="model"' in served.get("/metrics").text
     served.wait_for(lambda: all(each["up"] for each in served.get("/stats").json()["replicas"]))
 

@@ -336,9 +336,9 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_for_work(tmp_path):
 
 @needs_vllm
 def test_logits_in_float32_where_the_rest_is_in_16_bits(tmp_path):
-    """`ppo.float32_head`: vLLM's log-probs are nearer to those of its own states than bfloat16 logits could be."""
+    """`ppo.float32_head` is vLLM's `head_dtype`, and its log-probs pass the gate."""
     _, _, start = start_of("llama", tmp_path / "run")
-    model = logits_in_float32(load_causal_lm(start, torch.bfloat16))
+    model = logits_in_float32(load_causal_lm(start, torch.bfloat16), torch.bfloat16)
     engine = VllmEngine(start, model, load_tokenizer(start), longest=64, rows=8, probes=PROMPTS, eos_token_ids=())
     assert engine.llm.llm_engine.model_config.head_dtype == torch.float32
     assert engine.gap() < GATE[torch.bfloat16]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,21 +21,28 @@ OWNER = "rlhf_ray_owner"  # a file in the folder: whose it is, as `_who` says it
 
 
 @contextmanager
-def session_cleared() -> Iterator[None]:
-    """Around the use and the end of the Ray that this process has just started: its folder goes then, those of killed runs now."""
-    folder = Path(ray.nodes()[0]["RayletSocketName"]).parent.parent  # SESSION/sockets/raylet
-    remove_left(folder.parent)
-    with suppress(OSError):  # a full disk, or no Linux: then it stays
-        (folder / OWNER).write_text(_who(os.getpid()))
+def session_cleared(shut_down: Callable[[], None]) -> Iterator[None]:
+    """Around the use of the Ray that this process has just started: its folder goes with it, those of killed runs go first."""
+    folder: Path | None = None
+    stays = True
     try:
-        yield
+        try:
+            folder = Path(ray.nodes()[0]["RayletSocketName"]).parent.parent  # SESSION/sockets/raylet
+            remove_left(folder.parent)
+            with suppress(OSError):  # a full disk, or no Linux: then the next run does not know it
+                (folder / OWNER).write_text(_who(os.getpid()))
+            yield
+        finally:
+            shut_down()
+        stays = False
     except StageStopped:
-        _remove(folder)
+        stays = False
         raise
-    except BaseException:  # fault boundary: the run; whatever ended it, there may be a reason in the logs
-        (folder / OWNER).unlink(missing_ok=True)
-        raise
-    _remove(folder)
+    finally:
+        if folder is not None and stays:  # whatever ended the run, there may be a reason in the logs
+            (folder / OWNER).unlink(missing_ok=True)
+        elif folder is not None:
+            _remove(folder)
 
 
 def remove_left(parent: Path) -> list[Path]:
@@ -47,15 +54,21 @@ def remove_left(parent: Path) -> list[Path]:
 
 
 def _who(pid: int) -> str:
-    """Not the process alone: a container sees other numbers, and a number is given again."""
-    return f"{pid} {started_at(pid)} {os.readlink('/proc/self/ns/pid')}"
+    """Not the process alone: a number is given again, and has another meaning on another host that shares the folder, or in a
+    container."""
+    return f"{pid} {started_at(pid)} {_here()}"
+
+
+def _here() -> str:
+    """This host since its last start, and the container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _is_gone(owner: Path) -> bool:
-    """A folder of another user, or of another container that shares this temporary folder, is nobody's to judge."""
+    """A folder of another user, host or container that shares this temporary folder is nobody's to judge."""
     try:
         told = owner.read_text()
-        ours = owner.stat().st_uid == os.geteuid() and told.endswith(os.readlink("/proc/self/ns/pid"))
+        ours = owner.stat().st_uid == os.geteuid() and told.endswith(f" {_here()}")
         return ours and told != _who(int(told.split()[0]))
     except (OSError, ValueError):  # removed meanwhile; half written
         return False

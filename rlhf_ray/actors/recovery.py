@@ -158,6 +158,7 @@ class Recovery:
             raise self._lost(member, failure, phase, to_blame)
         self._charge(member, failure, phase, to_blame or self._head(member, failure))
         while True:
+            began = time.monotonic()
             member.make_again()
             lost = self._unanswered(member)
             for call in member.calls:
@@ -170,12 +171,13 @@ class Recovery:
                     self.waiter.wait([Handle(member.weights, 0)], f"weights of {member.name}")
                 break
             except (ActorDied, Deadline) as again:
-                self._start_failed(member, again, seen)
+                self._start_failed(member, again, began)
         for call in lost:
             call.send()
         self._tell(member, failure, phase, seen, f"made again, {counted(len(lost), 'call')} sent again", steps_lost=0)
 
     def _start_failed(self, member: Member, failure: ActorDied | Deadline, began: float) -> None:
+        """Its seconds are a part of those that are told when the loss is mended."""
         self.budget.charge_start(failure, f"start of {member.name}")
         self._tell(member, failure, "start", began, "started once more", steps_lost=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -92,11 +92,12 @@ def ray_session(
             options["runtime_env"] = {"env_vars": forked, "py_executable": python}
         start = start_own_ray if address is None else partial(_connect, address)
         shut_down = start(options, start_timeout_s, " (resources.start_timeout_s)")
-        with session_cleared() if address is None else nullcontext():
-            try:
-                yield
-            finally:
-                shut_down()
+        with ExitStack() as ends:
+            if address is None:
+                ends.enter_context(session_cleared(shut_down))
+            else:
+                ends.callback(shut_down)
+            yield
 
 
 def _connect(address: str, options: dict, deadline_s: float, remedy: str) -> Callable[[], None]:

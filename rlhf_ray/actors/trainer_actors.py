@@ -167,14 +167,14 @@ class PolicyRank(TrainerActor, PolicyEnd):
         ppo, self.start = self.recipe.ppo, start
         model = load_causal_lm(start, None, self.recipe.model.trust_remote_code, weights=self.reads_weights)
         disable_dropout(fast_attention(model, self.device))
-        if self.recipe.ppo.float32_head:
-            logits_in_float32(model)
+        self.dtype = self.compute_dtype(ppo.precision)
+        if ppo.float32_head:
+            logits_in_float32(model, self.dtype)
         train_only_part(
             model, lora=ppo.lora, freeze_layers=ppo.freeze_layers, gradient_checkpointing=ppo.gradient_checkpointing,
             seed=self.recipe.seed,
         )  # fmt: skip
         weight_bytes = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
-        self.dtype = self.compute_dtype(ppo.precision)
         module = LogprobModel(model, temperature=self.recipe.generation.temperature, compute_dtype=self.dtype)
         hold_frozen(module, self.dtype)
         engine = self._engine(module, address, port)

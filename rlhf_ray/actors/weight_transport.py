@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlhf_ray.training.staged_weights import StagedWeights
     from rlhf_ray.training.weight_channel import Layout, WeightChannel
 
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """The device that an actor computes on."""

@@ -69,7 +69,7 @@ def measure_heads(folder: Path, samples: int, tokens: int, seed: int) -> dict[st
 
     tokenizer = load_tokenizer(folder)
     prompts = _prompts(tokenizer, samples)
-    heads = {"plain head": lambda model: model, "float32 head": logits_in_float32}
+    heads = {"plain head": lambda model: model, "float32 head": lambda model: logits_in_float32(model, torch.bfloat16)}
     found: dict[str, dict[str, float]] = {}
     for name, headed in heads.items():
         engine = GenerationEngine(headed(_moved(load_causal_lm(folder), 0.001, MOVED).to(torch.bfloat16)), tokenizer)

@@ -45,14 +45,20 @@ class ServedProcess:
         self._process = subprocess.Popen(
             self.command, stdout=self._log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
         )
+        try:
+            self._wait()
+        except BaseException:  # fault boundary: the start; a `with` that has not begun ends nothing
+            self.__exit__()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + _START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                said = self._said()
-                self.__exit__()
-                raise RunFailed(f"the server did not start: {' '.join(self.command)}\n{said}")
+                raise RunFailed(f"the server did not start: {' '.join(self.command)}\n{self._said()}")
             time.sleep(0.2)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._process is not None

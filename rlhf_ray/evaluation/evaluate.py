@@ -111,7 +111,7 @@ class _Evaluation:
         tokenizer = load_tokenizer(path, trust)
         model = to_device(load_causal_lm(path, self.dtype, trust), self.device)
         if self.recipe.ppo.float32_head:
-            logits_in_float32(model)
+            logits_in_float32(model, self.dtype)
         return LanguageModel(model, tokenizer, self.dtype, path, self.recipe.ppo.microbatches)
 
     def _draw(self, name: str, model: LanguageModel) -> None:

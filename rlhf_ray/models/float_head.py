@@ -28,8 +28,13 @@ def score_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def logits_in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The same of a language model, for `ppo.float32_head`. UserError where its output layer is of a class of its own."""
+def logits_in_float32(model: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """The same of a language model, for `ppo.float32_head`. UserError where its output layer is of a class of its own.
+
+    compute_dtype: of the rest. Where that is float32 the layer stays what it is, for which there are faster ways on CPUs.
+    """
+    if compute_dtype == torch.float32:
+        return model
     head = model.get_output_embeddings()
     if head is None or type(head) not in (nn.Linear, Float32Linear):
         raise UserError(

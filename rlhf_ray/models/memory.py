@@ -90,7 +90,8 @@ def _trainer(recipe: Recipe, name: str, role: GroupConfig, itemsize: int, suppor
         on_gpu=on_gpu,
     )  # fmt: skip
     gathered, cast = held.bytes, cast_bytes(held, itemsize=itemsize, checkpointing=ppo.gradient_checkpointing)
-    whole_head = shape.head if language and recipe.ppo.float32_head and itemsize == 2 else 0  # in float32: no copy
+    copied = ppo.lora is None or not shape.output  # the head's weights: a frozen output layer is held as it is multiplied
+    whole_head = shape.head if language and copied and ppo.float32_head and itemsize == 2 else 0  # in float32: no copy
     cast -= 2.0 * whole_head
     if stage == 3 and itemsize == 2:  # linear layers arrive in 16 bits (`training.shards.gather_in`), tied embeddings are copied
         tied = shape.head if language and not shape.output and not whole_head else 0

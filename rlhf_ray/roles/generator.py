@@ -63,7 +63,7 @@ class Generator:
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         model = load_causal_lm(folder, dtype, trust_remote_code)
         if float32_head:
-            logits_in_float32(model)
+            logits_in_float32(model, dtype)
         self.kept, self.adapted = frozen_names(model, freeze_layers), None
         if lora is not None:
             start = None if dtype == torch.float32 else load_causal_lm(folder, None, trust_remote_code)

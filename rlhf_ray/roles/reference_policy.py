@@ -30,7 +30,7 @@ class Reference:
     ):
         model = fast_attention(load_causal_lm(folder, None, trust_remote_code), device)
         if float32_head:
-            logits_in_float32(model)
+            logits_in_float32(model, compute_dtype)
         disable_dropout(model)
         model.requires_grad_(False)
         self.module = LogprobModel(model, temperature=temperature, compute_dtype=compute_dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 # fsspec comes without types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -94,7 +95,9 @@ class Store:
         """Upload a file that nobody changes meanwhile. FileNotFoundError where it is gone."""
         size = file.stat().st_size
         # In parts, few at a time: its memory is bounded.
-        options = {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE} if self.protocol in ("s3", "s3a") else {}
+        options = {"chunksize": PART_BYTES} if self.protocol in PACKAGES else {}
+        if self.protocol in ("s3", "s3a"):
+            options["max_concurrency"] = PARTS_AT_ONCE
 
         def put() -> None:
             if not file.exists():
@@ -244,4 +247,29 @@ def _opened(url: str, protocol: str) -> tuple[Any, str]:
         ) from error
     if hasattr(fs, "retries"):  # those of some services try again by themselves, and tell nobody
         fs.retries = 1
+    if protocol in ("gs", "gcs"):
+        _without_its_own_tries(fs)
     return fs, str(fs._strip_protocol(url))
+
+
+def _without_its_own_tries(fs: Any) -> None:
+    """gcsfs sends a request six times, and begins an upload six times with six each: minutes in which nobody is told anything.
+
+    Its attribute `retries` does not reach either. What it would try again is raised as an OSError, which it does not.
+    """
+    from gcsfs.retry import is_retriable  # pyright: ignore[reportMissingImports]  # an extra
+
+    once = getattr(type(fs)._request, "__wrapped__", None)  # gcsfs's own name: another version may have another
+    if once is None:
+        return
+
+    async def request(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await once(fs, *arguments, **options)
+        except Exception as error:  # fault boundary: one request; aiohttp, google.auth and gcsfs have errors of their own
+            if is_retriable(error):
+                raise OSError(whole_message(error)) from error
+            raise
+
+    fs._request = request
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails is told once, by our own tries

@@ -46,8 +46,9 @@ class Front:
         self.listeners: list[Listener] = []
         """Called with each answer that has ended."""
         self.draining = False
-        self.ending = False
         """Refuse what is new."""
+        self.ending = False
+        """Refuse what waits for another replica, too."""
         self.ongoing = 0
         """Requests that are being answered."""
 

@@ -46,7 +46,7 @@ class EngineRunner:
     def __init__(self, engine: ContinuousEngine, *, max_rows: int, max_waiting_rows: int):
         self.engine, self.max_rows, self.max_waiting_rows = engine, max_rows, max_waiting_rows
         self.precision = "float32"
-        """That the engine computes in, of `publish.rows.TOLERANCE`."""
+        """That the engine computes in, of `publish.checked_rows.TOLERANCE`."""
         self.continues = False
         """Whether the engine goes on with rows that another one has begun (`tables.engines`)."""
         self._commands: queue.SimpleQueue = queue.SimpleQueue()

@@ -1,9 +1,15 @@
-"""Run folders in S3, on a real server (moto's) on this machine, behind a proxy that kills, slows and fails it."""
+"""Run folders in object stores, on servers on this machine, behind a proxy that kills, slows and fails them.
 
+S3: moto's server. Google Cloud Storage: gcp-storage-emulator, which the client library reaches as it would reach Google's.
+"""
+
+import json
 import os
 import shutil
+import socket
 import threading
 import time
+import urllib.request
 import uuid
 
 import pytest
@@ -20,31 +26,71 @@ from rlhf_ray.runs.remote_store import Store
 from rlhf_ray.runs.run_folder import COPIES, RunFolder, working_copy
 from rlhf_ray.runs.troubles import Troubles
 
-pytest.importorskip("moto.server", reason="needs moto's S3 server: pip install 'moto[server]'")
-pytest.importorskip("s3fs", reason="needs the extra 's3': pip install s3fs")
-
 MB = 1024**2
 PART_BYTES = 5 * MB  # the least that S3 takes
 
 
-@pytest.fixture(scope="module")
-def server():
-    from moto.server import ThreadedMotoServer
+class S3:
+    protocol = "s3"
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere", "AWS_CONFIG_FILE": "/nowhere",
+    }  # fmt: skip
+    address = "AWS_ENDPOINT_URL"
 
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    yield running.get_host_and_port()[1]
+    def __init__(self):
+        pytest.importorskip("s3fs", reason="needs the extra 's3': pip install s3fs")
+        moto = pytest.importorskip("moto.server", reason="needs moto's S3 server: pip install 'moto[server]'")
+        self.server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self.server.start()
+        self.port = self.server.get_host_and_port()[1]
+
+    def make(self, bucket):
+        import fsspec
+
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+
+    def stop(self):
+        self.server.stop()
+
+
+class GoogleCloud:
+    protocol = "gs"
+    environment = {"GOOGLE_CLOUD_PROJECT": "testing", "NO_GCE_CHECK": "true"}  # no search for a key on this machine
+    address = "STORAGE_EMULATOR_HOST"
+
+    def __init__(self):
+        pytest.importorskip("gcsfs", reason="needs the extra 'gs': pip install gcsfs")
+        emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs pip install gcp-storage-emulator")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.server = emulator.create_server("127.0.0.1", self.port, in_memory=True)
+        self.server.start()
+
+    def make(self, bucket):
+        urllib.request.urlopen(
+            urllib.request.Request(
+                f"http://127.0.0.1:{self.port}/storage/v1/b?project=testing", json.dumps({"name": bucket}).encode(),
+                {"Content-Type": "application/json"},
+            )
+        ).close()  # fmt: skip
+
+    def stop(self):
+        self.server.stop()
+
+
+@pytest.fixture(scope="module", params=[S3, GoogleCloud], ids=lambda kind: kind.protocol)
+def cloud(request):
+    running = request.param()
+    yield running
     running.stop()
 
 
 @pytest.fixture
-def proxy(server, tmp_path, monkeypatch):
-    between = FaultyProxy(server)
-    for name, value in {
-        "AWS_ENDPOINT_URL": between.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
-        "AWS_CONFIG_FILE": "/nowhere", COPIES: str(tmp_path / "copies"), "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
+def proxy(cloud, tmp_path, monkeypatch):
+    between = FaultyProxy(cloud.port)
+    own = {cloud.address: between.url, COPIES: str(tmp_path / "copies"), "NO_PROXY": "127.0.0.1"}
+    for name, value in (cloud.environment | own).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(stores, "PART_BYTES", PART_BYTES)
     monkeypatch.setattr(stores, "FIRST_PAUSE_S", 0.05)
@@ -53,13 +99,11 @@ def proxy(server, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def url(proxy):
+def url(cloud, proxy):
     """Of a bucket that nobody has used."""
-    import fsspec
-
     bucket = f"b{uuid.uuid4().hex}"
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
-    return f"s3://{bucket}/runs/toy"
+    cloud.make(bucket)
+    return f"{cloud.protocol}://{bucket}/runs/toy"
 
 
 def large_model(run, step, size=11 * MB):
@@ -82,7 +126,7 @@ def test_a_run_goes_there_in_parts_and_comes_back(url):
     }
 
 
-def test_a_server_that_dies_in_the_middle_of_an_upload_costs_nothing_but_time(url, server, proxy, tmp_path, monkeypatch):
+def test_a_server_that_dies_in_the_middle_of_an_upload_costs_nothing_but_time(url, cloud, proxy, tmp_path, monkeypatch):
     """Killed after 8 of 11 MB. Before: the old policy, whole. Meanwhile: the same, and the run goes on. Afterwards: the new one."""
     monkeypatch.setattr("rlhf_ray.runs.mirror.LIVE_DEADLINE_S", 0.5)
     run, told = Toy(tmp_path / "run"), []
@@ -96,11 +140,11 @@ def test_a_server_that_dies_in_the_middle_of_an_upload_costs_nothing_but_time(ur
         large_model(run, 2)
         run.step(2)
         missing = mirror.finish(3)
-        assert proxy.dead and "ppo/best" in missing and "not yet in s3://" in missing
+        assert proxy.dead and "ppo/best" in missing and f"not yet in {cloud.protocol}://" in missing
         run.step(3)
         between = tmp_path / "between"
         with monkeypatch.context() as past_the_proxy:
-            past_the_proxy.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+            past_the_proxy.setenv(cloud.address, f"http://127.0.0.1:{cloud.port}")
             fetch_run(Store(url), between)
         assert (between / "ppo/best/model.safetensors").read_bytes() == b"model.safetensors of step 1"
         assert not (between / "ppo/checkpoints").exists()
@@ -172,7 +216,7 @@ def test_a_download_that_is_cut_off_is_never_taken_for_a_whole_file(url, proxy, 
     assert proxy.cut_answer_after is None
 
 
-def test_a_bucket_that_is_not_there_is_said_at_the_start(proxy, monkeypatch):
+def test_a_bucket_that_is_not_there_is_said_at_the_start(cloud, proxy, monkeypatch):
     monkeypatch.setattr(stores, "CHECK_DEADLINE_S", 0.2)
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/run can't be written .*bucket"):
-        Store("s3://no-such-bucket/run").check_writable()
+    with pytest.raises(UserError, match=rf"{cloud.protocol}://no-such-bucket/run can't be written .*bucket"):
+        Store(f"{cloud.protocol}://no-such-bucket/run").check_writable()
