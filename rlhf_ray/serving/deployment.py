@@ -136,7 +136,11 @@ async def _write_named(app: ASGIApp, version: str, request: Relayed, put: Put) -
     await write_answer(app, request, put_named)
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
+# On the head, whose end is the cluster's: another node's end costs no connection.
+_ON_THE_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+
+
+@serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options=_ON_THE_HEAD)
 @serve.ingress()
 class Gateway:
     """The front as a deployment, for clusters whose HTTP servers are Serve's own."""
