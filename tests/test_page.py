@@ -381,11 +381,12 @@ def token(code):
 @pytest.mark.parametrize(
     "query",
     ["since=x", "limit=0", "limit=999", "before=x", "before=W10=", f"before={token('d800')}", f"before={token('0000')}",
-     "until=2026-13-01", "rater=%00"],
+     "until=2026-13-01", "rater=%00", "since=2026-11-02&until=2026-11-01"],
 )  # fmt: skip
 def test_queries_that_make_no_sense_are_refused(served, query):
-    answer = served.send("GET", f"/page/votes?{query}")
-    assert answer.status_code == 400 and answer.json()["error"]["param"]
+    for path in ("votes", "results") if "since" in query else ("votes",):
+        answer = served.send("GET", f"/page/{path}?{query}")
+        assert answer.status_code == 400 and answer.json()["error"]["param"]
 
 
 def test_what_is_not_there_is_not_there(served):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from rlhf_ray.errors import UserError
 from rlhf_ray.serving.api_errors import ApiError, bad_request
 from rlhf_ray.serving.page.bodies import ResultFilters, VoteList
 from rlhf_ray.votes.database import Database
@@ -85,7 +86,11 @@ class Results:
 
 
 def filters_of(asked: ResultFilters) -> Filters:
-    return Filters(raters=tuple(asked.rater), versions=tuple(asked.version), since=asked.since, until=asked.until)
+    """ApiError for days that are not in order."""
+    try:
+        return Filters(raters=tuple(asked.rater), versions=tuple(asked.version), since=asked.since, until=asked.until)
+    except UserError as error:
+        raise bad_request(f"{error}.", param="since", code="invalid_value") from None
 
 
 def as_told(judgement: Judgement) -> dict[str, Any]:
