@@ -381,7 +381,8 @@ def token(code):
 @pytest.mark.parametrize(
     "query",
     ["since=x", "limit=0", "limit=999", "before=x", "before=W10=", f"before={token('d800')}", f"before={token('0000')}",
-     "until=2026-13-01", "rater=%00", "since=2026-11-02&until=2026-11-01"],
+     "until=2026-13-01", "rater=%00", "since=2026-11-02&until=2026-11-01",
+     "since=1e-126", "since=0", "since=2026-11-02T00:00"],
 )  # fmt: skip
 def test_queries_that_make_no_sense_are_refused(served, query):
     for path in ("votes", "results") if "since" in query else ("votes",):

@@ -8,6 +8,7 @@ extensions (the openai client sends them by `extra_body`).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -249,4 +250,9 @@ def _as_api_error(error: ValidationError) -> ApiError:
         return bad_request(f"Unrecognized request argument supplied: {name}", param=param, code="unknown_parameter")
     if first["type"] in ("model_type", "model_attributes_type") and field is None:
         return bad_request("The JSON body of your request must be an object.")
-    return bad_request(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value")
+    return bad_request(f"Invalid value for '{param}': {said(first)}.", param=param, code="invalid_value")
+
+
+def said(error: Mapping[str, Any]) -> str:
+    """What pydantic says, or the words of a validator of ours."""
+    return error["msg"].removeprefix("Value error, ")

@@ -32,7 +32,7 @@ from rlhf_ray.serving.page.raters import RateLimit, Raters
 from rlhf_ray.serving.page.relay_chat import RelayedAnswer
 from rlhf_ray.serving.page.served_answers import Models, request_for
 from rlhf_ray.serving.page.vote_results import Results
-from rlhf_ray.serving.request_bodies import parse
+from rlhf_ray.serving.request_bodies import parse, said
 from rlhf_ray.serving.streaming import ClientLeft, while_connected
 from rlhf_ray.votes.records import Prompt, UnknownComparison, Vote, VoteRefused
 from rlhf_ray.votes.store import VoteStore
@@ -191,7 +191,7 @@ def _handle_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         param = str(first["loc"][-1])
         return bad_request(
-            f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value"
+            f"Invalid value for '{param}': {said(first)}.", param=param, code="invalid_value"
         ).response()
 
     @app.exception_handler(VoteRefused)
