@@ -1,6 +1,7 @@
 """Three rounds with fresh feedback in the demo world, beside one PPO of the same total length on the first reward model alone.
 
     python results/rounds/rounds.py runs/rounds --seed 0               # a quiet machine: about an hour on two cores
+    python results/rounds/rounds.py runs/rounds-weak --seed 0 --kl-coef 0.01 [--start-from runs/rounds/seed0]
     python results/rounds/rounds.py runs/rounds-small --seed 0 --small # minutes; shows that it goes through, and nothing else
     python results/rounds/rounds.py --table                            # README.md's table from the seeds that are done
 
@@ -22,9 +23,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+KL_COEF = 0.05
 ROUNDS, STEPS, VOTES = 3, 24, 1200  # rounds in all, PPO steps of each, votes before each further round
 BASE = {
-    "data.builder_args.pairs": 1600, "ppo.steps": STEPS, "ppo.kl_coef": 0.01, "ppo.judge_evaluations": "true",
+    "data.builder_args.pairs": 1600, "ppo.steps": STEPS, "ppo.judge_evaluations": "true",
     "rounds.decided_by": "reward_model", "rounds.reference": "first", "evaluation.max_kl": "null",
 }  # fmt: skip
 SMALL = {
@@ -46,6 +48,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--votes", type=int, default=None, help=f"before each further round; default {VOTES}")
+    parser.add_argument("--kl-coef", type=float, default=KL_COEF, help=f"default {KL_COEF}, the demo's")
+    parser.add_argument("--start-from", type=Path, help="a run of the same seed, whose stages before PPO are taken over")
     parser.add_argument("--small", action="store_true", help="the smallest size that goes through")
     parser.add_argument("--table", action="store_true", help="write README.md's table, and do nothing else")
     asked = parser.parse_args()
@@ -53,14 +57,14 @@ def main() -> None:
         return write_table()
     if asked.runs is None:
         parser.error("give a folder for the runs")
-    settings = BASE | (SMALL if asked.small else {})
+    settings = BASE | {"ppo.kl_coef": asked.kl_coef} | (SMALL if asked.small else {})
     votes = asked.votes or (24 if asked.small else VOTES)
     run = (asked.runs / f"seed{asked.seed}").absolute()
     database, told = run.parent / f"votes{asked.seed}.db", [f"--set={key}={value}" for key, value in settings.items()]
     told.append(f"--set=seed={asked.seed}")
     if not (run / "evaluation" / "DONE").exists():
         say("round 1: the recipe demo")
-        rlhf_ray("run", "demo", "--run-dir", run, *told)
+        rlhf_ray("run", "demo", "--run-dir", run, *told, *(["--start-from", asked.start_from] if asked.start_from else []))
     policies = {"SFT": run / "sft" / "model", "round 1": run / "ppo" / "model"}
     for number in range(2, asked.rounds + 1):
         folder = run / "rounds" / str(number)
@@ -84,7 +88,7 @@ def main() -> None:
         "rounds": {number: json.loads((run / "rounds" / str(number) / "round.json").read_text())
                    for number in range(2, asked.rounds + 1)},
     }  # fmt: skip
-    out = (run if asked.small else HERE) / f"seed{asked.seed}.json"
+    out = (run if asked.small else HERE) / f"seed{asked.seed}-kl{asked.kl_coef:g}.json"
     out.write_text(json.dumps(found, indent=2) + "\n")
     say(f"{out}: {json.dumps({name: round(each['mean'], 2) for name, each in found['utility'].items()})}")
 
@@ -161,26 +165,29 @@ def utilities(run: Path, policies: dict[str, Path], seeds: list[int]) -> dict[st
 
 
 def write_table() -> None:
-    """Between the marks of README.md: a row per policy, a column per seed."""
-    seeds = sorted(HERE.glob("seed*.json"), key=lambda path: path.stem)
+    """Between the marks of README.md, for each KL coefficient: a row per policy, a column per seed."""
     page, mark = HERE / "README.md", "<!-- table -->"
     before, _, rest = page.read_text().partition(mark)
     _, _, after = rest.partition(mark)
-    lines = ["No seed has been run to its end yet."]
-    if seeds:
-        all_found = [json.loads(path.read_text()) for path in seeds]
-        names = list(all_found[0]["utility"])
-        lines = [
-            "| true utility, 0 to 10 | " + " | ".join(f"seed {found['seed']}" for found in all_found) + " |",
-            "|---|" + "---|" * len(all_found),
+    all_found = [json.loads(path.read_text()) for path in sorted(HERE.glob("seed*.json"))]
+    tables = ["No seed has been run to its end yet."] if not all_found else []
+    for coefficient in sorted({found["settings"]["ppo.kl_coef"] for found in all_found}, reverse=True):
+        tables.append(table([found for found in all_found if found["settings"]["ppo.kl_coef"] == coefficient], coefficient))
+    page.write_text(f"{before}{mark}\n" + "\n\n".join(tables) + f"\n{mark}{after}")
+
+
+def table(seeds: list[dict], coefficient: float) -> str:
+    names, last = list(seeds[0]["utility"]), list(seeds[0]["rounds"])[-1]
+    rows = {name: [said(found["utility"][name]) for found in seeds] for name in names}
+    rows[f"round {last} less the long PPO"] = [said(found["utility"][f"round {last}"]["less_long"]) for found in seeds]
+    for number in seeds[0]["rounds"]:
+        rows[f"round {number} was taken for better"] = [
+            "yes" if found["rounds"][number]["verdict"]["better"] else "no" for found in seeds
         ]
-        lines += [f"| {name} | " + " | ".join(said(found["utility"][name]) for found in all_found) + " |" for name in names]
-        last = list(all_found[0]["rounds"])[-1]
-        lines.append(
-            f"| round {last} less the long PPO | "
-            + " | ".join(said(found["utility"][f"round {last}"]["less_long"]) for found in all_found) + " |"
-        )  # fmt: skip
-    page.write_text(f"{before}{mark}\n" + "\n".join(lines) + f"\n{mark}{after}")
+    columns = " | ".join(f"seed {found['seed']}" for found in seeds)
+    lines = [f"| true utility, 0 to 10; `kl_coef` {coefficient:g} | {columns} |", "|---|" + "---|" * len(seeds)]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
 
 
 def said(figure: dict) -> str:
