@@ -147,7 +147,8 @@ GROUPS = {
     # Two Rays at once would slow each other down.
     "ray": ("test_addresses.py", "test_cluster.py", "test_demo.py", "test_forked_workers.py", "test_monitoring.py",
             "test_placement.py", "test_private_run.py", "test_ray_output.py", "test_ray_start.py", "test_several_models.py",
-            "test_serving.py", "test_serving_faults.py", "test_swap.py", "test_weight_transport.py", *SHARED_RAY),
+            "test_serving.py", "test_serving_faults.py", "test_swap.py", "test_takeover_handles.py", "test_weight_transport.py",
+            *SHARED_RAY),
     # Forks of one process (`ranks`).
     "ranks": ("test_deepspeed_engine.py", "test_not_finite_ranks.py", "test_trained_deepspeed.py", "test_supervised_training.py",
               "test_supervised_resume.py", "test_frozen.py", "test_dpo_stage.py"),

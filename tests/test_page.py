@@ -1,15 +1,19 @@
 """The page's HTTP interface on a real server over scripted models: who may vote on what, once, and what is refused."""
 
+import base64
 import gzip
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import httpx
 import jsonschema
 import pytest
+import yaml
 from fastapi import FastAPI
 from paged import PROMPTS, SCRIPT, paged
+from tiny import tiny_recipe
 
 from rlhf_ray.data.role_files import write_role
 from rlhf_ray.errors import UserError
@@ -17,6 +21,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.page.options import PageOptions
 from rlhf_ray.serving.page.prompt_list import common_ending, read_prompts
 from rlhf_ray.serving.page.raters import ApiError, RateLimit
+from rlhf_ray.serving.page.vote_results import MOST_READERS, Results
 from rlhf_ray.votes.invitations import invite, revoke
 from rlhf_ray.votes.reading import read_judgements
 
@@ -95,6 +100,20 @@ def test_the_runs_own_prompts_are_asked_in_the_form_that_it_trained_on(tmp_path)
         told = served.ask().json()
         assert told["prompt"] in asked and told["left"]["text"] in [*SCRIPT["sft"].values(), *SCRIPT["ppo"].values()]
         assert served.ask("bob", prompt="And roses?").json()["prompt"] == [{"role": "user", "content": "And roses?"}]
+
+
+def test_answers_of_a_run_are_as_long_as_its_training_lets_them_be(tmp_path):
+    def longest(rater, **body):
+        stored = served.store.comparison(served.ask(rater, fresh=True, **body).json()["comparison"])
+        return {stored.a.sampling["max_tokens"], stored.b.sampling["max_tokens"]}
+
+    recipe = tiny_recipe(generation={"max_new_tokens": 10})
+    RunFolder(tmp_path).recipe.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    with paged(tmp_path) as served:
+        assert longest("ann") == {10} and longest("ann", max_tokens=9) == {9}
+    RunFolder(tmp_path).recipe.write_text("of: another version")
+    with paged(tmp_path) as served:
+        assert longest("bob") == {256}
 
 
 def test_one_model_is_compared_with_itself(tmp_path):
@@ -207,6 +226,7 @@ def test_results_are_what_the_command_prints_and_votes_can_be_read_again(tmp_pat
         page = served.send("GET", "/page/votes?limit=4").json()
         rest = served.send("GET", f"/page/votes?limit=4&before={page['next']}").json()
         assert (len(page["votes"]), len(rest["votes"]), rest["next"]) == (4, 2, None)
+        assert served.send("GET", "/page/votes?limit=6").json() == {"votes": page["votes"] + rest["votes"], "next": None}
         assert {each["left"]["model"] for each in page["votes"]} <= {"sft", "ppo"} and page["votes"][0][
             "rater"
         ] == "bob"
@@ -353,12 +373,21 @@ def test_a_body_that_is_too_large_is_refused(served):
     assert error(answer) == (413, "request_too_large")
 
 
+def token(code):
+    """A place in the list of votes, with a character that no database holds."""
+    return base64.urlsafe_b64encode(f'[1, "\\u{code}", "ann"]'.encode()).decode()
+
+
 @pytest.mark.parametrize(
-    "query", ["since=x", "limit=0", "limit=999", "before=x", "before=W10=", "until=2026-13-01", "rater=%00"]
-)
+    "query",
+    ["since=x", "limit=0", "limit=999", "before=x", "before=W10=", f"before={token('d800')}", f"before={token('0000')}",
+     "until=2026-13-01", "rater=%00", "since=2026-11-02&until=2026-11-01",
+     "since=1e-126", "since=0", "since=2026-11-02T00:00"],
+)  # fmt: skip
 def test_queries_that_make_no_sense_are_refused(served, query):
-    answer = served.send("GET", f"/page/votes?{query}")
-    assert answer.status_code == 400 and answer.json()["error"]["param"]
+    for path in ("votes", "results") if "since" in query else ("votes",):
+        answer = served.send("GET", f"/page/{path}?{query}")
+        assert answer.status_code == 400 and answer.json()["error"]["param"]
 
 
 def test_what_is_not_there_is_not_there(served):
@@ -554,6 +583,28 @@ def test_the_server_says_what_it_can_not_do_before_it_starts(tmp_path):
 
     with pytest.raises(UserError, match="there is no folder"):
         PageParts.opened(PageOptions(votes=str(tmp_path / "no" / "votes.db")), tmp_path)
+
+
+def test_who_votes_does_not_wait_for_those_who_read_results(tmp_path, monkeypatch):
+    """Many different summaries are asked for at once, and each takes long."""
+    go_on, begun = threading.Event(), threading.Event()
+
+    def slow(results, asked):
+        begun.set()
+        assert go_on.wait(60)
+        return {"until": str(asked.until)}
+
+    monkeypatch.setattr(Results, "summary", slow)
+    with paged(tmp_path) as served, ThreadPoolExecutor(40) as pool:
+        try:
+            reading = [pool.submit(served.send, "GET", f"/page/results?until=2026-11-{10 + day % 20}") for day in range(40)]
+            refused = next(as_completed(reading, 60)).result()
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "2" and begun.is_set()
+            assert served.vote(served.ask().json()["comparison"]).status_code == 200
+        finally:
+            go_on.set()
+        statuses = [one.result().status_code for one in reading]
+    assert set(statuses) == {200, 503} and statuses.count(200) >= MOST_READERS
 
 
 def test_a_client_that_leaves_makes_no_comparison(tmp_path):

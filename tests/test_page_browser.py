@@ -73,6 +73,7 @@ def test_a_person_says_who_they_are_and_votes_by_clicks_and_keys(served, tab, si
     opened = tab(size, name="")
     page = opened.open()
     page.fill("#sign-name", "Ann")
+    assert page.inner_text("#compare-status") == "", "nobody writes yet"
     page.click("#sign-form button.main")
     ready(page)
     shoot(page, f"compare-{size}")

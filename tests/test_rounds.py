@@ -315,7 +315,9 @@ def test_a_policy_that_is_gone_and_one_that_is_not_there_yet(tmp_path, run, vote
     (tmp_path / "run" / "ppo" / "DONE").unlink()
     (made.file).unlink()
     assert "has no policy yet, which a round could start from" in refusal(run, votes)
-    assert "is no run folder that rounds can follow (it has no recipe.yaml)" in refusal(RunFolder(tmp_path / "nothing"), votes)
+    nowhere = RunFolder(tmp_path / "nothing")
+    assert f"is no run folder that rounds can follow: there is no folder {nowhere.path}" in refusal(nowhere, votes)
+    assert "is no run folder that rounds can follow (it has no recipe.yaml)" in refusal(RunFolder(tmp_path), votes)
 
 
 def test_a_run_without_a_reward_model_has_nothing_to_train(tmp_path, votes):

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
+import pydantic
 import pytest
 from protocol_app import ask, protocol_folder, protocol_served, send  # noqa: F401 - fixtures
+
+from rlhf_ray.serving.api_errors import ApiError
+from rlhf_ray.serving.critic_values import ValuesRequest
+from rlhf_ray.serving.page.bodies import ChatBody, ComparisonRequest, PlaygroundBody
+from rlhf_ray.serving.request_bodies import ChatRequest, CompletionRequest, parse
+from rlhf_ray.serving.reward_app import RewardRequest
 
 TEXT = {"model": "tiny", "prompt": "x"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -183,3 +191,33 @@ def test_api_key_guards_everything_but_health(served):
             await client.with_options(api_key="other").models.list()
 
     ask(served, wrong, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": ["", {}]}), (CompletionRequest, {"prompt": [[""]]}),
+        (CompletionRequest, {"prompt": "", "stop": [""]}), (CompletionRequest, {"prompt": "", "stop_token_ids": [""]}),
+        (ChatRequest, {"messages": [{}]}), (ChatRequest, {"messages": [{"role": "user", "content": [{}]}]}),
+        (ValuesRequest, {"prompt": [-1]}), (RewardRequest, {"query": [1]}), (RewardRequest, {"query": [], "prompts": [1]}),
+        (RewardRequest, {"query": [], "ended": [1]}), (ChatBody, {"messages": [1]}), (ComparisonRequest, {"skip": [""]}),
+        (PlaygroundBody, {"prompt": "a", "models": [""]}),
+    ],
+)  # fmt: skip
+def test_of_many_wrong_items_one_is_told(kind, body):
+    """Each that is noted costs memory and time, in which the server does nothing else."""
+
+    def many(value):
+        if isinstance(value, list):
+            return [many(each) for each in value] + [many(value[-1]) for _ in range(2000)] if value else value
+        return {name: many(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    with pytest.raises(pydantic.ValidationError) as refused:
+        kind.model_validate_json(json.dumps({"model": "m"} | many(body) if kind is not RewardRequest else many(body)))
+    assert refused.value.error_count() < 10
+
+
+@pytest.mark.parametrize("name", ["max tokens", "1", ""])
+def test_a_field_whose_name_is_none_is_named(name):
+    with pytest.raises(ApiError, match=f"supplied: {name}$"):
+        parse(CompletionRequest, "application/json", json.dumps(TEXT | {name: 1}).encode())

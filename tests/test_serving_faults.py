@@ -20,12 +20,14 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import streamed_texts
 from served_app import save_tiny
+from streamed_texts import TAKEN_OVER, text_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.thorough]
 
 START_S, STOP_S = 180, 60
-BODY = {"model": "model", "prompt": "the", "max_tokens": 2000, "top_k": 1, "ignore_eos": True}
+BODY = streamed_texts.BODY | {"max_tokens": 2000}
 
 
 class Served:
@@ -168,49 +170,20 @@ def test_a_client_that_leaves_frees_its_row(served):
     assert after["cancelled_rows"] - before["cancelled_rows"] == 1 and after["tokens"] - before["tokens"] < 2000
 
 
-TAKEN_OVER = {  # top_k of 1 draws the likeliest
-    "greedy stream": {"stream": True},
-    "sampled stream": {"stream": True, "top_k": 0, "seed": 7, "stream_options": {"include_usage": True}},
-    "sampled whole": {"top_k": 0, "seed": 8, "n": 2},
-}
-
-
-async def text_of(client, way, on_chunk=None):
-    """-> the text, or the texts, and what the answer says of itself."""
-    body = BODY | {"max_tokens": 800} | TAKEN_OVER[way]
-    if not body.get("stream"):
-        whole = (await client.post("/v1/completions", json=body)).json()
-        return [choice["text"] for choice in whole["choices"]], whole["usage"]["completion_tokens"]
-    parts, reasons = [], []
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                assert "error" not in chunk, chunk
-                parts += [choice["text"] for choice in chunk["choices"]]
-                reasons += [choice["finish_reason"] for choice in chunk["choices"] if choice["finish_reason"]]
-                reasons += [chunk["usage"]["completion_tokens"]] if chunk.get("usage") else []
-                if on_chunk is not None:
-                    on_chunk(len(parts))
-    assert line == "" or line == "data: [DONE]"
-    return "".join(parts), reasons
-
-
 def test_what_a_killed_replica_had_in_hand_is_answered_as_if_nothing_had_happened(served):
     async def talk():
         async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
             expected = {way: await text_of(client, way) for way in TAKEN_OVER}
             victim, killed = served.replicas()[0], []
 
-            def kill(chunks):
-                if chunks >= 5 and not killed:
-                    killed.append(os.kill(victim, signal.SIGKILL))
+            async def kill():
+                killed.append(os.kill(victim, signal.SIGKILL))
 
             asking = []
             for way in ("sampled whole", "greedy stream", "sampled stream"):
                 for _ in range(2):  # one goes to each replica
-                    on_chunk = kill if len(asking) == 5 else None
-                    asking.append((way, asyncio.ensure_future(text_of(client, way, on_chunk))))
+                    once = kill if len(asking) == 5 else None
+                    asking.append((way, asyncio.ensure_future(text_of(client, way, once))))
                     await asyncio.sleep(0.02)
             return expected, [(way, await one) for way, one in asking], len(killed)
 

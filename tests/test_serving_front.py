@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from rlhf_ray.serving.api_errors import error_body
 from rlhf_ray.serving.config import AppConfig
+from rlhf_ray.serving.deployment import Gateway
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.guard import guarded
 from rlhf_ray.serving.passing import ReplicaLost
@@ -206,3 +207,18 @@ def test_a_draining_server_ends_what_it_has_and_refuses_what_is_new():
     assert old.text.count("number") == 50 and old.text.endswith("data: [DONE]\n\n")
     is_unavailable(new)
     is_unavailable(health)
+
+
+def test_the_gateway_of_a_cluster_starts_as_serve_starts_it(monkeypatch):
+    """In the class that Serve wraps around it, which has attributes of its own."""
+    wrapped = Gateway.func_or_class
+    monkeypatch.setattr(wrapped, "__del__", lambda gateway: None)  # Serve's is a coroutine, which nobody would await
+
+    async def health():
+        gateway = wrapped.__new__(wrapped)
+        await gateway.__init__(AppConfig(name="m", api_key="k"), {}, {}, {})
+        transport = httpx.ASGITransport(gateway.__serve_build_asgi_app__())
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/health")
+
+    is_unavailable(asyncio.run(health()))

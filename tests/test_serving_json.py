@@ -94,6 +94,7 @@ def test_openais_client_parses_an_answer_into_its_own_types(served):
         asking({"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:9/a.json"}}}),  # nothing is fetched
         asking({"enum": []}),
         asking({"type": "string", "pattern": "(a"}),
+        asking({"allOf": [{"$ref": "#"}]}),  # never ends
         asking({"type": "boolean"}, ignore_eos=True),
         asking({"type": "boolean"}, min_tokens=3),
         {"response_format": {"type": "json_schema"}},
@@ -104,6 +105,15 @@ def test_openais_client_parses_an_answer_into_its_own_types(served):
 def test_what_can_not_be_followed_is_refused(served, extra):
     error = send(served, "POST", "/v1/completions", json=PROMPT | extra).json()["error"]
     assert error["type"] == "invalid_request_error" and error["param"].startswith("response_format"), error
+
+
+def test_a_schema_that_takes_more_work_than_the_library_does_for_a_token_costs_its_sender_alone(served):
+    """It is refused or, where the library gives up later, its answer is cut; the step that it is in goes on."""
+    pattern = {"type": "string", "pattern": f"^({'a?' * 2000}){'a' * 2000}$"}
+    for _ in range(2):
+        answer = send(served, "POST", "/v1/completions", json=PROMPT | asking(pattern))
+        assert answer.status_code == 400 or answer.json()["choices"][0]["finish_reason"] == "length", answer.text
+    assert send(served, "POST", "/v1/completions", json=PROMPT | asking({"type": "boolean"})).status_code == 200
 
 
 def test_without_the_library_it_is_refused_with_the_remedy(served, monkeypatch):
@@ -130,11 +140,7 @@ def test_a_response_that_no_token_may_continue_ends_as_cut():
     assert rules.take(0, False) == "length"
 
 
-def test_a_tokenizer_that_has_no_text_for_it_is_refused_or_stuck():
+def test_a_tokenizer_that_has_no_text_for_it_is_refused():
     tokenizer = word_tokenizer(16)
-    try:
-        text = JsonGrammars(tokenizer, 16, [tokenizer.eos_token_id]).text('{"type": "object"}')
-    except UserError as error:
-        assert "tokenizer can't be held to JSON" in str(error)
-    else:
-        assert text.is_stuck
+    with pytest.raises(UserError, match=r"tokenizer can't be held to JSON|JSON schema can't be followed: no token of the model"):
+        JsonGrammars(tokenizer, 16, [tokenizer.eos_token_id]).text('{"type": "object"}')

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
+import socket
 import stat
 
 import httpx
@@ -30,6 +32,7 @@ from rlhf_ray.serving.answered import TEXTS, USAGE, Answered
 from rlhf_ray.serving.config import Notes
 from rlhf_ray.serving.front import Front
 from rlhf_ray.serving.judge import Judge
+from rlhf_ray.serving.listening import announced, listening
 from rlhf_ray.serving.passing import ReplicaLost
 from rlhf_ray.serving.publication import Publisher
 from rlhf_ray.serving.relay import pieces
@@ -211,8 +214,34 @@ def test_a_server_is_found_by_its_run_or_by_its_port_and_its_note_is_its_owners_
         server_of(folder / "one")
     with pytest.raises(UserError, match="several servers run here"):
         find_server()
-    with pytest.raises(UserError, match="no server of yours runs on this machine at port 9"):
+    with pytest.raises(UserError, match=r"no server of yours .* at port 9; there is --port 8001 \(m\), --port 8002"):
         find_server(9)
+
+
+def test_a_port_that_is_taken_is_said_to_be_whose(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf":{port} \(Address already in use\); choose another"):
+            listening("127.0.0.1", port)
+        write_note(note(port, folder))
+        with pytest.raises(UserError, match=rf"in use by your server of m, which `rlhf-ray serve --stop --port {port}` ends\)"):
+            listening("127.0.0.1", port)
+    with pytest.raises(UserError, match="no server of yours runs on this machine; start one"):
+        note_of(port).unlink()
+        find_server()
+
+
+def test_what_a_server_says_of_itself_fits_its_prompts():
+    def said(**settings):
+        return announced("http://h:1", ["m"], "policy", **{"has_key": False, "votes": "votes.db"} | settings).splitlines()
+
+    where, none, _, curl = said()
+    assert where.endswith("votes (votes.db) and results: http://h:1/") and "--prompts FILE" in none and "Once upon a time" in curl
+    listed = [[{"role": "user", "content": "Hi"}], "long " * 100, "Who's there?\n"]
+    where, _, curl = said(prompts=listed)
+    body = json.loads(shlex.split(curl)[-1])
+    assert body == {"model": "m", "prompt": "Who's there?\n", "max_tokens": 40}, "one that the model knows"
+    assert len(said(votes=None)) == 3 and "Once upon a time" in said(prompts=listed[:2])[-1]
 
 
 def test_notes_of_servers_that_were_killed_are_passed_over(folder):

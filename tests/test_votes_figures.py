@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -351,12 +352,14 @@ def voted_on(tmp_path_factory):
 
 
 def test_export_writes_what_may_be_trained_on_unless_asked(voted_on, tmp_path):
-    out, rows = tmp_path / "pairs.jsonl", {}
+    out, rows, said = tmp_path / "pairs.jsonl", {}, {}
     for part in ("train", "held_out", "all"):
         answer = rlhf_ray("votes", "export", voted_on, str(out), "--part", part)
         assert answer.returncode == 0, answer.stderr
         rows[part] = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
         assert f"{out}: {len(rows[part])} pairs of " in answer.stdout and "left out: " in answer.stdout
+        said[part] = [int(number) for number in re.findall(r"(\d+)(?: votes;| held-out)", answer.stdout)]
+    assert said == {"train": [81 - said["held_out"][0], said["held_out"][0]], "held_out": said["held_out"], "all": [81]}
     prompts = {part: {row["prompt"] for row in each} for part, each in rows.items()}
     assert prompts["train"] and prompts["held_out"] and not prompts["train"] & prompts["held_out"]
     with contextlib.closing(VoteStore(voted_on)) as store:

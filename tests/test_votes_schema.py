@@ -190,9 +190,9 @@ def test_a_password_is_not_shown():
     [
         ("{here}/no.db", "there is no database of votes at '{here}/no.db'; correct the name"),
         ("{here}/text.db", "text.db can't be opened as a database of votes (file is not a database)"),
+        ("{here}", "'{here}' is a folder, and votes are kept in a file; name one, for example {here}/votes.db"),
         ("{here}/other.db", "other.db holds no votes: it has no table 'votes_schema'"),
         ("{here}/empty.db", "empty.db holds no votes"),
-        ("{here}", "can't be opened as a database of votes (unable to open database file)"),
         ("sqlite://", "names no file"),
         ("", "give a file, for example votes.db"),
         ("mysql://host/votes", "is of the kind 'mysql'; votes are kept in a SQLite file"),

@@ -59,18 +59,20 @@ def votes_export(
     filters = _filters(rater, version, since, until, min_agreement)
     database = Database(url)
     judgements = read_judgements(database, filters, part)
+    held_out = len(read_judgements(database, filters, "held_out")) if part == "train" else 0
+    aside = f"; {held_out} held-out votes are not among them (--part held_out)" if held_out else ""
     if not judgements:
         raise UserError(
-            f"{database.name} holds no votes that count here (--part {part}, and the filters); nothing was written"
+            f"{database.name} holds no votes that count here (--part {part}, and the filters){aside}; nothing was written"
         )
     if form == "edits":
         rows = edit_rows(judgements, messages=messages)
         write_rows(rows, path)
-        return _say(f"{out}: {len(rows)} edited answers of {len(judgements)} votes")
+        return _say(f"{out}: {len(rows)} edited answers of {len(judgements)} votes{aside}")
     pairs = pairs_of(judgements, filters.min_agreement)
     rows = preference_rows(pairs.pairs, form, messages=messages)
     write_rows(rows, path)
-    _say(f"{out}: {len(rows)} pairs of {len(judgements)} votes; left out: {pairs.left_out_in_words()}")
+    _say(f"{out}: {len(rows)} pairs of {len(judgements)} votes; left out: {pairs.left_out_in_words()}{aside}")
 
 
 @votes_app.command("summary")

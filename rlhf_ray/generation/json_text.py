@@ -41,7 +41,10 @@ class JsonGrammars:
             self._compiled[schema] = found
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return JsonText(found.deep_copy(), self._vocab_size)
+        text = JsonText(found.deep_copy(), self._vocab_size)
+        if text.is_stuck:  # the library finds out at the first token that a schema never ends, or takes too much work
+            raise UserError("this JSON schema can't be followed: no token of this model can begin what it asks for")
+        return text
 
     def _compile(self, schema: str) -> LLMatcher:
         try:

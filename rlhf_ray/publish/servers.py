@@ -33,6 +33,11 @@ class ServerNote:
     token: str = field(default_factory=lambda: secrets.token_hex(24), repr=False)
 
     @property
+    def names(self) -> str:
+        """Of its models: "ppo and sft"."""
+        return " and ".join(self.served)
+
+    @property
     def runs(self) -> bool:
         return started_at(self.pid) == self.started
 
@@ -89,10 +94,14 @@ def find_server(port: int | None = None, source: str | Path | None = None) -> Se
     if len(running) == 1:
         return running[0]
     if not running:
-        where = "" if port is None else f" at port {port}"
-        raise UserError(f"no server of yours runs on this machine{where}; start one: rlhf-ray serve RUN")
-    told = ", ".join(f"--port {note.port} ({' and '.join(note.served)})" for note in running)
-    raise UserError(f"several servers run here; say which: {told}")
+        where, others = ("", []) if port is None else (f" at port {port}", running_servers())
+        remedy = f"there is {_told(others)}" if others else "start one: rlhf-ray serve RUN"
+        raise UserError(f"no server of yours runs on this machine{where}; {remedy}")
+    raise UserError(f"several servers run here; say which: {_told(running)}")
+
+
+def _told(notes: list[ServerNote]) -> str:
+    return ", ".join(f"--port {note.port} ({note.names})" for note in notes)
 
 
 def server_of(run: str | Path) -> ServerNote | None:

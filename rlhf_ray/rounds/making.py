@@ -57,7 +57,8 @@ def make_round(
     first = recorded_recipe(run)
     if first is None or run_of(run) != run:
         own = f"; its run is {run_of(run).path}" if run_of(run) != run else ""
-        raise UserError(f"'{run_dir}' is no run folder that rounds can follow{own or ' (it has no recipe.yaml)'}")
+        why = " (it has no recipe.yaml)" if run.path.is_dir() else f": there is no folder {run.path}"
+        raise UserError(f"'{run_dir}' is no run folder that rounds can follow{own or why}")
     ended = [each for each in rounds_of(run) if each.done]
     begun = [each for each in rounds_of(run) if not each.done]
     before = _before(run, ended)

@@ -18,7 +18,7 @@ from pydantic import Field
 from rlhf_ray.errors import UserError
 from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.serving.api_errors import ApiError, bad_request
-from rlhf_ray.serving.request_parts import StrictBody
+from rlhf_ray.serving.request_parts import Several, StrictBody
 
 if TYPE_CHECKING:
     from rlhf_ray.models.critic import Critic
@@ -30,7 +30,7 @@ class ValuesRequest(StrictBody):
     """A text as token ids."""
 
     model: str
-    prompt: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="token ids")
+    prompt: Several[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="token ids")
 
 
 def keeps_critic(run: Path) -> bool:

@@ -136,7 +136,11 @@ async def _write_named(app: ASGIApp, version: str, request: Relayed, put: Put) -
     await write_answer(app, request, put_named)
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options={"num_cpus": 0})
+# On the head, whose end is the cluster's: another node's end costs no connection.
+_ON_THE_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+
+
+@serve.deployment(name="gateway", max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=60, ray_actor_options=_ON_THE_HEAD)
 @serve.ingress()
 class Gateway:
     """The front as a deployment, for clusters whose HTTP servers are Serve's own."""
@@ -151,10 +155,10 @@ class Gateway:
         """handles, models: by the replica's name, its handle and the ids of the models that it has. versions: of the models."""
         links = [ReplicaLink(name, handle, models[name]) for name, handle in handles.items()]
         tables = {model: VersionTable(version) for model, version in versions.items()}
-        self.app = guarded(Front(links, lambda: watch(links), tables), config)
+        self._guarded = guarded(Front(links, lambda: watch(links), tables), config)  # Serve's wrapper has an `app` of its own
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self.app
+        return self._guarded
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ extensions (the openai client sends them by `extra_body`).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf_ray.config.sampling_params import SamplingParams, TokenRules
 from rlhf_ray.serving.api_errors import ApiError, bad_request
-from rlhf_ray.serving.request_parts import Message, ResponseFormat, StrictBody
+from rlhf_ray.serving.request_parts import Message, ResponseFormat, Several, StrictBody
 
 MAX_STOPS = 4
 MAX_ALTERNATIVES = 20  # as OpenAI's chat and vLLM
@@ -54,7 +55,7 @@ class GenerationRequest(StrictBody):
     min_p: float | None = Field(None, ge=0, lt=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Several[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # labels
@@ -71,7 +72,7 @@ class GenerationRequest(StrictBody):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)  # less overflows a logit
     logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: int | None = Field(None, ge=0)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    stop_token_ids: Several[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
@@ -163,7 +164,7 @@ class GenerationRequest(StrictBody):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Several[str] | Several[TokenId] | Several[Several[TokenId]]
     max_tokens: int | None = Field(16, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
@@ -195,7 +196,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Several[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
@@ -244,7 +245,14 @@ def _as_api_error(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
-        return bad_request(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+        last = str(first["loc"][-1])  # any text
+        name = param if last.isidentifier() else last
+        return bad_request(f"Unrecognized request argument supplied: {name}", param=param, code="unknown_parameter")
     if first["type"] in ("model_type", "model_attributes_type") and field is None:
         return bad_request("The JSON body of your request must be an object.")
-    return bad_request(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value")
+    return bad_request(f"Invalid value for '{param}': {said(first)}.", param=param, code="invalid_value")
+
+
+def said(error: Mapping[str, Any]) -> str:
+    """What pydantic says, or the words of a validator of ours."""
+    return error["msg"].removeprefix("Value error, ")

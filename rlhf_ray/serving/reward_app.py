@@ -24,6 +24,7 @@ from rlhf_ray.rewards.scorer import Scorer
 from rlhf_ray.serving.api_errors import ApiError, bad_request, install_error_handlers
 from rlhf_ray.serving.config import Limits
 from rlhf_ray.serving.request_bodies import parse
+from rlhf_ray.serving.request_parts import Several
 
 PATHS = (PATH, "/health", "/stats", "/version", "/openapi.json")
 
@@ -33,13 +34,13 @@ class RewardRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    query: list[str]
+    query: Several[str]
     """Prompt and response as one text each."""
-    prompts: list[str] | None = None
+    prompts: Several[str] | None = None
     """Where each query's response begins; without them a query is scored as one text."""
     labels: list[Any] | None = None
     """Not read by a reward model."""
-    ended: list[bool] | None = None
+    ended: Several[bool] | None = None
     """Whether each response ended by itself; without it all did, as OpenRLHF's server has it."""
 
 

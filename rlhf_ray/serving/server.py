@@ -136,8 +136,9 @@ class Server:
         """Where it listens, and a request to try."""
         votes = None if self._page is None or self._page.store is None else self._page.store.database.name
         return announced(
-            self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None, votes=votes
-        )
+            self.url, [model.name for model in self.models], self.stage, has_key=self.config.api_key is not None, votes=votes,
+            prompts=() if self._page is None else self._page.prompts,
+        )  # fmt: skip
 
     def start(self, when_ray_runs: Callable[[], None] = lambda: None) -> None:
         """Start Ray, Serve and the replicas; returns when requests are answered."""

@@ -122,6 +122,8 @@ def _engine(url: sa.URL, name: str, *, create: bool) -> sa.Engine:
             raise UserError(
                 f"there is no database of votes at '{name}'; correct the name (a server makes one when it starts)"
             )
+        if file.is_dir():
+            raise UserError(f"'{name}' is a folder, and votes are kept in a file; name one, for example {file / 'votes.db'}")
         if not file.parent.is_dir():
             raise UserError(f"'{name}' can't be made: there is no folder {file.parent}; make it, or correct the name")
         engine = sa.create_engine(url, connect_args={"timeout": WAIT_S}, pool_timeout=WAIT_S)

@@ -67,7 +67,8 @@ class Pairs:
 
     def left_out_in_words(self) -> str:
         """'3 ties, 1 both bad; comparisons without a pair: 4 no preference'."""
-        votes_ = [f"{count} {name}" for count, name in ((self.ties, "ties"), (self.both_bad, "both bad")) if count]
+        ties = "tie" if self.ties == 1 else "ties"
+        votes_ = [f"{count} {name}" for count, name in ((self.ties, ties), (self.both_bad, "both bad")) if count]
         reasons = [f"{count} {reason}" for reason, count in sorted(self.left_out.items())]
         parts = [", ".join(votes_)] if votes_ else []
         return (

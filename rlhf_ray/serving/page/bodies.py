@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import re
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from rlhf_ray.serving.request_parts import StrictBody
 
@@ -34,6 +35,13 @@ def clean_name(name: str) -> str:
     return name
 
 
+def day(text: object) -> object:
+    """ValueError for what is no day as people write it: pydantic takes seconds since 1970, too."""
+    if isinstance(text, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) is None:
+        raise ValueError("write a day as 2026-11-30")
+    return text
+
+
 Name = Annotated[
     str,
     Field(min_length=1, max_length=LONGEST_NAME, description="who votes; not needed beside a token"),
@@ -48,6 +56,7 @@ Temperature = Annotated[float, Field(ge=0, le=2)]
 MaxTokens = Annotated[int, Field(ge=1, le=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what JavaScript's numbers hold
 Model = Annotated[str, Field(min_length=1, max_length=200)]
+Day = Annotated[datetime.date, BeforeValidator(day)]
 
 
 class ComparisonRequest(StrictBody):
@@ -61,7 +70,9 @@ class ComparisonRequest(StrictBody):
     fresh: bool = Field(False, description="a new comparison, also where others wait for this rater")
     skip: list[Id] = Field([], max_length=100, description="ids of comparisons that are not wanted now")
     temperature: Temperature = 1.0
-    max_tokens: MaxTokens = 256
+    max_tokens: MaxTokens | None = Field(
+        None, description="longest answer; default: as in the training of the run that is served, else 256"
+    )
 
 
 class ShownAnswer(BaseModel):
@@ -134,8 +145,8 @@ class ResultFilters(BaseModel):
 
     rater: list[Name] = Field([], max_length=100)
     version: list[Model] = Field([], max_length=100, description="of a model, or of MODEL@VERSION")
-    since: datetime.date | None = Field(None, description="day (UTC)")
-    until: datetime.date | None = None
+    since: Day | None = Field(None, description="day (UTC)")
+    until: Day | None = None
 
 
 class VoteList(ResultFilters):

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rlhf_ray.serving.api_errors import ApiError
 from rlhf_ray.serving.config import AppConfig
 from rlhf_ray.serving.page.options import PageOptions
-from rlhf_ray.serving.page.prompt_list import common_ending, prompts_of_run, read_prompts
+from rlhf_ray.serving.page.prompt_list import common_ending, longest_of_run, prompts_of_run, read_prompts
 from rlhf_ray.serving.page.raters import Raters
 from rlhf_ray.serving.page.routes import Routes
 from rlhf_ray.serving.page.served_answers import Models
@@ -47,13 +47,15 @@ class PageParts:
     options: PageOptions
     store: VoteStore | None
     prompts: list[Prompt]
+    longest: int
+    """Tokens of an answer to compare, unless a request says otherwise."""
 
     @classmethod
     def opened(cls, options: PageOptions, run: Path) -> PageParts:
         """run: the folder that is served. UserError for a database or a file of prompts that can't be used."""
         prompts = prompts_of_run(run) if options.prompts is None else read_prompts(options.prompts)
         store = None if options.votes is None else VoteStore(options.votes, create=True)
-        return cls(options=options, store=store, prompts=prompts)
+        return cls(options=options, store=store, prompts=prompts, longest=longest_of_run(run))
 
     def close(self) -> None:
         if self.store is not None:
@@ -65,7 +67,7 @@ def build_page(front: ASGIApp, config: AppConfig, parts: PageParts) -> Page:
     database = None if parts.store is None else parts.store.database
     raters = Raters(database, api_key=config.api_key, invited_only=parts.options.invited_only)
     models = Models(front, common_ending(parts.prompts))
-    return Page(front, Routes(models, parts.store, raters, parts.prompts, parts.options), config.cors_origins)
+    return Page(front, Routes(models, parts.store, raters, parts.prompts, parts.options, parts.longest), config.cors_origins)
 
 
 class Page:

@@ -16,15 +16,18 @@ DRAWS = 50  # of the list, to find a prompt that is new to the rater
 
 
 class Comparing:
-    """Offers comparisons. prompts: the list that they are drawn from; most_votes: those with so many are done.
+    """Offers comparisons. prompts: the list that they are drawn from; most_votes: those with so many are done; longest: tokens of
+    an answer, unless a request says otherwise.
 
     as_they_are: the prompts are the run's own, in the form that its models were trained on. A text of another list is what a
     person says: for a model with a chat template it becomes a message.
     """
 
-    def __init__(self, store: VoteStore, models: Models, prompts: list[Prompt], most_votes: int, *, as_they_are: bool):
+    def __init__(
+        self, store: VoteStore, models: Models, prompts: list[Prompt], most_votes: int, *, as_they_are: bool, longest: int
+    ):  # fmt: skip
         self.store, self.models, self.prompts, self.most_votes = store, models, prompts, most_votes
-        self.as_they_are = as_they_are
+        self.as_they_are, self.longest = as_they_are, longest
         self._random = random.Random(secrets.randbits(64))
 
     async def next(self, rater: str, asked: ComparisonRequest) -> ShownComparison:
@@ -43,7 +46,7 @@ class Comparing:
             listed = await self._listed(rater)
             prompt = listed if self.as_they_are else self.models.fitting(listed, two)
         one, other = await self.models.two_answers(
-            prompt, two, temperature=asked.temperature, max_tokens=asked.max_tokens
+            prompt, two, temperature=asked.temperature, max_tokens=asked.max_tokens or self.longest
         )
         return await asyncio.to_thread(self.store.add, prompt, one, other)
 

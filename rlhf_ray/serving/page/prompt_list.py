@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rlhf_ray.config.recipe_file import load_recipe
 from rlhf_ray.config.user_paths import expanded
 from rlhf_ray.data.text_files import read_text_files
 from rlhf_ray.errors import UserError
@@ -12,6 +13,7 @@ from rlhf_ray.runs.run_folder import RunFolder
 from rlhf_ray.votes.records import Prompt, VoteRefused, check_prompt
 
 MOST = 10_000
+LONGEST = 256  # tokens of an answer of what is no run
 
 
 def read_prompts(file: str | Path) -> list[Prompt]:
@@ -50,6 +52,17 @@ def prompts_of_run(path: Path) -> list[Prompt]:
     rows = range(min(len(columns), MOST))
     pairs = zip(columns.messages(rows), columns.prompts(rows), strict=True)
     return list({json.dumps(each): each for each in (messages or shown(text) for messages, text in pairs)}.values())
+
+
+def longest_of_run(path: Path) -> int:
+    """Tokens that a response may have: as many as in the run's training, so that people judge what it can change."""
+    folder = RunFolder(path)
+    if not folder.recipe.is_file():
+        return LONGEST
+    try:
+        return load_recipe(str(folder.recipe)).generation.max_new_tokens
+    except UserError:  # of another version, or of a plugin that is not here; `serving.engine_choice` says so
+        return LONGEST
 
 
 def common_ending(prompts: list[Prompt]) -> str:

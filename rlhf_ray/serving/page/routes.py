@@ -32,7 +32,7 @@ from rlhf_ray.serving.page.raters import RateLimit, Raters
 from rlhf_ray.serving.page.relay_chat import RelayedAnswer
 from rlhf_ray.serving.page.served_answers import Models, request_for
 from rlhf_ray.serving.page.vote_results import Results
-from rlhf_ray.serving.request_bodies import parse
+from rlhf_ray.serving.request_bodies import parse, said
 from rlhf_ray.serving.streaming import ClientLeft, while_connected
 from rlhf_ray.votes.records import Prompt, UnknownComparison, Vote, VoteRefused
 from rlhf_ray.votes.store import VoteStore
@@ -48,11 +48,11 @@ class Routes:
     """One method per route. store: None where the server keeps no votes."""
 
     def __init__(
-        self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions
+        self, models: Models, store: VoteStore | None, raters: Raters, prompts: list[Prompt], options: PageOptions, longest: int
     ):  # fmt: skip
         self.models, self.store, self.raters, self.prompts, self.options = models, store, raters, prompts, options
         self.comparing = store and Comparing(
-            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None
+            store, models, prompts, options.votes_per_comparison, as_they_are=options.prompts is None, longest=longest
         )
         self.found = store and Results(store.database)
         self.voting, self.asking = (RateLimit(options.votes_per_minute) for _ in range(2))
@@ -151,14 +151,14 @@ class Routes:
         rater = await self.raters.check(request)
         if rater is not None:
             asked = asked.model_copy(update={"open_to": rater})
-        return await asyncio.to_thread(self.found.votes, asked)
+        return await self.found.read(self.found.votes, asked)
 
     async def results(self, request: Request, asked: Annotated[ResultFilters, Query()]) -> dict[str, Any]:
         """Counts, agreement, scores and win rates with 95 % intervals, as `rlhf-ray votes summary --json` prints them."""
         self._has_votes()
         assert self.found is not None
         await self.raters.check(request)
-        return await asyncio.to_thread(self.found.summary, asked)
+        return await self.found.read(self.found.summary, asked)
 
     async def playground(self, request: Request) -> dict[str, Any]:
         """Answers token by token: log-probs, those of a reference, and rewards where the server knows a reward model."""
@@ -191,7 +191,7 @@ def _handle_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         param = str(first["loc"][-1])
         return bad_request(
-            f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value"
+            f"Invalid value for '{param}': {said(first)}.", param=param, code="invalid_value"
         ).response()
 
     @app.exception_handler(VoteRefused)

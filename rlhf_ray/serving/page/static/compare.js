@@ -36,23 +36,23 @@ export async function open(about) {
 }
 
 // -- what is shown
-async function ask(wish) {
-  const who = await rater();
-  if (who === null) return null;
+async function ask(who, wish) {
   const waiting = (seconds) => say(`The server is busy; asking again in ${seconds} s.`, true);
   return call("/page/comparisons", { body: { ...who, ...wish }, waiting });
 }
 
 async function next(wish = {}) {
   hide();
+  say("");
+  const who = await rater();
+  if (who === null) return say("Say who you are to vote: the button above asks for your name.");
   say("Two models are writing …", true);
   try {
-    const found = (Object.keys(wish).length ? null : await ahead) ?? (await ask({ skip: skipped.slice(-100), ...wish }));
+    const found = (Object.keys(wish).length ? null : await ahead) ?? (await ask(who, { skip: skipped.slice(-100), ...wish }));
     ahead = null;
-    if (found === null) return say("Say who you are to vote: the button above asks for your name.");
     show(found);
     const without = [...skipped, found.comparison].slice(-100);
-    if (!wish.prompt) ahead = ask({ skip: without }).catch(() => null);
+    if (!wish.prompt) ahead = ask(who, { skip: without }).catch(() => null);
   } catch (error) {
     ahead = null;
     if (error.status === 401) return askName(error.message).then((told) => told && next(wish));
