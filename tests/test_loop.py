@@ -6,7 +6,6 @@ import pytest
 from loops import Diary, ScriptedRoles, scripted_loop
 
 from rlhf_ray.ppo.loop import LoopState
-from rlhf_ray.ppo.step import sync_weights
 
 
 def training_units(roles):
@@ -205,10 +204,3 @@ def test_every_step_trains_on_its_own_prompts():
     for epoch in ((0, 1, 2), (3, 4, 5)):
         rows = [row for chunk in chunks if chunk.step in epoch for row in chunk.prompt_indices]
         assert sorted(rows) == list(range(12))
-
-
-def test_weights_are_waited_for_together_with_those_who_take_them():
-    """Where the policy sends to them, it waits for one that died; by itself its call would not end."""
-    roles = ScriptedRoles()
-    sync_weights(roles, 3)
-    assert [[handle.verb for handle in each] for each in roles.waits] == [["weights", "load_weights"]]

@@ -11,7 +11,7 @@ from rlhf_ray.actors import recovery as recovery_module
 from rlhf_ray.actors import snapshots as snapshots_module
 from rlhf_ray.actors.budgets import Budget, tells_of_end
 from rlhf_ray.actors.calls import Call, Handle, Member
-from rlhf_ray.actors.groups import RayRoles
+from rlhf_ray.actors.groups import GenerationGroup, RayRoles
 from rlhf_ray.actors.hung import Deadline
 from rlhf_ray.actors.low_memory import ended_by_guard
 from rlhf_ray.actors.pulse import ActorProcess
@@ -414,3 +414,18 @@ def test_the_error_of_a_call_is_not_blamed_on_those_that_need_its_result(recover
     recovery.mend(stats.call, error, "assembling (step 3)")  # its own, now: what it needs is there
     assert started == [{"reward actor 0"}, {"experience actor 0"}] and rank.lives == 1
     assert [event["role"] for event in events.read()] == ["reward", "experience"]
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_who_waits_for_a_broadcast_waits_for_those_who_take_it(by_channel):
+    """The policy sends until all have received, so its call would not end where one of them died. Through the object store it does,
+    and the generators come after it."""
+    rank, generators = Fake("policy"), [Fake("generation"), Fake("generation")]
+    for each in (rank, *generators):
+        each.actor = Anything()
+    group = GenerationGroup(generators)
+    group.by_channel = by_channel
+    (weights,) = rank.call("send_weights", name="policy rank 0 (weights)")
+    loads = group.load_weights([weights], 3)
+    waited = list(Waiter(60, "wait")._waiting([weights]))
+    assert waited == [weights.call, *(load.call for load in loads if by_channel)]

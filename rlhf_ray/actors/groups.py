@@ -55,6 +55,8 @@ class GenerationGroup:
         if self.staged_by is not None:
             (sent,) = handles[0].call.beside = self.staged_by.send_staged(weights[0])
             sent.call.meets = handles  # it waits until all generators receive: what they draw before keeps it
+        elif self.by_channel:
+            weights[0].call.beside = handles  # the policy sends until all have received: it would wait for one that died
         return handles
 
 

@@ -184,10 +184,8 @@ def draw_again(
 
 def sync_weights(roles: Roles, policy_version: int) -> None:
     """The generators get the policy's weights. From now on their rollouts carry this version."""
-    weights = roles.policy.weights()
-    synced = roles.generation.load_weights(weights, policy_version)
-    # Together: where the policy sends to those that receive, it ends after them, and one that died would not be seen.
-    roles.wait([*weights, *synced], f"weight sync (version {policy_version})")
+    synced = send_weights(roles, policy_version)
+    roles.wait(synced, f"weight sync (version {policy_version})")
 
 
 def send_weights(roles: Roles, policy_version: int) -> list[Handle]:
