@@ -18,7 +18,12 @@ class Voter:
         self.pid, self.stdin, self.stdout = pid, open(inbox, "w"), open(outbox)  # noqa: SIM115 - open as long as the process
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        """-> whether it had not ended yet."""
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
 
     def ask(self, line):
         self.stdin.write(f"{line}\n")
