@@ -143,3 +143,10 @@ def test_the_seconds_of_the_demo_are_those_of_its_runs(document):
     took = [sum(json.loads(file.read_text()).values()) for file in (ROOT / "results/demo").glob("seed_*/timings.json")]
     (said,) = re.findall(r"stages(?: of the three seeds)? took (\d+) to (\d+) s", text_of(document))
     assert len(took) == 3 and said == (f"{min(took):.0f}", f"{max(took):.0f}")
+
+
+def test_kept_results_name_no_folder_of_the_machine_that_made_them():
+    kept = [path for path in (ROOT / "results").rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".txt", ".html", ".yaml")]
+    place = re.compile(r"(?<![\w.:/])/(?:home|root|work|Users|mnt|srv|opt)/\S+")
+    found = {f"{path.relative_to(ROOT)}: {here[0]}" for path in kept if (here := place.search(path.read_text()))}
+    assert len(kept) > 50 and not found

@@ -85,12 +85,17 @@ def main() -> None:
     found = {
         "seed": asked.seed, "settings": settings, "votes_per_round": votes, "small": asked.small,
         "utility": utilities(run, policies, settings_seeds(asked.small)),
-        "rounds": {number: json.loads((run / "rounds" / str(number) / "round.json").read_text())
-                   for number in range(2, asked.rounds + 1)},
+        "rounds": {number: decision(run / "rounds" / str(number)) for number in range(2, asked.rounds + 1)},
     }  # fmt: skip
     out = (run if asked.small else HERE) / f"seed{asked.seed}-kl{asked.kl_coef:g}.json"
     out.write_text(json.dumps(found, indent=2) + "\n")
     say(f"{out}: {json.dumps({name: round(each['mean'], 2) for name, each in found['utility'].items()})}")
+
+
+def decision(round_: Path) -> dict:
+    """What became of a round: what `round.json` holds, without the places where it ran."""
+    told = json.loads((round_ / "round.json").read_text())
+    return {name: told[name] for name in ("votes", "reward_accuracy", "verdict")}
 
 
 def current(run: Path) -> Path:
