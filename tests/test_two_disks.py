@@ -54,12 +54,14 @@ SECTIONS = {
 
 SMALL = "--num-cpus 1 --object-store-memory 100000000"
 #: what a host may write to is its own
-DISK = """
+DISK = f"""
     ip link set lo up
     mount -o remount,bind,ro /
     mount -t tmpfs own /tmp
     mount -t tmpfs own /dev/shm
-    ! touch /var/tmp/shared 2>/dev/null
+    for elsewhere in /var/tmp {CLUSTER}; do
+        if touch $elsewhere/shared 2>/dev/null; then echo "$elsewhere can be written to"; exit 1; fi
+    done
     mkdir -p -m 700 /tmp/home/.ray
     (umask 077; echo "$TOKEN" > /tmp/home/.ray/auth_token)
 """
@@ -70,8 +72,12 @@ class Host:
         self.environment = environment
         self.holder = subprocess.Popen(["unshare", "--net", "--mount", "sleep", "infinity"])
         ours = os.readlink("/proc/self/ns/net")
-        wait_for(lambda: os.readlink(f"/proc/{self.holder.pid}/ns/net") != ours)
-        self.does(DISK)
+        try:
+            wait_for(lambda: os.readlink(f"/proc/{self.holder.pid}/ns/net") != ours)
+            self.does(DISK)
+        except BaseException:  # fault boundary: the host's start; nobody would end it
+            self.holder.kill()
+            raise
 
     def start(self, script):
         inside = ["nsenter", "--net", "--mount", "--target", str(self.holder.pid), "bash", "-ec", f"cd {CLUSTER.parent}\n{script}"]
